@@ -1,0 +1,1 @@
+"""Raw corpora to token shards to a blended, resumable stream of samples."""

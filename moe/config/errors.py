@@ -1,0 +1,17 @@
+"""Errors that are the user's to mend."""
+
+from collections.abc import Sequence
+
+
+class UserError(ValueError):
+    """Something that the user must change: printed without a traceback, exit code 2."""
+
+
+class ConfigError(UserError):
+    """Every problem of a configuration at once, one line each."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        count = len(self.problems)
+        head = "1 problem" if count == 1 else f"{count} problems"
+        super().__init__(f"{head} in the settings:\n" + "\n".join(f"  - {p}" for p in problems))

@@ -1,0 +1,46 @@
+"""The settings tree: every knob of a run, once."""
+
+from collections.abc import Iterator
+
+from pydantic.fields import FieldInfo
+
+from moetron.moe.config.field import Group
+from moetron.moe.config.model import (
+    ModelSettings,
+    MoESettings,
+    ParallelSettings,
+    PrecisionSettings,
+)
+from moetron.moe.config.run import (
+    CheckpointSettings,
+    DataSettings,
+    LearningRateSettings,
+    LoggingSettings,
+    OptimizerSettings,
+    TrainingSettings,
+    ValidationSettings,
+)
+
+
+class Settings(Group):
+    """All settings of a run, in the groups that a recipe's YAML and ``--help`` show."""
+
+    model: ModelSettings
+    moe: MoESettings = MoESettings()
+    parallel: ParallelSettings = ParallelSettings()
+    precision: PrecisionSettings = PrecisionSettings()
+    training: TrainingSettings
+    optimizer: OptimizerSettings = OptimizerSettings()
+    learning_rate: LearningRateSettings
+    data: DataSettings = DataSettings()
+    validation: ValidationSettings = ValidationSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    logging: LoggingSettings = LoggingSettings()
+
+
+def fields() -> Iterator[tuple[str, str, FieldInfo]]:
+    """(group, field name, field) of every knob; field names are unique over all groups."""
+    for group_name, group in Settings.model_fields.items():
+        assert group.annotation is not None
+        for name, field in group.annotation.model_fields.items():
+            yield group_name, name, field

@@ -1,0 +1,1 @@
+"""The blocks of the model and the builder that assembles them from megatron-core layer specs."""

