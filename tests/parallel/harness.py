@@ -1,0 +1,120 @@
+"""Run a function on N gloo processes and hand back what each rank returned.
+
+Ranks are forked from a server that has imported torch and megatron-core once, so that a test pays milliseconds
+instead of seconds for each rank. The function must be importable (module level of a test file); its arguments
+travel by pickle, its result by ``torch.save`` (tensors, numbers, strings, and dicts, lists and tuples of them).
+"""
+
+import io
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "megatron.core.models.gpt.gpt_layer_specs"])
+
+
+class RankFailed(RuntimeError):
+    """A rank raised, died or outlived the timeout; the message holds its traceback."""
+
+
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120
+) -> list[Any]:
+    """Call ``function(*args)`` on ``world_size`` processes with gloo up; results in rank order.
+
+    Every rank has one thread and a default process group (rank and size from ``torch.distributed``); the host
+    adaptation and megatron's parallel state are the function's own business.
+
+    Raises:
+        RankFailed: with the first failing rank's traceback, or the ranks still running after ``timeout_s``.
+            No process is left behind.
+    """
+    deadline = time.monotonic() + timeout_s
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        pipes, processes = [], []
+        for rank in range(world_size):
+            receiver, sender = _context.Pipe(duplex=False)
+            process = _context.Process(
+                target=_rank_main,
+                args=(sender, function, rank, world_size, args, folder, timeout_s),
+            )
+            process.start()
+            sender.close()
+            pipes.append(receiver)
+            processes.append(process)
+        try:
+            return _collect(pipes, processes, deadline)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+            for pipe in pipes:
+                pipe.close()
+
+
+def _collect(pipes: list[Connection], processes: list[BaseProcess], deadline: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    while len(results) < len(pipes):
+        waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
+        ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            late = [rank for rank in range(len(pipes)) if rank not in results]
+            raise RankFailed(f"ranks {late} still running at the timeout")
+        for pipe in ready:
+            rank = pipes.index(pipe)  # type: ignore[arg-type]
+            results[rank] = _receive(pipes[rank], processes[rank], rank)
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _receive(pipe: Connection, process: BaseProcess, rank: int) -> Any:
+    try:
+        payload = pipe.recv_bytes()
+    except EOFError:
+        process.join(5)
+        raise RankFailed(f"rank {rank} died with exit code {process.exitcode}") from None
+    message = torch.load(io.BytesIO(payload), weights_only=True)
+    if "error" in message:
+        raise RankFailed(f"rank {rank} raised:\n{message['error']}")
+    return message["result"]
+
+
+def _rank_main(
+    pipe: Connection,
+    function: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    args: tuple[Any, ...],
+    folder: str,
+    timeout_s: float,
+) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), GLOO_SOCKET_IFNAME="lo"
+    )
+    try:
+        torch.set_num_threads(1)
+        torch.distributed.init_process_group(
+            "gloo",
+            init_method=f"file://{Path(folder) / 'rendezvous'}",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout_s + 30),  # the parent speaks first
+        )
+        message = {"result": function(*args)}
+        torch.distributed.barrier()
+    except BaseException:
+        message = {"error": traceback.format_exc()}
+    buffer = io.BytesIO()
+    torch.save(message, buffer)
+    pipe.send_bytes(buffer.getvalue())
+    pipe.close()
