@@ -1,8 +1,9 @@
 """Run a function on N gloo processes and hand back what each rank returned.
 
-Ranks are forked from a server that has imported torch and megatron-core once, so that a test pays milliseconds
-instead of seconds for each rank. The function must be importable (module level of a test file); its arguments
-travel by pickle, its result by ``torch.save`` (tensors, numbers, strings, and dicts, lists and tuples of them).
+Ranks are forked from a server that has imported torch and megatron-core once, so that a test pays
+milliseconds instead of seconds for each rank. The function must be importable (module level of a
+test file); its arguments travel by pickle, its result by ``torch.save`` (tensors, numbers, strings,
+and dicts, lists and tuples of them).
 """
 
 import io
@@ -11,7 +12,7 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -33,12 +34,13 @@ def run_ranks(
 ) -> list[Any]:
     """Call ``function(*args)`` on ``world_size`` processes with gloo up; results in rank order.
 
-    Every rank has one thread and a default process group (rank and size from ``torch.distributed``); the host
-    adaptation and megatron's parallel state are the function's own business.
+    Every rank has one thread and a default process group (rank and size from
+    ``torch.distributed``); the host adaptation and megatron's parallel state are the function's own
+    business.
 
     Raises:
-        RankFailed: with the first failing rank's traceback, or the ranks still running after ``timeout_s``.
-            No process is left behind.
+        RankFailed: with the first failing rank's traceback, or the ranks still running after
+            ``timeout_s``. No process is left behind.
     """
     deadline = time.monotonic() + timeout_s
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
@@ -63,7 +65,9 @@ def run_ranks(
                 pipe.close()
 
 
-def _collect(pipes: list[Connection], processes: list[BaseProcess], deadline: float) -> list[Any]:
+def _collect(
+    pipes: list[Connection], processes: Sequence[BaseProcess], deadline: float
+) -> list[Any]:
     results: dict[int, Any] = {}
     while len(results) < len(pipes):
         waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
