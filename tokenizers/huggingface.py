@@ -1,0 +1,94 @@
+"""HuggingFace tokenizers: a ``tokenizer.json`` through the ``tokenizers`` library."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from moetron.tokenizers.interface import (
+    Tokenizer,
+    TokenizerError,
+    fingerprint_of,
+    require_encodable,
+)
+
+END_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>")
+PAD_TOKENS = ("<pad>", "<|padding|>", "[PAD]", "<|pad|>")
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A ``tokenizer.json``; ``tokenizer_config.json`` beside it may name the end and pad tokens.
+
+    Special tokens written out in a text become their ids, as in HuggingFace's own use.
+    """
+
+    kind = "huggingface"
+
+    def __init__(self, path: Path) -> None:
+        described = _read_json(path)
+        try:
+            model = tokenizers.Tokenizer.from_str(json.dumps(described))
+        except Exception as error:  # the library raises bare Exception
+            raise TokenizerError(f"tokenizer {path}: not a tokenizer.json ({error})") from None
+        model.no_truncation()
+        model.no_padding()
+        config_path = path.with_name("tokenizer_config.json")
+        config = _read_json(config_path) if config_path.is_file() else {}
+        eod = _special(model, config, "eos_token", END_TOKENS)
+        if eod is None:
+            raise TokenizerError(
+                f"tokenizer {path}: none of {', '.join(END_TOKENS)} is in its vocabulary to end "
+                'documents with; put {"eos_token": "..."} into tokenizer_config.json beside it'
+            )
+        pad = _special(model, config, "pad_token", PAD_TOKENS)
+        self._model = model
+        self.name = path.parent.name if path.name == "tokenizer.json" else path.name
+        self.vocab_size = max(model.get_vocab(with_added_tokens=True).values()) + 1
+        self.eod = eod
+        self.pad = eod if pad is None else pad
+        self.sentinels = tuple(_sentinels(model))
+        described.update(truncation=None, padding=None, eod=eod)
+        canonical = json.dumps(described, sort_keys=True, separators=(",", ":"))
+        self.fingerprint = fingerprint_of(self.kind, canonical.encode())
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text; threads as RAYON_NUM_THREADS and TOKENIZERS_PARALLELISM say."""
+        require_encodable(texts)
+        batch = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in batch]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids without special tokens."""
+        return self._model.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TokenizerError(f"tokenizer {path}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise TokenizerError(f"tokenizer {path}: not a JSON object")
+    return content
+
+
+def _special(
+    model: tokenizers.Tokenizer, config: dict[str, Any], key: str, usual: Sequence[str]
+) -> int | None:
+    """Id of the token that the configuration names under ``key``, else of the first usual one."""
+    named = config.get(key)
+    text = named.get("content") if isinstance(named, dict) else named
+    candidates = [text] if text is not None else usual
+    ids = [model.token_to_id(candidate) for candidate in candidates]
+    return next((i for i in ids if i is not None), None)
+
+
+def _sentinels(model: tokenizers.Tokenizer) -> list[int]:
+    """Ids of ``<extra_id_0>``, ``<extra_id_1>``, ... as far as the vocabulary has them."""
+    found: list[int] = []
+    while (number := model.token_to_id(f"<extra_id_{len(found)}>")) is not None:
+        found.append(number)
+    return found

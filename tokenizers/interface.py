@@ -1,0 +1,61 @@
+"""What the rest of Moetron asks of a tokenizer."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+
+class TokenizerError(ValueError):
+    """A tokenizer cannot be read, trained or used as asked: the user's to mend."""
+
+
+class Tokenizer(ABC):
+    """Text to token ids and back; no document markers are added on the way.
+
+    The ids of a document are those of its text alone; who writes documents one after the other
+    appends ``eod`` to each. Text without lone surrogates is the only input (``TokenizerError``).
+    """
+
+    kind: str
+    """Which implementation reads the file: ``sentencepiece``, ``huggingface`` or ``bytes``."""
+    name: str
+    """For people: the file's or folder's name."""
+    vocab_size: int
+    """Ids are below this; the padding that the file itself holds is included."""
+    eod: int
+    """Id that ends a document."""
+    pad: int
+    """Id that fills up a sample; equal to ``eod`` where the file names none."""
+    sentinels: tuple[int, ...]
+    """Ids of ``<extra_id_0>``, ``<extra_id_1>``, ... in this order; empty where there are none."""
+    fingerprint: str
+    """64 hexadecimal digits: equal fingerprints give equal ids."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one text."""
+        return self.encode_batch([text])[0]
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of many texts: the library's batch call, on one thread where it lets us choose."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; markers such as ``eod`` are dropped, broken UTF-8 becomes U+FFFD."""
+
+
+def fingerprint_of(kind: str, content: bytes) -> str:
+    """SHA-256 over the kind and the canonical content of a tokenizer's file, in hexadecimal."""
+    return hashlib.sha256(kind.encode() + b"\n" + content).hexdigest()
+
+
+def require_encodable(texts: Sequence[str]) -> None:
+    """Refuse text that UTF-8 cannot hold (a lone surrogate), naming text and position."""
+    for number, text in enumerate(texts):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise TokenizerError(
+                f"text {number} of the batch holds the lone surrogate {text[error.start]!r} at "
+                f"character {error.start}; decode its source with errors='replace'"
+            ) from None

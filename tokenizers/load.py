@@ -1,0 +1,43 @@
+"""From what ``--tokenizer-model`` says to a tokenizer."""
+
+from pathlib import Path
+
+from moetron.tokenizers.byte_level import ByteTokenizer
+from moetron.tokenizers.huggingface import HuggingFaceTokenizer
+from moetron.tokenizers.interface import Tokenizer, TokenizerError
+from moetron.tokenizers.umt5 import SentencePieceTokenizer
+
+FOLDER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model")
+FORMS = "a SentencePiece .model file, a HuggingFace tokenizer.json (or its folder), or 'bytes'"
+
+
+def load_tokenizer(source: str | Path) -> Tokenizer:
+    """The tokenizer of a ``.model`` file, a ``tokenizer.json``, a folder with one, or ``bytes``.
+
+    Raises:
+        TokenizerError: nothing is there, or it is not what its name says.
+    """
+    if str(source) == "bytes":
+        return ByteTokenizer()
+    path = Path(source).expanduser()
+    if path.is_dir():
+        path = _file_of(path)
+    if not path.is_file():
+        raise TokenizerError(f"tokenizer {source}: no such file or folder; give {FORMS}")
+    if path.suffix == ".json":
+        return HuggingFaceTokenizer(path)
+    if path.suffix == ".model":
+        return SentencePieceTokenizer(path)
+    raise TokenizerError(f"tokenizer {source}: its name ends with {path.suffix!r}; give {FORMS}")
+
+
+def _file_of(folder: Path) -> Path:
+    """The file of a folder that holds one tokenizer."""
+    for name in FOLDER_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    models = sorted(folder.glob("*.model"))
+    if len(models) == 1:
+        return models[0]
+    found = f"{len(models)} .model files" if models else "no tokenizer"
+    raise TokenizerError(f"tokenizer folder {folder}: {found} in it; name the file: {FORMS}")

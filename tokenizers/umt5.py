@@ -1,0 +1,74 @@
+"""SentencePiece models: umT5's kind and any other ``.model`` file."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import sentencepiece
+
+from moetron.tokenizers.interface import (
+    Tokenizer,
+    TokenizerError,
+    fingerprint_of,
+    require_encodable,
+)
+
+SPACE_MARKER = "\u2581"
+"""How a SentencePiece model writes a space, so that it cannot write this character itself."""
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece ``.model`` file; lossless when trained as ``moetron.tokenizers.train`` does.
+
+    U+2581 in a text, which SentencePiece would give back as a space, is encoded as its three bytes
+    where the model has byte pieces.
+    """
+
+    kind = "sentencepiece"
+
+    def __init__(self, path: Path) -> None:
+        content = path.read_bytes()
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
+        except RuntimeError as error:
+            raise TokenizerError(f"tokenizer {path}: not a SentencePiece model ({error})") from None
+        model = self._model
+        if model.eos_id() < 0:
+            raise TokenizerError(
+                f"tokenizer {path}: it has no end-of-sentence piece to end documents with; "
+                "train it with eos_id set"
+            )
+        self.name = path.name
+        self.vocab_size = model.get_piece_size()
+        self.eod = model.eos_id()
+        self.pad = model.pad_id() if model.pad_id() >= 0 else self.eod
+        self.sentinels = tuple(_sentinels(model))
+        self.fingerprint = fingerprint_of(self.kind, content)
+        marker_ids = [model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARKER.encode()]
+        self._marker_ids = marker_ids if all(map(model.is_byte, marker_ids)) else None
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, on one thread."""
+        require_encodable(texts)
+        ids = self._model.encode(list(texts), num_threads=1)
+        if self._marker_ids is not None:
+            for number, text in enumerate(texts):
+                if SPACE_MARKER in text:
+                    ids[number] = self._encode_around_markers(text, self._marker_ids)
+        return ids
+
+    def _encode_around_markers(self, text: str, marker_ids: list[int]) -> list[int]:
+        """Ids of a text that holds U+2581: its parts, and the marker's bytes between them."""
+        first, *others = self._model.encode(text.split(SPACE_MARKER), num_threads=1)
+        return first + [i for part in others for i in (*marker_ids, *part)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; control pieces are dropped, sentinels are written out."""
+        return self._model.decode([int(i) for i in ids])
+
+
+def _sentinels(model: sentencepiece.SentencePieceProcessor) -> list[int]:
+    """Ids of ``<extra_id_0>``, ``<extra_id_1>``, ... as far as the model has them."""
+    found: list[int] = []
+    while (number := model.piece_to_id(f"<extra_id_{len(found)}>")) != model.unk_id():
+        found.append(number)
+    return found
