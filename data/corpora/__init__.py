@@ -1,0 +1,1 @@
+"""Real text for the quick start and the examples: collected where it lies, never committed."""

@@ -1,0 +1,43 @@
+"""How well a tokenizer fits a text: bytes per token and tokens per word."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from moetron.tokenizers.interface import Tokenizer
+
+MEASURED_CHARACTERS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Fertility:
+    """Of one source; a word is what white space separates."""
+
+    bytes_per_token: float
+    tokens_per_word: float
+
+
+def measure(tokenizer: Tokenizer, texts: Sequence[str]) -> Fertility:
+    """Fertility on the first million characters or so of the texts."""
+    measured: list[str] = []
+    characters = 0
+    for text in texts:
+        if characters >= MEASURED_CHARACTERS:
+            break
+        measured.append(text)
+        characters += len(text)
+    tokens = max(1, sum(map(len, tokenizer.encode_batch(measured))))
+    return Fertility(
+        bytes_per_token=sum(len(text.encode()) for text in measured) / tokens,
+        tokens_per_word=tokens / max(1, sum(len(text.split()) for text in measured)),
+    )
+
+
+def table(by_source: Mapping[str, Fertility]) -> str:
+    """Lines for people: one source each."""
+    width = max([len("source"), *map(len, by_source)])
+    lines = [f"{'source':<{width}}  bytes/token  tokens/word"]
+    for source, found in by_source.items():
+        lines.append(
+            f"{source:<{width}}  {found.bytes_per_token:>11.2f}  {found.tokens_per_word:>11.2f}"
+        )
+    return "\n".join(lines)

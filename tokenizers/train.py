@@ -1,0 +1,123 @@
+"""Training umT5's kind of tokenizer: a SentencePiece unigram model that loses nothing.
+
+Byte fallback, no normalisation, no dummy prefix and no folding of spaces, so that any text comes
+back as it was. Ids: pad 0, eos 1, ``<s>`` 2, unk 3, then white space and bytes, then the learned
+pieces, then the sentinels of which ``<extra_id_0>`` is the highest, then unused rows up to a
+multiple of 128 (umT5: 256,000 pieces + 300 sentinels = 256,300, padded to 256,384).
+"""
+
+import importlib
+import io
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import sentencepiece
+
+from moetron.tokenizers.interface import TokenizerError
+from moetron.tokenizers.umt5 import SPACE_MARKER
+
+model_pb2: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")  # untyped
+
+SPACE_RUNS = (*range(2, 17), 20, 24, 28, 32)
+LINE_ENDS_AND_TABS = ("\n", "\n\n", "\n\n\n", "\t", "\t\t", "\t\t\t", "\t\t\t\t")
+WHITE_SPACE = (*LINE_ENDS_AND_TABS, *(SPACE_MARKER * length for length in SPACE_RUNS))
+"""Pieces of their own: SentencePiece trains on lines and would never learn them."""
+
+SENTENCE_CHARACTERS = 1024
+THREADS = 4
+"""Fixed, whatever the machine: the order of SentencePiece's sums follows the number of threads."""
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What to train."""
+
+    vocab_size: int
+    """Pieces and sentinels together, before padding."""
+    sentinels: int = 100
+    """How many ``<extra_id_i>``."""
+    padding_multiple: int = 128
+    """The file gets unused pieces up to a multiple of this."""
+    character_coverage: float = 0.9995
+    """Share of the text's characters that get a piece; the others fall back to bytes."""
+    split_digits: bool = False
+    """Every digit is a piece of its own."""
+    pieces_span_words: bool = False
+    """A piece may run over spaces, as umT5's do (slower to train)."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with these options, one line each."""
+        least = 4 + 256 + len(WHITE_SPACE) + self.sentinels + 100
+        found = []
+        if self.sentinels < 0:
+            found.append(f"sentinels {self.sentinels}: give 0 or more")
+        if self.vocab_size < least:
+            found.append(
+                f"vocab_size {self.vocab_size}: bytes, white space and {self.sentinels} sentinels "
+                f"leave too few pieces to learn; give at least {least}"
+            )
+        if not 0.9 <= self.character_coverage <= 1:
+            found.append(f"character_coverage {self.character_coverage}: give 0.9 to 1")
+        return found
+
+
+def train(texts: Iterable[str], options: TrainingOptions) -> bytes:
+    """Train on all the texts, held in memory by SentencePiece; the bytes of a ``.model`` file.
+
+    Same texts in the same order, options and library version give the same bytes.
+
+    Raises:
+        TokenizerError: the options are wrong, or the text cannot fill the vocabulary.
+    """
+    if problems := options.problems():
+        raise TokenizerError("; ".join(problems))
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_sentences(texts),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=options.vocab_size - options.sentinels,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            split_digits=options.split_digits,
+            split_by_whitespace=not options.pieces_span_words,
+            character_coverage=options.character_coverage,
+            user_defined_symbols=list(WHITE_SPACE),
+            pad_id=0,
+            eos_id=1,
+            bos_id=2,
+            unk_id=3,
+            max_sentence_length=4 * SENTENCE_CHARACTERS,
+            num_threads=THREADS,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise TokenizerError(
+            f"SentencePiece cannot train vocab_size {options.vocab_size} on this text; give more "
+            f"text or a smaller vocabulary ({str(error).strip()})"
+        ) from None
+    return append_pieces(model.getvalue(), options.sentinels, options.padding_multiple)
+
+
+def append_pieces(model: bytes, sentinels: int, multiple: int) -> bytes:
+    """Add ``<extra_id_i>`` (the first highest), then unused pieces up to a multiple, at the top."""
+    proto = model_pb2.ModelProto.FromString(model)
+    kinds = model_pb2.ModelProto.SentencePiece
+    for number in reversed(range(sentinels)):
+        proto.pieces.add(piece=f"<extra_id_{number}>", score=0.0, type=kinds.USER_DEFINED)
+    for number in range(-len(proto.pieces) % multiple):
+        proto.pieces.add(piece=f"<unused_{number}>", score=0.0, type=kinds.CONTROL)
+    proto.trainer_spec.vocab_size = len(proto.pieces)
+    return proto.SerializeToString(deterministic=True)
+
+
+def _sentences(texts: Iterable[str]) -> Iterator[str]:
+    """Lines, cut where they are longer than SentencePiece takes."""
+    for text in texts:
+        for line in text.split("\n"):
+            for start in range(0, len(line), SENTENCE_CHARACTERS):
+                yield line[start : start + SENTENCE_CHARACTERS]

@@ -1,0 +1,113 @@
+"""Train an umT5-style tokenizer (SentencePiece unigram, byte fallback) on JSONL.
+
+Writes PREFIX.model and PREFIX.json (options, inputs, fingerprint, fertility by source). Run again
+on the same inputs with the same options, it finds them current and does nothing.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from moetron.data.corpora.jsonl import expand, read_texts
+from moetron.data.files import atomic_file, beside
+from moetron.tokenizers.fertility import measure, table
+from moetron.tokenizers.sampling import sample_sources
+from moetron.tokenizers.train import TrainingOptions, train
+from moetron.tokenizers.umt5 import SentencePieceTokenizer
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, metavar="GLOB", help="JSONL files")
+    add("--text-key", default="text", help="key of the text (default: %(default)s)")
+    add("--source-key", default="source", help="key of the source (default: %(default)s)")
+    add("--output", type=Path, required=True, metavar="PREFIX", help="PREFIX.model, PREFIX.json")
+    add("--vocab-size", type=int, default=8192, help="sentinels included (default: %(default)s)")
+    add("--sentinels", type=int, default=100, help="<extra_id_i> pieces (default: %(default)s)")
+    add("--character-coverage", type=float, default=0.9995, help="default: %(default)s")
+    add("--split-digits", action="store_true", help="every digit is a piece of its own")
+    add("--pieces-span-words", action="store_true", help="pieces may run over spaces (umT5)")
+    add("--sample-mb", type=float, default=20, help="characters / 1e6 to train on")
+    add("--unimax", type=float, metavar="N", help="even out sources, none above N epochs")
+    add("--seed", type=int, default=1234, help="of the sample (default: %(default)s)")
+    return parser.parse_args(arguments)
+
+
+def recipe(args: argparse.Namespace, options: TrainingOptions, paths: list[Path]) -> dict[str, Any]:
+    """All that the model is a function of."""
+    stats = [(str(path.resolve()), path.stat()) for path in paths]
+    return {
+        "options": dataclasses.asdict(options),
+        "sentencepiece": version("sentencepiece"),
+        "text_key": args.text_key,
+        "source_key": args.source_key,
+        "sample_mb": args.sample_mb,
+        "unimax": args.unimax,
+        "seed": args.seed,
+        "inputs": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
+    }
+
+
+def is_current(prefix: Path, made_from: dict[str, Any]) -> bool:
+    """Whether PREFIX.model was made by this recipe and is intact."""
+    model, sidecar = beside(prefix, ".model"), beside(prefix, ".json")
+    if not (model.is_file() and sidecar.is_file()):
+        return False
+    said = json.loads(sidecar.read_text(encoding="utf-8"))
+    intact = said.get("sha256") == hashlib.sha256(model.read_bytes()).hexdigest()
+    return intact and said.get("made_from") == made_from
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Sample, train, measure, write."""
+    args = parse(arguments)
+    fields = {field.name for field in dataclasses.fields(TrainingOptions)}
+    options = TrainingOptions(**{k: v for k, v in vars(args).items() if k in fields})
+    paths = expand(args.input)
+    made_from = recipe(args, options, paths)
+    model_path = beside(args.output, ".model")
+    if is_current(args.output, made_from):
+        print(f"{model_path} is current")
+        return 0
+    started = time.monotonic()
+    budget = round(args.sample_mb * 1e6)
+    sample = sample_sources(
+        lambda: read_texts(paths, args.text_key, args.source_key), budget, args.unimax, args.seed
+    )
+    drawn = sum(len(block) for found in sample.values() for block in found)
+    print(f"training {options.vocab_size} pieces on {drawn / 1e6:.1f} M characters ...", flush=True)
+    model = train((block for found in sample.values() for block in found), options)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(model_path) as file:
+        file.write(model)
+    tokenizer = SentencePieceTokenizer(model_path)
+    fertility = {source: measure(tokenizer, found) for source, found in sample.items()}
+    sidecar = {
+        "kind": tokenizer.kind,
+        "fingerprint": tokenizer.fingerprint,
+        "sha256": hashlib.sha256(model).hexdigest(),
+        "vocab_size": tokenizer.vocab_size,
+        "made_from": made_from,
+        "fertility_on_training_text": {k: dataclasses.asdict(v) for k, v in fertility.items()},
+    }
+    with atomic_file(beside(args.output, ".json")) as file:
+        file.write(json.dumps(sidecar, indent=2, ensure_ascii=False).encode())
+    print(table(fertility))
+    print(f"{model_path}: {tokenizer.vocab_size} ids, {time.monotonic() - started:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:
+        print(f"train_tokenizer: {error}", file=sys.stderr)
+        sys.exit(2)
