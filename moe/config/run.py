@@ -107,6 +107,8 @@ class CheckpointSettings(Group):
     """Checkpoints to keep; unset: all."""
     finetune: bool = False
     """Load the weights alone: step 0, fresh optimizer, fresh data order."""
+    reset_progress: bool = False
+    """Load weights and optimizer, but begin at step 0 with a fresh data order (OLMoE's anneal)."""
     no_load_optim: bool = False
     """Do not load the optimizer's state."""
     no_load_rng: bool = False
@@ -134,4 +136,4 @@ class LoggingSettings(Group):
     wandb_project: str | None = None
     """Weights & Biases project; unset: off."""
     peak_tflops_per_s: PositiveFloat | None = None
-    """Peak of one rank, for MFU; unset: measured by a short GEMM on a CPU, from a table on a GPU."""
+    """Peak of one rank, for MFU; unset: measured by a short GEMM on a CPU, a table on a GPU."""

@@ -1,0 +1,189 @@
+"""From Settings to megatron-core's own configurations. The only module here that imports torch."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from moetron.moe.config import derived
+from moetron.moe.config.model import ModelSettings
+from moetron.moe.config.settings import Settings
+
+padded_vocab_size = derived.padded_vocab_size
+
+
+def params_dtype(settings: Settings) -> torch.dtype:
+    """Number format of parameters, activations and what pipeline stages exchange."""
+    return torch.bfloat16 if settings.precision.bf16 else torch.float32
+
+
+def draw_weight_(weight: torch.Tensor, std: float, cutoff: float | None) -> torch.Tensor:
+    """Fill ``weight`` in place from N(0, std^2), cut at +-``cutoff`` x std if given.
+
+    Drawn in fp32 and rounded: torch's truncated normal is coarse in bf16, and a bf16 run starts
+    from the rounded weights of an fp32 run of the same seed.
+    """
+    drawn = torch.empty_like(weight, dtype=torch.float32)
+    if cutoff is None:
+        torch.nn.init.normal_(drawn, 0.0, std)
+    else:
+        torch.nn.init.trunc_normal_(drawn, 0.0, std, -cutoff * std, cutoff * std)
+    with torch.no_grad():
+        return weight.copy_(drawn)
+
+
+def init_method(model: ModelSettings, std: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The in-place initialiser of a weight with standard deviation ``std``."""
+    cutoff = model.init_method_cutoff if model.init_method == "truncated_normal" else None
+    return functools.partial(draw_weight_, std=std, cutoff=cutoff)
+
+
+def _initialisation(model: ModelSettings) -> dict[str, Any]:
+    scale = math.sqrt(2 * model.num_layers) if model.scaled_output_init else 1.0
+    return {
+        "init_method": init_method(model, model.init_method_std),
+        "init_method_std": model.init_method_std,
+        "embedding_init_method": init_method(model, model.init_method_std),
+        "output_layer_init_method": init_method(model, model.init_method_std / scale),
+        "use_cpu_initialization": False,
+    }
+
+
+def _blocks(model: ModelSettings) -> dict[str, Any]:
+    return {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": derived.query_groups(model),
+        "kv_channels": derived.head_dim(model),
+        "ffn_hidden_size": derived.dense_ffn_size(model),
+        "normalization": model.normalization,
+        "layernorm_epsilon": model.norm_epsilon,
+        "qk_layernorm": model.qk_layernorm,
+        "gated_linear_unit": model.swiglu,
+        "activation_func": F.silu if model.swiglu else F.gelu,
+        "add_bias_linear": model.add_bias_linear,
+        "hidden_dropout": model.hidden_dropout,
+        "attention_dropout": model.attention_dropout,
+        "attention_backend": (
+            AttnBackend.unfused if model.attention_backend == "unfused" else AttnBackend.auto
+        ),
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "cross_entropy_loss_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "cuda_graph_scope": [],
+    }
+
+
+def _experts(settings: Settings) -> dict[str, Any]:
+    """Nothing for a dense model: megatron-core refuses an expert width without experts."""
+    moe = settings.moe
+    if moe.num_experts is None:
+        return {}
+    same_name = (
+        "moe_layer_freq",
+        "moe_router_topk",
+        "moe_router_pre_softmax",
+        "moe_router_score_function",
+        "moe_router_topk_scaling_factor",
+        "moe_router_num_groups",
+        "moe_router_group_topk",
+        "moe_router_enable_expert_bias",
+        "moe_router_bias_update_rate",
+        "moe_router_load_balancing_type",
+        "moe_aux_loss_coeff",
+        "moe_z_loss_coeff",
+        "moe_input_jitter_eps",
+        "moe_expert_capacity_factor",
+        "moe_pad_expert_input_to_capacity",
+        "moe_token_drop_policy",
+        "moe_token_dispatcher_type",
+        "moe_grouped_gemm",
+        "moe_shared_expert_intermediate_size",
+        "moe_shared_expert_overlap",
+    )
+    return {
+        "num_moe_experts": moe.num_experts,
+        "moe_ffn_hidden_size": derived.expert_ffn_size(settings),
+        "moe_router_dtype": None if moe.moe_router_dtype == "params" else moe.moe_router_dtype,
+        **{name: getattr(moe, name) for name in same_name},
+    }
+
+
+def _layout(settings: Settings) -> dict[str, Any]:
+    parallel = settings.parallel
+    interleaved = parallel.num_layers_per_virtual_pipeline_stage is not None
+    return {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "sequence_parallel": derived.sequence_parallel(parallel),
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": derived.virtual_pipeline_size(settings),
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": derived.expert_tensor_parallel_size(parallel),
+        "context_parallel_size": parallel.context_parallel_size,
+        # With megatron-core's defaults an interleaved pipeline of two stages batches two sends
+        # between one pair of ranks, which change places: gradients would be silently wrong.
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
+        "deallocate_pipeline_outputs": parallel.pipeline_model_parallel_size > 1,
+        "recompute_granularity": parallel.recompute_granularity,
+        "recompute_method": parallel.recompute_method,
+        "recompute_num_layers": parallel.recompute_num_layers,
+        "recompute_modules": parallel.recompute_modules,
+    }
+
+
+def transformer_config(settings: Settings) -> TransformerConfig:
+    """megatron-core's model configuration; the settings must have passed ``checks.problems``."""
+    dtype = params_dtype(settings)
+    return TransformerConfig(
+        **_blocks(settings.model),
+        **_initialisation(settings.model),
+        **_experts(settings),
+        **_layout(settings),
+        bf16=settings.precision.bf16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        calculate_per_token_loss=settings.training.calculate_per_token_loss,
+    )
+
+
+def optimizer_config(settings: Settings) -> OptimizerConfig:
+    """megatron-core's optimizer configuration, without per-parameter overrides of the decay."""
+    optimizer = settings.optimizer
+    return OptimizerConfig(
+        optimizer=optimizer.optimizer,
+        lr=settings.learning_rate.lr,
+        min_lr=settings.learning_rate.min_lr,
+        weight_decay=optimizer.weight_decay,
+        apply_wd_to_qk_layernorm=optimizer.decay_norms_and_biases,
+        adam_beta1=optimizer.adam_beta1,
+        adam_beta2=optimizer.adam_beta2,
+        adam_eps=optimizer.adam_eps,
+        sgd_momentum=optimizer.sgd_momentum,
+        clip_grad=optimizer.clip_grad,
+        bf16=settings.precision.bf16,
+        params_dtype=params_dtype(settings),
+        use_distributed_optimizer=settings.parallel.use_distributed_optimizer,
+        overlap_param_gather=settings.parallel.overlap_param_gather,
+    )
+
+
+def ddp_config(settings: Settings) -> DistributedDataParallelConfig:
+    """Gradient reduction. Finite checks are the training loop's, so megatron-core's are off."""
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=settings.precision.accumulate_allreduce_grads_in_fp32,
+        overlap_grad_reduce=settings.parallel.overlap_grad_reduce,
+        overlap_param_gather=settings.parallel.overlap_param_gather,
+        use_distributed_optimizer=settings.parallel.use_distributed_optimizer,
+        check_for_nan_in_grad=False,
+    )

@@ -1,0 +1,109 @@
+"""What follows from the settings by arithmetic: sizes left unset, layout, batches."""
+
+from moetron.moe.config.model import ModelSettings, ParallelSettings
+from moetron.moe.config.settings import Settings
+
+
+def head_dim(model: ModelSettings) -> int:
+    """Channels of one attention head."""
+    return model.kv_channels or model.hidden_size // model.num_attention_heads
+
+
+def query_groups(model: ModelSettings) -> int:
+    """Key/value heads."""
+    return model.num_query_groups or model.num_attention_heads
+
+
+def dense_ffn_size(model: ModelSettings) -> int:
+    """Width F of a dense FFN."""
+    return model.ffn_hidden_size or 4 * model.hidden_size
+
+
+def expert_ffn_size(settings: Settings) -> int:
+    """Width F of one expert's FFN."""
+    return settings.moe.moe_ffn_hidden_size or dense_ffn_size(settings.model)
+
+
+def moe_layers(settings: Settings) -> list[bool]:
+    """For each layer, whether it has experts; an integer frequency n means layers 0, n, 2n, ..."""
+    layers, frequency = settings.model.num_layers, settings.moe.moe_layer_freq
+    if settings.moe.num_experts is None:
+        return [False] * layers
+    if isinstance(frequency, int):
+        return [layer % frequency == 0 for layer in range(layers)]
+    return [bool(flag) for flag in frequency]
+
+
+def sequence_parallel(parallel: ParallelSettings) -> bool:
+    """Whether norms and dropout are sharded along the sequence."""
+    if parallel.sequence_parallel is None:
+        return parallel.tensor_model_parallel_size > 1
+    return parallel.sequence_parallel
+
+
+def expert_tensor_parallel_size(parallel: ParallelSettings) -> int:
+    """Ranks that share each expert's matrices."""
+    return parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
+
+
+def virtual_pipeline_size(settings: Settings) -> int | None:
+    """Virtual stages of one pipeline rank; None: not interleaved."""
+    layers = settings.parallel.num_layers_per_virtual_pipeline_stage
+    if layers is None:
+        return None
+    return settings.model.num_layers // settings.parallel.pipeline_model_parallel_size // layers
+
+
+def data_parallel_size(parallel: ParallelSettings, world_size: int) -> int:
+    """Ranks that hold different samples (context-parallel ranks hold parts of the same one)."""
+    return world_size // (
+        parallel.tensor_model_parallel_size
+        * parallel.pipeline_model_parallel_size
+        * parallel.context_parallel_size
+    )
+
+
+def expert_data_parallel_size(parallel: ParallelSettings, world_size: int) -> int:
+    """Ranks that hold the same experts."""
+    return world_size // (
+        expert_tensor_parallel_size(parallel)
+        * parallel.expert_model_parallel_size
+        * parallel.pipeline_model_parallel_size
+    )
+
+
+def num_microbatches(settings: Settings, world_size: int) -> int:
+    """Micro-batches a data-parallel rank takes in one step at the full global batch size."""
+    ranks = data_parallel_size(settings.parallel, world_size)
+    return settings.training.global_batch_size // (settings.training.micro_batch_size * ranks)
+
+
+def padded_vocab_size(vocab_size: int, settings: Settings) -> int:
+    """Rows of the embedding: the vocabulary rounded up so that tensor ranks can share it."""
+    multiple = (
+        settings.model.make_vocab_size_divisible_by * settings.parallel.tensor_model_parallel_size
+    )
+    return -(-vocab_size // multiple) * multiple
+
+
+def global_batch_size_at(settings: Settings, consumed_samples: int) -> int:
+    """Samples of the step that follows ``consumed_samples``.
+
+    The ramp is a staircase spread evenly over its samples, as in megatron-core's
+    num_microbatches_calculator.py.
+    """
+    full = settings.training.global_batch_size
+    if settings.training.rampup_batch_size is None:
+        return full
+    start, increment, ramp_samples = settings.training.rampup_batch_size
+    stairs = max((full - start) // increment, 0)
+    return start + increment * min(consumed_samples * stairs // ramp_samples, stairs)
+
+
+def total_samples(settings: Settings) -> int:
+    """Samples of the whole run, the batch-size ramp included."""
+    full, seen, step = settings.training.global_batch_size, 0, 0
+    while step < settings.training.train_iters and global_batch_size_at(settings, seen) < full:
+        seen += global_batch_size_at(settings, seen)
+        step += 1
+    return seen + (settings.training.train_iters - step) * full

@@ -1,0 +1,118 @@
+"""From the command line to checked settings."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from moetron.moe.config import checks, flags, recipe
+from moetron.moe.config.errors import ConfigError
+from moetron.moe.config.field import flag_name
+from moetron.moe.config.settings import Settings
+from moetron.moe.config.validate import validate
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the user asked for."""
+
+    settings: Settings
+    config: Path | None
+    """The recipe that was read."""
+    dry_run: bool
+    """Check and plan only."""
+    world_size: int
+    """Ranks: --world-size in a dry run, else torchrun's, else 1."""
+    rank: int
+    """This rank: --rank in a dry run, else torchrun's, else 0."""
+
+
+def has_transformer_engine() -> bool:
+    """Whether Transformer Engine is installed, found without importing it."""
+    try:
+        metadata.version("transformer-engine")
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def has_cuda() -> bool:
+    """Whether an NVIDIA driver is loaded and not hidden, found without importing torch."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "unset").strip() in ("", "-1")
+    return Path("/proc/driver/nvidia/version").exists() and not hidden
+
+
+def load(argv: Sequence[str]) -> Command:
+    """Read flags and recipe, validate them together and check them against each other.
+
+    Raises ConfigError with all problems at once. ``--help`` prints and exits.
+    """
+    given = flags.parse(argv)
+    problems = list(given.problems)
+    dry_run = bool(given.options.get("dry_run", False))
+    world_size, rank = _ranks(given.options, dry_run, problems)
+    config = Path(given.options["config"]) if "config" in given.options else None
+    tree: dict[str, dict[str, Any]] = {}
+    if config is not None:
+        try:
+            tree = recipe.read(config)
+        except ConfigError as error:
+            raise ConfigError([*problems, *error.problems]) from error
+    settings, invalid, faulty = validate(_merge(tree, given.settings))
+    problems += invalid
+    if settings is not None:
+        problems += _without(faulty, _cross_checks(settings, world_size, dry_run))
+    if problems or settings is None:
+        raise ConfigError(problems)
+    return Command(settings, config, dry_run, world_size, rank)
+
+
+def _merge(
+    recipe_tree: Mapping[str, Mapping[str, Any]], flag_tree: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Flags win over the recipe."""
+    groups = [*recipe_tree, *(group for group in flag_tree if group not in recipe_tree)]
+    return {group: {**recipe_tree.get(group, {}), **flag_tree.get(group, {})} for group in groups}
+
+
+def _ranks(options: Mapping[str, Any], dry_run: bool, problems: list[str]) -> tuple[int, int]:
+    """(world size, rank), with what is wrong about them appended to ``problems``."""
+    values = {"world_size": 1, "rank": 0}
+    for name, lowest in (("world_size", 1), ("rank", 0)):
+        if name in options and not dry_run:
+            problems.append(f"{flag_name(name)} needs --dry-run: torchrun sets it in a real run")
+        text = str(options.get(name, os.environ.get(name.upper(), values[name])))
+        if text.isdecimal() and int(text) >= lowest:
+            values[name] = int(text)
+        else:
+            problems.append(f"{flag_name(name)} {text}: must be an integer >= {lowest}")
+    if values["rank"] >= values["world_size"]:
+        problems.append(
+            f"--rank {values['rank']} must be below --world-size {values['world_size']}"
+        )
+    return values["world_size"], values["rank"]
+
+
+def _cross_checks(settings: Settings, world_size: int, dry_run: bool) -> list[str]:
+    """Rules over several settings; in a real run also the paths and the device of this host."""
+    device = settings.parallel.device
+    here = "cuda" if has_cuda() else "cpu"
+    found = checks.problems(
+        settings,
+        world_size,
+        device=here if device == "auto" else device,
+        te=has_transformer_engine(),
+    )
+    if not dry_run:
+        found += checks.file_problems(settings)
+        if device == "cuda" and here == "cpu":
+            found.append("--device cuda: no CUDA device on this host; use --device cpu or auto")
+    return found
+
+
+def _without(faulty: set[str], found: list[str]) -> list[str]:
+    """Drop cross-check lines that rest on a faulty field's stand-in default."""
+    names = {flag_name(name) for name in faulty}
+    return [line for line in found if not names & set(line.replace(":", " ").split())]

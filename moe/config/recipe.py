@@ -1,0 +1,77 @@
+"""Recipes: settings as a YAML file, one section a group, field names as keys."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moetron.moe.config.errors import ConfigError
+from moetron.moe.config.settings import Settings
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice instead of keeping the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {key!r} is not text", problem_mark=key_node.start_mark
+                )
+            if key in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {key!r} is given twice", problem_mark=key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    """Group -> field -> value, unchecked beyond YAML itself.
+
+    Raises ConfigError, with the line where there is one, for a file that cannot be read or is not a
+    mapping of mappings.
+    """
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise ConfigError([f"--config {path}: {error.strerror or error}"]) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"--config {path}: not a UTF-8 text file"]) from error
+    except yaml.YAMLError as error:
+        raise ConfigError([f"--config {path}: {_yaml_problem(error)}"]) from error
+    if not isinstance(tree, dict) or not tree:
+        raise ConfigError([f"--config {path}: must hold sections such as `model:`"])
+    wrong = [name for name, section in tree.items() if not isinstance(section, dict | None)]
+    if wrong:
+        raise ConfigError(
+            [f"--config {path}: `{name}` must hold keys and values, indented" for name in wrong]
+        )
+    return {name: dict(section or {}) for name, section in tree.items()}
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    """A YAML error in one line, with its place."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+    return " ".join(str(error).split())
+
+
+def dump(settings: Settings) -> str:
+    """All settings as a recipe; reading it back gives equal settings."""
+    tree = settings.model_dump(mode="json")
+    return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, allow_unicode=True)
+
+
+def write(settings: Settings, path: Path) -> None:
+    """Write ``dump(settings)`` atomically."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(dump(settings))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

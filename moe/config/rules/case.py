@@ -1,0 +1,69 @@
+"""What every cross-check looks at, and the words it answers with."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from moetron.moe.config.field import flag_name
+from moetron.moe.config.settings import Settings, fields
+
+_HOME = {name: group for group, name, _ in fields()}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Settings, and where they are to run."""
+
+    settings: Settings
+    world_size: int
+    """Ranks of the whole job."""
+    device: str
+    """'cpu' or 'cuda'."""
+    te: bool
+    """Whether Transformer Engine is installed."""
+
+    @property
+    def local(self) -> bool:
+        """Whether layers come from our own modules rather than Transformer Engine's."""
+        chosen = self.settings.model.transformer_impl
+        return chosen == "local" or (chosen == "auto" and not (self.te and self.device == "cuda"))
+
+    def said(self, *names: str) -> str:
+        """``--flag value`` of the named settings, joined by 'and'."""
+        return " and ".join(self._one(name) for name in names)
+
+    def _one(self, name: str) -> str:
+        value = getattr(getattr(self.settings, _HOME[name]), name)
+        return _flag_text(name, value)
+
+
+def _flag_text(name: str, value: Any) -> str:
+    if value is None or value is True:
+        return flag_name(name)
+    if value is False:
+        return f"{flag_name(name)} (off)"
+    items = value if isinstance(value, list | tuple) else [value]
+    return " ".join([flag_name(name), *map(str, items)])
+
+
+def nearest_multiples(number: int, unit: int) -> str:
+    """The multiples of ``unit`` on both sides of ``number``: ``8 or 12``."""
+    below = number // unit * unit
+    return f"{below} or {below + unit}" if below else str(unit)
+
+
+def nearest_divisors(number: int, near: int) -> str:
+    """The divisors of ``number`` on both sides of ``near``: ``4 or 8``."""
+    below = next(d for d in range(min(near, number), 0, -1) if number % d == 0)
+    above = next((d for d in range(near, number + 1) if number % d == 0), below)
+    return f"{below} or {above}" if above != below else str(below)
+
+
+def not_multiple(case: Case, name: str, number: int, unit_name: str, unit: int) -> Iterator[str]:
+    """A line if setting ``name`` (worth ``number``) is no multiple of ``unit_name`` (``unit``)."""
+    if number % unit:
+        yield (
+            f"{flag_name(name)} {number} is not a multiple of {flag_name(unit_name)} {unit}: "
+            f"use {flag_name(name)} {nearest_multiples(number, unit)}, "
+            f"or {flag_name(unit_name)} {nearest_divisors(number, unit)}"
+        )

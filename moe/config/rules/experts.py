@@ -1,0 +1,181 @@
+"""Experts, routing, capacity and dispatch."""
+
+from collections.abc import Iterator
+
+from moetron.moe.config.field import flag_name
+from moetron.moe.config.model import MoESettings
+from moetron.moe.config.rules.case import Case, nearest_divisors, not_multiple
+
+_NEED_EXPERTS = (
+    "moe_ffn_hidden_size",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
+    "moe_z_loss_coeff",
+    "moe_input_jitter_eps",
+    "moe_expert_capacity_factor",
+    "moe_shared_expert_intermediate_size",
+    "moe_router_topk_scaling_factor",
+)
+
+
+def presence(case: Case) -> Iterator[str]:
+    """Expert settings in a dense model; which layers have experts."""
+    moe, layers = case.settings.moe, case.settings.model.num_layers
+    if moe.num_experts is None:
+        for name in _NEED_EXPERTS:
+            if getattr(moe, name) is not None:
+                yield f"{case.said(name)} needs --num-experts: add it or leave this out"
+        if moe.moe_router_enable_expert_bias:
+            yield "--moe-router-enable-expert-bias needs --num-experts"
+        return
+    if moe.moe_router_topk > moe.num_experts:
+        yield (
+            f"{case.said('moe_router_topk')} exceeds {case.said('num_experts')}: a token visits "
+            f"different experts; use --moe-router-topk {moe.num_experts} or less"
+        )
+    if isinstance(moe.moe_layer_freq, list):
+        if len(moe.moe_layer_freq) != layers:
+            yield (
+                f"--moe-layer-freq lists {len(moe.moe_layer_freq)} layers, but "
+                f"{case.said('num_layers')}: give one 0 or 1 for each layer"
+            )
+        elif not any(moe.moe_layer_freq):
+            yield "--moe-layer-freq gives no layer experts: set a 1, or leave out --num-experts"
+
+
+def parallelism(case: Case) -> Iterator[str]:
+    """How experts are cut over ranks."""
+    moe, parallel = case.settings.moe, case.settings.parallel
+    if moe.num_experts is None:
+        for name in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
+            if (getattr(parallel, name) or 1) > 1:
+                yield f"{case.said(name)} needs --num-experts: add it or use {flag_name(name)} 1"
+        return
+    yield from not_multiple(
+        case,
+        "num_experts",
+        moe.num_experts,
+        "expert_model_parallel_size",
+        parallel.expert_model_parallel_size,
+    )
+    if parallel.tensor_model_parallel_size > 1 and parallel.sequence_parallel is False:
+        yield (
+            f"experts with {case.said('tensor_model_parallel_size')} need sequence parallelism: "
+            "drop --no-sequence-parallel"
+        )
+
+
+def scores(case: Case) -> Iterator[str]:
+    """From logits to weights."""
+    moe = case.settings.moe
+    balance, softmax = (
+        moe.moe_router_load_balancing_type,
+        moe.moe_router_score_function == "softmax",
+    )
+    if moe.num_experts is None:
+        return
+    one = moe.moe_router_topk == 1 and softmax and balance != "sinkhorn"
+    if one and not moe.moe_router_pre_softmax:
+        yield (
+            "--moe-router-topk 1 needs --moe-router-pre-softmax: the softmax over one winner is 1 "
+            "and gives the router no gradient"
+        )
+    if moe.moe_router_pre_softmax and not softmax:
+        yield "--moe-router-pre-softmax needs --moe-router-score-function softmax"
+    if moe.moe_router_enable_expert_bias and softmax:
+        yield "--moe-router-enable-expert-bias needs --moe-router-score-function sigmoid"
+    if balance == "sinkhorn" and moe.moe_aux_loss_coeff:
+        yield (
+            f"--moe-router-load-balancing-type sinkhorn has no balance loss, but "
+            f"{case.said('moe_aux_loss_coeff')}: set it to 0"
+        )
+    if balance == "none" and moe.moe_aux_loss_coeff:
+        yield (
+            f"{case.said('moe_aux_loss_coeff')} has no effect with "
+            "--moe-router-load-balancing-type none: choose aux_loss or set it to 0"
+        )
+    if balance == "sinkhorn" and moe.moe_router_num_groups:
+        yield (
+            "--moe-router-load-balancing-type sinkhorn knows no groups: "
+            "drop --moe-router-num-groups and --moe-router-group-topk"
+        )
+
+
+def groups(case: Case) -> Iterator[str]:
+    """Group-limited routing."""
+    moe = case.settings.moe
+    experts, count, chosen = moe.num_experts, moe.moe_router_num_groups, moe.moe_router_group_topk
+    if (count is None) != (chosen is None):
+        yield "--moe-router-num-groups and --moe-router-group-topk go together: give both, or none"
+    if experts is None or count is None or chosen is None:
+        return
+    yield from not_multiple(case, "num_experts", experts, "moe_router_num_groups", count)
+    if chosen > count:
+        yield (
+            f"{case.said('moe_router_group_topk')} exceeds {case.said('moe_router_num_groups')}: "
+            f"use {count} or less"
+        )
+    if moe.moe_router_topk % chosen:
+        yield (
+            f"{case.said('moe_router_topk')} must share out evenly over "
+            f"{case.said('moe_router_group_topk')}: use --moe-router-group-topk "
+            f"{nearest_divisors(moe.moe_router_topk, chosen)}"
+        )
+    elif experts % count == 0 and moe.moe_router_topk > chosen * (experts // count):
+        yield (
+            f"{case.said('moe_router_topk')} exceeds the {chosen * (experts // count)} experts of "
+            f"{chosen} groups: raise --moe-router-group-topk"
+        )
+
+
+def capacity(case: Case) -> Iterator[str]:
+    """Limited expert capacity and what it drops."""
+    moe = case.settings.moe
+    limited = moe.moe_expert_capacity_factor is not None
+    if moe.moe_pad_expert_input_to_capacity and not limited:
+        yield "--moe-pad-expert-input-to-capacity needs --moe-expert-capacity-factor"
+    if limited and moe.moe_router_load_balancing_type == "sinkhorn":
+        yield (
+            f"{case.said('moe_expert_capacity_factor')} cannot go with "
+            "--moe-router-load-balancing-type sinkhorn: choose aux_loss or leave the factor out"
+        )
+    if moe.moe_token_drop_policy == "position":
+        yield (
+            "--moe-token-drop-policy position keeps the wrong tokens in megatron-core 0.16.1 "
+            "(a top-k over ties): use probs"
+        )
+
+
+def dispatch(case: Case) -> Iterator[str]:
+    """The token dispatcher and the overlap it allows."""
+    moe, parallel = case.settings.moe, case.settings.parallel
+    if moe.num_experts is None:
+        return
+    if moe.moe_token_dispatcher_type == "flex":
+        yield from _flex(case, moe)
+    if not moe.moe_shared_expert_overlap:
+        return
+    if moe.moe_shared_expert_intermediate_size is None:
+        yield "--moe-shared-expert-overlap needs --moe-shared-expert-intermediate-size"
+    if moe.moe_token_dispatcher_type != "alltoall":
+        yield "--moe-shared-expert-overlap needs --moe-token-dispatcher-type alltoall"
+    if case.device == "cpu":
+        yield "--moe-shared-expert-overlap needs a CUDA device: drop it"
+    if parallel.sequence_parallel is False and parallel.tensor_model_parallel_size > 1:
+        yield "--moe-shared-expert-overlap needs --sequence-parallel"
+
+
+def _flex(case: Case, moe: MoESettings) -> Iterator[str]:
+    parallel = case.settings.parallel
+    if case.device == "cpu":
+        yield "--moe-token-dispatcher-type flex needs a CUDA device: use alltoall"
+    if parallel.tensor_model_parallel_size * parallel.expert_model_parallel_size == 1:
+        yield (
+            "--moe-token-dispatcher-type flex needs --expert-model-parallel-size (or "
+            "--tensor-model-parallel-size) above 1: use alltoall"
+        )
+    if moe.moe_pad_expert_input_to_capacity:
+        yield "--moe-pad-expert-input-to-capacity needs --moe-token-dispatcher-type alltoall"
+
+
+RULES = (presence, parallelism, scores, groups, capacity, dispatch)

@@ -1,0 +1,179 @@
+"""How the model is cut over the ranks, and whether the batch can be."""
+
+from collections.abc import Iterator
+
+from moetron.moe.config.derived import (
+    expert_tensor_parallel_size,
+    num_microbatches,
+    query_groups,
+    sequence_parallel,
+)
+from moetron.moe.config.rules.case import Case, nearest_divisors, nearest_multiples, not_multiple
+
+
+def tensor(case: Case) -> Iterator[str]:
+    """Tensor and sequence parallelism."""
+    settings = case.settings
+    model, size = settings.model, settings.parallel.tensor_model_parallel_size
+    for name, number in (
+        ("num_attention_heads", model.num_attention_heads),
+        ("num_query_groups", query_groups(model)),
+        ("ffn_hidden_size", model.ffn_hidden_size or size),
+        ("moe_ffn_hidden_size", _expert_width(case)),
+        ("moe_shared_expert_intermediate_size", settings.moe.moe_shared_expert_intermediate_size),
+    ):
+        cut = expert_tensor_parallel_size(settings.parallel) if name.startswith("moe_ffn") else size
+        cut_name = (
+            "expert_tensor_parallel_size"
+            if name.startswith("moe_ffn") and settings.parallel.expert_tensor_parallel_size
+            else "tensor_model_parallel_size"
+        )
+        if number is not None and (name != "num_query_groups" or model.num_query_groups):
+            yield from not_multiple(case, name, number, cut_name, cut)
+    if size == 1 and settings.parallel.sequence_parallel:
+        yield "--sequence-parallel needs --tensor-model-parallel-size above 1: drop it"
+
+
+def _expert_width(case: Case) -> int | None:
+    return case.settings.moe.moe_ffn_hidden_size if case.settings.moe.num_experts else None
+
+
+def sequence(case: Case) -> Iterator[str]:
+    """The sequence length, where it is cut."""
+    parallel, length = case.settings.parallel, case.settings.model.seq_length
+    context, tensor_size = parallel.context_parallel_size, parallel.tensor_model_parallel_size
+    if context > 1 and length % (2 * context):
+        yield (
+            f"{case.said('seq_length')} must be a multiple of 2 x "
+            f"{case.said('context_parallel_size')}: use --seq-length "
+            f"{nearest_multiples(length, 2 * context)}"
+        )
+    if sequence_parallel(parallel) and (length // context) % tensor_size:
+        yield (
+            f"{case.said('seq_length')} must be a multiple of "
+            f"{case.said('tensor_model_parallel_size')} (x --context-parallel-size) with sequence "
+            f"parallelism: use --seq-length {nearest_multiples(length, tensor_size * context)}"
+        )
+
+
+def pipeline(case: Case) -> Iterator[str]:
+    """Pipeline stages and their interleaving."""
+    parallel, layers = case.settings.parallel, case.settings.model.num_layers
+    stages, chunk = (
+        parallel.pipeline_model_parallel_size,
+        parallel.num_layers_per_virtual_pipeline_stage,
+    )
+    yield from not_multiple(case, "num_layers", layers, "pipeline_model_parallel_size", stages)
+    if chunk is None:
+        return
+    if stages == 1:
+        yield (
+            f"{case.said('num_layers_per_virtual_pipeline_stage')} needs "
+            "--pipeline-model-parallel-size above 1: leave it out"
+        )
+    elif layers % stages == 0 and (layers // stages) % chunk:
+        yield (
+            f"{case.said('num_layers_per_virtual_pipeline_stage')} does not divide the "
+            f"{layers // stages} layers of a stage: use {nearest_divisors(layers // stages, chunk)}"
+        )
+
+
+def world(case: Case) -> Iterator[str]:
+    """The number of ranks, for the dense and for the expert side."""
+    parallel, ranks = case.settings.parallel, case.world_size
+    dense = (
+        parallel.tensor_model_parallel_size
+        * parallel.pipeline_model_parallel_size
+        * parallel.context_parallel_size
+    )
+    if ranks % dense:
+        yield (
+            f"{ranks} rank(s) are not a multiple of --tensor-model-parallel-size "
+            f"{parallel.tensor_model_parallel_size} x --pipeline-model-parallel-size "
+            f"{parallel.pipeline_model_parallel_size} x --context-parallel-size "
+            f"{parallel.context_parallel_size} = {dense}: "
+            f"start {nearest_multiples(ranks, dense)} ranks, or use smaller sizes"
+        )
+    if case.settings.moe.num_experts is None:
+        return
+    tensor_size = expert_tensor_parallel_size(parallel)
+    experts = (
+        tensor_size * parallel.expert_model_parallel_size * parallel.pipeline_model_parallel_size
+    )
+    if ranks % experts:
+        yield (
+            f"{ranks} rank(s) are not a multiple of --expert-tensor-parallel-size {tensor_size} x "
+            f"--expert-model-parallel-size {parallel.expert_model_parallel_size} x "
+            f"--pipeline-model-parallel-size {parallel.pipeline_model_parallel_size} = {experts}: "
+            f"start {nearest_multiples(ranks, experts)} ranks, or use smaller sizes"
+        )
+
+
+def batch(case: Case) -> Iterator[str]:
+    """The global batch, its ramp and its micro-batches."""
+    training, parallel = case.settings.training, case.settings.parallel
+    dense = (
+        parallel.tensor_model_parallel_size
+        * parallel.pipeline_model_parallel_size
+        * parallel.context_parallel_size
+    )
+    if case.world_size % dense:
+        return
+    ranks = case.world_size // dense
+    unit = training.micro_batch_size * ranks
+    unit_text = f"{case.said('micro_batch_size')} x {ranks} data-parallel rank(s) = {unit}"
+    if training.global_batch_size % unit:
+        yield (
+            f"{case.said('global_batch_size')} is not a multiple of {unit_text}: use "
+            f"--global-batch-size {nearest_multiples(training.global_batch_size, unit)}"
+        )
+    if training.rampup_batch_size is not None:
+        yield from _ramp(case, training.rampup_batch_size, unit, unit_text)
+    elif parallel.num_layers_per_virtual_pipeline_stage and training.global_batch_size % unit == 0:
+        yield from _interleaved(case, num_microbatches(case.settings, case.world_size))
+
+
+def _ramp(case: Case, ramp: tuple[int, int, int], unit: int, unit_text: str) -> Iterator[str]:
+    start, increment, _ = ramp
+    said, full = case.said("rampup_batch_size"), case.settings.training.global_batch_size
+    if start >= full:
+        yield f"{said}: the start must be below {case.said('global_batch_size')}"
+    elif (full - start) % increment:
+        yield (
+            f"{said}: from {start} to {case.said('global_batch_size')} is not a whole number of "
+            f"increments: use an increment of {nearest_divisors(full - start, increment)}"
+        )
+    for name, value in (("start", start), ("increment", increment)):
+        if value % unit:
+            yield (
+                f"{said}: the {name} is not a multiple of {unit_text}: use "
+                f"{nearest_multiples(value, unit)}"
+            )
+    if case.settings.parallel.num_layers_per_virtual_pipeline_stage:
+        yield (
+            f"{said} cannot go with --num-layers-per-virtual-pipeline-stage: the interleaved "
+            "pipeline needs one number of micro-batches; drop one"
+        )
+
+
+def _interleaved(case: Case, microbatches: int) -> Iterator[str]:
+    """megatron-core raises only inside the first step (schedules.py)."""
+    stages = case.settings.parallel.pipeline_model_parallel_size
+    if microbatches % stages:
+        yield (
+            f"an interleaved pipeline takes its {microbatches} micro-batches in groups of "
+            f"{case.said('pipeline_model_parallel_size')}: choose --global-batch-size so that "
+            f"there are {nearest_multiples(microbatches, stages)} micro-batches"
+        )
+
+
+def overlap(case: Case) -> Iterator[str]:
+    """Communication that runs beside computation."""
+    parallel = case.settings.parallel
+    if parallel.overlap_param_gather and not parallel.use_distributed_optimizer:
+        yield "--overlap-param-gather needs --use-distributed-optimizer"
+    if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
+        yield "--overlap-param-gather needs --overlap-grad-reduce"
+
+
+RULES = (tensor, sequence, pipeline, world, batch, overlap)

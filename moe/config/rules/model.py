@@ -1,0 +1,99 @@
+"""Shape of the model, its implementation and what recomputation may take."""
+
+from collections.abc import Iterator
+
+from moetron.moe.config.derived import head_dim, query_groups
+from moetron.moe.config.rules.case import Case, nearest_multiples, not_multiple
+
+_RECOMPUTABLE = ("core_attn", "moe_act", "layernorm", "mlp", "moe", "shared_experts")
+
+
+def shape(case: Case) -> Iterator[str]:
+    """Heads, rotary channels and norms."""
+    model = case.settings.model
+    if model.kv_channels is None:
+        yield from not_multiple(
+            case, "hidden_size", model.hidden_size, "num_attention_heads", model.num_attention_heads
+        )
+    heads, groups = model.num_attention_heads, query_groups(model)
+    if heads % groups:
+        yield from not_multiple(case, "num_attention_heads", heads, "num_query_groups", groups)
+    rotated = int(head_dim(model) * model.rotary_percent)
+    if model.position_embedding_type == "rope" and (rotated % 2 or rotated == 0):
+        yield (
+            f"rotary embedding needs an even number of channels a head, but {rotated} of "
+            f"{head_dim(model)} are rotated: set --kv-channels "
+            f"{nearest_multiples(head_dim(model), 2)} (now hidden size / heads unless given) or "
+            f"another --rotary-percent (now {model.rotary_percent})"
+        )
+    if model.qk_layernorm_scope == "full" and not model.qk_layernorm:
+        yield "--qk-layernorm-scope full does nothing without --qk-layernorm: add it"
+
+
+def implementation(case: Case) -> Iterator[str]:
+    """What the chosen layer implementation can do."""
+    settings = case.settings
+    chosen = settings.model.transformer_impl
+    if chosen == "transformer_engine" and not case.te:
+        yield (
+            "--transformer-impl transformer_engine: Transformer Engine is not installed; "
+            "install the [te] extra or use --transformer-impl auto"
+        )
+    if chosen == "transformer_engine" and case.device == "cpu":
+        yield (
+            "--transformer-impl transformer_engine needs a CUDA device: use --transformer-impl auto"
+        )
+    if case.local and settings.parallel.context_parallel_size > 1:
+        yield (
+            f"{case.said('context_parallel_size')} needs Transformer Engine's attention on CUDA, "
+            "the local one does not share a sequence yet: use --context-parallel-size 1"
+        )
+    if (
+        settings.model.add_bias_linear
+        and settings.moe.num_experts
+        and settings.moe.moe_grouped_gemm
+    ):
+        yield (
+            "--add-bias-linear: experts run as a grouped GEMM have no biases; "
+            "use --disable-bias-linear or --no-moe-grouped-gemm"
+        )
+
+
+def recompute(case: Case) -> Iterator[str]:
+    """Combinations of the recompute flags (TransformerConfig.__post_init__ of megatron-core)."""
+    parallel, moe = case.settings.parallel, case.settings.moe
+    granularity, modules = parallel.recompute_granularity, parallel.recompute_modules
+    if granularity is None:
+        for name in ("recompute_method", "recompute_num_layers", "recompute_modules"):
+            if getattr(parallel, name) is not None:
+                yield f"{case.said(name)} does nothing without --recompute-granularity: add it"
+    if granularity == "full":
+        if parallel.recompute_method is None:
+            yield "--recompute-granularity full needs --recompute-method uniform or block"
+        if parallel.recompute_num_layers is None:
+            yield "--recompute-granularity full needs --recompute-num-layers (1 saves most memory)"
+        if modules is not None:
+            yield "--recompute-modules is for --recompute-granularity selective: leave it out"
+    if granularity == "selective":
+        for name in ("recompute_method", "recompute_num_layers"):
+            if getattr(parallel, name) is not None:
+                yield f"{case.said(name)} is for --recompute-granularity full: leave it out"
+        for module in modules or ():
+            if module not in _RECOMPUTABLE:
+                yield f"--recompute-modules {module}: must be among {', '.join(_RECOMPUTABLE)}"
+        if "moe_act" in (modules or ()) and not moe.moe_grouped_gemm:
+            yield "--recompute-modules moe_act needs --moe-grouped-gemm"
+        if "shared_experts" in (modules or ()) and moe.moe_shared_expert_overlap:
+            yield (
+                "--recompute-modules shared_experts cannot go with --moe-shared-expert-overlap: "
+                "drop one"
+            )
+    layers = case.settings.model.num_layers // parallel.pipeline_model_parallel_size
+    if (parallel.recompute_num_layers or 0) > max(layers, 1):
+        yield (
+            f"{case.said('recompute_num_layers')} exceeds the {layers} layers of a pipeline stage: "
+            f"use at most {layers}"
+        )
+
+
+RULES = (shape, implementation, recompute)

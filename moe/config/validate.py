@@ -1,0 +1,88 @@
+"""From an unchecked tree of values to Settings, with pydantic's findings in the user's words."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from moetron.moe.config.field import flag_name, is_optional, literals, type_text
+from moetron.moe.config.names import nearest
+from moetron.moe.config.settings import Settings, fields
+
+Tree = Mapping[str, Mapping[str, Any]]
+
+
+def _unknown_keys(tree: Tree) -> list[str]:
+    """One problem for each section or key that is no setting."""
+    home = {name: group for group, name, _ in fields()}
+    problems = []
+    for group, section in tree.items():
+        if group not in Settings.model_fields:
+            problems.append(f"unknown section `{group}:`{nearest(group, Settings.model_fields)}")
+            continue
+        for name in section:
+            if name not in home:
+                problems.append(f"unknown key `{name}` under `{group}:`{nearest(name, home)}")
+            elif home[name] != group:
+                problems.append(f"key `{name}` belongs under `{home[name]}:`, not `{group}:`")
+    return problems
+
+
+def _known(tree: Tree) -> dict[str, dict[str, Any]]:
+    """The tree without unknown sections and keys, and with every group present."""
+    kept: dict[str, dict[str, Any]] = {group: {} for group in Settings.model_fields}
+    for group, name, _ in fields():
+        if name in tree.get(group, {}):
+            kept[group][name] = tree[group][name]
+    return kept
+
+
+def _value_text(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return " ".join(_value_text(item) for item in value)
+    return (
+        {True: "true", False: "false", None: "null"}.get(value, str(value))
+        if isinstance(value, bool | None)
+        else str(value)
+    )
+
+
+def _problem(group: str, name: str, field: FieldInfo, value: Any, missing: bool) -> str:
+    """What is wrong with one field's value, and the rule it breaks."""
+    flag = flag_name(name)
+    if missing:
+        return f"{flag} is missing ({field.description}); or `{name}` under `{group}:` in a recipe"
+    unset = ", or null" if is_optional(field) else ""
+    hint = nearest(value, literals(field)) if isinstance(value, str) else ""
+    return f"{flag} {_value_text(value)}: must be {type_text(field)}{unset}{hint}"
+
+
+def validate(tree: Tree) -> tuple[Settings | None, list[str], set[str]]:
+    """(settings, problems, names of faulty fields).
+
+    A faulty field with a default falls back to it, so that the cross-checks can still look at the
+    rest; settings is None where a required field is missing or faulty.
+    """
+    problems = _unknown_keys(tree)
+    kept = _known(tree)
+    faulty: set[str] = set()
+    try:
+        return Settings.model_validate(kept), problems, faulty
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+    known = {(group, name): field for group, name, field in fields()}
+    for detail in details:
+        group, name = str(detail["loc"][0]), str(detail["loc"][1])
+        if name in faulty:  # a union reports each of its branches
+            continue
+        faulty.add(name)
+        missing = detail["type"] == "missing" and len(detail["loc"]) == 2
+        value = kept[group].get(name)
+        problems.append(_problem(group, name, known[group, name], value, missing))
+    if any(known[group, name].is_required() for group, name in known if name in faulty):
+        return None, problems, faulty
+    for group, name in known:
+        if name in faulty:
+            del kept[group][name]
+    return Settings.model_validate(kept), problems, faulty
