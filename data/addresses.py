@@ -1,0 +1,98 @@
+"""Where sample n lies: arithmetic from a number to (source, window)."""
+
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+
+from moetron.data.apportion import Apportionment
+from moetron.data.blend import Blend
+from moetron.data.order import Permutation
+
+ENDLESS = 1 << 62
+
+
+class Addresses(Protocol):
+    """The order of a stream's samples."""
+
+    def __len__(self) -> int:
+        """Samples that have an address."""
+        ...
+
+    def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(source int64 [N], window int64 [N]) of sample numbers int64 [N]."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What identifies the order (JSON)."""
+        ...
+
+
+class ShuffledAddresses:
+    """Sources interleaved by weight, each going through its windows in a new shuffle every epoch.
+
+    A source's order depends on the seed, its place in the blend and its number of windows
+    alone: the weights only decide when its next window comes.
+    """
+
+    def __init__(self, blend: Blend, seed: int) -> None:
+        self.seed = seed
+        self.apportionment = Apportionment(blend.weights)
+        self.windows = [source.windows for source in blend.sources]
+
+    def __len__(self) -> int:
+        """A shuffled blend repeats without end."""
+        return ENDLESS
+
+    def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(source int64 [N], window int64 [N]) of sample numbers int64 [N]."""
+        sources, ranks = self.apportionment.locate(samples)
+        windows = np.empty_like(ranks)
+        for source in np.unique(sources).tolist():
+            mine = np.flatnonzero(sources == source)
+            epochs, positions = np.divmod(ranks[mine], self.windows[source])
+            for epoch in np.unique(epochs).tolist():
+                now = epochs == epoch
+                windows[mine[now]] = self._order(source, epoch)(positions[now])
+        return sources, windows
+
+    def epochs(self, samples: int) -> list[float]:
+        """How often each source has been passed through after so many samples of the blend."""
+        counts = self.apportionment.counts(samples)
+        return [count / windows for count, windows in zip(counts, self.windows, strict=True)]
+
+    def state(self) -> dict[str, Any]:
+        """Seed, weights and windows."""
+        weights = self.apportionment.weights
+        return {"seed": self.seed, "weights": weights, "windows": self.windows}
+
+    def _order(self, source: int, epoch: int) -> Permutation:
+        """The order of a source's windows in one epoch."""
+        return _permutation(self.windows[source], f"seed {self.seed} source {source} epoch {epoch}")
+
+
+class FileOrderAddresses:
+    """Every window once, in file order, one source after the other."""
+
+    def __init__(self, blend: Blend) -> None:
+        self.windows = [source.windows for source in blend.sources]
+        self._ends = np.cumsum(self.windows)
+
+    def __len__(self) -> int:
+        """Windows of all sources."""
+        return int(self._ends[-1])
+
+    def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(source int64 [N], window int64 [N]) of sample numbers int64 [N]."""
+        sources = np.searchsorted(self._ends, samples, side="right")
+        return sources, samples - (self._ends - self.windows)[sources]
+
+    def state(self) -> dict[str, Any]:
+        """Windows of each source."""
+        return {"windows": self.windows}
+
+
+@lru_cache(maxsize=256)
+def _permutation(size: int, key: str) -> Permutation:
+    """A permutation; the current ones of a blend stay at hand."""
+    return Permutation(size, key)

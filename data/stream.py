@@ -1,0 +1,143 @@
+"""Samples as addresses: sample n is found by arithmetic, never looked up in a list.
+
+n -> (source, how many samples it gave before) by ``apportion``; that number -> (epoch, position) by
+division; position -> window by the epoch's ``order``; a window is ``seq_length + 1`` tokens of the
+shard. Start-up time, memory and the state of a resume do not grow with the data.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from moetron.data.addresses import Addresses, FileOrderAddresses, ShuffledAddresses
+from moetron.data.blend import Blend, Source, open_blend
+from moetron.data.errors import DataError
+
+ADDRESS_BLOCK = 1024
+"""Addresses are computed this many at a time, because numpy charges by the call."""
+
+
+def training_stream(
+    data_path: Sequence[str],
+    seq_length: int,
+    seed: int,
+    eod_mask_loss: bool = False,
+    expected_fingerprint: str | None = None,
+) -> "TokenStream":
+    """The blend that ``data_path`` describes, shuffled each epoch, without end.
+
+    Args:
+        data_path: ``[PREFIX, ...]`` (in proportion to size) or ``[WEIGHT, PREFIX, ...]``.
+        seq_length: Tokens a sample holds (S).
+        seed: Of the order of windows.
+        eod_mask_loss: No loss where the input is an end-of-document token (Megatron's rule).
+        expected_fingerprint: The run's tokenizer; shards of another are refused.
+
+    Raises:
+        DataError: A shard cannot be used, or the list has another form.
+    """
+    blend = open_blend(data_path, seq_length, expected_fingerprint)
+    return TokenStream(blend, ShuffledAddresses(blend, seed), eod_mask_loss)
+
+
+def validation_stream(
+    data_path: Sequence[str],
+    seq_length: int,
+    eod_mask_loss: bool = False,
+    expected_fingerprint: str | None = None,
+) -> "TokenStream":
+    """Every window of every source once, in file order; arguments as for ``training_stream``."""
+    blend = open_blend(data_path, seq_length, expected_fingerprint)
+    return TokenStream(blend, FileOrderAddresses(blend), eod_mask_loss)
+
+
+class TokenStream:
+    """Samples of a blend by number."""
+
+    def __init__(self, blend: Blend, addresses: Addresses, eod_mask_loss: bool) -> None:
+        self.sources = blend.sources
+        self.seq_length = blend.sources[0].seq_length
+        self.source_names = [source.name for source in blend.sources]
+        self.addresses = addresses
+        self._eods = [_eod(source) for source in blend.sources] if eod_mask_loss else None
+        self._block = -1
+        self._block_addresses: tuple[list[int], list[int]] = ([], [])
+
+    def __len__(self) -> int:
+        """Samples that may be asked for."""
+        return len(self.addresses)
+
+    def __getitem__(self, n: int) -> dict[str, Any]:
+        """Sample ``n``: tokens and labels int64 [S], loss_mask float32 [S], source.
+
+        Tokens and labels share memory.
+        """
+        row = np.empty(self.seq_length + 1, np.int64)
+        mask = np.ones(self.seq_length, np.float32)
+        source = self._read(n, row, mask)
+        return {"tokens": row[:-1], "labels": row[1:], "loss_mask": mask, "source": source}
+
+    def batch(self, numbers: Sequence[int]) -> dict[str, np.ndarray]:
+        """Stacked samples: tokens, labels int64 [N, S], loss_mask float32 [N, S], source [N]."""
+        rows = np.empty((len(numbers), self.seq_length + 1), np.int64)
+        masks = np.ones((len(numbers), self.seq_length), np.float32)
+        sources = [self._read(*each) for each in zip(numbers, rows, masks, strict=True)]
+        return {
+            "tokens": rows[:, :-1],
+            "labels": rows[:, 1:],
+            "loss_mask": masks,
+            "source": np.array(sources, np.int64),
+        }
+
+    def state(self) -> dict[str, Any]:
+        """What identifies the stream (JSON): sources, order, length, mask, tokenizers."""
+        return {
+            "sources": [_source_state(source) for source in self.sources],
+            "order": self.addresses.state(),
+            "seq_length": self.seq_length,
+            "eod_mask_loss": self._eods is not None,
+        }
+
+    def _read(self, n: int, row: np.ndarray, mask: np.ndarray) -> int:
+        """Copy sample ``n`` to ``row`` [S + 1]; clear ``mask`` [S] where no loss is; its source."""
+        source, window = self._address(n)
+        start = window * self.seq_length
+        row[:] = self.sources[source].shard.tokens[start : start + self.seq_length + 1]
+        if self._eods is not None:
+            mask[row[:-1] == self._eods[source]] = 0.0
+        return source
+
+    def _address(self, n: int) -> tuple[int, int]:
+        """(source, window) of sample ``n``."""
+        if not 0 <= n < len(self):
+            raise IndexError(f"sample {n} of a stream of {len(self)}")
+        block, place = divmod(int(n), ADDRESS_BLOCK)
+        if block != self._block:
+            first = block * ADDRESS_BLOCK
+            numbers = np.arange(first, min(first + ADDRESS_BLOCK, len(self)))
+            sources, windows = self.addresses.locate(numbers)
+            self._block, self._block_addresses = block, (sources.tolist(), windows.tolist())
+        sources_list, windows_list = self._block_addresses
+        return sources_list[place], windows_list[place]
+
+
+def _eod(source: Source) -> int:
+    """The end-of-document id of a source's tokenizer."""
+    if source.shard.manifest is None:
+        raise DataError(
+            f"{source.shard.prefix}: --eod-mask-loss needs the end-of-document id, and the shard "
+            "has no manifest; make it with tools/preprocess_corpus.py"
+        )
+    return source.shard.manifest.tokenizer.eod
+
+
+def _source_state(source: Source) -> dict[str, Any]:
+    """What identifies a source's content."""
+    manifest = source.shard.manifest
+    return {
+        "name": source.name,
+        "tokens": len(source.shard.tokens),
+        "sha256": manifest.bin.sha256 if manifest else None,
+        "tokenizer": manifest.tokenizer.fingerprint if manifest else None,
+    }
