@@ -96,7 +96,7 @@ def _ranks(options: Mapping[str, Any], dry_run: bool, problems: list[str]) -> tu
 
 
 def _cross_checks(settings: Settings, world_size: int, dry_run: bool) -> list[str]:
-    """Rules over several settings; in a real run also the paths and the device of this host."""
+    """Rules over several settings; in a real run also its inputs and this host's device."""
     device = settings.parallel.device
     here = "cuda" if has_cuda() else "cpu"
     found = checks.problems(
@@ -106,7 +106,7 @@ def _cross_checks(settings: Settings, world_size: int, dry_run: bool) -> list[st
         te=has_transformer_engine(),
     )
     if not dry_run:
-        found += checks.file_problems(settings)
+        found += checks.input_problems(settings)
         if device == "cuda" and here == "cpu":
             found.append("--device cuda: no CUDA device on this host; use --device cpu or auto")
     return found

@@ -1,0 +1,56 @@
+"""What a real run needs beyond a consistent recipe: data, folders, and that they are there."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from moetron.moe.config.field import flag_name
+from moetron.moe.config.rules.case import Case
+
+
+def prefixes(items: list[str] | None) -> list[str]:
+    """The prefixes of PREFIX, or of WEIGHT PREFIX WEIGHT PREFIX ..."""
+    return list(items or []) if len(items or []) == 1 else list(items or [])[1::2]
+
+
+def data(case: Case) -> Iterator[str]:
+    """Shards and the tokenizer that wrote them."""
+    source = case.settings.data
+    if not source.mock_data and not source.data_path:
+        yield "no data: give --data-path PREFIX (or WEIGHT PREFIX ...), or --mock-data to try"
+    if source.data_path and source.tokenizer_model is None:
+        yield "--data-path needs --tokenizer-model: the one its shards were written with"
+    if case.settings.validation.eval_interval is not None and not source.mock_data:
+        if source.valid_data_path is None:
+            yield f"{case.said('eval_interval')} needs --valid-data-path"
+    for name in ("data_path", "valid_data_path"):
+        for prefix in prefixes(getattr(source, name)):
+            absent = [prefix + end for end in (".bin", ".idx") if not Path(prefix + end).is_file()]
+            if absent:
+                yield f"{flag_name(name)} {prefix}: there is no file {' or '.join(absent)}"
+    tokenizer = source.tokenizer_model
+    if tokenizer not in (None, "bytes") and not Path(str(tokenizer)).exists():
+        yield f"{case.said('tokenizer_model')}: there is no such file (or 'bytes')"
+
+
+def folders(case: Case) -> Iterator[str]:
+    """Where checkpoints go and come from."""
+    wanted = case.settings.checkpoint
+    needs_save = {
+        "save_interval": wanted.save_interval,
+        "keep_last": wanted.keep_last,
+        "exit_interval": case.settings.training.exit_interval,
+        "wandb_project": case.settings.logging.wandb_project,
+    }
+    for name, value in needs_save.items():
+        if value is not None and wanted.save is None:
+            yield f"{case.said(name)} needs --save FOLDER"
+    for name in ("finetune", "reset_progress", "no_load_optim", "no_load_rng"):
+        if getattr(wanted, name) and wanted.load is None:
+            yield f"{flag_name(name)} needs --load FOLDER"
+    if wanted.load is not None and not Path(wanted.load).is_dir():
+        yield f"{case.said('load')}: there is no such folder"
+    if wanted.save is not None and Path(wanted.save).exists() and not Path(wanted.save).is_dir():
+        yield f"{case.said('save')} is a file: name a folder"
+
+
+RULES = (data, folders)

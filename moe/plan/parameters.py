@@ -1,0 +1,151 @@
+"""How many parameters a model has, by part and by rank, from its settings alone."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from moetron.moe.config import derived
+from moetron.moe.config.settings import Settings
+from moetron.moe.plan.layout import stage_layers
+
+Part = Literal[
+    "embedding", "output", "attention", "norms", "dense_ffn", "router", "experts", "shared_experts"
+]
+Cut = Literal["none", "tensor", "expert"]
+"""What a tensor is divided by over ranks: nothing, TP, or EP x ETP."""
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Parameters of one kind that are cut alike."""
+
+    part: Part
+    elements: int
+    cut: Cut
+    is_expert: bool = False
+    """Whether its gradients are reduced over the expert-data-parallel group."""
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of a whole model, padding rows of the vocabulary included."""
+
+    parts: dict[Part, int]
+    active: int
+    """Parameters that one token meets: k of E experts, everything else."""
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return sum(self.parts.values())
+
+    @property
+    def embedding(self) -> int:
+        """Vocabulary matrices: input embedding, and output layer unless tied."""
+        return self.parts["embedding"] + self.parts["output"]
+
+
+@dataclass(frozen=True)
+class RankParameters:
+    """Parameters that one rank holds."""
+
+    dense: int
+    """Reduced over data- and context-parallel ranks."""
+    expert: int
+    """Reduced over expert-data-parallel ranks."""
+
+
+def _norm(settings: Settings, width: int) -> int:
+    """A norm's weight, and the bias that LayerNorm has."""
+    return width * (2 if settings.model.normalization == "LayerNorm" else 1)
+
+
+def _attention(settings: Settings) -> Iterator[Tensors]:
+    model = settings.model
+    width, head = model.hidden_size, derived.head_dim(model)
+    queries, keys = model.num_attention_heads * head, derived.query_groups(model) * head
+    yield Tensors("attention", width * (queries + 2 * keys) + queries * width, "tensor")
+    if model.add_bias_linear:
+        yield Tensors("attention", queries + 2 * keys, "tensor")
+        yield Tensors("attention", width, "none")
+    if model.qk_layernorm and model.qk_layernorm_scope == "full":
+        yield Tensors("norms", _norm(settings, queries + keys), "tensor")
+    elif model.qk_layernorm:
+        yield Tensors("norms", _norm(settings, 2 * head), "none")
+
+
+def _ffn(
+    settings: Settings, part: Part, ffn_size: int, copies: int = 1, cut: Cut = "tensor"
+) -> Iterator[Tensors]:
+    """``copies`` FFNs of width ``ffn_size``; the bias of the output is not cut over TP."""
+    model, is_expert = settings.model, cut == "expert"
+    inner = ffn_size * (2 if model.swiglu else 1)
+    matrices = model.hidden_size * (inner + ffn_size)
+    yield Tensors(part, copies * matrices, cut, is_expert)
+    if model.add_bias_linear:
+        yield Tensors(part, copies * inner, cut, is_expert)
+        # Experts have biases only where ETP is 1, so that theirs are cut over EP alone.
+        yield Tensors(part, copies * model.hidden_size, cut if is_expert else "none", is_expert)
+
+
+def layer(settings: Settings, has_experts: bool) -> Iterator[Tensors]:
+    """The parameters of one transformer layer."""
+    model, moe = settings.model, settings.moe
+    yield Tensors("norms", 2 * _norm(settings, model.hidden_size), "none")
+    yield from _attention(settings)
+    if not has_experts:
+        yield from _ffn(settings, "dense_ffn", derived.dense_ffn_size(model))
+        return
+    assert moe.num_experts is not None
+    yield Tensors("router", moe.num_experts * model.hidden_size, "none")
+    yield from _ffn(
+        settings, "experts", derived.expert_ffn_size(settings), moe.num_experts, "expert"
+    )
+    if moe.moe_shared_expert_intermediate_size is not None:
+        yield from _ffn(settings, "shared_experts", moe.moe_shared_expert_intermediate_size)
+
+
+def _ends(settings: Settings, vocab_size: int, first: bool, last: bool) -> Iterator[Tensors]:
+    """What the first and the last stage hold beside layers; tied embeddings sit on both."""
+    matrix = derived.padded_vocab_size(vocab_size, settings) * settings.model.hidden_size
+    untied = settings.model.untie_embeddings_and_output_weights
+    if first:
+        yield Tensors("embedding", matrix, "tensor")
+    if last:
+        yield Tensors("norms", _norm(settings, settings.model.hidden_size), "none")
+    if last and (untied or not first):
+        yield Tensors("output", matrix, "tensor")
+
+
+def count_parameters(settings: Settings, vocab_size: int) -> ParameterCount:
+    """Parameters of the whole model, once each, by part."""
+    parts: dict[Part, int] = dict.fromkeys(Part.__args__, 0)  # type: ignore[attr-defined]
+    tensors = list(_ends(settings, vocab_size, first=True, last=True))
+    for has_experts in derived.moe_layers(settings):
+        tensors += layer(settings, has_experts)
+    for tensor in tensors:
+        parts[tensor.part] += tensor.elements
+    experts = settings.moe.num_experts or 1
+    idle = parts["experts"] // experts * (experts - settings.moe.moe_router_topk)
+    return ParameterCount(parts, sum(parts.values()) - idle)
+
+
+def per_rank(settings: Settings, vocab_size: int, stage: int) -> RankParameters:
+    """Parameters that a rank of pipeline stage ``stage`` holds under the settings' layout."""
+    parallel = settings.parallel
+    divisor: dict[Cut, int] = {
+        "none": 1,
+        "tensor": parallel.tensor_model_parallel_size,
+        "expert": parallel.expert_model_parallel_size
+        * derived.expert_tensor_parallel_size(parallel),
+    }
+    last = stage == parallel.pipeline_model_parallel_size - 1
+    tensors = list(_ends(settings, vocab_size, first=stage == 0, last=last))
+    pattern = derived.moe_layers(settings)
+    for index in stage_layers(settings, stage):
+        tensors += layer(settings, pattern[index])
+    held = [(tensor.elements // divisor[tensor.cut], tensor.is_expert) for tensor in tensors]
+    return RankParameters(
+        dense=sum(elements for elements, is_expert in held if not is_expert),
+        expert=sum(elements for elements, is_expert in held if is_expert),
+    )

@@ -1,0 +1,125 @@
+"""The plan of a run as text: what ``--dry-run`` prints."""
+
+from moetron.moe.config import derived
+from moetron.moe.config.settings import Settings
+from moetron.moe.plan.flops import flops_per_token
+from moetron.moe.plan.layout import position, stage_layers
+from moetron.moe.plan.memory import memory_per_rank
+from moetron.moe.plan.parameters import count_parameters
+
+
+def render(settings: Settings, vocab_size: int, world_size: int, rank: int) -> str:
+    """The whole plan; the settings must have passed ``checks.problems`` for ``world_size``."""
+    sections = {
+        "parameters": _parameters(settings, vocab_size),
+        "layout": _layout(settings, world_size, rank),
+        f"memory of rank {rank}": _memory(settings, vocab_size, world_size, rank),
+        "run": _run(settings, vocab_size, world_size),
+        "learning rate": _learning_rate(settings),
+    }
+    return "\n".join(_section(title, rows) for title, rows in sections.items())
+
+
+def _section(title: str, rows: list[tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in rows)
+    return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows)])
+
+
+def _gib(number_bytes: int) -> str:
+    return f"{number_bytes / 2**30:,.3f} GiB"
+
+
+def _parameters(settings: Settings, vocab_size: int) -> list[tuple[str, str]]:
+    count = count_parameters(settings, vocab_size)
+    rows = derived.padded_vocab_size(vocab_size, settings)
+    return [
+        ("total", f"{count.total:,}"),
+        ("active", f"{count.active:,}"),
+        *((part, f"{number:,}") for part, number in count.parts.items() if number),
+        ("vocabulary", f"{vocab_size:,}, padded to {rows:,}"),
+    ]
+
+
+def _layout(settings: Settings, world_size: int, rank: int) -> list[tuple[str, str]]:
+    parallel, place = settings.parallel, position(settings, world_size, rank)
+    sizes = [
+        ("tensor", place.tensor, parallel.tensor_model_parallel_size),
+        ("context", place.context, parallel.context_parallel_size),
+        ("data", place.data, derived.data_parallel_size(parallel, world_size)),
+        ("pipeline", place.pipeline, parallel.pipeline_model_parallel_size),
+    ]
+    if settings.moe.num_experts is not None:
+        sizes += [
+            ("expert", place.expert, parallel.expert_model_parallel_size),
+            (
+                "expert tensor",
+                place.expert_tensor,
+                derived.expert_tensor_parallel_size(parallel),
+            ),
+            (
+                "expert data",
+                place.expert_data,
+                derived.expert_data_parallel_size(parallel, world_size),
+            ),
+        ]
+    layers = stage_layers(settings, place.pipeline)
+    return [
+        ("ranks", f"{world_size:,}"),
+        *((name, f"{size:,} (rank {rank} is {at})") for name, at, size in sizes),
+        ("layers", ", ".join(map(str, layers))),
+    ]
+
+
+def _memory(
+    settings: Settings, vocab_size: int, world_size: int, rank: int
+) -> list[tuple[str, str]]:
+    stage = position(settings, world_size, rank).pipeline
+    memory = memory_per_rank(settings, vocab_size, world_size, stage)
+    return [
+        ("parameters", _gib(memory.parameters)),
+        ("gradients", _gib(memory.gradients)),
+        ("optimizer", _gib(memory.optimizer)),
+        ("activations", f"{_gib(memory.activations)} (estimate, balanced routing)"),
+        ("logits", _gib(memory.logits)),
+        ("total", f"{_gib(memory.total)} and allocator slack"),
+    ]
+
+
+def _run(settings: Settings, vocab_size: int, world_size: int) -> list[tuple[str, str]]:
+    training, length = settings.training, settings.model.seq_length
+    tokens = derived.total_samples(settings) * length
+    flops = flops_per_token(settings, vocab_size)
+    batch = training.global_batch_size
+    return [
+        ("steps", f"{training.train_iters:,}"),
+        ("global batch", f"{batch:,} samples, {batch * length:,} tokens"),
+        ("micro-batches", f"{derived.num_microbatches(settings, world_size):,} a step and rank"),
+        ("tokens", f"{tokens:,}"),
+        ("model FLOPs", f"{flops:,} a token, {flops * tokens:.3e} in all"),
+    ]
+
+
+def _learning_rate(settings: Settings) -> list[tuple[str, str]]:
+    """Where the schedule's segments begin and end; the shape between them is its style's."""
+    rate = settings.learning_rate
+    in_tokens = any(
+        length is not None
+        for length in (rate.lr_warmup_tokens, rate.lr_decay_tokens, rate.lr_wsd_decay_tokens)
+    )
+    unit = "token" if in_tokens else "step"
+    run = settings.training.train_iters
+    if in_tokens:
+        run = derived.total_samples(settings) * settings.model.seq_length
+    warmup = (rate.lr_warmup_tokens if in_tokens else rate.lr_warmup_iters) or 0
+    end = (rate.lr_decay_tokens if in_tokens else rate.lr_decay_iters) or run
+    final = rate.lr_wsd_decay_tokens if in_tokens else rate.lr_wsd_decay_iters
+    points = [("style", rate.lr_decay_style)]
+    if warmup:
+        points.append((f"{unit} 0", f"{rate.lr_warmup_init:g}"))
+    points.append((f"{unit} {warmup:,}", f"{rate.lr:g}"))
+    if rate.lr_decay_style == "WSD" and final is not None:
+        points.append((f"{unit} {end - final:,}", f"{rate.lr:g}"))
+    if rate.lr_decay_style in ("linear", "cosine", "WSD"):
+        beyond = f" (the run ends at {run:,})" if end > run else ""
+        points.append((f"{unit} {end:,}", f"{rate.min_lr:g}{beyond}"))
+    return points
