@@ -12,7 +12,8 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -20,6 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from moetron.moe.host.adapt import adapt_host, restore_host
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "megatron.core.models.gpt.gpt_layer_specs"])
@@ -63,6 +68,33 @@ def run_ranks(
                 process.join()
             for pipe in pipes:
                 pipe.close()
+
+
+@contextmanager
+def model_parallel(seed: int = 1234, **sizes: int | None) -> Iterator[None]:
+    """megatron's parallel state and random states on an adapted host, torn down at the end.
+
+    Without a process group yet (a unit test outside `run_ranks`) it makes one of a single rank.
+
+    Args:
+        seed: of ``model_parallel_cuda_manual_seed``.
+        sizes: keywords of ``parallel_state.initialize_model_parallel``.
+    """
+    alone = not torch.distributed.is_initialized()
+    adapt_host()
+    if alone:
+        torch.distributed.init_process_group(
+            "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+        )
+    parallel_state.initialize_model_parallel(**sizes)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        if alone:
+            torch.distributed.destroy_process_group()
+            restore_host()
 
 
 def _collect(

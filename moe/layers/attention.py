@@ -1,0 +1,105 @@
+"""Core attention on ``torch.nn.functional.scaled_dot_product_attention``."""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class SdpaAttention(MegatronModule):
+    """softmax(scale x q k^T + mask) v without the s x s matrix in memory.
+
+    Takes the place of megatron-core's ``DotProductAttention``: same constructor, same ``forward``.
+
+    Args:
+        config: megatron-core's.
+        layer_number: 1-based; only with ``apply_query_key_layer_scaling``.
+        attn_mask_type: which mask holds when ``forward`` gets none.
+        attention_type: "self" or "cross"; makes no difference here.
+        attention_dropout: dropout of the probabilities; unset: the configuration's.
+        softmax_scale: unset: 1 / sqrt(head width).
+        cp_comm_type: taken and ignored: no context parallelism here.
+        pg_collection: taken and ignored: heads are independent.
+
+    Raises:
+        ValueError: the configuration asks for what is only in Transformer Engine or
+            ``DotProductAttention``: context parallelism, a sliding window, an attention sink.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        if config.context_parallel_size > 1:
+            raise ValueError("scaled_dot_product_attention has no context parallelism")
+        if config.window_size is not None or config.softmax_type != "vanilla":
+            raise ValueError("scaled_dot_product_attention has no sliding window and no sink")
+        self.attn_mask_type = attn_mask_type
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            query: [sq, b, heads, width].
+            key: [sk, b, key/value heads, width].
+            value: like ``key``.
+            attention_mask: bool, broadcast to [b, heads, sq, sk], True where attention is
+                forbidden; it replaces the causal mask. None: as ``attn_mask_type`` says.
+            attn_mask_type: unset: the constructor's.
+            attention_bias: not supported.
+            packed_seq_params: not supported.
+
+        Returns:
+            [sq, b, heads x width].
+        """
+        assert packed_seq_params is None and attention_bias is None
+        mask_type = attn_mask_type or self.attn_mask_type
+        sq, sk = query.shape[0], key.shape[0]
+        # One query is the newest position of a cached sequence: it sees everything.
+        causal = attention_mask is None and mask_type == AttnMaskType.causal and sq > 1
+        assert not causal or sq == sk, "a causal mask is for self-attention"
+        with self._dropout_rng():
+            context = F.scaled_dot_product_attention(
+                query.permute(1, 2, 0, 3),
+                key.permute(1, 2, 0, 3),
+                value.permute(1, 2, 0, 3),
+                attn_mask=None if attention_mask is None else ~attention_mask,
+                dropout_p=self.dropout if self.training else 0.0,
+                is_causal=causal,
+                scale=self.softmax_scale,
+                enable_gqa=query.shape[2] != key.shape[2],
+            )  # [b, heads, sq, width]
+        return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _dropout_rng(self) -> AbstractContextManager[None]:
+        """Ranks that hold different heads of the same tokens must drop differently."""
+        if self.config.sequence_parallel or not (self.dropout and self.training):
+            return nullcontext()
+        fork: AbstractContextManager[None] = tensor_parallel.get_cuda_rng_tracker().fork()
+        return fork

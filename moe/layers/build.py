@@ -1,0 +1,51 @@
+"""Build the model: megatron-core's GPTModel from our specs."""
+
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from moetron.moe.config import derived
+from moetron.moe.config.settings import Settings
+from moetron.moe.layers.specs import block_spec
+
+
+def build_model(
+    settings: Settings,
+    config: TransformerConfig,
+    vocab_size: int,
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+) -> GPTModel:
+    """One pipeline stage (or virtual stage) of the model, weights drawn.
+
+    megatron's parallel state and random states must be up (and `adapt_host` called on a host).
+    Logits stay split over tensor ranks along the vocabulary. Under ``torch.device("meta")`` on an
+    adapted host nothing is allocated.
+
+    Args:
+        settings: the whole tree.
+        config: ``transformer_config(settings)``.
+        vocab_size: rows of the vocabulary; padded here as ``--make-vocab-size-divisible-by`` says
+            (padding a padded size changes nothing).
+        pre_process: this stage holds the embedding.
+        post_process: this stage holds the final norm and the output layer.
+        vp_stage: virtual pipeline stage; None without interleaving.
+    """
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    model = settings.model
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=block_spec(settings, config, groups, vp_stage),
+        vocab_size=derived.padded_vocab_size(vocab_size, settings),
+        max_sequence_length=model.seq_length,
+        pre_process=pre_process,
+        post_process=post_process,
+        parallel_output=True,
+        share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+        position_embedding_type=model.position_embedding_type,
+        rotary_percent=model.rotary_percent,
+        rotary_base=model.rotary_base,
+        pg_collection=groups,
+        vp_stage=vp_stage,
+    )

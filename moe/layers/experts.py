@@ -1,0 +1,215 @@
+"""A rank's experts as grouped matrix products."""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.random import (
+    get_cuda_rng_tracker,
+    get_expert_parallel_rng_tracker_name,
+)
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
+
+_ALIGNMENT_BYTES = 16  # of the rows of every operand of grouped_mm
+
+
+def grouped_gemm_fits(config: TransformerConfig, expert_tensor_ranks: int) -> bool:
+    """Whether `GroupedExperts` can run this configuration: no biases, aligned row lengths."""
+    assert config.moe_ffn_hidden_size is not None
+    rows = (config.hidden_size, config.moe_ffn_hidden_size // expert_tensor_ranks)
+    aligned = all(row * config.params_dtype.itemsize % _ALIGNMENT_BYTES == 0 for row in rows)
+    return aligned and not config.add_bias_linear
+
+
+class _ContiguousGrad(torch.autograd.Function):
+    """Identity. The backward pass of grouped_mm refuses expanded gradients such as ``sum()``'s."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad.contiguous()
+
+
+class GroupedExperts(MegatronModule):
+    """down(act(x W1)) of every expert that this rank holds, weighted by the token's probability.
+
+    Takes the place of megatron-core's ``SequentialMLP``: same constructor and ``forward``, same
+    numbers drawn at initialisation, same global tensors in a checkpoint, so that either loads the
+    other's. ``weight1`` [E, 2F or F, H] (gate above up) and ``weight2`` [E, H, F] hold E local
+    experts of width F; with expert tensor parallelism F is this rank's share.
+
+    Args:
+        num_local_experts: experts on this rank.
+        config: megatron-core's; see `grouped_gemm_fits`.
+        submodules: taken and ignored.
+        pg_collection: ``ep``, ``expt_tp``, ``expt_dp`` and ``tp`` are read.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        submodules: Any = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        assert pg_collection is not None
+        assert grouped_gemm_fits(config, pg_collection.expt_tp.size())
+        self.num_local_experts = num_local_experts
+        self.ep_group = pg_collection.ep
+        self.tp_group = pg_collection.expt_tp
+        self.dp_group = pg_collection.expt_dp
+        ffn = config.moe_ffn_hidden_size // self.tp_group.size()
+        fc1_rows = 2 * ffn if config.gated_linear_unit else ffn
+        self.weight1 = self._empty_weight(fc1_rows, config.hidden_size)
+        self.weight2 = self._empty_weight(config.hidden_size, ffn)
+        stride = 2 if config.gated_linear_unit else 1
+        set_tensor_model_parallel_attributes(self.weight1, True, 1, stride)
+        set_tensor_model_parallel_attributes(self.weight2, True, 2, 1)
+        # Whether gradients are summed over the ranks over which dense parameters' are.
+        like_dense = self.ep_group.size() == 1 and self.tp_group.size() == pg_collection.tp.size()
+        self.weight1.allreduce = self.weight2.allreduce = like_dense  # type: ignore[attr-defined]
+        if config.perform_initialization:
+            self._draw_weights()
+        self._register_load_state_dict_pre_hook(_drop_extra_states)
+
+    def _empty_weight(self, rows: int, columns: int) -> torch.nn.Parameter:
+        weight = torch.empty(
+            self.num_local_experts,
+            rows,
+            columns,
+            dtype=self.config.params_dtype,
+            device=torch.cuda.current_device(),
+        )
+        return torch.nn.Parameter(weight)
+
+    def _draw_weights(self) -> None:
+        """Draw expert by expert, as ``SequentialMLP`` does."""
+        with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
+            for fc1, fc2 in zip(self.weight1.detach(), self.weight2.detach(), strict=True):
+                self.config.init_method(fc1)
+                self.config.output_layer_init_method(fc2)
+
+    def forward(
+        self,
+        permuted_local_hidden_states: torch.Tensor,
+        tokens_per_expert: torch.Tensor,
+        permuted_probs: torch.Tensor,
+    ) -> tuple[torch.Tensor, None]:
+        """Run every expert on its rows.
+
+        Args:
+            permuted_local_hidden_states: [rows, H], sorted by local expert.
+            tokens_per_expert: int [E], rows of each expert; its sum is ``rows``, zeros are fine.
+            permuted_probs: [rows], multiplied in after the activation.
+
+        Returns:
+            [rows, H] (partial sums over expert tensor ranks) and no bias.
+        """
+        x = permuted_local_hidden_states
+        ends = tokens_per_expert.to(x.device).cumsum(0).to(torch.int32)
+        hidden = F.grouped_mm(x, self.weight1.transpose(1, 2), offs=ends)
+        activated = self._activate(hidden, permuted_probs.unsqueeze(-1))
+        out = F.grouped_mm(activated, self.weight2.transpose(1, 2), offs=ends)
+        return _ContiguousGrad.apply(out), None
+
+    def _activate(self, hidden: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+        activation = self.config.activation_func
+        if self.config.gated_linear_unit:
+            gate, up = hidden.chunk(2, dim=-1)
+            activated = activation(gate) * up
+        else:
+            activated = activation(hidden)
+        return (activated * probs).to(hidden.dtype)
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """The global tensors of ``SequentialMLP``: fc1 [experts, 2F or F, H], fc2 [experts, H, F].
+
+        fc1 of a gated unit is two shards, gate and up, since a tensor rank holds rows of both.
+        """
+        assert not (metadata or {}).get("singleton_local_shards", False)
+        axis = len(sharded_offsets)
+        tensor = partial(
+            _sharded_tensor,
+            offsets=(*sharded_offsets, (axis, self.ep_group.rank(), self.ep_group.size())),
+            prepended=axis,
+        )
+        rank, ranks = self.tp_group.rank(), self.tp_group.size()
+        replica = (0, 0, self.dp_group.rank())
+        fc1_key, fc2_key = (f"{prefix}experts.linear_fc{i}.weight" for i in (1, 2))
+
+        def gate_and_up(
+            key: str, weight: torch.Tensor, replica_id: Any, flattened_range: slice | None
+        ) -> list[ShardedTensor]:
+            assert flattened_range is None
+            gate, up = weight.chunk(2, dim=1)
+            return [
+                tensor(key, gate, (axis + 1, rank, 2 * ranks), replica_id),
+                tensor(key, up, (axis + 1, ranks + rank, 2 * ranks), replica_id),
+            ]
+
+        if self.config.gated_linear_unit:
+            join = partial(torch.cat, dim=1)
+            fc1 = ShardedTensorFactory(fc1_key, self.weight1, gate_and_up, join, replica)
+        else:
+            fc1 = tensor(fc1_key, self.weight1, (axis + 1, rank, ranks), replica)
+        return {
+            f"{prefix}weight1": fc1,
+            f"{prefix}weight2": tensor(fc2_key, self.weight2, (axis + 2, rank, ranks), replica),
+            **self._extra_states(prefix, sharded_offsets),
+        }
+
+    def _extra_states(
+        self, prefix: str, sharded_offsets: tuple[tuple[int, int, int], ...]
+    ) -> dict[str, Any]:
+        """The empty objects that ``SequentialMLP``'s linear layers keep in a checkpoint."""
+        first = self.ep_group.rank() * self.num_local_experts
+        total = self.ep_group.size() * self.num_local_experts
+        replica = (0, self.tp_group.rank(), self.dp_group.rank())
+        return {
+            f"{prefix}expert{expert}.{layer}._extra_state": make_sharded_object_for_checkpoint(
+                None,
+                f"{prefix}experts.{layer}._extra_state",
+                (*sharded_offsets, (len(sharded_offsets), expert, total)),
+                replica,
+            )
+            for expert in range(first, first + self.num_local_experts)
+            for layer in ("linear_fc1", "linear_fc2")
+        }
+
+    def backward_dw(self) -> None:
+        """Weight gradients are never delayed here."""
+
+
+def _sharded_tensor(
+    key: str,
+    data: torch.Tensor,
+    shard: tuple[int, int, int],
+    replica_id: Any,
+    offsets: tuple[tuple[int, int, int], ...],
+    prepended: int,
+) -> ShardedTensor:
+    return ShardedTensor.from_rank_offsets(
+        key, data, *offsets, shard, replica_id=replica_id, prepend_axis_num=prepended
+    )
+
+
+def _drop_extra_states(state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    extra = [key for key in state_dict if key.startswith(prefix) and key.endswith("_extra_state")]
+    for key in extra:
+        del state_dict[key]

@@ -1,0 +1,175 @@
+"""Which modules a block is made of: our own, or Transformer Engine's."""
+
+import warnings
+from typing import Any
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+
+from moetron.moe.config import derived
+from moetron.moe.config.errors import UserError
+from moetron.moe.config.settings import Settings
+from moetron.moe.host.device import has_transformer_engine
+from moetron.moe.layers.attention import SdpaAttention
+from moetron.moe.layers.experts import GroupedExperts, grouped_gemm_fits
+from moetron.moe.layers.norm import FullWidthRMSNorm, LayerNorm, RMSNorm
+
+with warnings.catch_warnings():  # "Apex is not installed": we bring norms of our own
+    warnings.simplefilter("ignore")
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_layer_with_transformer_engine_spec,
+        get_mlp_module_spec_for_backend,
+    )
+
+
+class LocalProvider(LocalSpecProvider):
+    """megatron-core's local modules, with our norms, core attention and experts in their place."""
+
+    def __init__(self, settings: Settings, config: TransformerConfig) -> None:
+        self._settings = settings
+        self._config = config
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
+        """The norm that the configuration names."""
+        return RMSNorm if self._config.normalization == "RMSNorm" else LayerNorm
+
+    def core_attention(self) -> type:
+        """scaled_dot_product_attention, or megatron-core's own if asked for."""
+        if self._settings.model.attention_backend == "unfused":
+            unfused: type = super().core_attention()
+            return unfused
+        return SdpaAttention
+
+    def grouped_mlp_modules(
+        self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool
+    ) -> tuple[type, MLPSubmodules | None]:
+        """Grouped experts where they fit, otherwise one after the other."""
+        ranks = derived.expert_tensor_parallel_size(self._settings.parallel)
+        if moe_use_grouped_gemm and grouped_gemm_fits(self._config, ranks):
+            return GroupedExperts, None
+        sequential: tuple[type, MLPSubmodules | None] = super().grouped_mlp_modules(False, False)
+        return sequential
+
+
+def _local_layer(backend: LocalProvider, config: TransformerConfig, experts: bool) -> ModuleSpec:
+    norm = backend.layer_norm()
+    qk_norm = norm if config.qk_layernorm else IdentityOp
+    # Checkpoint names of Transformer Engine, which fuses these norms into the next linear layer.
+    names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    if not experts:
+        names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=backend.column_parallel_linear(),
+            core_attention=backend.core_attention(),
+            linear_proj=backend.row_parallel_linear(),
+            q_layernorm=qk_norm,
+            k_layernorm=qk_norm,
+        ),
+    )
+    mlp = get_mlp_module_spec_for_backend(
+        backend=backend,
+        num_experts=config.num_moe_experts if experts else None,
+        moe_grouped_gemm=config.moe_grouped_gemm,
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=names,
+        ),
+    )
+
+
+def _transformer_engine_layer(config: TransformerConfig, experts: bool) -> ModuleSpec:
+    return get_gpt_layer_with_transformer_engine_spec(
+        num_experts=config.num_moe_experts if experts else None,
+        moe_grouped_gemm=config.moe_grouped_gemm and experts,
+        qk_layernorm=config.qk_layernorm,
+    )
+
+
+def _normalise_full_width(
+    layer: ModuleSpec, config: TransformerConfig, groups: ProcessGroupCollection
+) -> None:
+    def norm(heads: int) -> ModuleSpec:
+        params: dict[str, Any] = {"heads": heads, "tp_group": groups.tp}
+        return ModuleSpec(module=FullWidthRMSNorm, params=params)
+
+    attention = layer.submodules.self_attention.submodules
+    attention.q_layernorm = norm(config.num_attention_heads)
+    attention.k_layernorm = norm(config.num_query_groups)
+
+
+def uses_transformer_engine(settings: Settings) -> bool:
+    """Whether layers are Transformer Engine's.
+
+    Raises:
+        UserError: it is asked for and cannot be used.
+    """
+    wanted = settings.model.transformer_impl
+    available = wanted != "local" and has_transformer_engine()
+    if wanted == "transformer_engine" and not available:
+        raise UserError(
+            "--transformer-impl transformer_engine: it needs a GPU and an importable "
+            "transformer_engine; install moetron[te] or use --transformer-impl local"
+        )
+    return available
+
+
+def block_spec(
+    settings: Settings,
+    config: TransformerConfig,
+    groups: ProcessGroupCollection,
+    vp_stage: int | None = None,
+) -> TransformerBlockSubmodules:
+    """The layers of this rank's pipeline stage (and virtual stage), and the final norm.
+
+    Args:
+        settings: which implementation, which QK-norm, which layers have experts.
+        config: their image in megatron-core.
+        groups: ``tp`` and ``pp`` are read.
+        vp_stage: virtual pipeline stage; None without interleaving.
+    """
+    backend: Any
+    if uses_transformer_engine(settings):
+        from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+        backend = TESpecProvider()
+        layer = {kind: _transformer_engine_layer(config, kind) for kind in (False, True)}
+    else:
+        backend = LocalProvider(settings, config)
+        layer = {kind: _local_layer(backend, config, kind) for kind in (False, True)}
+    if config.qk_layernorm and settings.model.qk_layernorm_scope == "full":
+        for spec in layer.values():
+            _normalise_full_width(spec, config, groups)
+    stage = groups.pp.rank()
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=stage)
+    count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=stage)
+    kinds = derived.moe_layers(settings)[first : first + count]
+    return TransformerBlockSubmodules(
+        layer_specs=[layer[kind] for kind in kinds], layer_norm=backend.layer_norm()
+    )
