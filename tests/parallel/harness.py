@@ -72,7 +72,7 @@ def run_ranks(
 
 @contextmanager
 def model_parallel(seed: int = 1234, **sizes: int | None) -> Iterator[None]:
-    """megatron's parallel state and random states on an adapted host, torn down at the end.
+    """Megatron's parallel state and random states on an adapted host, torn down at the end.
 
     Without a process group yet (a unit test outside `run_ranks`) it makes one of a single rank.
 
