@@ -1,0 +1,272 @@
+"""Saving and loading a run: weights, optimizer state, position, random-number states.
+
+Tensors go through megatron-core's dist_checkpointing, so that any layout loads what any other
+wrote (for the optimizer see ``optimizer_state``); ``run.json`` and ``settings.yaml`` lie beside
+them. All functions here are collectives over all ranks.
+"""
+
+import importlib.metadata
+import logging
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedStateDict,
+    apply_factories,
+)
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
+from torch.distributed.checkpoint import save as save_tensors
+
+from moetron.moe.config import recipe
+from moetron.moe.config.derived import expert_tensor_parallel_size, virtual_pipeline_size
+from moetron.moe.config.errors import UserError
+from moetron.moe.config.settings import Settings
+from moetron.moe.training import checkpoint_folder, optimizer_state
+from moetron.moe.training.checkpoint_folder import Checkpoint, Record
+from moetron.moe.training.compatibility import differences
+from moetron.moe.training.progress import Progress
+from moetron.moe.training.rng import reseed, restore_rng, rng_entries
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+WRITER_THREADS = 2
+MODEL_METADATA = {"non_homogeneous_layers": True}
+"""Each layer under its own name, whether or not all layers are alike."""
+
+
+def save_checkpoint(
+    run_folder: Path,
+    progress: Progress,
+    model: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    settings: Settings,
+    stream_state: Mapping[str, Any],
+) -> Path:
+    """Write ``run_folder/step_NNNNNNN`` and move ``latest`` to it; returns the new folder.
+
+    Args:
+        run_folder: a folder that all ranks share; made where it is missing.
+        progress: position of the run.
+        model: the model's chunks on this rank, wrapped or not.
+        optimizer: what ``get_megatron_optimizer`` returned.
+        settings: the run's; ``checkpoint.keep_last`` says what is deleted afterwards.
+        stream_state: what identifies the stream of samples (``SampleStream.state()``).
+
+    Raises:
+        UserError: the folder cannot be written, or the run has saved this step already.
+    """
+    folder = checkpoint_folder.step_folder(run_folder, progress.step)
+    temporary = _on_rank_0(lambda: checkpoint_folder.prepare(folder))
+    weights = _model_state(model)
+    state = {
+        **weights,
+        "optimizer": optimizer_state.sharded_optimizer_state(optimizer, weights),
+        "rng": rng_entries(),
+    }
+    dist_checkpointing.save(state, str(temporary), sharded_strategy=_InProcessWriter())
+
+    def finish() -> None:
+        recipe.write(settings, temporary / "settings.yaml")
+        record = Record(
+            progress=progress,
+            settings=settings.model_dump(mode="json"),
+            layout=_layout(settings),
+            stream=dict(stream_state),
+            versions=_versions(),
+            files=checkpoint_folder.file_sizes(temporary),
+        )
+        checkpoint_folder.write_record(temporary, record)
+        checkpoint_folder.commit(folder, settings.checkpoint.keep_last)
+
+    _on_rank_0(finish)
+    return folder
+
+
+def load_checkpoint(
+    path: Path,
+    model: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    settings: Settings,
+    stream_state: Mapping[str, Any],
+) -> Progress:
+    """Load ``path``, a run's folder (its latest checkpoint) or a step folder; returns its position.
+
+    ``settings.checkpoint`` says what is left out: ``finetune`` loads the weights alone and starts
+    at step 0, ``no_load_optim`` leaves the optimizer fresh, ``no_load_rng`` the random numbers.
+    Written in the same layout, a run goes on bit by bit; in another one the random-number states
+    are seeded anew from (seed, step).
+
+    Raises:
+        UserError: nothing there, incomplete or damaged, or of another architecture or tokenizer.
+    """
+    checkpoint = _on_rank_0(lambda: _read_compatible(path, settings, stream_state))
+    options, record = settings.checkpoint, checkpoint.record
+    _load_weights(checkpoint, model)
+    if options.finetune or options.no_load_optim:
+        optimizer.reload_model_params()
+    else:
+        _load_optimizer(checkpoint, optimizer, _model_state(model))
+    if options.finetune:
+        return Progress()
+    if not options.no_load_rng:
+        _load_rng(checkpoint, settings)
+    return record.progress
+
+
+def _read_compatible(path: Path, settings: Settings, stream_state: Mapping[str, Any]) -> Checkpoint:
+    checkpoint = checkpoint_folder.read(path)
+    problems = differences(checkpoint.record, settings, stream_state)
+    if problems:
+        raise UserError("\n".join([f"--load {checkpoint.folder}: does not fit:", *problems]))
+    return checkpoint
+
+
+def _load_weights(checkpoint: Checkpoint, model: Sequence[torch.nn.Module]) -> None:
+    weights = _model_state(model)
+    parameters = {entry.key: entry.data for entry in _entries(weights)}
+    for data in parameters.values():
+        if data.is_floating_point():
+            data.detach().fill_(torch.nan)
+    request = {
+        chunk: {
+            name: optimizer_state.exact_entry(entry, checkpoint.keys)
+            if optimizer_state.is_entry(entry)
+            else entry
+            for name, entry in entries.items()
+        }
+        for chunk, entries in weights.items()
+    }
+    loaded = _load(checkpoint, request, "give the --load of a run with the same model")
+    for chunk, module in zip(weights, unwrap_model(list(model)), strict=True):
+        module.load_state_dict(loaded[chunk], strict=False)
+    _refuse_nan(checkpoint, parameters)
+
+
+def _load_optimizer(
+    checkpoint: Checkpoint, optimizer: MegatronOptimizer, weights: ShardedStateDict
+) -> None:
+    request, restore = optimizer_state.load_request(optimizer, weights, checkpoint.keys)
+    loaded = _load(checkpoint, request, "--no-load-optim starts with a fresh optimizer")
+    _refuse_nan(checkpoint, loaded)
+    restore(loaded)
+
+
+def _load_rng(checkpoint: Checkpoint, settings: Settings) -> None:
+    step = checkpoint.record.progress.step
+    if checkpoint.record.layout == _layout(settings):
+        restore_rng(_load(checkpoint, rng_entries(), "--no-load-rng goes on without"))
+        return
+    reseed(settings.training.seed, step)
+    if dist.get_rank() == 0:
+        logger.warning("another layout: random numbers are seeded anew from seed and step %d", step)
+
+
+def _load(checkpoint: Checkpoint, request: ShardedStateDict, remedy: str) -> ShardedStateDict:
+    """Read what ``request`` names; complains of absent names, of other shapes and of damage."""
+    built, _ = extract_matching_values(request, optimizer_state.is_entry)
+    apply_factories(built)
+    wanted = {entry.key for entry in nested_values(built)}
+    absent = checkpoint_folder.missing(wanted, checkpoint)
+    if absent:
+        raise UserError(f"--load {checkpoint.folder}: holds no {absent}; {remedy}")
+    try:
+        return dist_checkpointing.load(request, str(checkpoint.folder))
+    except (CheckpointingException, CheckpointException) as error:
+        raise UserError(
+            f"--load {checkpoint.folder}: damaged or of another shape: {error}"
+        ) from error
+
+
+def _refuse_nan(checkpoint: Checkpoint, tensors: Mapping[str, Any]) -> None:
+    """Everything was NaN before it was read: what still is was never written."""
+    unwritten = [
+        name
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and bool(tensor.detach().isnan().any())
+    ]
+    if unwritten:
+        names = ", ".join(sorted(unwritten)[:3])
+        raise UserError(
+            f"--load {checkpoint.folder}: rank {dist.get_rank()} read {len(unwritten)} tensors that "
+            f"hold NaN or were never written whole: {names}"
+        )
+
+
+def _model_state(model: Sequence[torch.nn.Module]) -> ShardedStateDict:
+    return {
+        f"model{number}": chunk.sharded_state_dict(metadata=dict(MODEL_METADATA))
+        for number, chunk in enumerate(unwrap_model(list(model)))
+    }
+
+
+def _entries(state: ShardedStateDict) -> list[optimizer_state.Entry]:
+    return [entry for entry in nested_values(state) if optimizer_state.is_entry(entry)]
+
+
+def _layout(settings: Settings) -> dict[str, int]:
+    parallel = settings.parallel
+    return {
+        "world_size": dist.get_world_size(),
+        "tensor": parallel.tensor_model_parallel_size,
+        "pipeline": parallel.pipeline_model_parallel_size,
+        "virtual_pipeline": virtual_pipeline_size(settings) or 1,
+        "expert": parallel.expert_model_parallel_size,
+        "expert_tensor": expert_tensor_parallel_size(parallel),
+        "context": parallel.context_parallel_size,
+    }
+
+
+def _versions() -> dict[str, str]:
+    packages = ("moetron", "torch", "megatron-core", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return {"python": platform.python_version(), **versions}
+
+
+def _on_rank_0(action: Callable[[], Result]) -> Result:
+    """Do something on rank 0 while the others wait; all get its result or raise its error."""
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = action()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    result, error = outcome
+    if error is not None:
+        raise error
+    return result
+
+
+class _InProcessWriter(torch_strategy.TorchDistSaveShardedStrategy):
+    """Writes the ``torch_dist`` format with threads of this process.
+
+    megatron-core's own writer (strategies/filesystem_async.py) forks processes around a spawned
+    manager even for a blocking save: seconds of start-up, and a hang for ever when one of them dies.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("torch_dist", 1)
+
+    def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path) -> None:
+        """Write the main replica of every tensor, each file synced to disk."""
+        grouped, _, _ = torch_strategy._replace_state_dict_keys_with_sharded_keys(
+            sharded_state_dict, keep_only_main_replica=True
+        )
+        save_tensors(
+            torch_strategy.mcore_to_pyt_state_dict(grouped),
+            storage_writer=FileSystemWriter(
+                checkpoint_dir, thread_count=WRITER_THREADS, sync_files=True
+            ),
+            planner=torch_strategy.MCoreSavePlanner(flatten_state_dict=False),
+        )

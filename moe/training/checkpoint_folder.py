@@ -1,0 +1,230 @@
+"""Checkpoint folders as files: names, what is in them, which one counts, what may be deleted.
+
+A run's folder holds ``step_0000100/`` and the like, and ``latest``, a text file with the name of
+the one to go on from. A folder is written as ``step_0000100.tmp`` and renamed when everything in it
+is on disk; ``latest`` moves after that. So a folder without ``.tmp`` is whole, ``latest`` names a
+whole one, and what a crash leaves behind is a ``.tmp`` or a whole folder that ``latest`` does not
+name yet. Nothing here talks to other ranks.
+"""
+
+import json
+import pickle
+import re
+import shutil
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moetron.moe.config.errors import UserError
+from moetron.moe.training.atomic import rename, sync_folder, write_text
+from moetron.moe.training.progress import Progress
+
+FORMAT = 1
+RECORD = "run.json"
+METADATA = ".metadata"
+LATEST = "latest"
+_NAME = re.compile(r"step_(\d{7,})")
+_SAFE_MODULES = (
+    "torch.distributed.checkpoint.metadata",
+    "torch.distributed.checkpoint.filesystem",
+    "torch.distributed.checkpoint.planner",
+    "torch.serialization",
+)
+_SAFE_NAMES = {("torch", "Size"), ("pathlib", "PosixPath"), ("builtins", "set")}
+
+
+@dataclass(frozen=True)
+class Record:
+    """What ``run.json`` says about a checkpoint."""
+
+    progress: Progress
+    settings: dict[str, dict[str, Any]]
+    """The settings tree as JSON."""
+    layout: dict[str, int]
+    """World size and parallel sizes."""
+    stream: dict[str, Any]
+    """What identifies the stream of samples."""
+    versions: dict[str, str]
+    files: dict[str, int]
+    """Size in bytes of every other file of the folder."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One complete checkpoint folder."""
+
+    folder: Path
+    record: Record
+    keys: frozenset[str]
+    """Names of the tensors that it holds."""
+
+
+def step_folder(run_folder: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` lies."""
+    return run_folder / f"step_{step:07d}"
+
+
+def temporary_folder(folder: Path) -> Path:
+    """Where a checkpoint is written before it is whole."""
+    return folder.with_name(folder.name + ".tmp")
+
+
+def saved_steps(run_folder: Path) -> list[int]:
+    """Steps of the whole checkpoints of a run, in order."""
+    if not run_folder.is_dir():
+        return []
+    matches = (_NAME.fullmatch(path.name) for path in run_folder.iterdir())
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def latest_step(run_folder: Path) -> int | None:
+    """The step that ``latest`` names; without that file, the last whole checkpoint's."""
+    try:
+        name = (run_folder / LATEST).read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return max(saved_steps(run_folder), default=None)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{run_folder / LATEST} cannot be read: {error}") from error
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise UserError(f"{run_folder / LATEST} holds {name[:80]!r}, not the name of a checkpoint")
+    return int(match[1])
+
+
+def find(path: Path) -> Path:
+    """The checkpoint that ``--load path`` means: a step folder itself, or a run's latest."""
+    if not path.is_dir():
+        raise UserError(f"--load {path}: no such folder")
+    if _NAME.fullmatch(path.name):
+        return path
+    step = latest_step(path)
+    if step is None:
+        raise UserError(
+            f"--load {path}: holds no checkpoint (neither a `{LATEST}` file nor a step_* folder); "
+            "give a run's --save folder or one of its step_* folders"
+        )
+    folder = step_folder(path, step)
+    if not folder.is_dir():
+        raise UserError(f"--load {path}: `{LATEST}` names {folder.name}, which is not there")
+    return folder
+
+
+def read(path: Path) -> Checkpoint:
+    """Find and verify a checkpoint; ``UserError`` says what is missing or damaged.
+
+    Verified are the record, the presence and size of every file, and that the index names nothing
+    outside the few classes that such an index is made of (it is a pickle).
+    """
+    folder = find(path)
+    if not (folder / RECORD).is_file():
+        raise UserError(f"--load {folder}: not a complete checkpoint: {RECORD} is missing")
+    record = _read_record(folder / RECORD)
+    for name, size in record.files.items():
+        file = folder / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes instead of {size}"
+            raise UserError(f"--load {folder}: damaged: {name} {state}")
+    return Checkpoint(folder, record, _read_keys(folder / METADATA))
+
+
+def write_record(folder: Path, record: Record) -> None:
+    """Write ``run.json``; ``record.files`` must be all that the folder holds."""
+    tree = {"format": FORMAT, **asdict(record)}
+    write_text(folder / RECORD, json.dumps(tree, indent=1, sort_keys=True) + "\n")
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Size in bytes of every file below ``folder``, by relative name."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def prepare(folder: Path) -> Path:
+    """An empty temporary folder for a checkpoint; what crashes left behind is removed.
+
+    Raises ``UserError`` where a checkpoint of that step is already the run's own: ``latest`` names
+    it or a later one. A whole folder beyond ``latest`` is a crash's, and is replaced.
+    """
+    run_folder = folder.parent
+    try:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        pointed = latest_step(run_folder) if (run_folder / LATEST).exists() else None
+        step = int(folder.name.removeprefix("step_"))
+        if folder.exists() and pointed is not None and step <= pointed:
+            raise UserError(f"--save {run_folder}: {folder.name} exists and is never overwritten")
+        for leftover in run_folder.glob("step_*.tmp"):
+            shutil.rmtree(leftover)
+        remove(folder)
+        temporary_folder(folder).mkdir()
+    except OSError as error:
+        raise UserError(f"--save {run_folder}: cannot write there: {error}") from error
+    return temporary_folder(folder)
+
+
+def commit(folder: Path, keep_last: int | None) -> None:
+    """Turn the temporary folder into the checkpoint, then move ``latest``, then delete old ones."""
+    sync_folder(temporary_folder(folder))
+    rename(temporary_folder(folder), folder)
+    write_text(folder.parent / LATEST, folder.name + "\n")
+    if keep_last is not None:
+        prune(folder.parent, keep_last)
+
+
+def prune(run_folder: Path, keep_last: int) -> None:
+    """Delete all but the last ``keep_last`` checkpoints up to the one that ``latest`` names."""
+    pointed = latest_step(run_folder)
+    assert pointed is not None
+    assert keep_last > 0
+    steps = [step for step in saved_steps(run_folder) if step <= pointed]
+    for step in steps[:-keep_last]:
+        remove(step_folder(run_folder, step))
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint so that a crash on the way leaves a ``.tmp``, never half a checkpoint."""
+    if folder.exists():
+        rename(folder, temporary_folder(folder))
+        shutil.rmtree(temporary_folder(folder))
+
+
+def missing(wanted: Collection[str], checkpoint: Checkpoint) -> str:
+    """Names that are wanted and not there, the first few of them; empty when all are."""
+    names = sorted(set(wanted) - checkpoint.keys)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _read_record(path: Path) -> Record:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        if tree.pop("format") != FORMAT:
+            raise UserError(f"{path}: written by a newer Moetron; update to load it")
+        return Record(**{**tree, "progress": Progress(**tree["progress"])})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: damaged: {error}") from error
+
+
+class _IndexReader(pickle.Unpickler):
+    """Reads a checkpoint's index; refuses anything that could run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if dtype or module in _SAFE_MODULES or (module, name) in _SAFE_NAMES:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"refers to {module}.{name}")
+
+
+def _read_keys(path: Path) -> frozenset[str]:
+    try:
+        with path.open("rb") as file:
+            index = _IndexReader(file).load()
+        return frozenset(index.state_dict_metadata)
+    except Exception as error:  # a damaged pickle can raise anything
+        raise UserError(f"{path}: damaged, or not a checkpoint's index: {error}") from error

@@ -1,0 +1,96 @@
+"""Whether a checkpoint fits the settings that are to load it."""
+
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from moetron.moe.config.field import flag_name
+from moetron.moe.config.settings import Settings
+from moetron.moe.training.checkpoint_folder import Record
+
+logger = logging.getLogger(__name__)
+
+SHAPE = {
+    "model": (
+        "num_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "kv_channels",
+        "ffn_hidden_size",
+        "normalization",
+        "qk_layernorm",
+        "qk_layernorm_scope",
+        "swiglu",
+        "add_bias_linear",
+        "untie_embeddings_and_output_weights",
+        "vocab_size",
+    ),
+    "moe": (
+        "num_experts",
+        "moe_layer_freq",
+        "moe_ffn_hidden_size",
+        "moe_router_enable_expert_bias",
+        "moe_shared_expert_intermediate_size",
+    ),
+}
+"""Settings that say which tensors there are."""
+FUNCTION = {
+    "model": ("position_embedding_type", "rotary_base", "rotary_percent", "norm_epsilon"),
+    "moe": (
+        "moe_router_topk",
+        "moe_router_pre_softmax",
+        "moe_router_score_function",
+        "moe_router_topk_scaling_factor",
+        "moe_router_num_groups",
+        "moe_router_group_topk",
+    ),
+    "optimizer": ("optimizer",),
+}
+"""Settings that a run cannot change half-way; --finetune may."""
+
+
+def differences(record: Record, settings: Settings, stream_state: Mapping[str, Any]) -> list[str]:
+    """One line for each difference that forbids loading; other changes of data are logged."""
+    options = settings.checkpoint
+    checked = [(group, name) for group, names in SHAPE.items() for name in names]
+    if not options.finetune:
+        checked += [(group, name) for group, names in FUNCTION.items() for name in names]
+    if options.no_load_optim:
+        checked.remove(("optimizer", "optimizer"))
+    ours = settings.model_dump(mode="json")
+    problems = [
+        f"  - {flag_name(name)} {_text(ours[group][name])}: the checkpoint has {_text(theirs)}"
+        for group, name in checked
+        if (theirs := record.settings.get(group, {}).get(name, ours[group][name]))
+        != ours[group][name]
+    ]
+    return problems + _stream_differences(record, stream_state, options.finetune)
+
+
+def _stream_differences(
+    record: Record, stream_state: Mapping[str, Any], finetune: bool
+) -> list[str]:
+    ours, theirs = json.loads(json.dumps(stream_state)), record.stream
+    tokenizers = _tokenizers(ours), _tokenizers(theirs)
+    if all(tokenizers) and tokenizers[0] != tokenizers[1]:
+        return [f"  - tokenizer {_text(tokenizers[0])}: the checkpoint has {_text(tokenizers[1])}"]
+    changed = sorted(key for key in theirs | ours if theirs.get(key) != ours.get(key))
+    if changed and not finetune:
+        logger.warning(
+            "the data differ from the checkpoint's (%s); sample %d of the new stream comes next",
+            ", ".join(changed),
+            record.progress.consumed_samples,
+        )
+    return []
+
+
+def _tokenizers(stream_state: Mapping[str, Any]) -> list[str]:
+    """Fingerprints of the tokenizers that the sources name."""
+    sources = stream_state.get("sources", [])
+    return sorted({source["tokenizer"] for source in sources if source.get("tokenizer")})
+
+
+def _text(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

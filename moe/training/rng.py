@@ -1,0 +1,82 @@
+"""Random-number states of a rank, as tensors that a checkpoint can hold without pickle."""
+
+import json
+import random
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
+from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
+from torch import Tensor
+
+_TEXT_BYTES = 16_384
+"""Room for a Mersenne Twister's 624 words as JSON."""
+
+
+def rng_entries() -> ShardedStateDict:
+    """The states of this rank, {key: sharded uint8 [1, bytes]}: row ``rank`` of [ranks, bytes]."""
+    place = (0, dist.get_rank(), dist.get_world_size())
+    return {
+        f"rng.{name}": ShardedTensor.from_rank_offsets(f"rng.{name}", state[None], place)
+        for name, state in _states().items()
+    }
+
+
+def restore_rng(loaded: ShardedStateDict) -> None:
+    """Go on from states that ``rng_entries`` asked for."""
+    states = {key.removeprefix("rng."): state[0].cpu() for key, state in loaded.items()}
+    torch.set_rng_state(states.pop("torch"))
+    random.setstate(_python_state(_from_bytes(states.pop("python"))))
+    np.random.set_state(_numpy_state(_from_bytes(states.pop("numpy"))))
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states.pop("cuda"))
+    tracked = {name.removeprefix("tracker."): state for name, state in states.items()}
+    get_cuda_rng_tracker().set_states(tracked)
+
+
+def reseed(seed: int, step: int) -> None:
+    """Set states that depend on (seed, step) and the place in the layout alone."""
+    value = int(np.random.SeedSequence((seed, step)).generate_state(1)[0]) >> 2
+    value += 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+    model_parallel_cuda_manual_seed(value, force_reset_rng=True)
+
+
+def _states() -> dict[str, Tensor]:
+    version, words, gauss = random.getstate()
+    twister = np.random.get_state(legacy=False)
+    twister["state"]["key"] = twister["state"]["key"].tolist()
+    states = {
+        "torch": torch.get_rng_state(),
+        "python": _to_bytes([version, words, gauss]),
+        "numpy": _to_bytes(twister),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    tracked = get_cuda_rng_tracker().get_states()
+    return states | {f"tracker.{name}": state for name, state in tracked.items()}
+
+
+def _to_bytes(value: Any) -> Tensor:
+    text = json.dumps(value).encode().ljust(_TEXT_BYTES)
+    assert len(text) == _TEXT_BYTES
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+
+def _from_bytes(text: Tensor) -> Any:
+    return json.loads(text.numpy().tobytes())
+
+
+def _python_state(state: list[Any]) -> tuple[Any, ...]:
+    version, words, gauss = state
+    return version, tuple(words), gauss
+
+
+def _numpy_state(state: dict[str, Any]) -> dict[str, Any]:
+    words = np.asarray(state["state"]["key"], dtype=np.uint32)
+    return {**state, "state": {**state["state"], "key": words}}
