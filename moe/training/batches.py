@@ -1,0 +1,98 @@
+"""Which samples a rank takes, and the tensors that it makes of them.
+
+Inside a global batch of samples ``first, first + 1, ...`` micro-batch m of data-parallel rank r
+holds samples ``first + m * mbs * dp + r * mbs + [0, mbs)``, so that every layout forms the same
+micro-batches. Every rank reads what it needs for itself: nothing is broadcast, and a resume needs
+nothing but the number of samples consumed.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from moetron.moe.config.derived import global_batch_size_at
+from moetron.moe.config.settings import Settings
+from moetron.moe.training.progress import Progress
+from moetron.moe.training.stream import SampleStream
+
+Batch = dict[str, torch.Tensor]
+"""tokens, labels, position_ids: int64 [b, S]; loss_mask: float32 [b, S]; source: int64 [b]."""
+
+PADDING = -1
+"""The number of no sample: a row of zeros without loss."""
+
+
+def micro_batch_numbers(
+    first: int,
+    count: int,
+    micro_batch_size: int,
+    dp_rank: int,
+    dp_size: int,
+    padded_count: int | None = None,
+) -> Iterator[list[int]]:
+    """Sample numbers of each micro-batch that a rank takes from samples ``first + [0, count)``.
+
+    ``padded_count`` rows are dealt out instead of ``count``, the surplus as ``PADDING``; the number
+    dealt out must fill the micro-batches of all ranks.
+    """
+    rows_in_all = count if padded_count is None else padded_count
+    assert rows_in_all % (micro_batch_size * dp_size) == 0
+    for start in range(dp_rank * micro_batch_size, rows_in_all, micro_batch_size * dp_size):
+        rows = range(start, start + micro_batch_size)
+        yield [first + row if row < count else PADDING for row in rows]
+
+
+def training_numbers(
+    settings: Settings, progress: Progress, dp_rank: int, dp_size: int
+) -> Iterator[list[int]]:
+    """Sample numbers of a rank's micro-batches from ``progress`` to the end of the run."""
+    training, first = settings.training, progress.consumed_samples
+    for _ in range(progress.step, training.train_iters):
+        count = global_batch_size_at(settings, first)
+        yield from micro_batch_numbers(first, count, training.micro_batch_size, dp_rank, dp_size)
+        first += count
+
+
+def micro_batches(
+    stream: SampleStream, seq_length: int, numbers: Iterable[list[int]], num_workers: int = 0
+) -> Iterator[Batch]:
+    """Micro-batches of ``numbers``, loaded here or ahead of time by ``num_workers`` processes."""
+    samples = _Samples(stream, seq_length)
+    if num_workers == 0:
+        return map(samples.__getitem__, numbers)
+    return iter(
+        DataLoader(
+            samples,
+            batch_size=None,
+            sampler=numbers,
+            num_workers=num_workers,
+            multiprocessing_context="forkserver",  # a fork of a process with threads can hang
+            generator=torch.Generator(),  # the loader would draw a seed from the global one
+        )
+    )
+
+
+class _Samples(Dataset[Batch]):
+    """A stream addressed by the sample numbers of one micro-batch."""
+
+    def __init__(self, stream: SampleStream, seq_length: int) -> None:
+        self._stream = stream
+        self._position_ids = torch.arange(seq_length)
+        self._padding = {
+            "tokens": np.zeros(seq_length, np.int64),
+            "labels": np.zeros(seq_length, np.int64),
+            "loss_mask": np.zeros(seq_length, np.float32),
+            "source": 0,
+        }
+
+    def __getitem__(self, numbers: Sequence[int]) -> Batch:
+        rows = [self._padding if n == PADDING else self._stream[n] for n in numbers]
+        batch = {
+            name: torch.from_numpy(np.stack([row[name] for row in rows]))
+            for name in ("tokens", "labels", "loss_mask")
+        }
+        batch["position_ids"] = self._position_ids.expand(len(rows), -1)
+        batch["source"] = torch.tensor([int(row["source"]) for row in rows])
+        return batch

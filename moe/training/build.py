@@ -1,0 +1,41 @@
+"""Put the parts of a run together on one rank."""
+
+from pathlib import Path
+
+from moetron.moe.config.bridge import transformer_config
+from moetron.moe.config.settings import Settings
+from moetron.moe.training.checkpoint import load_checkpoint
+from moetron.moe.training.console import Console
+from moetron.moe.training.loop import Loop
+from moetron.moe.training.model import build_chunks
+from moetron.moe.training.optimizer import build_optimizer
+from moetron.moe.training.peak import peak_of_rank
+from moetron.moe.training.progress import Progress
+from moetron.moe.training.report import Sink, open_sinks
+from moetron.moe.training.runtime import Runtime
+from moetron.moe.training.step import Trainer
+from moetron.moe.training.stream import Streams
+
+
+def build_trainer(settings: Settings, runtime: Runtime, vocab_size: int) -> Trainer:
+    """The model, freshly drawn, and its optimizer."""
+    config = transformer_config(settings)
+    chunks = build_chunks(settings, config, vocab_size, runtime)
+    optimizer = build_optimizer(settings, chunks, runtime)
+    return Trainer(settings, runtime, config, vocab_size, chunks, optimizer)
+
+
+def build_loop(trainer: Trainer, streams: Streams) -> Loop:
+    """The loop from the start of the run, or from where --load left it."""
+    settings, runtime = trainer.settings, trainer.runtime
+    progress = Progress()
+    if settings.checkpoint.load is not None:
+        path, state = Path(settings.checkpoint.load), streams.training.state()
+        progress = load_checkpoint(path, trainer.chunks, trainer.optimizer, settings, state)
+    peak = peak_of_rank(settings, runtime.device)
+    sinks: list[Sink] = []
+    if runtime.is_main:
+        last_step = settings.training.train_iters
+        console = Console(progress.step, last_step, settings.logging.log_interval)
+        sinks = [console, *open_sinks(settings, progress.step)]
+    return Loop(trainer, streams, progress, sinks, peak)

@@ -1,0 +1,161 @@
+"""The training loop: steps, evaluations, checkpoints, reports, and when to stop."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from moetron.moe.config.derived import global_batch_size_at
+from moetron.moe.plan.flops import flops_per_token
+from moetron.moe.training.batches import micro_batches, training_numbers
+from moetron.moe.training.checkpoint import save_checkpoint
+from moetron.moe.training.evaluate import evaluate
+from moetron.moe.training.model import needs_samples, settled
+from moetron.moe.training.progress import Progress
+from moetron.moe.training.report import Row, Sink
+from moetron.moe.training.schedule import LearningRate
+from moetron.moe.training.step import BatchIterators, StepFigures, Trainer, train_step
+from moetron.moe.training.stream import Streams
+
+
+class Loop:
+    """Takes a run from ``progress`` to its end.
+
+    Every rank runs the same loop; only the main rank has ``sinks``. ``peak_tflops_per_s`` is one
+    rank's, None where it is unknown.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        streams: Streams,
+        progress: Progress,
+        sinks: list[Sink],
+        peak_tflops_per_s: float | None,
+    ) -> None:
+        self.trainer = trainer
+        self.streams = streams
+        self.progress = progress
+        self.sinks = sinks
+        self.saved = progress if progress.step else None
+        self._peak = peak_tflops_per_s
+        self._rate = LearningRate.of(trainer.settings)
+        self._flops_per_token = flops_per_token(trainer.settings, trainer.vocab_size)
+        self._evaluated: int | None = None
+
+    def run(self, stop_requested: Callable[[], bool]) -> bool:
+        """Train to the end, to --exit-interval or until a rank is asked to stop.
+
+        Returns whether it was asked to stop. What was trained is saved in each case.
+        """
+        training = self.trainer.settings.training
+        batches = self._batches()
+        stopped = False
+        while self.progress.step < training.train_iters and not stopped:
+            stopped = self._step(batches, stop_requested())
+            self._after_step()
+            exit_interval = training.exit_interval
+            if exit_interval is not None and self.progress.step % exit_interval == 0:
+                break
+        if self.progress.step == training.train_iters:
+            self._evaluate()
+        self._save()
+        return stopped
+
+    def _batches(self) -> BatchIterators:
+        """Micro-batches from here to the end of the run, for each chunk that reads any."""
+        settings, runtime = self.trainer.settings, self.trainer.runtime
+        length, workers = settings.model.seq_length, settings.data.num_workers
+        return [
+            micro_batches(
+                self.streams.training,
+                length,
+                training_numbers(settings, self.progress, runtime.dp_rank, runtime.dp_size),
+                workers,
+            )
+            if needs_samples(chunk)
+            else None
+            for chunk in self.trainer.chunks
+        ]
+
+    def _step(self, batches: BatchIterators, stop: bool) -> bool:
+        """One step and its report; whether any rank was asked to stop."""
+        settings, runtime = self.trainer.settings, self.trainer.runtime
+        samples = global_batch_size_at(settings, self.progress.consumed_samples)
+        count = samples // (settings.training.micro_batch_size * runtime.dp_size)
+        learning_rate = self._rate.at(self.progress)
+        start_s = time.perf_counter()
+        figures = train_step(self.trainer, batches, count, learning_rate, stop)
+        step_time_s = time.perf_counter() - start_s
+        self.progress = self.progress.after(samples, settings.model.seq_length)
+        if self.sinks:
+            row = self._row(figures, samples, learning_rate, step_time_s)
+            for sink in self.sinks:
+                sink.step(row)
+        return figures.stop
+
+    def _row(
+        self, figures: StepFigures, samples: int, learning_rate: float, step_time_s: float
+    ) -> Row:
+        """The step's line in metrics.jsonl; rates of one rank where the name does not say more."""
+        tokens_per_s = samples * self.trainer.settings.model.seq_length / step_time_s
+        tflops_per_s = tokens_per_s * self._flops_per_token / self.trainer.runtime.world_size / 1e12
+        row = {
+            "step": self.progress.step,
+            "tokens": self.progress.consumed_tokens,
+            "samples": self.progress.consumed_samples,
+            "lm_loss": figures.lm_loss,
+            **figures.routing,
+            "grad_norm": figures.grad_norm,
+            "lr": learning_rate,
+            "step_time_s": step_time_s,
+            "tokens_per_s": tokens_per_s,
+            "tflops_per_s": tflops_per_s,
+        }
+        if self._peak is not None:
+            row["mfu"] = tflops_per_s / self._peak
+        return row
+
+    def _after_step(self) -> None:
+        """The evaluation and the checkpoint that are due."""
+        settings, step = self.trainer.settings, self.progress.step
+        eval_interval = settings.validation.eval_interval
+        if eval_interval is not None and step % eval_interval == 0:
+            self._evaluate()
+        save_interval = settings.checkpoint.save_interval
+        if save_interval is not None and step % save_interval == 0:
+            self._save()
+
+    def _evaluate(self) -> None:
+        """Evaluate and report, unless this step was."""
+        stream, step = self.streams.validation, self.progress.step
+        if stream is None or self._evaluated == step:
+            return
+        result = evaluate(self.trainer, stream)
+        self._evaluated = step
+        for sink in self.sinks:
+            sink.validation(
+                {
+                    "step": step,
+                    "tokens": self.progress.consumed_tokens,
+                    "validation_loss": result.loss,
+                    "source_losses": result.source_losses,
+                    "tokens_evaluated": result.tokens,
+                }
+            )
+
+    def _save(self) -> None:
+        """Write a checkpoint, unless this position has one or nothing is to be saved."""
+        trainer = self.trainer
+        folder = trainer.settings.checkpoint.save
+        if folder is None or self.saved == self.progress:
+            return
+        with settled(trainer.chunks, trainer.settings):
+            save_checkpoint(
+                Path(folder),
+                self.progress,
+                trainer.chunks,
+                trainer.optimizer,
+                trainer.settings,
+                self.streams.training.state(),
+            )
+        self.saved = self.progress

@@ -1,0 +1,170 @@
+"""What a run writes down about itself: metrics.jsonl, validation.jsonl, TensorBoard, W&B."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from moetron.moe.config.errors import UserError
+from moetron.moe.config.settings import Settings
+from moetron.moe.training.atomic import write_text
+
+Row = Mapping[str, Any]
+"""One line: ``step`` and whatever was measured; what does not apply is left out."""
+
+
+class Sink(Protocol):
+    """Somewhere to report to."""
+
+    def step(self, row: Row) -> None:
+        """Report a training step."""
+        ...
+
+    def validation(self, row: Row) -> None:
+        """Report an evaluation."""
+        ...
+
+    def close(self) -> None:
+        """Nothing more will come."""
+        ...
+
+
+class JsonLines:
+    """A file of JSON objects, one a line, each with its ``step``; floats keep every bit.
+
+    Lines after ``last_step`` are of steps that a resume takes again: they are dropped, atomically.
+    """
+
+    def __init__(self, path: Path, last_step: int) -> None:
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if _step(line, last_step) <= last_step]
+            if kept != lines:
+                write_text(path, "".join(kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, row: Row) -> None:
+        """Append a line and hand it to the operating system."""
+        self._file.write(json.dumps(dict(row)) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _step(line: str, last_step: int) -> int:
+    """The step of a line; a line that a crash cut short lies after every step."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return last_step + 1
+
+
+class LineFiles:
+    """``metrics.jsonl`` and ``validation.jsonl`` in a run's folder.
+
+    Raises:
+        UserError: when the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, last_step: int) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._metrics = JsonLines(folder / "metrics.jsonl", last_step)
+            self._validation = JsonLines(folder / "validation.jsonl", last_step)
+        except OSError as error:
+            raise UserError(f"--save {folder}: cannot write there: {error.strerror}") from error
+
+    def step(self, row: Row) -> None:
+        """A line in metrics.jsonl."""
+        self._metrics.write(row)
+
+    def validation(self, row: Row) -> None:
+        """A line in validation.jsonl."""
+        self._validation.write(row)
+
+    def close(self) -> None:
+        """Close both."""
+        self._metrics.close()
+        self._validation.close()
+
+
+class TensorBoard:
+    """Scalars of every step below ``train/`` and of every evaluation below ``validation/``."""
+
+    def __init__(self, folder: Path, last_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # a second of imports
+
+        self._writer = SummaryWriter(str(folder), purge_step=last_step + 1)
+
+    def step(self, row: Row) -> None:
+        """One scalar for each number."""
+        self._write("train", row)
+
+    def validation(self, row: Row) -> None:
+        """One scalar for each number."""
+        self._write("validation", row)
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        self._writer.close()
+
+    def _write(self, prefix: str, row: Row) -> None:
+        for name, value in flat(row):
+            self._writer.add_scalar(f"{prefix}/{name}", value, row["step"])
+
+
+class WandB:
+    """The same scalars on Weights & Biases."""
+
+    def __init__(self, project: str, folder: Path, settings: Settings) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError("--wandb-project needs `pip install moetron[log]`") from error
+        tree = settings.model_dump(mode="json")
+        self._run = wandb.init(project=project, dir=str(folder), config=tree, resume="allow")
+
+    def step(self, row: Row) -> None:
+        """One scalar for each number."""
+        self._log("train", row)
+
+    def validation(self, row: Row) -> None:
+        """One scalar for each number."""
+        self._log("validation", row)
+
+    def close(self) -> None:
+        """Upload what is left."""
+        self._run.finish()
+
+    def _log(self, prefix: str, row: Row) -> None:
+        self._run.log({f"{prefix}/{name}": value for name, value in flat(row)}, step=row["step"])
+
+
+def flat(row: Row) -> list[tuple[str, float]]:
+    """(name, number) of every number but the step; those of a nested object as ``outer/inner``."""
+    pairs: list[tuple[str, float]] = []
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            pairs += [(f"{name}/{inner}", number) for inner, number in flat(value)]
+        elif name != "step" and isinstance(value, int | float):
+            pairs.append((name, value))
+    return pairs
+
+
+def open_sinks(settings: Settings, last_step: int) -> list[Sink]:
+    """What --save and the logging settings ask for; ``last_step`` is the last step not redone."""
+    sinks: list[Sink] = []
+    logging, save = settings.logging, settings.checkpoint.save
+    if save is None:
+        return sinks
+    folder = Path(save)
+    sinks.append(LineFiles(folder, last_step))
+    if logging.tensorboard:
+        sinks.append(
+            TensorBoard(Path(logging.tensorboard_dir or folder / "tensorboard"), last_step)
+        )
+    if logging.wandb_project is not None:
+        sinks.append(WandB(logging.wandb_project, folder, settings))
+    return sinks

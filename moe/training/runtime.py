@@ -1,0 +1,122 @@
+"""The ranks of a run: process groups, device, threads and seeds, handed around as one argument."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from moetron.moe.config.derived import virtual_pipeline_size
+from moetron.moe.config.errors import UserError
+from moetron.moe.config.settings import Settings
+from moetron.moe.host.adapt import adapt_host
+from moetron.moe.host.device import backend_for, cpu_threads, resolve_device
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One rank's place among the others."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    groups: ProcessGroupCollection
+
+    @property
+    def dp_rank(self) -> int:
+        """Which share of every global batch is this rank's."""
+        return self.groups.dp.rank()
+
+    @property
+    def dp_size(self) -> int:
+        """In how many shares a global batch is cut."""
+        return self.groups.dp.size()
+
+    @property
+    def holds_loss(self) -> bool:
+        """Whether this rank's language-model loss counts: one rank of each copy of the model."""
+        last_stage = self.groups.pp.rank() == self.groups.pp.size() - 1
+        return last_stage and self.groups.tp.rank() == 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes metrics and speaks."""
+        return self.rank == 0
+
+
+@contextmanager
+def running(settings: Settings) -> Iterator[Runtime]:
+    """Ranks joined and seeded, taken apart again at the end.
+
+    Ranks come from torchrun's environment; without one there is a single rank.
+
+    Raises:
+        UserError: when the port of the rendezvous is taken.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = resolve_device(settings.parallel.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        ranks_on_host = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(cpu_threads(settings.parallel.cpu_threads, ranks_on_host))
+    adapt_host()
+    _join(settings, rank, world_size, backend_for(device))
+    try:
+        _divide(settings)
+        _seed(settings.training.seed)
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        yield Runtime(rank, world_size, device, groups)
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+def _join(settings: Settings, rank: int, world_size: int, backend: str) -> None:
+    """Start the process group; a single rank needs no port."""
+    timeout = timedelta(minutes=settings.parallel.distributed_timeout_minutes)
+    if "RANK" not in os.environ:
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(
+            backend, store=store, rank=0, world_size=1, timeout=timeout
+        )
+        return
+    try:
+        torch.distributed.init_process_group(
+            backend, rank=rank, world_size=world_size, timeout=timeout
+        )
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ.get("MASTER_PORT")
+        raise UserError(
+            f"MASTER_PORT={port}: another program listens on this port; choose a free one "
+            "(torchrun: --master-port)"
+        ) from error
+
+
+def _divide(settings: Settings) -> None:
+    """Megatron's process groups, in its default order tp-cp-ep-dp-pp."""
+    parallel = settings.parallel
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_pipeline_size(settings),
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        distributed_timeout_minutes=max(1, round(parallel.distributed_timeout_minutes)),
+        create_gloo_process_groups=False,
+    )
+
+
+def _seed(seed: int) -> None:
+    """Seed every generator; stages of a pipeline differ, as in Megatron (100 apart)."""
+    seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)

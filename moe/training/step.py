@@ -1,0 +1,169 @@
+"""One optimizer step: forward and backward over all micro-batches, clipping, update, figures."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_batch_on_this_cp_rank
+
+from moetron.moe.config.settings import Settings
+from moetron.moe.training.batches import Batch
+from moetron.moe.training.model import ModelChunks
+from moetron.moe.training.optimizer import set_learning_rate
+from moetron.moe.training.runtime import Runtime
+
+BatchIterators = Sequence[Iterator[Batch] | None]
+"""For each model chunk of this rank its micro-batches, None for a chunk that needs no samples."""
+
+
+class NotFiniteError(RuntimeError):
+    """A loss or gradient norm that is infinite or not a number."""
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """What one rank trains, and with what."""
+
+    settings: Settings
+    runtime: Runtime
+    config: TransformerConfig
+    vocab_size: int
+    """Before padding."""
+    chunks: ModelChunks
+    optimizer: MegatronOptimizer
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """What all ranks agree on after a step."""
+
+    lm_loss: float
+    """Sum of the losses of all tokens that count, divided by their number (nats per token)."""
+    loss_tokens: int
+    """Tokens that count."""
+    grad_norm: float
+    """Norm of the whole gradient before clipping."""
+    routing: dict[str, float]
+    """aux_loss, z_loss, expert_load_max_over_mean, dropped_fraction, as far as they apply."""
+    stop: bool
+    """Whether any rank asked to stop."""
+
+
+def train_step(
+    trainer: Trainer,
+    batches: BatchIterators,
+    num_microbatches: int,
+    learning_rate: float,
+    stop: bool = False,
+) -> StepFigures:
+    """Take one step.
+
+    Args:
+        trainer: the model and its optimizer; both change.
+        batches: iterators that yield this rank's next ``num_microbatches`` micro-batches.
+        num_microbatches: micro-batches of every rank.
+        learning_rate: of this step.
+        stop: this rank's wish to stop, shared with the others.
+
+    Raises:
+        NotFiniteError: when the loss or the gradient norm is not finite and the settings check it.
+    """
+    for chunk in trainer.chunks:
+        chunk.zero_grad_buffer()
+    trainer.optimizer.zero_grad()
+    sums = run_schedule(trainer, batches, num_microbatches, token_loss)
+    set_learning_rate(trainer.optimizer, learning_rate)
+    _, grad_norm, _ = trainer.optimizer.step()
+    local = torch.zeros(3, dtype=torch.float64, device=trainer.runtime.device)
+    if trainer.runtime.holds_loss:
+        local[:2] = torch.stack(sums).sum(0)
+    local[2] = stop
+    total = local.clone()
+    torch.distributed.all_reduce(total)
+    loss_sum, tokens, stops = total.tolist()
+    lm_loss = loss_sum / max(tokens, 1.0)
+    figures = StepFigures(lm_loss, int(tokens), float(grad_norm), {}, stops > 0)
+    if trainer.settings.training.check_for_nan_in_loss_and_grad:
+        _refuse_non_finite(figures, local[0])
+    return figures
+
+
+def run_schedule(
+    trainer: Trainer,
+    batches: BatchIterators,
+    num_microbatches: int,
+    loss: Any,
+    forward_only: bool = False,
+) -> list[torch.Tensor]:
+    """Run megatron-core's schedule for this layout; what ``loss`` reports of each micro-batch.
+
+    ``loss(batch, losses_BS)`` returns (scalar to differentiate, number of tokens, report). The list
+    is empty except on the last pipeline stage. Gradients lie in the chunks' buffers, reduced over
+    all ranks, on return.
+    """
+    settings = trainer.settings
+    forward_backward = get_forward_backward_func()
+    reports: list[torch.Tensor] = forward_backward(
+        forward_step_func=partial(_forward, trainer.runtime, loss),
+        data_iterator=list(batches),
+        model=list(trainer.chunks),
+        num_microbatches=num_microbatches,
+        seq_length=settings.model.seq_length,
+        micro_batch_size=settings.training.micro_batch_size,
+        forward_only=forward_only,
+    )
+    return reports
+
+
+def _forward(
+    runtime: Runtime, loss: Any, batches: Iterator[Batch] | None, chunk: torch.nn.Module
+) -> tuple[torch.Tensor, Any]:
+    """One chunk's forward pass over its next micro-batch, and the loss function of its output."""
+    batch: Batch = {} if batches is None else next(batches)
+    batch = {name: tensor.to(runtime.device, non_blocking=True) for name, tensor in batch.items()}
+    source = batch.pop("source", None)
+    batch = get_batch_on_this_cp_rank(batch, cp_group=runtime.groups.cp)
+    output = chunk(batch.get("tokens"), batch.get("position_ids"), None, labels=batch.get("labels"))
+    return output, partial(loss, {**batch, "source": source})
+
+
+def token_loss(
+    batch: Batch, losses_BS: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cross-entropy of one micro-batch on this rank, as megatron-core's schedules want it.
+
+    L = sum_t m_t l_t, with l_t the loss of token t in nats and m_t its loss mask; not divided here:
+    ``finalize_model_grads`` divides by the number of tokens of the global batch, or the schedule by
+    that of the micro-batch, as --calculate-per-token-loss says. With context parallelism a rank
+    holds its share of the sequence.
+
+    Args:
+        batch: holds ``loss_mask`` float32 [b, s].
+        losses_BS: losses float32 [b, s], equal on all tensor-parallel ranks.
+
+    Returns:
+        L (float32), the number of tokens (int32), and [L, number] in float64 for the log.
+    """
+    mask_BS = batch["loss_mask"]
+    weighted_BS = losses_BS * mask_BS
+    tokens = mask_BS.sum()
+    report = torch.stack([weighted_BS.detach().sum(dtype=torch.float64), tokens.double()])
+    return weighted_BS.sum(), tokens.to(torch.int), report
+
+
+def _refuse_non_finite(figures: StepFigures, local_loss: torch.Tensor) -> None:
+    if math.isfinite(figures.lm_loss) and math.isfinite(figures.grad_norm):
+        return
+    finite: list[bool] = [True] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(finite, bool(local_loss.isfinite()))
+    ranks = [rank for rank, good in enumerate(finite) if not good]
+    where = f" (loss of rank {', '.join(map(str, ranks))})" if ranks else ""
+    raise NotFiniteError(
+        f"lm_loss is {figures.lm_loss}, the gradient norm {figures.grad_norm}{where}"
+    )

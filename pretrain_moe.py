@@ -1,0 +1,99 @@
+"""Pretrain a Mixture-of-Experts language model.
+
+    torchrun --nproc-per-node 2 pretrain_moe.py --config RECIPE.yaml [--flag value ...]
+    python pretrain_moe.py --config RECIPE.yaml --mock-data     # one rank
+    python pretrain_moe.py --config RECIPE.yaml --dry-run --world-size 1024
+
+``--help`` lists every setting. Exit codes: 0 done, 2 something for the user to change, 1 our fault
+or the machine's, 75 stopped by a signal after a good save (the same command goes on).
+"""
+
+import sys
+
+from moetron.data.errors import DataError
+from moetron.data.mock import ENDLESS, MockStream
+from moetron.data.stream import training_stream, validation_stream
+from moetron.moe.config.errors import UserError
+from moetron.moe.config.load import Command, load
+from moetron.moe.config.settings import Settings
+from moetron.moe.plan.render import render
+from moetron.moe.training.quiet import quieten_libraries
+from moetron.moe.training.stream import StreamFrom, Streams
+from moetron.tokenizers.interface import Tokenizer, TokenizerError
+from moetron.tokenizers.load import load_tokenizer
+
+
+def main() -> int:
+    """Parse and check, then plan or pretrain; returns the exit code."""
+    command = load(sys.argv[1:])
+    try:
+        tokenizer = open_tokenizer(command.settings)
+        vocab_size = vocabulary(command.settings, tokenizer)
+        if command.dry_run:
+            return plan(command, vocab_size)
+        streams = open_streams(command.settings, vocab_size, tokenizer)
+    except (DataError, TokenizerError) as error:
+        raise UserError(str(error)) from error
+    return pretrain(command.settings, vocab_size, streams)
+
+
+def plan(command: Command, vocab_size: int) -> int:
+    """Print what the run would be."""
+    print(render(command.settings, vocab_size, command.world_size, command.rank))
+    return 0
+
+
+def pretrain(settings: Settings, vocab_size: int, streams: Streams) -> int:
+    """Start the ranks, build, load, train."""
+    quieten_libraries()
+    from moetron.moe.training import build, resilience, runtime  # torch: seconds, after the checks
+
+    with runtime.running(settings) as ranks:
+        trainer = build.build_trainer(settings, ranks, vocab_size)
+        loop = build.build_loop(trainer, streams)
+        with resilience.StopSignal() as stop:
+            stopped = loop.run(stop)
+    return resilience.EXIT_STOPPED if stopped else 0
+
+
+def open_tokenizer(settings: Settings) -> Tokenizer | None:
+    """The tokenizer, where one is named."""
+    source = settings.data.tokenizer_model
+    return None if source is None else load_tokenizer(source)
+
+
+def vocabulary(settings: Settings, tokenizer: Tokenizer | None) -> int:
+    """Size of the vocabulary before padding: as set, else the tokenizer's."""
+    size = settings.model.vocab_size
+    if tokenizer is None:
+        assert size is not None, "checks refuse a run without both"
+        return size
+    if size is not None and size < tokenizer.vocab_size:
+        raise UserError(
+            f"--vocab-size {size}: the tokenizer {settings.data.tokenizer_model} has "
+            f"{tokenizer.vocab_size} pieces; leave it out or give at least that"
+        )
+    return size or tokenizer.vocab_size
+
+
+def open_streams(settings: Settings, vocab_size: int, tokenizer: Tokenizer | None) -> Streams:
+    """Numbered samples for training and validation."""
+    data, length, seed = settings.data, settings.model.seq_length, settings.training.seed
+    fingerprint = None if tokenizer is None else tokenizer.fingerprint
+    wanted = settings.validation.eval_iters > 0
+    if data.data_path is None:
+        mock = MockStream(seed, vocab_size, length)
+        return Streams(mock, StreamFrom(mock, ENDLESS // 2) if wanted else None)
+    training = training_stream(data.data_path, length, seed, data.eod_mask_loss, fingerprint)
+    validation = None
+    if wanted and data.valid_data_path is not None:
+        validation = validation_stream(
+            data.valid_data_path, length, data.eod_mask_loss, fingerprint
+        )
+    return Streams(training, validation)
+
+
+if __name__ == "__main__":  # megatron-core's checkpoint writer spawns processes
+    from moetron.moe.training.resilience import run_guarded
+
+    sys.exit(run_guarded(main))
