@@ -1,5 +1,8 @@
 """What follows from the settings by arithmetic: sizes left unset, layout, batches."""
 
+from dataclasses import dataclass
+from typing import Literal
+
 from moetron.moe.config.model import ModelSettings, ParallelSettings
 from moetron.moe.config.settings import Settings
 
@@ -107,3 +110,30 @@ def total_samples(settings: Settings) -> int:
         seen += global_batch_size_at(settings, seen)
         step += 1
     return seen + (settings.training.train_iters - step) * full
+
+
+@dataclass(frozen=True)
+class ScheduleLengths:
+    """Lengths of the learning rate's segments, all in one unit."""
+
+    unit: Literal["steps", "tokens"]
+    run: int
+    """The whole run."""
+    warmup: int
+    end: int
+    """Where the decay has ended, counted from the start of the run."""
+    final_decay: int | None
+    """WSD's decay before ``end``."""
+
+
+def schedule_lengths(settings: Settings) -> ScheduleLengths:
+    """In tokens if any length is given in tokens, else in steps; ends with the run by default."""
+    rate = settings.learning_rate
+    tokens = (rate.lr_warmup_tokens, rate.lr_decay_tokens, rate.lr_wsd_decay_tokens)
+    if any(length is not None for length in tokens):
+        run = total_samples(settings) * settings.model.seq_length
+        return ScheduleLengths("tokens", run, tokens[0] or 0, tokens[1] or run, tokens[2])
+    run, end = settings.training.train_iters, rate.lr_decay_iters
+    return ScheduleLengths(
+        "steps", run, rate.lr_warmup_iters or 0, end or run, rate.lr_wsd_decay_iters
+    )

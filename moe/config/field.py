@@ -87,10 +87,12 @@ def is_list(field: FieldInfo) -> bool:
 def _bounds(constraints: tuple[Any, ...]) -> str:
     parts = []
     for constraint in constraints:
+        if isinstance(constraint, FieldInfo):  # Annotated[int, Field(ge=0)]
+            parts.append(_bounds(tuple(constraint.metadata)))
         if type(constraint) in _BOUNDS:
             attribute, sign = _BOUNDS[type(constraint)]
             parts.append(f"{sign} {getattr(constraint, attribute)}")
-    return " ".join(parts)
+    return ", ".join(parts)
 
 
 def _type_text(annotation: Any, constraints: tuple[Any, ...] = ()) -> str:

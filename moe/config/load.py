@@ -80,10 +80,11 @@ def _merge(
 def _ranks(options: Mapping[str, Any], dry_run: bool, problems: list[str]) -> tuple[int, int]:
     """(world size, rank), with what is wrong about them appended to ``problems``."""
     values = {"world_size": 1, "rank": 0}
+    environment = {} if "world_size" in options else os.environ  # a rank of another world
     for name, lowest in (("world_size", 1), ("rank", 0)):
         if name in options and not dry_run:
             problems.append(f"{flag_name(name)} needs --dry-run: torchrun sets it in a real run")
-        text = str(options.get(name, os.environ.get(name.upper(), values[name])))
+        text = str(options.get(name, environment.get(name.upper(), values[name])))
         if text.isdecimal() and int(text) >= lowest:
             values[name] = int(text)
         else:

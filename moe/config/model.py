@@ -1,6 +1,6 @@
 """What the model is: its shape, its blocks, its experts."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -75,7 +75,7 @@ class MoESettings(Group):
 
     num_experts: PositiveInt | None = None
     """Routed experts in a layer (E); unset: a dense model."""
-    moe_layer_freq: PositiveInt | list[Literal[0, 1]] = 1
+    moe_layer_freq: PositiveInt | list[Annotated[int, Field(ge=0, le=1)]] = 1
     """Which layers have experts: n puts them in layers 0, n, 2n, ...; a list says 0 or 1 for each
     layer."""
     moe_ffn_hidden_size: PositiveInt | None = None

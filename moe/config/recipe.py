@@ -36,20 +36,26 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
     mapping of mappings.
     """
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        return loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError([f"--config {path}: {error.strerror or error}"]) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError([f"--config {path}: not a UTF-8 text file"]) from error
+        problems = [error.strerror or str(error)]
+    except UnicodeDecodeError:
+        problems = ["not a UTF-8 text file"]
     except yaml.YAMLError as error:
-        raise ConfigError([f"--config {path}: {_yaml_problem(error)}"]) from error
+        problems = [_yaml_problem(error)]
+    except ConfigError as error:
+        problems = error.problems
+    raise ConfigError([f"--config {path}: {problem}" for problem in problems])
+
+
+def loads(text: str) -> dict[str, dict[str, Any]]:
+    """``read`` for text at hand; raises yaml.YAMLError for what is no YAML."""
+    tree = yaml.load(text, Loader=_Loader)
     if not isinstance(tree, dict) or not tree:
-        raise ConfigError([f"--config {path}: must hold sections such as `model:`"])
+        raise ConfigError(["must hold sections such as `model:`"])
     wrong = [name for name, section in tree.items() if not isinstance(section, dict | None)]
     if wrong:
-        raise ConfigError(
-            [f"--config {path}: `{name}` must hold keys and values, indented" for name in wrong]
-        )
+        raise ConfigError([f"`{name}` must hold keys and values, indented" for name in wrong])
     return {name: dict(section or {}) for name, section in tree.items()}
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from moetron.moe.config import derived
 from moetron.moe.config.settings import Settings
@@ -119,7 +119,7 @@ def _ends(settings: Settings, vocab_size: int, first: bool, last: bool) -> Itera
 
 def count_parameters(settings: Settings, vocab_size: int) -> ParameterCount:
     """Parameters of the whole model, once each, by part."""
-    parts: dict[Part, int] = dict.fromkeys(Part.__args__, 0)  # type: ignore[attr-defined]
+    parts: dict[Part, int] = dict.fromkeys(get_args(Part), 0)
     tensors = list(_ends(settings, vocab_size, first=True, last=True))
     for has_experts in derived.moe_layers(settings):
         tensors += layer(settings, has_experts)

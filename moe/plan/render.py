@@ -101,25 +101,15 @@ def _run(settings: Settings, vocab_size: int, world_size: int) -> list[tuple[str
 
 def _learning_rate(settings: Settings) -> list[tuple[str, str]]:
     """Where the schedule's segments begin and end; the shape between them is its style's."""
-    rate = settings.learning_rate
-    in_tokens = any(
-        length is not None
-        for length in (rate.lr_warmup_tokens, rate.lr_decay_tokens, rate.lr_wsd_decay_tokens)
-    )
-    unit = "token" if in_tokens else "step"
-    run = settings.training.train_iters
-    if in_tokens:
-        run = derived.total_samples(settings) * settings.model.seq_length
-    warmup = (rate.lr_warmup_tokens if in_tokens else rate.lr_warmup_iters) or 0
-    end = (rate.lr_decay_tokens if in_tokens else rate.lr_decay_iters) or run
-    final = rate.lr_wsd_decay_tokens if in_tokens else rate.lr_wsd_decay_iters
+    rate, lengths = settings.learning_rate, derived.schedule_lengths(settings)
+    unit = lengths.unit.removesuffix("s")
     points = [("style", rate.lr_decay_style)]
-    if warmup:
+    if lengths.warmup:
         points.append((f"{unit} 0", f"{rate.lr_warmup_init:g}"))
-    points.append((f"{unit} {warmup:,}", f"{rate.lr:g}"))
-    if rate.lr_decay_style == "WSD" and final is not None:
-        points.append((f"{unit} {end - final:,}", f"{rate.lr:g}"))
+    points.append((f"{unit} {lengths.warmup:,}", f"{rate.lr:g}"))
+    if rate.lr_decay_style == "WSD" and lengths.final_decay is not None:
+        points.append((f"{unit} {lengths.end - lengths.final_decay:,}", f"{rate.lr:g}"))
     if rate.lr_decay_style in ("linear", "cosine", "WSD"):
-        beyond = f" (the run ends at {run:,})" if end > run else ""
-        points.append((f"{unit} {end:,}", f"{rate.min_lr:g}{beyond}"))
+        beyond = f" (the run ends at {lengths.run:,})" if lengths.end > lengths.run else ""
+        points.append((f"{unit} {lengths.end:,}", f"{rate.min_lr:g}{beyond}"))
     return points

@@ -19,9 +19,9 @@ def data(case: Case) -> Iterator[str]:
         yield "no data: give --data-path PREFIX (or WEIGHT PREFIX ...), or --mock-data to try"
     if source.data_path and source.tokenizer_model is None:
         yield "--data-path needs --tokenizer-model: the one its shards were written with"
-    if case.settings.validation.eval_interval is not None and not source.mock_data:
-        if source.valid_data_path is None:
-            yield f"{case.said('eval_interval')} needs --valid-data-path"
+    evaluates = case.settings.validation.eval_interval is not None
+    if evaluates and not source.mock_data and source.valid_data_path is None:
+        yield f"{case.said('eval_interval')} needs --valid-data-path"
     for name in ("data_path", "valid_data_path"):
         for prefix in prefixes(getattr(source, name)):
             absent = [prefix + end for end in (".bin", ".idx") if not Path(prefix + end).is_file()]

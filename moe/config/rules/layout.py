@@ -94,6 +94,7 @@ def world(case: Case) -> Iterator[str]:
             f"{parallel.context_parallel_size} = {dense}: "
             f"start {nearest_multiples(ranks, dense)} ranks, or use smaller sizes"
         )
+        return
     if case.settings.moe.num_experts is None:
         return
     tensor_size = expert_tensor_parallel_size(parallel)

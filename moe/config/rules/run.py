@@ -2,11 +2,9 @@
 
 from collections.abc import Iterator
 
-from moetron.moe.config.derived import total_samples
+from moetron.moe.config.derived import schedule_lengths
 from moetron.moe.config.field import flag_name
 from moetron.moe.config.rules.case import Case
-
-_LENGTHS = ("lr_warmup", "lr_decay", "lr_wsd_decay")
 
 
 def learning_rate(case: Case) -> Iterator[str]:
@@ -15,45 +13,47 @@ def learning_rate(case: Case) -> Iterator[str]:
     for name in ("min_lr", "lr_warmup_init"):
         if getattr(rate, name) > rate.lr:
             yield f"{case.said(name)} exceeds {case.said('lr')}: use at most {rate.lr}"
-    given = {
-        unit: [f"{stem}_{unit}" for stem in _LENGTHS if getattr(rate, f"{stem}_{unit}") is not None]
-        for unit in ("iters", "tokens")
-    }
+    given = {unit: list(_given(case, unit)) for unit in ("iters", "tokens")}
     if given["iters"] and given["tokens"]:
         yield (
             f"{case.said(*given['iters'], *given['tokens'])} measure the schedule in steps and in "
             "tokens: give all of them in one unit"
         )
     else:
-        yield from _segments(case, "tokens" if given["tokens"] else "iters")
+        yield from _segments(case)
 
 
-def _segments(case: Case, unit: str) -> Iterator[str]:
-    """Warm-up, plateau and decay, all in one unit."""
-    rate, run = case.settings.learning_rate, case.settings.training.train_iters
-    if unit == "tokens":
-        run = total_samples(case.settings) * case.settings.model.seq_length
-    warmup, decay, final = (getattr(rate, f"{stem}_{unit}") for stem in _LENGTHS)
-    end = decay or run
-    if (warmup or 0) > run:
+def _given(case: Case, unit: str) -> Iterator[str]:
+    """The fields that give a length in ``unit``."""
+    for stem in ("lr_warmup", "lr_decay", "lr_wsd_decay"):
+        if getattr(case.settings.learning_rate, f"{stem}_{unit}") is not None:
+            yield f"{stem}_{unit}"
+
+
+def _segments(case: Case) -> Iterator[str]:
+    """Warm-up, plateau and decay."""
+    lengths, style = schedule_lengths(case.settings), case.settings.learning_rate.lr_decay_style
+    suffix = "tokens" if lengths.unit == "tokens" else "iters"
+    end, final = f"the schedule, which ends at {lengths.end} {lengths.unit}", lengths.final_decay
+    if lengths.warmup > lengths.run:
         yield (
-            f"{case.said(f'lr_warmup_{unit}')} is longer than the run of {run} {unit}: shorten it, "
-            "or raise --train-iters"
+            f"{case.said(f'lr_warmup_{suffix}')} is longer than the run of {lengths.run} "
+            f"{lengths.unit}: shorten it, or raise --train-iters"
         )
-    elif warmup and warmup >= end and rate.lr_decay_style != "constant":
+    elif lengths.warmup >= lengths.end and style != "constant":
         yield (
-            f"{case.said(f'lr_warmup_{unit}')} leaves nothing of the decay, which ends at {end} "
-            f"{unit}, counted from the start of the run: shorten the warm-up"
+            f"{case.said(f'lr_warmup_{suffix}')} leaves nothing of {end} from the start of the "
+            "run: shorten the warm-up"
         )
-    if rate.lr_decay_style != "WSD":
+    if style != "WSD":
         if final is not None:
-            yield f"{case.said(f'lr_wsd_decay_{unit}')} needs --lr-decay-style WSD"
+            yield f"{case.said(f'lr_wsd_decay_{suffix}')} needs --lr-decay-style WSD"
     elif final is None:
         yield "--lr-decay-style WSD needs --lr-wsd-decay-iters (or --lr-wsd-decay-tokens)"
-    elif (warmup or 0) + final > end:
+    elif lengths.warmup + final > lengths.end:
         yield (
-            f"{case.said(f'lr_wsd_decay_{unit}')} and a warm-up of {warmup or 0} exceed the "
-            f"{end} {unit} of the schedule: shorten one"
+            f"{case.said(f'lr_wsd_decay_{suffix}')} and a warm-up of {lengths.warmup} exceed "
+            f"{end}: shorten one"
         )
 
 
@@ -73,12 +73,8 @@ def _blend(name: str, items: list[str] | None) -> Iterator[str]:
     flag = flag_name(name)
     if items is None or len(items) == 1:
         return
-    if len(items) % 2:
-        yield (
-            f"{flag} has {len(items)} items: give one PREFIX, or pairs WEIGHT PREFIX"
-            if items
-            else f"{flag} is empty: give PREFIX, or pairs WEIGHT PREFIX"
-        )
+    if len(items) % 2 or not items:
+        yield f"{flag} has {len(items)} items: give one PREFIX, or pairs WEIGHT PREFIX"
         return
     for weight in items[::2]:
         try:

@@ -1,0 +1,101 @@
+"""Flags come from the settings tree, and reading them never stops at the first problem."""
+
+import re
+
+import pytest
+
+from moetron.moe.config.errors import ConfigError
+from moetron.moe.config.field import flag_name
+from moetron.moe.config.flags import parse, parser
+from moetron.moe.config.settings import Settings, fields
+
+
+def test_field_names_are_unique_over_groups() -> None:
+    names = [name for _, name, _ in fields()]
+    assert len(names) == len(set(names))
+
+
+def test_every_field_has_a_docstring() -> None:
+    assert [name for _, name, field in fields() if not field.description] == []
+
+
+def test_help_shows_every_flag_under_its_group() -> None:
+    text = parser().format_help()
+    assert [name for _, name, _ in fields() if f"  {flag_name(name)}" not in text] == []
+    heads = [text.index(f"\n{group}:\n") for group in Settings.model_fields]
+    assert heads == sorted(heads)
+    layers = text.index("--num-layers")
+    assert text.index("\nmodel:\n") < layers < text.index("\nmoe:\n")
+    assert "[default: 1234]" in text and "[required]" in text
+
+
+def test_help_exits_with_0(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse(["--help"])
+    assert stopped.value.code == 0
+    assert "--num-experts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "group", "expected"),
+    [
+        (["--num-layers", "4"], "model", {"num_layers": "4"}),
+        (["--num-layers=4"], "model", {"num_layers": "4"}),
+        (["--num-layers", "4", "--num-layers", "8"], "model", {"num_layers": "8"}),
+        (["--bf16"], "precision", {"bf16": True}),
+        (["--bf16", "--fp32"], "precision", {"bf16": False}),
+        (["--disable-bias-linear"], "model", {"add_bias_linear": False}),
+        (["--no-swiglu"], "model", {"swiglu": False}),
+        (["--data-path", ".3", "a", ".7", "b"], "data", {"data_path": [".3", "a", ".7", "b"]}),
+        (["--rampup-batch-size", "8", "4"], "training", {"rampup_batch_size": ["8", "4"]}),
+        (["--moe-layer-freq", "2"], "moe", {"moe_layer_freq": "2"}),
+        (["--moe-layer-freq", "0", "1"], "moe", {"moe_layer_freq": ["0", "1"]}),
+        (["--moe-z-loss-coeff", "none"], "moe", {"moe_z_loss_coeff": None}),
+        (["--data-path", "none"], "data", {"data_path": None}),
+        (["--position-embedding-type", "none"], "model", {"position_embedding_type": "none"}),
+    ],
+)  # fmt: skip
+def test_values(argv: list[str], group: str, expected: object) -> None:
+    given = parse(argv)
+    assert given.problems == []
+    assert given.settings == {group: expected}
+
+
+def test_the_commands_own_options_are_not_settings() -> None:
+    given = parse(["--config", "r.yaml", "--dry-run", "--world-size", "8", "--rank", "3"])
+    assert given.settings == {}
+    assert given.options == {"config": "r.yaml", "dry_run": True, "world_size": "8", "rank": "3"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "problem"),
+    [
+        (["--num-expert", "8"], "unknown flag --num-expert; did you mean --num-experts?"),
+        (["--num_layers=4"], "unknown flag --num_layers; did you mean --num-layers?"),
+        (["--train-iter", "8"], "unknown flag --train-iter; did you mean --train-iters?"),
+        (["--xyzzy"], "unknown flag --xyzzy"),
+        (["-v"], "unknown flag -v"),
+        (["--lr"], "--lr needs a value"),
+        (["--config"], "--config needs a value"),
+        (["--data-path", "--mock-data"], "--data-path needs a value"),
+        (["recipe.yaml"], "unexpected argument 'recipe.yaml': it follows no flag"),
+        (["--lr", "1", "2"], "unexpected argument '2': it follows no flag"),
+    ],
+)  # fmt: skip
+def test_problems(argv: list[str], problem: str) -> None:
+    assert parse(argv).problems == [problem]
+
+
+def test_a_switch_takes_no_value() -> None:
+    (problem,) = parse(["--bf16=yes"]).problems
+    assert re.search("--bf16.*yes", problem)
+
+
+def test_all_problems_together() -> None:
+    problems = parse(["--foo", "1", "--lr", "--bar=2", "--seed", "1"]).problems
+    assert problems == ["unknown flag --foo", "unknown flag --bar", "--lr needs a value"]
+
+
+def test_the_message_counts_and_lists() -> None:
+    assert str(ConfigError(["a", "b"])) == "2 problems in the settings:\n  - a\n  - b"
+    assert str(ConfigError(["a"])).startswith("1 problem in")

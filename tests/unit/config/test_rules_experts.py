@@ -1,0 +1,114 @@
+"""Experts, routing, capacity and dispatch: each rule fires alone, on what it is for."""
+
+from typing import Any
+
+import pytest
+from config_cases import found
+
+PP2 = {"world_size": 2, "pipeline_model_parallel_size": 2}
+TP2 = {"world_size": 2, "tensor_model_parallel_size": 2}
+SIGMOID = {"moe_router_score_function": "sigmoid"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"world_size": 3, "expert_model_parallel_size": 3, "global_batch_size": 18},
+            "--num-experts 8 is not a multiple of --expert-model-parallel-size 3: use "
+            "--num-experts 6 or 9, or --expert-model-parallel-size 2 or 4",
+        ),
+        (
+            {"num_experts": None, "world_size": 2, "expert_model_parallel_size": 2},
+            "--expert-model-parallel-size 2 needs --num-experts: add it or use "
+            "--expert-model-parallel-size 1",
+        ),
+        (
+            {"num_experts": None, "moe_ffn_hidden_size": 8},
+            "--moe-ffn-hidden-size 8 needs --num-experts",
+        ),
+        (
+            {"num_experts": None, "moe_router_enable_expert_bias": True},
+            "--moe-router-enable-expert-bias needs --num-experts",
+        ),
+        ({"moe_router_topk": 9}, "--moe-router-topk 9 exceeds --num-experts 8"),
+        ({"moe_layer_freq": [1, 0]}, "--moe-layer-freq lists 2 layers, but --num-layers 4"),
+        ({"moe_layer_freq": [0, 0, 0, 0]}, "--moe-layer-freq gives no layer experts"),
+        ({"moe_router_topk": 1}, "--moe-router-topk 1 needs --moe-router-pre-softmax"),
+        (
+            {"moe_router_pre_softmax": True, **SIGMOID},
+            "--moe-router-pre-softmax needs --moe-router-score-function softmax",
+        ),
+        (
+            {"moe_router_enable_expert_bias": True},
+            "--moe-router-enable-expert-bias needs --moe-router-score-function sigmoid",
+        ),
+        (
+            {"moe_router_load_balancing_type": "sinkhorn", "moe_aux_loss_coeff": 0.1},
+            "sinkhorn has no balance loss",
+        ),
+        (
+            {"moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.1},
+            "has no effect with",
+        ),
+        (
+            {"moe_router_load_balancing_type": "sinkhorn", "moe_expert_capacity_factor": 1.0},
+            "cannot go with --moe-router-load-balancing-type sinkhorn",
+        ),
+        (
+            {
+                "moe_router_load_balancing_type": "sinkhorn",
+                "moe_router_num_groups": 2,
+                "moe_router_group_topk": 1,
+            },
+            "sinkhorn knows no groups",
+        ),
+        ({"moe_router_num_groups": 2}, "go together"),
+        (
+            {"moe_router_num_groups": 3, "moe_router_group_topk": 1},
+            "--num-experts 8 is not a multiple of --moe-router-num-groups 3",
+        ),
+        (
+            {"moe_router_num_groups": 2, "moe_router_group_topk": 4, "moe_router_topk": 4},
+            "--moe-router-group-topk 4 exceeds --moe-router-num-groups 2",
+        ),
+        (
+            {"moe_router_num_groups": 4, "moe_router_group_topk": 3},
+            "--moe-router-topk 2 must share out evenly over --moe-router-group-topk 3",
+        ),
+        (
+            {"moe_router_num_groups": 4, "moe_router_group_topk": 1, "moe_router_topk": 4},
+            "exceeds the 2 experts of 1 groups",
+        ),
+        ({"moe_pad_expert_input_to_capacity": True}, "needs --moe-expert-capacity-factor"),
+        ({"moe_token_drop_policy": "position"}, "keeps the wrong tokens in megatron-core 0.16.1"),
+        (
+            {"world_size": 2, "expert_model_parallel_size": 2, "moe_token_dispatcher_type": "flex"},
+            "flex needs a CUDA device",
+        ),
+        (
+            {"moe_token_dispatcher_type": "flex", "device": "cuda"},
+            "flex needs --expert-model-parallel-size",
+        ),
+        (
+            {"moe_shared_expert_overlap": True, "device": "cuda"},
+            "needs --moe-shared-expert-intermediate-size",
+        ),
+        (
+            {"moe_shared_expert_overlap": True, "moe_shared_expert_intermediate_size": 8},
+            "needs a CUDA device",
+        ),
+        (
+            {
+                "moe_shared_expert_overlap": True,
+                "moe_shared_expert_intermediate_size": 8,
+                "device": "cuda",
+                "moe_token_dispatcher_type": "allgather",
+            },
+            "needs --moe-token-dispatcher-type alltoall",
+        ),
+    ],
+)
+def test_rule(changes: dict[str, Any], expected: str) -> None:
+    (line,) = found(**changes)
+    assert expected in line

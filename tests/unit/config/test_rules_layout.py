@@ -1,0 +1,121 @@
+"""The cut over ranks and the batch: each rule fires alone, on what it is for."""
+
+from typing import Any
+
+import pytest
+from config_cases import found
+
+PP2 = {"world_size": 2, "pipeline_model_parallel_size": 2}
+TP2 = {"world_size": 2, "tensor_model_parallel_size": 2}
+SIGMOID = {"moe_router_score_function": "sigmoid"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {
+                "world_size": 3,
+                "tensor_model_parallel_size": 3,
+                "seq_length": 33,
+                "global_batch_size": 2,
+            },
+            "--num-attention-heads 8 is not a multiple of --tensor-model-parallel-size 3: use "
+            "--num-attention-heads 6 or 9, or --tensor-model-parallel-size 2 or 4",
+        ),
+        (
+            {"world_size": 4, "tensor_model_parallel_size": 4, "num_query_groups": 2},
+            "--num-query-groups 2 is not a multiple of --tensor-model-parallel-size 4",
+        ),
+        (
+            {**TP2, "ffn_hidden_size": 31},
+            "--ffn-hidden-size 31 is not a multiple of --tensor-model-parallel-size 2",
+        ),
+        (
+            {**TP2, "moe_ffn_hidden_size": 31},
+            "--moe-ffn-hidden-size 31 is not a multiple of --tensor-model-parallel-size 2",
+        ),
+        (
+            {**TP2, "expert_tensor_parallel_size": 2, "moe_ffn_hidden_size": 31},
+            "--moe-ffn-hidden-size 31 is not a multiple of --expert-tensor-parallel-size 2",
+        ),
+        (
+            {**TP2, "seq_length": 33},
+            "--seq-length 33 must be a multiple of --tensor-model-parallel-size 2",
+        ),
+        ({**TP2, "sequence_parallel": False}, "drop --no-sequence-parallel"),
+        (
+            {"sequence_parallel": True},
+            "--sequence-parallel needs --tensor-model-parallel-size above 1",
+        ),
+        (
+            {
+                "world_size": 2,
+                "context_parallel_size": 2,
+                "seq_length": 30,
+                "device": "cuda",
+                "te": True,
+            },
+            "--seq-length 30 must be a multiple of 2 x --context-parallel-size 2: use "
+            "--seq-length 28 or 32",
+        ),
+        (
+            {**PP2, "num_layers": 3},
+            "--num-layers 3 is not a multiple of --pipeline-model-parallel-size 2: use "
+            "--num-layers 2 or 4",
+        ),
+        (
+            {"num_layers_per_virtual_pipeline_stage": 1},
+            "needs --pipeline-model-parallel-size above 1",
+        ),
+        (
+            {**PP2, "num_layers": 12, "num_layers_per_virtual_pipeline_stage": 4},
+            "--num-layers-per-virtual-pipeline-stage 4 does not divide the 6 layers of a stage: "
+            "use 3 or 6",
+        ),
+        (
+            {**PP2, "num_layers_per_virtual_pipeline_stage": 1, "global_batch_size": 6},
+            "takes its 3 micro-batches in groups of --pipeline-model-parallel-size 2",
+        ),
+        (
+            {**TP2, "world_size": 3},
+            "3 rank(s) are not a multiple of --tensor-model-parallel-size 2",
+        ),
+        (
+            {"world_size": 6, "expert_model_parallel_size": 4, "global_batch_size": 12},
+            "6 rank(s) are not a multiple of --expert-tensor-parallel-size 1 x "
+            "--expert-model-parallel-size 4 x --pipeline-model-parallel-size 1 = 4: start 4 or "
+            "8 ranks",
+        ),
+        (
+            {"world_size": 3},
+            "--global-batch-size 16 is not a multiple of --micro-batch-size 2 x 3 data-parallel "
+            "rank(s) = 6: use --global-batch-size 12 or 18",
+        ),
+        ({"rampup_batch_size": (16, 2, 100)}, "the start must be below --global-batch-size 16"),
+        (
+            {"rampup_batch_size": (4, 8, 100)},
+            "not a whole number of increments: use an increment of 6 or 12",
+        ),
+        (
+            {"rampup_batch_size": (2, 7, 100)},
+            "the increment is not a multiple of --micro-batch-size 2 x 1 data-parallel rank(s) "
+            "= 2: use 6 or 8",
+        ),
+        (
+            {**PP2, "num_layers_per_virtual_pipeline_stage": 1, "rampup_batch_size": (4, 4, 100)},
+            "cannot go with --num-layers-per-virtual-pipeline-stage",
+        ),
+        (
+            {"overlap_param_gather": True, "overlap_grad_reduce": True},
+            "--overlap-param-gather needs --use-distributed-optimizer",
+        ),
+        (
+            {"overlap_param_gather": True, "use_distributed_optimizer": True},
+            "--overlap-param-gather needs --overlap-grad-reduce",
+        ),
+    ],
+)
+def test_rule(changes: dict[str, Any], expected: str) -> None:
+    (line,) = found(**changes)
+    assert expected in line

@@ -1,0 +1,81 @@
+"""Shape, implementation and recomputation: each rule fires alone, on what it is for."""
+
+from typing import Any
+
+import pytest
+from config_cases import found
+
+PP2 = {"world_size": 2, "pipeline_model_parallel_size": 2}
+TP2 = {"world_size": 2, "tensor_model_parallel_size": 2}
+SIGMOID = {"moe_router_score_function": "sigmoid"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"num_attention_heads": 6},
+            "--hidden-size 64 is not a multiple of --num-attention-heads 6: use --hidden-size "
+            "60 or 66, or --num-attention-heads 4 or 8",
+        ),
+        (
+            {"num_query_groups": 3},
+            "--num-attention-heads 8 is not a multiple of --num-query-groups 3",
+        ),
+        ({"kv_channels": 7}, "rotary embedding needs an even number of channels a head"),
+        ({"rotary_percent": 0.1}, "rotary embedding needs an even number of channels a head"),
+        (
+            {"qk_layernorm_scope": "full"},
+            "--qk-layernorm-scope full does nothing without --qk-layernorm",
+        ),
+        (
+            {"transformer_impl": "transformer_engine", "device": "cuda"},
+            "Transformer Engine is not installed",
+        ),
+        ({"transformer_impl": "transformer_engine", "te": True}, "needs a CUDA device"),
+        (
+            {"world_size": 2, "context_parallel_size": 2},
+            "--context-parallel-size 2 needs Transformer Engine's attention",
+        ),
+        ({"add_bias_linear": True}, "experts run as a grouped GEMM have no biases"),
+        (
+            {"recompute_num_layers": 1},
+            "--recompute-num-layers 1 does nothing without --recompute-granularity",
+        ),
+        (
+            {"recompute_granularity": "full", "recompute_num_layers": 1},
+            "needs --recompute-method uniform or block",
+        ),
+        (
+            {"recompute_granularity": "full", "recompute_method": "uniform"},
+            "needs --recompute-num-layers",
+        ),
+        (
+            {
+                "recompute_granularity": "full",
+                "recompute_method": "uniform",
+                "recompute_num_layers": 9,
+            },
+            "exceeds the 4 layers of a pipeline stage",
+        ),
+        (
+            {"recompute_granularity": "selective", "recompute_method": "uniform"},
+            "is for --recompute-granularity full",
+        ),
+        (
+            {"recompute_granularity": "selective", "recompute_modules": ["attn"]},
+            "--recompute-modules attn: must be among",
+        ),
+        (
+            {
+                "recompute_granularity": "selective",
+                "recompute_modules": ["moe_act"],
+                "moe_grouped_gemm": False,
+            },
+            "moe_act needs --moe-grouped-gemm",
+        ),
+    ],
+)
+def test_rule(changes: dict[str, Any], expected: str) -> None:
+    (line,) = found(**changes)
+    assert expected in line

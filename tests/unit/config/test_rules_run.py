@@ -1,0 +1,53 @@
+"""Learning rate, data and loading: each rule fires alone, on what it is for."""
+
+from typing import Any
+
+import pytest
+from config_cases import found
+
+PP2 = {"world_size": 2, "pipeline_model_parallel_size": 2}
+TP2 = {"world_size": 2, "tensor_model_parallel_size": 2}
+SIGMOID = {"moe_router_score_function": "sigmoid"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"min_lr": 1.0}, "--min-lr 1.0 exceeds --lr 0.001"),
+        ({"lr_warmup_init": 1.0}, "--lr-warmup-init 1.0 exceeds --lr 0.001"),
+        (
+            {"lr_warmup_iters": 1, "lr_warmup_tokens": 1},
+            "--lr-warmup-iters 1 and --lr-warmup-tokens 1 measure the schedule in steps and in "
+            "tokens",
+        ),
+        ({"lr_warmup_iters": 1, "lr_decay_tokens": 9999}, "give all of them in one unit"),
+        ({"lr_warmup_iters": 101}, "--lr-warmup-iters 101 is longer than the run of 100 steps"),
+        (
+            {"lr_warmup_tokens": 51201},
+            "--lr-warmup-tokens 51201 is longer than the run of 51200 tokens",
+        ),
+        ({"lr_warmup_iters": 100}, "leaves nothing of the schedule, which ends at 100 steps"),
+        (
+            {"lr_warmup_iters": 50, "lr_decay_iters": 40},
+            "leaves nothing of the schedule, which ends at 40 steps",
+        ),
+        ({"lr_decay_style": "WSD"}, "--lr-decay-style WSD needs --lr-wsd-decay-iters"),
+        ({"lr_wsd_decay_iters": 5}, "--lr-wsd-decay-iters 5 needs --lr-decay-style WSD"),
+        (
+            {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 60, "lr_warmup_iters": 50},
+            "and a warm-up of 50 exceed the schedule, which ends at 100 steps",
+        ),
+        ({"data_path": ["a"]}, "--mock-data and --data-path exclude each other"),
+        ({"vocab_size": None}, "the vocabulary's size is unknown"),
+        ({"valid_data_path": ["1", "a", "b"]}, "--valid-data-path has 3 items"),
+        ({"valid_data_path": []}, "--valid-data-path has 0 items"),
+        ({"valid_data_path": ["a", "1"]}, "--valid-data-path: 'a' must be a weight"),
+        ({"valid_data_path": ["0", "a"]}, "--valid-data-path: '0' must be a weight"),
+        ({"valid_data_path": ["inf", "a"]}, "--valid-data-path: 'inf' must be a weight"),
+        ({"finetune": True, "reset_progress": True}, "exclude each other"),
+        ({"eval_interval": 5, "eval_iters": 0}, "--eval-interval 5 needs --eval-iters above 0"),
+    ],
+)
+def test_rule(changes: dict[str, Any], expected: str) -> None:
+    (line,) = found(**changes)
+    assert expected in line
