@@ -103,7 +103,8 @@ def load_checkpoint(
     """Load ``path``, a run's folder (its latest checkpoint) or a step folder; returns its position.
 
     ``settings.checkpoint`` says what is left out: ``finetune`` loads the weights alone and starts
-    at step 0, ``no_load_optim`` leaves the optimizer fresh, ``no_load_rng`` the random numbers.
+    at step 0, ``reset_progress`` starts there with weights and optimizer, ``no_load_optim`` leaves
+    the optimizer fresh, ``no_load_rng`` the random numbers.
     Written in the same layout, a run goes on bit by bit; in another one the random-number states
     are seeded anew from (seed, step).
 
@@ -117,7 +118,7 @@ def load_checkpoint(
         optimizer.reload_model_params()
     else:
         _load_optimizer(checkpoint, optimizer, _model_state(model))
-    if options.finetune:
+    if options.finetune or options.reset_progress:
         return Progress()
     if not options.no_load_rng:
         _load_rng(checkpoint, settings)
@@ -198,8 +199,8 @@ def _refuse_nan(checkpoint: Checkpoint, tensors: Mapping[str, Any]) -> None:
     if unwritten:
         names = ", ".join(sorted(unwritten)[:3])
         raise UserError(
-            f"--load {checkpoint.folder}: rank {dist.get_rank()} read {len(unwritten)} tensors that "
-            f"hold NaN or were never written whole: {names}"
+            f"--load {checkpoint.folder}: {len(unwritten)} tensors hold NaN or were never written "
+            f"whole (rank {dist.get_rank()}): {names}"
         )
 
 
@@ -252,7 +253,7 @@ class _InProcessWriter(torch_strategy.TorchDistSaveShardedStrategy):
     """Writes the ``torch_dist`` format with threads of this process.
 
     megatron-core's own writer (strategies/filesystem_async.py) forks processes around a spawned
-    manager even for a blocking save: seconds of start-up, and a hang for ever when one of them dies.
+    manager even for a blocking save: seconds of start-up, and a hang when one of them dies.
     """
 
     def __init__(self) -> None:
@@ -263,10 +264,13 @@ class _InProcessWriter(torch_strategy.TorchDistSaveShardedStrategy):
         grouped, _, _ = torch_strategy._replace_state_dict_keys_with_sharded_keys(
             sharded_state_dict, keep_only_main_replica=True
         )
-        save_tensors(
-            torch_strategy.mcore_to_pyt_state_dict(grouped),
-            storage_writer=FileSystemWriter(
-                checkpoint_dir, thread_count=WRITER_THREADS, sync_files=True
-            ),
-            planner=torch_strategy.MCoreSavePlanner(flatten_state_dict=False),
-        )
+        try:
+            save_tensors(
+                torch_strategy.mcore_to_pyt_state_dict(grouped),
+                storage_writer=FileSystemWriter(
+                    checkpoint_dir, thread_count=WRITER_THREADS, sync_files=True
+                ),
+                planner=torch_strategy.MCoreSavePlanner(flatten_state_dict=False),
+            )
+        except CheckpointException as error:  # not an Exception, for torch
+            raise RuntimeError(f"cannot write {checkpoint_dir}: {error}") from error

@@ -66,18 +66,18 @@ def differences(record: Record, settings: Settings, stream_state: Mapping[str, A
         if (theirs := record.settings.get(group, {}).get(name, ours[group][name]))
         != ours[group][name]
     ]
-    return problems + _stream_differences(record, stream_state, options.finetune)
+    return problems + _stream_differences(
+        record, stream_state, options.finetune or options.reset_progress
+    )
 
 
-def _stream_differences(
-    record: Record, stream_state: Mapping[str, Any], finetune: bool
-) -> list[str]:
+def _stream_differences(record: Record, stream_state: Mapping[str, Any], anew: bool) -> list[str]:
     ours, theirs = json.loads(json.dumps(stream_state)), record.stream
     tokenizers = _tokenizers(ours), _tokenizers(theirs)
     if all(tokenizers) and tokenizers[0] != tokenizers[1]:
         return [f"  - tokenizer {_text(tokenizers[0])}: the checkpoint has {_text(tokenizers[1])}"]
     changed = sorted(key for key in theirs | ours if theirs.get(key) != ours.get(key))
-    if changed and not finetune:
+    if changed and not anew:
         logger.warning(
             "the data differ from the checkpoint's (%s); sample %d of the new stream comes next",
             ", ".join(changed),
