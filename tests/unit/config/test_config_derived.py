@@ -1,0 +1,104 @@
+"""Arithmetic on settings: worked examples, and megatron-core's own where it has a calculator."""
+
+import pytest
+from config_cases import make
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moetron.moe.config import derived
+
+
+def test_unset_sizes() -> None:
+    settings = make()
+    assert derived.head_dim(settings.model) == 8
+    assert derived.query_groups(settings.model) == 8
+    assert derived.dense_ffn_size(settings.model) == derived.expert_ffn_size(settings) == 256
+    given_sizes = make(kv_channels=16, num_query_groups=2, ffn_hidden_size=5, moe_ffn_hidden_size=3)
+    assert derived.head_dim(given_sizes.model) == 16
+    assert derived.query_groups(given_sizes.model) == 2
+    assert derived.dense_ffn_size(given_sizes.model) == 5
+    assert derived.expert_ffn_size(given_sizes) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "layers"),
+    [
+        ({}, [True] * 4),
+        ({"num_experts": None}, [False] * 4),
+        ({"moe_layer_freq": 2}, [True, False, True, False]),
+        ({"moe_layer_freq": 3}, [True, False, False, True]),
+        ({"moe_layer_freq": [0, 0, 0, 1]}, [False, False, False, True]),
+    ],
+)
+def test_which_layers_have_experts(changes: dict[str, object], layers: list[bool]) -> None:
+    assert derived.moe_layers(make(**changes)) == layers
+
+
+def test_layout() -> None:
+    settings = make(
+        tensor_model_parallel_size=2,
+        pipeline_model_parallel_size=2,
+        expert_model_parallel_size=4,
+        expert_tensor_parallel_size=1,
+        num_layers_per_virtual_pipeline_stage=1,
+    )
+    assert derived.sequence_parallel(settings.parallel)
+    assert derived.data_parallel_size(settings.parallel, 16) == 4
+    assert derived.expert_data_parallel_size(settings.parallel, 16) == 2
+    assert derived.num_microbatches(settings, 16) == 2
+    assert derived.virtual_pipeline_size(settings) == 2
+    assert derived.virtual_pipeline_size(make()) is None
+    assert not derived.sequence_parallel(make().parallel)
+    unset = make(tensor_model_parallel_size=2).parallel
+    assert derived.expert_tensor_parallel_size(unset) == 2
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "tensor", "rows"),
+    [(50280, 1, 50304), (50304, 1, 50304), (50305, 1, 50432), (50280, 4, 50688), (1, 1, 128)],
+)
+def test_padded_vocabulary(vocab_size: int, tensor: int, rows: int) -> None:
+    settings = make(tensor_model_parallel_size=tensor)
+    assert derived.padded_vocab_size(vocab_size, settings) == rows
+
+
+def test_ramp_by_hand() -> None:
+    # Two stairs (4 -> 8 -> 12) of 10 samples each: 4 4 4 (12 seen) 8 (20 seen) 12 12 ...
+    settings = make(rampup_batch_size=(4, 4, 20), global_batch_size=12, train_iters=6)
+    assert [derived.global_batch_size_at(settings, n) for n in (0, 9, 10, 19, 20)] == [
+        4, 4, 8, 8, 12,
+    ]  # fmt: skip
+    assert derived.total_samples(settings) == 4 + 4 + 4 + 8 + 12 + 12
+    assert derived.total_samples(make(train_iters=7, global_batch_size=6)) == 42
+
+
+@given(
+    start=st.integers(1, 20),
+    increment=st.integers(1, 20),
+    stairs=st.integers(1, 10),
+    ramp_samples=st.integers(1, 500),
+    consumed=st.integers(0, 600),
+)
+def test_ramp_is_megatrons(
+    start: int, increment: int, stairs: int, ramp_samples: int, consumed: int
+) -> None:
+    from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
+
+    full = start + increment * stairs
+    theirs = RampupBatchsizeNumMicroBatchesCalculator(
+        full, 1, 1, False, 1, start, increment, ramp_samples
+    )
+    # Where a stair's edge is no whole number of samples, theirs divides in floating point.
+    if consumed * stairs % ramp_samples == 0 and ramp_samples % stairs:
+        return
+    theirs.update(consumed, consistency_check=False)
+    settings = make(rampup_batch_size=(start, increment, ramp_samples), global_batch_size=full)
+    assert derived.global_batch_size_at(settings, consumed) == theirs.current_global_batch_size
+
+
+def test_schedule_lengths() -> None:
+    steps = derived.schedule_lengths(make(lr_warmup_iters=5))
+    assert (steps.unit, steps.run, steps.warmup, steps.end) == ("steps", 100, 5, 100)
+    tokens = derived.schedule_lengths(make(lr_decay_tokens=1000, lr_wsd_decay_tokens=10))
+    assert (tokens.unit, tokens.run, tokens.warmup) == ("tokens", 100 * 16 * 32, 0)
+    assert (tokens.end, tokens.final_decay) == (1000, 10)

@@ -1,0 +1,150 @@
+"""FLOPs, memory, places of ranks and the page that shows them."""
+
+import math
+
+import pytest
+from test_plan_parameters import OLMOE, settings
+
+from moetron.moe.config import recipe
+from moetron.moe.config.settings import Settings
+from moetron.moe.plan.flops import flops_per_token
+from moetron.moe.plan.hardware import peak_tflops_per_s
+from moetron.moe.plan.layout import position, stage_layers
+from moetron.moe.plan.memory import memory_per_rank
+from moetron.moe.plan.parameters import count_parameters, per_rank
+from moetron.moe.plan.render import render
+
+
+def test_flops_by_hand() -> None:
+    dense = settings({"ffn_hidden_size": 6}, {})
+    # 2 layers of 4 x 8x8 and 3 x 8x6, output 10x8; attention 6 x 2 layers x 16 tokens x 8 channels.
+    assert flops_per_token(dense, 10) == 6 * (2 * (256 + 144) + 80) + 6 * 2 * 16 * 8
+    tied = settings({"ffn_hidden_size": 6, "untie_embeddings_and_output_weights": False}, {})
+    assert flops_per_token(tied, 10) == flops_per_token(dense, 10)
+
+
+def test_only_chosen_experts_cost_flops() -> None:
+    few, many = (
+        settings({}, {"num_experts": experts, "moe_router_topk": 2, "moe_ffn_hidden_size": 4})
+        for experts in (4, 8)
+    )
+    router = 2 * 4 * 8  # four more rows of 8 in two layers
+    assert flops_per_token(many, 10) - flops_per_token(few, 10) == 6 * router
+
+
+@pytest.mark.parametrize(
+    ("precision", "optimizer", "bytes_each"),
+    [
+        ({}, {}, (4, 4, 8)),
+        ({"bf16": True}, {}, (2, 4, 12)),
+        ({"bf16": True, "accumulate_allreduce_grads_in_fp32": False}, {}, (2, 2, 12)),
+        ({}, {"optimizer": "sgd"}, (4, 4, 4)),
+        ({}, {"optimizer": "sgd", "sgd_momentum": 0}, (4, 4, 0)),
+    ],
+)
+def test_bytes_of_the_states(
+    precision: dict[str, bool], optimizer: dict[str, object], bytes_each: tuple[int, int, int]
+) -> None:
+    plain = settings({}, {"num_experts": 4})
+    tree = {**plain.model_dump(), "precision": precision, "optimizer": optimizer}
+    chosen = Settings.model_validate(tree)
+    memory = memory_per_rank(chosen, 16, 1, 0)
+    count = count_parameters(chosen, 16).total
+    states = (memory.parameters, memory.gradients, memory.optimizer)
+    assert states == tuple(count * each for each in bytes_each)
+    assert memory.logits == 2 * 4 * 16 * 16
+    assert memory.total == sum(states) + memory.activations + memory.logits
+
+
+def test_the_distributed_optimizer_shares_dense_and_expert_states_apart() -> None:
+    layout = {"expert_model_parallel_size": 4, "use_distributed_optimizer": True}
+    chosen = settings({}, {"num_experts": 4}, **layout)
+    held = per_rank(chosen, 16, 0)
+    memory = memory_per_rank(chosen, 16, 8, 0)
+    assert memory.optimizer == 8 * (held.dense // 8 + held.expert // 2)
+
+
+def test_recomputation_and_pipelines_change_activations() -> None:
+    moe = {"num_experts": 4}
+    plain = memory_per_rank(settings({}, moe), 16, 1, 0).activations
+    full = {"recompute_method": "uniform", "recompute_num_layers": 1}
+    recomputed = settings({}, moe, recompute_granularity="full", **full)
+    # Two inputs of 16 x 8 numbers, and one layer (half of all) while it is recomputed.
+    assert memory_per_rank(recomputed, 16, 1, 0).activations == plain // 2 + 2 * 4 * 16 * 8
+    piped = settings({}, moe, pipeline_model_parallel_size=2)
+    stages = [memory_per_rank(piped, 16, 2, stage).activations for stage in (0, 1)]
+    assert stages == [plain, plain // 2]  # two micro-batches of one layer, and one
+
+
+def test_places_of_ranks_are_megatrons() -> None:
+    from megatron.core.parallel_state import RankGenerator
+
+    tp, cp, dp, pp, ep, etp, edp = 2, 2, 2, 3, 4, 1, 2
+    chosen = settings(
+        {"num_layers": 3},
+        {"num_experts": 4},
+        tensor_model_parallel_size=tp,
+        context_parallel_size=cp,
+        pipeline_model_parallel_size=pp,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=etp,
+    )
+    world, order = tp * cp * dp * pp, "tp-cp-ep-dp-pp"
+    dense = RankGenerator(tp=tp, ep=1, dp=dp, pp=pp, cp=cp, order=order)
+    expert = RankGenerator(tp=etp, ep=ep, dp=edp, pp=pp, cp=1, order=order)
+    for name, generator, group in (
+        ("tensor", dense, "tp"), ("context", dense, "cp"), ("data", dense, "dp"),
+        ("pipeline", dense, "pp"), ("expert", expert, "ep"), ("expert_data", expert, "dp"),
+        ("expert_tensor", expert, "tp"),
+    ):  # fmt: skip
+        for ranks in generator.get_ranks(group):
+            places = [getattr(position(chosen, world, rank), name) for rank in ranks]
+            assert places == list(range(len(ranks))), (name, ranks)
+
+
+def test_stages() -> None:
+    plain = settings({"num_layers": 8}, {}, pipeline_model_parallel_size=2)
+    assert stage_layers(plain, 1) == [4, 5, 6, 7]
+    layout = {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 2}
+    interleaved = settings({"num_layers": 8}, {}, **layout)
+    assert stage_layers(interleaved, 0) == [0, 1, 4, 5]
+    assert stage_layers(interleaved, 1) == [2, 3, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.0),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA A10G", 70.0),
+        ("NVIDIA L40S", 362.0),
+        ("Tesla V100-SXM2-16GB", None),
+    ],
+)
+def test_peaks(name: str, peak: float | None) -> None:
+    assert peak_tflops_per_s(name) == peak
+
+
+def test_the_plan_of_olmoe() -> None:
+    olmoe = Settings.model_validate(recipe.read(OLMOE))
+    text = render(olmoe, 50280, 256, 17)
+    for part in (
+        "6,919,161,856", "1,282,017,280", "padded to 50,304", "expert         8 (rank 17 is 1)",
+        "5,033,164,800,000", "token 10,485,760,000", "1,024 samples, 4,194,304 tokens",
+    ):  # fmt: skip
+        assert part in text
+    flops = flops_per_token(olmoe, 50280)
+    assert math.isclose(flops, 6 * 1.1789e9 + 6 * 16 * 4096 * 2048, rel_tol=1e-3)
+
+
+def test_the_plan_of_a_wsd_run() -> None:
+    plain = settings({}, {})
+    rate = {"lr": 1e-3, "lr_decay_style": "WSD", "lr_warmup_iters": 10, "lr_wsd_decay_iters": 20}
+    tree = {**plain.model_dump(), "learning_rate": rate}
+    tree["training"]["train_iters"] = 100
+    lines = [line.split() for line in render(Settings.model_validate(tree), 16, 1, 0).splitlines()]
+    points = [line for line in lines if line[0] == "step"]
+    assert points == [
+        ["step", "0", "0"], ["step", "10", "0.001"], ["step", "80", "0.001"], ["step", "100", "0"],
+    ]  # fmt: skip

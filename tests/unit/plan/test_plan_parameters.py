@@ -1,0 +1,114 @@
+"""Parameter counts: published ones, ones by hand, and shards that add up to the whole."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moetron.moe.config import recipe
+from moetron.moe.config.settings import Settings
+from moetron.moe.plan.parameters import count_parameters, per_rank
+
+OLMOE = Path(__file__).resolve().parents[3] / "examples" / "olmoe_1b_7b" / "pretrain.yaml"
+
+
+def settings(model: dict[str, Any], moe: dict[str, Any], **parallel: Any) -> Settings:
+    shape = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 4, "seq_length": 16}
+    return Settings.model_validate(
+        {
+            "model": {**shape, "make_vocab_size_divisible_by": 1, **model},
+            "moe": moe,
+            "parallel": parallel,
+            "training": {"train_iters": 1, "micro_batch_size": 1, "global_batch_size": 8},
+            "learning_rate": {"lr": 1e-3},
+        }
+    )
+
+
+def test_olmoe_1b_7b() -> None:
+    olmoe = Settings.model_validate(recipe.read(OLMOE))
+    count = count_parameters(olmoe, 50280)
+    assert count.total == 6_919_161_856
+    assert count.active == 1_282_017_280
+    assert count.embedding == 2 * 103_022_592
+    assert sum(count.parts.values()) == count.total
+
+
+def test_a_dense_model_by_hand() -> None:
+    dense = settings({"ffn_hidden_size": 6, "num_query_groups": 2}, {})
+    count = count_parameters(dense, 10)
+    # Per layer: q and o 8x8, k and v 8x4 each; gate, up, down 8x6; two norms of 8.
+    assert count.parts["attention"] == 2 * (64 + 64 + 32 + 32)
+    assert count.parts["dense_ffn"] == 2 * 3 * 48
+    assert count.parts["norms"] == 2 * 16 + 8
+    assert count.parts["embedding"] == count.parts["output"] == 80
+    assert count.active == count.total == 384 + 288 + 40 + 160
+
+
+def test_a_mixed_model_with_biases_by_hand() -> None:
+    mixed = settings(
+        {
+            "add_bias_linear": True, "normalization": "LayerNorm", "swiglu": False,
+            "ffn_hidden_size": 6, "kv_channels": 3, "qk_layernorm": True,
+            "untie_embeddings_and_output_weights": False,
+        },
+        {
+            "num_experts": 4, "moe_router_topk": 3, "moe_layer_freq": [0, 1],
+            "moe_ffn_hidden_size": 5, "moe_shared_expert_intermediate_size": 7,
+        },
+    )  # fmt: skip
+    count = count_parameters(mixed, 10)
+    attention = 8 * 36 + 36 + 12 * 8 + 8
+    norms = 2 * 16 + 2 * 6  # two norms of 8, q and k norm of 3, each with a bias
+    expert = 8 * 5 + 5 + 5 * 8 + 8
+    assert count.parts["attention"] == 2 * attention
+    assert count.parts["norms"] == 2 * norms + 16
+    assert count.parts["dense_ffn"] == 8 * 6 + 6 + 6 * 8 + 8
+    assert count.parts["experts"] == 4 * expert
+    assert count.parts["router"] == 32
+    assert count.parts["shared_experts"] == 8 * 7 + 7 + 7 * 8 + 8
+    assert count.parts["output"] == 0
+    assert count.total - count.active == expert
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        {"tensor_model_parallel_size": 2},
+        {"expert_model_parallel_size": 4},
+        {"tensor_model_parallel_size": 4, "expert_tensor_parallel_size": 1},
+        {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2},
+        {"pipeline_model_parallel_size": 2},
+        {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1},
+    ],
+)
+def test_shards_add_up(parallel: dict[str, int]) -> None:
+    model = {"num_layers": 4, "qk_layernorm": True, "qk_layernorm_scope": "full"}
+    moe = {"num_experts": 8, "moe_layer_freq": [1, 1, 0, 1], "moe_ffn_hidden_size": 4}
+    cut = settings(model, moe, **parallel)
+    count = count_parameters(cut, 16)
+    tensor = parallel.get("tensor_model_parallel_size", 1)
+    experts = parallel.get("expert_model_parallel_size", 1)
+    experts *= parallel.get("expert_tensor_parallel_size", tensor)
+    stages = parallel.get("pipeline_model_parallel_size", 1)
+    held = [per_rank(cut, 16, stage) for stage in range(stages)]
+    assert sum(rank.expert for rank in held) * experts == count.parts["experts"]
+    replicated = count.parts["router"] + 9 * 8  # the router, and nine norms of 8
+    sharded = count.total - count.parts["experts"] - replicated
+    assert sum(rank.dense for rank in held) == sharded // tensor + replicated
+
+
+def test_interleaved_stages_hold_every_other_layer() -> None:
+    moe = {"num_experts": 8, "moe_layer_freq": [1, 0, 1, 0]}
+    layout = {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}
+    cut = settings({"num_layers": 4}, moe, **layout)
+    assert per_rank(cut, 16, 0).expert > 0
+    assert per_rank(cut, 16, 1).expert == 0
+
+
+def test_tied_embeddings_sit_on_both_ends_of_a_pipeline() -> None:
+    tied = {"untie_embeddings_and_output_weights": False}
+    for stages, copies in ((1, 1), (2, 2)):
+        cut = settings(tied, {}, pipeline_model_parallel_size=stages)
+        whole = sum(per_rank(cut, 16, stage).dense for stage in range(stages))
+        assert whole == count_parameters(cut, 16).total + (copies - 1) * 16 * 8
