@@ -6,7 +6,7 @@ micro-batches. Every rank reads what it needs for itself: nothing is broadcast, 
 nothing but the number of samples consumed.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -80,7 +80,7 @@ class _Samples(Dataset[Batch]):
     def __init__(self, stream: SampleStream, seq_length: int) -> None:
         self._stream = stream
         self._position_ids = torch.arange(seq_length)
-        self._padding = {
+        self._padding: Mapping[str, np.ndarray | int] = {
             "tokens": np.zeros(seq_length, np.int64),
             "labels": np.zeros(seq_length, np.int64),
             "loss_mask": np.zeros(seq_length, np.float32),
@@ -90,7 +90,7 @@ class _Samples(Dataset[Batch]):
     def __getitem__(self, numbers: Sequence[int]) -> Batch:
         rows = [self._padding if n == PADDING else self._stream[n] for n in numbers]
         batch = {
-            name: torch.from_numpy(np.stack([row[name] for row in rows]))
+            name: torch.from_numpy(np.stack([np.asarray(row[name]) for row in rows]))
             for name in ("tokens", "labels", "loss_mask")
         }
         batch["position_ids"] = self._position_ids.expand(len(rows), -1)

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_stage
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import unwrap_model
 
 from moetron.moe.config.bridge import ddp_config
 from moetron.moe.config.settings import Settings
@@ -80,9 +80,7 @@ def set_training(chunks: ModelChunks, training: bool) -> None:
         chunk.train(training)
 
 
-def needs_samples(chunk: torch.nn.Module) -> bool:
+def needs_samples(chunk: DistributedDataParallel) -> bool:
     """Whether a chunk reads tokens or labels: the first and the last of the pipeline."""
-    module = chunk
-    while not hasattr(module, "pre_process"):
-        module = module.module
-    return bool(module.pre_process or module.post_process)
+    model = unwrap_model(chunk)
+    return bool(model.pre_process or model.post_process)

@@ -51,57 +51,30 @@ class Runtime:
 
 @contextmanager
 def running(settings: Settings) -> Iterator[Runtime]:
-    """Ranks joined and seeded, taken apart again at the end.
+    """Ranks joined, divided and seeded, taken apart again at the end.
 
     Ranks come from torchrun's environment; without one there is a single rank.
 
     Raises:
         UserError: when the port of the rendezvous is taken.
     """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = resolve_device(settings.parallel.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
         ranks_on_host = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(cpu_threads(settings.parallel.cpu_threads, ranks_on_host))
-    adapt_host()
-    _join(settings, rank, world_size, backend_for(device))
+    _join(settings, backend_for(device))
     try:
-        _divide(settings)
-        _seed(settings.training.seed)
-        groups = ProcessGroupCollection.use_mpu_process_groups()
-        yield Runtime(rank, world_size, device, groups)
+        yield divide(settings, device)
     finally:
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
 
 
-def _join(settings: Settings, rank: int, world_size: int, backend: str) -> None:
-    """Start the process group; a single rank needs no port."""
-    timeout = timedelta(minutes=settings.parallel.distributed_timeout_minutes)
-    if "RANK" not in os.environ:
-        store = torch.distributed.HashStore()
-        torch.distributed.init_process_group(
-            backend, store=store, rank=0, world_size=1, timeout=timeout
-        )
-        return
-    try:
-        torch.distributed.init_process_group(
-            backend, rank=rank, world_size=world_size, timeout=timeout
-        )
-    except torch.distributed.DistNetworkError as error:
-        if "EADDRINUSE" not in str(error):
-            raise
-        port = os.environ.get("MASTER_PORT")
-        raise UserError(
-            f"MASTER_PORT={port}: another program listens on this port; choose a free one "
-            "(torchrun: --master-port)"
-        ) from error
-
-
-def _divide(settings: Settings) -> None:
-    """Megatron's process groups, in its default order tp-cp-ep-dp-pp."""
+def divide(settings: Settings, device: torch.device) -> Runtime:
+    """Give joined ranks their places: Megatron's groups in its order tp-cp-ep-dp-pp, and seeds."""
+    adapt_host()
     parallel = settings.parallel
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -113,10 +86,37 @@ def _divide(settings: Settings) -> None:
         distributed_timeout_minutes=max(1, round(parallel.distributed_timeout_minutes)),
         create_gloo_process_groups=False,
     )
+    _seed(settings.training.seed)
+    return Runtime(
+        torch.distributed.get_rank(),
+        torch.distributed.get_world_size(),
+        device,
+        ProcessGroupCollection.use_mpu_process_groups(),
+    )
+
+
+def _join(settings: Settings, backend: str) -> None:
+    """Start the process group; a single rank needs no port."""
+    timeout = timedelta(minutes=settings.parallel.distributed_timeout_minutes)
+    if "RANK" not in os.environ:
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(
+            backend, store=store, rank=0, world_size=1, timeout=timeout
+        )
+        return
+    try:
+        torch.distributed.init_process_group(backend, timeout=timeout)
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(
+            f"MASTER_PORT={os.environ.get('MASTER_PORT')}: another program listens on this port; "
+            "choose a free one (torchrun: --master-port)"
+        ) from error
 
 
 def _seed(seed: int) -> None:
     """Seed every generator; stages of a pipeline differ, as in Megatron (100 apart)."""
     seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(seed)
-    model_parallel_cuda_manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

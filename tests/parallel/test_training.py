@@ -1,0 +1,151 @@
+"""Training in several layouts: the same losses from the same weights, the same bits twice."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moetron.data.mock import ENDLESS, MockStream
+from moetron.moe.config.load import load
+from moetron.moe.config.settings import Settings
+from moetron.moe.training.build import build_trainer
+from moetron.moe.training.checkpoint import load_checkpoint, save_checkpoint
+from moetron.moe.training.evaluate import evaluate
+from moetron.moe.training.loop import Loop
+from moetron.moe.training.progress import Progress
+from moetron.moe.training.report import Row
+from moetron.moe.training.runtime import divide
+from moetron.moe.training.step import NotFiniteError, Trainer
+from moetron.moe.training.stream import StreamFrom, Streams
+from tests.parallel.harness import RankFailed, run_ranks
+from tests.unit.training.training_cases import CountingStream
+
+RECIPE = Path(__file__).parents[2] / "examples" / "olmoe_1b_7b" / "tiny.yaml"
+TIMES = {"step_time_s", "tokens_per_s", "tflops_per_s", "mfu"}
+
+
+class _Rows:
+    """A sink that keeps everything."""
+
+    def __init__(self) -> None:
+        self.steps: list[Row] = []
+        self.validations: list[Row] = []
+
+    def step(self, row: Row) -> None:
+        self.steps.append({key: value for key, value in row.items() if key not in TIMES})
+
+    def validation(self, row: Row) -> None:
+        self.validations.append(row)
+
+    def close(self) -> None:
+        pass
+
+
+def _settings(flags: list[str]) -> Settings:
+    return load(["--config", str(RECIPE), "--seq-length", "64", *flags]).settings
+
+
+def _trainer(settings: Settings) -> Trainer:
+    assert settings.model.vocab_size is not None
+    runtime = divide(settings, torch.device("cpu"))
+    return build_trainer(settings, runtime, settings.model.vocab_size)
+
+
+def _streams(settings: Settings) -> Streams:
+    assert settings.model.vocab_size is not None
+    mock = MockStream(1, settings.model.vocab_size, settings.model.seq_length)
+    return Streams(mock, StreamFrom(mock, ENDLESS // 2))
+
+
+def _train(flags: list[str], weights: str, save: bool = False) -> dict[str, Any]:
+    """Train from ``weights`` (written first, if ``save``); what the main rank reported."""
+    settings = _settings(flags)
+    trainer, streams = _trainer(settings), _streams(settings)
+    state = streams.training.state()
+    if save:
+        args = (trainer.chunks, trainer.optimizer, settings, state)
+        save_checkpoint(Path(weights), Progress(), *args)
+    finetune = settings.checkpoint.model_copy(update={"finetune": True})
+    fresh = settings.model_copy(update={"checkpoint": finetune})
+    load_checkpoint(Path(weights), trainer.chunks, trainer.optimizer, fresh, state)
+    rows = _Rows()
+    loop = Loop(trainer, streams, Progress(), [rows], peak_tflops_per_s=None)
+    assert not loop.run(lambda: False)
+    return {"steps": rows.steps, "validations": rows.validations}
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
+    """(weights, report) of 20 steps on one rank."""
+    weights = str(tmp_path_factory.mktemp("weights"))
+    return weights, run_ranks(_train, 1, ["--train-iters", "20"], weights, True)[0]
+
+
+def test_a_loss_falls(one_rank: tuple[str, dict[str, Any]]) -> None:
+    losses = [row["lm_loss"] for row in one_rank[1]["steps"]]
+    assert len(losses) == 20
+    assert losses[-1] < losses[0] - 0.5
+    assert one_rank[1]["validations"][0]["validation_loss"] < losses[0] - 0.5
+
+
+def test_a_repeated_run_is_bit_identical(one_rank: tuple[str, dict[str, Any]]) -> None:
+    weights, report = one_rank
+    again = run_ranks(_train, 1, ["--train-iters", "20"], weights)[0]
+    assert again == report
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ["--expert-model-parallel-size", "2"],
+        ["--use-distributed-optimizer", "--overlap-grad-reduce"],
+        ["--pipeline-model-parallel-size", "2"],
+    ],
+    ids=["ep2", "dp2-zero1", "pp2"],
+)
+def test_two_ranks_equal_one(one_rank: tuple[str, dict[str, Any]], layout: list[str]) -> None:
+    """Every step's loss to 1e-6, from the same weights, fp32; gradient norms to 1e-4."""
+    weights, single = one_rank
+    double = run_ranks(_train, 2, ["--train-iters", "20", *layout], weights)[0]
+    for ours, theirs in zip(single["steps"], double["steps"], strict=True):
+        assert theirs["lm_loss"] == pytest.approx(ours["lm_loss"], rel=1e-6)
+        assert theirs["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-4)
+        assert {**theirs, "lm_loss": 0, "grad_norm": 0}.keys() == ours.keys()
+    assert double["validations"][0]["validation_loss"] == pytest.approx(
+        single["validations"][0]["validation_loss"], rel=1e-6
+    )
+
+
+def _evaluate(flags: list[str], samples: int) -> dict[str, Any]:
+    settings = _settings(["--vocab-size", "512", "--eval-iters", "100", *flags])
+    stream = CountingStream(samples, settings.model.seq_length)
+    result = evaluate(_trainer(settings), stream)
+    return {"loss": result.loss, "sources": result.source_losses, "tokens": result.tokens}
+
+
+def test_evaluation_counts_every_sample_once() -> None:
+    """13 samples fill neither two ranks nor micro-batches of 3; sample n has n masked tokens."""
+    few = ["--micro-batch-size", "1", "--global-batch-size", "2"]
+    more = ["--micro-batch-size", "3", "--global-batch-size", "6"]
+    (single,) = run_ranks(_evaluate, 1, few, 13)
+    double = run_ranks(_evaluate, 2, more, 13)
+    assert single["tokens"] == 13 * 64 - sum(range(13))
+    assert list(single["sources"]) == ["zero", "one", "two"]
+    for result in double:
+        assert result["tokens"] == single["tokens"]
+        assert result["loss"] == pytest.approx(single["loss"], rel=1e-6)
+        assert result["sources"] == pytest.approx(single["sources"], rel=1e-6)
+
+
+def _spoil_and_step() -> None:
+    settings = _settings(["--train-iters", "20"])
+    trainer = _trainer(settings)
+    with torch.no_grad():
+        next(trainer.chunks[0].parameters()).fill_(float("inf"))
+    Loop(trainer, _streams(settings), Progress(), [], None).run(lambda: False)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run() -> None:
+    with pytest.raises(RankFailed, match=f"{NotFiniteError.__name__}: lm_loss is nan.*of rank 0"):
+        run_ranks(_spoil_and_step, 1)

@@ -1,0 +1,85 @@
+"""Which samples a rank takes: worked examples, every layout the same micro-batches."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moetron.moe.training.batches import (
+    PADDING,
+    micro_batch_numbers,
+    micro_batches,
+    training_numbers,
+)
+from moetron.moe.training.progress import Progress
+from moetron.moe.training.stream import StreamFrom
+from tests.unit.training.training_cases import CountingStream, settings
+
+
+def test_worked_example() -> None:
+    """Samples 100 to 111, two a micro-batch, three ranks."""
+    ranks = [list(micro_batch_numbers(100, 12, 2, rank, 3)) for rank in range(3)]
+    assert ranks == [
+        [[100, 101], [106, 107]],
+        [[102, 103], [108, 109]],
+        [[104, 105], [110, 111]],
+    ]
+
+
+def test_surplus_rows_are_padding() -> None:
+    ranks = [list(micro_batch_numbers(0, 5, 2, rank, 2, padded_count=8)) for rank in range(2)]
+    assert ranks == [[[0, 1], [4, PADDING]], [[2, 3], [PADDING, PADDING]]]
+
+
+@given(
+    micro=st.integers(1, 4),
+    sizes=st.sampled_from([(1, 6), (2, 3), (3, 2), (6, 1)]),
+    first=st.integers(0, 10**12),
+)
+def test_layouts_form_the_same_micro_batches(
+    micro: int, sizes: tuple[int, int], first: int
+) -> None:
+    dp_size, rounds = sizes
+    ranks = [
+        list(micro_batch_numbers(first, micro * 6, micro, rank, dp_size)) for rank in range(dp_size)
+    ]
+    in_order = [ranks[rank][turn] for turn in range(rounds) for rank in range(dp_size)]
+    assert in_order == list(micro_batch_numbers(first, micro * 6, micro, 0, 1))
+
+
+def test_a_resume_goes_on_with_the_next_sample() -> None:
+    """A ramp from 4 by 2 to 8 over 20 samples: steps of 4, 4, 4, 6, 6 and then 8 samples."""
+    run = settings(training={"train_iters": 7, "rampup_batch_size": (4, 2, 20)})
+    whole = [n for numbers in training_numbers(run, Progress(), 0, 1) for n in numbers]
+    assert whole == list(range(4 + 4 + 4 + 6 + 6 + 8 + 8))
+    rest = [n for numbers in training_numbers(run, Progress(3, 12, 48), 0, 1) for n in numbers]
+    assert rest == whole[12:]
+
+
+def test_tensors_of_a_micro_batch() -> None:
+    (batch,) = micro_batches(CountingStream(), 4, [[7, PADDING]])
+    assert batch["tokens"].tolist() == [[7] * 4, [0] * 4]
+    assert batch["labels"].tolist() == [[8] * 4, [0] * 4]
+    assert batch["loss_mask"].tolist() == [[1.0, 0.0, 0.0, 0.0], [0.0] * 4]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3]] * 2
+    assert batch["source"].tolist() == [1, 0]
+    assert batch["tokens"].dtype == torch.int64
+    assert batch["loss_mask"].dtype == torch.float32
+
+
+def test_loader_processes_change_nothing() -> None:
+    """Not the order, not the tensors, not the global random numbers."""
+    numbers = [[n, n + 1] for n in range(0, 20, 2)]
+    here = list(micro_batches(CountingStream(), 4, numbers))
+    state = torch.get_rng_state()
+    there = list(micro_batches(CountingStream(), 4, numbers, num_workers=2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(there) == len(here)
+    for ours, theirs in zip(here, there, strict=True):
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_stream_from_a_later_number() -> None:
+    later = StreamFrom(CountingStream(length=10), 6)
+    assert len(later) == 4
+    assert later[1]["tokens"].tolist() == [7] * 4  # type: ignore[union-attr]
+    assert later.state() == {"counting": 10, "first": 6}

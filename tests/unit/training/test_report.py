@@ -1,0 +1,70 @@
+"""What a run writes down: every bit of a float, nothing twice after a resume."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from moetron.moe.config.errors import UserError
+from moetron.moe.training.report import JsonLines, LineFiles, flat, open_sinks
+from tests.unit.training.training_cases import settings
+
+
+def _steps(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_floats_keep_every_bit_and_lines_are_there_at_once(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path / "metrics.jsonl", 0)
+    value = math.pi * 1e-7
+    lines.write({"step": 1, "lm_loss": value})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["lm_loss"] == value
+
+
+def test_a_resume_drops_the_steps_that_it_takes_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "lm_lo')
+    lines = JsonLines(path, 2)
+    assert _steps(path) == [1, 2]
+    lines.write({"step": 3})
+    assert _steps(path) == [1, 2, 3]
+
+
+def test_a_fresh_run_drops_everything(tmp_path: Path) -> None:
+    (tmp_path / "validation.jsonl").write_text('{"step": 7}\n')
+    LineFiles(tmp_path, 0).close()
+    assert (tmp_path / "validation.jsonl").read_text() == ""
+
+
+def test_a_folder_that_cannot_be_made_is_the_users_to_mend(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--save .*file/run: cannot write there"):
+        LineFiles(tmp_path / "file" / "run", 0)
+
+
+def test_nested_numbers_are_named_by_path() -> None:
+    row = {"step": 3, "loss": 1.5, "sources": {"code": 1, "prose": 2.0}, "note": "text"}
+    assert flat(row) == [("loss", 1.5), ("sources/code", 1), ("sources/prose", 2.0)]
+
+
+def test_tensorboard_scalars_can_be_read_back(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for sink in open_sinks(settings(checkpoint={"save": str(tmp_path)}), 0):
+        sink.step({"step": 1, "lm_loss": 2.5})
+        sink.validation({"step": 1, "validation_loss": 2.0, "source_losses": {"a": 1.0}})
+        sink.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    scalars = {name: events.Scalars(name)[0].value for name in events.Tags()["scalars"]}
+    assert scalars == {
+        "train/lm_loss": 2.5,
+        "validation/validation_loss": 2.0,
+        "validation/source_losses/a": 1.0,
+    }
+    assert _steps(tmp_path / "metrics.jsonl") == [1]
+
+
+def test_nothing_is_written_without_a_folder(tmp_path: Path) -> None:
+    assert open_sinks(settings(), 0) == []
