@@ -14,7 +14,7 @@ from moetron.data.addresses import Addresses, FileOrderAddresses, ShuffledAddres
 from moetron.data.blend import Blend, Source, open_blend
 from moetron.data.errors import DataError
 
-ADDRESS_BLOCK = 1024
+ADDRESS_BLOCK = 256
 """Addresses are computed this many at a time, because numpy charges by the call."""
 
 

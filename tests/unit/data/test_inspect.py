@@ -1,0 +1,72 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from moetron.data.blend import open_blend
+from moetron.data.report import blend_table, length_histogram, shard_summary
+from moetron.data.shard import Shard
+from moetron.tokenizers.byte_level import ByteTokenizer
+
+TOOL = Path(__file__).parents[3] / "tools" / "inspect_data.py"
+
+
+def run_tool(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, str(TOOL), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_histogram_counts_by_powers_of_two() -> None:
+    lines = length_histogram(np.array([1, 3, 4, 4, 5, 17], np.int32)).splitlines()
+    assert [line.split()[1:4:2] for line in lines] == [
+        ["1", "1"],
+        ["2", "0"],
+        ["4", "3"],
+        ["8", "1"],
+        ["16", "0"],
+        ["32", "1"],
+    ]
+    assert lines[2].count("█") == 3 * lines[0].count("█") + 1 == 40
+
+
+def test_summary_names_counts_and_tokenizer(make_shard) -> None:
+    prefix = make_shard("a", [[1, 2, 9], [3, 9]])
+    summary = shard_summary(Shard(prefix))
+    assert "2 documents, 5 tokens (uint16), 2.5 tokens a document" in summary
+    assert "toy (ffffffffffff), 1,000 ids, end of document 9 appended" in summary
+    Path(prefix + ".json").unlink()
+    assert "no manifest" in shard_summary(Shard(prefix))
+
+
+def test_blend_table_shows_shares_and_epochs(make_shard) -> None:
+    prefixes = [make_shard("a", [[1] * 41]), make_shard("b", [[2] * 81])]
+    blend = open_blend(["0.75", prefixes[0], "0.25", prefixes[1]], seq_length=4)
+    cells = [line.split() for line in blend_table(blend, 40).splitlines()]
+    assert cells[1] == ["a", "41", "75.00%", "30", "120", "3.000"]
+    assert cells[2] == ["b", "81", "25.00%", "10", "40", "0.500"]
+
+
+def test_the_command_shows_and_verifies(make_shard) -> None:
+    documents = [[*text.encode(), ByteTokenizer.eod] for text in ("héllo", "wörld")]
+    prefix = make_shard("a", documents, 384, ByteTokenizer.fingerprint)
+    arguments = (prefix, "--tokenizer", "bytes", "--verify", "--seq-length", "2")
+    done = run_tool(*arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "document 1, 7 tokens: 'wörld'" in done.stdout and "100.00%" in done.stdout
+    tokens = Path(prefix + ".bin")
+    tokens.write_bytes(b"\x00" + tokens.read_bytes()[1:])
+    done = run_tool(*arguments)
+    assert done.returncode == 2 and "a.bin: its SHA-256 is not the manifest's" in done.stderr
+
+
+def test_the_command_names_a_users_mistake(make_shard) -> None:
+    prefix = make_shard("a", [[1, 9]])
+    for message, arguments in {
+        "nowhere.idx: no such file": ("nowhere",),
+        "not made with the tokenizer bytes": (prefix, "--tokenizer", "bytes"),
+        "too few for one sample": (prefix, "--seq-length", "2"),
+    }.items():
+        done = run_tool(*arguments)
+        assert done.returncode == 2 and message in done.stderr
+        assert "Traceback" not in done.stderr
