@@ -205,8 +205,13 @@ def _refuse_nan(checkpoint: Checkpoint, tensors: Mapping[str, Any]) -> None:
 
 
 def _model_state(model: Sequence[torch.nn.Module]) -> ShardedStateDict:
+    """Sharded state of each chunk, without the empty objects that layers keep for FP8's sake."""
     return {
-        f"model{number}": chunk.sharded_state_dict(metadata=dict(MODEL_METADATA))
+        f"model{number}": {
+            name: value
+            for name, value in chunk.sharded_state_dict(metadata=dict(MODEL_METADATA)).items()
+            if optimizer_state.is_entry(value) or value.data is not None
+        }
         for number, chunk in enumerate(unwrap_model(list(model)))
     }
 

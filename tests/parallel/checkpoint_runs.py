@@ -1,0 +1,106 @@
+"""Runs of a tiny model through the real loop, for tests of checkpoints."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from moetron.data.mock import MockStream
+from moetron.moe.config.derived import virtual_pipeline_size
+from moetron.moe.config.settings import Settings
+from moetron.moe.training.build import build_loop, build_trainer
+from moetron.moe.training.loop import Loop
+from moetron.moe.training.runtime import Runtime
+from moetron.moe.training.stream import Streams
+from tests.parallel.harness import model_parallel
+
+VOCABULARY = 96
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "dp": {},
+    "zero": {"use_distributed_optimizer": True},
+    "ep2": {"expert_model_parallel_size": 2},
+    "ep2_zero": {"expert_model_parallel_size": 2, "use_distributed_optimizer": True},
+    "tp2": {"tensor_model_parallel_size": 2},
+    "tp2_etp1": {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1},
+    "pp2": {"pipeline_model_parallel_size": 2},
+}
+TIMING = {"step_time_s", "tokens_per_s", "tflops_per_s", "mfu"}
+
+Groups = dict[str, dict[str, Any]]
+
+
+def settings(layout: str, **groups: dict[str, Any]) -> Settings:
+    """Two layers, four experts, dropout (so that random states matter), six steps."""
+    tree: Groups = {
+        "model": {
+            "num_layers": 2,
+            "hidden_size": 16,
+            "num_attention_heads": 2,
+            "seq_length": 16,
+            "vocab_size": VOCABULARY,
+            "make_vocab_size_divisible_by": 8,
+            "hidden_dropout": 0.1,
+        },
+        "moe": {"num_experts": 4, "moe_ffn_hidden_size": 24, "moe_aux_loss_coeff": 0.01},
+        "parallel": LAYOUTS[layout],
+        "training": {"train_iters": 6, "micro_batch_size": 1, "global_batch_size": 4},
+        "learning_rate": {"lr": 1e-2, "lr_warmup_iters": 2},
+        "data": {"mock_data": True},
+        "validation": {"eval_iters": 0},
+        "logging": {"tensorboard": False, "peak_tflops_per_s": 1.0},
+    }
+    for group, fields in groups.items():
+        tree[group] = {**tree.get(group, {}), **fields}
+    return Settings.model_validate(tree)
+
+
+def start(chosen: Settings) -> Loop:
+    """The loop of a run on this rank; needs ``parallel_of(chosen)`` around it."""
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    runtime = Runtime(rank, ranks, torch.device("cpu"), groups)
+    torch.manual_seed(chosen.training.seed)
+    stream = MockStream(chosen.training.seed, VOCABULARY, chosen.model.seq_length)
+    return build_loop(build_trainer(chosen, runtime, VOCABULARY), Streams(stream, None))
+
+
+def parallel_of(chosen: Settings) -> Any:
+    """Megatron's parallel state for these settings."""
+    parallel = chosen.parallel
+    return model_parallel(
+        chosen.training.seed,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_pipeline_size(chosen),
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+    )
+
+
+def run(chosen: Settings) -> None:
+    """Train as the settings say, from --load if they name one; saves to --save."""
+    with parallel_of(chosen):
+        start(chosen).run(lambda: False)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run without what depends on the clock; floats compare to the last bit."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [{name: row[name] for name in row if name not in TIMING} for row in rows]
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a step folder, whole, but for random-number states."""
+    reader = dcp.FileSystemReader(folder)
+    index = reader.read_metadata().state_dict_metadata
+    state = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in index.items()
+        if isinstance(entry, dcp.metadata.TensorStorageMetadata) and not key.startswith("rng.")
+    }
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return state

@@ -1,0 +1,139 @@
+"""A resumed run is the uninterrupted one, and every layout loads what any other saved."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from moetron.moe.training.checkpoint import save_checkpoint
+from tests.parallel.checkpoint_runs import (
+    Groups,
+    metrics,
+    parallel_of,
+    run,
+    settings,
+    start,
+    tensors,
+)
+from tests.parallel.harness import run_ranks
+
+MAIN = "optimizer.state.fp32_param."
+
+
+def _straight_and_resumed(folder: str, layout: str, groups: Groups) -> None:
+    straight, resumed = f"{folder}/straight", f"{folder}/resumed"
+    training = groups.get("training", {})
+    run(settings(layout, **groups, checkpoint={"save": straight}))
+    half = {**groups, "training": {**training, "exit_interval": 3}}
+    run(settings(layout, **half, checkpoint={"save": resumed}))
+    run(settings(layout, **groups, checkpoint={"save": resumed, "load": resumed}))
+
+
+@pytest.mark.parametrize(
+    ("layout", "ranks", "bf16"),
+    [
+        ("dp", 1, False),
+        ("dp", 1, True),
+        ("ep2", 2, False),
+        ("ep2", 2, True),
+        ("zero", 2, True),
+        ("ep2_zero", 2, False),
+        ("tp2", 2, True),
+        ("pp2", 2, False),
+    ],
+)
+def test_a_resumed_run_is_the_uninterrupted_one(
+    tmp_path: Path, layout: str, ranks: int, bf16: bool
+) -> None:
+    groups: Groups = {"precision": {"bf16": bf16}}
+    run_ranks(_straight_and_resumed, ranks, str(tmp_path), layout, groups)
+    straight, resumed = metrics(tmp_path / "straight"), metrics(tmp_path / "resumed")
+    assert [row["step"] for row in resumed] == [1, 2, 3, 4, 5, 6]
+    assert resumed == straight
+    one, other = (tensors(tmp_path / name / "step_0000006") for name in ("straight", "resumed"))
+    _assert_identical(one, other)
+
+
+def test_sgd_resumes_with_its_momentum(tmp_path: Path) -> None:
+    groups: Groups = {
+        "optimizer": {"optimizer": "sgd"},
+        "learning_rate": {"lr": 0.1, "lr_warmup_iters": 0},
+    }
+    run_ranks(_straight_and_resumed, 1, str(tmp_path), "dp", groups)
+    assert metrics(tmp_path / "resumed") == metrics(tmp_path / "straight")
+    saved = tensors(tmp_path / "straight" / "step_0000006")
+    assert any(".momentum_buffer." in key and tensor.any() for key, tensor in saved.items())
+
+
+def _write(folder: str, layout: str, groups: Groups) -> None:
+    run(settings(layout, **groups, checkpoint={"save": folder, "save_interval": 2}))
+
+
+def _read_and_go_on(source: str, folder: str, layout: str, groups: Groups) -> None:
+    """Save what was loaded, untouched, then train on."""
+    chosen = settings(layout, **groups, checkpoint={"load": source, "save": folder})
+    with parallel_of(chosen):
+        loop = start(chosen)
+        trainer, stream = loop.trainer, loop.streams.training
+        save_checkpoint(
+            Path(folder), loop.progress, trainer.chunks, trainer.optimizer, chosen, stream.state()
+        )
+        loop.run(lambda: False)
+
+
+@pytest.mark.parametrize(
+    ("writer", "reader", "bf16"),
+    [
+        ("1 dp", "2 ep2", False),
+        ("2 ep2", "1 dp", True),
+        ("2 dp", "2 zero", True),
+        ("2 ep2_zero", "1 dp", False),
+        ("2 ep2_zero", "2 tp2_etp1", False),
+        ("2 tp2", "2 ep2_zero", True),
+        ("2 pp2", "2 ep2", False),
+        ("2 zero", "2 pp2", True),
+    ],
+)
+def test_any_layout_loads_any_other(tmp_path: Path, writer: str, reader: str, bf16: bool) -> None:
+    groups: Groups = {
+        "model": {"hidden_dropout": 0.0},
+        "training": {"train_iters": 3},
+        "precision": {"bf16": bf16},
+    }
+    written, read = tmp_path / "written", tmp_path / "read"
+    ranks, layout = writer.split()
+    run_ranks(_write, int(ranks), str(written), layout, groups)
+    ranks, layout = reader.split()
+    source = str(written / "step_0000002")
+    run_ranks(_read_and_go_on, int(ranks), source, str(read), layout, groups)
+    _assert_identical(tensors(written / "step_0000002"), tensors(read / "step_0000002"))
+    third, [again] = metrics(written)[2], metrics(read)
+    tolerance = 2e-3 if bf16 else 1e-5 if "tp" in writer + reader else 1e-6
+    assert again["lm_loss"] == pytest.approx(third["lm_loss"], rel=tolerance)
+    assert again["grad_norm"] == pytest.approx(third["grad_norm"], rel=100 * tolerance)
+
+
+def test_precisions_load_each_other(tmp_path: Path) -> None:
+    """fp32 loads a bf16 run's main parameters, bf16 starts from an fp32 run's weights exactly."""
+    training = {"train_iters": 3}
+    fp32: Groups = {"training": training, "precision": {"bf16": False}}
+    bf16: Groups = {"training": training, "precision": {"bf16": True}}
+    folders = [tmp_path / name for name in ("bf16", "fp32", "back")]
+    sources = [str(folder / "step_0000002") for folder in folders]
+    run_ranks(_write, 1, str(folders[0]), "dp", bf16)
+    run_ranks(_read_and_go_on, 1, sources[0], str(folders[1]), "dp", fp32)
+    run_ranks(_read_and_go_on, 1, sources[1], str(folders[2]), "dp", bf16)
+    first, middle, back = (tensors(Path(source)) for source in sources)
+    _assert_identical(first, back)
+    mains = {key: first[key] for key in first if key.startswith(MAIN)}
+    assert mains
+    for key, main in mains.items():
+        assert torch.equal(middle[key.removeprefix(MAIN)], main), key
+
+
+def _assert_identical(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert any(".exp_avg" in key for key in one)
+    for key, tensor in one.items():
+        assert tensor.dtype == other[key].dtype, key
+        assert torch.equal(tensor, other[key]), key
