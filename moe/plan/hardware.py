@@ -3,16 +3,10 @@
 PEAK_BF16_TFLOPS_PER_S = {
     "A100": 312.0,
     "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
     "H100": 989.0,
     "H200": 989.0,
     "B200": 2250.0,
     "L40S": 362.0,
-    "L4": 121.0,
-    "A10G": 70.0,
-    "A10": 125.0,
-    "A6000": 154.8,
-    "RTX 4090": 165.2,
 }
 """Dense bf16 tensor-core TFLOP/s with fp32 accumulation, from NVIDIA's data sheets (half of the
 figure that they print "with sparsity"). Keys are parts of ``torch.cuda.get_device_name()``."""

@@ -168,13 +168,15 @@ def _interleaved(case: Case, microbatches: int) -> Iterator[str]:
         )
 
 
-def overlap(case: Case) -> Iterator[str]:
-    """Communication that runs beside computation."""
+def optimizer(case: Case) -> Iterator[str]:
+    """The distributed optimizer, and communication that runs beside computation."""
     parallel = case.settings.parallel
+    if parallel.use_distributed_optimizer and case.settings.optimizer.optimizer != "adam":
+        yield f"--use-distributed-optimizer needs --optimizer adam, not {case.said('optimizer')}"
     if parallel.overlap_param_gather and not parallel.use_distributed_optimizer:
         yield "--overlap-param-gather needs --use-distributed-optimizer"
     if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
         yield "--overlap-param-gather needs --overlap-grad-reduce"
 
 
-RULES = (tensor, sequence, pipeline, world, batch, overlap)
+RULES = (tensor, sequence, pipeline, world, batch, optimizer)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from moetron.moe.config.derived import head_dim, query_groups
+from moetron.moe.config.derived import expert_tensor_parallel_size, head_dim, query_groups
 from moetron.moe.config.rules.case import Case, nearest_multiples, not_multiple
 
 _RECOMPUTABLE = ("core_attn", "moe_act", "layernorm", "mlp", "moe", "shared_experts")
@@ -28,6 +28,8 @@ def shape(case: Case) -> Iterator[str]:
         )
     if model.qk_layernorm_scope == "full" and not model.qk_layernorm:
         yield "--qk-layernorm-scope full does nothing without --qk-layernorm: add it"
+    if model.qk_layernorm_scope == "full" and model.normalization != "RMSNorm":
+        yield "--qk-layernorm-scope full is an RMSNorm: use it with --normalization RMSNorm"
 
 
 def implementation(case: Case) -> Iterator[str]:
@@ -48,20 +50,27 @@ def implementation(case: Case) -> Iterator[str]:
             f"{case.said('context_parallel_size')} needs Transformer Engine's attention on CUDA, "
             "the local one does not share a sequence yet: use --context-parallel-size 1"
         )
-    if (
-        settings.model.add_bias_linear
-        and settings.moe.num_experts
-        and settings.moe.moe_grouped_gemm
-    ):
+
+
+def biases(case: Case) -> Iterator[str]:
+    """Biases of experts, which few of megatron-core's paths have."""
+    moe, parallel = case.settings.moe, case.settings.parallel
+    if not case.settings.model.add_bias_linear or moe.num_experts is None:
+        return
+    if moe.moe_grouped_gemm:
         yield (
             "--add-bias-linear: experts run as a grouped GEMM have no biases; "
             "use --disable-bias-linear or --no-moe-grouped-gemm"
         )
+    if expert_tensor_parallel_size(parallel) > 1:
+        yield "--add-bias-linear with experts needs --expert-tensor-parallel-size 1"
+    if moe.moe_shared_expert_intermediate_size is not None:
+        yield "--add-bias-linear: shared experts have no biases; use --disable-bias-linear"
 
 
 def recompute(case: Case) -> Iterator[str]:
     """Combinations of the recompute flags (TransformerConfig.__post_init__ of megatron-core)."""
-    parallel, moe = case.settings.parallel, case.settings.moe
+    parallel = case.settings.parallel
     granularity, modules = parallel.recompute_granularity, parallel.recompute_modules
     if granularity is None:
         for name in ("recompute_method", "recompute_num_layers", "recompute_modules"):
@@ -78,16 +87,7 @@ def recompute(case: Case) -> Iterator[str]:
         for name in ("recompute_method", "recompute_num_layers"):
             if getattr(parallel, name) is not None:
                 yield f"{case.said(name)} is for --recompute-granularity full: leave it out"
-        for module in modules or ():
-            if module not in _RECOMPUTABLE:
-                yield f"--recompute-modules {module}: must be among {', '.join(_RECOMPUTABLE)}"
-        if "moe_act" in (modules or ()) and not moe.moe_grouped_gemm:
-            yield "--recompute-modules moe_act needs --moe-grouped-gemm"
-        if "shared_experts" in (modules or ()) and moe.moe_shared_expert_overlap:
-            yield (
-                "--recompute-modules shared_experts cannot go with --moe-shared-expert-overlap: "
-                "drop one"
-            )
+        yield from _modules(case, modules or [])
     layers = case.settings.model.num_layers // parallel.pipeline_model_parallel_size
     if (parallel.recompute_num_layers or 0) > max(layers, 1):
         yield (
@@ -96,4 +96,22 @@ def recompute(case: Case) -> Iterator[str]:
         )
 
 
-RULES = (shape, implementation, recompute)
+def _modules(case: Case, modules: list[str]) -> Iterator[str]:
+    """What selective recomputation may take."""
+    moe = case.settings.moe
+    for module in modules:
+        if module not in _RECOMPUTABLE:
+            yield f"--recompute-modules {module}: must be among {', '.join(_RECOMPUTABLE)}"
+    if "moe_act" in modules and (case.local or not moe.moe_grouped_gemm):
+        yield (
+            "--recompute-modules moe_act needs Transformer Engine's grouped experts: "
+            "use moe, which recomputes the whole layer"
+        )
+    if "shared_experts" in modules and moe.moe_shared_expert_overlap:
+        yield (
+            "--recompute-modules shared_experts cannot go with --moe-shared-expert-overlap: "
+            "drop one"
+        )
+
+
+RULES = (shape, implementation, biases, recompute)

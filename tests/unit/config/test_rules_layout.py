@@ -7,7 +7,6 @@ from config_cases import found
 
 PP2 = {"world_size": 2, "pipeline_model_parallel_size": 2}
 TP2 = {"world_size": 2, "tensor_model_parallel_size": 2}
-SIGMOID = {"moe_router_score_function": "sigmoid"}
 
 
 @pytest.mark.parametrize(
@@ -105,6 +104,10 @@ SIGMOID = {"moe_router_score_function": "sigmoid"}
         (
             {**PP2, "num_layers_per_virtual_pipeline_stage": 1, "rampup_batch_size": (4, 4, 100)},
             "cannot go with --num-layers-per-virtual-pipeline-stage",
+        ),
+        (
+            {"use_distributed_optimizer": True, "optimizer": "sgd"},
+            "--use-distributed-optimizer needs --optimizer adam, not --optimizer sgd",
         ),
         (
             {"overlap_param_gather": True, "overlap_grad_reduce": True},

@@ -5,9 +5,7 @@ from typing import Any
 import pytest
 from config_cases import found
 
-PP2 = {"world_size": 2, "pipeline_model_parallel_size": 2}
 TP2 = {"world_size": 2, "tensor_model_parallel_size": 2}
-SIGMOID = {"moe_router_score_function": "sigmoid"}
 
 
 @pytest.mark.parametrize(
@@ -38,6 +36,22 @@ SIGMOID = {"moe_router_score_function": "sigmoid"}
             "--context-parallel-size 2 needs Transformer Engine's attention",
         ),
         ({"add_bias_linear": True}, "experts run as a grouped GEMM have no biases"),
+        (
+            {**TP2, "add_bias_linear": True, "moe_grouped_gemm": False},
+            "--add-bias-linear with experts needs --expert-tensor-parallel-size 1",
+        ),
+        (
+            {
+                "add_bias_linear": True,
+                "moe_grouped_gemm": False,
+                "moe_shared_expert_intermediate_size": 8,
+            },
+            "shared experts have no biases",
+        ),
+        (
+            {"qk_layernorm": True, "qk_layernorm_scope": "full", "normalization": "LayerNorm"},
+            "--qk-layernorm-scope full is an RMSNorm",
+        ),
         (
             {"recompute_num_layers": 1},
             "--recompute-num-layers 1 does nothing without --recompute-granularity",
@@ -70,9 +84,8 @@ SIGMOID = {"moe_router_score_function": "sigmoid"}
             {
                 "recompute_granularity": "selective",
                 "recompute_modules": ["moe_act"],
-                "moe_grouped_gemm": False,
             },
-            "moe_act needs --moe-grouped-gemm",
+            "moe_act needs Transformer Engine's grouped experts",
         ),
     ],
 )

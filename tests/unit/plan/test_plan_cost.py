@@ -117,7 +117,7 @@ def test_stages() -> None:
         ("NVIDIA H100 80GB HBM3", 989.0),
         ("NVIDIA H100 PCIe", 756.0),
         ("NVIDIA A100-SXM4-80GB", 312.0),
-        ("NVIDIA A10G", 70.0),
+        ("NVIDIA H100L NVL", None),
         ("NVIDIA L40S", 362.0),
         ("Tesla V100-SXM2-16GB", None),
     ],
