@@ -66,7 +66,9 @@ def _blocks(model: ModelSettings) -> dict[str, Any]:
         "ffn_hidden_size": derived.dense_ffn_size(model),
         "normalization": model.normalization,
         "layernorm_epsilon": model.norm_epsilon,
-        "qk_layernorm": model.qk_layernorm,
+        # megatron-core sums the gradients of what it calls qk_layernorm over tensor ranks: right
+        # for a norm per head, wrong for a full-width norm, of which each rank holds a part.
+        "qk_layernorm": model.qk_layernorm and model.qk_layernorm_scope == "head",
         "gated_linear_unit": model.swiglu,
         "activation_func": F.silu if model.swiglu else F.gelu,
         "add_bias_linear": model.add_bias_linear,

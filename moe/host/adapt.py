@@ -154,6 +154,26 @@ def schedule_scalars() -> list[Patch]:
     ]
 
 
+def pipeline_outputs() -> list[Patch]:
+    """Keep a stage's output until its backward pass: gloo reads what it sends after isend returns.
+
+    pipeline_parallel/schedules.py:154 frees it as soon as an overlapped send of an interleaved
+    pipeline is under way, so that the next stage would receive whatever memory holds by then;
+    line 168, the backward pass of a freed output, goes with it.
+    """
+
+    def keep(out: Any, deallocate_pipeline_outputs: bool = False) -> None:
+        pass
+
+    def backward(output: torch.Tensor, grad_output: torch.Tensor | None) -> None:
+        torch.autograd.backward(output, grad_output)
+
+    return [
+        Patch(schedules, "deallocate_output_tensor", keep),
+        Patch(schedules, "custom_backward", backward),
+    ]
+
+
 def optimizer_scalars() -> list[Patch]:
     """Scalars of optimizer steps.
 
@@ -227,6 +247,7 @@ ADAPTATIONS: dict[str, Adaptation] = {
         split_sizes,
         uneven_gather,
         schedule_scalars,
+        pipeline_outputs,
         optimizer_scalars,
         parameter_types,
         causal_masks,

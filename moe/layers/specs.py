@@ -10,6 +10,7 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -29,6 +30,7 @@ from moetron.moe.host.device import has_transformer_engine
 from moetron.moe.layers.attention import SdpaAttention
 from moetron.moe.layers.experts import GroupedExperts, grouped_gemm_fits
 from moetron.moe.layers.norm import FullWidthRMSNorm, LayerNorm, RMSNorm
+from moetron.moe.routing.router import Router
 
 with warnings.catch_warnings():  # "Apex is not installed": we bring norms of our own
     warnings.simplefilter("ignore")
@@ -163,7 +165,10 @@ def block_spec(
     else:
         backend = LocalProvider(settings, config)
         layer = {kind: _local_layer(backend, config, kind) for kind in (False, True)}
-    if config.qk_layernorm and settings.model.qk_layernorm_scope == "full":
+    for spec in layer.values():
+        if spec.submodules.mlp.module is MoELayer:
+            spec.submodules.mlp.submodules.router = Router
+    if settings.model.qk_layernorm and settings.model.qk_layernorm_scope == "full":
         for spec in layer.values():
             _normalise_full_width(spec, config, groups)
     stage = groups.pp.rank()

@@ -51,7 +51,7 @@ def read_auxiliary_losses(
     if balance in _BALANCE_LOSS and settings.moe.moe_aux_loss_coeff > 0:
         parts = 1 if balance == "global_aux_loss" else data_ranks
         divisors["aux_loss"] = (_BALANCE_LOSS[balance], parts)
-    if settings.moe.moe_z_loss_coeff is not None:
+    if settings.moe.moe_z_loss_coeff:
         divisors["z_loss"] = ("z_loss", data_ranks * sequence_ranks)
     layers = sum(derived.moe_layers(settings))
     if not divisors or not layers:

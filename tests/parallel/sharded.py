@@ -1,0 +1,67 @@
+"""Global tensors of a model that is cut over ranks: hand weights out, collect what ranks hold.
+
+The cuts are those of ``sharded_state_dict``, so that a test that uses this also tests them.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, apply_factories
+
+Read = Callable[[torch.nn.Parameter], torch.Tensor]
+
+
+def _shards(model: Sequence[torch.nn.Module], read: Read) -> Iterator[ShardedTensor]:
+    for chunk in model:
+        for entry in chunk.sharded_state_dict().values():
+            if not isinstance(entry, ShardedTensor | ShardedTensorFactory):
+                continue
+            built = {"": replace(entry, data=read(entry.data))}
+            apply_factories(built)
+            shards = built[""]
+            yield from shards if isinstance(shards, list) else [shards]
+
+
+def fill(model: Sequence[torch.nn.Module], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Copy each rank's part of the global tensors into its parameters."""
+    with torch.no_grad():
+        for shard in _shards(model, lambda parameter: parameter.detach()):
+            shard.data.copy_(tensors[shard.key][shard.global_slice()])
+
+
+def local_shards(model: Sequence[torch.nn.Module], read: Read) -> list[dict[str, Any]]:
+    """What this rank holds of ``read(parameter)`` for every parameter; input of `assemble`."""
+    return [
+        {
+            "key": shard.key,
+            "shape": list(shard.global_shape),
+            "slice": [
+                [part, part + 1, 1] if isinstance(part, int) else [part.start, part.stop, 0]
+                for part in shard.global_slice()
+            ],
+            "data": shard.data.detach().clone(),
+        }
+        for shard in _shards(model, read)
+    ]
+
+
+def assemble(ranks: Iterable[list[dict[str, Any]]]) -> dict[str, torch.Tensor]:
+    """Global tensors from the shards of all ranks.
+
+    Raises:
+        AssertionError: replicas differ, or a part of a tensor is on no rank.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in (shard for shards in ranks for shard in shards):
+        full = tensors.setdefault(shard["key"], torch.full(shard["shape"], float("nan")))
+        where = full[tuple(slice(start, stop) for start, stop, _ in shard["slice"])]
+        data = shard["data"].float().view(where.shape)
+        written = ~where.isnan()
+        torch.testing.assert_close(where[written], data[written], msg=f"replicas: {shard['key']}")
+        where.copy_(data)
+    for key, full in tensors.items():
+        assert not full.isnan().any(), f"{key} is not whole"
+    return tensors
