@@ -4,27 +4,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from moetron.data.cutting import Cutting
 from moetron.data.errors import DataError
 from moetron.data.shard import Shard
 
 
 @dataclass(frozen=True)
 class Source:
-    """One shard, cut into windows of ``seq_length + 1`` tokens that overlap by one.
-
-    Every token but a tail of less than ``seq_length`` is predicted exactly once an epoch.
-    """
+    """One shard, cut into samples."""
 
     shard: Shard
-    seq_length: int
+    cutting: Cutting
 
     def __post_init__(self) -> None:
-        """Refuse a shard without a single window."""
+        """Refuse a shard without a single sample."""
         if self.windows == 0:
             raise DataError(
                 f"{self.shard.prefix}: {len(self.shard.tokens)} tokens in {len(self.shard)} "
-                f"documents are too few for one sample of --seq-length {self.seq_length} "
-                f"(needs {self.seq_length + 1})"
+                "documents are too few for one sample of this --seq-length "
+                f"(needs {self.cutting.place(0)[2]})"
             )
 
     @property
@@ -35,7 +33,7 @@ class Source:
     @property
     def windows(self) -> int:
         """Samples of one epoch."""
-        return max(0, len(self.shard.tokens) - 1) // self.seq_length
+        return self.cutting.count(len(self.shard.tokens))
 
 
 @dataclass(frozen=True)
@@ -47,16 +45,23 @@ class Blend:
 
 
 def open_blend(
-    data_path: Sequence[str], seq_length: int, expected_fingerprint: str | None = None
+    data_path: Sequence[str], cutting: Cutting | int, expected_fingerprint: str | None = None
 ) -> Blend:
     """Open ``[PREFIX]``, ``[PREFIX, PREFIX, ...]`` (by size) or ``[WEIGHT, PREFIX, ...]``.
+
+    Args:
+        data_path: Megatron's ``--data-path``.
+        cutting: How shards are cut into samples; an int is the sequence length of causal samples.
+        expected_fingerprint: The tokenizer that all shards must be made with.
 
     Raises:
         DataError: the list has another form, a shard cannot be used, or the tokenizer of one is not
             the expected one. Shards without a manifest cannot be checked and are taken as they are.
     """
     weights, prefixes = split_data_path(data_path)
-    sources = tuple(Source(Shard(prefix), seq_length) for prefix in prefixes)
+    if isinstance(cutting, int):
+        cutting = Cutting((cutting,), overlap=1)
+    sources = tuple(Source(Shard(prefix), cutting) for prefix in prefixes)
     if expected_fingerprint is not None:
         _check_fingerprints(sources, expected_fingerprint)
     by_size = tuple(float(source.windows) for source in sources)

@@ -57,7 +57,7 @@ def blend_table(blend: Blend, samples: int) -> str:
                 f"{len(source.shard.tokens):,}",
                 f"{count / max(samples, 1):.2%}",
                 f"{count:,}",
-                f"{count * source.seq_length:,}",
+                f"{round(count * source.cutting.mean_advance):,}",
                 f"{passes:.3f}",
             )
         )

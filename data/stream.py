@@ -1,8 +1,9 @@
 """Samples as addresses: sample n is found by arithmetic, never looked up in a list.
 
 n -> (source, how many samples it gave before) by ``apportion``; that number -> (epoch, position) by
-division; position -> window by the epoch's ``order``; a window is ``seq_length + 1`` tokens of the
-shard. Start-up time, memory and the state of a resume do not grow with the data.
+division; position -> window by the epoch's ``order``; window -> tokens of the shard by ``cutting``;
+the objective makes the sample of them. Start-up time, memory and the state of a resume do not grow
+with the data.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ import numpy as np
 from moetron.data.addresses import Addresses, FileOrderAddresses, ShuffledAddresses
 from moetron.data.blend import Blend, Source, open_blend
 from moetron.data.errors import DataError
+from moetron.data.objectives.causal import Causal
+from moetron.data.objectives.objective import Objective
 
 ADDRESS_BLOCK = 256
 """Addresses are computed this many at a time, because numpy charges by the call."""
@@ -24,6 +27,7 @@ def training_stream(
     seed: int,
     eod_mask_loss: bool = False,
     expected_fingerprint: str | None = None,
+    objective: Objective | None = None,
 ) -> "TokenStream":
     """The blend that ``data_path`` describes, shuffled each epoch, without end.
 
@@ -33,12 +37,15 @@ def training_stream(
         seed: Of the order of windows.
         eod_mask_loss: No loss where the input is an end-of-document token (Megatron's rule).
         expected_fingerprint: The run's tokenizer; shards of another are refused.
+        objective: What samples are made of the tokens; default: causal.
 
     Raises:
         DataError: A shard cannot be used, or the list has another form.
     """
-    blend = open_blend(data_path, seq_length, expected_fingerprint)
-    return TokenStream(blend, ShuffledAddresses(blend, seed), eod_mask_loss)
+    objective = objective or Causal(seq_length)
+    blend = open_blend(data_path, objective.cutting, expected_fingerprint)
+    addresses = ShuffledAddresses(blend, seed)
+    return TokenStream(blend, addresses, objective, seq_length, f"seed {seed}", eod_mask_loss)
 
 
 def validation_stream(
@@ -46,18 +53,32 @@ def validation_stream(
     seq_length: int,
     eod_mask_loss: bool = False,
     expected_fingerprint: str | None = None,
+    objective: Objective | None = None,
 ) -> "TokenStream":
     """Every window of every source once, in file order; arguments as for ``training_stream``."""
-    blend = open_blend(data_path, seq_length, expected_fingerprint)
-    return TokenStream(blend, FileOrderAddresses(blend), eod_mask_loss)
+    objective = objective or Causal(seq_length)
+    blend = open_blend(data_path, objective.cutting, expected_fingerprint)
+    addresses = FileOrderAddresses(blend)
+    return TokenStream(blend, addresses, objective, seq_length, "validation", eod_mask_loss)
 
 
 class TokenStream:
     """Samples of a blend by number."""
 
-    def __init__(self, blend: Blend, addresses: Addresses, eod_mask_loss: bool) -> None:
+    def __init__(
+        self,
+        blend: Blend,
+        addresses: Addresses,
+        objective: Objective,
+        seq_length: int,
+        key: str,
+        eod_mask_loss: bool,
+    ) -> None:
+        """``key`` names the stream to what is random in the objective."""
         self.sources = blend.sources
-        self.seq_length = blend.sources[0].seq_length
+        self.objective = objective
+        self.seq_length = seq_length
+        self.key = key
         self.source_names = [source.name for source in blend.sources]
         self.addresses = addresses
         self._eods = [_eod(source) for source in blend.sources] if eod_mask_loss else None
@@ -95,15 +116,17 @@ class TokenStream:
         return {
             "sources": [_source_state(source) for source in self.sources],
             "order": self.addresses.state(),
+            "objective": self.objective.state(),
             "seq_length": self.seq_length,
             "eod_mask_loss": self._eods is not None,
         }
 
     def _read(self, n: int, row: np.ndarray, mask: np.ndarray) -> int:
-        """Copy sample ``n`` to ``row`` [S + 1]; clear ``mask`` [S] where no loss is; its source."""
+        """Make sample ``n`` in ``row`` [S + 1] and ``mask`` [S]; its source."""
         source, window = self._address(n)
-        start = window * self.seq_length
-        row[:] = self.sources[source].shard.tokens[start : start + self.seq_length + 1]
+        slot, start, end = self.objective.cutting.place(window)
+        raw = self.sources[source].shard.tokens[start:end]
+        self.objective.fill(raw, slot, f"{self.key} sample {n}", row, mask)
         if self._eods is not None:
             mask[row[:-1] == self._eods[source]] = 0.0
         return source

@@ -2,7 +2,7 @@
 
     python tests/bench/bench_data.py [--sources 8] [--tokens 100_000_000]
 
-Loader: causal samples in random order from several sources, one core, page cache warm: our stream
+Loader: causal and UL2 samples in random order from several sources, one core, page cache warm: our stream
 one by one and in batches, beside megatron-core's blended GPT datasets on the same shards. Start-up:
 time and memory to the first sample of 1e9 and of 1e12 tokens (sparse files), in fresh processes.
 """
@@ -21,6 +21,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from moetron.data.indexed_format import HEADER, LENGTH, MAGIC, POINTER, VERSION
+from moetron.data.objectives.ul2 import UL2
 from moetron.data.stream import TokenStream, training_stream
 from moetron.data.writer import ShardWriter
 
@@ -86,6 +87,22 @@ def bench_ours(prefixes: list[str], seq_length: int) -> None:
         f"batches of {BATCH} {batches:.1f}, "
         f"at scattered n {rate(stream.__getitem__, far, seq_length):.2f} Mtokens/s"
     )
+
+
+def bench_ul2(prefixes: list[str], seq_length: int) -> None:
+    """The same shards as UL2 samples, in the run's order."""
+    objective = UL2(
+        seq_length,
+        encode=lambda text: list(text.encode()),
+        sentinels=range(VOCAB_SIZE - 300, VOCAB_SIZE),
+        end=1,
+        start=0,
+        examples=max(1, seq_length // 2048),
+    )
+    stream = training_stream(prefixes, seq_length, seed=1, objective=objective)
+    touch(stream)
+    speed = rate(stream.__getitem__, range(1 << 40), seq_length)
+    print(f"S={seq_length}: UL2 {speed:.1f} Mtokens/s")
 
 
 def touch(stream: TokenStream) -> None:
@@ -159,6 +176,7 @@ def main() -> None:
         prefixes = make_shards(Path(folder), arguments.sources, arguments.tokens)
         for seq_length in SEQ_LENGTHS:
             bench_ours(prefixes, seq_length)
+            bench_ul2(prefixes, seq_length)
             bench_megatron(prefixes, seq_length)
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
 

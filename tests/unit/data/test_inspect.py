@@ -41,7 +41,7 @@ def test_summary_names_counts_and_tokenizer(make_shard) -> None:
 
 def test_blend_table_shows_shares_and_epochs(make_shard) -> None:
     prefixes = [make_shard("a", [[1] * 41]), make_shard("b", [[2] * 81])]
-    blend = open_blend(["0.75", prefixes[0], "0.25", prefixes[1]], seq_length=4)
+    blend = open_blend(["0.75", prefixes[0], "0.25", prefixes[1]], 4)
     cells = [line.split() for line in blend_table(blend, 40).splitlines()]
     assert cells[1] == ["a", "41", "75.00%", "30", "120", "3.000"]
     assert cells[2] == ["b", "81", "25.00%", "10", "40", "0.500"]

@@ -135,7 +135,7 @@ def test_refuses_another_tokenizers_shards_all_at_once(make_shard) -> None:
 
 def test_refuses_sources_that_are_too_short(make_shard) -> None:
     assert len(validation_stream([make_shard("enough", [[1, 2, 3, 4, 5]])], S)) == 1
-    with pytest.raises(DataError, match=r"short: 4 tokens in 1 documents .* 4 \(needs 5\)"):
+    with pytest.raises(DataError, match=r"short: 4 tokens in 1 documents .* \(needs 5\)"):
         training_stream([make_shard("short", [[1, 2, 3, 4]])], S, seed=1)
 
 

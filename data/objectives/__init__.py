@@ -1,0 +1,1 @@
+"""What a sample asks of the model: causal language modelling, UL2."""

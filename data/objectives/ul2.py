@@ -1,0 +1,155 @@
+"""UL2: a mixture of denoisers, as OpenMoE trained with it.
+
+Tay et al. 2022 (UL2) as set up in ``preprocessors.py`` of OpenMoE's fork of the T5 code: half
+prefix language modelling, half span corruption of five kinds, each announced by a mode prefix in
+plain text. A sample is inputs, end, targets, end, in one decoder: loss on the targets alone.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from moetron.data.apportion import Apportionment
+from moetron.data.cutting import Cutting
+from moetron.data.errors import DataError
+from moetron.data.objectives.spans import corrupted_lengths, draws, random_segments, span_counts
+
+MAX_CYCLE = 1000
+"""Samples after which the mixture repeats, at most."""
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """One way to hide tokens."""
+
+    rate: float
+    """Share of samples (any unit; made to sum to 1)."""
+    mode: str
+    """Text that announces it."""
+    noise_density: float = 0.5
+    """Share of tokens that is hidden (r)."""
+    mean_span: float | None = None
+    """Mean length of a hidden span (mu); None: one hidden suffix, its start uniform (prefix LM)."""
+
+
+OPENMOE = (
+    Denoiser(0.5, "[S2S] "),
+    Denoiser(0.1, "[NLU] ", 0.15, 3),
+    Denoiser(0.1, "[NLU] ", 0.15, 8),
+    Denoiser(0.1, "[NLG] ", 0.5, 3),
+    Denoiser(0.1, "[NLG] ", 0.5, 8),
+    Denoiser(0.1, "[NLG] ", 0.5, 64),
+)
+
+
+class UL2:
+    """Samples of a mixture of denoisers; each takes as many raw tokens as fill it.
+
+    The denoiser follows from the sample's place in its source: a repeating pattern in which each
+    has exactly its rate. So raw tokens are cut by arithmetic, none is skipped or seen twice in an
+    epoch, and padding is a position or two where lengths do not come out even. OpenMoE took at most
+    1,024 input tokens an example and packed or padded what stayed shorter (low noise densities),
+    and began every example with the start id; here a sample's later examples follow an end.
+    """
+
+    def __init__(
+        self,
+        seq_length: int,
+        encode: Callable[[str], Sequence[int]],
+        sentinels: Sequence[int],
+        end: int,
+        start: int,
+        denoisers: Sequence[Denoiser] = OPENMOE,
+        examples: int = 1,
+    ) -> None:
+        """Plan the lengths.
+
+        Args:
+            seq_length: Tokens of a sample (S), a multiple of ``examples``.
+            encode: The tokenizer's, for the mode prefixes.
+            sentinels: Ids that stand for hidden spans, in the order of use.
+            end: Id that ends inputs and targets.
+            start: Id that the model sees first (OpenMoE: 0), and that fills up.
+            denoisers: The mixture.
+            examples: Texts in a sample; more than one where the sentinels do not suffice for one.
+
+        Raises:
+            DataError: there are too few sentinels, or the sample is too short for a denoiser.
+        """
+        if seq_length % examples:
+            raise DataError(f"UL2: {examples} examples do not divide --seq-length {seq_length}")
+        self.denoisers = tuple(denoisers)
+        self.examples = examples
+        self._sentinels = np.array(sentinels, np.int64)
+        self._end, self._start = end, start
+        self._prefixes = [np.array(encode(d.mode), np.int64) for d in self.denoisers]
+        room = seq_length // examples
+        self._raw = [
+            self._raw_length(denoiser, room - prefix.size)
+            for denoiser, prefix in zip(self.denoisers, self._prefixes, strict=True)
+        ]
+        apportionment = Apportionment([denoiser.rate for denoiser in self.denoisers])
+        cycle = sum(apportionment.weights)
+        if cycle > MAX_CYCLE:
+            raise DataError(f"UL2: rates in {cycle} parts; give them in at most {MAX_CYCLE}")
+        self._slots = apportionment.locate(np.arange(cycle))[0].tolist()
+        self.cutting = Cutting(tuple(examples * self._raw[d] for d in self._slots), overlap=0)
+
+    def fill(self, raw: np.ndarray, slot: int, key: str, row: np.ndarray, mask: np.ndarray) -> None:
+        """Hide parts of the raw tokens; see ``Objective``."""
+        number = self._slots[slot]
+        row[:] = self._start
+        mask[:] = 0.0
+        for example, text in enumerate(np.split(raw.astype(np.int64), self.examples)):
+            inputs, targets = self._hide(text, number, draws(f"{key} {example}", text.size))
+            first = example * (mask.size // self.examples)
+            middle, last = first + inputs.size, first + inputs.size + targets.size
+            row[1 + first : 1 + middle] = inputs
+            row[1 + middle : 1 + last] = targets
+            mask[middle:last] = 1.0
+
+    def state(self) -> dict[str, Any]:
+        """The mixture."""
+        denoisers = [asdict(denoiser) for denoiser in self.denoisers]
+        return {"name": "ul2", "denoisers": denoisers, "examples": self.examples}
+
+    def _hide(
+        self, text: np.ndarray, number: int, uniform: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(inputs, targets) of one text, int64; ``uniform`` is a random number a token."""
+        denoiser, prefix = self.denoisers[number], self._prefixes[number]
+        if denoiser.mean_span is None:
+            split = 1 + int(uniform[0] % np.uint64(text.size - 1))
+            kept, hidden = text[:split], text[split:]
+        else:
+            noise, spans = span_counts(text.size, denoiser.noise_density, denoiser.mean_span)
+            hidden_lengths = random_segments(spans, uniform[:noise])
+            kept_lengths = random_segments(spans, uniform[noise:])
+            lengths = np.stack([kept_lengths, hidden_lengths], axis=1).ravel()
+            is_hidden = np.repeat(np.arange(2 * spans) % 2 == 1, lengths)
+            sentinels = self._sentinels[:spans]
+            kept = np.insert(text[~is_hidden], np.cumsum(kept_lengths), sentinels)
+            starts = np.cumsum(hidden_lengths) - hidden_lengths
+            hidden = np.insert(text[is_hidden], starts, sentinels)
+        return np.concatenate([prefix, kept, [self._end]]), np.append(hidden, self._end)
+
+    def _raw_length(self, denoiser: Denoiser, room: int) -> int:
+        """Raw tokens whose inputs and targets, ends included, fill ``room`` tokens or just less."""
+        if denoiser.mean_span is None:
+            longest = room - 2
+        else:
+            shape = denoiser.noise_density, denoiser.mean_span
+            fits = (n for n in range(room, 1, -1) if sum(corrupted_lengths(n, *shape)) <= room)
+            longest = next(fits, 0)
+        if longest < 2:
+            raise DataError(f"UL2: {room} tokens have no room for {denoiser}")
+        if denoiser.mean_span is not None:
+            spans = span_counts(longest, denoiser.noise_density, denoiser.mean_span)[1]
+            if spans > self._sentinels.size:
+                raise DataError(
+                    f"UL2: {denoiser} hides {spans} spans in {longest} tokens, but the tokenizer "
+                    f"has {self._sentinels.size} sentinels; put more examples into a sample"
+                )
+        return longest
