@@ -4,6 +4,7 @@ from pathlib import Path
 
 from moetron.moe.config.bridge import transformer_config
 from moetron.moe.config.settings import Settings
+from moetron.moe.routing.record import RoutingRecorder
 from moetron.moe.training.checkpoint import load_checkpoint
 from moetron.moe.training.console import Console
 from moetron.moe.training.loop import Loop
@@ -22,7 +23,9 @@ def build_trainer(settings: Settings, runtime: Runtime, vocab_size: int) -> Trai
     config = transformer_config(settings)
     chunks = build_chunks(settings, config, vocab_size, runtime)
     optimizer = build_optimizer(settings, chunks, runtime)
-    return Trainer(settings, runtime, config, vocab_size, chunks, optimizer)
+    sparse = settings.moe.num_experts is not None
+    recorder = RoutingRecorder(chunks, settings) if sparse else None
+    return Trainer(settings, runtime, config, vocab_size, chunks, optimizer, recorder)
 
 
 def build_loop(trainer: Trainer, streams: Streams) -> Loop:

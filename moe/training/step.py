@@ -12,7 +12,10 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_batch_on_this_cp_rank
 
+from moetron.moe.config.derived import moe_layers
 from moetron.moe.config.settings import Settings
+from moetron.moe.routing.losses import read_auxiliary_losses
+from moetron.moe.routing.record import RoutingRecorder
 from moetron.moe.training.batches import Batch
 from moetron.moe.training.model import ModelChunks
 from moetron.moe.training.optimizer import set_learning_rate
@@ -37,6 +40,8 @@ class Trainer:
     """Before padding."""
     chunks: ModelChunks
     optimizer: MegatronOptimizer
+    recorder: RoutingRecorder | None
+    """Counts where tokens go; None: a dense model."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,8 @@ class StepFigures:
     """Tokens that count."""
     grad_norm: float
     """Norm of the whole gradient before clipping."""
-    routing: dict[str, float]
-    """aux_loss, z_loss, expert_load_max_over_mean, dropped_fraction, as far as they apply."""
+    routing: dict[str, Any]
+    """``routing_figures``."""
     stop: bool
     """Whether any rank asked to stop."""
 
@@ -87,10 +92,35 @@ def train_step(
     total = local.clone()
     torch.distributed.all_reduce(total)
     loss_sum, tokens, stops = total.tolist()
-    lm_loss = loss_sum / max(tokens, 1.0)
-    figures = StepFigures(lm_loss, int(tokens), float(grad_norm), {}, stops > 0)
+    lm_loss, routing = loss_sum / max(tokens, 1.0), routing_figures(trainer, num_microbatches)
+    figures = StepFigures(lm_loss, int(tokens), float(grad_norm), routing, stops > 0)
     if trainer.settings.training.check_for_nan_in_loss_and_grad:
         _refuse_non_finite(figures, local[0])
+    return figures
+
+
+def routing_figures(trainer: Trainer, num_microbatches: int) -> dict[str, Any]:
+    """What routers did since the last call, over all ranks (collective); nothing if dense.
+
+    ``aux_loss`` and ``z_loss`` without their coefficients; ``expert_load_max_over_mean``, the load
+    of a layer's busiest expert over the mean, averaged over layers, and ``expert_load``, the same
+    for each layer; ``dropped_fraction`` of choices where experts have a capacity.
+    """
+    if trainer.recorder is None:
+        return {}
+    runtime, moe = trainer.runtime, trainer.settings.moe
+    figures: dict[str, Any] = dict(
+        read_auxiliary_losses(trainer.settings, num_microbatches, runtime.groups, runtime.device)
+    )
+    summary = trainer.recorder.summary()
+    trainer.recorder.reset()
+    figures["expert_load_max_over_mean"] = summary.load_max_over_mean
+    chosen_LE = summary.chosen.double()  # [MoE layers, experts]
+    loads = (chosen_LE.amax(1) / chosen_LE.mean(1)).tolist()
+    layers = [layer for layer, sparse in enumerate(moe_layers(trainer.settings)) if sparse]
+    figures["expert_load"] = {f"layer_{n}": load for n, load in zip(layers, loads, strict=True)}
+    if moe.moe_expert_capacity_factor is not None:
+        figures["dropped_fraction"] = summary.dropped_fraction
     return figures
 
 

@@ -1,0 +1,132 @@
+"""What our training step costs over a bare loop on the same megatron-core modules.
+
+    python tests/bench/bench_step.py [--steps 20] [--flag value ...]
+    torchrun --nproc-per-node 2 tests/bench/bench_step.py --expert-model-parallel-size 2
+
+The model is the quick start's. Steps of three kinds take turns in one process, on one model and one
+optimizer, so that noise of the machine falls on all alike: ours (loading samples, routing counts,
+figures, reports), bare (random tokens, no figures, no checks), and bare with torch's default AdamW
+instead of its fused one. Prints the median of each and of the ratios of paired steps.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+
+from moetron.data.mock import MockStream
+from moetron.moe.config.derived import num_microbatches
+from moetron.moe.config.load import load
+from moetron.moe.routing.record import RoutingRecorder
+from moetron.moe.training import runtime
+from moetron.moe.training.build import build_trainer
+from moetron.moe.training.loop import Loop
+from moetron.moe.training.progress import Progress
+from moetron.moe.training.report import open_sinks
+from moetron.moe.training.step import Trainer
+from moetron.moe.training.stream import Streams
+
+RECIPE = Path(__file__).parents[2] / "examples" / "quickstart" / "pretrain.yaml"
+WARM_UP = 3
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=20)
+    options, flags = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as folder:
+        # Flags given here come last and win over these.
+        fixed = ["--config", str(RECIPE), "--mock-data", "--save", folder]
+        fixed += ["--vocab-size", "8192", "--expert-model-parallel-size", "1"]
+        settings = load([*fixed, *flags]).settings
+        with runtime.running(settings) as ranks:
+            trainer = build_trainer(settings, ranks, 8192)
+            measure(trainer, options.steps)
+
+
+def measure(trainer: Trainer, steps: int) -> None:
+    """Take ``steps`` steps of each kind in turn."""
+    settings = trainer.settings
+    assert trainer.recorder is not None
+    trainer.recorder.close()  # the bare steps run without its hooks
+    stream = MockStream(1, trainer.vocab_size, settings.model.seq_length)
+    sinks = open_sinks(settings, 0) if trainer.runtime.is_main else []
+    loop = Loop(trainer, Streams(stream, None), Progress(), sinks, 1.0)
+    batches = loop._batches()
+    kinds = {
+        "ours": lambda: loop._step(batches, False),
+        "bare": partial(bare_step, trainer),
+        "bare, default AdamW": partial(bare_step, trainer, fused=False),
+    }
+    times: dict[str, list[float]] = {name: [] for name in kinds}
+    for turn in range(WARM_UP + steps):
+        for name, step in kinds.items():
+            if name == "ours":
+                recorder = RoutingRecorder(trainer.chunks, settings)
+                loop.trainer = dataclasses.replace(trainer, recorder=recorder)
+            torch.distributed.barrier()
+            start = time.perf_counter()
+            step()
+            if turn >= WARM_UP:
+                times[name].append(time.perf_counter() - start)
+            if name == "ours":
+                recorder.close()
+    if trainer.runtime.is_main:
+        report(times)
+
+
+def bare_step(trainer: Trainer, fused: bool = True) -> None:
+    """What megatron-core asks of any training loop, and nothing else."""
+    for group in trainer.optimizer.param_groups:
+        group["fused"] = fused
+    settings = trainer.settings
+    for chunk in trainer.chunks:
+        chunk.zero_grad_buffer()
+    trainer.optimizer.zero_grad()
+    get_forward_backward_func()(
+        forward_step_func=partial(bare_forward, trainer),
+        data_iterator=None,
+        model=list(trainer.chunks),
+        num_microbatches=num_microbatches(settings, trainer.runtime.world_size),
+        seq_length=settings.model.seq_length,
+        micro_batch_size=settings.training.micro_batch_size,
+        forward_only=False,
+    )
+    trainer.optimizer.step()
+    for group in trainer.optimizer.param_groups:
+        group["fused"] = True
+
+
+def bare_forward(trainer: Trainer, _: Any, chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+    """Random tokens, each its own label."""
+    shape = (trainer.settings.training.micro_batch_size, trainer.settings.model.seq_length)
+    tokens = torch.randint(trainer.vocab_size, shape)
+    positions = torch.arange(shape[1]).expand(shape)
+    return chunk(tokens, positions, None, labels=tokens), bare_loss
+
+
+def bare_loss(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    """Sum over tokens."""
+    return losses.sum(), torch.tensor(losses.numel(), dtype=torch.int), None
+
+
+def report(times: dict[str, list[float]]) -> None:
+    """Print medians and paired ratios."""
+    for name, values in times.items():
+        print(f"{name:<22} {statistics.median(values) * 1e3:8.1f} ms")
+    for other in list(times)[1:]:
+        pairs = zip(times["ours"], times[other], strict=True)
+        ratio = statistics.median(ours / theirs for ours, theirs in pairs)
+        print(f"ours / {other:<15} {ratio:8.3f}")
+
+
+if __name__ == "__main__":
+    main()
