@@ -7,7 +7,7 @@ stop at the first. So values stay text here, and pydantic judges flags and recip
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -135,6 +135,15 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def _names() -> Iterator[str]:
+    """Every flag there is."""
+    yield from ("--help", "--config", "--dry-run", "--world-size", "--rank")
+    for _, name, setting in fields():
+        yield flag_name(name)
+        if is_switch(setting):
+            yield negative_flag_name(name, setting)
+
+
 def _unknown(extras: Sequence[str], valid: Sequence[str]) -> list[str]:
     """One problem for each unknown flag, or for each value that belongs to no flag."""
     problems = []
@@ -154,7 +163,7 @@ def parse(argv: Sequence[str]) -> Given:
         namespace, extras = made.parse_known_args(list(argv))
     except ConfigError as error:
         return Given(problems=error.problems)
-    given = Given(problems=_unknown(extras, list(made._option_string_actions)))
+    given = Given(problems=_unknown(extras, list(_names())))
     known = {name: (group, setting) for group, name, setting in fields()}
     for name, value in vars(namespace).items():
         if value is _MISSING or value == []:

@@ -61,7 +61,8 @@ def load(argv: Sequence[str]) -> Command:
         except ConfigError as error:
             raise ConfigError([*problems, *error.problems]) from error
     settings, invalid, faulty = validate(_merge(tree, given.settings))
-    problems += invalid
+    valueless = {line.split()[0] for line in given.problems if line.startswith("--")}
+    problems += [line for line in invalid if line.split()[0] not in valueless]
     if settings is not None:
         problems += _without(faulty, _cross_checks(settings, world_size, dry_run))
     if problems or settings is None:

@@ -39,13 +39,12 @@ def _known(tree: Tree) -> dict[str, dict[str, Any]]:
 
 
 def _value_text(value: Any) -> str:
+    """A value as YAML and flags write it."""
     if isinstance(value, list | tuple):
         return " ".join(_value_text(item) for item in value)
-    return (
-        {True: "true", False: "false", None: "null"}.get(value, str(value))
-        if isinstance(value, bool | None)
-        else str(value)
-    )
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _problem(group: str, name: str, field: FieldInfo, value: Any, missing: bool) -> str:

@@ -69,20 +69,28 @@ def data(case: Case) -> Iterator[str]:
 
 
 def _blend(name: str, items: list[str] | None) -> Iterator[str]:
-    """PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ..."""
+    """PREFIX PREFIX ..., or WEIGHT PREFIX WEIGHT PREFIX ..."""
     flag = flag_name(name)
-    if items is None or len(items) == 1:
+    if items is None:
         return
-    if len(items) % 2 or not items:
-        yield f"{flag} has {len(items)} items: give one PREFIX, or pairs WEIGHT PREFIX"
+    if not items:
+        yield f"{flag} is empty: give PREFIX, or pairs WEIGHT PREFIX"
+    weighted = [_number(item) is not None for item in items]
+    if not any(weighted):
         return
+    if weighted != [True, False] * (len(items) // 2):
+        yield f"{flag} {' '.join(items)}: give prefixes alone, or pairs WEIGHT PREFIX"
     for weight in items[::2]:
-        try:
-            valid = 0 < float(weight) < float("inf")
-        except ValueError:
-            valid = False
-        if not valid:
-            yield f"{flag}: {weight!r} must be a weight, a number above 0 before each PREFIX"
+        number = _number(weight)
+        if number is not None and not 0 < number < float("inf"):
+            yield f"{flag}: weight {weight!r} must be a number above 0"
+
+
+def _number(word: str) -> float | None:
+    try:
+        return float(word)
+    except ValueError:
+        return None
 
 
 def checkpoint(case: Case) -> Iterator[str]:

@@ -31,16 +31,18 @@ def test_olmoe_block() -> None:
     assert config.normalization == "RMSNorm" and not config.add_bias_linear
     assert (config.hidden_dropout, config.attention_dropout) == (0.0, 0.0)
     assert config.bf16 and config.params_dtype == config.pipeline_dtype == torch.bfloat16
-    assert config.calculate_per_token_loss and config.qk_layernorm
+    assert config.calculate_per_token_loss
+    assert not config.qk_layernorm  # a full-width norm is ours, megatron-core's is per head
     assert not config.use_cpu_initialization and not config.deallocate_pipeline_outputs
     fusions = ("bias_activation_fusion", "bias_dropout_fusion", "masked_softmax_fusion")
     assert not any(getattr(config, fusion) for fusion in fusions)
 
 
 def test_dense_model() -> None:
-    dense = make(num_experts=None, swiglu=False, attention_backend="unfused")
+    dense = make(num_experts=None, swiglu=False, attention_backend="unfused", qk_layernorm=True)
     config = bridge.transformer_config(dense)
     assert config.num_moe_experts is None and config.ffn_hidden_size == 256
+    assert config.qk_layernorm
     assert config.activation_func is torch.nn.functional.gelu and not config.gated_linear_unit
     assert config.attention_backend == AttnBackend.unfused
 

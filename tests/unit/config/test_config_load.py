@@ -104,6 +104,11 @@ def test_missing_required_settings_are_all_named() -> None:
         assert sum(line.startswith(f"--{name} is missing") for line in found) == 1
 
 
+def test_a_flag_without_its_value_is_told_once(path: Path) -> None:
+    path.write_text(path.read_text().replace("lr: 1e-3", ""))
+    assert problems("--config", path, "--lr") == ["--lr needs a value"]
+
+
 def test_a_truth_value_is_no_number(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(RECIPE.replace("num_layers: 2", "num_layers: yes"))
