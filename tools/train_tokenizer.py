@@ -14,8 +14,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from moetron.data.corpora.jsonl import expand, read_texts
+from moetron.data.corpora.labels import labelled_texts
 from moetron.data.files import atomic_file, beside
+from moetron.data.inputs import find_files
 from moetron.tokenizers.fertility import measure, table
 from moetron.tokenizers.sampling import sample_sources
 from moetron.tokenizers.train import TrainingOptions, train
@@ -26,16 +27,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="GLOB", help="JSONL files")
+    add("--input", nargs="+", required=True, metavar="PATH", help="files, folders or globs")
     add("--text-key", default="text", help="key of the text (default: %(default)s)")
-    add("--source-key", default="source", help="key of the source (default: %(default)s)")
     add("--output", type=Path, required=True, metavar="PREFIX", help="PREFIX.model, PREFIX.json")
     add("--vocab-size", type=int, default=8192, help="sentinels included (default: %(default)s)")
     add("--sentinels", type=int, default=100, help="<extra_id_i> pieces (default: %(default)s)")
     add("--character-coverage", type=float, default=0.9995, help="default: %(default)s")
     add("--split-digits", action="store_true", help="every digit is a piece of its own")
     add("--pieces-span-words", action="store_true", help="pieces may run over spaces (umT5)")
-    add("--sample-mb", type=float, default=20, help="characters / 1e6 to train on")
+    add("--sample-mb", type=float, default=10, help="million characters to train on")
     add("--unimax", type=float, metavar="N", help="even out sources, none above N epochs")
     add("--seed", type=int, default=1234, help="of the sample (default: %(default)s)")
     return parser.parse_args(arguments)
@@ -48,7 +48,6 @@ def recipe(args: argparse.Namespace, options: TrainingOptions, paths: list[Path]
         "options": dataclasses.asdict(options),
         "sentencepiece": version("sentencepiece"),
         "text_key": args.text_key,
-        "source_key": args.source_key,
         "sample_mb": args.sample_mb,
         "unimax": args.unimax,
         "seed": args.seed,
@@ -71,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     fields = {field.name for field in dataclasses.fields(TrainingOptions)}
     options = TrainingOptions(**{k: v for k, v in vars(args).items() if k in fields})
-    paths = expand(args.input)
+    paths = find_files(args.input)
     made_from = recipe(args, options, paths)
     model_path = beside(args.output, ".model")
     if is_current(args.output, made_from):
@@ -80,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.monotonic()
     budget = round(args.sample_mb * 1e6)
     sample = sample_sources(
-        lambda: read_texts(paths, args.text_key, args.source_key), budget, args.unimax, args.seed
+        lambda: labelled_texts(paths, args.text_key), budget, args.unimax, args.seed
     )
     drawn = sum(len(block) for found in sample.values() for block in found)
     print(f"training {options.vocab_size} pieces on {drawn / 1e6:.1f} M characters ...", flush=True)
