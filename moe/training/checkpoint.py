@@ -8,7 +8,7 @@ them. All functions here are collectives over all ranks.
 import importlib.metadata
 import logging
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -104,14 +104,18 @@ def load_checkpoint(
 
     ``settings.checkpoint`` says what is left out: ``finetune`` loads the weights alone and starts
     at step 0, ``reset_progress`` starts there with weights and optimizer, ``no_load_optim`` leaves
-    the optimizer fresh, ``no_load_rng`` the random numbers.
-    Written in the same layout, a run goes on bit by bit; in another one the random-number states
-    are seeded anew from (seed, step).
+    the optimizer fresh, ``no_load_rng`` the random numbers. A checkpoint of the same layout goes on
+    bit by bit; one of another layout gets random numbers seeded anew from (seed, step).
+
+    Where --load is --save itself and holds nothing yet, the run starts: so one command begins a run
+    and goes on with it.
 
     Raises:
         UserError: nothing there, incomplete or damaged, or of another architecture or tokenizer.
     """
     checkpoint = _on_rank_0(lambda: _read_compatible(path, settings, stream_state))
+    if checkpoint is None:
+        return Progress()
     options, record = settings.checkpoint, checkpoint.record
     _load_weights(checkpoint, model)
     if options.finetune or options.no_load_optim:
@@ -125,7 +129,12 @@ def load_checkpoint(
     return record.progress
 
 
-def _read_compatible(path: Path, settings: Settings, stream_state: Mapping[str, Any]) -> Checkpoint:
+def _read_compatible(
+    path: Path, settings: Settings, stream_state: Mapping[str, Any]
+) -> Checkpoint | None:
+    begins = settings.checkpoint.load == settings.checkpoint.save
+    if begins and checkpoint_folder.latest_step(path) is None:
+        return None
     checkpoint = checkpoint_folder.read(path)
     problems = differences(checkpoint.record, settings, stream_state)
     if problems:
@@ -135,10 +144,10 @@ def _read_compatible(path: Path, settings: Settings, stream_state: Mapping[str, 
 
 def _load_weights(checkpoint: Checkpoint, model: Sequence[torch.nn.Module]) -> None:
     weights = _model_state(model)
-    parameters = {entry.key: entry.data for entry in _entries(weights)}
-    for data in parameters.values():
+    parameters = [(entry.key, entry.data.detach()) for entry in _entries(weights)]
+    for _, data in parameters:
         if data.is_floating_point():
-            data.detach().fill_(torch.nan)
+            data.fill_(torch.nan)
     request = {
         chunk: {
             name: optimizer_state.exact_entry(entry, checkpoint.keys)
@@ -159,7 +168,7 @@ def _load_optimizer(
 ) -> None:
     request, restore = optimizer_state.load_request(optimizer, weights, checkpoint.keys)
     loaded = _load(checkpoint, request, "--no-load-optim starts with a fresh optimizer")
-    _refuse_nan(checkpoint, loaded)
+    _refuse_nan(checkpoint, loaded.items())
     restore(loaded)
 
 
@@ -189,12 +198,10 @@ def _load(checkpoint: Checkpoint, request: ShardedStateDict, remedy: str) -> Sha
         ) from error
 
 
-def _refuse_nan(checkpoint: Checkpoint, tensors: Mapping[str, Any]) -> None:
+def _refuse_nan(checkpoint: Checkpoint, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Everything was NaN before it was read: what still is was never written."""
     unwritten = [
-        name
-        for name, tensor in tensors.items()
-        if tensor.is_floating_point() and bool(tensor.detach().isnan().any())
+        name for name, tensor in tensors if tensor.is_floating_point() and tensor.isnan().any()
     ]
     if unwritten:
         names = ", ".join(sorted(unwritten)[:3])

@@ -191,6 +191,16 @@ def remove(folder: Path) -> None:
         shutil.rmtree(temporary_folder(folder))
 
 
+def refuse_to_rewrite(run_folder: Path, step: int) -> None:
+    """``UserError`` where a run that starts at ``step`` would write over a longer one."""
+    reached = latest_step(run_folder)
+    if reached is not None and reached > step:
+        raise UserError(
+            f"--save {run_folder}: holds a run that reached step {reached}, and this one starts at "
+            f"step {step}; go on with --load {run_folder}, or name another folder"
+        )
+
+
 def missing(wanted: Collection[str], checkpoint: Checkpoint) -> str:
     """Names that are wanted and not there, the first few of them; empty when all are."""
     names = sorted(set(wanted) - checkpoint.keys)

@@ -93,4 +93,7 @@ def _tokenizers(stream_state: Mapping[str, Any]) -> list[str]:
 
 
 def _text(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    """A JSON value as a flag takes it."""
+    if isinstance(value, list):
+        return " ".join(map(_text, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)

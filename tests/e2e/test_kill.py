@@ -1,0 +1,140 @@
+"""Runs that are killed, fail on one rank or are told to stop: how they end, and what they leave."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from moetron.moe.training import checkpoint_folder
+from tests.parallel.checkpoint_runs import metrics, run, settings
+from tests.parallel.harness import RankFailed, run_ranks
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT_S = 30.0
+"""A job of several ranks must have ended this long after one of them."""
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+
+
+@contextmanager
+def job(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A job with its output in ``log``; it and its ranks are gone at the end, whatever happens."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command, cwd=log.parent, stdout=file, stderr=subprocess.STDOUT, env=environment
+        )
+        ranks: list[psutil.Process] = []
+        try:
+            yield process
+        finally:
+            ranks = psutil.Process(process.pid).children() if process.poll() is None else []
+            for survivor in (process, *ranks):
+                survivor.kill()
+            process.wait()
+
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen[bytes], log: Path) -> None:
+    """Until ``condition`` holds; fails when the job ends first."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+
+
+def end_of(process: subprocess.Popen[bytes], log: Path) -> tuple[int, list[str]]:
+    """Exit code and last lines, with no rank left over."""
+    ranks = psutil.Process(process.pid).children()
+    code = process.wait(LIMIT_S)
+    gone, alive = psutil.wait_procs(ranks, timeout=5)
+    assert not alive, gone
+    return code, log.read_text().splitlines()[-30:]
+
+
+def training(folder: Path) -> list[str]:
+    """An endless run of two ranks that saves every second step."""
+    flags = "--train-iters 100000 --save-interval 2 --keep-last 2 --expert-model-parallel-size 2"
+    recipe = ROOT / "examples" / "olmoe_1b_7b" / "tiny.yaml"
+    script = str(ROOT / "pretrain_moe.py")
+    return [*TORCHRUN, script, "--config", str(recipe), "--save", str(folder), *flags.split()]
+
+
+def test_a_killed_rank_ends_the_job_with_the_cause_named(tmp_path: Path) -> None:
+    log, run_folder = tmp_path / "log", tmp_path / "run"
+    with job(training(run_folder), log) as process:
+        wait_for((run_folder / "latest").exists, process, log)
+        _, victim = psutil.Process(process.pid).children()
+        victim.kill()
+        code, lines = end_of(process, log)
+    assert code == 1
+    assert any("Signal 9 (SIGKILL)" in line for line in lines), lines
+    assert checkpoint_folder.read(run_folder).record.progress.step >= 2
+
+
+def test_sigterm_saves_and_ends(tmp_path: Path) -> None:
+    log, run_folder = tmp_path / "log", tmp_path / "run"
+    with job(training(run_folder), log) as process:
+        wait_for((run_folder / "latest").exists, process, log)
+        process.terminate()
+        _, lines = end_of(process, log)
+    assert "SIGTERM: stopping after this step" in log.read_text()
+    last = checkpoint_folder.read(run_folder).record.progress
+    assert last.step == metrics(run_folder)[-1]["step"], lines
+
+
+FAILING = """
+    import time, torch
+    import torch.distributed as dist
+    from moetron.moe.training.resilience import run_guarded
+
+    def main():
+        dist.init_process_group("gloo")
+        dist.barrier()
+        if dist.get_rank() == 1:
+            raise ArithmeticError("seven times eight")
+        dist.all_reduce(torch.zeros(1))
+        return 0
+
+    raise SystemExit(run_guarded(main))
+"""
+
+
+def test_a_rank_that_fails_ends_those_that_wait_for_it(tmp_path: Path) -> None:
+    log, script = tmp_path / "log", tmp_path / "failing.py"
+    script.write_text(textwrap.dedent(FAILING))
+    with job([*TORCHRUN, str(script)], log) as process:
+        code, lines = end_of(process, log)
+    assert code == 1
+    assert any("rank 1: ArithmeticError: seven times eight" in line for line in lines[-8:]), lines
+    assert log.read_text().count("ArithmeticError: seven times eight") >= 2
+
+
+def _save_until_killed(folder: str, after_s: float) -> None:
+    threading.Timer(after_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    checkpoint = {"save": folder, "load": folder, "save_interval": 1, "keep_last": 2}
+    run(settings("dp", training={"train_iters": 100_000}, checkpoint=checkpoint))
+
+
+def test_kill_at_random_moments_of_a_run_that_saves_every_step(tmp_path: Path) -> None:
+    """Each run goes on from what the killed one left; the deaths fall where they fall."""
+    tmp_path = tmp_path / "run"
+    tmp_path.mkdir()
+    step = 0
+    for number in range(8):
+        with pytest.raises(RankFailed, match="exit code -9"):
+            run_ranks(_save_until_killed, 1, str(tmp_path), 1.5 + 0.17 * number)
+        if checkpoint_folder.latest_step(tmp_path) is None:
+            continue
+        reached = checkpoint_folder.read(tmp_path).record.progress.step
+        assert reached >= step
+        step = reached
+    assert step > 0

@@ -1,0 +1,96 @@
+"""Which settings a checkpoint may be loaded with."""
+
+import logging
+from typing import Any
+
+import pytest
+
+from moetron.moe.config.settings import Settings
+from moetron.moe.training.checkpoint_folder import Record
+from moetron.moe.training.compatibility import differences
+from moetron.moe.training.progress import Progress
+from tests.unit.training.training_cases import settings
+
+STREAM = {
+    "sources": [{"name": "code", "tokenizer": "abc"}],
+    "order": {"seed": 1, "weights": (1, 2)},
+}
+
+
+def record(saved: Settings, **stream: Any) -> Record:
+    tree = saved.model_dump(mode="json")
+    saved_stream = {**STREAM, "order": {"seed": 1, "weights": [1, 2]}, **stream}
+    return Record(Progress(3, 24, 96), tree, {}, saved_stream, {}, {})
+
+
+def test_the_same_settings_fit(caplog: pytest.LogCaptureFixture) -> None:
+    assert differences(record(settings()), settings(), STREAM) == []
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("group", "change", "flag"),
+    [
+        ("model", {"num_layers": 2}, "--num-layers 2: the checkpoint has 1"),
+        ("model", {"swiglu": False}, "--swiglu false: the checkpoint has true"),
+        ("moe", {"num_experts": 4}, "--num-experts 4: the checkpoint has none"),
+        ("moe", {"moe_layer_freq": [0]}, "--moe-layer-freq 0: the checkpoint has 1"),
+    ],
+)
+def test_another_architecture_does_not_fit(group: str, change: dict[str, Any], flag: str) -> None:
+    changed = {"checkpoint": {"finetune": True}, group: change}
+    [problem] = differences(record(settings()), settings(**changed), STREAM)
+    assert problem == f"  - {flag}"
+
+
+def test_all_differences_at_once() -> None:
+    changed = settings(model={"num_layers": 2, "hidden_size": 16})
+    assert len(differences(record(settings()), changed, STREAM)) == 2
+
+
+def test_what_a_run_may_change_half_way() -> None:
+    changed = settings(
+        parallel={"tensor_model_parallel_size": 2},
+        training={"global_batch_size": 16, "train_iters": 99},
+        learning_rate={"lr": 0.5},
+        precision={"bf16": True},
+    )
+    assert differences(record(settings()), changed, STREAM) == []
+
+
+def test_the_optimizer_fits_unless_it_is_left_out() -> None:
+    saved = record(settings(optimizer={"optimizer": "sgd"}))
+    [problem] = differences(saved, settings(), STREAM)
+    assert "--optimizer adam: the checkpoint has sgd" in problem
+    for option in ("no_load_optim", "finetune"):
+        assert differences(saved, settings(checkpoint={option: True}), STREAM) == []
+
+
+def test_routing_may_change_in_finetuning_alone() -> None:
+    saved, changed = record(settings()), {"moe": {"moe_router_topk": 1}}
+    assert "--moe-router-topk 1" in differences(saved, settings(**changed), STREAM)[0]
+    finetune = settings(**changed, checkpoint={"finetune": True})
+    assert differences(saved, finetune, STREAM) == []
+
+
+def test_a_setting_that_an_old_checkpoint_did_not_know_is_no_difference() -> None:
+    saved = record(settings())
+    del saved.settings["moe"]
+    del saved.settings["model"]["swiglu"]
+    assert differences(saved, settings(), STREAM) == []
+
+
+def test_another_tokenizer_never_fits() -> None:
+    saved = record(settings(), sources=[{"name": "code", "tokenizer": "xyz"}])
+    finetune = settings(checkpoint={"finetune": True})
+    assert "tokenizer abc: the checkpoint has xyz" in differences(saved, finetune, STREAM)[0]
+
+
+def test_other_data_are_said_aloud(caplog: pytest.LogCaptureFixture) -> None:
+    saved = record(settings(), order={"seed": 2, "weights": [1, 2]})
+    with caplog.at_level(logging.WARNING):
+        assert differences(saved, settings(), STREAM) == []
+    assert "(order); sample 24 of the new stream comes next" in caplog.text
+    caplog.clear()
+    assert differences(saved, settings(checkpoint={"finetune": True}), STREAM) == []
+    assert not caplog.records

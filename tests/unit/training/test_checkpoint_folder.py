@@ -1,0 +1,194 @@
+"""Which checkpoint counts, at any instant of writing one; and what is refused."""
+
+import contextlib
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from moetron.moe.config.errors import UserError
+from moetron.moe.training import atomic, checkpoint_folder
+from moetron.moe.training.checkpoint_folder import Record, step_folder, temporary_folder
+from moetron.moe.training.progress import Progress
+
+TENSORS = {"weight": torch.arange(6.0)}
+
+
+def write(run: Path, step: int, keep_last: int | None = None) -> Path:
+    """A whole save of one tensor, as checkpoint.py orders it."""
+    folder = step_folder(run, step)
+    temporary = checkpoint_folder.prepare(folder)
+    dcp.save(dict(TENSORS), checkpoint_id=temporary, no_dist=True)
+    files = checkpoint_folder.file_sizes(temporary)
+    record = Record(Progress(step, 4 * step, 64 * step), {}, {}, {}, {}, files)
+    checkpoint_folder.write_record(temporary, record)
+    checkpoint_folder.commit(folder, keep_last)
+    return folder
+
+
+def test_what_was_written_is_read_back(tmp_path: Path) -> None:
+    folder = write(tmp_path / "run", 100)
+    assert folder.name == "step_0000100"
+    for path in (folder, tmp_path / "run"):
+        found = checkpoint_folder.read(path)
+        assert found.folder == folder
+        assert found.record.progress == Progress(100, 400, 6400)
+        assert found.keys == {"weight"}
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+class _Crash(BaseException):
+    """Stands for a power cut: nothing may catch it."""
+
+
+CRASH_POINTS = [
+    (checkpoint_folder.shutil, "rmtree"),
+    (checkpoint_folder, "write_record"),
+    (atomic.Path, "rename"),
+    (atomic, "sync_folder"),
+    (atomic.os, "fsync"),
+    (checkpoint_folder, "sync_folder"),
+]
+
+
+def _crash_at(monkeypatch: pytest.MonkeyPatch, countdown: int) -> Callable[[], bool]:
+    """Crash before the ``countdown``-th of the calls that change the disk; did it?"""
+    left = [countdown]
+
+    def interrupt(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                raise _Crash
+            return original(*args, **kwargs)
+
+        return call
+
+    for owner, name in CRASH_POINTS:
+        monkeypatch.setattr(owner, name, interrupt(getattr(owner, name)))
+    return lambda: left[0] <= 0
+
+
+def test_a_crash_at_any_instant_leaves_a_checkpoint_to_go_on_from(tmp_path: Path) -> None:
+    """Crash before each change of the disk in turn; then go on, over what the crash left."""
+    write(tmp_path / "before", 1)
+    write(tmp_path / "before", 2)
+    for countdown in range(1, 100):
+        run = tmp_path / str(countdown)
+        shutil.copytree(tmp_path / "before", run)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            crashed = _crash_at(monkeypatch, countdown)
+            with contextlib.suppress(_Crash, dcp.CheckpointException):
+                write(run, 3, keep_last=1)
+        step = checkpoint_folder.read(run).record.progress.step
+        if not crashed():
+            break
+        assert step in (2, 3)
+        for folder in run.glob("step_???????"):
+            checkpoint_folder.read(folder)
+        if step == 2:
+            write(run, 3, keep_last=1)
+        write(run, 4, keep_last=1)
+        assert sorted(path.name for path in run.iterdir()) == ["latest", "step_0000004"]
+    assert step == 3
+    assert countdown > 10
+
+
+def test_a_saved_step_is_never_overwritten(tmp_path: Path) -> None:
+    write(tmp_path, 5)
+    write(tmp_path, 6)
+    for step in (5, 6):
+        with pytest.raises(UserError, match=f"step_000000{step} exists"):
+            checkpoint_folder.prepare(step_folder(tmp_path, step))
+
+
+def test_a_run_does_not_start_over_a_longer_one(tmp_path: Path) -> None:
+    checkpoint_folder.refuse_to_rewrite(tmp_path / "new", 0)
+    write(tmp_path, 5)
+    checkpoint_folder.refuse_to_rewrite(tmp_path, 5)
+    with pytest.raises(UserError, match="reached step 5"):
+        checkpoint_folder.refuse_to_rewrite(tmp_path, 4)
+
+
+def test_keep_last_keeps_the_last(tmp_path: Path) -> None:
+    for step in (2, 10, 9_999_999, 10_000_000):
+        write(tmp_path, step, keep_last=2)
+    assert checkpoint_folder.saved_steps(tmp_path) == [9_999_999, 10_000_000]
+
+
+def test_without_latest_the_last_whole_checkpoint_counts(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    write(tmp_path, 2)
+    temporary_folder(step_folder(tmp_path, 3)).mkdir()
+    (tmp_path / "latest").unlink()
+    assert checkpoint_folder.find(tmp_path) == step_folder(tmp_path, 2)
+
+
+def _truncate(folder: Path) -> None:
+    file = next(folder.glob("*.distcp"))
+    os.truncate(file, file.stat().st_size - 1)
+
+
+def _edit_record(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        tree = json.loads((folder / "run.json").read_text())
+        change(tree)
+        (folder / "run.json").write_text(json.dumps(tree))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: shutil.rmtree(folder), "names step_0000001, which is not there"),
+        (lambda folder: (folder / "run.json").unlink(), "run.json is missing"),
+        (lambda folder: (folder / "run.json").write_text("{"), "run.json: damaged"),
+        (lambda folder: (folder / "run.json").write_text("[]"), "run.json: damaged"),
+        (_edit_record(lambda tree: tree.update(format=2)), "newer Moetron"),
+        (_edit_record(lambda tree: tree.pop("progress")), "run.json: damaged"),
+        (lambda folder: next(folder.glob("*.distcp")).unlink(), "distcp is missing"),
+        (_truncate, "bytes instead of"),
+        (lambda folder: (folder.parent / "latest").write_text("../elsewhere"), "not the name"),
+        (lambda folder: (folder.parent / "latest").write_bytes(b"\xff"), "cannot be read"),
+    ],
+)
+def test_damage_is_named(tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:
+    damage(write(tmp_path, 1))
+    with pytest.raises(UserError, match=message):
+        checkpoint_folder.read(tmp_path)
+
+
+class _Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch pwned",)
+
+
+def test_an_index_cannot_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    index = write(tmp_path, 1) / ".metadata"
+    size = index.stat().st_size
+    index.write_bytes(pickle.dumps(_Evil()).ljust(size, b"."))
+    with pytest.raises(UserError, match=r"refers to posix\.system"):
+        checkpoint_folder.read(tmp_path)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_nothing_to_load(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        checkpoint_folder.find(tmp_path)
+    with pytest.raises(UserError, match="no such folder"):
+        checkpoint_folder.find(tmp_path / "absent")
+
+
+def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write there"):
+        checkpoint_folder.prepare(tmp_path / "file" / "run" / "step_0000001")

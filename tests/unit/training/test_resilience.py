@@ -1,0 +1,97 @@
+"""Exit codes, the cause as the last line, and stopping by signal."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from moetron.moe.config.errors import UserError
+from moetron.moe.training import resilience
+from moetron.moe.training.resilience import StopSignal, run_guarded
+
+
+def _raising(error: BaseException) -> int:
+    raise error
+
+
+@pytest.fixture(autouse=True)
+def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_ERROR_FILE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("code", [0, 75])
+def test_a_code_passes_through(code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_guarded(lambda: code) == code
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_user_error_is_its_message_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_guarded(lambda: _raising(UserError("--tp 3: no\nuse 2"))) == 2
+    assert capsys.readouterr() == ("", "--tp 3: no\nuse 2\n")
+
+
+def test_anything_else_ends_with_rank_and_cause(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    assert run_guarded(lambda: _raising(ArithmeticError("seven\n times eight"))) == 1
+    error = capsys.readouterr().err
+    assert error.count("Traceback") == 1
+    assert error.splitlines()[-1] == "rank 3: ArithmeticError: seven times eight"
+    told = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert told["message"] == "rank 3: ArithmeticError: seven times eight"
+    assert int(told["extraInfo"]["timestamp"]) > 0
+
+
+def test_an_echo_waits_for_the_cause_and_has_no_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(resilience.time, "sleep", waits.append)
+    echo = RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:9")
+    assert run_guarded(lambda: _raising(echo)) == 1
+    assert waits == [resilience.YIELD_S]
+    error = capsys.readouterr().err
+    assert error.startswith("rank 0: another rank ended: RuntimeError: ")
+    assert error.count("\n") == 1
+
+
+def test_an_interrupt_before_training_is_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_guarded(lambda: _raising(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_help_and_other_exits_pass_through() -> None:
+    with pytest.raises(SystemExit):
+        run_guarded(lambda: _raising(SystemExit(0)))
+
+
+@pytest.mark.parametrize("number", resilience.STOP_SIGNALS)
+def test_a_signal_is_a_wish_to_stop(
+    number: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(number)
+    with StopSignal() as stop:
+        assert not stop()
+        os.kill(os.getpid(), number)
+        assert stop()
+        os.kill(os.getpid(), number)  # at once: the same wish
+        assert stop()
+    assert signal.getsignal(number) == before
+    assert capfd.readouterr().err.startswith(f"{number.name}: stopping after this step")
+
+
+def test_a_second_signal_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resilience, "REPEAT_S", -1.0)
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        with StopSignal():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
