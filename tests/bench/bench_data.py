@@ -2,9 +2,10 @@
 
     python tests/bench/bench_data.py [--sources 8] [--tokens 100_000_000]
 
-Loader: causal and UL2 samples in random order from several sources, one core, page cache warm: our stream
-one by one and in batches, beside megatron-core's blended GPT datasets on the same shards. Start-up:
-time and memory to the first sample of 1e9 and of 1e12 tokens (sparse files), in fresh processes.
+Loader: causal and UL2 samples in random order from several sources, one core, page cache warm: our
+stream one by one and in batches, beside megatron-core's blended GPT datasets on the same shards.
+Start-up: time and memory to the first sample of 1e9 and of 1e12 tokens (sparse files), in fresh
+processes.
 """
 
 import argparse

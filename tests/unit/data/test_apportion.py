@@ -24,7 +24,7 @@ def realised(apportionment: Apportionment, n: int) -> tuple[np.ndarray, np.ndarr
     return sources, ranks, np.cumsum(dealt, axis=0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(weights=weights_of_any_size)
 def test_every_prefix_has_every_share(weights: list[float]) -> None:
     n = 3000
@@ -63,7 +63,7 @@ def test_far_samples_agree_with_counts(weights: list[float], first: int) -> None
         ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(sizes=st.lists(st.integers(1, 200), min_size=1, max_size=12))
 def test_by_size_no_source_starts_again_before_all_have_ended(sizes: list[int]) -> None:
     total = sum(sizes)

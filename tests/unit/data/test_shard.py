@@ -90,6 +90,14 @@ def test_refuses_missing_empty_and_foreign_files_by_name(make_shard, suffix: str
         Shard(path.with_suffix(""))
 
 
+def test_refuses_files_that_the_manifest_does_not_describe(make_shard) -> None:
+    first, other = make_shard("a", DOCUMENTS), make_shard("b", DOCUMENTS[:2])
+    for suffix in (".bin", ".idx"):
+        Path(other + suffix).replace(first + suffix)
+    with pytest.raises(DataError, match=r"a\.bin: 12 bytes, but its manifest says 22"):
+        Shard(first)
+
+
 def test_verify_finds_any_changed_byte(make_shard) -> None:
     prefix = make_shard("a", DOCUMENTS)
     for suffix in (".bin", ".idx"):

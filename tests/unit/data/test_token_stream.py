@@ -57,6 +57,15 @@ def test_epochs_and_sources_have_orders_of_their_own(three) -> None:
     assert [window_of(other[i], 20_000) for i in range(34)] != orders[0]
 
 
+def test_sources_of_one_size_have_different_orders(make_shard) -> None:
+    twins = [make_shard(name, numbered(first, 20), 40_000) for name, first in (("x", 0), ("y", 9))]
+    stream = training_stream(twins, S, seed=1)
+    orders: list[list[int]] = [[], []]
+    for n in range(68):
+        orders[stream[n]["source"]].append(window_of(stream[n], 9 * stream[n]["source"]))
+    assert sorted(orders[0]) == sorted(orders[1]) and orders[0] != orders[1]
+
+
 def test_weights_are_kept(three) -> None:
     stream = training_stream(["0.7", three[0], "0.2", three[1], "0.1", three[2]], S, seed=1)
     counts = Counter(stream[n]["source"] for n in range(1000))

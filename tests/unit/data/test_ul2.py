@@ -69,7 +69,7 @@ def test_arithmetic_is_t5s(mean_span, density, raw, targets, spans) -> None:
     assert span_counts(raw, density, mean_span)[1] == spans
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(slot=st.integers(0, 9), key=st.text(max_size=5), seq_length=st.sampled_from([32, 100, 512]))
 def test_the_original_comes_back(slot: int, key: str, seq_length: int) -> None:
     objective = ul2(seq_length)
