@@ -4,12 +4,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moetron.moe.config.field import flag_name
-from moetron.moe.config.rules.case import Case
+from moetron.moe.config.rules.case import Case, number_or_none
 
 
 def prefixes(items: list[str] | None) -> list[str]:
-    """The prefixes of PREFIX, or of WEIGHT PREFIX WEIGHT PREFIX ..."""
-    return list(items or []) if len(items or []) == 1 else list(items or [])[1::2]
+    """The prefixes of PREFIX PREFIX ..., or of WEIGHT PREFIX WEIGHT PREFIX ..."""
+    if not items or number_or_none(items[0]) is None:
+        return items or []
+    return items[1::2]
 
 
 def data(case: Case) -> Iterator[str]:

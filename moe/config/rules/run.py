@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from moetron.moe.config.derived import schedule_lengths
 from moetron.moe.config.field import flag_name
-from moetron.moe.config.rules.case import Case
+from moetron.moe.config.rules.case import Case, number_or_none
 
 
 def learning_rate(case: Case) -> Iterator[str]:
@@ -75,22 +75,15 @@ def _blend(name: str, items: list[str] | None) -> Iterator[str]:
         return
     if not items:
         yield f"{flag} is empty: give PREFIX, or pairs WEIGHT PREFIX"
-    weighted = [_number(item) is not None for item in items]
+    weighted = [number_or_none(item) is not None for item in items]
     if not any(weighted):
         return
     if weighted != [True, False] * (len(items) // 2):
         yield f"{flag} {' '.join(items)}: give prefixes alone, or pairs WEIGHT PREFIX"
     for weight in items[::2]:
-        number = _number(weight)
+        number = number_or_none(weight)
         if number is not None and not 0 < number < float("inf"):
             yield f"{flag}: weight {weight!r} must be a number above 0"
-
-
-def _number(word: str) -> float | None:
-    try:
-        return float(word)
-    except ValueError:
-        return None
 
 
 def checkpoint(case: Case) -> Iterator[str]:

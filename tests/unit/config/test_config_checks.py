@@ -61,6 +61,9 @@ def test_a_real_run_needs_inputs(tmp_path: Path) -> None:
     (tmp_path / "a.idx").touch()
     shards = {"mock_data": False, "data_path": ["0.5", str(tmp_path / "a")]}
     assert inputs(**shards, tokenizer_model="bytes") == []
+    several = [str(tmp_path / "a"), str(tmp_path / "b")]
+    (line,) = inputs(mock_data=False, data_path=several, tokenizer_model="bytes")
+    assert line.startswith(f"--data-path {tmp_path / 'b'}: there is no file")
     (line,) = inputs(**shards, tokenizer_model=str(tmp_path / "t.json"))
     assert line.startswith(f"--tokenizer-model {tmp_path / 't.json'}: there is no such file")
     (line,) = inputs(**shards, tokenizer_model="bytes", eval_interval=5)
