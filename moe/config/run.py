@@ -80,8 +80,8 @@ class DataSettings(Group):
     """Where samples come from."""
 
     data_path: list[str] | None = None
-    """Training shards: PREFIX PREFIX ..., mixed in proportion to their size, or WEIGHT PREFIX WEIGHT
-    PREFIX ... (a prefix is the path without .bin/.idx)."""
+    """Training shards: PREFIX PREFIX ..., mixed in proportion to their size, or WEIGHT PREFIX
+    WEIGHT PREFIX ... (a prefix is the path without .bin/.idx)."""
     valid_data_path: list[str] | None = None
     """Validation shards, written the same way."""
     mock_data: bool = False
