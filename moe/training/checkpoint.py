@@ -33,7 +33,7 @@ from moetron.moe.config.errors import UserError
 from moetron.moe.config.settings import Settings
 from moetron.moe.training import checkpoint_folder, optimizer_state
 from moetron.moe.training.checkpoint_folder import Checkpoint, Record
-from moetron.moe.training.compatibility import differences
+from moetron.moe.training.compatibility import require_fit
 from moetron.moe.training.progress import Progress
 from moetron.moe.training.rng import reseed, restore_rng, rng_entries
 
@@ -129,6 +129,15 @@ def load_checkpoint(
     return record.progress
 
 
+def load_weights(path: Path, model: Sequence[torch.nn.Module]) -> None:
+    """Load the weights alone, into any layout, without an optimizer: to run a model, not train it.
+
+    Raises:
+        UserError: nothing there, incomplete or damaged, or of another architecture.
+    """
+    _load_weights(_on_rank_0(lambda: checkpoint_folder.read(path)), model)
+
+
 def _read_compatible(
     path: Path, settings: Settings, stream_state: Mapping[str, Any]
 ) -> Checkpoint | None:
@@ -136,9 +145,7 @@ def _read_compatible(
     if begins and checkpoint_folder.latest_step(path) is None:
         return None
     checkpoint = checkpoint_folder.read(path)
-    problems = differences(checkpoint.record, settings, stream_state)
-    if problems:
-        raise UserError("\n".join([f"--load {checkpoint.folder}: does not fit:", *problems]))
+    require_fit(checkpoint.folder, checkpoint.record, settings, stream_state)
     return checkpoint
 
 

@@ -8,6 +8,7 @@ name yet. Nothing here talks to other ranks.
 """
 
 import json
+import os
 import pickle
 import re
 import shutil
@@ -15,8 +16,6 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from moetron.moe.config.errors import UserError
 from moetron.moe.training.atomic import rename, sync_folder, write_text
@@ -119,9 +118,7 @@ def read(path: Path) -> Checkpoint:
     outside the few classes that such an index is made of (it is a pickle).
     """
     folder = find(path)
-    if not (folder / RECORD).is_file():
-        raise UserError(f"--load {folder}: not a complete checkpoint: {RECORD} is missing")
-    record = _read_record(folder / RECORD)
+    record = read_record(folder)
     for name, size in record.files.items():
         file = folder / name
         found = file.stat().st_size if file.is_file() else None
@@ -129,6 +126,22 @@ def read(path: Path) -> Checkpoint:
             state = "is missing" if found is None else f"has {found} bytes instead of {size}"
             raise UserError(f"--load {folder}: damaged: {name} {state}")
     return Checkpoint(folder, record, _read_keys(folder / METADATA))
+
+
+def read_record(folder: Path) -> Record:
+    """What ``run.json`` of a step folder says."""
+    path = folder / RECORD
+    if not path.is_file():
+        raise UserError(f"--load {folder}: not a complete checkpoint: {RECORD} is missing")
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        if tree.pop("format") != FORMAT:
+            raise UserError(f"{path}: written by a newer Moetron; update to load it")
+        return Record(**{**tree, "progress": Progress(**tree["progress"])})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: damaged: {error}") from error
 
 
 def write_record(folder: Path, record: Record) -> None:
@@ -143,6 +156,16 @@ def file_sizes(folder: Path) -> dict[str, int]:
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
+def make_run_folder(run_folder: Path) -> None:
+    """Make a run's folder where it is missing; ``UserError`` where that cannot be done."""
+    try:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(run_folder, os.W_OK | os.X_OK):
+            raise PermissionError("no permission")
+    except OSError as error:
+        raise UserError(f"--save {run_folder}: cannot write there: {error}") from error
+
+
 def prepare(folder: Path) -> Path:
     """An empty temporary folder for a checkpoint; what crashes left behind is removed.
 
@@ -150,8 +173,8 @@ def prepare(folder: Path) -> Path:
     it or a later one. A whole folder beyond ``latest`` is a crash's, and is replaced.
     """
     run_folder = folder.parent
+    make_run_folder(run_folder)
     try:
-        run_folder.mkdir(parents=True, exist_ok=True)
         pointed = latest_step(run_folder) if (run_folder / LATEST).exists() else None
         step = int(folder.name.removeprefix("step_"))
         if folder.exists() and pointed is not None and step <= pointed:
@@ -208,22 +231,11 @@ def missing(wanted: Collection[str], checkpoint: Checkpoint) -> str:
     return ", ".join(names[:3]) + more
 
 
-def _read_record(path: Path) -> Record:
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        if tree.pop("format") != FORMAT:
-            raise UserError(f"{path}: written by a newer Moetron; update to load it")
-        return Record(**{**tree, "progress": Progress(**tree["progress"])})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: damaged: {error}") from error
-
-
 class _IndexReader(pickle.Unpickler):
     """Reads a checkpoint's index; refuses anything that could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
+        import torch  # seconds; the rest of this module answers without
 
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if dtype or module in _SAFE_MODULES or (module, name) in _SAFE_NAMES:

@@ -3,11 +3,20 @@
 import json
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from moetron.moe.config.errors import UserError
 from moetron.moe.config.field import flag_name
 from moetron.moe.config.settings import Settings
-from moetron.moe.training.checkpoint_folder import Record
+from moetron.moe.training.checkpoint_folder import (
+    Record,
+    find,
+    latest_step,
+    make_run_folder,
+    read_record,
+    refuse_to_rewrite,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +58,34 @@ FUNCTION = {
     "optimizer": ("optimizer",),
 }
 """Settings that a run cannot change half-way; --finetune may."""
+
+
+def check_folders(settings: Settings, stream_state: Mapping[str, Any]) -> None:
+    """What is wrong with --load and --save, before anything heavy starts; imports no torch.
+
+    Raises:
+        UserError: nothing to load, another architecture, no permission to save, or a longer run at
+            --save than the one that starts.
+    """
+    options, step = settings.checkpoint, 0
+    begins = options.load is not None and options.load == options.save
+    if options.load is not None and not (begins and latest_step(Path(options.load)) is None):
+        folder = find(Path(options.load))
+        record = read_record(folder)
+        require_fit(folder, record, settings, stream_state)
+        step = 0 if options.finetune or options.reset_progress else record.progress.step
+    if options.save is not None:
+        make_run_folder(Path(options.save))
+        refuse_to_rewrite(Path(options.save), step)
+
+
+def require_fit(
+    folder: Path, record: Record, settings: Settings, stream_state: Mapping[str, Any]
+) -> None:
+    """``UserError`` with every difference between a checkpoint and the settings that load it."""
+    problems = differences(record, settings, stream_state)
+    if problems:
+        raise UserError("\n".join([f"--load {folder}: does not fit:", *problems]))
 
 
 def differences(record: Record, settings: Settings, stream_state: Mapping[str, Any]) -> list[str]:

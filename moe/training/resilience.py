@@ -5,7 +5,8 @@ Under torchrun a rank that ends takes the others with it. What torchrun itself d
 - it passes SIGTERM, SIGINT, SIGHUP and SIGQUIT on to the ranks (``--signals-to-handle`` adds
   SIGUSR1), and kills what is still there after 30 s (``TORCH_ELASTIC_SHUTDOWN_TIMEOUT`` in
   seconds: give it the time that a step and a save take);
-- whatever code a rank ends with, torchrun's own is 1; the rank's stands in its closing table.
+- whatever code a rank ends with, torchrun's own is 1, after a traceback of its own; the rank's code
+  and cause stand in its closing table.
 """
 
 import json
@@ -54,13 +55,17 @@ def run_guarded(main: Callable[[], int]) -> int:
     """
     rank = int(os.environ.get("RANK", "0"))
     try:
-        return main()
+        code = main()
+        if code == EXIT_STOPPED:
+            _tell_torchrun("stopped by a signal after a save; --load goes on")
+        return code
     except KeyboardInterrupt:
         code, text = 128 + signal.SIGINT, "interrupted"
     except UserError as error:
         if rank != 0:
             time.sleep(YIELD_S)
         code, text = EXIT_USER, str(error)
+        _tell_torchrun(text)
     except Exception as error:
         if _is_echo(error):
             time.sleep(YIELD_S)

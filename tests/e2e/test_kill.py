@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from moetron.moe.training import checkpoint_folder
-from tests.parallel.checkpoint_runs import metrics, run, settings
+from tests.parallel.checkpoint_runs import metrics, parallel_of, settings, start
 from tests.parallel.harness import RankFailed, run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,9 +119,12 @@ def test_a_rank_that_fails_ends_those_that_wait_for_it(tmp_path: Path) -> None:
 
 
 def _save_until_killed(folder: str, after_s: float) -> None:
-    threading.Timer(after_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
     checkpoint = {"save": folder, "load": folder, "save_interval": 1, "keep_last": 2}
-    run(settings("dp", training={"train_iters": 100_000}, checkpoint=checkpoint))
+    chosen = settings("dp", training={"train_iters": 100_000}, checkpoint=checkpoint)
+    with parallel_of(chosen):
+        loop = start(chosen)
+        threading.Timer(after_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        loop.run(lambda: False)
 
 
 def test_kill_at_random_moments_of_a_run_that_saves_every_step(tmp_path: Path) -> None:
@@ -129,9 +132,9 @@ def test_kill_at_random_moments_of_a_run_that_saves_every_step(tmp_path: Path) -
     tmp_path = tmp_path / "run"
     tmp_path.mkdir()
     step = 0
-    for number in range(8):
+    for number in range(6):
         with pytest.raises(RankFailed, match="exit code -9"):
-            run_ranks(_save_until_killed, 1, str(tmp_path), 1.5 + 0.17 * number)
+            run_ranks(_save_until_killed, 1, str(tmp_path), 0.2 + 0.13 * number)
         if checkpoint_folder.latest_step(tmp_path) is None:
             continue
         reached = checkpoint_folder.read(tmp_path).record.progress.step
