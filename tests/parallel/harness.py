@@ -27,7 +27,16 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from moetron.moe.host.adapt import adapt_host, restore_host
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "megatron.core.models.gpt.gpt_layer_specs"])
+_context.set_forkserver_preload(
+    [
+        "pytest",
+        "megatron.core.dist_checkpointing",
+        "megatron.core.optimizer",
+        "megatron.core.pipeline_parallel.schedules",
+        "moetron.moe.host.adapt",
+        "moetron.moe.layers.build",
+    ]
+)
 
 
 class RankFailed(RuntimeError):

@@ -1,0 +1,297 @@
+"""Each adaptation on its own: megatron-core's own code fails without it and works with it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.dist_checkpointing import ShardedTensor, exchange_utils
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.enums import ModelType
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.optimizer import clip_grads, get_megatron_optimizer
+from megatron.core.pipeline_parallel import schedules
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import data as parallel_data
+from megatron.core.tensor_parallel import mappings
+from megatron.core.transformer import utils as transformer_utils
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from moetron.moe.config.bridge import ddp_config, optimizer_config, transformer_config
+from moetron.moe.config.settings import Settings
+from moetron.moe.host.adapt import ADAPTATIONS, adapt_host, restore_host
+from tests.parallel.harness import RankFailed, model_parallel, run_ranks
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is adapted on a GPU")
+
+
+def _config(**changes: Any) -> TransformerConfig:
+    values: dict[str, Any] = {
+        "num_layers": 1,
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "num_moe_experts": 4,
+        "moe_router_topk": 2,
+        "moe_router_dtype": "fp32",
+        "add_bias_linear": False,
+        "bf16": True,
+        "params_dtype": torch.bfloat16,
+    }
+    return TransformerConfig(**{**values, **changes})
+
+
+def _current_device() -> None:
+    assert RotaryEmbedding(kv_channels=8, rotary_percent=1.0)(4).shape == (4, 1, 1, 8)
+    with torch.device("meta"):
+        layer = tensor_parallel.ColumnParallelLinear(
+            4, 4, config=_config(), init_method=torch.nn.init.zeros_, bias=False
+        )
+    assert layer.weight.is_meta
+
+
+def _broadcast() -> None:
+    batch = {"tokens": torch.arange(6).view(2, 3)}
+    assert torch.equal(
+        parallel_data.broadcast_data(["tokens"], batch, torch.int64)["tokens"], batch["tokens"]
+    )
+
+
+def _dispatch() -> None:
+    """Rank r sends one token to expert 0 and two to expert 1; one expert lives on each rank."""
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    rank, ranks = groups.ep.rank(), groups.ep.size()
+    experts = 2 // ranks
+    config = _config(
+        num_moe_experts=2,
+        moe_router_topk=1,
+        moe_router_pre_softmax=True,
+        expert_model_parallel_size=ranks,
+    )
+    local = list(range(rank * experts, (rank + 1) * experts))
+    dispatcher = MoEAlltoAllTokenDispatcher(experts, local, config, pg_collection=groups)
+    hidden = torch.arange(3.0).view(3, 1, 1).expand(3, 1, 16).contiguous() + 10 * rank
+    routing = torch.tensor([[False, True], [True, False], [False, True]])
+    tokens, probs = dispatcher.dispatch_preprocess(hidden, routing, routing.float())
+    tokens, probs = dispatcher.token_dispatch(tokens, probs)
+    tokens, counts, probs = dispatcher.dispatch_postprocess(tokens, probs)
+    if ranks == 1:
+        assert tokens[:, 0].tolist() == [1, 0, 2] and counts.tolist() == [1, 2]
+    else:
+        assert tokens[:, 0].tolist() == ([1, 11] if rank == 0 else [0, 2, 10, 12])
+    combined = dispatcher.token_combine(dispatcher.combine_preprocess(tokens))
+    assert torch.equal(dispatcher.combine_postprocess(combined), hidden)
+
+
+def _random_states() -> None:
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    before = torch.get_rng_state()
+    with tracker.fork():
+        first = torch.rand(4)
+    assert torch.equal(before, torch.get_rng_state())
+    with tracker.fork():
+        assert not torch.equal(first, torch.rand(4))
+
+
+def _router(**changes: Any) -> None:
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    router = TopKRouter(_config(**changes), pg_collection=groups)
+    probs, routing_map = router(torch.randn(3, 2, 16, dtype=torch.bfloat16))
+    assert probs.dtype == torch.float32 and routing_map.sum(1).tolist() == [2] * 6
+
+
+def _router_with_bias() -> None:
+    torch.compiler.set_stance("fail_on_recompile")
+    _router(moe_router_enable_expert_bias=True, moe_router_score_function="sigmoid")
+
+
+def _gather_uneven() -> None:
+    group = torch.distributed.group.WORLD
+    rank = torch.distributed.get_rank()
+    for sizes in ([1, 3], [0, 2], [2, 2]):
+        rows = torch.full((sizes[rank], 2), float(rank))
+        whole = mappings._gather_along_first_dim(rows, group, output_split_sizes=sizes)
+        assert whole[:, 1].tolist() == [0.0] * sizes[0] + [1.0] * sizes[1]
+
+
+def _settings(bf16: bool, distributed: bool = False) -> Settings:
+    return Settings.model_validate(
+        {
+            "model": {
+                "num_layers": 1,
+                "hidden_size": 8,
+                "num_attention_heads": 1,
+                "seq_length": 4,
+            },
+            "parallel": {"use_distributed_optimizer": distributed},
+            "precision": {"bf16": bf16},
+            "training": {"train_iters": 1, "micro_batch_size": 1, "global_batch_size": 1},
+            "learning_rate": {"lr": 0.1},
+        }
+    )
+
+
+def _optimizer_step(bf16: bool, distributed: bool = False) -> None:
+    settings = _settings(bf16, distributed)
+    config = transformer_config(settings)
+    layer = torch.nn.Linear(8, 8, bias=False, dtype=config.params_dtype)
+    model = DistributedDataParallel(config, ddp_config(settings), layer)
+    optimizer = get_megatron_optimizer(optimizer_config(settings), [model])
+    before = layer.weight.detach().clone()
+    layer.weight.main_grad.fill_(3.0)
+    success, norm, _ = optimizer.step()
+    assert success and norm == pytest.approx(24.0) and not torch.equal(before, layer.weight)
+
+
+def _optimizer_scalars() -> None:
+    _optimizer_step(bf16=False)
+    weight = torch.nn.Parameter(torch.ones(4))
+    weight.main_grad = torch.tensor([0.0, 1.0, 0.0, 2.0])
+    weight.grad = weight.main_grad
+    world = torch.distributed.group.WORLD
+    assert clip_grads.count_zeros_fp32([weight], world) == 2
+    assert clip_grads.get_grad_norm_fp32([weight.grad], float("inf"), world) == 2
+
+
+def _parameter_types() -> None:
+    _optimizer_step(bf16=True)
+    _optimizer_step(bf16=True, distributed=True)
+    _optimizer_step(bf16=False, distributed=True)
+
+
+def _causal_masks() -> None:
+    assert transformer_utils.get_default_causal_mask(3).sum() == 3
+    window = transformer_utils.get_sliding_window_causal_mask(3, 3, (1, 0))
+    assert window.sum() == 4
+
+
+def _loss_tracker() -> None:
+    moe_utils.track_moe_metrics(1.0, 0, force_initialize=True, track_names=["z_loss"], num_layers=2)
+    assert moe_utils.get_moe_layer_wise_logging_tracker()["z_loss"]["values"].tolist() == [0, 0]
+
+
+def _schedule() -> None:
+    config = _config(num_moe_experts=None, bf16=False, params_dtype=torch.float32)
+    model = torch.nn.Linear(2, 1)
+    model.config, model.model_type = config, ModelType.encoder_or_decoder
+    model.set_input_tensor = lambda _: None
+
+    def step(batches: Any, model: torch.nn.Module) -> Any:
+        output = model(next(batches))
+        return output, lambda out: (out.sum(), {"loss": out.detach().sum()})
+
+    losses = schedules.get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=iter([torch.ones(3, 2)]),
+        model=[model],
+        num_microbatches=1,
+        seq_length=3,
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    assert len(losses) == 1 and model.weight.grad.tolist() == [[3.0, 3.0]]
+
+
+def _pipeline_outputs() -> None:
+    sent = torch.ones(4, requires_grad=True) * 2
+    schedules.deallocate_output_tensor(sent, deallocate_pipeline_outputs=True)
+    schedules.custom_backward(sent, torch.ones(4))
+    assert sent.tolist() == [2.0] * 4
+
+
+def _checkpoint_exchange() -> None:
+    tensor = torch.ones(4)
+    shard = ShardedTensor.from_rank_offsets("weight", tensor).without_data()
+    where: dict[Any, torch.Tensor] = {}
+    buffer, _ = exchange_utils._get_empty_tensor_for_exchange("id", {"id": shard}, {}, where)
+    assert buffer.shape == (4,) and where["id"] is buffer
+
+
+SCENARIOS: dict[str, tuple[Callable[[], None], int]] = {
+    "current_device": (_current_device, 1),
+    "tensor_cuda": (_broadcast, 1),
+    "cuda_streams": (_dispatch, 1),
+    "random_states": (_random_states, 1),
+    "router_gemm": (_router, 1),
+    "eager_router": (_router_with_bias, 1),
+    "split_sizes": (_dispatch, 2),
+    "uneven_gather": (_gather_uneven, 2),
+    "schedule_scalars": (_schedule, 1),
+    "pipeline_outputs": (_pipeline_outputs, 1),
+    "optimizer_scalars": (_optimizer_scalars, 1),
+    "parameter_types": (_parameter_types, 1),
+    "causal_masks": (_causal_masks, 1),
+    "loss_tracker": (_loss_tracker, 1),
+    "broadcast_sizes": (_broadcast, 1),
+    "checkpoint_exchange": (_checkpoint_exchange, 1),
+}
+
+
+def _play(name: str, adapted: bool) -> None:
+    scenario, ranks = SCENARIOS[name]
+    with model_parallel(expert_model_parallel_size=ranks):
+        if not adapted:
+            restore_host([name])
+        scenario()
+
+
+def test_every_adaptation_has_a_scenario() -> None:
+    assert SCENARIOS.keys() == ADAPTATIONS.keys()
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_needed_and_sufficient(name: str) -> None:
+    run_ranks(_play, SCENARIOS[name][1], name, True)
+    with pytest.raises(RankFailed):
+        run_ranks(_play, SCENARIOS[name][1], name, False)
+
+
+def _originals() -> list[Any]:
+    return [
+        torch.cuda.current_device,
+        torch.cuda.Stream,
+        torch.Tensor.cuda,
+        schedules.forward_backward_no_pipelining.__code__,
+        getattr(moe_utils, "te_general_gemm", "absent"),
+    ]
+
+
+def _apply_twice_and_undo() -> None:
+    before = _originals()
+    assert before[-1] == "absent"
+    adapt_host()
+    once = _originals()
+    assert all(new is not old for new, old in zip(once, before, strict=True))
+    adapt_host()
+    assert _originals() == once
+    restore_host()
+    assert _originals() == before
+
+
+def test_nothing_on_import_idempotent_and_undone() -> None:
+    run_ranks(_apply_twice_and_undo, 1)
+
+
+def _pretend_cuda() -> None:
+    torch.cuda.is_available = lambda: True
+    before = _originals()
+    adapt_host()
+    assert _originals() == before
+
+
+def test_nothing_where_cuda_is_present() -> None:
+    run_ranks(_pretend_cuda, 1)
+
+
+def _skip_one() -> None:
+    adapt_host(skip={"router_gemm"})
+    assert not hasattr(moe_utils, "te_general_gemm")
+    adapt_host()
+    assert moe_utils.te_general_gemm is None
+
+
+def test_skip() -> None:
+    run_ranks(_skip_one, 1)

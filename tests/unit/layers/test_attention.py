@@ -1,0 +1,99 @@
+"""Our core attention against megatron-core's ``DotProductAttention``."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from moetron.moe.layers.attention import SdpaAttention
+from tests.parallel.harness import model_parallel
+
+
+@pytest.fixture(autouse=True)
+def _parallel_state() -> Iterator[None]:
+    with model_parallel():
+        yield
+
+
+def _config(groups: int = 4, **changes: Any) -> TransformerConfig:
+    values = {"attention_dropout": 0.0, "masked_softmax_fusion": False, **changes}
+    return TransformerConfig(
+        num_layers=1, hidden_size=32, num_attention_heads=4, num_query_groups=groups, **values
+    )
+
+
+def _qkv(sq: int = 9, sk: int = 9, groups: int = 4) -> list[torch.Tensor]:
+    shapes = [(sq, 2, 4, 8), (sk, 2, groups, 8), (sk, 2, groups, 8)]
+    return [torch.randn(shape, requires_grad=True) for shape in shapes]
+
+
+def _outputs_and_gradients(
+    module: torch.nn.Module, qkv: list[torch.Tensor], mask: torch.Tensor | None, **options: Any
+) -> list[torch.Tensor]:
+    out = module(*qkv, mask, **options)
+    weights = torch.linspace(-1, 1, out.numel()).view_as(out)
+    return [out, *torch.autograd.grad((out * weights).sum(), qkv)]
+
+
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize("scale", [None, 0.7])
+@pytest.mark.parametrize("kind", ["causal", "none", "given"])
+def test_equals_dot_product_attention(groups: int, scale: float | None, kind: str) -> None:
+    mask_type = AttnMaskType.no_mask if kind == "none" else AttnMaskType.causal
+    mask = None
+    if kind == "given":  # two documents: [b, 1, sq, sk], True is forbidden
+        document = torch.tensor([0] * 4 + [1] * 5)
+        same = document[:, None] == document[None, :]
+        mask = ~(same & torch.ones(9, 9).tril().bool()).expand(2, 1, 9, 9)
+    qkv = _qkv(groups=groups)
+    ours, theirs = (
+        _outputs_and_gradients(
+            kind_of(_config(groups), 1, mask_type, "self", softmax_scale=scale), qkv, mask
+        )
+        for kind_of in (SdpaAttention, DotProductAttention)
+    )
+    for mine, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_one_query_sees_the_whole_cache() -> None:
+    query, key, value = _qkv(sq=1, sk=6)
+    ours = SdpaAttention(_config(), 1, AttnMaskType.causal, "self")
+    theirs = DotProductAttention(_config(), 1, AttnMaskType.no_mask, "self")
+    torch.testing.assert_close(ours(query, key, value, None), theirs(query, key, value, None))
+
+
+def test_a_call_can_name_its_own_mask() -> None:
+    query, key, value = _qkv()
+    causal = SdpaAttention(_config(), 1, AttnMaskType.causal, "self")
+    free = SdpaAttention(_config(), 1, AttnMaskType.no_mask, "self")
+    out = causal(query, key, value, None, attn_mask_type=AttnMaskType.no_mask)
+    assert torch.equal(out, free(query, key, value, None))
+    assert not torch.equal(out, causal(query, key, value, None))
+
+
+def test_dropout_draws_from_the_tensor_parallel_state() -> None:
+    attention = SdpaAttention(_config(attention_dropout=0.5), 1, AttnMaskType.causal, "self")
+    qkv, state = _qkv(), torch.get_rng_state()
+    first, second = attention(*qkv, None), attention(*qkv, None)
+    assert torch.equal(state, torch.get_rng_state())
+    assert not torch.equal(first, second)
+    attention.eval()
+    assert torch.equal(attention(*qkv, None), attention(*qkv, None))
+
+
+def test_dropout_keeps_the_mean() -> None:
+    attention = SdpaAttention(_config(attention_dropout=0.2), 1, AttnMaskType.causal, "self")
+    qkv = _qkv()
+    mean = torch.stack([attention(*qkv, None) for _ in range(1000)]).mean(0)
+    torch.testing.assert_close(mean, attention.eval()(*qkv, None), rtol=0, atol=0.15)
+
+
+@pytest.mark.parametrize("changes", [{"window_size": (4, 0)}, {"softmax_type": "learnable"}])
+def test_refuses_what_it_lacks(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="no sliding window and no sink"):
+        SdpaAttention(_config(**changes), 1, AttnMaskType.causal, "self")
