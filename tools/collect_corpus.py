@@ -1,8 +1,8 @@
-"""Collect real text into JSONL, one file a source, with a manifest.
+"""Collect real text into JSONL, one file a source, with .manifest.json beside.
 
 system: what is on this machine: the Python standard library, documentation, manual pages.
 debian: a multilingual mix of prose, dictionaries, technical text, mathematics and code from Debian
-packages, downloaded with apt-get and unpacked below the output folder; nothing is installed.
+packages, downloaded with apt-get and unpacked below DIR/.packages; nothing is installed.
 Run again with the same options, it finds a whole corpus current and does nothing.
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from moetron.data.corpora import debian, python_text, system_text
 from moetron.data.corpora.collect import (
+    MANIFEST,
     SourceCount,
     Task,
     is_current,
@@ -48,7 +49,7 @@ def gather(source: str, output: Path) -> tuple[list[Task], Mapping[str, str]]:
         tasks += system_text.documentation() + system_text.manuals()
         licences |= python_text.licences() | system_text.licences()
     if source in ("debian", "all"):
-        found, stated = debian.gather(output / "packages", print)
+        found, stated = debian.gather(output / ".packages", print)
         tasks += found
         licences |= stated
     return tasks, licences
@@ -62,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     if is_current(args.output, made_from):
         print(f"{args.output} is current")
         return 0
-    (args.output / "manifest.json").unlink(missing_ok=True)
+    (args.output / MANIFEST).unlink(missing_ok=True)
     started = time.monotonic()
     tasks, licences = gather(args.source, args.output)
     print(f"{len(tasks):,} files found, {time.monotonic() - started:.0f} s", flush=True)

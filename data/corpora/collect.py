@@ -1,4 +1,4 @@
-"""From files on disk to a corpus: one JSONL file a source, and a manifest.
+"""From files on disk to a corpus: one JSONL file a source, and a hidden manifest.
 
 What a run writes is a function of the files and the budget: tasks are taken in the order of a hash,
 so that a source cut off at its share is a fair sample of it; equal texts are kept once, by the
@@ -21,6 +21,8 @@ from moetron.tokenizers.sampling import blocks, unimax
 DOCUMENT_CHARACTERS = 200_000
 """A longer document is cut into documents of whole lines."""
 SHORTEST_CHARACTERS = 80
+MANIFEST = ".manifest.json"
+"""Hidden, so that the corpus folder as a whole can be an input."""
 GZIP_RATIO = 3
 BATCH_TASKS = 64
 
@@ -58,7 +60,7 @@ def documents_of(task: Task) -> list[str]:
 
 
 def shares(tasks: Sequence[Task], budget_bytes: int) -> dict[str, int]:
-    """Bytes that each source may write: UniMax over the sizes on disk, none above its own size."""
+    """Text bytes to expect of each source: UniMax over the sizes on disk, which are a guess."""
     sizes: dict[str, int] = {}
     for task in tasks:
         packed = task.path.suffix in (".gz", ".dz")
@@ -116,18 +118,25 @@ def write_corpus(
     workers: int,
     report: Callable[[str, SourceCount], None],
 ) -> dict[str, SourceCount]:
-    """Write ``OUTPUT/SOURCE.jsonl`` for every source that has text; ``report`` hears of each."""
+    """Write ``OUTPUT/SOURCE.jsonl`` for every source that has text; ``report`` hears of each.
+
+    What a source leaves of its share goes to those after it.
+    """
     output.mkdir(parents=True, exist_ok=True)
     by_source: dict[str, list[Task]] = {}
     for task in tasks:
         by_source.setdefault(task.source, []).append(task)
-    allowed = shares(tasks, budget_bytes)
+    expected = shares(tasks, budget_bytes)
+    left = budget_bytes
     seen: set[bytes] = set()
     counts: dict[str, SourceCount] = {}
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         for source in by_source:
             path = output / f"{source}.jsonl"
-            count = _write_source(path, by_source[source], allowed[source], seen, pool)
+            allowed = left * expected[source] // max(1, sum(expected.values()))
+            count = _write_source(path, by_source[source], allowed, seen, pool)
+            left -= count.bytes
+            del expected[source]
             if count.documents == 0:
                 path.unlink()
                 continue
@@ -142,19 +151,19 @@ def write_manifest(
     counts: Mapping[str, SourceCount],
     licences: Mapping[str, str],
 ) -> None:
-    """Write ``OUTPUT/manifest.json``, last: it says that the corpus is whole."""
+    """Write the manifest, last: it says that the corpus is whole."""
     sources = {
         source: {**asdict(count), "licence": licences.get(source, "unknown")}
         for source, count in counts.items()
     }
     manifest = {"made_from": made_from, "sources": sources}
-    with atomic_file(output / "manifest.json") as file:
+    with atomic_file(output / MANIFEST) as file:
         file.write(orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
 
 
 def is_current(output: Path, made_from: Mapping[str, Any]) -> bool:
     """Whether the folder holds, whole, the corpus that these settings make."""
-    path = output / "manifest.json"
+    path = output / MANIFEST
     if not path.is_file():
         return False
     manifest = orjson.loads(path.read_bytes())

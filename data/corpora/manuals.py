@@ -22,7 +22,7 @@ ROFF_TEXT = frozenset({
     "Pa", "Cm", "Xr", "Ic", "Em", "Sy", "Li", "Dv", "Ev", "Va", "Fn", "Ft", "Fa", "Sq", "Dq", "Ql",
 })  # fmt: skip
 ROFF_PARAGRAPH = frozenset({"PP", "P", "LP", "TP", "IP", "HP", "Pp", "It", "sp"})
-ROFF_TABLES = re.compile(r"^\.TS.*?^\.TE.*?$|^\.ig.*?^\.\.$|^\.de.*?^\.\.$", re.M | re.S)
+ROFF_TABLES = re.compile(r"^\.TS.*?^\.TE.*?$\n?|^\.(?:ig|de).*?^\.\.$\n?", re.M | re.S)
 
 
 def _roff_line(line: str) -> str:

@@ -97,10 +97,12 @@ def test_too_little_text_says_so() -> None:
         train(["a short text"], TrainingOptions(vocab_size=4000))
 
 
-def test_fingerprint_follows_the_content(model: bytes, model_path: Path, tmp_path: Path) -> None:
+def test_fingerprint_follows_the_content(
+    corpus: list[str], model: bytes, model_path: Path, tmp_path: Path
+) -> None:
     same, other = tmp_path / "same.model", tmp_path / "other.model"
     same.write_bytes(model)
-    other.write_bytes(append_pieces(model, 0, 1000))
+    other.write_bytes(train(corpus, TrainingOptions(900, sentinels=0)))
     fingerprint = SentencePieceTokenizer(model_path).fingerprint
     assert SentencePieceTokenizer(same).fingerprint == fingerprint
     assert SentencePieceTokenizer(other).fingerprint != fingerprint
