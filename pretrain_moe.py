@@ -17,6 +17,7 @@ from moetron.moe.config.errors import UserError
 from moetron.moe.config.load import Command, load
 from moetron.moe.config.settings import Settings
 from moetron.moe.plan.render import render
+from moetron.moe.training.compatibility import check_folders
 from moetron.moe.training.quiet import quieten_libraries
 from moetron.moe.training.stream import StreamFrom, Streams
 from moetron.tokenizers.interface import Tokenizer, TokenizerError
@@ -34,6 +35,7 @@ def main() -> int:
         streams = open_streams(command.settings, vocab_size, tokenizer)
     except (DataError, TokenizerError) as error:
         raise UserError(str(error)) from error
+    check_folders(command.settings, streams.training.state())
     return pretrain(command.settings, vocab_size, streams)
 
 

@@ -51,7 +51,7 @@ class Loop:
         batches = self._batches()
         stopped = False
         while self.progress.step < training.train_iters and not stopped:
-            stopped = self._step(batches, stop_requested())
+            stopped = self._step(batches, stop_requested)
             self._after_step()
             exit_interval = training.exit_interval
             if exit_interval is not None and self.progress.step % exit_interval == 0:
@@ -77,14 +77,14 @@ class Loop:
             for chunk in self.trainer.chunks
         ]
 
-    def _step(self, batches: BatchIterators, stop: bool) -> bool:
+    def _step(self, batches: BatchIterators, stop_requested: Callable[[], bool]) -> bool:
         """One step and its report; whether any rank was asked to stop."""
         settings, runtime = self.trainer.settings, self.trainer.runtime
         samples = global_batch_size_at(settings, self.progress.consumed_samples)
         count = samples // (settings.training.micro_batch_size * runtime.dp_size)
         learning_rate = self._rate.at(self.progress)
         start_s = time.perf_counter()
-        figures = train_step(self.trainer, batches, count, learning_rate, stop)
+        figures = train_step(self.trainer, batches, count, learning_rate, stop_requested)
         step_time_s = time.perf_counter() - start_s
         self.progress = self.progress.after(samples, settings.model.seq_length)
         if self.sinks:

@@ -1,7 +1,7 @@
 """One optimizer step: forward and backward over all micro-batches, clipping, update, figures."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -65,7 +65,7 @@ def train_step(
     batches: BatchIterators,
     num_microbatches: int,
     learning_rate: float,
-    stop: bool = False,
+    stop_requested: Callable[[], bool],
 ) -> StepFigures:
     """Take one step.
 
@@ -74,7 +74,7 @@ def train_step(
         batches: iterators that yield this rank's next ``num_microbatches`` micro-batches.
         num_microbatches: micro-batches of every rank.
         learning_rate: of this step.
-        stop: this rank's wish to stop, shared with the others.
+        stop_requested: whether this rank was asked to stop; shared with the others at the end.
 
     Raises:
         NotFiniteError: when the loss or the gradient norm is not finite and the settings check it.
@@ -88,7 +88,7 @@ def train_step(
     local = torch.zeros(3, dtype=torch.float64, device=trainer.runtime.device)
     if trainer.runtime.holds_loss:
         local[:2] = torch.stack(sums).sum(0)
-    local[2] = stop
+    local[2] = stop_requested()
     total = local.clone()
     torch.distributed.all_reduce(total)
     loss_sum, tokens, stops = total.tolist()

@@ -62,7 +62,7 @@ def measure(trainer: Trainer, steps: int) -> None:
     loop = Loop(trainer, Streams(stream, None), Progress(), sinks, 1.0)
     batches = loop._batches()
     kinds = {
-        "ours": lambda: loop._step(batches, False),
+        "ours": lambda: loop._step(batches, lambda: False),
         "bare": partial(bare_step, trainer),
         "bare, default AdamW": partial(bare_step, trainer, fused=False),
     }
