@@ -8,7 +8,9 @@ them. All functions here are collectives over all ranks.
 import importlib.metadata
 import logging
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -74,7 +76,8 @@ def save_checkpoint(
         "optimizer": optimizer_state.sharded_optimizer_state(optimizer, weights),
         "rng": rng_entries(),
     }
-    dist_checkpointing.save(state, str(temporary), sharded_strategy=_InProcessWriter())
+    with _without_future_warnings():
+        dist_checkpointing.save(state, str(temporary), sharded_strategy=_InProcessWriter())
 
     def finish() -> None:
         recipe.write(settings, temporary / "settings.yaml")
@@ -198,7 +201,8 @@ def _load(checkpoint: Checkpoint, request: ShardedStateDict, remedy: str) -> Sha
     if absent:
         raise UserError(f"--load {checkpoint.folder}: holds no {absent}; {remedy}")
     try:
-        return dist_checkpointing.load(request, str(checkpoint.folder))
+        with _without_future_warnings():
+            return dist_checkpointing.load(request, str(checkpoint.folder))
     except (CheckpointingException, CheckpointException) as error:
         raise UserError(
             f"--load {checkpoint.folder}: damaged or of another shape: {error}"
@@ -266,6 +270,14 @@ def _on_rank_0(action: Callable[[], Result]) -> Result:
     if error is not None:
         raise error
     return result
+
+
+@contextmanager
+def _without_future_warnings() -> Iterator[None]:
+    """Torch warns about classes and functions of its own that megatron-core still calls."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 class _InProcessWriter(torch_strategy.TorchDistSaveShardedStrategy):

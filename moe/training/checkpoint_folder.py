@@ -119,13 +119,18 @@ def read(path: Path) -> Checkpoint:
     """
     folder = find(path)
     record = read_record(folder)
+    verify_files(folder, record)
+    return Checkpoint(folder, record, _read_keys(folder / METADATA))
+
+
+def verify_files(folder: Path, record: Record) -> None:
+    """``UserError`` where a file is missing or has not the size that it was written with."""
     for name, size in record.files.items():
         file = folder / name
         found = file.stat().st_size if file.is_file() else None
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes instead of {size}"
             raise UserError(f"--load {folder}: damaged: {name} {state}")
-    return Checkpoint(folder, record, _read_keys(folder / METADATA))
 
 
 def read_record(folder: Path) -> Record:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from moetron.moe.training.checkpoint_folder import (
     make_run_folder,
     read_record,
     refuse_to_rewrite,
+    verify_files,
 )
 
 logger = logging.getLogger(__name__)
@@ -63,9 +65,11 @@ FUNCTION = {
 def check_folders(settings: Settings, stream_state: Mapping[str, Any]) -> None:
     """What is wrong with --load and --save, before anything heavy starts; imports no torch.
 
+    Files are looked at by rank 0 alone, since thousands of ranks may share a disk.
+
     Raises:
-        UserError: nothing to load, another architecture, no permission to save, or a longer run at
-            --save than the one that starts.
+        UserError: nothing to load, damage, another architecture, no permission to save, or a longer
+            run at --save than the one that starts.
     """
     options, step = settings.checkpoint, 0
     begins = options.load is not None and options.load == options.save
@@ -73,6 +77,8 @@ def check_folders(settings: Settings, stream_state: Mapping[str, Any]) -> None:
         folder = find(Path(options.load))
         record = read_record(folder)
         require_fit(folder, record, settings, stream_state)
+        if os.environ.get("RANK", "0") == "0":
+            verify_files(folder, record)
         step = 0 if options.finetune or options.reset_progress else record.progress.step
     if options.save is not None:
         make_run_folder(Path(options.save))

@@ -1,0 +1,227 @@
+"""Commands that cannot work: each ends with exit code 2, one readable message and no traceback."""
+
+import json
+import os
+import re
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moetron.moe.config.settings import Settings
+from moetron.moe.training import checkpoint_folder
+from moetron.moe.training.checkpoint_folder import Record
+from moetron.moe.training.progress import Progress
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU_LIMIT_S = 10.0
+"""A command may take no longer; processor time, since the machine may be busy."""
+HANG_S = 120.0
+
+RECIPE = {
+    "model": {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "seq_length": 16},
+    "moe": {"num_experts": 4, "moe_ffn_hidden_size": 8},
+    "training": {"train_iters": 4, "micro_batch_size": 1, "global_batch_size": 4},
+    "learning_rate": {"lr": 1e-3},
+    "validation": {"eval_iters": 0},
+}
+TEXT = "To be, or not to be, that is the question. " * 20
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with recipes, texts, shards and a checkpoint, some of them broken."""
+    here = tmp_path_factory.mktemp("world")
+    for name, content in _files().items():
+        (here / name).write_text(content, encoding="utf-8")
+    (here / "nothing").mkdir()
+    code, message = run(
+        here, f"{PREPROCESS} --input text.jsonl --tokenizer bytes --output-prefix ok"
+    )
+    assert code == 0, message
+    _break_shards(here)
+    for name in ("run", "torn"):
+        _write_checkpoint(here / name)
+    (here / "torn" / "step_0000003" / "data.distcp").write_bytes(b"12")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        (here / "port").write_text(str(taken.getsockname()[1]))
+        yield here
+
+
+def _files() -> dict[str, str]:
+    mock = {**RECIPE, "data": {"mock_data": True}}
+    mock["model"] = {**RECIPE["model"], "vocab_size": 256}
+    return {
+        "good.yaml": yaml.safe_dump(mock),
+        "data.yaml": yaml.safe_dump(RECIPE),
+        "bad.yaml": "model: {num_layers: 2",
+        "list.yaml": "- model\n- moe\n",
+        "key.yaml": yaml.safe_dump({**mock, "moe": {"num_expert": 4}}),
+        "section.yaml": yaml.safe_dump({**mock, "modle": {"num_layers": 2}}),
+        "twice.yaml": "model:\n  num_layers: 2\n  num_layers: 3\n",
+        "dense.yaml": yaml.safe_dump({**mock, "moe": {}}),
+        "text.jsonl": json.dumps({"text": TEXT}) + "\n",
+        "wrong_key.jsonl": json.dumps({"content": TEXT}) + "\n",
+        "not_json.jsonl": "{'text': 1}\n" * 5,
+        "empty.jsonl": "",
+        "file": "a regular file",
+        "junk.model": "junk",
+        "junk.json": "{}",
+    }
+
+
+def _break_shards(here: Path) -> None:
+    for name in ("no_idx", "cut", "bad_idx", "other"):
+        for end in (".bin", ".idx", ".json"):
+            shutil.copy(here / f"ok{end}", here / f"{name}{end}")
+    (here / "no_idx.idx").unlink()
+    os.truncate(here / "cut.bin", 100)
+    (here / "bad_idx.idx").write_bytes(b"not an index")
+    manifest = json.loads((here / "other.json").read_text())
+    manifest["tokenizer"]["fingerprint"] = "0" * 64
+    (here / "other.json").write_text(json.dumps(manifest))
+
+
+def _write_checkpoint(run_folder: Path) -> None:
+    """A checkpoint as far as it is looked at before torch starts."""
+    recipe = yaml.safe_load(_files()["good.yaml"])
+    folder = checkpoint_folder.step_folder(run_folder, 3)
+    temporary = checkpoint_folder.prepare(folder)
+    (temporary / "data.distcp").write_bytes(b"123")
+    files = checkpoint_folder.file_sizes(temporary)
+    settings = Settings.model_validate(recipe).model_dump(mode="json")
+    record = Record(Progress(3, 12, 192), settings, {}, {}, {}, files)
+    checkpoint_folder.write_record(temporary, record)
+    checkpoint_folder.commit(folder, None)
+
+
+def run(here: Path, command: str, **environment: str) -> tuple[int, str]:
+    """Exit code and what was said on the error stream."""
+    program, *words = command.split()
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / program), *words],
+        cwd=here,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=HANG_S,
+    )
+    return done.returncode, done.stderr
+
+
+PRETRAIN = "pretrain_moe.py"
+MOCK = f"{PRETRAIN} --config good.yaml"
+DATA = f"{PRETRAIN} --config data.yaml --tokenizer-model bytes --data-path"
+DRY = f"{MOCK} --dry-run --world-size"
+PREPROCESS = "tools/preprocess_corpus.py"
+TRAIN_TOKENIZER = "tools/train_tokenizer.py"
+GENERATE = "tools/generate.py"
+NGRAM = "tools/ngram_baseline.py"
+
+BROKEN = {
+    # recipes and flags
+    f"{PRETRAIN}": "--num-layers is missing",
+    f"{PRETRAIN} --config absent.yaml": "absent.yaml: No such file",
+    f"{PRETRAIN} --config nothing": "nothing: Is a directory",
+    f"{PRETRAIN} --config bad.yaml": "bad.yaml: line 1",
+    f"{PRETRAIN} --config list.yaml": "must hold sections",
+    f"{PRETRAIN} --config key.yaml": "`num_expert`.*did you mean num_experts",
+    f"{PRETRAIN} --config section.yaml": "`modle:`.*did you mean model",
+    f"{PRETRAIN} --config twice.yaml": "'num_layers' is given twice",
+    f"{MOCK} --num-layer 2": "--num-layer.*did you mean --num-layers",
+    f"{MOCK} --num-layers": "--num-layers",
+    f"{MOCK} --num-layers many": "--num-layers many: must be integer",
+    f"{MOCK} --lr -1": "--lr -1",
+    f"{MOCK} --lr nan": "--lr nan",
+    f"{MOCK} stray": "stray",
+    # combinations
+    f"{DRY} 3 --tensor-model-parallel-size 3": "--tensor-model-parallel-size 3.*heads",
+    f"{DRY} 3 --expert-model-parallel-size 3": "--expert-model-parallel-size 3",
+    f"{DRY} 3 --tensor-model-parallel-size 2": r"3 rank\(s\) are not a multiple",
+    f"{DRY} 3 --pipeline-model-parallel-size 3": "--pipeline-model-parallel-size 3",
+    f"{DRY} 2 --rank 2": "--rank 2",
+    f"{MOCK} --micro-batch-size 3": "--micro-batch-size 3",
+    f"{MOCK} --moe-router-topk 5": "--moe-router-topk 5",
+    f"{MOCK} --lr-warmup-iters 9": "--lr-warmup-iters 9",
+    f"{MOCK} --finetune": "--finetune needs --load",
+    f"{MOCK} --device cuda": "--device cuda",
+    f"{PRETRAIN} --config dense.yaml --dry-run --world-size 2 --expert-model-parallel-size 2": (
+        "--expert-model-parallel-size 2.*experts"
+    ),
+    # data
+    f"{PRETRAIN} --config data.yaml": "no data",
+    f"{DATA} absent": "no file absent.bin",
+    f"{DATA} no_idx": "no file no_idx.idx",
+    f"{DATA} cut": "cut",
+    f"{DATA} bad_idx": "bad_idx.idx",
+    f"{DATA} other": "tokenizer",
+    f"{DATA} 0 ok": "'0' must be a weight",
+    f"{DATA} ok --seq-length 100000": "100000|100001",
+    f"{DATA} ok --vocab-size 10": "--vocab-size 10",
+    f"{PRETRAIN} --config data.yaml --data-path ok": "--tokenizer-model",
+    f"{PRETRAIN} --config data.yaml --data-path ok --tokenizer-model absent": "absent",
+    f"{PRETRAIN} --config data.yaml --data-path ok --tokenizer-model junk.model": "junk.model",
+    f"{PRETRAIN} --config data.yaml --data-path ok --tokenizer-model junk.json": "junk.json",
+    # folders
+    f"{MOCK} --save file": "--save file is a file",
+    f"{MOCK} --save file/run": "--save file/run: cannot write",
+    f"{MOCK} --save run": "--save run: holds a run that reached step 3",
+    f"{MOCK} --save-interval 2": "--save-interval 2 needs --save",
+    f"{MOCK} --load absent": "--load absent",
+    f"{MOCK} --load nothing": "--load nothing: holds no checkpoint",
+    f"{MOCK} --load run --hidden-size 32": "--hidden-size 32: the checkpoint has 16",
+    f"{MOCK} --load torn": "data.distcp has 2 bytes instead of 3",
+    # tools
+    f"{PREPROCESS} --input absent.jsonl --tokenizer bytes --output-prefix out": "absent.jsonl",
+    f"{PREPROCESS} --input wrong_key.jsonl --tokenizer bytes --output-prefix out": "text",
+    f"{PREPROCESS} --input not_json.jsonl --tokenizer bytes --output-prefix out": "not_json",
+    f"{PREPROCESS} --input empty.jsonl --tokenizer bytes --output-prefix out": "empty|no doc",
+    f"{PREPROCESS} --input text.jsonl --tokenizer junk.model --output-prefix out": "junk.model",
+    f"{PREPROCESS} --input text.jsonl --tokenizer bytes --output-prefix file/out": "file",
+    f"{PREPROCESS} --input text.jsonl": "--tokenizer",
+    f"{TRAIN_TOKENIZER} --input absent.jsonl --output tok": "absent.jsonl",
+    f"{TRAIN_TOKENIZER} --input empty.jsonl --output tok": "empty|no text",
+    f"{TRAIN_TOKENIZER} --input text.jsonl --output tok --vocab-size 100000": "vocab",
+    f"{TRAIN_TOKENIZER} --input text.jsonl --output tok --vocab-size 10": "vocab",
+    f"{GENERATE} --load absent": "absent: no such folder",
+    f"{GENERATE} --load nothing": "nothing: holds no checkpoint",
+    f"{GENERATE} --load run --temperature -1": "temperature",
+    "tools/inspect_data.py absent": "absent",
+    "tools/inspect_data.py cut": "cut",
+    f"{NGRAM} --train-data-path ok --valid-data-path absent --seq-length 8": "absent",
+}
+
+
+@pytest.mark.parametrize("command", BROKEN)
+def test_a_command_that_cannot_work_says_why(world: Path, command: str) -> None:
+    code, message = _timed(world, command)
+    assert code == 2, message
+    assert re.search(BROKEN[command], message, re.DOTALL), message
+    assert "Traceback" not in message
+    assert 0 < len(message.splitlines()) < 20, message
+
+
+def test_a_port_in_use(world: Path) -> None:
+    port = (world / "port").read_text()
+    rank = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    code, message = _timed(world, MOCK, **rank)
+    assert code == 2, message
+    assert f"MASTER_PORT={port}: another program" in message
+    assert "Traceback" not in message
+
+
+def _timed(world: Path, command: str, **environment: str) -> tuple[int, str]:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    outcome = run(world, command, **environment)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < CPU_LIMIT_S
+    return outcome
