@@ -1,0 +1,103 @@
+"""Time a rank's experts: grouped products against megatron-core's one after the other.
+
+    python -m tests.bench.bench_experts [--rounds 7] [--threads 2]
+
+Rounds alternate between the two, so that a noisy machine slows both; the ratio is that of medians
+of forward plus backward passes. Loads are Dirichlet-skewed, as routers' are.
+"""
+
+import argparse
+import statistics
+import time
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from moetron.moe.layers.experts import GroupedExperts
+from tests.parallel.harness import model_parallel
+
+SHAPES = ((512, 256, 16, 4), (256, 128, 64, 8))  # H, F, experts, top-k
+TOKENS = 4096
+
+
+def _config(
+    hidden: int, ffn: int, experts: int, topk: int, dtype: torch.dtype
+) -> TransformerConfig:
+    return TransformerConfig(
+        num_layers=1,
+        hidden_size=hidden,
+        num_attention_heads=4,
+        num_moe_experts=experts,
+        moe_ffn_hidden_size=ffn,
+        moe_router_topk=topk,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        bias_activation_fusion=False,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+    )
+
+
+def _skewed_counts(experts: int, rows: int) -> torch.Tensor:
+    share = torch.distributions.Dirichlet(torch.full((experts,), 5.0)).sample()
+    counts = (share * rows).long()
+    counts[0] += rows - counts.sum()
+    return counts
+
+
+def _one_round(module: torch.nn.Module, x: torch.Tensor, counts: torch.Tensor) -> float:
+    """Seconds of one forward and backward pass."""
+    probs = torch.rand(len(x), requires_grad=True)
+    grad = torch.randn_like(x)
+    start = time.perf_counter()
+    out, _ = module(x, counts, probs)
+    out.backward(grad)
+    elapsed = time.perf_counter() - start
+    x.grad = None
+    module.zero_grad()
+    return elapsed
+
+
+def _compare(shape: tuple[int, int, int, int], dtype: torch.dtype, rounds: int) -> None:
+    hidden, _, experts, topk = shape
+    config = _config(*shape, dtype)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    grouped = GroupedExperts(experts, config, pg_collection=groups)
+    sequential = SequentialMLP(experts, config, linear, pg_collection=groups)
+    x = torch.randn(TOKENS * topk, hidden, dtype=dtype, requires_grad=True)
+    counts = _skewed_counts(experts, len(x))
+    times: dict[str, list[float]] = {"grouped": [], "sequential": []}
+    for _ in range(rounds + 2):
+        times["grouped"].append(_one_round(grouped, x, counts))
+        times["sequential"].append(_one_round(sequential, x, counts))
+    median = {name: statistics.median(values[2:]) for name, values in times.items()}
+    print(
+        f"H{shape[0]} F{shape[1]} E{experts} top{topk} {str(dtype).removeprefix('torch.')}: "
+        f"grouped {median['grouped'] * 1e3:.0f} ms, "
+        f"sequential {median['sequential'] * 1e3:.0f} ms, "
+        f"sequential / grouped {median['sequential'] / median['grouped']:.2f}"
+    )
+
+
+def main() -> None:
+    """Print one line for each shape and number format."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    with model_parallel():
+        for shape, dtype in product(SHAPES, (torch.float32, torch.bfloat16)):
+            _compare(shape, dtype, options.rounds)
+
+
+if __name__ == "__main__":
+    main()

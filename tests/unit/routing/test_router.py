@@ -1,0 +1,155 @@
+"""Watching the router, and its auxiliary losses."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe import router as megatron_router
+from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker
+
+from moetron.moe.config.bridge import transformer_config
+from moetron.moe.config.settings import Settings
+from moetron.moe.routing.losses import read_auxiliary_losses
+from moetron.moe.routing.record import RoutingRecorder, RoutingSummary
+from moetron.moe.routing.router import Router
+from tests.parallel.harness import model_parallel
+
+EXPERTS, TOKENS = 8, 32
+
+
+@pytest.fixture(autouse=True)
+def _parallel_state() -> Iterator[None]:
+    with model_parallel():
+        clear_aux_losses_tracker()
+        yield
+
+
+def _settings(**moe: Any) -> Settings:
+    return Settings.model_validate(
+        {
+            "model": {
+                "num_layers": 4,
+                "hidden_size": 16,
+                "num_attention_heads": 2,
+                "seq_length": TOKENS,
+            },
+            "moe": {
+                "num_experts": EXPERTS,
+                "moe_ffn_hidden_size": 8,
+                "moe_layer_freq": [0, 1, 0, 1],
+                "moe_router_pre_softmax": True,
+                "moe_aux_loss_coeff": 0.1,
+                "moe_z_loss_coeff": 0.01,
+                **moe,
+            },
+            "training": {"train_iters": 1, "micro_batch_size": 1, "global_batch_size": 1},
+            "learning_rate": {"lr": 1e-3},
+        }
+    )
+
+
+def _routers(settings: Settings) -> torch.nn.ModuleList:
+    config = transformer_config(settings)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    routers = torch.nn.ModuleList(Router(config, pg_collection=groups) for _ in range(2))
+    for router, number in zip(routers, (2, 4), strict=True):
+        router.set_layer_number(number)
+    return routers
+
+
+def _hidden() -> torch.Tensor:
+    return torch.randn(TOKENS, 1, 16, dtype=torch.bfloat16)
+
+
+def test_every_choice_is_counted_once_in_training() -> None:
+    settings = _settings()
+    routers = _routers(settings)
+    with RoutingRecorder([routers], settings) as recorder:
+        maps = [[router(_hidden())[1] for router in routers] for _ in range(3)]
+        with torch.no_grad():
+            routers[0](_hidden())  # the first pass of a recomputed layer, or evaluation
+        summary = recorder.summary()
+        recorder.reset()
+        assert not recorder.summary().chosen.any()
+    routers[0](_hidden())
+    assert not recorder.summary().chosen.any()
+    expected = torch.stack([sum(step[i].sum(0) for step in maps) for i in range(2)])
+    assert torch.equal(summary.chosen, expected) and torch.equal(summary.kept, expected)
+    assert summary.dropped_fraction == 0 and summary.chosen.dtype == torch.int64
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_drops(pad: bool) -> None:
+    settings = _settings(
+        moe_expert_capacity_factor=0.5,
+        moe_pad_expert_input_to_capacity=pad,
+        moe_router_load_balancing_type="none",
+        moe_aux_loss_coeff=0.0,
+    )
+    routers = _routers(settings)
+    drop = megatron_router.apply_router_token_dropping
+    with RoutingRecorder([routers], settings) as recorder:
+        routers[1](_hidden())
+        summary = recorder.summary()
+    assert megatron_router.apply_router_token_dropping is drop
+    capacity = math.ceil(0.5 * 2 * TOKENS / EXPERTS)
+    assert summary.chosen.sum(1).tolist() == [0, 2 * TOKENS]
+    assert torch.equal(summary.kept, summary.chosen.clamp(max=capacity))
+    kept = int(summary.kept.sum())
+    assert summary.dropped_fraction == pytest.approx(1 - kept / (2 * TOKENS))
+
+
+def test_summary_figures() -> None:
+    chosen = torch.tensor([[4, 4, 4, 4], [16, 0, 0, 0]])
+    summary = RoutingSummary(chosen, chosen.clamp(max=8))
+    assert summary.load_max_over_mean == (1 + 4) / 2
+    assert summary.dropped_fraction == 8 / 32
+    empty = RoutingSummary(torch.zeros(1, 4), torch.zeros(1, 4))
+    assert (empty.load_max_over_mean, empty.dropped_fraction) == (0, 0)
+
+
+def _read(settings: Settings, num_microbatches: int) -> dict[str, float]:
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return read_auxiliary_losses(settings, num_microbatches, groups)
+
+
+@pytest.mark.parametrize("kind", ["aux_loss", "seq_aux_loss", "global_aux_loss"])
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_uniform_logits(kind: str, micro_batches: int) -> None:
+    settings = _settings(moe_router_load_balancing_type=kind)
+    routers = _routers(settings)
+    for router in routers:
+        torch.nn.init.zeros_(router.weight)
+        for _ in range(micro_batches):
+            router(_hidden())
+    losses = _read(settings, micro_batches)
+    assert losses["aux_loss"] == pytest.approx(1.0)
+    assert losses["z_loss"] == pytest.approx(math.log(EXPERTS) ** 2)
+    assert _read(settings, 1) == {"aux_loss": 0, "z_loss": 0}
+
+
+def test_losses_that_are_off_are_absent() -> None:
+    assert _read(_settings(moe_aux_loss_coeff=0.0, moe_z_loss_coeff=None), 1) == {}
+    assert _read(_settings(num_experts=None), 1) == {}
+
+
+@pytest.mark.parametrize("per_token", [True, False])
+def test_gradients_are_those_of_the_formula(per_token: bool) -> None:
+    settings = _settings()
+    router = _routers(settings)[0]
+    router.calculate_per_token_loss = per_token
+    hidden = _hidden()
+    probs, _ = router(hidden)
+    probs.sum().mul(0).backward()
+    weight = router.weight.detach().float().requires_grad_()
+    logits = hidden.view(TOKENS, 16).float() @ weight.T
+    scores = logits.softmax(dim=-1)
+    share = torch.bincount(scores.topk(2).indices.flatten(), minlength=EXPERTS) / (2 * TOKENS)
+    balance = EXPERTS * (share * scores.mean(0)).sum()
+    z = logits.logsumexp(dim=-1).square().mean()
+    (0.1 * balance + 0.01 * z).mul(TOKENS if per_token else 1).backward()
+    assert weight.grad is not None
+    torch.testing.assert_close(router.weight.grad.float(), weight.grad, rtol=2e-2, atol=1e-3)
