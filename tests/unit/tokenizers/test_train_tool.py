@@ -1,0 +1,70 @@
+"""tools/train_tokenizer.py: from JSONL to a tokenizer that says what it was made from."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from moetron.tokenizers.load import load_tokenizer
+
+TOOL = Path(__file__).resolve().parents[3] / "tools" / "train_tokenizer.py"
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("train_tokenizer", TOOL)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_corpus(folder: Path, corpus: list[str]) -> str:
+    folder.mkdir()
+    rows = [json.dumps({"text": text}) for text in corpus]
+    (folder / "code.jsonl").write_text("\n".join([*rows, '{"no": "text"}']))
+    return str(folder)
+
+
+def test_it_trains_once_and_says_from_what(
+    tool: ModuleType, corpus: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, prefix = write_corpus(tmp_path / "in", corpus), tmp_path / "out" / "tok.v1"
+    arguments = ["--input", folder, "--output", str(prefix), "--vocab-size", "1000"]
+    assert tool.main(arguments) == 0
+    assert "code" in capsys.readouterr().out
+    path = tmp_path / "out" / "tok.v1.model"
+    said = json.loads((tmp_path / "out" / "tok.v1.json").read_text())
+    tokenizer = load_tokenizer(path)
+    assert said["fingerprint"] == tokenizer.fingerprint
+    assert said["vocab_size"] == tokenizer.vocab_size == 1024
+    assert said["fertility_on_training_text"]["code"]["bytes_per_token"] > 1.5
+    written = path.stat().st_mtime_ns
+    assert tool.main(arguments) == 0
+    assert capsys.readouterr().out == f"{path} is current\n"
+    assert tool.main([*arguments, "--sentinels", "10"]) == 0
+    assert path.stat().st_mtime_ns > written
+
+
+def test_a_damaged_model_is_made_again(tool: ModuleType, corpus: list[str], tmp_path: Path) -> None:
+    folder, prefix = write_corpus(tmp_path / "in", corpus), tmp_path / "tok"
+    arguments = ["--input", folder, "--output", str(prefix), "--vocab-size", "1000"]
+    tool.main(arguments)
+    path = tmp_path / "tok.model"
+    content = path.read_bytes()
+    path.write_bytes(content[:100])
+    tool.main(arguments)
+    assert path.read_bytes() == content
+
+
+def test_mistakes_exit_with_2_and_one_message(tmp_path: Path) -> None:
+    command = [sys.executable, str(TOOL), "--input", str(tmp_path / "*.jsonl"), "--output", "x"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "*.jsonl" in done.stderr
+    assert "Traceback" not in done.stderr
