@@ -20,6 +20,7 @@ rank reads the parameters that its shard touches.
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -39,7 +40,7 @@ from megatron.core.optimizer import (
 )
 from torch import Tensor
 
-Entry = ShardedTensor | ShardedTensorFactory
+Entry: TypeAlias = ShardedTensor | ShardedTensorFactory
 
 PREFIX = "optimizer.state"
 STEP_KEY = "optimizer.step"

@@ -131,6 +131,38 @@ def test_precisions_load_each_other(tmp_path: Path) -> None:
         assert torch.equal(middle[key.removeprefix(MAIN)], main), key
 
 
+def test_sequential_and_grouped_experts_load_each_other(tmp_path: Path) -> None:
+    """One parameter for all experts of a rank, or one for each: the checkpoint is the same."""
+    sequential: Groups = {"moe": {"moe_grouped_gemm": False}, "training": {"train_iters": 2}}
+    grouped: Groups = {"moe": {"moe_grouped_gemm": True}, "training": {"train_iters": 2}}
+    folders = [tmp_path / name for name in ("sequential", "grouped", "back")]
+    sources = [str(folder / "step_0000002") for folder in folders]
+    run_ranks(_write, 2, str(folders[0]), "ep2_zero", sequential)
+    run_ranks(_read_and_go_on, 1, sources[0], str(folders[1]), "dp", grouped)
+    run_ranks(_read_and_go_on, 2, sources[1], str(folders[2]), "ep2", sequential)
+    first, middle, back = (tensors(Path(source)) for source in sources)
+    _assert_identical(first, middle)
+    _assert_identical(first, back)
+
+
+def test_padding_of_the_vocabulary_may_differ(tmp_path: Path) -> None:
+    """96 rows on one tensor rank, 192 on two; rows that no token uses are zero."""
+    padding: Groups = {
+        "model": {"make_vocab_size_divisible_by": 96},
+        "training": {"train_iters": 2},
+    }
+    folders = [tmp_path / name for name in ("narrow", "wide", "back")]
+    sources = [str(folder / "step_0000002") for folder in folders]
+    run_ranks(_write, 1, str(folders[0]), "dp", padding)
+    run_ranks(_read_and_go_on, 2, sources[0], str(folders[1]), "tp2", padding)
+    run_ranks(_read_and_go_on, 1, sources[1], str(folders[2]), "dp", padding)
+    narrow, wide, back = (tensors(Path(source)) for source in sources)
+    _assert_identical(narrow, back)
+    embedding = wide["embedding.word_embeddings.weight"]
+    assert embedding.shape[0] == 192
+    assert not embedding[96:].any()
+
+
 def _assert_identical(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     assert one.keys() == other.keys()
     assert any(".exp_avg" in key for key in one)

@@ -1,0 +1,162 @@
+"""What a load takes from a checkpoint, what it leaves out, and what it refuses. On one rank."""
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from moetron.moe.config.errors import UserError
+from moetron.moe.training import optimizer_state
+from moetron.moe.training.checkpoint import load_weights, save_checkpoint
+from moetron.moe.training.loop import Loop
+from moetron.moe.training.optimizer_state import leaves, optimizer_step
+from moetron.moe.training.progress import Progress
+from tests.parallel.checkpoint_runs import parallel_of, settings, start
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bf16 run that was saved at step 2."""
+    folder = tmp_path_factory.mktemp("saved")
+    chosen = bf16(save=str(folder), training={"train_iters": 2})
+    with parallel_of(chosen):
+        start(chosen).run(lambda: False)
+    return folder
+
+
+def bf16(training: dict[str, Any] | None = None, **checkpoint: Any) -> Any:
+    groups = {"training": training} if training else {}
+    return settings("dp", precision={"bf16": True}, checkpoint=checkpoint, **groups)
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    with parallel_of(bf16()):
+        yield
+
+
+def weights(loop: Loop) -> list[torch.Tensor]:
+    return [parameter.detach().float() for parameter in loop.trainer.chunks[0].parameters()]
+
+
+def mains(loop: Loop) -> list[torch.Tensor]:
+    groups = [group for leaf in leaves(loop.trainer.optimizer) for group in leaf.param_groups]
+    return [main.detach() for group in groups for main in group["params"]]
+
+
+def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.usefixtures("alone")
+def test_what_each_option_takes(saved: Path) -> None:
+    path = str(saved)
+    resumed = start(bf16(load=path))
+    assert resumed.progress == Progress(2, 8, 128)
+    assert optimizer_step(resumed.trainer.optimizer) == 2
+    for option, step in (("finetune", 0), ("no_load_optim", 0), ("reset_progress", 2)):
+        loop = start(bf16(load=path, **{option: True}))
+        assert same(weights(loop), weights(resumed))
+        assert optimizer_step(loop.trainer.optimizer) == step
+        begins = option in ("finetune", "reset_progress")
+        assert loop.progress == (Progress() if begins else resumed.progress)
+        assert same(mains(loop), mains(resumed)) == (option == "reset_progress")
+        for leaf in leaves(loop.trainer.optimizer):
+            for parameter, main, _ in optimizer_state._mains(leaf):
+                assert torch.equal(parameter, main.bfloat16())
+
+
+def _draws() -> list[Any]:
+    with get_cuda_rng_tracker().fork():
+        tracked = torch.rand(3).tolist()
+    plain = torch.rand(3).tolist()
+    return [tracked, plain, random.random(), random.gauss(0, 1), np.random.rand(3).tolist()]
+
+
+@pytest.mark.usefixtures("alone")
+def test_random_numbers_go_on(tmp_path: Path) -> None:
+    chosen = bf16(load=str(tmp_path), save=str(tmp_path))
+    loop = start(chosen)
+    random.gauss(0, 1)  # leaves its second number for the next call
+    trainer = loop.trainer
+    save_checkpoint(tmp_path, Progress(1), trainer.chunks, trainer.optimizer, chosen, {})
+    expected = _draws()
+    start(chosen)
+    assert _draws() == expected
+    start(bf16(load=str(tmp_path), no_load_rng=True))
+    assert _draws() != expected
+
+
+@pytest.mark.usefixtures("alone")
+def test_another_layout_gets_random_numbers_of_its_own(
+    saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy = _edited(saved, tmp_path, lambda record: record["layout"].update(world_size=2))
+    start(bf16(load=str(copy)))
+    first = _draws()
+    assert "another layout" in caplog.text
+    start(bf16(load=str(copy)))
+    assert _draws() == first
+
+
+def _edited(saved: Path, tmp_path: Path, change: Any) -> Path:
+    """A copy of a checkpoint, by links, with a changed record."""
+    folder = tmp_path / "step_0000002"
+    folder.mkdir()
+    for file in (saved / folder.name).iterdir():
+        (folder / file.name).hardlink_to(file)
+    record = json.loads((folder / "run.json").read_text())
+    change(record)
+    (folder / "run.json").unlink()
+    (folder / "run.json").write_text(json.dumps(record))
+    return folder
+
+
+@pytest.mark.usefixtures("alone")
+def test_an_absent_moment_is_named(saved: Path, tmp_path: Path) -> None:
+    """As if the checkpoint had been written by an optimizer that kept other moments."""
+    sgd = {"optimizer": {"optimizer": "sgd"}}
+    copy = _edited(saved, tmp_path, lambda record: record["settings"].update(**sgd))
+    chosen = settings("dp", precision={"bf16": True}, checkpoint={"load": str(copy)}, **sgd)
+    with pytest.raises(UserError, match=r"holds no .*momentum_buffer.*--no-load-optim"):
+        start(chosen)
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_parameter_of_another_shape_is_refused(saved: Path, tmp_path: Path) -> None:
+    model = {"hidden_size": 32}
+    copy = _edited(saved, tmp_path, lambda record: record["settings"]["model"].update(model))
+    chosen = settings("dp", precision={"bf16": True}, checkpoint={"load": str(copy)}, model=model)
+    with pytest.raises(UserError, match="of another shape"):
+        start(chosen)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("what", ["weights", "moments"])
+def test_nan_is_never_loaded_in_silence(tmp_path: Path, what: str) -> None:
+    """Targets are NaN before they are read, so this is also what an unwritten part looks like."""
+    loop = start(bf16())
+    loop.run(lambda: True)
+    trainer = loop.trainer
+    if what == "weights":
+        next(iter(trainer.chunks[0].parameters())).data.view(-1)[0] = torch.nan
+    else:
+        [*_, state] = leaves(trainer.optimizer)[-1].optimizer.state.values()
+        state["exp_avg"].view(-1)[-1] = torch.nan
+    save_checkpoint(tmp_path, Progress(1), trainer.chunks, trainer.optimizer, bf16(), {})
+    with pytest.raises(UserError, match="1 tensors hold NaN or were never written"):
+        start(bf16(load=str(tmp_path)))
+
+
+@pytest.mark.usefixtures("alone")
+def test_weights_alone(saved: Path) -> None:
+    resumed, other = start(bf16(load=str(saved))), start(bf16(training={"seed": 5}))
+    assert not same(weights(resumed), weights(other))
+    load_weights(saved, other.trainer.chunks)
+    assert same(weights(resumed), weights(other))
