@@ -6,18 +6,20 @@
 The model is the quick start's. Steps of three kinds take turns in one process, on one model and one
 optimizer, so that noise of the machine falls on all alike: ours (loading samples, routing counts,
 figures, reports), bare (random tokens, no figures, no checks), and bare with torch's default AdamW
-instead of its fused one. Prints the median of each and of the ratios of paired steps.
+instead of its fused one. Prints the median of each and of the ratios of paired steps, in wall time
+and in this process's CPU time, which other programs on the machine disturb less.
 """
 
 import argparse
 import dataclasses
-import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
@@ -35,6 +37,9 @@ from moetron.moe.training.stream import Streams
 
 RECIPE = Path(__file__).parents[2] / "examples" / "quickstart" / "pretrain.yaml"
 WARM_UP = 3
+
+Times = dict[str, list[np.ndarray]]
+"""Kind of step -> [wall, CPU] seconds of each."""
 
 
 def main() -> None:
@@ -61,22 +66,22 @@ def measure(trainer: Trainer, steps: int) -> None:
     sinks = open_sinks(settings, 0) if trainer.runtime.is_main else []
     loop = Loop(trainer, Streams(stream, None), Progress(), sinks, 1.0)
     batches = loop._batches()
-    kinds = {
+    kinds: dict[str, Callable[[], object]] = {
         "ours": lambda: loop._step(batches, lambda: False),
         "bare": partial(bare_step, trainer),
         "bare, default AdamW": partial(bare_step, trainer, fused=False),
     }
-    times: dict[str, list[float]] = {name: [] for name in kinds}
+    times: Times = {name: [] for name in kinds}
     for turn in range(WARM_UP + steps):
         for name, step in kinds.items():
             if name == "ours":
                 recorder = RoutingRecorder(trainer.chunks, settings)
                 loop.trainer = dataclasses.replace(trainer, recorder=recorder)
             torch.distributed.barrier()
-            start = time.perf_counter()
+            start = clocks()
             step()
             if turn >= WARM_UP:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clocks() - start)
             if name == "ours":
                 recorder.close()
     if trainer.runtime.is_main:
@@ -118,14 +123,20 @@ def bare_loss(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
     return losses.sum(), torch.tensor(losses.numel(), dtype=torch.int), None
 
 
-def report(times: dict[str, list[float]]) -> None:
+def clocks() -> np.ndarray:
+    """[wall, CPU] in seconds."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def report(times: Times) -> None:
     """Print medians and paired ratios."""
+    row = "{:<28}{:>10.{places}f}{:>10.{places}f}".format
+    print(f"{'':<28}{'wall':>10}{'CPU':>10}")
     for name, values in times.items():
-        print(f"{name:<22} {statistics.median(values) * 1e3:8.1f} ms")
+        print(row(f"{name}, ms", *np.median(values, axis=0) * 1e3, places=0))
     for other in list(times)[1:]:
-        pairs = zip(times["ours"], times[other], strict=True)
-        ratio = statistics.median(ours / theirs for ours, theirs in pairs)
-        print(f"ours / {other:<15} {ratio:8.3f}")
+        ratios = np.array(times["ours"]) / np.array(times[other])
+        print(row(f"ours / {other}", *np.median(ratios, axis=0), places=3))
 
 
 if __name__ == "__main__":
