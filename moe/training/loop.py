@@ -48,10 +48,10 @@ class Loop:
         Returns whether it was asked to stop. What was trained is saved in each case.
         """
         training = self.trainer.settings.training
-        batches = self._batches()
+        batches = self.batches()
         stopped = False
         while self.progress.step < training.train_iters and not stopped:
-            stopped = self._step(batches, stop_requested)
+            stopped = self.step(batches, stop_requested)
             self._after_step()
             exit_interval = training.exit_interval
             if exit_interval is not None and self.progress.step % exit_interval == 0:
@@ -61,7 +61,7 @@ class Loop:
         self._save()
         return stopped
 
-    def _batches(self) -> BatchIterators:
+    def batches(self) -> BatchIterators:
         """Micro-batches from here to the end of the run, for each chunk that reads any."""
         settings, runtime = self.trainer.settings, self.trainer.runtime
         length, workers = settings.model.seq_length, settings.data.num_workers
@@ -77,8 +77,8 @@ class Loop:
             for chunk in self.trainer.chunks
         ]
 
-    def _step(self, batches: BatchIterators, stop_requested: Callable[[], bool]) -> bool:
-        """One step and its report; whether any rank was asked to stop."""
+    def step(self, batches: BatchIterators, stop_requested: Callable[[], bool]) -> bool:
+        """Take one step and report it; whether any rank was asked to stop."""
         settings, runtime = self.trainer.settings, self.trainer.runtime
         samples = global_batch_size_at(settings, self.progress.consumed_samples)
         count = samples // (settings.training.micro_batch_size * runtime.dp_size)

@@ -65,9 +65,9 @@ def measure(trainer: Trainer, steps: int) -> None:
     stream = MockStream(1, trainer.vocab_size, settings.model.seq_length)
     sinks = open_sinks(settings, 0) if trainer.runtime.is_main else []
     loop = Loop(trainer, Streams(stream, None), Progress(), sinks, 1.0)
-    batches = loop._batches()
+    batches = loop.batches()
     kinds: dict[str, Callable[[], object]] = {
-        "ours": lambda: loop._step(batches, lambda: False),
+        "ours": lambda: loop.step(batches, lambda: False),
         "bare": partial(bare_step, trainer),
         "bare, default AdamW": partial(bare_step, trainer, fused=False),
     }

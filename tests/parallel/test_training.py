@@ -43,7 +43,9 @@ class _Rows:
 
 
 def _settings(flags: list[str]) -> Settings:
-    return load(["--config", str(RECIPE), "--seq-length", "64", *flags]).settings
+    return load(
+        ["--config", str(RECIPE), "--seq-length", "64", "--num-layers", "4", *flags]
+    ).settings
 
 
 def _trainer(settings: Settings) -> Trainer:
@@ -99,10 +101,11 @@ def test_a_repeated_run_is_bit_identical(one_rank: tuple[str, dict[str, Any]]) -
     "layout",
     [
         ["--expert-model-parallel-size", "2"],
-        ["--use-distributed-optimizer", "--overlap-grad-reduce"],
-        ["--pipeline-model-parallel-size", "2"],
+        ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"],
+        ["--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1"],
+        ["--tensor-model-parallel-size", "2"],
     ],
-    ids=["ep2", "dp2-zero1", "pp2"],
+    ids=["ep2", "dp2-zero1-overlapped", "pp2-interleaved", "tp2"],
 )
 def test_two_ranks_equal_one(one_rank: tuple[str, dict[str, Any]], layout: list[str]) -> None:
     """Every step's loss to 1e-6, from the same weights, fp32; gradient norms to 1e-4."""
