@@ -145,6 +145,25 @@ def test_sequential_and_grouped_experts_load_each_other(tmp_path: Path) -> None:
     _assert_identical(first, back)
 
 
+def test_a_parameter_over_three_flat_shards(tmp_path: Path) -> None:
+    """Tied embeddings of 1024 rows are 16384 of 25.6 thousand parameters on four ranks."""
+    tied: Groups = {
+        "model": {
+            "untie_embeddings_and_output_weights": False,
+            "make_vocab_size_divisible_by": 1024,
+        },
+        "training": {"train_iters": 2},
+    }
+    folders = [tmp_path / name for name in ("four", "stages", "back")]
+    sources = [str(folder / "step_0000002") for folder in folders]
+    run_ranks(_write, 4, str(folders[0]), "zero", tied)
+    run_ranks(_read_and_go_on, 2, sources[0], str(folders[1]), "pp2", tied)
+    run_ranks(_read_and_go_on, 4, sources[1], str(folders[2]), "zero", tied)
+    first, middle, back = (tensors(Path(source)) for source in sources)
+    _assert_identical(first, middle)
+    _assert_identical(first, back)
+
+
 def test_padding_of_the_vocabulary_may_differ(tmp_path: Path) -> None:
     """96 rows on one tensor rank, 192 on two; rows that no token uses are zero."""
     padding: Groups = {

@@ -12,7 +12,7 @@ import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from moetron.moe.config.errors import UserError
-from moetron.moe.training import optimizer_state
+from moetron.moe.training import checkpoint, optimizer_state
 from moetron.moe.training.checkpoint import load_weights, save_checkpoint
 from moetron.moe.training.loop import Loop
 from moetron.moe.training.optimizer_state import leaves, optimizer_step
@@ -83,7 +83,7 @@ def _draws() -> list[Any]:
 def test_random_numbers_go_on(tmp_path: Path) -> None:
     chosen = bf16(load=str(tmp_path), save=str(tmp_path))
     loop = start(chosen)
-    random.gauss(0, 1)  # leaves its second number for the next call
+    _draws()  # its gauss leaves a second number for the next call
     trainer = loop.trainer
     save_checkpoint(tmp_path, Progress(1), trainer.chunks, trainer.optimizer, chosen, {})
     expected = _draws()
@@ -140,7 +140,6 @@ def test_a_parameter_of_another_shape_is_refused(saved: Path, tmp_path: Path) ->
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("what", ["weights", "moments"])
 def test_nan_is_never_loaded_in_silence(tmp_path: Path, what: str) -> None:
-    """Targets are NaN before they are read, so this is also what an unwritten part looks like."""
     loop = start(bf16())
     loop.run(lambda: True)
     trainer = loop.trainer
@@ -152,6 +151,28 @@ def test_nan_is_never_loaded_in_silence(tmp_path: Path, what: str) -> None:
     save_checkpoint(tmp_path, Progress(1), trainer.chunks, trainer.optimizer, bf16(), {})
     with pytest.raises(UserError, match="1 tensors hold NaN or were never written"):
         start(bf16(load=str(tmp_path)))
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("name", ["final_layernorm", "exp_avg_sq", "fp32_param"])
+def test_what_was_never_written_is_not_loaded(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """As if the reader passed one tensor over."""
+    read = checkpoint.dist_checkpointing.load
+
+    def skip_one(request: Any, folder: str) -> Any:
+        parts = request.get("model0", request)
+        kept = {key: part.data.clone() for key, part in parts.items() if name in key}
+        loaded = read(request, folder)
+        if kept:
+            key = next(iter(kept))
+            loaded.get("model0", loaded)[key].data.copy_(kept[key])
+        return loaded
+
+    monkeypatch.setattr(checkpoint.dist_checkpointing, "load", skip_one)
+    with pytest.raises(UserError, match=f"1 tensors hold NaN or were never written.*{name}"):
+        start(bf16(load=str(saved)))
 
 
 @pytest.mark.usefixtures("alone")
