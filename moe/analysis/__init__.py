@@ -1,0 +1,1 @@
+"""What a run shows: curves now; saturation, co-activation and specialisation belong here."""
