@@ -45,21 +45,31 @@ class Loop:
     def run(self, stop_requested: Callable[[], bool]) -> bool:
         """Train to the end, to --exit-interval or until a rank is asked to stop.
 
-        Returns whether it was asked to stop. What was trained is saved in each case.
+        Returns whether the run was stopped before its end. What was trained is saved in each case.
+        The sinks are closed, whatever happens.
         """
+        try:
+            stopped = self._train(stop_requested)
+            ended = self.progress.step == self.trainer.settings.training.train_iters
+            if ended:
+                self._evaluate()
+            self._save()
+        finally:
+            for sink in self.sinks:
+                sink.close()
+        return stopped and not ended
+
+    def _train(self, stop_requested: Callable[[], bool]) -> bool:
+        """All steps up to the first reason to end; whether that was the wish of a rank."""
         training = self.trainer.settings.training
         batches = self.batches()
-        stopped = False
-        while self.progress.step < training.train_iters and not stopped:
+        while self.progress.step < training.train_iters:
             stopped = self.step(batches, stop_requested)
             self._after_step()
             exit_interval = training.exit_interval
-            if exit_interval is not None and self.progress.step % exit_interval == 0:
-                break
-        if self.progress.step == training.train_iters:
-            self._evaluate()
-        self._save()
-        return stopped
+            if stopped or (exit_interval is not None and self.progress.step % exit_interval == 0):
+                return stopped
+        return False
 
     def batches(self) -> BatchIterators:
         """Micro-batches from here to the end of the run, for each chunk that reads any."""
@@ -104,6 +114,7 @@ class Loop:
             "tokens": self.progress.consumed_tokens,
             "samples": self.progress.consumed_samples,
             "lm_loss": figures.lm_loss,
+            "loss_tokens": figures.loss_tokens,
             **figures.routing,
             "grad_norm": figures.grad_norm,
             "lr": learning_rate,

@@ -116,7 +116,11 @@ class TensorBoard:
 
 
 class WandB:
-    """The same scalars on Weights & Biases."""
+    """The same scalars on Weights & Biases; each start of a run is one of the group of its folder.
+
+    Raises:
+        UserError: when wandb is not installed.
+    """
 
     def __init__(self, project: str, folder: Path, settings: Settings) -> None:
         try:
@@ -124,7 +128,8 @@ class WandB:
         except ImportError as error:
             raise UserError("--wandb-project needs `pip install moetron[log]`") from error
         tree = settings.model_dump(mode="json")
-        self._run = wandb.init(project=project, dir=str(folder), config=tree, resume="allow")
+        group = folder.resolve().name
+        self._run = wandb.init(project=project, group=group, dir=str(folder), config=tree)
 
     def step(self, row: Row) -> None:
         """One scalar for each number."""

@@ -2,12 +2,14 @@
 
 import json
 import math
+import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from moetron.moe.config.errors import UserError
-from moetron.moe.training.report import JsonLines, LineFiles, flat, open_sinks
+from moetron.moe.training.report import JsonLines, LineFiles, WandB, flat, open_sinks
 from tests.unit.training.training_cases import settings
 
 
@@ -64,6 +66,25 @@ def test_tensorboard_scalars_can_be_read_back(tmp_path: Path) -> None:
         "validation/source_losses/a": 1.0,
     }
     assert _steps(tmp_path / "metrics.jsonl") == [1]
+
+
+def test_wandb_gets_the_same_scalars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Mock()
+    monkeypatch.setitem(sys.modules, "wandb", Mock(init=Mock(return_value=run)))
+    run_settings = settings(
+        checkpoint={"save": str(tmp_path)}, logging={"wandb_project": "p", "tensorboard": False}
+    )
+    for sink in open_sinks(run_settings, 0):
+        sink.step({"step": 4, "lm_loss": 2.5})
+        sink.close()
+    run.log.assert_called_once_with({"train/lm_loss": 2.5}, step=4)
+    run.finish.assert_called_once()
+
+
+def test_wandb_must_be_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="--wandb-project needs"):
+        WandB("p", tmp_path, settings())
 
 
 def test_nothing_is_written_without_a_folder(tmp_path: Path) -> None:
