@@ -29,7 +29,7 @@ from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 from torch.distributed.checkpoint import save as save_tensors
 
-import moetron
+from moetron import __version__
 from moetron.moe.config import recipe
 from moetron.moe.config.derived import expert_tensor_parallel_size, virtual_pipeline_size
 from moetron.moe.config.errors import UserError
@@ -255,7 +255,7 @@ def _layout(settings: Settings) -> dict[str, int]:
 def _versions() -> dict[str, str]:
     packages = ("torch", "megatron-core", "numpy")
     versions = {name: importlib.metadata.version(name) for name in packages}
-    return {"python": platform.python_version(), "moetron": moetron.__version__, **versions}
+    return {"python": platform.python_version(), "moetron": __version__, **versions}
 
 
 def _on_rank_0(action: Callable[[], Result]) -> Result:

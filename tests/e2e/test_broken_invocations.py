@@ -164,7 +164,7 @@ BROKEN = {
     f"{DATA} cut": "cut",
     f"{DATA} bad_idx": "bad_idx.idx",
     f"{DATA} other": "tokenizer",
-    f"{DATA} 0 ok": "'0' must be a weight",
+    f"{DATA} 0 ok": "weight '0' must be",
     f"{DATA} ok --seq-length 100000": "100000|100001",
     f"{DATA} ok --vocab-size 10": "--vocab-size 10",
     f"{PRETRAIN} --config data.yaml --data-path ok": "--tokenizer-model",
