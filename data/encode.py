@@ -9,7 +9,7 @@ from itertools import chain
 import numpy as np
 
 from moetron.data.indexed_format import token_dtype
-from moetron.data.inputs import Chunk, Reject
+from moetron.data.inputs import Chunk, Cursor, Reject
 from moetron.tokenizers.interface import Tokenizer
 from moetron.tokenizers.load import load_tokenizer
 
@@ -41,37 +41,37 @@ class Documents:
 class Encoded:
     """What one chunk gave."""
 
-    training: Documents
-    held_out: Documents
+    sides: tuple[Documents, Documents]
+    """For training, held out."""
     rejects: list[Reject]
-    empty: int
-    """Documents without text."""
+    left_out: dict[str, int]
+    """Documents that each filter left out."""
     read_bytes: int
+    end: Cursor
+    """Where the next chunk begins."""
+
+    @property
+    def rows(self) -> int:
+        """Documents that the chunk held, bad ones included."""
+        kept = sum(side.lengths.size for side in self.sides)
+        return kept + len(self.rejects) + sum(self.left_out.values())
 
 
 def encode_chunk(encoding: Encoding, chunk: Chunk) -> Encoded:
     """Parse a chunk, decide each document's side, and encode both sides in batches."""
     tokenizer = _tokenizer(encoding.tokenizer)
-    training: list[str] = []
-    held_out: list[str] = []
+    sides: tuple[list[str], list[str]] = [], []
     rejects: list[Reject] = []
-    empty = 0
+    left_out = {"empty": 0}
     for text in chunk.texts(encoding.text_key):
         if isinstance(text, Reject):
             rejects.append(text)
         elif not text:
-            empty += 1
-        elif is_held_out(text, encoding.holdout_fraction):
-            held_out.append(text)
+            left_out["empty"] += 1
         else:
-            training.append(text)
-    return Encoded(
-        _encode(tokenizer, training, encoding.append_eod),
-        _encode(tokenizer, held_out, encoding.append_eod),
-        rejects,
-        empty,
-        chunk.read_bytes,
-    )
+            sides[is_held_out(text, encoding.holdout_fraction)].append(text)
+    training, held_out = (_encode(tokenizer, texts, encoding.append_eod) for texts in sides)
+    return Encoded((training, held_out), rejects, left_out, chunk.read_bytes, chunk.end)
 
 
 def is_held_out(text: str, fraction: float) -> bool:

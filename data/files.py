@@ -23,6 +23,23 @@ def replace(temporary: Path, final: Path) -> None:
         os.close(folder)
 
 
+def sync(file: BinaryIO) -> None:
+    """Bring a file to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def open_at(path: Path, size_bytes: int) -> BinaryIO:
+    """A binary file to write on after its first ``size_bytes``; what lies behind them is dropped.
+
+    0 begins a new file. Otherwise the file must be there and hold as much.
+    """
+    file = path.open("r+b" if size_bytes else "w+b")
+    file.truncate(size_bytes)
+    file.seek(size_bytes)
+    return file
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A binary file that appears at ``path``, synced, when the block ends without an exception."""
@@ -30,8 +47,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     try:
         with temporary.open("wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            sync(file)
         replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -33,6 +33,18 @@ class Reject:
 
 
 @dataclass(frozen=True)
+class Cursor:
+    """A place in the inputs from which reading can go on."""
+
+    file: int = 0
+    """Number of the file."""
+    offset_bytes: int = 0
+    """Of its content, decompressed, that was read."""
+    line: int = 1
+    """Number of the line that comes next."""
+
+
+@dataclass(frozen=True)
 class RowChunk:
     """Whole lines of one file, each a JSON object."""
 
@@ -42,6 +54,13 @@ class RowChunk:
     data: bytes
     read_bytes: int
     """Bytes of the input file that went into this chunk (fewer than ``data`` if compressed)."""
+    end: Cursor
+    """Where the next chunk begins."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory that the chunk takes."""
+        return len(self.data)
 
     def texts(self, text_key: str) -> Iterator[str | Reject]:
         """The text of each row; blank lines are passed over."""
@@ -60,6 +79,12 @@ class FileChunk:
     files: tuple[tuple[str, bytes], ...]
     """(name, content)."""
     read_bytes: int
+    end: Cursor
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory that the chunk takes."""
+        return sum(len(data) for _, data in self.files)
 
     def texts(self, text_key: str) -> Iterator[str | Reject]:
         """The text of each file."""
@@ -90,35 +115,54 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
     return sorted(found)
 
 
-def read_chunks(files: Sequence[Path]) -> Iterator[Chunk]:
-    """Cut files into tasks of about ``CHUNK_BYTES``, in order; equal files make equal tasks."""
+def read_chunks(files: Sequence[Path], start: Cursor | None = None) -> Iterator[Chunk]:
+    """Cut files into tasks of about ``CHUNK_BYTES``, in order, from ``start`` on.
+
+    Each task says where the next begins: reading on from there gives the same tasks.
+    """
+    start = start or Cursor()
     waiting: list[tuple[str, bytes]] = []
     waiting_bytes = read_bytes = 0
-    for file in files:
+    for number, file in list(enumerate(files))[start.file :]:
         if _text_suffix(file) in ROW_SUFFIXES:
-            yield from _row_chunks(file)
+            if waiting:
+                yield FileChunk(tuple(waiting), read_bytes, Cursor(number))
+                waiting, waiting_bytes, read_bytes = [], 0, 0
+            yield from _row_chunks(file, start if number == start.file else Cursor(number))
             continue
         with _content(file) as (_, stream):
             waiting.append((str(file), stream.read()))
         waiting_bytes += len(waiting[-1][1])
         read_bytes += file.stat().st_size
         if waiting_bytes >= CHUNK_BYTES:
-            yield FileChunk(tuple(waiting), read_bytes)
+            yield FileChunk(tuple(waiting), read_bytes, Cursor(number + 1))
             waiting, waiting_bytes, read_bytes = [], 0, 0
     if waiting:
-        yield FileChunk(tuple(waiting), read_bytes)
+        yield FileChunk(tuple(waiting), read_bytes, Cursor(len(files)))
 
 
-def _row_chunks(file: Path) -> Iterator[RowChunk]:
+def _row_chunks(file: Path, start: Cursor) -> Iterator[RowChunk]:
     """Whole lines of one file."""
-    line, before = 1, 0
+    offset, line = start.offset_bytes, start.line
     with _content(file) as (raw, stream):
+        _skip(stream, offset)
+        before = raw.tell()
         while data := stream.read(CHUNK_BYTES):
             data += stream.readline()
-            position = raw.tell()
-            yield RowChunk(str(file), line, data, position - before)
-            line += data.count(b"\n")
-            before = position
+            offset += len(data)
+            position, lines = raw.tell(), data.count(b"\n")
+            end = Cursor(start.file, offset, line + lines)
+            yield RowChunk(str(file), line, data, position - before, end)
+            line, before = end.line, position
+
+
+def _skip(stream: BinaryIO, size_bytes: int) -> None:
+    """Leave out the beginning of a stream that was read before."""
+    if stream.seekable():
+        stream.seek(size_bytes)
+        return
+    while size_bytes:
+        size_bytes -= len(stream.read(min(size_bytes, CHUNK_BYTES)))
 
 
 class _BadRow(ValueError):

@@ -1,6 +1,8 @@
 """Work in many processes, results in order, memory bounded."""
 
 import multiprocessing
+import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -10,27 +12,50 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 AHEAD = 3
-"""Tasks a worker that are read before their results are taken."""
+"""Tasks of usual weight, a worker, that are read before their results are taken."""
 
 
 def ordered_map(
-    function: Callable[[Item], Result], items: Iterable[Item], workers: int
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    workers: int,
+    weigh: Callable[[Item], float] = lambda item: 1.0,
 ) -> Iterator[Result]:
-    """``map`` over ``workers`` processes (1: in this one); at most ``AHEAD * workers`` tasks wait.
+    """``map`` over ``workers`` processes (1: in this one).
 
-    A worker that dies raises BrokenProcessPool here instead of leaving us waiting.
+    Tasks that wait weigh at most ``AHEAD * workers`` together, however heavy one of them is. A
+    worker that dies raises BrokenProcessPool here instead of leaving us waiting; workers end when
+    this process does, even if it is killed.
     """
     if workers == 1:
         yield from map(function, items)
         return
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-    waiting: deque[Future[Result]] = deque()
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
+    waiting: deque[tuple[float, Future[Result]]] = deque()
+    load = 0.0
     try:
         for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) >= AHEAD * workers:
-                yield waiting.popleft().result()
+            weight = weigh(item)
+            while waiting and load + weight > AHEAD * workers:
+                load -= waiting[0][0]
+                yield waiting.popleft()[1].result()
+            waiting.append((weight, pool.submit(function, item)))
+            load += weight
+            del item  # a heavy task is not ours to keep
         while waiting:
-            yield waiting.popleft().result()
+            yield waiting.popleft()[1].result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent does."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

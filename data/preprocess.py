@@ -2,25 +2,23 @@
 
 import hashlib
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import orjson
 
-from moetron.data.encode import Documents, Encoding, encode_chunk
+from moetron.data.encode import Encoding, encode_chunk
 from moetron.data.errors import DataError
-from moetron.data.files import atomic_file, beside
-from moetron.data.inputs import Reject, find_files, read_chunks
+from moetron.data.files import beside
+from moetron.data.inputs import CHUNK_BYTES, Chunk, find_files, read_chunks
+from moetron.data.journal import Side, State, read_state
 from moetron.data.manifest import Manifest, TokenizerRecord, read_manifest, write_manifest
+from moetron.data.output import Output, discard
 from moetron.data.parallel import ordered_map
 from moetron.data.progress import Progress
-from moetron.data.writer import ShardWriter
 from moetron.tokenizers.load import load_tokenizer
-
-REJECT_REASONS_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,8 @@ def preprocess(options: Options) -> Outcome:
     """Make the shard ``options`` describes, and the held-out one, unless they are current.
 
     Every file appears whole or not at all, the manifest last. Rows without usable text are listed
-    in ``PREFIX.rejects.jsonl``. The bytes written do not depend on the number of workers.
+    in ``PREFIX.rejects.jsonl``. The bytes written do not depend on the number of workers, nor on
+    how often the work was killed: the same call goes on from the journal, ``PREFIX.progress.json``.
 
     Raises:
         DataError: options or inputs are wrong, more rows are bad than allowed, or nothing is left.
@@ -90,6 +89,7 @@ def preprocess(options: Options) -> Outcome:
     )
     run = _Run(options, files, record)
     if current := run.current():
+        discard(run.prefixes)
         return Outcome(current, True, "the inputs and settings are those of the last run")
     return run.make()
 
@@ -111,8 +111,6 @@ class _Run:
         listing = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
         identity = [listing, self.settings, self.prefixes, tokenizer.model_dump()]
         self.key = hashlib.sha256(orjson.dumps(identity)).hexdigest()
-        self.rows = self.rejected = self.empty = 0
-        self.reasons: list[Reject] = []
 
     def current(self) -> dict[str, Manifest]:
         """The manifests of the outputs if all are there and were made as asked; else nothing."""
@@ -125,107 +123,99 @@ class _Run:
         return found
 
     def make(self) -> Outcome:
-        """Read, encode, write."""
-        text_bytes = dict.fromkeys(self.prefixes, 0)
-        with ExitStack() as stack:
-            writers = [
-                stack.enter_context(ShardWriter(prefix, self.tokenizer.vocab_size))
-                for prefix in self.prefixes
-            ]
-            progress = stack.enter_context(Progress("preprocess", self.input_bytes))
-            self._encode(writers, text_bytes, progress)
-            for writer in writers:
-                if writer.documents == 0:
-                    raise DataError(self._nothing_left(str(writer.prefix)))
-            manifests = {
-                prefix: self._finish(writer, text_bytes[prefix])
-                for prefix, writer in zip(self.prefixes, writers, strict=True)
-            }
-            return Outcome(manifests, False, progress.summary())
+        """Read, encode, write; a user's mistake leaves nothing half-written behind."""
+        state = read_state(self.prefixes[0], self.key) or self._begin()
+        try:
+            with (
+                Output(self.prefixes, self.tokenizer.vocab_size, state) as output,
+                Progress("preprocess", self.input_bytes, state.read_bytes) as progress,
+            ):
+                self._encode(output, progress)
+                manifests = self._finish(output)
+                summary = progress.summary()
+        except DataError:
+            discard(self.prefixes)
+            raise
+        discard(self.prefixes)
+        return Outcome(manifests, False, summary)
 
-    def _encode(
-        self, writers: list[ShardWriter], text_bytes: dict[str, int], progress: Progress
-    ) -> None:
-        """Bring every chunk's documents to their writers, in the inputs' order."""
+    def _begin(self) -> State:
+        """The state of a run that has done nothing, with nothing of another's left."""
+        discard(self.prefixes)
+        return State(key=self.key, sides=[Side() for _ in self.prefixes])
+
+    def _encode(self, output: Output, progress: Progress) -> None:
+        """Bring every chunk's documents to their shards, in the inputs' order."""
         options = self.options
         encoding = Encoding(
             options.tokenizer, options.text_key, options.append_eod, options.holdout_fraction
         )
-        rejects_path = beside(options.output_prefix, ".rejects.jsonl")
-        rejects_path.unlink(missing_ok=True)
-        chunks = read_chunks(self.files)
-        with atomic_file(rejects_path) as rejects_file:
-            for encoded in ordered_map(partial(encode_chunk, encoding), chunks, options.workers):
-                sides = (encoded.training, encoded.held_out)
-                for prefix, writer, side in zip(self.prefixes, writers, sides, strict=False):
-                    writer.add(side.tokens, side.lengths)
-                    text_bytes[prefix] += side.text_bytes
-                self._count(encoded.rejects, encoded.empty, sides, rejects_file)
-                progress.update(encoded.read_bytes, sum(side.tokens.size for side in sides))
-        if self.rejected == 0:
-            rejects_path.unlink()
-        elif self.rejected > options.max_bad_fraction * self.rows:
-            raise DataError(self._too_many_bad(rejects_path))
+        chunks = read_chunks(self.files, output.state.cursor)
+        for encoded in ordered_map(
+            partial(encode_chunk, encoding), chunks, options.workers, _weight
+        ):
+            output.take(encoded)
+            progress.update(encoded.read_bytes, sum(side.tokens.size for side in encoded.sides))
 
-    def _count(
-        self,
-        rejects: list[Reject],
-        empty: int,
-        sides: tuple[Documents, Documents],
-        rejects_file: BinaryIO,
-    ) -> None:
-        """Take note of a chunk's rows, good and bad."""
-        self.rows += len(rejects) + empty + sum(side.lengths.size for side in sides)
-        self.rejected += len(rejects)
-        self.empty += empty
-        self.reasons += rejects[: REJECT_REASONS_SHOWN - len(self.reasons)]
-        for reject in rejects:
-            rejects_file.write(orjson.dumps(asdict(reject)) + b"\n")
-
-    def _finish(self, writer: ShardWriter, text_bytes: int) -> Manifest:
-        """Give a shard its name and vouch for it."""
-        bin_record, idx_record = writer.finish()
-        manifest = Manifest(
-            tokenizer=self.tokenizer,
-            dtype=writer.dtype.name,
-            documents=writer.documents,
-            tokens=writer.tokens,
-            text_bytes=text_bytes,
-            appended_eod=self.options.append_eod,
-            bin=bin_record,
-            idx=idx_record,
-            sources=self._sources(),
-            filters={"rejected": self.rejected, "empty": self.empty},
-            settings=self.settings,
-            key=self.key,
-        )
-        write_manifest(writer.prefix, manifest)
-        return manifest
+    def _finish(self, output: Output) -> dict[str, Manifest]:
+        """Give all files their names and vouch for them."""
+        state = output.state
+        output.finish_rejects()
+        if state.rejected > self.options.max_bad_fraction * state.rows:
+            raise DataError(self._too_many_bad(state, output.rejects_path))
+        for prefix, side in zip(self.prefixes, state.sides, strict=True):
+            if side.documents == 0:
+                raise DataError(self._nothing_left(state, prefix))
+        manifests = {}
+        for prefix, side, writer in zip(self.prefixes, state.sides, output.writers, strict=True):
+            bin_record, idx_record = writer.finish()
+            manifests[prefix] = Manifest(
+                tokenizer=self.tokenizer,
+                dtype=writer.dtype.name,
+                documents=side.documents,
+                tokens=side.tokens,
+                text_bytes=side.text_bytes,
+                appended_eod=self.options.append_eod,
+                bin=bin_record,
+                idx=idx_record,
+                sources=self._sources(),
+                filters={"rejected": state.rejected, **state.left_out},
+                settings=self.settings,
+                key=self.key,
+            )
+            write_manifest(prefix, manifests[prefix])
+        return manifests
 
     def _sources(self) -> list[dict[str, Any]]:
         """The inputs as asked for, and their size."""
         inputs = list(self.options.inputs)
         return [{"inputs": inputs, "files": len(self.files), "bytes": self.input_bytes}]
 
-    def _nothing_left(self, prefix: str) -> str:
+    def _nothing_left(self, state: State, prefix: str) -> str:
         """Why a shard would be empty."""
+        left_out = "".join(f", {name} {count}" for name, count in state.left_out.items())
         message = (
-            f"{prefix}: no document for it; {len(self.files)} files hold {self.rows} rows, "
-            f"of which {self.rejected} are bad and {self.empty} empty"
+            f"{prefix}: no document for it; {len(self.files)} files hold {state.rows} rows, "
+            f"of which left out: bad {state.rejected}{left_out}"
         )
         held_out = prefix == self.options.holdout_prefix
         return message + ("; raise --holdout-fraction" if held_out else "")
 
-    def _too_many_bad(self, rejects_path: Path) -> str:
+    def _too_many_bad(self, state: State, rejects_path: Path) -> str:
         """What is wrong with the rows."""
         examples = "".join(
             f"\n  {reject.file}{f':{reject.line}' if reject.line else ''}: {reject.reason}"
-            for reject in self.reasons
+            for reject in state.reasons
         )
         return (
-            f"{self.rejected} of {self.rows} rows are bad, more than --max-bad-fraction "
+            f"{state.rejected} of {state.rows} rows are bad, more than --max-bad-fraction "
             f"{self.options.max_bad_fraction} allows; all are listed in {rejects_path}:{examples}"
         )
+
+
+def _weight(chunk: Chunk) -> float:
+    """Memory of a chunk in units of the usual one's."""
+    return max(1.0, chunk.size_bytes / CHUNK_BYTES)
 
 
 def _sizes_fit(prefix: str, manifest: Manifest) -> bool:

@@ -10,15 +10,23 @@ LINE_INTERVAL_S = 10.0
 
 
 class Progress:
-    """Bytes read of a known total, with MB/s, tokens/s and the time that is left."""
+    """Bytes read of a known total, with MB/s, tokens/s and the time that is left.
 
-    def __init__(self, name: str, total_bytes: int) -> None:
-        self._name, self._total_bytes = name, total_bytes
+    ``done_bytes`` were read by an earlier run and count for the share alone.
+    """
+
+    def __init__(self, name: str, total_bytes: int, done_bytes: int = 0) -> None:
+        self._name, self._total_bytes, self._done_bytes = name, total_bytes, done_bytes
         self._bytes = self._tokens = 0
         self._start = self._last_line = time.monotonic()
         on_terminal = sys.stderr.isatty()
         self._bar = tqdm(
-            desc=name, total=total_bytes, unit="B", unit_scale=True, disable=not on_terminal
+            desc=name,
+            total=total_bytes,
+            initial=done_bytes,
+            unit="B",
+            unit_scale=True,
+            disable=not on_terminal,
         )
 
     def update(self, read_bytes: int, tokens: int) -> None:
@@ -36,8 +44,9 @@ class Progress:
     def summary(self) -> str:
         """Share done and speed so far."""
         seconds = max(time.monotonic() - self._start, 1e-9)
-        share = self._bytes / max(self._total_bytes, 1)
-        left_s = seconds * (1 / share - 1) if share else float("inf")
+        done_bytes = self._done_bytes + self._bytes
+        share = done_bytes / max(self._total_bytes, 1)
+        left_s = seconds * (self._total_bytes - done_bytes) / max(self._bytes, 1)
         return (
             f"{share:.0%} of {self._total_bytes / 1e6:.1f} MB, "
             f"{self._bytes / 1e6 / seconds:.1f} MB/s, "

@@ -1,15 +1,13 @@
 """Write a token shard: bounded memory, atomic, hashed on the way."""
 
 import hashlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
 
 import numpy as np
 
-from moetron.data.files import beside, replace
+from moetron.data.files import beside, open_at, replace, sync
 from moetron.data.indexed_format import (
     HEADER,
     LENGTH,
@@ -22,27 +20,35 @@ from moetron.data.indexed_format import (
 from moetron.data.manifest import FileRecord, manifest_path
 
 BLOCK = 1 << 20  # documents whose index entries are made at once
+HASH_BLOCK_BYTES = 1 << 22
+
+
+def temporary_paths(prefix: str | Path) -> tuple[Path, Path, Path]:
+    """Where tokens, index and document lengths wait for the end of the work."""
+    return beside(prefix, ".bin.tmp"), beside(prefix, ".idx.tmp"), beside(prefix, ".lengths.tmp")
 
 
 class ShardWriter:
     """Appends documents to ``PREFIX.bin`` and builds ``PREFIX.idx`` when told to finish.
 
-    Nothing bears its final name before ``finish``; leaving the ``with`` block without it removes
-    what was written. Document lengths wait in a file, not in memory.
+    Nothing bears its final name before ``finish``. What was written until ``mark`` survives a
+    crash: a new writer goes on from there. Document lengths wait in a file, not in memory.
     """
 
-    def __init__(self, prefix: str | Path, vocab_size: int) -> None:
+    def __init__(
+        self, prefix: str | Path, vocab_size: int, documents: int = 0, tokens: int = 0
+    ) -> None:
+        """``documents`` and ``tokens``: how many an earlier writer had left at its last mark."""
         self.prefix = Path(prefix)
         self.dtype = token_dtype(vocab_size)
-        self.documents = 0
-        self.tokens = 0
-        self._paths = {
-            suffix: beside(prefix, f".{suffix}.tmp") for suffix in ("bin", "idx", "lengths")
-        }
+        self.documents = documents
+        self.tokens = tokens
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._bin = self._paths["bin"].open("wb")
-        self._lengths = self._paths["lengths"].open("w+b")
+        self._bin_path, self._idx_path, self._lengths_path = temporary_paths(prefix)
+        self._bin = open_at(self._bin_path, tokens * self.dtype.itemsize)
+        self._lengths = open_at(self._lengths_path, documents * LENGTH.itemsize)
         self._bin_hash = hashlib.sha256()
+        self._hash_kept_tokens()
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
         """Append documents: ``tokens`` [sum(lengths)] of the shard's dtype, ``lengths`` [N]."""
@@ -54,6 +60,15 @@ class ShardWriter:
         self.documents += lengths.size
         self.tokens += tokens.size
 
+    def mark(self) -> dict[str, int]:
+        """Bring everything to the disk; the bytes that a successor needs, by file."""
+        sync(self._bin)
+        sync(self._lengths)
+        return {
+            str(self._bin_path): self.tokens * self.dtype.itemsize,
+            str(self._lengths_path): self.documents * LENGTH.itemsize,
+        }
+
     def finish(self) -> tuple[FileRecord, FileRecord]:
         """Write the index, sync, and give both files their names; records of .bin and .idx.
 
@@ -61,14 +76,15 @@ class ShardWriter:
         for files that it does not describe. The caller writes the new one.
         """
         idx_hash = self._write_index()
-        _sync(self._bin)
-        sizes = {suffix: self._paths[suffix].stat().st_size for suffix in ("bin", "idx")}
+        sync(self._bin)
+        bin_bytes, idx_bytes = self._bin_path.stat().st_size, self._idx_path.stat().st_size
         manifest_path(self.prefix).unlink(missing_ok=True)
-        for suffix in ("bin", "idx"):
-            replace(self._paths[suffix], beside(self.prefix, f".{suffix}"))
+        replace(self._bin_path, beside(self.prefix, ".bin"))
+        replace(self._idx_path, beside(self.prefix, ".idx"))
+        self._lengths_path.unlink()
         return (
-            FileRecord(bytes=sizes["bin"], sha256=self._bin_hash.hexdigest()),
-            FileRecord(bytes=sizes["idx"], sha256=idx_hash),
+            FileRecord(bytes=bin_bytes, sha256=self._bin_hash.hexdigest()),
+            FileRecord(bytes=idx_bytes, sha256=idx_hash),
         )
 
     def __enter__(self) -> "ShardWriter":
@@ -82,13 +98,17 @@ class ShardWriter:
     ) -> None:
         self._bin.close()
         self._lengths.close()
-        for path in self._paths.values():
-            path.unlink(missing_ok=True)
+
+    def _hash_kept_tokens(self) -> None:
+        """Take the tokens that an earlier writer left into the hash."""
+        self._bin.seek(0)
+        while block := self._bin.read(HASH_BLOCK_BYTES):
+            self._bin_hash.update(block)
 
     def _write_index(self) -> str:
         """Write the index beside the tokens, block by block; its SHA-256."""
         digest = hashlib.sha256()
-        with self._paths["idx"].open("wb") as file:
+        with self._idx_path.open("wb") as file:
 
             def put(data: bytes) -> None:
                 file.write(data)
@@ -105,7 +125,7 @@ class ShardWriter:
                 start = int(ends[-1])
             for first in range(0, documents + 1, BLOCK):
                 put(np.arange(first, min(first + BLOCK, documents + 1), dtype=POINTER).tobytes())
-            _sync(file)
+            sync(file)
         return digest.hexdigest()
 
     def _length_blocks(self) -> Iterator[np.ndarray]:
@@ -113,9 +133,3 @@ class ShardWriter:
         self._lengths.seek(0)
         while block := self._lengths.read(BLOCK * LENGTH.itemsize):
             yield np.frombuffer(block, dtype=LENGTH)
-
-
-def _sync(file: BinaryIO) -> None:
-    """Bring a file to the disk."""
-    file.flush()
-    os.fsync(file.fileno())

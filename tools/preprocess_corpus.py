@@ -6,16 +6,23 @@
 
 Inputs are JSONL (.jsonl, .json, also with .gz or .zst) with the text under --text-key, or any other
 file as one plain-text document; folders are searched. Run again with the same inputs and settings,
-it finds its work done. Exit codes: 0 done, 2 something to mend, named in one message.
+it finds its work done, or goes on where it was killed. Exit codes: 0 done, 2 something to mend,
+named in one message, 1 a worker died.
 """
 
 import argparse
 import os
 import sys
+from concurrent.futures.process import BrokenProcessPool
 
 from moetron.data.errors import DataError
 from moetron.data.preprocess import Options, preprocess
 from moetron.tokenizers.interface import TokenizerError
+
+WORKER_DIED = (
+    "preprocess_corpus: a worker process died, most likely of too little memory; run the same "
+    "command again to go on, with fewer --workers"
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -62,6 +69,9 @@ def main() -> int:
     except (DataError, TokenizerError, OSError) as error:
         print(f"preprocess_corpus: {error}", file=sys.stderr)
         return 2
+    except BrokenProcessPool:
+        print(WORKER_DIED, file=sys.stderr)
+        return 1
     print(f"{'current' if outcome.current else 'done'}: {outcome.summary}")
     for prefix, manifest in outcome.manifests.items():
         print(

@@ -1,3 +1,4 @@
+import hashlib
 from contextlib import suppress
 from pathlib import Path
 
@@ -50,11 +51,22 @@ def test_the_index_is_written_in_blocks(make_shard, monkeypatch) -> None:
     assert Path(make_shard("blocks", DOCUMENTS)).with_suffix(".idx").read_bytes() == whole
 
 
-def test_an_unfinished_shard_leaves_nothing(tmp_path: Path) -> None:
+def test_a_shard_is_continued_at_its_last_mark(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), writer_module.ShardWriter(tmp_path / "s", 1000) as writer:
-        writer.add(np.array([1, 2], np.uint16), np.array([2]))
+        writer.add(np.array([1, 2, 3], np.uint16), np.array([2, 1]))
+        writer.mark()
+        writer.add(np.array([9], np.uint16), np.array([1]))
         raise RuntimeError("killed")
-    assert list(tmp_path.iterdir()) == []
+    with writer_module.ShardWriter(tmp_path / "s", 1000, documents=2, tokens=3) as writer:
+        writer.add(np.array([4], np.uint16), np.array([1]))
+        bin_record, _ = writer.finish()
+    assert [document.tolist() for document in map(Shard(tmp_path / "s").document, range(3))] == [
+        [1, 2],
+        [3],
+        [4],
+    ]
+    assert bin_record.sha256 == hashlib.sha256(np.array([1, 2, 3, 4], np.uint16)).hexdigest()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s.bin", "s.idx"]
 
 
 def test_reads_shards_without_a_manifest(make_shard) -> None:

@@ -1,0 +1,105 @@
+"""What preprocessing writes: shards, the list of rejects, and the journal between them."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+
+import orjson
+
+from moetron.data.encode import Encoded
+from moetron.data.files import beside, open_at, replace, sync
+from moetron.data.inputs import Reject
+from moetron.data.journal import State, journal_path, write_state
+from moetron.data.writer import ShardWriter, temporary_paths
+
+JOURNAL_INTERVAL_S = 5.0
+"""Work that a kill may cost."""
+REJECT_REASONS_SHOWN = 3
+
+
+class Output:
+    """The files of a run, in temporary places; every few seconds the journal vouches for them."""
+
+    def __init__(self, prefixes: Sequence[str], vocab_size: int, state: State) -> None:
+        """Go on where ``state`` says; it is kept up to date from here."""
+        self.state = state
+        self.prefix = prefixes[0]
+        self.writers = [
+            ShardWriter(prefix, vocab_size, side.documents, side.tokens)
+            for prefix, side in zip(prefixes, state.sides, strict=True)
+        ]
+        self.rejects_path = beside(self.prefix, ".rejects.jsonl")
+        self._rejects_temporary = rejects_temporary(self.prefix)
+        kept = state.sizes.get(str(self._rejects_temporary), 0)
+        self._rejects = open_at(self._rejects_temporary, kept)
+        self._last_mark_s = time.monotonic()
+
+    def take(self, encoded: Encoded) -> None:
+        """Append what one chunk gave."""
+        state = self.state
+        for writer, side, documents in zip(self.writers, state.sides, encoded.sides, strict=False):
+            writer.add(documents.tokens, documents.lengths)
+            side.documents, side.tokens = writer.documents, writer.tokens
+            side.text_bytes += documents.text_bytes
+        state.cursor = encoded.end
+        state.read_bytes += encoded.read_bytes
+        state.rows += encoded.rows
+        for name, count in encoded.left_out.items():
+            state.left_out[name] = state.left_out.get(name, 0) + count
+        self._take_rejects(encoded.rejects)
+        if time.monotonic() - self._last_mark_s >= JOURNAL_INTERVAL_S:
+            self.mark()
+
+    def mark(self) -> None:
+        """From now on, a kill costs nothing of what was taken so far."""
+        sync(self._rejects)
+        self.state.sizes = {str(self._rejects_temporary): self._rejects.tell()}
+        for writer in self.writers:
+            self.state.sizes |= writer.mark()
+        write_state(self.prefix, self.state)
+        self._last_mark_s = time.monotonic()
+
+    def finish_rejects(self) -> None:
+        """Give the list of rejects its name, if there are any."""
+        sync(self._rejects)
+        if self.state.rejected:
+            replace(self._rejects_temporary, self.rejects_path)
+        else:
+            self.rejects_path.unlink(missing_ok=True)
+
+    def __enter__(self) -> "Output":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for writer in self.writers:
+            writer.__exit__(kind, error, trace)
+        self._rejects.close()
+
+    def _take_rejects(self, rejects: Sequence[Reject]) -> None:
+        """Append to the list of rejects."""
+        state = self.state
+        state.rejected += len(rejects)
+        state.reasons += rejects[: REJECT_REASONS_SHOWN - len(state.reasons)]
+        for reject in rejects:
+            self._rejects.write(orjson.dumps(asdict(reject)) + b"\n")
+
+
+def rejects_temporary(prefix: str | Path) -> Path:
+    """Where rejects wait for the end of the work."""
+    return beside(prefix, ".rejects.jsonl.tmp")
+
+
+def discard(prefixes: Sequence[str]) -> None:
+    """Remove what a run leaves behind for its successor; the journal first."""
+    paths = [journal_path(prefixes[0]), rejects_temporary(prefixes[0])]
+    for prefix in prefixes:
+        paths += temporary_paths(prefix)
+    for path in paths:
+        path.unlink(missing_ok=True)
