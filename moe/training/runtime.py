@@ -67,9 +67,18 @@ def running(settings: Settings) -> Iterator[Runtime]:
     _join(settings, backend_for(device))
     try:
         yield divide(settings, device)
-    finally:
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
+    except BaseException:
+        # Among several ranks, taking groups apart may wait for one that is gone; the process ends.
+        if torch.distributed.get_world_size() == 1:
+            _leave()
+        raise
+    _leave()
+
+
+def _leave() -> None:
+    """Take all process groups apart."""
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
 
 
 def divide(settings: Settings, device: torch.device) -> Runtime:

@@ -49,7 +49,8 @@ def folders(case: Case) -> Iterator[str]:
     for name in ("finetune", "reset_progress", "no_load_optim", "no_load_rng"):
         if getattr(wanted, name) and wanted.load is None:
             yield f"{flag_name(name)} needs --load FOLDER"
-    if wanted.load is not None and not Path(wanted.load).is_dir():
+    # --load equal to --save goes on where a run stopped, and begins it the first time.
+    if wanted.load not in (None, wanted.save) and not Path(str(wanted.load)).is_dir():
         yield f"{case.said('load')}: there is no such folder"
     if wanted.save is not None and Path(wanted.save).exists() and not Path(wanted.save).is_dir():
         yield f"{case.said('save')} is a file: name a folder"
