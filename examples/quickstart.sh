@@ -74,7 +74,7 @@ run="$out/run"
 pretrain() {
   "$bin/torchrun" --standalone --nproc-per-node "$RANKS" pretrain_moe.py --config "$RECIPE" \
     --data-path "${train[@]}" --valid-data-path "${valid[@]}" --tokenizer-model "$tokenizer" \
-    --save "$run" "$@"
+    --save "$run" --load "$run" "$@"
 }
 # A run of other data or another recipe is not gone on with, nor thrown away.
 key="$(cat "$RECIPE" "${train[@]/%/.json}" | sha256sum | cut -d' ' -f1)"
@@ -93,7 +93,7 @@ else
     pretrain --exit-interval "$stop_at"
   fi
   step 6/8 "Resuming from $run/$(cat "$run/latest")"
-  pretrain --load "$run"
+  pretrain
 fi
 
 step 7/8 "A sample, and what counting words and pairs of words achieves"
