@@ -1,17 +1,22 @@
 """One task of preprocessing: raw rows to token ids."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
+from itertools import groupby
 
 import numpy as np
 
 from moetron.data.indexed_format import token_dtype
 from moetron.data.inputs import Chunk, Cursor, Reject
+from moetron.data.long_text import PIECE_CHARACTERS, pieces
+from moetron.tokenizers.fast_bpe import FastBPE, first_difference, open_fast
 from moetron.tokenizers.interface import Tokenizer
 from moetron.tokenizers.load import load_tokenizer
+
+COMPARED_CHARACTERS = 2000
+"""Text of each chunk that the reference encodes too, to prove the fast engine."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,12 @@ class Encoding:
     append_eod: bool
     holdout_fraction: float
     """Share of documents that is held out, in [0, 1)."""
+    fast: bool = False
+    """Use the tokenizer's fast engine, if it has one."""
+
+
+class EnginesDiffer(RuntimeError):
+    """The fast engine gave other ids than the reference."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,7 @@ class Encoded:
 
 def encode_chunk(encoding: Encoding, chunk: Chunk) -> Encoded:
     """Parse a chunk, decide each document's side, and encode both sides in batches."""
-    tokenizer = _tokenizer(encoding.tokenizer)
+    tokenizer = _tokenizer(encoding.tokenizer, encoding.fast)
     sides: tuple[list[str], list[str]] = [], []
     rejects: list[Reject] = []
     left_out = {"empty": 0}
@@ -70,6 +81,8 @@ def encode_chunk(encoding: Encoding, chunk: Chunk) -> Encoded:
             left_out["empty"] += 1
         else:
             sides[is_held_out(text, encoding.holdout_fraction)].append(text)
+    if isinstance(tokenizer, FastBPE):
+        _compare_engines(tokenizer, sides[0] or sides[1])
     training, held_out = (_encode(tokenizer, texts, encoding.append_eod) for texts in sides)
     return Encoded((training, held_out), rejects, left_out, chunk.read_bytes, chunk.end)
 
@@ -88,17 +101,45 @@ def is_held_out(text: str, fraction: float) -> bool:
 
 def _encode(tokenizer: Tokenizer, texts: Sequence[str], append_eod: bool) -> Documents:
     """Token ids of texts."""
-    ids = tokenizer.encode_batch(texts) if texts else []
-    if append_eod:
-        for document in ids:
-            document.append(tokenizer.eod)
-    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
     dtype = token_dtype(tokenizer.vocab_size)
-    tokens = np.fromiter(chain.from_iterable(ids), dtype, int(lengths.sum()))
+    parts = [_encode_part(tokenizer, part, dtype) for part in _parts(texts)]
+    tokens = np.concatenate([np.empty(0, dtype), *(tokens for tokens, _ in parts)])
+    lengths = np.concatenate([np.empty(0, np.int64), *(lengths for _, lengths in parts)])
+    if append_eod:
+        tokens = np.insert(tokens, np.cumsum(lengths), tokenizer.eod)
+        lengths += 1
     return Documents(tokens, lengths, sum(len(text.encode()) for text in texts))
 
 
-@lru_cache(maxsize=1)
-def _tokenizer(source: str) -> Tokenizer:
+def _parts(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Long texts alone, others together."""
+    for is_long, group in groupby(texts, lambda text: len(text) > PIECE_CHARACTERS):
+        part = list(group)
+        yield from ([text] for text in part) if is_long else [part]
+
+
+def _encode_part(
+    tokenizer: Tokenizer, texts: Sequence[str], dtype: np.dtype
+) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, lengths) of one long text or of several others."""
+    if len(texts[0]) <= PIECE_CHARACTERS:
+        ids, lengths = tokenizer.encode_flat(texts)
+        return ids.astype(dtype), lengths
+    ids = [tokenizer.encode_flat([piece])[0].astype(dtype) for piece in pieces(texts[0], tokenizer)]
+    tokens = np.concatenate(ids)
+    return tokens, np.array([tokens.size])
+
+
+def _compare_engines(fast: FastBPE, texts: Sequence[str]) -> None:
+    """Encode the beginning of one text of the chunk, ever another, by the reference too."""
+    if texts:
+        text = texts[len(texts[0]) % len(texts)][:COMPARED_CHARACTERS]
+        if first_difference(fast, [text]) is not None:
+            raise EnginesDiffer(f"{fast.name}: the fast engine encodes {text[:80]!r}... otherwise")
+
+
+@lru_cache(maxsize=2)
+def _tokenizer(source: str, fast: bool) -> Tokenizer:
     """The tokenizer, loaded once a process."""
-    return load_tokenizer(source)
+    reference = load_tokenizer(source)
+    return (open_fast(reference) if fast else None) or reference

@@ -22,6 +22,8 @@ class State(BaseModel):
 
     key: str
     """Inputs, settings, tokenizer: work goes on only if they are the same."""
+    fast: bool
+    """Whether the tokenizer's fast engine has given the right ids so far."""
     cursor: Cursor = Field(default_factory=Cursor)
     """Where reading goes on."""
     read_bytes: int = 0

@@ -1,6 +1,7 @@
 """From text to token shards: find, read, encode in many processes, write, vouch."""
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +10,7 @@ from typing import Any
 
 import orjson
 
-from moetron.data.encode import Encoding, encode_chunk
+from moetron.data.encode import Encoding, EnginesDiffer, encode_chunk
 from moetron.data.errors import DataError
 from moetron.data.files import beside
 from moetron.data.inputs import CHUNK_BYTES, Chunk, find_files, read_chunks
@@ -19,6 +20,8 @@ from moetron.data.output import Output, discard
 from moetron.data.parallel import ordered_map
 from moetron.data.progress import Progress
 from moetron.tokenizers.load import load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Options:
     holdout_fraction: float = 0.0
     holdout_prefix: str | None = None
     max_bad_fraction: float = 0.001
+    fast: bool = True
+    """Use the tokenizer's fast engine, if it has one, as long as it gives the reference's ids."""
 
     def problems(self) -> list[str]:
         """What is wrong with the options themselves."""
@@ -124,31 +129,43 @@ class _Run:
 
     def make(self) -> Outcome:
         """Read, encode, write; a user's mistake leaves nothing half-written behind."""
-        state = read_state(self.prefixes[0], self.key) or self._begin()
+        state = read_state(self.prefixes[0], self.key) or self._begin(self.options.fast)
         try:
-            with (
-                Output(self.prefixes, self.tokenizer.vocab_size, state) as output,
-                Progress("preprocess", self.input_bytes, state.read_bytes) as progress,
-            ):
-                self._encode(output, progress)
-                manifests = self._finish(output)
-                summary = progress.summary()
+            try:
+                return self._go_on(state)
+            except EnginesDiffer as error:
+                logger.warning("%s; beginning again with the reference", error)
+                return self._go_on(self._begin(fast=False))
         except DataError:
             discard(self.prefixes)
             raise
-        discard(self.prefixes)
-        return Outcome(manifests, False, summary)
 
-    def _begin(self) -> State:
+    def _begin(self, fast: bool) -> State:
         """The state of a run that has done nothing, with nothing of another's left."""
         discard(self.prefixes)
-        return State(key=self.key, sides=[Side() for _ in self.prefixes])
+        return State(key=self.key, fast=fast, sides=[Side() for _ in self.prefixes])
+
+    def _go_on(self, state: State) -> Outcome:
+        """Do what is left."""
+        with (
+            Output(self.prefixes, self.tokenizer.vocab_size, state) as output,
+            Progress("preprocess", self.input_bytes, state.read_bytes) as progress,
+        ):
+            self._encode(output, progress)
+            manifests = self._finish(output)
+            summary = progress.summary()
+        discard(self.prefixes)
+        return Outcome(manifests, False, summary)
 
     def _encode(self, output: Output, progress: Progress) -> None:
         """Bring every chunk's documents to their shards, in the inputs' order."""
         options = self.options
         encoding = Encoding(
-            options.tokenizer, options.text_key, options.append_eod, options.holdout_fraction
+            options.tokenizer,
+            options.text_key,
+            options.append_eod,
+            options.holdout_fraction,
+            output.state.fast and options.fast,
         )
         chunks = read_chunks(self.files, output.state.cursor)
         for encoded in ordered_map(

@@ -53,6 +53,11 @@ class HuggingFaceTokenizer(Tokenizer):
         canonical = json.dumps(described, sort_keys=True, separators=(",", ":"))
         self.fingerprint = fingerprint_of(self.kind, canonical.encode())
 
+    @property
+    def definition(self) -> str:
+        """The ``tokenizer.json`` that the ids follow from."""
+        return self._model.to_str()
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text; threads as RAYON_NUM_THREADS and TOKENIZERS_PARALLELISM say."""
         require_encodable(texts)

@@ -3,6 +3,9 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import chain
+
+import numpy as np
 
 
 class TokenizerError(ValueError):
@@ -38,6 +41,16 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of many texts: the library's batch call, on one thread where it lets us choose."""
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """What ``encode_batch`` gives, without a Python object a token.
+
+        Returns the ids of all texts one after the other, an integer dtype [sum of lengths], and
+        their lengths, int64 [texts].
+        """
+        ids = self.encode_batch(texts)
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+        return np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum())), lengths
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:

@@ -57,6 +57,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="F",
         help="more bad rows than this share of all end the run (default: 0.001)",
     )
+    add(
+        "--no-fast",
+        dest="fast",
+        action="store_false",
+        help="encode BPE with HuggingFace's library even where gigatoken gives the same ids",
+    )
     return parser
 
 

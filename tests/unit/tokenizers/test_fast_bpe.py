@@ -1,0 +1,97 @@
+"""The fast engine against HuggingFace's library, on a BPE trained here."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from moetron.tokenizers import fast_bpe
+from moetron.tokenizers.byte_level import ByteTokenizer
+from moetron.tokenizers.fast_bpe import FastBPE, first_difference, open_fast
+from moetron.tokenizers.huggingface import HuggingFaceTokenizer
+
+needs_gigatoken = pytest.mark.skipif(
+    importlib.util.find_spec("gigatoken") is None, reason="the extra `fast` is not installed"
+)
+SOURCE = Path(fast_bpe.__file__).read_text()
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory) -> HuggingFaceTokenizer:
+    """NeoX's kind: byte level, NFC, an end token, runs of spaces as added tokens."""
+    model = tokenizers.Tokenizer(models.BPE())
+    model.normalizer = normalizers.NFC()
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    model.train_from_iterator([SOURCE], trainer)
+    model.add_tokens([tokenizers.AddedToken(" " * n, normalized=True) for n in range(2, 9)])
+    path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
+    model.save(str(path))
+    return HuggingFaceTokenizer(path)
+
+
+@needs_gigatoken
+@settings(deadline=None)
+@given(texts=st.lists(st.text() | st.text(" e\u0301\n<|ofx>'1"), max_size=5))
+def test_any_text_has_the_same_ids(reference: HuggingFaceTokenizer, texts: list[str]) -> None:
+    fast = open_fast(reference)
+    assert fast is not None
+    expected = reference.encode_batch(texts)
+    assert fast.encode_batch(texts) == expected
+    ids, lengths = fast.encode_flat(texts)
+    assert ids.tolist() == [i for document in expected for i in document]
+    assert lengths.tolist() == list(map(len, expected))
+    assert [fast.decode(document) for document in expected] == list(map(reference.decode, expected))
+
+
+@needs_gigatoken
+def test_only_a_known_tokenizer_that_agrees_is_fast(reference, monkeypatch) -> None:
+    assert isinstance(open_fast(reference), FastBPE)
+    assert open_fast(ByteTokenizer()) is None
+    monkeypatch.setattr(HuggingFaceTokenizer, "definition", "{}")
+    assert open_fast(reference) is None
+    monkeypatch.undo()
+    monkeypatch.setattr(
+        HuggingFaceTokenizer, "encode_batch", lambda self, texts: [[0]] * len(texts)
+    )
+    assert open_fast(reference) is None
+
+
+def test_without_gigatoken_nothing_is_fast(reference, monkeypatch) -> None:
+    def missing(name: str) -> str:
+        raise fast_bpe.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(fast_bpe.metadata, "version", missing)
+    assert open_fast(reference) is None
+
+
+@needs_gigatoken
+def test_names_the_first_text_that_differs(reference, monkeypatch) -> None:
+    fast = FastBPE(reference)
+    assert first_difference(fast, ["a", "b", "c"]) is None
+    monkeypatch.setattr(
+        HuggingFaceTokenizer,
+        "encode_batch",
+        lambda self, texts: [[-1] if text == "b" else fast.encode(text) for text in texts],
+    )
+    assert first_difference(fast, ["a", "b", "c"]) == "b"
+
+
+@pytest.mark.parametrize("texts", [[], [""], ["", "one", "", "two \u2581 three"]])
+def test_flat_ids_are_those_of_the_batch(reference, tokenizer, texts: list[str]) -> None:
+    for each in (reference, tokenizer, ByteTokenizer()):
+        ids, lengths = each.encode_flat(texts)
+        expected = each.encode_batch(texts)
+        assert ids.tolist() == [i for document in expected for i in document]
+        assert lengths.dtype == np.int64 and lengths.tolist() == list(map(len, expected))
