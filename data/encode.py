@@ -15,7 +15,7 @@ from moetron.tokenizers.fast_bpe import FastBPE, first_difference, open_fast
 from moetron.tokenizers.interface import Tokenizer
 from moetron.tokenizers.load import load_tokenizer
 
-COMPARED_CHARACTERS = 2000
+COMPARED_CHARACTERS = 1000
 """Text of each chunk that the reference encodes too, to prove the fast engine."""
 
 
@@ -108,7 +108,12 @@ def _encode(tokenizer: Tokenizer, texts: Sequence[str], append_eod: bool) -> Doc
     if append_eod:
         tokens = np.insert(tokens, np.cumsum(lengths), tokenizer.eod)
         lengths += 1
-    return Documents(tokens, lengths, sum(len(text.encode()) for text in texts))
+    return Documents(tokens, lengths, sum(map(_utf8_bytes, texts)))
+
+
+def _utf8_bytes(text: str) -> int:
+    """Length of a text in UTF-8."""
+    return len(text) if text.isascii() else len(text.encode())
 
 
 def _parts(texts: Sequence[str]) -> Iterator[Sequence[str]]:

@@ -29,7 +29,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, path: Path) -> None:
         described = _read_json(path)
         try:
-            model = tokenizers.Tokenizer.from_str(json.dumps(described))
+            model = tokenizers.Tokenizer.from_buffer(path.read_bytes())
         except Exception as error:  # the library raises bare Exception
             raise TokenizerError(f"tokenizer {path}: not a tokenizer.json ({error})") from None
         model.no_truncation()

@@ -65,6 +65,8 @@ def fingerprint_of(kind: str, content: bytes) -> str:
 def require_encodable(texts: Sequence[str]) -> None:
     """Refuse text that UTF-8 cannot hold (a lone surrogate), naming text and position."""
     for number, text in enumerate(texts):
+        if text.isascii():
+            continue
         try:
             text.encode()
         except UnicodeEncodeError as error:

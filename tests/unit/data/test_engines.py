@@ -1,0 +1,79 @@
+"""Preprocessing with a fast engine, and with texts too long for one call."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moetron.data import encode as encode_module
+from moetron.data import long_text
+from moetron.data.preprocess import Options, preprocess
+from moetron.data.shard import Shard
+from moetron.tokenizers.byte_level import ByteTokenizer
+from moetron.tokenizers.fast_bpe import FastBPE
+
+
+class WrongAfter(FastBPE):
+    """An engine that is right about every text but one."""
+
+    def __init__(self, reference: ByteTokenizer, wrong: str) -> None:
+        self.reference, self.wrong = reference, wrong
+        self.name, self.vocab_size, self.eod = "fast", reference.vocab_size, reference.eod
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [[0] if text == self.wrong else self.reference.encode(text) for text in texts]
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        return ByteTokenizer.encode_flat(self, texts)
+
+
+@pytest.mark.parametrize("wrong", ["c.txt", None])
+def test_a_fast_engine_that_differs_is_given_up(tmp_path: Path, monkeypatch, caplog, wrong) -> None:
+    monkeypatch.setattr("moetron.data.inputs.CHUNK_BYTES", 1)
+    monkeypatch.setattr(encode_module, "open_fast", lambda tokenizer: WrongAfter(tokenizer, wrong))
+    encode_module._tokenizer.cache_clear()
+    names = [f"{letter}.txt" for letter in "abcd"]
+    for name in names:
+        (tmp_path / name).write_text(name)
+    preprocess(Options([str(tmp_path / "*.txt")], "bytes", str(tmp_path / "p")))
+    encode_module._tokenizer.cache_clear()
+    shard = Shard(tmp_path / "p")
+    assert [ByteTokenizer().decode(shard.document(i)) for i in range(4)] == names
+    assert ("beginning again with the reference" in caplog.text) == (wrong is not None)
+
+
+def test_pieces_of_a_long_text_are_cut_where_ids_allow(monkeypatch) -> None:
+    monkeypatch.setattr(long_text, "PIECE_CHARACTERS", 50)
+    text = "some words\nand 漢字 more, " * 40
+    found = list(long_text.pieces(text, ByteTokenizer()))
+    assert "".join(found) == text
+    assert len(found) > 10 and all(50 <= len(piece) < 70 for piece in found[:-1])
+    assert all(piece[0].isspace() and not piece[-1].isspace() for piece in found[1:-1])
+    assert list(long_text.pieces("x" * 200, ByteTokenizer())) == ["x" * 200]
+
+
+class Prefixed(ByteTokenizer):
+    """A tokenizer that marks the beginning of a text, so that no cut is safe."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [[0, *ids] for ids in super().encode_batch(texts)]
+
+
+def test_a_text_that_cannot_be_cut_stays_whole(monkeypatch) -> None:
+    monkeypatch.setattr(long_text, "PIECE_CHARACTERS", 50)
+    assert list(long_text.pieces("some words " * 40, Prefixed())) == ["some words " * 40]
+
+
+def test_long_documents_are_encoded_like_short_ones(tmp_path: Path, monkeypatch) -> None:
+    texts = ["short", "long words " * 30, "short again", "", "other long words " * 30]
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_text(text)
+    options = Options([str(tmp_path / "*.txt")], "bytes", str(tmp_path / "p"), append_eod=True)
+    preprocess(options)
+    expected = (tmp_path / "p.bin").read_bytes()
+    (tmp_path / "p.bin").unlink()
+    for module in (long_text, encode_module):
+        monkeypatch.setattr(module, "PIECE_CHARACTERS", 50)
+    preprocess(options)
+    assert (tmp_path / "p.bin").read_bytes() == expected
