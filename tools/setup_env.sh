@@ -36,7 +36,7 @@ make_venv() {
 # PyPI's torch for Linux is the CUDA build, several GB. Without a GPU: the CPU build, from the configured indexes if
 # they hold it, else through uv, which knows where PyTorch publishes it.
 install_torch() {
-  local pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
+  local pip=("$venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check)
   if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
     say "GPU found: torch with CUDA"
     "${pip[@]}" "torch==$TORCH_VERSION"
@@ -78,6 +78,6 @@ fi
 say "installing Moetron and what it needs"
 target="."
 [ "$extras" = dev ] && target=".[dev]"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$target"
+"$venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check --editable "$target"
 stamp >"$venv/.moetron-$extras"
 say "environment $venv ready after $((SECONDS - started)) s"
