@@ -18,6 +18,7 @@ import torch
 from megatron.core import utils as core_utils
 from megatron.core.dist_checkpointing import exchange_utils
 from megatron.core.dist_checkpointing.strategies import state_dict_saver
+from megatron.core.models.common.embeddings import rotary_pos_embedding
 from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.tensor_parallel import data as parallel_data
@@ -25,6 +26,7 @@ from megatron.core.tensor_parallel import mappings
 from megatron.core.tensor_parallel import random as parallel_random
 from megatron.core.transformer import utils as transformer_utils
 from megatron.core.transformer.moe import moe_utils, router, token_dispatcher
+from torch.distributed import ProcessGroup
 
 from moetron.moe.host import streams
 from moetron.moe.host.collectives import allow_uneven
@@ -101,6 +103,20 @@ def random_states() -> list[Patch]:
         Patch(parallel_random, "_set_cuda_rng_state", streams.set_rng_state),
         Patch(logger, "filters", [*logger.filters, not_about_the_host]),
     ]
+
+
+def rotary_chunks() -> list[Patch]:
+    """Cut rotary angles over context-parallel ranks without pinned memory.
+
+    models/common/embeddings/rope_utils.py:62, called by rotary_pos_embedding.py:204.
+    """
+
+    def cut(angles: torch.Tensor, seq_dim: int, cp_group: ProcessGroup) -> torch.Tensor:
+        batch = {"angles": angles.movedim(seq_dim, 1)}
+        held: torch.Tensor = core_utils.get_batch_on_this_cp_rank(batch, cp_group)["angles"]
+        return held.movedim(1, seq_dim)
+
+    return [Patch(rotary_pos_embedding, "get_pos_emb_on_this_cp_rank", cut)]
 
 
 def router_gemm() -> list[Patch]:
@@ -242,6 +258,7 @@ ADAPTATIONS: dict[str, Adaptation] = {
         tensor_cuda,
         cuda_streams,
         random_states,
+        rotary_chunks,
         router_gemm,
         eager_router,
         split_sizes,

@@ -11,6 +11,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.distributed import ProcessGroup
+
+from moetron.moe.layers.context import chunks_of_rank, gather_sequence
 
 
 class SdpaAttention(MegatronModule):
@@ -25,12 +28,12 @@ class SdpaAttention(MegatronModule):
         attention_type: "self" or "cross"; makes no difference here.
         attention_dropout: dropout of the probabilities; unset: the configuration's.
         softmax_scale: unset: 1 / sqrt(head width).
-        cp_comm_type: taken and ignored: no context parallelism here.
-        pg_collection: taken and ignored: heads are independent.
+        cp_comm_type: taken and ignored: keys and values are gathered.
+        pg_collection: ``cp`` is read, with context parallelism.
 
     Raises:
         ValueError: the configuration asks for what is only in Transformer Engine or
-            ``DotProductAttention``: context parallelism, a sliding window, an attention sink.
+            ``DotProductAttention``: a sliding window, an attention sink.
     """
 
     def __init__(
@@ -45,10 +48,12 @@ class SdpaAttention(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__(config=config)
-        if config.context_parallel_size > 1:
-            raise ValueError("scaled_dot_product_attention has no context parallelism")
         if config.window_size is not None or config.softmax_type != "vanilla":
             raise ValueError("scaled_dot_product_attention has no sliding window and no sink")
+        self.cp_group: ProcessGroup | None = None
+        if config.context_parallel_size > 1:
+            assert pg_collection is not None
+            self.cp_group = pg_collection.cp
         self.attn_mask_type = attn_mask_type
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
@@ -65,12 +70,16 @@ class SdpaAttention(MegatronModule):
     ) -> torch.Tensor:
         """Attend.
 
+        With context parallelism the arguments hold this rank's chunks of the sequence (context.py),
+        and the result does.
+
         Args:
             query: [sq, b, heads, width].
             key: [sk, b, key/value heads, width].
             value: like ``key``.
             attention_mask: bool, broadcast to [b, heads, sq, sk], True where attention is
-                forbidden; it replaces the causal mask. None: as ``attn_mask_type`` says.
+                forbidden; it replaces the causal mask. None: as ``attn_mask_type`` says. Not
+                supported with context parallelism.
             attn_mask_type: unset: the constructor's.
             attention_bias: not supported.
             packed_seq_params: not supported.
@@ -80,16 +89,53 @@ class SdpaAttention(MegatronModule):
         """
         assert packed_seq_params is None and attention_bias is None
         mask_type = attn_mask_type or self.attn_mask_type
+        if self.cp_group is not None:
+            assert attention_mask is None, "a mask with context parallelism"
+            return self._attend_across(query, key, value, mask_type, self.cp_group)
         sq, sk = query.shape[0], key.shape[0]
         # One query is the newest position of a cached sequence: it sees everything.
         causal = attention_mask is None and mask_type == AttnMaskType.causal and sq > 1
         assert not causal or sq == sk, "a causal mask is for self-attention"
+        allowed = None if attention_mask is None else ~attention_mask
+        return self._attend(query, key, value, allowed, causal)
+
+    def _attend_across(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask_type: AttnMaskType,
+        group: ProcessGroup,
+    ) -> torch.Tensor:
+        """Each chunk of queries sees the whole sequence, or causally the part up to itself."""
+        keys, values = gather_sequence(torch.stack([key, value], dim=1), group).unbind(1)
+        if mask_type != AttnMaskType.causal:
+            return self._attend(query, keys, values)
+        size = query.shape[0] // 2
+        parts = []
+        for chunk, queries in zip(
+            chunks_of_rank(group.rank(), group.size()), query.split(size), strict=True
+        ):
+            seen = (chunk + 1) * size
+            allowed = torch.ones(size, seen, dtype=torch.bool, device=query.device)
+            allowed = allowed.tril(seen - size)
+            parts.append(self._attend(queries, keys[:seen], values[:seen], allowed))
+        return torch.cat(parts)
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        allowed: torch.Tensor | None = None,
+        causal: bool = False,
+    ) -> torch.Tensor:
         with self._dropout_rng():
             context = F.scaled_dot_product_attention(
                 query.permute(1, 2, 0, 3),
                 key.permute(1, 2, 0, 3),
                 value.permute(1, 2, 0, 3),
-                attn_mask=None if attention_mask is None else ~attention_mask,
+                attn_mask=allowed,
                 dropout_p=self.dropout if self.training else 0.0,
                 is_causal=causal,
                 scale=self.softmax_scale,

@@ -9,6 +9,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_batch_on_this_cp_rank
 
 from moetron.moe.config.bridge import ddp_config, transformer_config
 from moetron.moe.config.settings import Settings
@@ -67,8 +68,9 @@ def _micro_batches() -> Iterator[torch.Tensor]:
 
 def _forward_step(batches: Iterator[torch.Tensor], model: torch.nn.Module) -> Any:
     tokens = next(batches)
-    positions = torch.arange(SEQUENCE).unsqueeze(0)
-    losses = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:])
+    batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:]}
+    batch = get_batch_on_this_cp_rank({**batch, "positions": torch.arange(SEQUENCE).unsqueeze(0)})
+    losses = model(batch["tokens"], batch["positions"], None, labels=batch["labels"])
 
     def loss_sum(losses: torch.Tensor) -> Any:
         count = torch.tensor(losses.numel(), dtype=torch.int)
@@ -92,6 +94,7 @@ def _step(
             "virtual_pipeline_model_parallel_size",
             "expert_model_parallel_size",
             "expert_tensor_parallel_size",
+            "context_parallel_size",
         )
     }
     with model_parallel(**sizes):
@@ -152,6 +155,7 @@ def alone() -> dict[str, Any]:
 
 
 TP, EP, PP = (f"{kind}_model_parallel_size" for kind in ("tensor", "expert", "pipeline"))
+CP = "context_parallel_size"
 ETP, VPP = "expert_tensor_parallel_size", "num_layers_per_virtual_pipeline_stage"
 
 
@@ -166,8 +170,12 @@ ETP, VPP = "expert_tensor_parallel_size", "num_layers_per_virtual_pipeline_stage
         pytest.param(2, {EP: 2}, {"moe_token_dispatcher_type": "allgather"}, id="EP2 allgather"),
         pytest.param(2, {TP: 2, EP: 2, ETP: 1}, {}, id="TP2 EP2"),
         pytest.param(2, {PP: 2}, {}, id="PP2"),
+        pytest.param(2, {CP: 2}, {}, id="CP2"),
+        pytest.param(2, {CP: 2, EP: 2}, {}, id="CP2 EP2"),
         pytest.param(2, {PP: 2, VPP: 1}, {}, id="PP2 VPP2"),
         pytest.param(4, {TP: 2, EP: 2, ETP: 2}, {}, id="TP2 EP2 ETP2", marks=pytest.mark.slow),
+        pytest.param(4, {TP: 2, CP: 2, EP: 2, ETP: 1}, {}, id="TP2 CP2", marks=pytest.mark.slow),
+        pytest.param(4, {CP: 4}, {}, id="CP4", marks=pytest.mark.slow),
     ],
 )
 def test_layout_equals_one_process(

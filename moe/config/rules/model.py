@@ -45,10 +45,11 @@ def implementation(case: Case) -> Iterator[str]:
         yield (
             "--transformer-impl transformer_engine needs a CUDA device: use --transformer-impl auto"
         )
-    if case.local and settings.parallel.context_parallel_size > 1:
+    unfused = case.local and settings.model.attention_backend == "unfused"
+    if unfused and settings.parallel.context_parallel_size > 1:
         yield (
-            f"{case.said('context_parallel_size')} needs Transformer Engine's attention on CUDA, "
-            "the local one does not share a sequence yet: use --context-parallel-size 1"
+            f"{case.said('context_parallel_size')} does not go with --attention-backend unfused, "
+            "which needs the whole sequence: use --attention-backend sdpa"
         )
 
 

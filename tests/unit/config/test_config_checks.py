@@ -30,6 +30,7 @@ SIGMOID = {"moe_router_score_function": "sigmoid"}
             "global_batch_size": 24,
         },
         {"world_size": 2, "context_parallel_size": 2, "device": "cuda", "te": True},
+        {"world_size": 2, "context_parallel_size": 2},
         {"moe_layer_freq": [0, 1, 0, 1]},
         {"rampup_batch_size": (4, 4, 100)},
         {"moe_router_num_groups": 4, "moe_router_group_topk": 2},

@@ -32,8 +32,8 @@ TP2 = {"world_size": 2, "tensor_model_parallel_size": 2}
         ),
         ({"transformer_impl": "transformer_engine", "te": True}, "needs a CUDA device"),
         (
-            {"world_size": 2, "context_parallel_size": 2},
-            "--context-parallel-size 2 needs Transformer Engine's attention",
+            {"world_size": 2, "context_parallel_size": 2, "attention_backend": "unfused"},
+            "--context-parallel-size 2 does not go with --attention-backend unfused",
         ),
         ({"add_bias_linear": True}, "experts run as a grouped GEMM have no biases"),
         (

@@ -96,6 +96,14 @@ def _random_states() -> None:
         assert not torch.equal(first, torch.rand(4))
 
 
+def _rotary_chunks() -> None:
+    group = torch.distributed.group.WORLD
+    rotary = RotaryEmbedding(kv_channels=8, rotary_percent=1.0, cp_group=group)
+    held = {0: [0, 1, 6, 7], 1: [2, 3, 4, 5]}[group.rank()]
+    whole = rotary(8, packed_seq=True)  # which is not cut
+    assert torch.equal(rotary(8), whole[held])
+
+
 def _router(**changes: Any) -> None:
     groups = ProcessGroupCollection.use_mpu_process_groups()
     router = TopKRouter(_config(**changes), pg_collection=groups)
@@ -215,6 +223,7 @@ SCENARIOS: dict[str, tuple[Callable[[], None], int]] = {
     "tensor_cuda": (_broadcast, 1),
     "cuda_streams": (_dispatch, 1),
     "random_states": (_random_states, 1),
+    "rotary_chunks": (_rotary_chunks, 2),
     "router_gemm": (_router, 1),
     "eager_router": (_router_with_bias, 1),
     "split_sizes": (_dispatch, 2),
