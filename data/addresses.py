@@ -1,5 +1,6 @@
 """Where sample n lies: arithmetic from a number to (source, window)."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -31,14 +32,30 @@ class Addresses(Protocol):
 class ShuffledAddresses:
     """Sources interleaved by weight, each going through its windows in a new shuffle every epoch.
 
-    A source's order depends on the seed, its place in the blend and its number of windows
-    alone: the weights only decide when its next window comes.
+    A source's order depends on the seed, its number and its count of windows alone: the weights
+    only decide when its next window comes.
     """
 
-    def __init__(self, blend: Blend, seed: int) -> None:
+    def __init__(
+        self,
+        blend: Blend,
+        seed: int,
+        numbers: Sequence[int] | None = None,
+        begun: Sequence[int] | None = None,
+    ) -> None:
+        """Begin a blend, or go on with sources that another blend of the same seed has begun.
+
+        Args:
+            blend: Sources and weights.
+            seed: Of all orders.
+            numbers: What tells each source's order from another's; default: its place in the blend.
+            begun: Windows that each source has given before; default: none.
+        """
         self.seed = seed
         self.apportionment = Apportionment(blend.weights)
         self.windows = [source.windows for source in blend.sources]
+        self.numbers = list(range(len(self.windows)) if numbers is None else numbers)
+        self.begun = list([0] * len(self.windows) if begun is None else begun)
 
     def __len__(self) -> int:
         """A shuffled blend repeats without end."""
@@ -50,7 +67,7 @@ class ShuffledAddresses:
         windows = np.empty_like(ranks)
         for source in np.unique(sources).tolist():
             mine = np.flatnonzero(sources == source)
-            epochs, positions = np.divmod(ranks[mine], self.windows[source])
+            epochs, positions = np.divmod(ranks[mine] + self.begun[source], self.windows[source])
             for epoch in np.unique(epochs).tolist():
                 now = epochs == epoch
                 windows[mine[now]] = self._order(source, epoch)(positions[now])
@@ -62,13 +79,20 @@ class ShuffledAddresses:
         return [count / windows for count, windows in zip(counts, self.windows, strict=True)]
 
     def state(self) -> dict[str, Any]:
-        """Seed, weights and windows."""
-        weights = self.apportionment.weights
-        return {"seed": self.seed, "weights": weights, "windows": self.windows}
+        """Seed, weights, windows, and how the sources were begun."""
+        return {
+            "seed": self.seed,
+            "weights": self.apportionment.weights,
+            "windows": self.windows,
+            "numbers": self.numbers,
+            "begun": self.begun,
+        }
 
     def _order(self, source: int, epoch: int) -> Permutation:
         """The order of a source's windows in one epoch."""
-        return _permutation(self.windows[source], f"seed {self.seed} source {source} epoch {epoch}")
+        return _permutation(
+            self.windows[source], f"seed {self.seed} source {self.numbers[source]} epoch {epoch}"
+        )
 
 
 class FileOrderAddresses:

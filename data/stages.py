@@ -1,0 +1,193 @@
+"""Stages of a run: other sources, weights, objective or seed from a number of tokens on.
+
+Which stage a sample belongs to follows from its number, so a run passes from one stage to the next,
+and resumes in any of them, by arithmetic. A source that the next stage reads with the same seed and
+cut in the same way goes on where the stage before it stopped, whatever the weights; otherwise its
+windows are shuffled anew (OLMoE's annealing).
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from moetron.data.addresses import ShuffledAddresses
+from moetron.data.blend import Blend, open_blend
+from moetron.data.cutting import Cutting
+from moetron.data.errors import DataError
+from moetron.data.objectives.objective import Objective
+from moetron.data.report import table
+from moetron.data.stream import TokenStream
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a run."""
+
+    data_path: Sequence[str]
+    """As ``--data-path``."""
+    objective: Objective
+    seed: int
+    until_tokens: int | None = None
+    """Tokens of the run at which it ends; None: never (the last stage)."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """What one stage takes of one source."""
+
+    stage: int
+    source: int
+    """Number in ``StagedStream.source_names``."""
+    samples: int
+    tokens: int
+    """Tokens of the source that the samples use up."""
+    epochs: float
+    """The samples, in passes through the source."""
+
+
+class StagedStream:
+    """Samples of consecutive stages by number."""
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        seq_length: int,
+        eod_mask_loss: bool = False,
+        expected_fingerprint: str | None = None,
+    ) -> None:
+        """Open the sources; arguments as for ``training_stream``.
+
+        A stage ends with the first whole sample that reaches its ``until_tokens``.
+
+        Raises:
+            DataError: a shard cannot be used, or the stages do not follow one another.
+        """
+        self.starts = _starts([stage.until_tokens for stage in stages], seq_length)
+        self.seq_length = seq_length
+        self._blends = [
+            open_blend(stage.data_path, stage.objective.cutting, expected_fingerprint)
+            for stage in stages
+        ]
+        sources = [source for blend in self._blends for source in blend.sources]
+        self._prefixes = list(dict.fromkeys(source.shard.prefix for source in sources))
+        names = {source.shard.prefix: source.name for source in sources}
+        self.source_names = [names[prefix] for prefix in self._prefixes]
+        begun: dict[tuple[int, int, Cutting], int] = {}
+        self._streams = []
+        for stage, blend, bounds in zip(
+            stages, self._blends, pairwise([*self.starts, None]), strict=True
+        ):
+            addresses = self._addresses(stage, blend, begun)
+            key = f"seed {stage.seed} from {bounds[0]}"
+            self._streams.append(
+                TokenStream(blend, addresses, stage.objective, seq_length, key, eod_mask_loss)
+            )
+            if bounds[1] is not None:
+                counts = addresses.apportionment.counts(bounds[1] - bounds[0])
+                for number, count in zip(addresses.numbers, counts, strict=True):
+                    place = (number, stage.seed, stage.objective.cutting)
+                    begun[place] = begun.get(place, 0) + count
+
+    def __len__(self) -> int:
+        """Samples that may be asked for: the last stage has no end."""
+        return self.starts[-1] + len(self._streams[-1])
+
+    def __getitem__(self, n: int) -> dict[str, Any]:
+        """Sample ``n``, as ``TokenStream`` gives it; ``source`` counts over all stages."""
+        if n < 0:
+            raise IndexError(f"sample {n}")
+        stage = self.stage(n)
+        sample = self._streams[stage][n - self.starts[stage]]
+        sample["source"] = self._numbers(self._blends[stage])[sample["source"]]
+        return sample
+
+    def stage(self, n: int) -> int:
+        """The stage of sample ``n``."""
+        return bisect_right(self.starts, n) - 1
+
+    def uses(self, samples: int) -> list[Use]:
+        """What each stage takes of each source in a run of so many samples."""
+        found = []
+        for stage, (start, end) in enumerate(pairwise([*self.starts, samples])):
+            blend, addresses = self._blends[stage], self._streams[stage].addresses
+            assert isinstance(addresses, ShuffledAddresses)
+            counts = addresses.apportionment.counts(max(0, min(end, samples) - start))
+            for source, number, count in zip(
+                blend.sources, self._numbers(blend), counts, strict=True
+            ):
+                tokens = round(count * source.cutting.mean_advance)
+                found.append(Use(stage, number, count, tokens, count / source.windows))
+        return found
+
+    def state(self) -> dict[str, Any]:
+        """What identifies the stream (JSON): the stages, and all their sources once."""
+        states = [stream.state() for stream in self._streams]
+        sources = {source["name"]: source for state in states for source in state.pop("sources")}
+        return {"sources": list(sources.values()), "starts": self.starts, "stages": states}
+
+    def _addresses(
+        self, stage: Stage, blend: Blend, begun: dict[tuple[int, int, Cutting], int]
+    ) -> ShuffledAddresses:
+        """The order of a stage's samples, after what earlier stages took of its sources."""
+        numbers = self._numbers(blend)
+        if len(set(numbers)) < len(numbers):
+            raise DataError(f"stages: {' '.join(stage.data_path)} names a source twice")
+        cutting = stage.objective.cutting
+        taken = [begun.get((number, stage.seed, cutting), 0) for number in numbers]
+        return ShuffledAddresses(blend, stage.seed, numbers, taken)
+
+    def _numbers(self, blend: Blend) -> list[int]:
+        """Numbers of a stage's sources in ``source_names``."""
+        return [self._prefixes.index(source.shard.prefix) for source in blend.sources]
+
+
+def refuse_repetition(stream: StagedStream, samples: int, max_epochs: float) -> None:
+    """DataError, with a table, if a run takes a source more than ``max_epochs`` times, all told."""
+    uses = stream.uses(samples)
+    totals = [0.0] * len(stream.source_names)
+    for use in uses:
+        totals[use.source] += use.epochs
+    over = [
+        name for name, total in zip(stream.source_names, totals, strict=True) if total > max_epochs
+    ]
+    if over:
+        raise DataError(
+            f"--max-epochs {max_epochs:g}: the run of {samples * stream.seq_length:,} tokens would "
+            f"repeat {', '.join(over)} more often; change weights or stages, or shorten the run\n"
+            + use_table(stream, samples)
+        )
+
+
+def use_table(stream: StagedStream, samples: int) -> str:
+    """Samples, tokens and epochs by stage and source, and each source's sum."""
+    rows = [("source", "stage", "samples", "tokens", "epochs")]
+    uses = stream.uses(samples)
+    for number, name in enumerate(stream.source_names):
+        mine = [use for use in uses if use.source == number]
+        rows += [_row(name, str(use.stage + 1), [use]) for use in mine]
+        if len(mine) > 1:
+            rows.append(_row(name, "all", mine))
+    return table(rows)
+
+
+def _row(name: str, stage: str, uses: Sequence[Use]) -> tuple[str, str, str, str, str]:
+    """A row of the table: the sum of some uses."""
+    samples, tokens = sum(use.samples for use in uses), sum(use.tokens for use in uses)
+    return name, stage, f"{samples:,}", f"{tokens:,}", f"{sum(use.epochs for use in uses):.3f}"
+
+
+def _starts(until_tokens: Sequence[int | None], seq_length: int) -> list[int]:
+    """The first sample of each stage."""
+    *ends, last = until_tokens
+    if last is not None:
+        raise DataError(f"stages: until_tokens {last} of the last stage: it ends with the run")
+    starts = [0]
+    for number, end in enumerate(ends, 1):
+        if end is None:
+            raise DataError(f"stages: stage {number} needs until_tokens: another follows it")
+        starts.append(-(-end // seq_length))
+        if starts[-1] <= starts[-2]:
+            raise DataError(f"stages: until_tokens {end} of stage {number} leaves it no sample")
+    return starts
