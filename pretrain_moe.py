@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 pretrain_moe.py --config RECIPE.yaml [--flag value ...]
     python pretrain_moe.py --config RECIPE.yaml --mock-data     # one rank
-    python pretrain_moe.py --config RECIPE.yaml --dry-run --world-size 1024
+    python pretrain_moe.py --config RECIPE.yaml --dry-run --world-size 1024 [--build --rank 17]
 
 ``--help`` lists every setting. Exit codes: 0 done, 2 something for the user to change, 1 our fault
 or the machine's, 75 stopped by a signal after a good save (the same command goes on).
@@ -12,9 +12,13 @@ import sys
 
 from moetron.data.errors import DataError
 from moetron.data.mock import ENDLESS, MockStream
-from moetron.data.stream import training_stream, validation_stream
+from moetron.data.objectives.build import build_objective
+from moetron.data.stages import Stage, StagedStream, refuse_repetition
+from moetron.data.stream import validation_stream
+from moetron.moe.config.derived import total_samples
 from moetron.moe.config.errors import UserError
 from moetron.moe.config.load import Command, load
+from moetron.moe.config.run import StageSettings
 from moetron.moe.config.settings import Settings
 from moetron.moe.plan.render import render
 from moetron.moe.training.compatibility import check_folders
@@ -42,6 +46,11 @@ def main() -> int:
 def plan(command: Command, vocab_size: int) -> int:
     """Print what the run would be."""
     print(render(command.settings, vocab_size, command.world_size, command.rank))
+    if command.build:
+        quieten_libraries()
+        from moetron.moe.training.dry_run import render_share  # torch: seconds
+
+        print(render_share(command.settings, vocab_size, command.world_size, command.rank))
     return 0
 
 
@@ -83,14 +92,27 @@ def open_streams(settings: Settings, vocab_size: int, tokenizer: Tokenizer | Non
     data, length, seed = settings.data, settings.model.seq_length, settings.training.seed
     fingerprint = None if tokenizer is None else tokenizer.fingerprint
     wanted = settings.validation.eval_iters > 0
-    if data.data_path is None:
+    if data.data_path is None and data.stages is None:
         mock = MockStream(seed, vocab_size, length)
         return Streams(mock, StreamFrom(mock, ENDLESS // 2) if wanted else None)
-    training = training_stream(data.data_path, length, seed, data.eod_mask_loss, fingerprint)
+    assert tokenizer is not None, "checks refuse shards without it"
+    planned = data.stages or [StageSettings(data_path=data.data_path, objective=data.objective)]
+    stages = [
+        Stage(
+            stage.data_path,
+            build_objective(stage.objective, length, tokenizer),
+            seed if stage.seed is None else stage.seed,
+            stage.until_tokens,
+        )
+        for stage in planned
+    ]
+    training = StagedStream(stages, length, data.eod_mask_loss, fingerprint)
+    if data.max_epochs is not None:
+        refuse_repetition(training, total_samples(settings), data.max_epochs)
     validation = None
     if wanted and data.valid_data_path is not None:
         validation = validation_stream(
-            data.valid_data_path, length, data.eod_mask_loss, fingerprint
+            data.valid_data_path, length, data.eod_mask_loss, fingerprint, stages[-1].objective
         )
     return Streams(training, validation)
 

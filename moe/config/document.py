@@ -27,8 +27,10 @@ A recipe is a YAML file with one section for each group below and the keys of it
 Megatron's name where Megatron has one, and flags win over the recipe. A setting that may be unset
 takes `null` in YAML and `none` as a flag. Lists are values after one flag, or a YAML list.
 
-The command has four options that are no settings: `--config RECIPE.yaml`; `--dry-run`, which checks
-everything, prints the plan and trains nothing; and, for a dry run, `--world-size N` and `--rank R`.
+The command has five options that are no settings: `--config RECIPE.yaml`; `--dry-run`, which checks
+everything, prints the plan and trains nothing; and, for a dry run, `--world-size N`, `--rank R` and
+`--build`, which builds that rank's share without memory (meta device, imagined ranks) and compares
+its parameters with the plan's.
 """
 
 

@@ -39,7 +39,7 @@ class Given:
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Group -> field -> text, list of texts, switch or None."""
     options: dict[str, Any] = field(default_factory=dict)
-    """The command's own options: config, dry_run, world_size, rank."""
+    """The command's own options: config, dry_run, world_size, rank, build."""
     problems: list[str] = field(default_factory=list)
 
 
@@ -114,6 +114,12 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--world-size", metavar="N", help="ranks to plan for (with --dry-run)", **value
     )
     command.add_argument("--rank", metavar="R", help="rank to plan for (with --dry-run)", **value)
+    command.add_argument(
+        "--build",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="build that rank's share without memory and compare it with the plan (with --dry-run)",
+    )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -137,7 +143,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _names() -> Iterator[str]:
     """Every flag there is."""
-    yield from ("--help", "--config", "--dry-run", "--world-size", "--rank")
+    yield from ("--help", "--config", "--dry-run", "--world-size", "--rank", "--build")
     for _, name, setting in fields():
         yield flag_name(name)
         if is_switch(setting):

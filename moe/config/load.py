@@ -23,6 +23,8 @@ class Command:
     """The recipe that was read."""
     dry_run: bool
     """Check and plan only."""
+    build: bool
+    """In a dry run: build the rank's share on the meta device too."""
     world_size: int
     """Ranks: --world-size in a dry run, else torchrun's, else 1."""
     rank: int
@@ -52,6 +54,9 @@ def load(argv: Sequence[str]) -> Command:
     given = flags.parse(argv)
     problems = list(given.problems)
     dry_run = bool(given.options.get("dry_run", False))
+    build = bool(given.options.get("build", False))
+    if build and not dry_run:
+        problems.append("--build needs --dry-run: a real run builds its model anyway")
     world_size, rank = _ranks(given.options, dry_run, problems)
     config = Path(given.options["config"]) if "config" in given.options else None
     tree: dict[str, dict[str, Any]] = {}
@@ -67,7 +72,7 @@ def load(argv: Sequence[str]) -> Command:
         problems += _without(faulty, _cross_checks(settings, world_size, dry_run))
     if problems or settings is None:
         raise ConfigError(problems)
-    return Command(settings, config, dry_run, world_size, rank)
+    return Command(settings, config, dry_run, build, world_size, rank)
 
 
 def _merge(

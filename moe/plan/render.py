@@ -17,15 +17,17 @@ def render(settings: Settings, vocab_size: int, world_size: int, rank: int) -> s
         "run": _run(settings, vocab_size, world_size),
         "learning rate": _learning_rate(settings),
     }
-    return "\n".join(_section(title, rows) for title, rows in sections.items())
+    return "\n".join(section(title, rows) for title, rows in sections.items())
 
 
-def _section(title: str, rows: list[tuple[str, str]]) -> str:
+def section(title: str, rows: list[tuple[str, str]]) -> str:
+    """A titled table of names and values."""
     width = max(len(name) for name, _ in rows)
     return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows)])
 
 
-def _gib(number_bytes: int) -> str:
+def gib(number_bytes: int) -> str:
+    """A number of bytes in GiB."""
     return f"{number_bytes / 2**30:,.3f} GiB"
 
 
@@ -76,12 +78,12 @@ def _memory(
     stage = position(settings, world_size, rank).pipeline
     memory = memory_per_rank(settings, vocab_size, world_size, stage)
     return [
-        ("parameters", _gib(memory.parameters)),
-        ("gradients", _gib(memory.gradients)),
-        ("optimizer", _gib(memory.optimizer)),
-        ("activations", f"{_gib(memory.activations)} (estimate, balanced routing)"),
-        ("logits", _gib(memory.logits)),
-        ("total", f"{_gib(memory.total)} and allocator slack"),
+        ("parameters", gib(memory.parameters)),
+        ("gradients", gib(memory.gradients)),
+        ("optimizer", gib(memory.optimizer)),
+        ("activations", f"{gib(memory.activations)} (estimate, balanced routing)"),
+        ("logits", gib(memory.logits)),
+        ("total", f"{gib(memory.total)} and allocator slack"),
     ]
 
 
