@@ -7,13 +7,13 @@ windows are shuffled anew (OLMoE's annealing).
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from moetron.data.addresses import ShuffledAddresses
-from moetron.data.blend import Blend, open_blend
+from moetron.data.blend import open_blend
 from moetron.data.cutting import Cutting
 from moetron.data.errors import DataError
 from moetron.data.objectives.objective import Objective
@@ -74,21 +74,37 @@ class StagedStream:
         self._prefixes = list(dict.fromkeys(source.shard.prefix for source in sources))
         names = {source.shard.prefix: source.name for source in sources}
         self.source_names = [names[prefix] for prefix in self._prefixes]
-        begun: dict[tuple[int, int, Cutting], int] = {}
-        self._streams = []
-        for stage, blend, bounds in zip(
-            stages, self._blends, pairwise([*self.starts, None]), strict=True
-        ):
-            addresses = self._addresses(stage, blend, begun)
-            key = f"seed {stage.seed} from {bounds[0]}"
-            self._streams.append(
-                TokenStream(blend, addresses, stage.objective, seq_length, key, eod_mask_loss)
+        self._numbers = [
+            [self._prefixes.index(source.shard.prefix) for source in blend.sources]
+            for blend in self._blends
+        ]
+        self._streams = [
+            TokenStream(blend, addresses, stage.objective, seq_length, key, eod_mask_loss)
+            for stage, blend, addresses, key in zip(
+                stages, self._blends, self._orders(stages), self._keys(stages), strict=True
             )
-            if bounds[1] is not None:
-                counts = addresses.apportionment.counts(bounds[1] - bounds[0])
-                for number, count in zip(addresses.numbers, counts, strict=True):
-                    place = (number, stage.seed, stage.objective.cutting)
-                    begun[place] = begun.get(place, 0) + count
+        ]
+
+    def _orders(self, stages: Sequence[Stage]) -> Iterator[ShuffledAddresses]:
+        """The order of each stage's samples, after what earlier stages took of its sources."""
+        begun: dict[tuple[int, int, Cutting], int] = {}
+        for i, stage in enumerate(stages):
+            if len(set(self._numbers[i])) < len(self._numbers[i]):
+                raise DataError(f"{' '.join(stage.data_path)}: names a source twice")
+            places = [(n, stage.seed, stage.objective.cutting) for n in self._numbers[i]]
+            taken = [begun.get(place, 0) for place in places]
+            addresses = ShuffledAddresses(self._blends[i], stage.seed, self._numbers[i], taken)
+            yield addresses
+            if stage.until_tokens is not None:
+                counts = addresses.apportionment.counts(self.starts[i + 1] - self.starts[i])
+                begun |= {p: t + c for p, t, c in zip(places, taken, counts, strict=True)}
+
+    def _keys(self, stages: Sequence[Stage]) -> list[str]:
+        """What names each stage to the chance in its objective."""
+        return [
+            f"seed {stage.seed} from {start}" if start else f"seed {stage.seed}"
+            for stage, start in zip(stages, self.starts, strict=True)
+        ]
 
     def __len__(self) -> int:
         """Samples that may be asked for: the last stage has no end."""
@@ -100,7 +116,7 @@ class StagedStream:
             raise IndexError(f"sample {n}")
         stage = self.stage(n)
         sample = self._streams[stage][n - self.starts[stage]]
-        sample["source"] = self._numbers(self._blends[stage])[sample["source"]]
+        sample["source"] = self._numbers[stage][sample["source"]]
         return sample
 
     def stage(self, n: int) -> int:
@@ -115,7 +131,7 @@ class StagedStream:
             assert isinstance(addresses, ShuffledAddresses)
             counts = addresses.apportionment.counts(max(0, min(end, samples) - start))
             for source, number, count in zip(
-                blend.sources, self._numbers(blend), counts, strict=True
+                blend.sources, self._numbers[stage], counts, strict=True
             ):
                 tokens = round(count * source.cutting.mean_advance)
                 found.append(Use(stage, number, count, tokens, count / source.windows))
@@ -126,21 +142,6 @@ class StagedStream:
         states = [stream.state() for stream in self._streams]
         sources = {source["name"]: source for state in states for source in state.pop("sources")}
         return {"sources": list(sources.values()), "starts": self.starts, "stages": states}
-
-    def _addresses(
-        self, stage: Stage, blend: Blend, begun: dict[tuple[int, int, Cutting], int]
-    ) -> ShuffledAddresses:
-        """The order of a stage's samples, after what earlier stages took of its sources."""
-        numbers = self._numbers(blend)
-        if len(set(numbers)) < len(numbers):
-            raise DataError(f"stages: {' '.join(stage.data_path)} names a source twice")
-        cutting = stage.objective.cutting
-        taken = [begun.get((number, stage.seed, cutting), 0) for number in numbers]
-        return ShuffledAddresses(blend, stage.seed, numbers, taken)
-
-    def _numbers(self, blend: Blend) -> list[int]:
-        """Numbers of a stage's sources in ``source_names``."""
-        return [self._prefixes.index(source.shard.prefix) for source in blend.sources]
 
 
 def refuse_repetition(stream: StagedStream, samples: int, max_epochs: float) -> None:

@@ -105,6 +105,8 @@ def _type_text(annotation: Any, constraints: tuple[Any, ...] = ()) -> str:
         return f"list of ({_type_text(get_args(annotation)[0])})"
     if get_origin(annotation) is tuple:
         return f"{len(get_args(annotation))} x ({_type_text(get_args(annotation)[0])})"
+    if issubclass(annotation, Group):
+        return "mapping of " + ", ".join(annotation.model_fields)
     return f"{_NAMES[annotation]} {_bounds(constraints)}".rstrip()
 
 

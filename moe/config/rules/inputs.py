@@ -17,15 +17,17 @@ def prefixes(items: list[str] | None) -> list[str]:
 def data(case: Case) -> Iterator[str]:
     """Shards and the tokenizer that wrote them."""
     source = case.settings.data
-    if not source.mock_data and not source.data_path:
+    if not source.mock_data and not source.data_path and not source.stages:
         yield "no data: give --data-path PREFIX (or WEIGHT PREFIX ...), or --mock-data to try"
-    if source.data_path and source.tokenizer_model is None:
+    if (source.data_path or source.stages) and source.tokenizer_model is None:
         yield "--data-path needs --tokenizer-model: the one its shards were written with"
     evaluates = case.settings.validation.eval_interval is not None
     if evaluates and not source.mock_data and source.valid_data_path is None:
         yield f"{case.said('eval_interval')} needs --valid-data-path"
-    for name in ("data_path", "valid_data_path"):
-        for prefix in prefixes(getattr(source, name)):
+    paths = [("data_path", source.data_path), ("valid_data_path", source.valid_data_path)]
+    paths += [("stages", stage.data_path) for stage in source.stages or []]
+    for name, items in paths:
+        for prefix in prefixes(items):
             absent = [prefix + end for end in (".bin", ".idx") if not Path(prefix + end).is_file()]
             if absent:
                 yield f"{flag_name(name)} {prefix}: there is no file {' or '.join(absent)}"

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from moetron.moe.config.derived import schedule_lengths
 from moetron.moe.config.field import flag_name
 from moetron.moe.config.rules.case import Case, number_or_none
+from moetron.moe.config.run import StageSettings
 
 
 def learning_rate(case: Case) -> Iterator[str]:
@@ -65,12 +66,32 @@ def data(case: Case) -> Iterator[str]:
     if case.settings.model.vocab_size is None and source.tokenizer_model is None:
         yield "the vocabulary's size is unknown: give --tokenizer-model, or --vocab-size N"
     for name in ("data_path", "valid_data_path"):
-        yield from _blend(name, getattr(source, name))
+        yield from _blend(flag_name(name), getattr(source, name))
+    if source.stages is not None:
+        yield from _stages(case, source.stages)
 
 
-def _blend(name: str, items: list[str] | None) -> Iterator[str]:
+def _stages(case: Case, stages: list[StageSettings]) -> Iterator[str]:
+    """Stages one after the other."""
+    if case.settings.data.data_path or case.settings.data.mock_data or not stages:
+        yield "--stages needs at least one stage and excludes --data-path and --mock-data"
+    if case.settings.data.objective != "causal":
+        yield f"{case.said('objective')}: with --stages, each stage names its own objective"
+    last_end = 0
+    for number, stage in enumerate(stages, 1):
+        yield from _blend(f"--stages, stage {number}", stage.data_path)
+        end, is_last = stage.until_tokens, number == len(stages)
+        if (end is None) != is_last:
+            rule = "the last ends with the run" if is_last else "another follows it"
+            yield f"--stages, stage {number}: until_tokens {end}: {rule}"
+        elif end is not None:
+            if end - last_end < case.settings.model.seq_length:
+                yield f"--stages, stage {number}: until_tokens {end} leaves it no sample"
+            last_end = end
+
+
+def _blend(flag: str, items: list[str] | None) -> Iterator[str]:
     """PREFIX PREFIX ..., or WEIGHT PREFIX WEIGHT PREFIX ..."""
-    flag = flag_name(name)
     if items is None:
         return
     if not items:

@@ -1,0 +1,66 @@
+"""Stages of the data: from a recipe or a flag, and the rules for them."""
+
+from typing import Any
+
+import pytest
+from config_cases import found, make
+
+from moetron.moe.config import flags
+from moetron.moe.config.checks import input_problems
+from moetron.moe.config.recipe import dump
+from moetron.moe.config.run import StageSettings
+from moetron.moe.config.validate import validate
+
+FIRST = {"data_path": ["1", "a", "2", "b"], "until_tokens": 64, "objective": "ul2"}
+LAST = {"data_path": ["b"], "seed": 7}
+
+
+def with_stages(*stages: Any, **changes: Any) -> list[str]:
+    return found(mock_data=False, stages=list(stages), **changes)
+
+
+def test_stages_are_read_as_mappings_and_as_flags() -> None:
+    settings = make(mock_data=False, stages=[FIRST, LAST])
+    assert settings.data.stages == [StageSettings(**FIRST), StageSettings(**LAST)]
+    words = ["{data_path: [1, a, 2, b], until_tokens: 64, objective: ul2}", "{data_path: [b]}"]
+    given = flags.parse(["--stages", *words]).settings
+    _, _, faulty = validate(given)
+    assert "lr" in faulty and "stages" not in faulty
+    assert "until_tokens: 64" in dump(settings)
+    assert with_stages(FIRST, LAST) == []
+
+
+def test_weights_in_a_recipe_are_numbers() -> None:
+    assert make(valid_data_path=[0.25, "a", 1, "b"]).data.valid_data_path == ["0.25", "a", "1", "b"]
+
+
+@pytest.mark.parametrize("stage", [{"until_tokens": 5}, {"data_path": ["a"], "typo": 1}, "a: ["])
+def test_a_stage_of_another_form_is_refused(stage: Any) -> None:
+    _, problems, faulty = validate({"data": {"stages": [stage]}})
+    assert "stages" in faulty
+    assert any("--stages" in line and "mapping of data_path" in line for line in problems)
+
+
+@pytest.mark.parametrize(
+    ("stages", "changes", "expected"),
+    [
+        ([], {}, "--stages needs at least one stage"),
+        ([LAST], {"data_path": ["a"]}, "excludes --data-path and --mock-data"),
+        ([LAST], {"objective": "ul2"}, "--objective ul2: with --stages, each stage names its own"),
+        ([LAST, LAST], {}, "stage 1: until_tokens None: another follows it"),
+        ([FIRST], {}, "stage 1: until_tokens 64: the last ends with the run"),
+        ([FIRST, {**FIRST, "until_tokens": 80}, LAST], {}, "stage 2: until_tokens 80 leaves it no"),
+        ([{"data_path": ["0", "a"]}], {}, "--stages, stage 1: weight '0' must be a number above 0"),
+        ([{"data_path": []}], {}, "--stages, stage 1 is empty"),
+    ],
+)
+def test_each_rule_fires_alone(stages: Any, changes: Any, expected: str) -> None:
+    (line,) = with_stages(*stages, **changes)
+    assert expected in line
+
+
+def test_shards_of_stages_must_be_there(tmp_path) -> None:
+    shard = str(tmp_path / "a")
+    settings = make(mock_data=False, tokenizer_model="bytes", stages=[{"data_path": [shard]}])
+    (line,) = input_problems(settings)
+    assert line.startswith(f"--stages {shard}: there is no file")
