@@ -48,7 +48,7 @@ EXTRAS = {
 
 
 def packages() -> dict[str, str]:
-    """Package name -> folder, for ``moetron`` and every folder below moe/, data/ and tokenizers/."""
+    """Package name -> folder: ``moetron`` and every folder of code below ``FOLDERS``."""
     found = {"moetron": "moetron"}
     for folder in FOLDERS:
         for path in sorted([ROOT / folder, *(ROOT / folder).rglob("*")]):
