@@ -13,7 +13,7 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moetron.moe.config import derived
-from moetron.moe.config.model import ModelSettings
+from moetron.moe.config.model import ModelSettings, PrecisionSettings
 from moetron.moe.config.settings import Settings
 
 padded_vocab_size = derived.padded_vocab_size
@@ -144,14 +144,34 @@ def _layout(settings: Settings) -> dict[str, Any]:
     }
 
 
-def transformer_config(settings: Settings) -> TransformerConfig:
-    """megatron-core's model configuration; the settings must have passed ``checks.problems``."""
+def _fp8(precision: PrecisionSettings) -> dict[str, Any]:
+    same_name = (
+        "fp8_recipe",
+        "fp8_margin",
+        "fp8_amax_history_len",
+        "fp8_amax_compute_algo",
+        "first_last_layers_bf16",
+        "num_layers_at_start_in_bf16",
+        "num_layers_at_end_in_bf16",
+    )
+    shared = {name: getattr(precision, name) for name in same_name}
+    return {"fp8": precision.fp8_format, **shared}
+
+
+def transformer_config(settings: Settings, transformer_engine: bool = False) -> TransformerConfig:
+    """megatron-core's model configuration; the settings must have passed ``checks.problems``.
+
+    ``transformer_engine``: its layers will run, and FP8 is theirs; megatron-core knows nothing of
+    the local implementation's emulation.
+    """
     dtype = params_dtype(settings)
+    fp8 = transformer_engine and settings.precision.fp8_format is not None
     return TransformerConfig(
         **_blocks(settings.model),
         **_initialisation(settings.model),
         **_experts(settings),
         **_layout(settings),
+        **(_fp8(settings.precision) if fp8 else {}),
         bf16=settings.precision.bf16,
         params_dtype=dtype,
         pipeline_dtype=dtype,

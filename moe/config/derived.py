@@ -37,6 +37,17 @@ def moe_layers(settings: Settings) -> list[bool]:
     return [bool(flag) for flag in frequency]
 
 
+def fp8_layers(settings: Settings) -> list[bool]:
+    """For each layer, whether its linear layers and experts run in FP8."""
+    layers, precision = settings.model.num_layers, settings.precision
+    if precision.fp8_format is None:
+        return [False] * layers
+    kept = precision.first_last_layers_bf16
+    start = precision.num_layers_at_start_in_bf16 if kept else 0
+    end = layers - (precision.num_layers_at_end_in_bf16 if kept else 0)
+    return [start <= layer < end for layer in range(layers)]
+
+
 def sequence_parallel(parallel: ParallelSettings) -> bool:
     """Whether norms and dropout are sharded along the sequence."""
     if parallel.sequence_parallel is None:

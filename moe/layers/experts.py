@@ -118,10 +118,16 @@ class GroupedExperts(MegatronModule):
         """
         x = permuted_local_hidden_states
         ends = tokens_per_expert.to(x.device).cumsum(0).to(torch.int32)
-        hidden = F.grouped_mm(x, self.weight1.transpose(1, 2), offs=ends)
+        hidden = self._product("fc1", x, self.weight1, ends)
         activated = self._activate(hidden, permuted_probs.unsqueeze(-1))
-        out = F.grouped_mm(activated, self.weight2.transpose(1, 2), offs=ends)
+        out = self._product("fc2", activated, self.weight2, ends)
         return _ContiguousGrad.apply(out), None
+
+    def _product(
+        self, layer: str, x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor
+    ) -> torch.Tensor:
+        """Each expert's rows times its weight transposed, in one of the two layers."""
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
 
     def _activate(self, hidden: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
         activation = self.config.activation_func

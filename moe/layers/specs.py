@@ -6,6 +6,7 @@ from typing import Any
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -27,8 +28,14 @@ from moetron.moe.config import derived
 from moetron.moe.config.errors import UserError
 from moetron.moe.config.settings import Settings
 from moetron.moe.host.device import has_transformer_engine
+from moetron.moe.host.fp8 import Fp8Numerics, fp8_numerics
 from moetron.moe.layers.attention import SdpaAttention
 from moetron.moe.layers.experts import GroupedExperts, grouped_gemm_fits
+from moetron.moe.layers.fp8_linear import (
+    Fp8ColumnParallelLinear,
+    Fp8GroupedExperts,
+    Fp8RowParallelLinear,
+)
 from moetron.moe.layers.norm import FullWidthRMSNorm, LayerNorm, RMSNorm
 from moetron.moe.routing.router import Router
 
@@ -41,11 +48,30 @@ with warnings.catch_warnings():  # "Apex is not installed": we bring norms of ou
 
 
 class LocalProvider(LocalSpecProvider):
-    """megatron-core's local modules, with our norms, core attention and experts in their place."""
+    """megatron-core's local modules, with our norms, core attention and experts in their place.
 
-    def __init__(self, settings: Settings, config: TransformerConfig) -> None:
+    ``fp8``: how linear layers and experts emulate FP8; None: they do not.
+    """
+
+    def __init__(
+        self, settings: Settings, config: TransformerConfig, fp8: Fp8Numerics | None
+    ) -> None:
         self._settings = settings
         self._config = config
+        self.fp8 = fp8
+
+    def column_parallel_linear(self) -> type | ModuleSpec:
+        """A linear layer whose outputs are split over tensor ranks."""
+        return self._linear(ColumnParallelLinear, Fp8ColumnParallelLinear)
+
+    def row_parallel_linear(self) -> type | ModuleSpec:
+        """A linear layer whose inputs are split over tensor ranks."""
+        return self._linear(RowParallelLinear, Fp8RowParallelLinear)
+
+    def _linear(self, plain: type, emulated: type) -> type | ModuleSpec:
+        if self.fp8 is None:
+            return plain
+        return ModuleSpec(module=emulated, params={"numerics": self.fp8})
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
         """The norm that the configuration names."""
@@ -64,7 +90,7 @@ class LocalProvider(LocalSpecProvider):
         """Grouped experts where they fit, otherwise one after the other."""
         ranks = derived.expert_tensor_parallel_size(self._settings.parallel)
         if moe_use_grouped_gemm and grouped_gemm_fits(self._config, ranks):
-            return GroupedExperts, None
+            return (GroupedExperts if self.fp8 is None else Fp8GroupedExperts), None
         sequential: tuple[type, MLPSubmodules | None] = super().grouped_mlp_modules(False, False)
         return sequential
 
@@ -92,6 +118,8 @@ def _local_layer(backend: LocalProvider, config: TransformerConfig, experts: boo
         num_experts=config.num_moe_experts if experts else None,
         moe_grouped_gemm=config.moe_grouped_gemm,
     )
+    if experts and mlp.submodules.experts.module is Fp8GroupedExperts:
+        mlp.submodules.experts.params["numerics"] = backend.fp8
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -157,14 +185,19 @@ def block_spec(
         vp_stage: virtual pipeline stage; None without interleaving.
     """
     backend: Any
+    kinds = list(zip(derived.moe_layers(settings), derived.fp8_layers(settings), strict=True))
     if uses_transformer_engine(settings):
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
         backend = TESpecProvider()
-        layer = {kind: _transformer_engine_layer(config, kind) for kind in (False, True)}
+        layer = {kind: _transformer_engine_layer(config, kind[0]) for kind in kinds}
     else:
-        backend = LocalProvider(settings, config)
-        layer = {kind: _local_layer(backend, config, kind) for kind in (False, True)}
+        backend = LocalProvider(settings, config, None)
+        emulating = LocalProvider(settings, config, fp8_numerics(settings.precision))
+        layer = {
+            (experts, fp8): _local_layer(emulating if fp8 else backend, config, experts)
+            for experts, fp8 in kinds
+        }
     for spec in layer.values():
         if spec.submodules.mlp.module is MoELayer:
             spec.submodules.mlp.submodules.router = Router
@@ -174,7 +207,7 @@ def block_spec(
     stage = groups.pp.rank()
     first = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=stage)
-    kinds = derived.moe_layers(settings)[first : first + count]
     return TransformerBlockSubmodules(
-        layer_specs=[layer[kind] for kind in kinds], layer_norm=backend.layer_norm()
+        layer_specs=[layer[kind] for kind in kinds[first : first + count]],
+        layer_norm=backend.layer_norm(),
     )

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from moetron.moe.config.bridge import transformer_config
 from moetron.moe.config.settings import Settings
+from moetron.moe.layers.specs import uses_transformer_engine
 from moetron.moe.routing.record import RoutingRecorder
 from moetron.moe.training.checkpoint import load_checkpoint
 from moetron.moe.training.console import Console
@@ -20,7 +21,7 @@ from moetron.moe.training.stream import Streams
 
 def build_trainer(settings: Settings, runtime: Runtime, vocab_size: int) -> Trainer:
     """The model, freshly drawn, and its optimizer."""
-    config = transformer_config(settings)
+    config = transformer_config(settings, uses_transformer_engine(settings))
     chunks = build_chunks(settings, config, vocab_size, runtime)
     optimizer = build_optimizer(settings, chunks, runtime)
     sparse = settings.moe.num_experts is not None

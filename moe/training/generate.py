@@ -10,6 +10,7 @@ from moetron.moe.config.bridge import transformer_config
 from moetron.moe.config.model import ParallelSettings
 from moetron.moe.config.settings import Settings
 from moetron.moe.layers.build import build_model
+from moetron.moe.layers.specs import uses_transformer_engine
 from moetron.moe.training.checkpoint import load_weights
 from moetron.moe.training.checkpoint_folder import Record
 from moetron.moe.training.runtime import Runtime
@@ -22,7 +23,7 @@ def one_rank_settings(record: Record) -> Settings:
 
 def load_model(path: Path, settings: Settings, vocab_size: int, runtime: Runtime) -> GPTModel:
     """The model of the checkpoint at ``path``, ready to be asked."""
-    config = transformer_config(settings)
+    config = transformer_config(settings, uses_transformer_engine(settings))
     model = build_model(settings, config, vocab_size).to(runtime.device, config.params_dtype)
     load_weights(path, [model])
     return model.eval()

@@ -1,0 +1,64 @@
+"""FP8: what a recipe needs and what goes with it."""
+
+from collections.abc import Iterator
+
+from moetron.moe.config.rules.case import Case
+
+_DELAYED_ONLY = ("fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo")
+_PREFIXES = ("fp8_", "first_last_", "num_layers_at_")
+_HOLD_LINEAR_LAYERS = {"mlp", "moe", "shared_experts"}
+
+
+def fp8(case: Case) -> Iterator[str]:
+    """Flags that need another one, and layers that stay out of FP8."""
+    precision, parallel = case.settings.precision, case.settings.parallel
+    changed = [
+        name
+        for name, field in type(precision).model_fields.items()
+        if name.startswith(_PREFIXES) and getattr(precision, name) != field.default
+    ]
+    if precision.fp8_format is None:
+        for name in changed:
+            yield f"{case.said(name)} does nothing without --fp8-format: add it or leave it out"
+        return
+    if precision.fp8_recipe != "delayed":
+        for name in changed:
+            if name in _DELAYED_ONLY:
+                yield f"{case.said(name)} is for --fp8-recipe delayed: leave it out"
+    if not precision.first_last_layers_bf16:
+        return
+    if precision.fp8_recipe == "delayed":
+        yield (
+            "--first-last-layers-bf16 does not go with --fp8-recipe delayed (megatron-core): "
+            "use --fp8-recipe tensorwise, blockwise or mxfp8"
+        )
+    layers = case.settings.model.num_layers // parallel.pipeline_model_parallel_size
+    for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
+        if getattr(precision, name) > layers:
+            yield (
+                f"{case.said(name)} exceeds the {layers} layers of a pipeline stage: "
+                f"use at most {layers}"
+            )
+
+
+def recomputed(case: Case) -> Iterator[str]:
+    """A layer that is run again must find the scales that it ran with first."""
+    precision, parallel = case.settings.precision, case.settings.parallel
+    if precision.fp8_format is None or precision.fp8_recipe != "delayed":
+        return
+    modules = set(parallel.recompute_modules or [])
+    if modules & {"moe_act", "layernorm"}:
+        yield (
+            "--recompute-modules moe_act and layernorm do not go with --fp8-recipe delayed "
+            "(megatron-core): leave them out or use --fp8-recipe tensorwise"
+        )
+    again = parallel.recompute_granularity == "full" or bool(modules & _HOLD_LINEAR_LAYERS)
+    if case.local and again and parallel.pipeline_model_parallel_size > 1:
+        yield (
+            "--fp8-recipe delayed, emulated, cannot recompute linear layers in a pipeline: other "
+            "micro-batches move the scales in between; use --fp8-recipe tensorwise, blockwise or "
+            "mxfp8, or --recompute-granularity selective with core_attn"
+        )
+
+
+RULES = (fp8, recomputed)

@@ -1,0 +1,85 @@
+"""The local linear layers and experts with emulated FP8 products."""
+
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+
+from moetron.moe.host.fp8 import Fp8Numerics
+from moetron.moe.host.fp8_product import Fp8Product
+from moetron.moe.layers.experts import GroupedExperts
+
+
+def _linear(product: Fp8Product, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """X [..., K] times weight [N, K] transposed."""
+    x_TK = x.reshape(-1, x.shape[-1])
+    ends = torch.tensor([len(x_TK)], dtype=torch.int32, device=x.device)
+    return product(x_TK, weight.unsqueeze(0), ends).view(*x.shape[:-1], -1)
+
+
+class Fp8ColumnParallelLinear(ColumnParallelLinear):
+    """megatron-core's layer with an FP8 product; the gathered sequence is what is quantised.
+
+    Args:
+        numerics: the recipe.
+        args: of ``ColumnParallelLinear``, as are ``kwargs``.
+    """
+
+    def __init__(self, *args: Any, numerics: Fp8Numerics, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._fp8 = Fp8Product(numerics)
+
+    def _forward_impl(
+        self,
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        allreduce_dgrad: bool,
+        sequence_parallel: bool,
+        tp_group: torch.distributed.ProcessGroup,
+        **_: Any,
+    ) -> torch.Tensor:
+        if sequence_parallel:
+            input = gather_from_sequence_parallel_region(input, group=tp_group)
+        elif allreduce_dgrad:
+            input = copy_to_tensor_model_parallel_region(input, group=tp_group)
+        output = _linear(self._fp8, input, weight)
+        return output if bias is None else output + bias
+
+
+class Fp8RowParallelLinear(RowParallelLinear):
+    """megatron-core's layer with an FP8 product; partial sums are added in high precision.
+
+    Args:
+        numerics: the recipe.
+        args: of ``RowParallelLinear``, as are ``kwargs``.
+    """
+
+    def __init__(self, *args: Any, numerics: Fp8Numerics, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._fp8 = Fp8Product(numerics)
+
+    def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, **_: Any) -> torch.Tensor:
+        return _linear(self._fp8, input, weight)
+
+
+class Fp8GroupedExperts(GroupedExperts):
+    """Grouped experts with FP8 products; every expert has scales of its own.
+
+    Args:
+        numerics: the recipe.
+        args: of ``GroupedExperts``, as are ``kwargs``.
+    """
+
+    def __init__(self, *args: Any, numerics: Fp8Numerics, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._fp8 = {layer: Fp8Product(numerics) for layer in ("fc1", "fc2")}
+
+    def _product(
+        self, layer: str, x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor
+    ) -> torch.Tensor:
+        return self._fp8[layer](x, weight, ends)

@@ -1,0 +1,85 @@
+"""FP8: each rule fires alone, on what it is for, and the bridge hands settings to megatron-core."""
+
+from typing import Any
+
+import pytest
+from config_cases import found, make
+
+from moetron.moe.config import bridge
+from moetron.moe.config.derived import fp8_layers
+
+DELAYED = {"fp8_format": "hybrid"}
+MXFP8 = {"fp8_format": "e4m3", "fp8_recipe": "mxfp8"}
+PIPELINE = {"pipeline_model_parallel_size": 2, "world_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"fp8_recipe": "mxfp8"}, "--fp8-recipe mxfp8 does nothing without --fp8-format"),
+        ({"first_last_layers_bf16": True}, "--first-last-layers-bf16 does nothing without"),
+        ({**MXFP8, "fp8_margin": 1}, "--fp8-margin 1 is for --fp8-recipe delayed"),
+        ({**DELAYED, "first_last_layers_bf16": True}, "does not go with --fp8-recipe delayed"),
+        (
+            {
+                **MXFP8,
+                **PIPELINE,
+                "first_last_layers_bf16": True,
+                "num_layers_at_end_in_bf16": 3,
+            },
+            "--num-layers-at-end-in-bf16 3 exceeds the 2 layers of a pipeline stage",
+        ),
+        (
+            {
+                **DELAYED,
+                **PIPELINE,
+                "recompute_granularity": "selective",
+                "recompute_modules": ["moe"],
+            },
+            "cannot recompute linear layers in a pipeline",
+        ),
+    ],
+)
+def test_a_rule_fires_alone(changes: dict[str, Any], expected: str) -> None:
+    problems = found(**changes)
+    assert len(problems) == 1 and expected in problems[0], problems
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {**DELAYED, "fp8_margin": 1, "fp8_amax_history_len": 16, "fp8_amax_compute_algo": "max"},
+        {**MXFP8, "first_last_layers_bf16": True, "num_layers_at_start_in_bf16": 0},
+        {**DELAYED, **PIPELINE, "recompute_granularity": "selective"},
+        {**DELAYED, "recompute_granularity": "selective", "recompute_modules": ["moe"]},
+    ],
+)
+def test_what_goes_together(changes: dict[str, Any]) -> None:
+    assert found(**changes) == []
+
+
+def test_which_layers_run_in_fp8() -> None:
+    assert fp8_layers(make()) == [False] * 4
+    assert fp8_layers(make(**MXFP8)) == [True] * 4
+    kept = make(**MXFP8, first_last_layers_bf16=True, num_layers_at_end_in_bf16=2)
+    assert fp8_layers(kept) == [False, True, False, False]
+
+
+def test_megatron_core_learns_of_fp8_only_with_transformer_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = make(**DELAYED, fp8_margin=2, fp8_amax_history_len=16, fp8_amax_compute_algo="max")
+    assert bridge.transformer_config(settings).fp8 is None
+    # The configuration asks for a version of Transformer Engine that is not installed here.
+    monkeypatch.setattr(
+        "megatron.core.transformer.transformer_config.is_te_min_version", lambda *_: True
+    )
+    config = bridge.transformer_config(settings, transformer_engine=True)
+    assert (config.fp8, config.fp8_recipe, config.fp8_margin) == ("hybrid", "delayed", 2)
+    assert (config.fp8_amax_history_len, config.fp8_amax_compute_algo) == (16, "max")
+    kept = make(**MXFP8, first_last_layers_bf16=True, num_layers_at_start_in_bf16=2)
+    config = bridge.transformer_config(kept, transformer_engine=True)
+    assert (config.fp8, config.fp8_recipe) == ("e4m3", "mxfp8")
+    assert config.first_last_layers_bf16
+    assert (config.num_layers_at_start_in_bf16, config.num_layers_at_end_in_bf16) == (2, 1)
+    assert bridge.transformer_config(make(), transformer_engine=True).fp8 is None
