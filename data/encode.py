@@ -1,13 +1,15 @@
 """One task of preprocessing: raw rows to token ids."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import groupby
 
 import numpy as np
 
+from moetron.data.filters import Filters, has_frequent_words
 from moetron.data.indexed_format import token_dtype
 from moetron.data.inputs import Chunk, Cursor, Reject
 from moetron.data.long_text import PIECE_CHARACTERS, pieces
@@ -29,6 +31,7 @@ class Encoding:
     append_eod: bool
     holdout_fraction: float
     """Share of documents that is held out, in [0, 1)."""
+    filters: Filters = field(default_factory=Filters)
     fast: bool = False
     """Use the tokenizer's fast engine, if it has one."""
 
@@ -73,17 +76,19 @@ def encode_chunk(encoding: Encoding, chunk: Chunk) -> Encoded:
     tokenizer = _tokenizer(encoding.tokenizer, encoding.fast)
     sides: tuple[list[str], list[str]] = [], []
     rejects: list[Reject] = []
-    left_out = {"empty": 0}
+    left_out: Counter[str] = Counter(empty=0)
     for text in chunk.texts(encoding.text_key):
         if isinstance(text, Reject):
             rejects.append(text)
         elif not text:
             left_out["empty"] += 1
+        elif encoding.filters.frequent_words and has_frequent_words(text):
+            left_out["frequent words"] += 1
         else:
             sides[is_held_out(text, encoding.holdout_fraction)].append(text)
     if isinstance(tokenizer, FastBPE):
         _compare_engines(tokenizer, sides[0] or sides[1])
-    training, held_out = (_encode(tokenizer, texts, encoding.append_eod) for texts in sides)
+    training, held_out = (_encode(tokenizer, texts, encoding, left_out) for texts in sides)
     return Encoded((training, held_out), rejects, left_out, chunk.read_bytes, chunk.end)
 
 
@@ -99,16 +104,25 @@ def is_held_out(text: str, fraction: float) -> bool:
     return int.from_bytes(digest, "little") < fraction * 2.0**64
 
 
-def _encode(tokenizer: Tokenizer, texts: Sequence[str], append_eod: bool) -> Documents:
-    """Token ids of texts."""
+def _encode(
+    tokenizer: Tokenizer, texts: Sequence[str], encoding: Encoding, left_out: Counter[str]
+) -> Documents:
+    """Token ids of the texts that stay; the others are counted in ``left_out``."""
     dtype = token_dtype(tokenizer.vocab_size)
     parts = [_encode_part(tokenizer, part, dtype) for part in _parts(texts)]
     tokens = np.concatenate([np.empty(0, dtype), *(tokens for tokens, _ in parts)])
     lengths = np.concatenate([np.empty(0, np.int64), *(lengths for _, lengths in parts)])
-    if append_eod:
+    text_bytes = np.fromiter(map(_utf8_bytes, texts), np.int64, len(texts))
+    stays = np.ones(lengths.size, bool)
+    for name, caught in encoding.filters.by_tokens(tokens, lengths):
+        left_out[name] += int(np.count_nonzero(stays & caught))
+        stays &= ~caught
+    if not stays.all():
+        tokens, lengths = tokens[np.repeat(stays, lengths)], lengths[stays]
+    if encoding.append_eod:
         tokens = np.insert(tokens, np.cumsum(lengths), tokenizer.eod)
         lengths += 1
-    return Documents(tokens, lengths, sum(map(_utf8_bytes, texts)))
+    return Documents(tokens, lengths, int(text_bytes[stays].sum()))
 
 
 def _utf8_bytes(text: str) -> int:

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import orjson
 from moetron.data.encode import Encoding, EnginesDiffer, encode_chunk
 from moetron.data.errors import DataError
 from moetron.data.files import beside
+from moetron.data.filters import Filters
 from moetron.data.inputs import CHUNK_BYTES, Chunk, find_files, read_chunks
 from moetron.data.journal import Side, State, read_state
 from moetron.data.manifest import Manifest, TokenizerRecord, read_manifest, write_manifest
@@ -38,6 +39,7 @@ class Options:
     holdout_fraction: float = 0.0
     holdout_prefix: str | None = None
     max_bad_fraction: float = 0.001
+    filters: Filters = field(default_factory=Filters)
     fast: bool = True
     """Use the tokenizer's fast engine, if it has one, as long as it gives the reference's ids."""
 
@@ -56,7 +58,7 @@ class Options:
             )
         if not 0 <= self.max_bad_fraction <= 1:
             found.append(f"--max-bad-fraction {self.max_bad_fraction}: must be in [0, 1]")
-        return found
+        return found + self.filters.problems()
 
 
 @dataclass(frozen=True)
@@ -107,10 +109,11 @@ class _Run:
         self.prefixes = [options.output_prefix]
         if options.holdout_prefix is not None:
             self.prefixes.append(options.holdout_prefix)
-        self.settings = {
+        self.settings: dict[str, Any] = {
             name: getattr(options, name)
             for name in ("text_key", "append_eod", "holdout_fraction", "max_bad_fraction")
         }
+        self.settings["filters"] = asdict(options.filters)
         stats = [(str(file.resolve()), file.stat()) for file in files]
         self.input_bytes = sum(stat.st_size for _, stat in stats)
         listing = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
@@ -165,6 +168,7 @@ class _Run:
             options.text_key,
             options.append_eod,
             options.holdout_fraction,
+            options.filters,
             output.state.fast and options.fast,
         )
         chunks = read_chunks(self.files, output.state.cursor)

@@ -14,8 +14,10 @@ import argparse
 import os
 import sys
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import fields
 
 from moetron.data.errors import DataError
+from moetron.data.filters import Filters
 from moetron.data.preprocess import Options, preprocess
 from moetron.tokenizers.interface import TokenizerError
 
@@ -57,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="F",
         help="more bad rows than this share of all end the run (default: 0.001)",
     )
+    add_filters(parser.add_argument_group("documents to leave out, counted in the manifest"))
     add(
         "--no-fast",
         dest="fast",
@@ -66,10 +69,28 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_filters(group: argparse._ArgumentGroup) -> None:
+    """The flags of ``Filters``."""
+    group.add_argument(
+        "--max-repetitions",
+        type=int,
+        metavar="N",
+        help="an n-gram of up to 13 tokens stands N times in a row (OLMoE: 32)",
+    )
+    group.add_argument(
+        "--frequent-words",
+        action="store_true",
+        help="one word makes more than 30%% of the text or two more than 50%% (OLMoE, for code)",
+    )
+    group.add_argument("--min-tokens", type=int, default=0, help="shorter documents")
+    group.add_argument("--max-tokens", type=int, help="longer documents")
+
+
 def main() -> int:
     """Preprocess as the command line says; the exit code."""
     arguments = vars(parser().parse_args())
-    options = Options(inputs=arguments.pop("input"), **arguments)
+    filters = Filters(**{field.name: arguments.pop(field.name) for field in fields(Filters)})
+    options = Options(inputs=arguments.pop("input"), filters=filters, **arguments)
     try:
         outcome = preprocess(options)
     except (DataError, TokenizerError, OSError) as error:

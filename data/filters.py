@@ -1,0 +1,71 @@
+"""Which documents are left out: pure functions of a document's text and tokens."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+MAX_PERIOD = 13
+"""Longest n-gram whose repetition counts, in tokens (OLMoE, section 2 and appendix)."""
+FIRST_WORD_SHARE, TWO_WORDS_SHARE = 0.3, 0.5
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What preprocessing leaves out; by default nothing."""
+
+    max_repetitions: int | None = None
+    """Documents in which an n-gram follows itself to make as many in a row (OLMoE: 32)."""
+    frequent_words: bool = False
+    """Documents of which one word makes more than 30 %, or two more than 50 % (OLMoE, code)."""
+    min_tokens: int = 0
+    """Documents shorter than this."""
+    max_tokens: int | None = None
+    """Documents longer than this."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with them."""
+        found = []
+        if self.max_repetitions is not None and self.max_repetitions < 2:
+            found.append(f"--max-repetitions {self.max_repetitions}: must be at least 2")
+        if self.max_tokens is not None and self.max_tokens < max(self.min_tokens, 1):
+            found.append(f"--max-tokens {self.max_tokens}: must be at least 1 and --min-tokens")
+        return found
+
+    def by_tokens(
+        self, tokens: np.ndarray, lengths: np.ndarray
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """(name, documents to leave out: bool [documents]) of each rule that looks at tokens."""
+        if self.min_tokens > 0:
+            yield "short", lengths < self.min_tokens
+        if self.max_tokens is not None:
+            yield "long", lengths > self.max_tokens
+        if self.max_repetitions is not None:
+            yield "repetitive", repetitive(tokens, lengths, self.max_repetitions)
+
+
+def repetitive(
+    tokens: np.ndarray, lengths: np.ndarray, repetitions: int, max_period: int = MAX_PERIOD
+) -> np.ndarray:
+    """Documents that hold an n-gram of up to ``max_period`` tokens so many times in a row.
+
+    ``tokens`` [sum(lengths)] of documents of ``lengths`` [documents] -> bool [documents]. An n-gram
+    stands r times in a row where n (r - 1) tokens in a row equal the ones n places later.
+    """
+    document = np.repeat(np.arange(lengths.size), lengths)
+    found = np.zeros(lengths.size, bool)
+    for period in range(1, max_period + 1):
+        same = tokens[period:] == tokens[:-period]
+        same &= document[period:] == document[:-period]
+        edges = np.flatnonzero(np.diff(same, prepend=False, append=False))
+        starts, ends = edges[::2], edges[1::2]
+        found[document[starts[ends - starts >= period * (repetitions - 1)]]] = True
+    return found
+
+
+def has_frequent_words(text: str) -> bool:
+    """Whether one word makes more than 30 % of a text, or two words more than 50 %."""
+    counts = Counter(text.split())
+    shares = [count / counts.total() for _, count in counts.most_common(2)]
+    return bool(shares) and (shares[0] > FIRST_WORD_SHARE or sum(shares) > TWO_WORDS_SHARE)
