@@ -1,13 +1,13 @@
 """Stages of the data: from a recipe or a flag, and the rules for them."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from config_cases import found, make
 
-from moetron.moe.config import flags
+from moetron.moe.config import flags, recipe
 from moetron.moe.config.checks import input_problems
-from moetron.moe.config.recipe import dump
 from moetron.moe.config.run import StageSettings
 from moetron.moe.config.validate import validate
 
@@ -26,7 +26,7 @@ def test_stages_are_read_as_mappings_and_as_flags() -> None:
     given = flags.parse(["--stages", *words]).settings
     _, _, faulty = validate(given)
     assert "lr" in faulty and "stages" not in faulty
-    assert "until_tokens: 64" in dump(settings)
+    assert "until_tokens: 64" in recipe.dump(settings)
     assert with_stages(FIRST, LAST) == []
 
 
@@ -64,3 +64,9 @@ def test_shards_of_stages_must_be_there(tmp_path) -> None:
     settings = make(mock_data=False, tokenizer_model="bytes", stages=[{"data_path": [shard]}])
     (line,) = input_problems(settings)
     assert line.startswith(f"--stages {shard}: there is no file")
+
+
+def test_the_documented_example_is_valid() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "data_format.md").read_text(encoding="utf-8")
+    example = page.split("```yaml\n")[1].split("```")[0]
+    assert found(**{"mock_data": False, **recipe.loads(example)["data"]}) == []
