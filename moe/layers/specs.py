@@ -11,6 +11,7 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
@@ -91,8 +92,9 @@ class LocalProvider(LocalSpecProvider):
         ranks = derived.expert_tensor_parallel_size(self._settings.parallel)
         if moe_use_grouped_gemm and grouped_gemm_fits(self._config, ranks):
             return (GroupedExperts if self.fp8 is None else Fp8GroupedExperts), None
-        sequential: tuple[type, MLPSubmodules | None] = super().grouped_mlp_modules(False, False)
-        return sequential
+        return SequentialMLP, MLPSubmodules(
+            linear_fc1=self.column_parallel_linear(), linear_fc2=self.row_parallel_linear()
+        )
 
 
 def _local_layer(backend: LocalProvider, config: TransformerConfig, experts: bool) -> ModuleSpec:
