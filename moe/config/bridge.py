@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,15 @@ from moetron.moe.config.model import ModelSettings, PrecisionSettings
 from moetron.moe.config.settings import Settings
 
 padded_vocab_size = derived.padded_vocab_size
+
+
+@dataclass
+class ModelConfig(TransformerConfig):
+    """megatron-core's configuration and what our own modules read besides."""
+
+    moe_eval_capacity_factor: float | None = None
+    moe_minimum_capacity: int = 0
+    moe_capacity_includes_topk: bool = True
 
 
 def params_dtype(settings: Settings) -> torch.dtype:
@@ -106,6 +116,9 @@ def _experts(settings: Settings) -> dict[str, Any]:
         "moe_z_loss_coeff",
         "moe_input_jitter_eps",
         "moe_expert_capacity_factor",
+        "moe_eval_capacity_factor",
+        "moe_minimum_capacity",
+        "moe_capacity_includes_topk",
         "moe_pad_expert_input_to_capacity",
         "moe_token_drop_policy",
         "moe_token_dispatcher_type",
@@ -158,7 +171,7 @@ def _fp8(precision: PrecisionSettings) -> dict[str, Any]:
     return {"fp8": precision.fp8_format, **shared}
 
 
-def transformer_config(settings: Settings, transformer_engine: bool = False) -> TransformerConfig:
+def transformer_config(settings: Settings, transformer_engine: bool = False) -> ModelConfig:
     """megatron-core's model configuration; the settings must have passed ``checks.problems``.
 
     ``transformer_engine``: its layers will run, and FP8 is theirs; megatron-core knows nothing of
@@ -166,7 +179,7 @@ def transformer_config(settings: Settings, transformer_engine: bool = False) -> 
     """
     dtype = params_dtype(settings)
     fp8 = transformer_engine and settings.precision.fp8_format is not None
-    return TransformerConfig(
+    return ModelConfig(
         **_blocks(settings.model),
         **_initialisation(settings.model),
         **_experts(settings),

@@ -111,12 +111,20 @@ class MoESettings(Group):
     moe_input_jitter_eps: PositiveFloat | None = None
     """Multiply the router's input by U[1 - eps, 1 + eps] in training."""
     moe_expert_capacity_factor: PositiveFloat | None = None
-    """Slots an expert has: ceil(factor x k x tokens / E), tokens of one rank's micro-batch; unset:
-    dropless."""
+    """Slots an expert has for the tokens of one rank's micro-batch, as a multiple of an even share;
+    unset: dropless."""
+    moe_eval_capacity_factor: PositiveFloat | None = None
+    """The same in evaluation; unset: as in training."""
+    moe_minimum_capacity: NonNegativeInt = 0
+    """Slots an expert has at least (OpenMoE, ST-MoE: 4)."""
+    moe_capacity_includes_topk: bool = True
+    """An even share is k x tokens / E, slots are rounded up (Megatron); otherwise tokens / E, slots
+    are rounded to the nearest (Switch, ST-MoE, OpenMoE)."""
     moe_pad_expert_input_to_capacity: bool = False
     """Pad every expert's input to its capacity."""
     moe_token_drop_policy: Literal["probs", "position"] = "probs"
-    """Which tokens an overfull expert keeps."""
+    """Which tokens an overfull expert keeps: those of highest probability, or the first ones,
+    sequence by sequence, from left to right."""
     moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex"] = "alltoall"
     """How tokens travel to their experts."""
     moe_grouped_gemm: bool = True

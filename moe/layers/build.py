@@ -2,6 +2,7 @@
 
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moetron.moe.config import derived
@@ -34,7 +35,7 @@ def build_model(
     """
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = settings.model
-    return GPTModel(
+    built = GPTModel(
         config=config,
         transformer_layer_spec=block_spec(settings, config, groups, vp_stage),
         vocab_size=derived.padded_vocab_size(vocab_size, settings),
@@ -49,3 +50,7 @@ def build_model(
         pg_collection=groups,
         vp_stage=vp_stage,
     )
+    for module in built.modules():
+        if isinstance(module, MoELayer) and config.moe_pad_expert_input_to_capacity:
+            module.router.padded_dispatcher = module.token_dispatcher
+    return built

@@ -6,12 +6,11 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from megatron.core.transformer.moe import router as megatron_router
-from megatron.core.transformer.moe.router import TopKRouter
 from torch.distributed import ProcessGroup
 
 from moetron.moe.config import derived
 from moetron.moe.config.settings import Settings
+from moetron.moe.routing.router import Router
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,12 @@ class RoutingSummary:
         """Share of all choices that no expert served; 0 when nothing was routed."""
         total = int(self.chosen.sum())
         return 1.0 - int(self.kept.sum()) / total if total else 0.0
+
+    @property
+    def dropped_fractions(self) -> list[float]:
+        """The same for each layer."""
+        chosen_L, kept_L = self.chosen.sum(1), self.kept.sum(1)
+        return (1.0 - kept_L.double() / chosen_L.clamp(min=1)).where(chosen_L > 0, 0.0).tolist()
 
     @property
     def load_max_over_mean(self) -> float:
@@ -54,35 +59,20 @@ class RoutingRecorder:
         assert experts is not None
         flags = derived.moe_layers(settings)
         self._row = {layer: row for row, layer in enumerate(i for i, f in enumerate(flags) if f)}
-        routers = [m for chunk in model for m in chunk.modules() if isinstance(m, TopKRouter)]
+        routers = [m for chunk in model for m in chunk.modules() if isinstance(m, Router)]
         device = routers[0].weight.device if routers else torch.device("cpu")
         self._counts = torch.zeros(2, len(self._row), experts, dtype=torch.int64, device=device)
-        self._before_drop: torch.Tensor | None = None
         self._hooks = [router.register_forward_hook(self._count) for router in routers]
-        self._drop = megatron_router.apply_router_token_dropping
-        if settings.moe.moe_expert_capacity_factor is not None:
-            megatron_router.apply_router_token_dropping = self._watched_drop
 
-    def _watched_drop(
-        self, routing_probs: torch.Tensor, routing_map: torch.Tensor, **options: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        self._before_drop = routing_map
-        result: tuple[torch.Tensor, torch.Tensor] = self._drop(
-            routing_probs, routing_map, **options
-        )
-        return result
-
-    def _count(self, router: TopKRouter, _: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    def _count(self, router: Router, _: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
         if not (router.training and torch.is_grad_enabled()):
             return
         kept_TE = output[1]  # [tokens, experts]
-        chosen_TE, self._before_drop = self._before_drop, None
+        assert router.chosen is not None
         row = self._row[router.layer_number - 1]
-        if chosen_TE is None:
-            self._counts[:, row] += kept_TE.sum(dim=0)
-        else:  # a map padded to capacity also holds tokens that did not choose the expert
-            self._counts[0, row] += chosen_TE.sum(dim=0)
-            self._counts[1, row] += (kept_TE & chosen_TE).sum(dim=0)
+        self._counts[0, row] += router.chosen.sum(dim=0)
+        # A map padded to capacity also holds tokens that did not choose the expert.
+        self._counts[1, row] += (kept_TE & router.chosen).sum(dim=0)
 
     def reset(self) -> None:
         """Forget all counts."""
@@ -105,7 +95,6 @@ class RoutingRecorder:
         """Stop watching."""
         for hook in self._hooks:
             hook.remove()
-        megatron_router.apply_router_token_dropping = self._drop
 
     def __enter__(self) -> "RoutingRecorder":
         return self

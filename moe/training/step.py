@@ -104,7 +104,8 @@ def routing_figures(trainer: Trainer, num_microbatches: int) -> dict[str, Any]:
 
     ``aux_loss`` and ``z_loss`` without their coefficients; ``expert_load_max_over_mean``, the load
     of a layer's busiest expert over the mean, averaged over layers, and ``expert_load``, the same
-    for each layer; ``dropped_fraction`` of choices where experts have a capacity.
+    for each layer; where experts have a capacity ``dropped_fraction`` of choices, over all layers,
+    and ``dropped_fractions``, by layer.
     """
     if trainer.recorder is None:
         return {}
@@ -117,10 +118,11 @@ def routing_figures(trainer: Trainer, num_microbatches: int) -> dict[str, Any]:
     figures["expert_load_max_over_mean"] = summary.load_max_over_mean
     chosen_LE = summary.chosen.double()  # [MoE layers, experts]
     loads = (chosen_LE.amax(1) / chosen_LE.mean(1)).tolist()
-    layers = [layer for layer, sparse in enumerate(moe_layers(trainer.settings)) if sparse]
-    figures["expert_load"] = {f"layer_{n}": load for n, load in zip(layers, loads, strict=True)}
+    names = [f"layer_{n}" for n, sparse in enumerate(moe_layers(trainer.settings)) if sparse]
+    figures["expert_load"] = dict(zip(names, loads, strict=True))
     if moe.moe_expert_capacity_factor is not None:
         figures["dropped_fraction"] = summary.dropped_fraction
+        figures["dropped_fractions"] = dict(zip(names, summary.dropped_fractions, strict=True))
     return figures
 
 

@@ -202,3 +202,24 @@ def test_capacity_drops_are_counted() -> None:
     assert torch.equal(one["chosen"], two["chosen"]) and torch.equal(one["kept"], two["kept"])
     capacity = 0.5 * MOE["moe_router_topk"] * SEQUENCE / MOE["num_experts"]
     assert int(one["kept"].max()) <= capacity * SAMPLES < int(one["chosen"].max())
+
+
+@pytest.mark.parametrize("policy", ["probs", "position"])
+def test_padding_to_capacity_changes_nothing(policy: str) -> None:
+    """5 slots: 0.5 x 16 / 8 would be 1. Sequences are micro-batches, so that ranks cut alike."""
+    moe = {
+        "moe_expert_capacity_factor": 0.5,
+        "moe_capacity_includes_topk": False,
+        "moe_minimum_capacity": 5,
+        "moe_token_drop_policy": policy,
+    }
+    plain = _run(1, {}, moe, None)
+    padded = _run(2, {EP: 2}, {**moe, "moe_pad_expert_input_to_capacity": True}, plain["weights"])
+    assert 0 < int(plain["kept"].sum()) < int(plain["chosen"].sum())
+    assert int(plain["kept"].max()) <= 5 * SAMPLES
+    assert torch.equal(plain["kept"], padded["kept"])
+    assert padded["loss"] == pytest.approx(plain["loss"], rel=1e-6)
+    for key, expected in plain["gradients"].items():
+        torch.testing.assert_close(
+            padded["gradients"][key], expected, rtol=1e-4, atol=1e-6, msg=key
+        )

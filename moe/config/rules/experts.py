@@ -132,17 +132,19 @@ def capacity(case: Case) -> Iterator[str]:
     """Limited expert capacity and what it drops."""
     moe = case.settings.moe
     limited = moe.moe_expert_capacity_factor is not None
-    if moe.moe_pad_expert_input_to_capacity and not limited:
-        yield "--moe-pad-expert-input-to-capacity needs --moe-expert-capacity-factor"
+    for name, used in (
+        ("moe_pad_expert_input_to_capacity", moe.moe_pad_expert_input_to_capacity),
+        ("moe_eval_capacity_factor", moe.moe_eval_capacity_factor is not None),
+        ("moe_minimum_capacity", moe.moe_minimum_capacity > 0),
+        ("moe_capacity_includes_topk", not moe.moe_capacity_includes_topk),
+        ("moe_token_drop_policy", moe.moe_token_drop_policy == "position"),
+    ):
+        if used and not limited:
+            yield f"{case.said(name)} needs --moe-expert-capacity-factor: add it or leave this out"
     if limited and moe.moe_router_load_balancing_type == "sinkhorn":
         yield (
             f"{case.said('moe_expert_capacity_factor')} cannot go with "
             "--moe-router-load-balancing-type sinkhorn: choose aux_loss or leave the factor out"
-        )
-    if moe.moe_token_drop_policy == "position":
-        yield (
-            "--moe-token-drop-policy position keeps the wrong tokens in megatron-core 0.16.1 "
-            "(a top-k over ties): use probs"
         )
 
 

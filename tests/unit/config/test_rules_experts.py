@@ -79,7 +79,10 @@ SIGMOID = {"moe_router_score_function": "sigmoid"}
             "exceeds the 2 experts of 1 groups",
         ),
         ({"moe_pad_expert_input_to_capacity": True}, "needs --moe-expert-capacity-factor"),
-        ({"moe_token_drop_policy": "position"}, "keeps the wrong tokens in megatron-core 0.16.1"),
+        ({"moe_eval_capacity_factor": 2.0}, "needs --moe-expert-capacity-factor"),
+        ({"moe_minimum_capacity": 4}, "--moe-minimum-capacity 4 needs --moe-expert-capacity"),
+        ({"moe_capacity_includes_topk": False}, "needs --moe-expert-capacity-factor"),
+        ({"moe_token_drop_policy": "position"}, "needs --moe-expert-capacity-factor"),
         (
             {"world_size": 2, "expert_model_parallel_size": 2, "moe_token_dispatcher_type": "flex"},
             "flex needs a CUDA device",

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe import router as megatron_router
 from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker
 
 from moetron.moe.config.bridge import transformer_config
@@ -90,11 +89,9 @@ def test_drops(pad: bool) -> None:
         moe_aux_loss_coeff=0.0,
     )
     routers = _routers(settings)
-    drop = megatron_router.apply_router_token_dropping
     with RoutingRecorder([routers], settings) as recorder:
         routers[1](_hidden())
         summary = recorder.summary()
-    assert megatron_router.apply_router_token_dropping is drop
     capacity = math.ceil(0.5 * 2 * TOKENS / EXPERTS)
     assert summary.chosen.sum(1).tolist() == [0, 2 * TOKENS]
     assert torch.equal(summary.kept, summary.chosen.clamp(max=capacity))
@@ -102,13 +99,42 @@ def test_drops(pad: bool) -> None:
     assert summary.dropped_fraction == pytest.approx(1 - kept / (2 * TOKENS))
 
 
+def test_position_serves_sequence_by_sequence() -> None:
+    settings = _settings(
+        moe_expert_capacity_factor=1.0,
+        moe_token_drop_policy="position",
+        moe_capacity_includes_topk=False,
+    )
+    router = _routers(settings)[0]
+    torch.nn.init.zeros_(router.weight)  # so that all tokens choose the same two experts
+    probs, served = router(torch.randn(16, 2, 16, dtype=torch.bfloat16))
+    assert router.chosen is not None
+    assert sorted(router.chosen.sum(0).tolist()) == [0] * 6 + [TOKENS] * 2
+    served_sb = served.any(dim=1).view(16, 2)
+    assert served_sb[:, 0].tolist() == [True] * 4 + [False] * 12  # 32 tokens / 8 experts
+    assert not served_sb[:, 1].any()
+    assert torch.equal(probs > 0, served)
+
+
+def test_evaluation_has_a_capacity_of_its_own() -> None:
+    settings = _settings(
+        moe_expert_capacity_factor=0.5, moe_eval_capacity_factor=0.125, moe_minimum_capacity=3
+    )
+    router = _routers(settings)[0]
+    torch.nn.init.zeros_(router.weight)
+    assert router(_hidden())[1].sum(0).max() == 4
+    assert router.eval()(_hidden())[1].sum(0).max() == 3
+
+
 def test_summary_figures() -> None:
     chosen = torch.tensor([[4, 4, 4, 4], [16, 0, 0, 0]])
     summary = RoutingSummary(chosen, chosen.clamp(max=8))
     assert summary.load_max_over_mean == (1 + 4) / 2
     assert summary.dropped_fraction == 8 / 32
+    assert summary.dropped_fractions == [0, 8 / 16]
     empty = RoutingSummary(torch.zeros(1, 4), torch.zeros(1, 4))
     assert (empty.load_max_over_mean, empty.dropped_fraction) == (0, 0)
+    assert empty.dropped_fractions == [0]
 
 
 def _read(settings: Settings, num_microbatches: int) -> dict[str, float]:

@@ -1,0 +1,106 @@
+"""How many tokens an expert takes, and which ones."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from megatron.core.transformer.moe.moe_utils import apply_router_token_dropping
+
+from moetron.moe.routing.capacity import (
+    Capacity,
+    batch_major,
+    filled_up,
+    sequence_major,
+    served,
+)
+
+
+@pytest.mark.parametrize(
+    ("capacity", "training", "expected"),
+    [
+        (Capacity(1.25), True, 320),  # 1.25 x 2 x 4096 / 32
+        (Capacity(1.25, includes_topk=False), True, 160),
+        (Capacity(1.25, eval_factor=2.0, includes_topk=False), False, 256),
+        (Capacity(1.25, eval_factor=2.0, includes_topk=False), True, 160),
+        (Capacity(1.25), False, 320),
+        (Capacity(0.01), True, 3),  # 2.56 rounded up
+        (Capacity(0.01, includes_topk=False), True, 1),  # 1.28 rounded
+        (Capacity(0.01, minimum=4), True, 4),
+        (Capacity(100.0), True, 4096),
+    ],
+)
+def test_slots(capacity: Capacity, training: bool, expected: int) -> None:
+    assert capacity.slots(tokens=4096, experts=32, topk=2, training=training) == expected
+
+
+CHOSEN = torch.tensor([[1, 0], [1, 1], [0, 1], [1, 1]]).bool()
+PROBS = torch.tensor([[0.2, 0.0], [0.6, 0.4], [0.0, 0.3], [0.6, 0.4]])
+
+
+@pytest.mark.parametrize(
+    ("policy", "slots", "expected"),
+    [
+        ("position", 1, [[1, 0], [0, 1], [0, 0], [0, 0]]),
+        ("position", 2, [[1, 0], [1, 1], [0, 1], [0, 0]]),
+        ("probs", 1, [[0, 0], [1, 1], [0, 0], [0, 0]]),
+        ("probs", 2, [[0, 0], [1, 1], [0, 0], [1, 1]]),
+        ("probs", 4, CHOSEN.int().tolist()),
+        ("position", 4, CHOSEN.int().tolist()),
+    ],
+)
+def test_served(policy: str, slots: int, expected: list[list[int]]) -> None:
+    assert served(PROBS, CHOSEN, slots, policy).int().tolist() == expected
+
+
+def test_first_rows_fill_free_slots() -> None:
+    kept = torch.tensor([[0, 1], [0, 0], [1, 1], [0, 0]]).bool()
+    assert filled_up(kept, 2).int().tolist() == [[1, 1], [0, 0], [1, 1], [0, 0]]
+    assert filled_up(kept, 4).all()
+
+
+@st.composite
+def routings(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Probabilities without ties, top-k choices, slots."""
+    tokens, experts = draw(st.integers(1, 24)), draw(st.integers(1, 6))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    probs = torch.rand(tokens, experts, generator=generator).add(0.1)
+    best = probs.topk(draw(st.integers(1, experts)), dim=1).indices
+    chosen = torch.zeros_like(probs).bool().scatter(1, best, True)
+    return probs * chosen, chosen, draw(st.integers(1, tokens))
+
+
+@settings(deadline=None)
+@given(routings(), st.sampled_from(["probs", "position"]))
+def test_experts_are_full_before_they_drop(
+    routing: tuple[torch.Tensor, torch.Tensor, int], policy: str
+) -> None:
+    probs, chosen, slots = routing
+    kept = served(probs, chosen, slots, policy)
+    dropped = chosen & ~kept
+    assert not (kept & ~chosen).any()
+    assert torch.equal(kept.sum(0), chosen.sum(0).clamp(max=slots))
+    padded = filled_up(kept, slots)
+    assert (padded.sum(0) == slots).all() and not (kept & ~padded).any()
+    rows = torch.arange(len(probs)).unsqueeze(1).expand_as(chosen)
+    merit = probs if policy == "probs" else -rows.float()
+    worst_kept = merit.masked_fill(~kept, torch.inf).amin(0)
+    best_dropped = merit.masked_fill(~dropped, -torch.inf).amax(0)
+    assert (worst_kept > best_dropped).all()
+
+
+@settings(deadline=None)
+@given(routings(), st.floats(0.1, 4))
+def test_by_probability_as_megatron_core(
+    routing: tuple[torch.Tensor, torch.Tensor, int], factor: float
+) -> None:
+    probs, chosen, _ = routing
+    topk = int(chosen[0].sum())
+    _, theirs = apply_router_token_dropping(probs, chosen, topk, factor)
+    slots = Capacity(factor).slots(*probs.shape, topk, training=True)
+    assert torch.equal(served(probs, chosen, slots, "probs"), theirs)
+
+
+def test_orders_of_rows() -> None:
+    rows = torch.tensor([[10], [20], [11], [21], [12], [22]])  # [s, b]: two sequences of three
+    assert batch_major(rows, 2).flatten().tolist() == [10, 11, 12, 20, 21, 22]
+    assert torch.equal(sequence_major(batch_major(rows, 2), 2), rows)
