@@ -1,0 +1,99 @@
+"""Layouts by name, such as ``tp2ep2`` or ``pp2vpp2``: sizes in any order, what is unnamed is 1."""
+
+import itertools
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from moetron.moe.config.errors import UserError
+from moetron.moe.config.field import flag_name
+from moetron.moe.config.settings import Settings
+
+_SIZE = re.compile(r"(etp|ep|tp|vpp|pp|cp|dp|zero)([1-9]\d*)")
+_GRAMMAR = "sizes such as tp2, pp2, vpp2, ep2, etp1, cp2, dp2 and zero1, strung together"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Parallel sizes of a run, and on how many ranks."""
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    """Virtual stages of a pipeline rank."""
+    cp: int = 1
+    ep: int = 1
+    etp: int | None = None
+    """None: as ``tp``."""
+    zero: int = 0
+    """1: distributed optimizer."""
+    dp: int = 1
+    """Data-parallel ranks asked for; experts may bring more."""
+
+    @property
+    def name(self) -> str:
+        """The name that reads back as this layout."""
+        plain = vars(Layout())
+        named = (f"{key}{size}" for key, size in vars(self).items() if size != plain[key])
+        return "".join(named) or "dp1"
+
+    @property
+    def smallest_world_size(self) -> int:
+        """The fewest ranks that hold both the dense and the expert side."""
+        etp = self.tp if self.etp is None else self.etp
+        return math.lcm(self.tp * self.pp * self.cp * self.dp, etp * self.ep * self.pp)
+
+    def flags(self, settings: Settings) -> list[str]:
+        """Flags that give a run of ``settings`` this layout, whatever its recipe says."""
+        chunk = "none"
+        if self.vpp > 1:
+            chunk = str(max(1, settings.model.num_layers // (self.pp * self.vpp)))
+        values = {
+            "tensor_model_parallel_size": self.tp,
+            "pipeline_model_parallel_size": self.pp,
+            "num_layers_per_virtual_pipeline_stage": chunk,
+            "context_parallel_size": self.cp,
+            "expert_model_parallel_size": self.ep,
+            "expert_tensor_parallel_size": self.etp or "none",
+        }
+        switches = [
+            "--sequence-parallel" if self.tp > 1 else "--no-sequence-parallel",
+            "--use-distributed-optimizer" if self.zero else "--no-use-distributed-optimizer",
+            "--no-overlap-grad-reduce",
+            "--no-overlap-param-gather",
+        ]
+        return [*(f"{flag_name(name)}={value}" for name, value in values.items()), *switches]
+
+
+def parse(name: str) -> Layout:
+    """The layout of a name.
+
+    Raises:
+        UserError: the name is no layout, or says a size twice.
+    """
+    sizes = _SIZE.findall(name)
+    keys = [key for key, _ in sizes]
+    if not sizes or "".join(map("".join, sizes)) != name or len(set(keys)) < len(keys):
+        raise UserError(f"--layouts {name!r}: must be {_GRAMMAR}")
+    layout = Layout(**{key: int(size) for key, size in sizes})
+    if layout.zero > 1:
+        raise UserError(f"--layouts {name!r}: zero1 is the only one, the distributed optimizer")
+    return layout
+
+
+def layouts_of(world_size: int) -> Iterator[Layout]:
+    """Layouts that fill exactly ``world_size`` ranks, data parallelism taking what is left.
+
+    Sizes are divisors of ``world_size``; the checks of the settings have not been asked yet.
+    """
+    sizes = [size for size in range(1, world_size + 1) if world_size % size == 0]
+    for tp, pp, cp, ep in itertools.product(sizes, repeat=4):
+        if world_size % (tp * pp * cp):
+            continue
+        base = Layout(tp=tp, pp=pp, cp=cp, ep=ep, dp=world_size // (tp * pp * cp))
+        for vpp, etp, zero in itertools.product((1, 2), (None, 1), (0, 1)):
+            layout = replace(base, vpp=vpp, etp=etp, zero=zero)
+            redundant = (vpp > 1 and pp == 1) or (etp == 1 and tp == 1) or (zero and base.dp == 1)
+            if not redundant and layout.smallest_world_size == world_size:
+                yield layout

@@ -1,0 +1,197 @@
+"""Whether a layout trains the same model: losses, gradient norms and gradients of two runs.
+
+The gradient of a parameter comes from a checkpoint after the first step of a fresh optimizer, as a
+global tensor under the parameter's name, so that no layout needs to know of another. Adam's first
+moment is then (1 - beta1) times the clipped gradient, SGD's momentum the clipped gradient (and its
+weight decay); a factor that all parameters share is no difference.
+"""
+
+import json
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint import FileSystemReader, load
+
+from moetron.moe.config.derived import padded_vocab_size
+from moetron.moe.config.settings import Settings
+from moetron.moe.training import checkpoint_folder
+from moetron.moe.training.optimizer_state import MOMENTS, PREFIX
+
+NEGLIGIBLE = 1e-6
+"""Share of the whole gradient's norm below which a parameter's gradient counts as this much."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run in one layout did from the common checkpoint."""
+
+    losses: list[float]
+    """``lm_loss`` of each step (nats per token)."""
+    grad_norms: list[float]
+    """Of each step, before clipping."""
+    gradients: dict[str, torch.Tensor]
+    """Global tensors fp32 of the first step by parameter, all times one positive factor."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Largest relative differences of a run from the reference."""
+
+    loss: float
+    grad_norm: float
+    gradient: float
+    """Worst norm of a parameter's difference over the norm of its gradient."""
+    parameter: str
+    """Where the worst one is."""
+
+    def within(self, tolerance: "Tolerance") -> bool:
+        """Whether nothing differs by more than ``tolerance``; what is not a number is too much."""
+        return (
+            self.loss <= tolerance.loss
+            and self.grad_norm <= tolerance.grad_norm
+            and self.gradient <= tolerance.gradient
+        )
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Relative differences that another order of additions explains in fp32."""
+
+    loss: float = 1e-5
+    grad_norm: float = 1e-4
+    gradient: float = 1e-4
+
+
+def read_result(folder: Path, settings: Settings) -> Result:
+    """Read a run's --save folder: its metrics and its checkpoint of step 1.
+
+    Raises:
+        UserError: the checkpoint is not there or damaged.
+    """
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    moment = f"{PREFIX}.{MOMENTS[settings.optimizer.optimizer][0]}."
+    checkpoint = checkpoint_folder.read(checkpoint_folder.step_folder(folder, 1))
+    reader = FileSystemReader(checkpoint.folder)
+    stored = reader.read_metadata().state_dict_metadata
+    tensors = {
+        key: torch.empty(stored[key].size) for key in checkpoint.keys if key.startswith(moment)
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        load(tensors, storage_reader=reader, no_dist=True)
+    return Result(
+        [row["lm_loss"] for row in rows],
+        [row["grad_norm"] for row in rows],
+        {key.removeprefix(moment): tensor for key, tensor in tensors.items()},
+    )
+
+
+def compare(reference: Result, other: Result) -> Difference:
+    """How far ``other`` is from ``reference``; infinitely, where steps or parameters lack."""
+    worst, parameter = 0.0, "-"
+    whole = math.sqrt(sum(float(g.double().square().sum()) for g in reference.gradients.values()))
+    for name in sorted(reference.gradients.keys() | other.gradients.keys()):
+        ours, theirs = reference.gradients.get(name), other.gradients.get(name)
+        apart = math.inf
+        if ours is not None and theirs is not None and ours.shape == theirs.shape:
+            scale = max(float(ours.double().norm()), NEGLIGIBLE * whole)
+            gap = float((ours.double() - theirs.double()).norm())
+            apart = gap / scale if gap else 0.0
+            apart = math.inf if math.isnan(apart) else apart
+        if apart > worst:
+            worst, parameter = apart, name
+    return Difference(
+        _relative(reference.losses, other.losses),
+        _relative(reference.grad_norms, other.grad_norms),
+        worst,
+        parameter,
+    )
+
+
+def _relative(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    if len(ours) != len(theirs):
+        return math.inf
+    apart = [abs(a - b) / abs(a) if a != b else 0.0 for a, b in zip(ours, theirs, strict=True)]
+    return math.nan if any(map(math.isnan, apart)) else max(apart, default=math.inf)
+
+
+def table(
+    reference: Result, differences: Mapping[str, Difference], tolerance: Tolerance
+) -> list[str]:
+    """Lines of text: the reference's figures, then a line for each layout."""
+    width = max(len("layout"), *map(len, differences))
+    lines = [
+        f"one rank: loss {reference.losses[0]:.6f} to {reference.losses[-1]:.6f}, gradient norm "
+        f"{reference.grad_norms[0]:.6f} to {reference.grad_norms[-1]:.6f}, "
+        f"{len(reference.losses)} steps",
+        f"{'layout':<{width}}  {'loss':>8}  {'norm':>8}  {'gradient':>8}        worst parameter",
+    ]
+    for name, found in differences.items():
+        verdict = "same" if found.within(tolerance) else "DIFFERS"
+        lines.append(
+            f"{name:<{width}}  {found.loss:8.1e}  {found.grad_norm:8.1e}  {found.gradient:8.1e}  "
+            f"{verdict:<7}  {found.parameter}"
+        )
+    bounds = f"{tolerance.loss:8.1e}  {tolerance.grad_norm:8.1e}  {tolerance.gradient:8.1e}"
+    return [*lines, f"{'allowed':<{width}}  {bounds}"]
+
+
+def layout_dependent(
+    settings: Settings, vocab_size: int, tensor_sizes: Sequence[int]
+) -> list[tuple[str, str]]:
+    """(setting, what it costs) of every setting in use whose meaning follows the layout.
+
+    Args:
+        settings: as run.
+        vocab_size: before padding.
+        tensor_sizes: tensor-parallel sizes of the layouts compared.
+    """
+    moe, model = settings.moe, settings.model
+    rows = {
+        padded_vocab_size(
+            vocab_size,
+            settings.model_copy(
+                update={
+                    "parallel": settings.parallel.model_copy(
+                        update={"tensor_model_parallel_size": size}
+                    )
+                }
+            ),
+        )
+        for size in tensor_sizes
+    }
+    cases = [
+        (
+            "--moe-expert-capacity-factor",
+            moe.moe_expert_capacity_factor is not None,
+            "capacity counts one rank's tokens: TP, CP and EP drop others; none without it",
+        ),
+        (
+            "--moe-router-load-balancing-type global_aux_loss",
+            moe.moe_router_load_balancing_type == "global_aux_loss",
+            "shares run over the micro-batches that a rank saw; aux_loss counts each alone",
+        ),
+        (
+            "--hidden-dropout, --attention-dropout",
+            model.hidden_dropout > 0 or model.attention_dropout > 0,
+            "ranks draw their own masks: losses differ as between two seeds",
+        ),
+        (
+            "--moe-input-jitter-eps",
+            moe.moe_input_jitter_eps is not None,
+            "ranks draw their own noise: losses differ as between two seeds",
+        ),
+        (
+            "--make-vocab-size-divisible-by",
+            len(rows) > 1,
+            f"the vocabulary is padded to {' or '.join(f'{n:,}' for n in sorted(rows))} rows, "
+            "which share the softmax: choose it so that all are equal",
+        ),
+        ("--bf16", settings.precision.bf16, "rounds to 2^-9: losses agree to about 1e-3"),
+    ]
+    return [(name, cost) for name, used, cost in cases if used]
