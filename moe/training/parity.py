@@ -169,7 +169,7 @@ def layout_dependent(
         (
             "--moe-expert-capacity-factor",
             moe.moe_expert_capacity_factor is not None,
-            "capacity counts one rank's tokens: TP, CP and EP drop others; none without it",
+            "capacity counts one rank's tokens: TP and CP drop others; dropless drops none",
         ),
         (
             "--moe-router-load-balancing-type global_aux_loss",
