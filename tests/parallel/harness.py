@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from moetron.moe.host.adapt import adapt_host, restore_host
 
@@ -96,6 +97,8 @@ def model_parallel(seed: int = 1234, **sizes: int | None) -> Iterator[None]:
             "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
         )
     parallel_state.initialize_model_parallel(**sizes)
+    # Process-wide, and a backward pass without a schedule leaves one of another shape behind.
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     try:
         yield
