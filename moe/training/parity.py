@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from moetron.moe.config.derived import padded_vocab_size
 from moetron.moe.config.settings import Settings
@@ -79,7 +80,9 @@ def read_result(folder: Path, settings: Settings) -> Result:
     reader = FileSystemReader(checkpoint.folder)
     stored = reader.read_metadata().state_dict_metadata
     tensors = {
-        key: torch.empty(stored[key].size) for key in checkpoint.keys if key.startswith(moment)
+        key: torch.empty(entry.size)
+        for key, entry in stored.items()
+        if key.startswith(moment) and isinstance(entry, TensorStorageMetadata)
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
