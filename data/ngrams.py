@@ -114,7 +114,8 @@ def _discounts(counts: np.ndarray) -> np.ndarray:
         return np.array([0.0] + [DISCOUNT_OF_TINY_TEXT] * 3)
     y = n1 / (n1 + 2 * n2)
     estimates = [0.0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3]
-    return np.clip(estimates, 0.0, [0.0, 0.99, 1.99, 2.99])
+    # A discount of nothing would leave unseen pairs nothing; one of all, seen pairs.
+    return np.clip(estimates, [0.0, 0.01, 0.01, 0.01], [0.0, 0.99, 1.99, 2.99])
 
 
 def _with_uniform(counts: np.ndarray) -> np.ndarray:
