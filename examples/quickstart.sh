@@ -58,14 +58,17 @@ tokenizer="$out/tokenizer/umt5.model"
   --output "${tokenizer%.model}"
 
 step 4/8 "Token shards, 3 % of the documents held out"
+shards() { # SOURCE NAME SHARE
+  "$bin/python" tools/preprocess_corpus.py --input "$1" --tokenizer "$tokenizer" --append-eod \
+    --output-prefix "$out/data/$2" --holdout-fraction "$3" --holdout-prefix "$out/data/$2.valid"
+}
 train=() valid=()
 for source in "$text"/*; do
   case "$source" in
     *.jsonl) name="$(basename "$source" .jsonl)" ;;
     *) [ -d "$source" ] || continue; name="$(basename "$source")" ;;
   esac
-  "$bin/python" tools/preprocess_corpus.py --input "$source" --tokenizer "$tokenizer" --append-eod \
-    --output-prefix "$out/data/$name" --holdout-fraction 0.03 --holdout-prefix "$out/data/$name.valid"
+  shards "$source" "$name" 0.03 || { echo "once more, with a fifth held out"; shards "$source" "$name" 0.2; }
   train+=("$out/data/$name") valid+=("$out/data/$name.valid")
 done
 [ ${#train[@]} -gt 0 ] || fail "$text holds neither .jsonl files nor folders"

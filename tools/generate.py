@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from moetron.moe.config.errors import UserError
+from moetron.moe.training import checkpoint_folder
 from moetron.moe.training.quiet import quieten_libraries
 from moetron.tokenizers.interface import Tokenizer, TokenizerError
 from moetron.tokenizers.load import load_tokenizer
@@ -71,16 +72,16 @@ def main() -> int:
     arguments = parser().parse_args()
     check(arguments)
     quieten_libraries()
-    from moetron.moe.training import checkpoint_folder, generate, runtime  # seconds
-
     record = checkpoint_folder.read(arguments.load).record
-    settings = generate.one_rank_settings(record)
+    settings = checkpoint_folder.one_rank_settings(record)
     trained_with = {source.get("tokenizer") for source in record.stream.get("sources", [])}
     tokenizer = open_tokenizer(
         arguments.tokenizer_model or settings.data.tokenizer_model, trained_with - {None}
     )
     vocab_size = settings.model.vocab_size or tokenizer.vocab_size
     prompt = tokenizer.encode(arguments.prompt) or [tokenizer.eod]
+    from moetron.moe.training import generate, runtime  # torch: seconds, after the checks
+
     with runtime.running(settings) as ranks:
         model = generate.load_model(arguments.load, settings, vocab_size, ranks)
         following = generate.continuation(

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from moetron.moe.config.errors import UserError
+from moetron.moe.config.model import ParallelSettings
+from moetron.moe.config.settings import Settings
 from moetron.moe.training.atomic import rename, sync_folder, write_text
 from moetron.moe.training.progress import Progress
 
@@ -59,6 +61,11 @@ class Checkpoint:
     record: Record
     keys: frozenset[str]
     """Names of the tensors that it holds."""
+
+
+def one_rank_settings(record: Record) -> Settings:
+    """The settings of a checkpoint of any layout, for a single rank."""
+    return Settings.model_validate({**record.settings, "parallel": ParallelSettings()})
 
 
 def step_folder(run_folder: Path, step: int) -> Path:

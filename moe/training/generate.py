@@ -7,18 +7,11 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from moetron.moe.config.bridge import transformer_config
-from moetron.moe.config.model import ParallelSettings
 from moetron.moe.config.settings import Settings
 from moetron.moe.layers.build import build_model
 from moetron.moe.layers.specs import uses_transformer_engine
 from moetron.moe.training.checkpoint import load_weights
-from moetron.moe.training.checkpoint_folder import Record
 from moetron.moe.training.runtime import Runtime
-
-
-def one_rank_settings(record: Record) -> Settings:
-    """The settings of a checkpoint of any layout, for a single rank."""
-    return Settings.model_validate({**record.settings, "parallel": ParallelSettings()})
 
 
 def load_model(path: Path, settings: Settings, vocab_size: int, runtime: Runtime) -> GPTModel:
