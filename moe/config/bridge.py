@@ -14,7 +14,8 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moetron.moe.config import derived
-from moetron.moe.config.model import ModelSettings, PrecisionSettings
+from moetron.moe.config.model import ModelSettings
+from moetron.moe.config.precision import PrecisionSettings
 from moetron.moe.config.settings import Settings
 
 padded_vocab_size = derived.padded_vocab_size

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from moetron.moe.config.model import ModelSettings, ParallelSettings
+from moetron.moe.config.model import ModelSettings
+from moetron.moe.config.parallel import ParallelSettings
 from moetron.moe.config.settings import Settings
 
 

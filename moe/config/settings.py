@@ -4,13 +4,11 @@ from collections.abc import Iterator
 
 from pydantic.fields import FieldInfo
 
+from moetron.moe.config.experts import MoESettings
 from moetron.moe.config.field import Group
-from moetron.moe.config.model import (
-    ModelSettings,
-    MoESettings,
-    ParallelSettings,
-    PrecisionSettings,
-)
+from moetron.moe.config.model import ModelSettings
+from moetron.moe.config.parallel import ParallelSettings
+from moetron.moe.config.precision import PrecisionSettings
 from moetron.moe.config.run import (
     CheckpointSettings,
     DataSettings,

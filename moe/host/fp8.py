@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from moetron.moe.config.model import PrecisionSettings
+from moetron.moe.config.precision import PrecisionSettings
 
 Role = Literal["input", "weight", "gradient"]
 """What an operand is: activations, a weight, or the gradient of a layer's output."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from moetron.moe.config.errors import UserError
-from moetron.moe.config.model import ParallelSettings
+from moetron.moe.config.parallel import ParallelSettings
 from moetron.moe.config.settings import Settings
 from moetron.moe.training.atomic import rename, sync_folder, write_text
 from moetron.moe.training.progress import Progress

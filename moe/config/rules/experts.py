@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
+from moetron.moe.config.experts import MoESettings
 from moetron.moe.config.field import flag_name
-from moetron.moe.config.model import MoESettings
 from moetron.moe.config.rules.case import Case, nearest_divisors, not_multiple
 
 _NEED_EXPERTS = (

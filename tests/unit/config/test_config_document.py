@@ -8,7 +8,7 @@ from moetron.moe.config import recipe
 from moetron.moe.config.derived import expert_tensor_parallel_size
 from moetron.moe.config.document import document
 from moetron.moe.config.load import load
-from moetron.moe.config.model import ParallelSettings
+from moetron.moe.config.parallel import ParallelSettings
 from moetron.moe.plan.render import render
 
 ROOT = Path(__file__).resolve().parents[3]

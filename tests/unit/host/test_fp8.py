@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetron.moe.config.model import PrecisionSettings
+from moetron.moe.config.precision import PrecisionSettings
 from moetron.moe.host.fp8 import (
     DelayedScale,
     Fp8Numerics,

@@ -1,0 +1,72 @@
+"""Experts, routing and balance."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from moetron.moe.config.field import Group
+
+
+class MoESettings(Group):
+    """Experts, routing and balance."""
+
+    num_experts: PositiveInt | None = None
+    """Routed experts in a layer (E); unset: a dense model."""
+    moe_layer_freq: PositiveInt | list[Annotated[int, Field(ge=0, le=1)]] = 1
+    """Which layers have experts: n puts them in layers 0, n, 2n, ...; a list says 0 or 1 for each
+    layer."""
+    moe_ffn_hidden_size: PositiveInt | None = None
+    """Width of one expert's FFN (F); unset: --ffn-hidden-size."""
+    moe_router_topk: PositiveInt = 2
+    """Experts that a token visits (k)."""
+    moe_router_pre_softmax: bool = False
+    """Softmax over all experts before the top-k, weights not renormalised (OLMoE, OpenMoE);
+    otherwise softmax over the k winners."""
+    moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
+    """How logits become scores."""
+    moe_router_dtype: Literal["fp32", "fp64", "params"] = "fp32"
+    """Precision of the router's product and probabilities; params: that of the parameters."""
+    moe_router_topk_scaling_factor: PositiveFloat | None = None
+    """Multiplies the combine weights."""
+    moe_router_num_groups: PositiveInt | None = None
+    """Node-limited routing: number of expert groups."""
+    moe_router_group_topk: PositiveInt | None = None
+    """Node-limited routing: groups that a token may visit."""
+    moe_router_enable_expert_bias: bool = False
+    """Balance by a bias on the selection (sigmoid scores only), no auxiliary loss."""
+    moe_router_bias_update_rate: NonNegativeFloat = 1e-3
+    """Step of that bias."""
+    moe_router_load_balancing_type: Literal[
+        "aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none"
+    ] = "aux_loss"
+    """Scope of the balance loss."""
+    moe_aux_loss_coeff: NonNegativeFloat = 0.0
+    """Coefficient of the balance loss, megatron-core's scale: summed over layers, 1 x coefficient a
+    layer when balanced."""
+    moe_z_loss_coeff: NonNegativeFloat | None = None
+    """Coefficient of the router z-loss, summed over layers."""
+    moe_input_jitter_eps: PositiveFloat | None = None
+    """Multiply the router's input by U[1 - eps, 1 + eps] in training."""
+    moe_expert_capacity_factor: PositiveFloat | None = None
+    """Slots an expert has for the tokens of one rank's micro-batch, as a multiple of an even share;
+    unset: dropless."""
+    moe_eval_capacity_factor: PositiveFloat | None = None
+    """The same in evaluation; unset: as in training."""
+    moe_minimum_capacity: NonNegativeInt = 0
+    """Slots an expert has at least (OpenMoE, ST-MoE: 4)."""
+    moe_capacity_includes_topk: bool = True
+    """An even share is k x tokens / E, slots are rounded up (Megatron); otherwise tokens / E, slots
+    are rounded to the nearest (Switch, ST-MoE, OpenMoE)."""
+    moe_pad_expert_input_to_capacity: bool = False
+    """Pad every expert's input to its capacity."""
+    moe_token_drop_policy: Literal["probs", "position"] = "probs"
+    """Which tokens an overfull expert keeps: those of highest probability, or the first ones,
+    sequence by sequence, from left to right."""
+    moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex"] = "alltoall"
+    """How tokens travel to their experts."""
+    moe_grouped_gemm: bool = True
+    """Run a rank's experts as one grouped GEMM; otherwise one after the other."""
+    moe_shared_expert_intermediate_size: PositiveInt | None = None
+    """Total width of the always-on shared experts; unset: none."""
+    moe_shared_expert_overlap: bool = False
+    """Overlap the shared experts with the dispatch (GPU only)."""

@@ -1,0 +1,46 @@
+"""How the model and the batch are cut over ranks."""
+
+from typing import Literal
+
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+
+from moetron.moe.config.field import Group
+
+
+class ParallelSettings(Group):
+    """Layout: how the model and the batch are cut over ranks."""
+
+    tensor_model_parallel_size: PositiveInt = 1
+    """Ranks that share each matrix (TP)."""
+    pipeline_model_parallel_size: PositiveInt = 1
+    """Pipeline stages (PP)."""
+    num_layers_per_virtual_pipeline_stage: PositiveInt | None = None
+    """Layers a virtual stage holds; set: interleaved pipeline."""
+    expert_model_parallel_size: PositiveInt = 1
+    """Ranks that share a layer's experts (EP)."""
+    expert_tensor_parallel_size: PositiveInt | None = None
+    """Ranks that share each expert's matrices (ETP); unset: the tensor-parallel size."""
+    context_parallel_size: PositiveInt = 1
+    """Ranks that share a sequence (CP)."""
+    sequence_parallel: bool | None = None
+    """Shard norms and dropout along the sequence; unset: on when TP > 1."""
+    use_distributed_optimizer: bool = False
+    """Shard the optimizer's state over data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass runs."""
+    overlap_param_gather: bool = False
+    """Gather parameters while the forward pass runs (distributed optimizer)."""
+    recompute_granularity: Literal["selective", "full"] | None = None
+    """Recompute activations in the backward pass: chosen modules, or whole layers."""
+    recompute_method: Literal["uniform", "block"] | None = None
+    """Which layers full recomputation takes."""
+    recompute_num_layers: PositiveInt | None = None
+    """Layers in a recomputed unit (uniform) or of each stage (block)."""
+    recompute_modules: list[str] | None = None
+    """What selective recomputation takes; unset: core_attn."""
+    distributed_timeout_minutes: PositiveFloat = 10.0
+    """How long a rank waits for the others."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; auto: CUDA where there is a GPU."""
+    cpu_threads: NonNegativeInt = 0
+    """Threads a rank uses on a CPU; 0: cores / local ranks."""
