@@ -103,7 +103,6 @@ def _experts(settings: Settings) -> dict[str, Any]:
     if moe.num_experts is None:
         return {}
     same_name = (
-        "moe_layer_freq",
         "moe_router_topk",
         "moe_router_pre_softmax",
         "moe_router_score_function",
@@ -129,6 +128,7 @@ def _experts(settings: Settings) -> dict[str, Any]:
     )
     return {
         "num_moe_experts": moe.num_experts,
+        "moe_layer_freq": [int(has_experts) for has_experts in derived.moe_layers(settings)],
         "moe_ffn_hidden_size": derived.expert_ffn_size(settings),
         "moe_router_dtype": None if moe.moe_router_dtype == "params" else moe.moe_router_dtype,
         **{name: getattr(moe, name) for name in same_name},

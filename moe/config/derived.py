@@ -29,13 +29,16 @@ def expert_ffn_size(settings: Settings) -> int:
 
 
 def moe_layers(settings: Settings) -> list[bool]:
-    """For each layer, whether it has experts; an integer frequency n means layers 0, n, 2n, ..."""
-    layers, frequency = settings.model.num_layers, settings.moe.moe_layer_freq
-    if settings.moe.num_experts is None:
+    """For each layer, whether it has experts."""
+    layers, moe = settings.model.num_layers, settings.moe
+    frequency = moe.moe_layer_freq
+    if moe.num_experts is None:
         return [False] * layers
-    if isinstance(frequency, int):
-        return [layer % frequency == 0 for layer in range(layers)]
-    return [bool(flag) for flag in frequency]
+    if isinstance(frequency, list):
+        return [bool(flag) for flag in frequency]
+    place = frequency - 1 if moe.moe_layer_position == "last" else 0
+    dense = moe.first_k_dense_replace
+    return [layer >= dense and layer % frequency == place for layer in range(layers)]
 
 
 def fp8_layers(settings: Settings) -> list[bool]:

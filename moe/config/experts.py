@@ -1,10 +1,18 @@
 """Experts, routing and balance."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+)
 
 from moetron.moe.config.field import Group
+from moetron.moe.config.layer_pattern import layer_pattern
 
 
 class MoESettings(Group):
@@ -13,8 +21,13 @@ class MoESettings(Group):
     num_experts: PositiveInt | None = None
     """Routed experts in a layer (E); unset: a dense model."""
     moe_layer_freq: PositiveInt | list[Annotated[int, Field(ge=0, le=1)]] = 1
-    """Which layers have experts: n puts them in layers 0, n, 2n, ...; a list says 0 or 1 for each
-    layer."""
+    """Which layers have experts: one of every n; or a list of 0 or 1 for each layer, also as
+    Megatron's expression ([0]*3+[1]*23)*1."""
+    moe_layer_position: Literal["first", "last"] = "first"
+    """Which of every n layers has experts: layers 0, n, 2n, ... (Megatron, DeepSeek), or n - 1,
+    2n - 1, ... (OpenMoE, ST-MoE, Qwen)."""
+    first_k_dense_replace: NonNegativeInt = 0
+    """First layers that have no experts, whatever --moe-layer-freq n says (DeepSeek)."""
     moe_ffn_hidden_size: PositiveInt | None = None
     """Width of one expert's FFN (F); unset: --ffn-hidden-size."""
     moe_router_topk: PositiveInt = 2
@@ -70,3 +83,10 @@ class MoESettings(Group):
     """Total width of the always-on shared experts; unset: none."""
     moe_shared_expert_overlap: bool = False
     """Overlap the shared experts with the dispatch (GPU only)."""
+
+    @field_validator("moe_layer_freq", mode="before")
+    @classmethod
+    def _read_expression(cls, value: Any) -> Any:
+        """Megatron's expressions as lists; a number stays one."""
+        expression = isinstance(value, str) and "[" in value
+        return layer_pattern(value) if expression else value

@@ -47,14 +47,20 @@ def _value_text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _problem(group: str, name: str, field: FieldInfo, value: Any, missing: bool) -> str:
-    """What is wrong with one field's value, and the rule it breaks."""
+def _problem(
+    group: str, name: str, field: FieldInfo, value: Any, missing: bool, error: object
+) -> str:
+    """What is wrong with one field's value, and the rule it breaks.
+
+    ``error``: what a validator of our own said; None: it was pydantic's judgement.
+    """
     flag = flag_name(name)
     if missing:
         return f"{flag} is missing ({field.description}); or `{name}` under `{group}:` in a recipe"
     unset = ", or null" if is_optional(field) else ""
     hint = nearest(value, literals(field)) if isinstance(value, str) else ""
-    return f"{flag} {_value_text(value)}: must be {type_text(field)}{unset}{hint}"
+    reason = f": {error}" if error else ""
+    return f"{flag} {_value_text(value)}: must be {type_text(field)}{unset}{hint}{reason}"
 
 
 def validate(tree: Tree) -> tuple[Settings | None, list[str], set[str]]:
@@ -78,7 +84,8 @@ def validate(tree: Tree) -> tuple[Settings | None, list[str], set[str]]:
         faulty.add(name)
         missing = detail["type"] == "missing" and len(detail["loc"]) == 2
         value = kept[group].get(name)
-        problems.append(_problem(group, name, known[group, name], value, missing))
+        error = detail.get("ctx", {}).get("error")
+        problems.append(_problem(group, name, known[group, name], value, missing, error))
     if any(known[group, name].is_required() for group, name in known if name in faulty):
         return None, problems, faulty
     for group, name in known:

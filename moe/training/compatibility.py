@@ -41,6 +41,8 @@ SHAPE = {
     "moe": (
         "num_experts",
         "moe_layer_freq",
+        "moe_layer_position",
+        "first_k_dense_replace",
         "moe_ffn_hidden_size",
         "moe_router_enable_expert_bias",
         "moe_shared_expert_intermediate_size",

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from moetron.moe.config.derived import moe_layers
 from moetron.moe.config.experts import MoESettings
 from moetron.moe.config.field import flag_name
 from moetron.moe.config.rules.case import Case, nearest_divisors, not_multiple
@@ -20,7 +21,7 @@ _NEED_EXPERTS = (
 
 def presence(case: Case) -> Iterator[str]:
     """Expert settings in a dense model; which layers have experts."""
-    moe, layers = case.settings.moe, case.settings.model.num_layers
+    moe = case.settings.moe
     if moe.num_experts is None:
         for name in _NEED_EXPERTS:
             if getattr(moe, name) is not None:
@@ -33,14 +34,26 @@ def presence(case: Case) -> Iterator[str]:
             f"{case.said('moe_router_topk')} exceeds {case.said('num_experts')}: a token visits "
             f"different experts; use --moe-router-topk {moe.num_experts} or less"
         )
-    if isinstance(moe.moe_layer_freq, list):
-        if len(moe.moe_layer_freq) != layers:
-            yield (
-                f"--moe-layer-freq lists {len(moe.moe_layer_freq)} layers, but "
-                f"{case.said('num_layers')}: give one 0 or 1 for each layer"
-            )
-        elif not any(moe.moe_layer_freq):
-            yield "--moe-layer-freq gives no layer experts: set a 1, or leave out --num-experts"
+    yield from _placement(case, moe)
+
+
+def _placement(case: Case, moe: MoESettings) -> Iterator[str]:
+    """Which layers have experts."""
+    listed, layers = isinstance(moe.moe_layer_freq, list), case.settings.model.num_layers
+    if isinstance(moe.moe_layer_freq, list) and len(moe.moe_layer_freq) != layers:
+        yield (
+            f"--moe-layer-freq lists {len(moe.moe_layer_freq)} layers, but "
+            f"{case.said('num_layers')}: give one 0 or 1 for each layer"
+        )
+    elif not any(moe_layers(case.settings)):
+        yield (
+            f"{case.said('moe_layer_freq', 'moe_layer_position', 'first_k_dense_replace')} give "
+            "no layer experts: change one, or leave out --num-experts"
+        )
+    if moe.moe_layer_position == "last" and (listed or moe.moe_layer_freq == 1):
+        yield "--moe-layer-position last does nothing without --moe-layer-freq N above 1: drop it"
+    if moe.first_k_dense_replace and listed:
+        yield f"{case.said('first_k_dense_replace')} does nothing beside a list of layers: drop it"
 
 
 def parallelism(case: Case) -> Iterator[str]:

@@ -97,6 +97,8 @@ layouts = st.fixed_dictionaries(
         "num_attention_heads": sizes,
         "num_query_groups": sizes,
         "num_experts": st.none() | sizes,
+        "moe_layer_position": st.sampled_from(["first", "last"]),
+        "first_k_dense_replace": sizes,
         "moe_layer_freq": sizes | st.lists(st.sampled_from([0, 1]), max_size=4),
         "moe_router_topk": sizes,
         "moe_router_num_groups": sizes,

@@ -28,6 +28,11 @@ def test_unset_sizes() -> None:
         ({"moe_layer_freq": 2}, [True, False, True, False]),
         ({"moe_layer_freq": 3}, [True, False, False, True]),
         ({"moe_layer_freq": [0, 0, 0, 1]}, [False, False, False, True]),
+        ({"moe_layer_freq": "[0]*2+([1])*2"}, [False, False, True, True]),
+        ({"moe_layer_freq": 2, "moe_layer_position": "last"}, [False, True, False, True]),
+        ({"moe_layer_freq": 3, "moe_layer_position": "last"}, [False, False, True, False]),
+        ({"first_k_dense_replace": 1}, [False, True, True, True]),
+        ({"moe_layer_freq": 2, "first_k_dense_replace": 1}, [False, False, True, False]),
     ],
 )
 def test_which_layers_have_experts(changes: dict[str, object], layers: list[bool]) -> None:

@@ -112,7 +112,9 @@ def test_a_flag_without_its_value_is_told_once(path: Path) -> None:
 def test_a_truth_value_is_no_number(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(RECIPE.replace("num_layers: 2", "num_layers: yes"))
-    assert problems("--config", path) == ["--num-layers true: must be integer > 0"]
+    assert problems("--config", path) == [
+        "--num-layers true: must be integer > 0: must not be a truth value"
+    ]
 
 
 def test_no_cross_check_on_the_default_behind_a_faulty_value(path: Path) -> None:

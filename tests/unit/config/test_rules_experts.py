@@ -31,7 +31,22 @@ SIGMOID = {"moe_router_score_function": "sigmoid"}
         ),
         ({"moe_router_topk": 9}, "--moe-router-topk 9 exceeds --num-experts 8"),
         ({"moe_layer_freq": [1, 0]}, "--moe-layer-freq lists 2 layers, but --num-layers 4"),
-        ({"moe_layer_freq": [0, 0, 0, 0]}, "--moe-layer-freq gives no layer experts"),
+        ({"moe_layer_freq": [0, 0, 0, 0]}, "--moe-layer-freq 0 0 0 0 and"),
+        (
+            {"moe_layer_freq": 5, "moe_layer_position": "last"},
+            "--moe-layer-freq 5 and --moe-layer-position last and --first-k-dense-replace 0 give "
+            "no layer experts",
+        ),
+        ({"first_k_dense_replace": 4}, "--first-k-dense-replace 4 give no layer experts"),
+        ({"moe_layer_position": "last"}, "does nothing without --moe-layer-freq N above 1"),
+        (
+            {"moe_layer_position": "last", "moe_layer_freq": [1, 1, 1, 1]},
+            "does nothing without --moe-layer-freq N above 1",
+        ),
+        (
+            {"first_k_dense_replace": 1, "moe_layer_freq": [1, 1, 1, 1]},
+            "--first-k-dense-replace 1 does nothing beside a list of layers",
+        ),
         ({"moe_router_topk": 1}, "--moe-router-topk 1 needs --moe-router-pre-softmax"),
         (
             {"moe_router_pre_softmax": True, **SIGMOID},
