@@ -84,8 +84,8 @@ def validate(tree: Tree) -> tuple[Settings | None, list[str], set[str]]:
         faulty.add(name)
         missing = detail["type"] == "missing" and len(detail["loc"]) == 2
         value = kept[group].get(name)
-        error = detail.get("ctx", {}).get("error")
-        problems.append(_problem(group, name, known[group, name], value, missing, error))
+        said = detail.get("ctx", {}).get("error")
+        problems.append(_problem(group, name, known[group, name], value, missing, said))
     if any(known[group, name].is_required() for group, name in known if name in faulty):
         return None, problems, faulty
     for group, name in known:

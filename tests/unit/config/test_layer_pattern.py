@@ -20,7 +20,7 @@ expressions = st.recursive(
     lambda inner: st.one_of(
         st.builds("({}+{})".format, inner, inner),
         st.builds("{}*{}".format, inner, st.integers(0, 3)),
-        st.builds("{}*{}".format, st.integers(0, 3), inner),
+        st.builds("({}*{})".format, st.integers(0, 3), inner),
     ),
     max_leaves=5,
 )
