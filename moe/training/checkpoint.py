@@ -23,11 +23,9 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedStateDict,
     apply_factories,
 )
-from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
-from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
-from torch.distributed.checkpoint import save as save_tensors
+from torch.distributed.checkpoint import CheckpointException
 
 from moetron import __version__
 from moetron.moe.config import recipe
@@ -36,6 +34,7 @@ from moetron.moe.config.errors import UserError
 from moetron.moe.config.settings import Settings
 from moetron.moe.training import checkpoint_folder, optimizer_state
 from moetron.moe.training.checkpoint_folder import Checkpoint, Record
+from moetron.moe.training.checkpoint_writer import Contents
 from moetron.moe.training.compatibility import require_fit
 from moetron.moe.training.progress import Progress
 from moetron.moe.training.rng import reseed, restore_rng, rng_entries
@@ -43,7 +42,6 @@ from moetron.moe.training.rng import reseed, restore_rng, rng_entries
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
-WRITER_THREADS = 2
 MODEL_METADATA = {"non_homogeneous_layers": True}
 """Each layer under its own name, whether or not all layers are alike."""
 
@@ -69,6 +67,23 @@ def save_checkpoint(
     Raises:
         UserError: the folder cannot be written, or the run has saved this step already.
     """
+    return take_checkpoint(run_folder, progress, model, optimizer, settings, stream_state)()
+
+
+def take_checkpoint(
+    run_folder: Path,
+    progress: Progress,
+    model: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    settings: Settings,
+    stream_state: Mapping[str, Any],
+    group: dist.ProcessGroup | None = None,
+) -> Callable[[], Path]:
+    """Collect what ``save_checkpoint`` writes; the function returned writes it.
+
+    With ``group``, a group of all ranks that nothing else uses meanwhile, what is collected is a
+    copy in host memory, and every rank may call the function on a thread and go on training.
+    """
     folder = checkpoint_folder.step_folder(run_folder, progress.step)
     temporary = _on_rank_0(lambda: checkpoint_folder.prepare(folder))
     weights = _model_state(model)
@@ -77,10 +92,11 @@ def save_checkpoint(
         "optimizer": optimizer_state.sharded_optimizer_state(optimizer, weights),
         "rng": rng_entries(),
     }
+    contents = Contents(copied=group is not None)
     with _without_future_warnings():
-        dist_checkpointing.save(state, str(temporary), sharded_strategy=_InProcessWriter())
+        dist_checkpointing.save(state, str(temporary), sharded_strategy=contents)
 
-    def finish() -> None:
+    def finish(sums: Mapping[str, str]) -> None:
         recipe.write(settings, temporary / "settings.yaml")
         record = Record(
             progress=progress,
@@ -90,11 +106,15 @@ def save_checkpoint(
             versions=_versions(),
             files=checkpoint_folder.file_sizes(temporary),
         )
-        checkpoint_folder.write_record(temporary, record)
+        checkpoint_folder.write_record(temporary, record, sums)
         checkpoint_folder.commit(folder, settings.checkpoint.keep_last)
 
-    _on_rank_0(finish)
-    return folder
+    def write() -> Path:
+        sums = _merged(contents.write(temporary, group), group)
+        _on_rank_0(lambda: finish(sums), group)
+        return folder
+
+    return write
 
 
 def load_checkpoint(
@@ -121,6 +141,7 @@ def load_checkpoint(
     if checkpoint is None:
         return Progress()
     options, record = settings.checkpoint, checkpoint.record
+    _verify(checkpoint)
     _load_weights(checkpoint, model)
     if options.finetune or options.no_load_optim:
         optimizer.reload_model_params()
@@ -139,7 +160,9 @@ def load_weights(path: Path, model: Sequence[torch.nn.Module]) -> None:
     Raises:
         UserError: nothing there, incomplete or damaged, or of another architecture.
     """
-    _load_weights(_on_rank_0(lambda: checkpoint_folder.read(path)), model)
+    checkpoint = _on_rank_0(lambda: checkpoint_folder.read(path))
+    _verify(checkpoint)
+    _load_weights(checkpoint, model)
 
 
 def _read_compatible(
@@ -151,6 +174,20 @@ def _read_compatible(
     checkpoint = checkpoint_folder.read(path)
     require_fit(checkpoint.folder, checkpoint.record, settings, stream_state)
     return checkpoint
+
+
+def _verify(checkpoint: Checkpoint) -> None:
+    """Every file against its sum, dealt out to the ranks; all raise what one of them finds."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    found: list[UserError | None] = [None] * ranks
+    mine = None
+    try:
+        checkpoint_folder.verify(checkpoint.folder, rank, ranks)
+    except UserError as error:
+        mine = error
+    dist.all_gather_object(found, mine)
+    for damage in filter(None, found):
+        raise damage
 
 
 def _load_weights(checkpoint: Checkpoint, model: Sequence[torch.nn.Module]) -> None:
@@ -258,7 +295,14 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), "moetron": __version__, **versions}
 
 
-def _on_rank_0(action: Callable[[], Result]) -> Result:
+def _merged(own: dict[str, str], group: dist.ProcessGroup | None) -> dict[str, str]:
+    """The dictionaries of all ranks as one, on rank 0."""
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.gather_object(own, parts if dist.get_rank() == 0 else None, dst=0, group=group)
+    return {name: value for part in parts for name, value in (part or {}).items()}
+
+
+def _on_rank_0(action: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
     """Do something on rank 0 while the others wait; all get its result or raise its error."""
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
@@ -266,7 +310,7 @@ def _on_rank_0(action: Callable[[], Result]) -> Result:
             outcome[0] = action()
         except Exception as error:
             outcome[1] = error
-    dist.broadcast_object_list(outcome, src=0)
+    dist.broadcast_object_list(outcome, src=0, group=group)
     result, failure = outcome
     if failure is not None:
         raise failure
@@ -279,30 +323,3 @@ def _without_future_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield
-
-
-class _InProcessWriter(torch_strategy.TorchDistSaveShardedStrategy):
-    """Writes the ``torch_dist`` format with threads of this process.
-
-    megatron-core's own writer (strategies/filesystem_async.py) forks processes around a spawned
-    manager even for a blocking save: seconds of start-up, and a hang when one of them dies.
-    """
-
-    def __init__(self) -> None:
-        super().__init__("torch_dist", 1)
-
-    def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path) -> None:
-        """Write the main replica of every tensor, each file synced to disk."""
-        grouped, _, _ = torch_strategy._replace_state_dict_keys_with_sharded_keys(
-            sharded_state_dict, keep_only_main_replica=True
-        )
-        try:
-            save_tensors(
-                torch_strategy.mcore_to_pyt_state_dict(grouped),
-                storage_writer=FileSystemWriter(
-                    checkpoint_dir, thread_count=WRITER_THREADS, sync_files=True
-                ),
-                planner=torch_strategy.MCoreSavePlanner(flatten_state_dict=False),
-            )
-        except CheckpointException as error:  # not an Exception, for torch
-            raise RuntimeError(f"cannot write {checkpoint_dir}: {error}") from error

@@ -1,10 +1,11 @@
 """Checkpoint folders as files: names, what is in them, which one counts, what may be deleted.
 
 A run's folder holds ``step_0000100/`` and the like, and ``latest``, a text file with the name of
-the one to go on from. A folder is written as ``step_0000100.tmp`` and renamed when everything in it
-is on disk; ``latest`` moves after that. So a folder without ``.tmp`` is whole, ``latest`` names a
-whole one, and what a crash leaves behind is a ``.tmp`` or a whole folder that ``latest`` does not
-name yet. Nothing here talks to other ranks.
+the one to go on from. A folder holds the tensors' files, the settings, ``run.json`` (`Record`), and
+the sums of all of them (``integrity``). It is written as ``step_0000100.tmp`` and renamed when
+everything in it is on disk; ``latest`` moves after that. So a folder without ``.tmp`` is whole,
+``latest`` names a whole one, and what a crash leaves behind is a ``.tmp`` or a whole folder that
+``latest`` does not name yet. Nothing here talks to other ranks.
 """
 
 import json
@@ -12,7 +13,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from moetron.moe.config.errors import UserError
 from moetron.moe.config.parallel import ParallelSettings
 from moetron.moe.config.settings import Settings
 from moetron.moe.training.atomic import rename, sync_folder, write_text
+from moetron.moe.training.integrity import SUMS, changed, read_sums, write_sums
 from moetron.moe.training.progress import Progress
 
 FORMAT = 1
@@ -119,15 +121,32 @@ def find(path: Path) -> Path:
 
 
 def read(path: Path) -> Checkpoint:
-    """Find and verify a checkpoint; ``UserError`` says what is missing or damaged.
+    """Find a checkpoint and look at all of it but the tensors; ``UserError`` says what is wrong.
 
-    Verified are the record, the presence and size of every file, and that the index names nothing
-    outside the few classes that such an index is made of (it is a pickle).
+    Looked at are the record, the presence and size of every file, and that the index names nothing
+    outside the few classes that such an index is made of (it is a pickle). ``verify`` reads all.
     """
     folder = find(path)
     record = read_record(folder)
     verify_files(folder, record)
+    _refuse_changes(folder, [METADATA])
     return Checkpoint(folder, record, _read_keys(folder / METADATA))
+
+
+def verify(folder: Path, share: int = 0, shares: int = 1) -> int:
+    """Read every file of a step folder against its sum; returns the bytes read.
+
+    ``share`` of ``shares`` readers, who divide the files among them, reads its part alone.
+
+    Raises:
+        UserError: a file is missing or has changed since it was written; names it.
+    """
+    record = read_record(folder)
+    verify_files(folder, record)
+    largest_first = sorted(record.files, key=lambda name: (-record.files[name], name))
+    names = largest_first[share::shares]
+    _refuse_changes(folder, names)
+    return sum(record.files[name] for name in names)
 
 
 def verify_files(folder: Path, record: Record) -> None:
@@ -137,7 +156,30 @@ def verify_files(folder: Path, record: Record) -> None:
         found = file.stat().st_size if file.is_file() else None
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes instead of {size}"
-            raise UserError(f"--load {folder}: damaged: {name} {state}")
+            raise damaged(folder, f"{name} {state}")
+    listed = read_sums(folder).keys() - {RECORD}
+    if listed != record.files.keys():
+        [name, *_] = sorted(listed ^ record.files.keys())
+        raise damaged(folder, f"{SUMS} and {RECORD} disagree about {name}")
+
+
+def _refuse_changes(folder: Path, names: Collection[str]) -> None:
+    try:
+        found = changed(folder, names)
+    except (OSError, ValueError) as error:
+        raise damaged(folder, str(error)) from error
+    if found:
+        raise damaged(folder, f"{', '.join(found)}: the contents do not match {SUMS}")
+
+
+def damaged(folder: Path, what: str) -> UserError:
+    """The error of a damaged checkpoint; it offers the one before where ``folder`` is the last."""
+    run_folder, steps = folder.parent, saved_steps(folder.parent)
+    remedy = ""
+    if len(steps) > 1 and step_folder(run_folder, steps[-1]).name == folder.name:
+        before = step_folder(run_folder, steps[-2]).name
+        remedy = f"; to go on from {before}, delete {folder.name} and `{LATEST}` in {run_folder}"
+    return UserError(f"--load {folder}: damaged: {what}{remedy}")
 
 
 def read_record(folder: Path) -> Record:
@@ -145,6 +187,7 @@ def read_record(folder: Path) -> Record:
     path = folder / RECORD
     if not path.is_file():
         raise UserError(f"--load {folder}: not a complete checkpoint: {RECORD} is missing")
+    _refuse_changes(folder, [RECORD])
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
         if tree.pop("format") != FORMAT:
@@ -153,13 +196,20 @@ def read_record(folder: Path) -> Record:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path}: damaged: {error}") from error
+        raise damaged(folder, f"{RECORD}: {error}") from error
 
 
-def write_record(folder: Path, record: Record) -> None:
-    """Write ``run.json``; ``record.files`` must be all that the folder holds."""
+def write_record(folder: Path, record: Record, sums: Mapping[str, str]) -> None:
+    """Write ``run.json``, then the sums of all files.
+
+    Args:
+        folder: holds everything else.
+        record: its ``files`` are all that the folder holds.
+        sums: of files whose sum is known already.
+    """
     tree = {"format": FORMAT, **asdict(record)}
     write_text(folder / RECORD, json.dumps(tree, indent=1, sort_keys=True) + "\n")
+    write_sums(folder, sums)
 
 
 def file_sizes(folder: Path) -> dict[str, int]:

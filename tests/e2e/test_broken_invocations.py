@@ -99,7 +99,7 @@ def _write_checkpoint(run_folder: Path) -> None:
     files = checkpoint_folder.file_sizes(temporary)
     settings = Settings.model_validate(recipe).model_dump(mode="json")
     record = Record(Progress(3, 12, 192), settings, {}, {}, {}, files)
-    checkpoint_folder.write_record(temporary, record)
+    checkpoint_folder.write_record(temporary, record, {})
     checkpoint_folder.commit(folder, None)
 
 

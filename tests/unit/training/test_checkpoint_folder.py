@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 from moetron.moe.config.errors import UserError
 from moetron.moe.training import atomic, checkpoint_folder
 from moetron.moe.training.checkpoint_folder import Record, step_folder, temporary_folder
+from moetron.moe.training.integrity import SUMS, write_sums
 from moetron.moe.training.progress import Progress
 
 TENSORS = {"weight": torch.arange(6.0)}
@@ -28,7 +30,7 @@ def write(run: Path, step: int, keep_last: int | None = None) -> Path:
     dcp.save(dict(TENSORS), checkpoint_id=temporary, no_dist=True)
     files = checkpoint_folder.file_sizes(temporary)
     record = Record(Progress(step, 4 * step, 64 * step), {}, {}, {}, {}, files)
-    checkpoint_folder.write_record(temporary, record)
+    checkpoint_folder.write_record(temporary, record, {})
     checkpoint_folder.commit(folder, keep_last)
     return folder
 
@@ -140,9 +142,30 @@ def _edit_record(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], N
     def edit(folder: Path) -> None:
         tree = json.loads((folder / "run.json").read_text())
         change(tree)
-        (folder / "run.json").write_text(json.dumps(tree))
+        _sign(json.dumps(tree))(folder)
 
     return edit
+
+
+def _sign(record: str) -> Callable[[Path], None]:
+    """Another record, whose sum is listed: as if it had been written so."""
+
+    def write(folder: Path) -> None:
+        (folder / "run.json").write_text(record)
+        write_sums(folder, {})
+
+    return write
+
+
+def _flip(name: str) -> Callable[[Path], None]:
+    """One bit of a file."""
+
+    def flip(folder: Path) -> None:
+        contents = bytearray((folder / name).read_bytes())
+        contents[len(contents) // 2] ^= 1
+        (folder / name).write_bytes(contents)
+
+    return flip
 
 
 @pytest.mark.parametrize(
@@ -150,10 +173,16 @@ def _edit_record(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], N
     [
         (lambda folder: shutil.rmtree(folder), "names step_0000001, which is not there"),
         (lambda folder: (folder / "run.json").unlink(), "run.json is missing"),
-        (lambda folder: (folder / "run.json").write_text("{"), "run.json: damaged"),
-        (lambda folder: (folder / "run.json").write_text("[]"), "run.json: damaged"),
+        (_sign("{"), "damaged: run.json: Expecting"),
+        (_sign("[]"), "damaged: run.json"),
+        (_flip("run.json"), "run.json: the contents do not match SHA256SUMS"),
+        (_flip(".metadata"), r"\.metadata: the contents do not match SHA256SUMS"),
+        (_flip(SUMS), "damaged"),
+        (lambda folder: (folder / SUMS).unlink(), "SHA256SUMS is missing"),
+        (lambda folder: (folder / SUMS).write_text("\n"), "SHA256SUMS is not a list of sums"),
         (_edit_record(lambda tree: tree.update(format=2)), "newer Moetron"),
-        (_edit_record(lambda tree: tree.pop("progress")), "run.json: damaged"),
+        (_edit_record(lambda tree: tree.pop("progress")), "damaged: run.json: 'progress'"),
+        (_edit_record(lambda tree: tree["files"].pop(".metadata")), r"disagree about \.metadata"),
         (lambda folder: next(folder.glob("*.distcp")).unlink(), "distcp is missing"),
         (_truncate, "bytes instead of"),
         (lambda folder: (folder.parent / "latest").write_text("../elsewhere"), "not the name"),
@@ -166,6 +195,57 @@ def test_damage_is_named(tmp_path: Path, damage: Callable[[Path], None], message
         checkpoint_folder.read(tmp_path)
 
 
+def test_a_flipped_bit_of_any_file_is_found(tmp_path: Path) -> None:
+    whole = write(tmp_path / "whole", 1)
+    sizes = checkpoint_folder.read_record(whole).files
+    assert checkpoint_folder.verify(whole) == sum(sizes.values())
+    files = sorted(path.name for path in whole.iterdir())
+    assert len(files) >= 4
+    for number, name in enumerate(files):
+        folder = tmp_path / str(number) / whole.name
+        shutil.copytree(whole, folder)
+        _flip(name)(folder)
+        with pytest.raises(UserError, match="" if name == SUMS else re.escape(name)):
+            checkpoint_folder.verify(folder)
+
+
+def test_readers_divide_the_files_among_them(tmp_path: Path) -> None:
+    folder = write(tmp_path, 1)
+    (folder / ".metadata").with_name("more").write_text("more")
+    record = checkpoint_folder.read_record(folder)
+    record.files["more"] = 4
+    checkpoint_folder.write_record(folder, record, {})
+    shares = [checkpoint_folder.verify(folder, share, 2) for share in (0, 1)]
+    assert all(shares)
+    assert sum(shares) == checkpoint_folder.verify(folder)
+    _flip("more")(folder)
+    found = 0
+    for share in (0, 1):
+        try:
+            checkpoint_folder.verify(folder, share, 2)
+        except UserError:
+            found += 1
+    assert found == 1
+
+
+def test_the_way_out_of_damage_is_a_way_out(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    _flip(".metadata")(write(tmp_path, 2))
+    with pytest.raises(UserError, match="to go on from step_0000001, delete step_0000002") as error:
+        checkpoint_folder.read(tmp_path)
+    assert f"and `latest` in {tmp_path}" in str(error.value)
+    shutil.rmtree(tmp_path / "step_0000002")
+    (tmp_path / "latest").unlink()
+    checkpoint_folder.refuse_to_rewrite(
+        tmp_path, checkpoint_folder.read(tmp_path).record.progress.step
+    )
+    write(tmp_path, 2)
+    with pytest.raises(UserError) as error:
+        _flip("run.json")(tmp_path / "step_0000001")
+        checkpoint_folder.read(tmp_path / "step_0000001")
+    assert "delete" not in str(error.value)  # a later one is there
+
+
 class _Evil:
     def __reduce__(self) -> tuple[Any, ...]:
         return os.system, ("touch pwned",)
@@ -176,6 +256,7 @@ def test_an_index_cannot_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     index = write(tmp_path, 1) / ".metadata"
     size = index.stat().st_size
     index.write_bytes(pickle.dumps(_Evil()).ljust(size, b"."))
+    write_sums(index.parent, {})
     with pytest.raises(UserError, match=r"refers to posix\.system"):
         checkpoint_folder.read(tmp_path)
     assert not (tmp_path / "pwned").exists()

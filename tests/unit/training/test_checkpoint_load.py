@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from moetron.moe.config.errors import UserError
 from moetron.moe.training import checkpoint, optimizer_state
 from moetron.moe.training.checkpoint import load_weights, save_checkpoint
+from moetron.moe.training.integrity import SUMS, write_sums
 from moetron.moe.training.loop import Loop
 from moetron.moe.training.optimizer_state import leaves, optimizer_step
 from moetron.moe.training.progress import Progress
@@ -115,6 +117,7 @@ def _edited(saved: Path, tmp_path: Path, change: Any) -> Path:
     change(record)
     (folder / "run.json").unlink()
     (folder / "run.json").write_text(json.dumps(record))
+    write_sums(folder, {})
     return folder
 
 
@@ -173,6 +176,21 @@ def test_what_was_never_written_is_not_loaded(
     monkeypatch.setattr(checkpoint.dist_checkpointing, "load", skip_one)
     with pytest.raises(UserError, match=f"1 tensors hold NaN or were never written.*{name}"):
         start(bf16(load=str(saved)))
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_flipped_bit_of_any_file_is_found(saved: Path, tmp_path: Path) -> None:
+    files = sorted(path.name for path in (saved / "step_0000002").iterdir())
+    assert {".metadata", "__0_0.distcp", "common.pt", "run.json", "settings.yaml", SUMS} < {*files}
+    for number, name in enumerate(files):
+        (tmp_path / str(number)).mkdir()
+        folder = _edited(saved, tmp_path / str(number), lambda record: None)
+        contents = bytearray((folder / name).read_bytes())
+        contents[-1] ^= 1
+        (folder / name).unlink()
+        (folder / name).write_bytes(contents)
+        with pytest.raises(UserError, match="damaged" if name == SUMS else re.escape(name)):
+            start(bf16(load=str(folder)))
 
 
 @pytest.mark.usefixtures("alone")

@@ -1,0 +1,100 @@
+"""A checkpoint's tensors to files, at once or on a thread while training goes on."""
+
+import hashlib
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
+from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
+from torch.distributed.checkpoint import save as save_tensors
+from torch.distributed.checkpoint.filesystem import FileSystem
+
+THREADS = 2
+"""Files that a rank writes at once."""
+
+
+class Contents(torch_strategy.TorchDistSaveShardedStrategy):
+    """What ``dist_checkpointing.save`` hands over, kept until ``write`` puts it on disk.
+
+    megatron-core's own writer (strategies/filesystem_async.py) forks processes around a spawned
+    manager even for a blocking save: seconds of start-up, and a hang when one of them dies.
+
+    Args:
+        copied: keep copies in host memory, so that the tensors may change before they are written.
+    """
+
+    def __init__(self, copied: bool) -> None:
+        super().__init__("torch_dist", 1)
+        self._copied = copied
+        self._tensors: dict[str, Any] = {}
+
+    def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path) -> None:
+        """Keep the main replica of every tensor."""
+        grouped, _, _ = torch_strategy._replace_state_dict_keys_with_sharded_keys(
+            sharded_state_dict, keep_only_main_replica=True
+        )
+        if self._copied:
+            grouped = {key: [_copy(part) for part in parts] for key, parts in grouped.items()}
+        self._tensors = torch_strategy.mcore_to_pyt_state_dict(grouped)
+
+    def write(self, folder: Path, group: dist.ProcessGroup | None) -> dict[str, str]:
+        """Write what was kept, every file synced to disk; a collective over ``group``.
+
+        Returns:
+            SHA-256 of the files that this rank wrote, taken on their way to the disk.
+        """
+        writer = FileSystemWriter(folder, thread_count=THREADS, sync_files=True)
+        writer.fs = files = _SummingFileSystem()
+        planner = torch_strategy.MCoreSavePlanner(flatten_state_dict=False)
+        try:
+            save_tensors(self._tensors, storage_writer=writer, planner=planner, process_group=group)
+        except CheckpointException as error:  # not an Exception, for torch
+            raise RuntimeError(f"cannot write {folder}: {error}") from error
+        return files.sums
+
+
+def _copy(part: Any) -> Any:
+    """Objects are serialised at once and need no copy."""
+    if not isinstance(part, ShardedTensor):
+        return part
+    return replace(part, data=part.data.detach().to("cpu", copy=True))
+
+
+class _SummingFile(io.FileIO):
+    """A file that is written from start to end, and its SHA-256."""
+
+    def __init__(self, path: PathLike[str] | str) -> None:
+        super().__init__(path, "wb")
+        self.digest = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        """Write bytes; the sum takes in what the file took."""
+        count = super().write(data)
+        self.digest.update(memoryview(data).cast("B")[:count])
+        return count
+
+
+class _SummingFileSystem(FileSystem):
+    """Files whose sums are known as soon as they are written."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, str] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | PathLike[str], mode: str) -> Iterator[Any]:
+        """A stream to write a file of tensors."""
+        if mode != "wb":
+            with super().create_stream(path, mode) as stream:
+                yield stream
+            return
+        file = _SummingFile(path)
+        with io.BufferedWriter(file) as stream:
+            yield stream
+        self.sums[Path(path).name] = file.digest.hexdigest()
