@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,8 @@ class ModelConfig(TransformerConfig):
     moe_eval_capacity_factor: float | None = None
     moe_minimum_capacity: int = 0
     moe_capacity_includes_topk: bool = True
+    moe_capacity_scope: Literal["rank", "micro_batch", "sequence"] = "micro_batch"
+    moe_global_aux_loss_counts: Literal["running", "previous_step"] = "running"
 
 
 def params_dtype(settings: Settings) -> torch.dtype:
@@ -113,12 +115,14 @@ def _experts(settings: Settings) -> dict[str, Any]:
         "moe_router_bias_update_rate",
         "moe_router_load_balancing_type",
         "moe_aux_loss_coeff",
+        "moe_global_aux_loss_counts",
         "moe_z_loss_coeff",
         "moe_input_jitter_eps",
         "moe_expert_capacity_factor",
         "moe_eval_capacity_factor",
         "moe_minimum_capacity",
         "moe_capacity_includes_topk",
+        "moe_capacity_scope",
         "moe_pad_expert_input_to_capacity",
         "moe_token_drop_policy",
         "moe_token_dispatcher_type",

@@ -53,6 +53,9 @@ class MoESettings(Group):
         "aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none"
     ] = "aux_loss"
     """Scope of the balance loss."""
+    moe_global_aux_loss_counts: Literal["running", "previous_step"] = "running"
+    """Which choices global_aux_loss counts: a running mean over the micro-batches of the step so
+    far (Megatron), or all of the previous step, the same in every layout."""
     moe_aux_loss_coeff: NonNegativeFloat = 0.0
     """Coefficient of the balance loss, megatron-core's scale: summed over layers, 1 x coefficient a
     layer when balanced."""
@@ -61,8 +64,11 @@ class MoESettings(Group):
     moe_input_jitter_eps: PositiveFloat | None = None
     """Multiply the router's input by U[1 - eps, 1 + eps] in training."""
     moe_expert_capacity_factor: PositiveFloat | None = None
-    """Slots an expert has for the tokens of one rank's micro-batch, as a multiple of an even share;
+    """Slots an expert has for the tokens of --moe-capacity-scope, as a multiple of an even share;
     unset: dropless."""
+    moe_capacity_scope: Literal["micro_batch", "sequence", "rank"] = "micro_batch"
+    """Tokens that share an expert's slots: one micro-batch's, one sequence's (both the same in any
+    layout), or those of the micro-batch that one rank holds (Megatron; follows TP and CP)."""
     moe_eval_capacity_factor: PositiveFloat | None = None
     """The same in evaluation; unset: as in training."""
     moe_minimum_capacity: NonNegativeInt = 0

@@ -1,8 +1,9 @@
 """Expert capacity: how many tokens an expert takes, and which ones.
 
-T tokens of one rank's micro-batch each choose k of E experts; an expert serves at most C of those
-that chose it, the others skip it. Maps and probabilities are [T, E]; rows stand in the order in
-which tokens are served, as far as order counts.
+T tokens of a group each choose k of E experts; an expert serves at most C of those that chose it,
+the others skip it. G groups stand side by side, [G, T, E]; rows stand in the order in which tokens
+are served, as far as order counts. A choice has a merit, its probability; what is no choice has
+`NOT_CHOSEN`.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ import torch
 from megatron.core.transformer.moe.moe_utils import get_capacity
 
 Policy = Literal["probs", "position"]
+Scope = Literal["rank", "micro_batch", "sequence"]
+
+NOT_CHOSEN = -torch.inf
 
 
 @dataclass(frozen=True)
@@ -38,43 +42,41 @@ class Capacity:
         return min(max(slots, self.minimum), tokens)
 
 
-def served(
-    probs_TE: torch.Tensor, chosen_TE: torch.Tensor, slots: int, policy: Policy
-) -> torch.Tensor:
-    """The choices that find a slot: bool [T, E], at most ``slots`` in a column.
+def served(merit_GTE: torch.Tensor, slots: int, policy: Policy) -> torch.Tensor:
+    """The choices that find a slot: bool [G, T, E], at most ``slots`` of each expert in a group.
 
     Args:
-        probs_TE: weight of each choice, any float type.
-        chosen_TE: bool.
+        merit_GTE: any float type.
         slots: C.
         policy: an expert serves its choices of highest probability, equal ones by row ("probs"),
             or those of the first rows ("position").
     """
+    chosen_GTE = merit_GTE > NOT_CHOSEN
     if policy == "position":
-        return _first(chosen_TE, slots)
-    merit_TE = probs_TE.masked_fill(~chosen_TE, -torch.inf)
+        return _first(chosen_GTE, slots)
     # A top-k breaks ties at will: take its last value, and of the choices worth that the first.
-    threshold_E = merit_TE.topk(slots, dim=0, sorted=False).values.amin(0)
-    above_TE = merit_TE > threshold_E
-    equal_TE = chosen_TE & (merit_TE == threshold_E)
-    return above_TE | _first(equal_TE, slots - above_TE.sum(0))
+    threshold_G1E = merit_GTE.topk(slots, dim=1, sorted=False).values.amin(1, keepdim=True)
+    above_GTE = merit_GTE > threshold_G1E
+    equal_GTE = chosen_GTE & (merit_GTE == threshold_G1E)
+    return above_GTE | _first(equal_GTE, slots - above_GTE.sum(1, keepdim=True))
 
 
-def filled_up(served_TE: torch.Tensor, slots: int) -> torch.Tensor:
-    """``served_TE`` and, in columns with free slots, the first other rows: ``slots`` a column."""
-    return served_TE | _first(~served_TE, slots - served_TE.sum(0))
+def filled_up(served_GTE: torch.Tensor, slots: int) -> torch.Tensor:
+    """``served_GTE`` and, where an expert has free slots, the first other rows: all slots taken."""
+    return served_GTE | _first(~served_GTE, slots - served_GTE.sum(1, keepdim=True))
 
 
-def _first(map_TE: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
-    """The first ``count`` (of each column: [E]) true rows."""
-    return map_TE & (map_TE.cumsum(0, dtype=torch.int32) <= count)
+def _first(map_GTE: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
+    """The first ``count`` (of each column: [G, 1, E]) true rows."""
+    return map_GTE & (map_GTE.cumsum(1, dtype=torch.int32) <= count)
 
 
-def batch_major(rows: torch.Tensor, batch: int) -> torch.Tensor:
-    """Rows of a flattened [s, b] in the order of [b, s]: sequence by sequence."""
-    return rows.unflatten(0, (-1, batch)).transpose(0, 1).flatten(0, 1)
+def to_groups(rows_SBE: torch.Tensor, scope: Scope) -> torch.Tensor:
+    """[S, B, E] as groups [G, T, E]: each sequence, or all, one sequence after the other."""
+    rows_BSE = rows_SBE.transpose(0, 1)
+    return rows_BSE if scope == "sequence" else rows_BSE.flatten(0, 1).unsqueeze(0)
 
 
-def sequence_major(rows: torch.Tensor, batch: int) -> torch.Tensor:
-    """Undo `batch_major`."""
-    return rows.unflatten(0, (batch, -1)).transpose(0, 1).flatten(0, 1)
+def from_groups(rows_GTE: torch.Tensor, batch: int) -> torch.Tensor:
+    """Undo `to_groups` for B = ``batch``."""
+    return rows_GTE.flatten(0, 1).unflatten(0, (batch, -1)).transpose(0, 1)

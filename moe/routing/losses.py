@@ -29,7 +29,7 @@ def read_auxiliary_losses(
 
     - ``aux_loss`` = :math:`\frac{1}{L m d} \sum E \sum_i f_i P_i`, 1 when balanced, whatever k.
       A rank's tracker holds the part of its own tokens (its share of P); parts add up over tensor
-      and context ranks (global_aux_loss: over data-parallel ranks too).
+      and context ranks (global_aux_loss with running counts: over data-parallel ranks too).
     - ``z_loss`` = the mean over tokens of :math:`(\log \sum_j \exp x_j)^2`, averaged over L. A
       rank's tracker holds the mean over its own tokens (megatron-core itself logs rank 0's).
 
@@ -49,7 +49,9 @@ def read_auxiliary_losses(
     divisors = {}
     balance = settings.moe.moe_router_load_balancing_type
     if balance in _BALANCE_LOSS and settings.moe.moe_aux_loss_coeff > 0:
-        parts = 1 if balance == "global_aux_loss" else data_ranks
+        counts = settings.moe.moe_global_aux_loss_counts
+        summed = balance == "global_aux_loss" and counts == "running"
+        parts = 1 if summed else data_ranks
         divisors["aux_loss"] = (_BALANCE_LOSS[balance], parts)
     if settings.moe.moe_z_loss_coeff:
         divisors["z_loss"] = ("z_loss", data_ranks * sequence_ranks)

@@ -15,15 +15,25 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 from torch.distributed import ProcessGroup
 
 from moetron.moe.config.bridge import ModelConfig
-from moetron.moe.routing.capacity import Capacity, batch_major, filled_up, sequence_major, served
+from moetron.moe.routing.capacity import (
+    NOT_CHOSEN,
+    Capacity,
+    filled_up,
+    from_groups,
+    served,
+    to_groups,
+)
+from moetron.moe.routing.token_group import TokenGroup
 
 
 class Router(TopKRouter):
-    """``TopKRouter`` with two corrections.
+    """``TopKRouter`` with corrections.
 
-    **Capacity.** megatron-core 0.16.1 drops by position with a top-k over ties (moe_utils.py:847),
-    which keeps arbitrary tokens. Here tokens of the rank are served sequence by sequence, each from
-    left to right (its [s, b] rows read as [b, s]), or by probability; see capacity.py. The bias of
+    **Capacity.** megatron-core 0.16.1 counts the tokens of a rank, so that tensor and context ranks
+    change what is dropped, and drops by position with a top-k over ties (moe_utils.py:847), which
+    keeps arbitrary tokens. Here experts have slots for the micro-batch, or for each of its
+    sequences, over all ranks that share it (or for a rank, as upstream); tokens are served sequence
+    by sequence, each from left to right, or by probability; see capacity.py. The bias of
     --moe-router-enable-expert-bias learns from choices before dropping, as balance losses do.
 
     **Auxiliary losses** keep their coefficients under tensor and context ranks. With
@@ -37,6 +47,9 @@ class Router(TopKRouter):
 
     - T a_r on every rank, in total T times the loss;
     - coefficient x T / r x z_r on every rank, in total T times the mean over the micro-batch.
+
+    **Counts of the global balance loss** are, on request, those of the whole previous step, see
+    `_apply_global_aux_loss`.
     """
 
     chosen: torch.Tensor | None = None
@@ -47,6 +60,7 @@ class Router(TopKRouter):
     def __init__(
         self, config: ModelConfig, pg_collection: ProcessGroupCollection | None = None
     ) -> None:
+        assert pg_collection is not None
         self.capacity: Capacity | None = None
         if config.moe_expert_capacity_factor is not None:
             self.capacity = Capacity(
@@ -58,6 +72,16 @@ class Router(TopKRouter):
             config = copy.copy(config)
             config.moe_expert_capacity_factor = None  # so that upstream's routing drops nothing
         super().__init__(config, pg_collection)
+        self.tokens = TokenGroup(pg_collection, config.sequence_parallel)
+        if self._counts_previous_step:
+            device = torch.cuda.current_device()
+            empty = torch.zeros(self.num_experts, dtype=torch.int64, device=device)
+            self.register_buffer("previous_choices", empty)
+            self.register_buffer("step_choices", empty.clone(), persistent=False)
+
+    @property
+    def _counts_previous_step(self) -> bool:
+        return bool(self.config.moe_global_aux_loss_counts == "previous_step")
 
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
@@ -73,19 +97,26 @@ class Router(TopKRouter):
         self.chosen = chosen_TE
         if self.capacity is None:
             return probs_TE, chosen_TE
-        tokens, experts = chosen_TE.shape
-        slots = self.capacity.slots(tokens, experts, self.topk, self.training)
-        kept_TE = served(
-            batch_major(probs_TE.detach(), batch),
-            batch_major(chosen_TE, batch),
-            slots,
-            self.config.moe_token_drop_policy,
-        )
-        if self.config.moe_pad_expert_input_to_capacity:
-            kept_TE = filled_up(kept_TE, slots)
-            self._tell_capacity(slots, tokens)
-        kept_TE = sequence_major(kept_TE, batch)
+        merit_TE = probs_TE.detach().masked_fill(~chosen_TE, NOT_CHOSEN)
+        kept_TE = self._limit(merit_TE.unflatten(0, (-1, batch)), self.capacity).flatten(0, 1)
         return probs_TE * kept_TE, kept_TE
+
+    def _limit(self, merit_sbE: torch.Tensor, capacity: Capacity) -> torch.Tensor:
+        """The choices that are served, bool [s, b, experts]; collective if the rank's are not all.
+
+        With ``merit_sbE`` as in capacity.py.
+        """
+        scope, batch = self.config.moe_capacity_scope, merit_sbE.shape[1]
+        merit_SBE = merit_sbE if scope == "rank" else self.tokens.gather(merit_sbE)
+        merit_GTE = to_groups(merit_SBE, scope)
+        groups, tokens, experts = merit_GTE.shape
+        slots = capacity.slots(tokens, experts, self.topk, self.training)
+        kept_GTE = served(merit_GTE, slots, self.config.moe_token_drop_policy)
+        if self.config.moe_pad_expert_input_to_capacity:
+            kept_GTE = filled_up(kept_GTE, slots)
+            self._tell_capacity(groups * slots, groups * tokens)
+        kept_SBE = from_groups(kept_GTE, batch)
+        return kept_SBE if scope == "rank" else self.tokens.own(kept_SBE)
 
     def _tell_capacity(self, slots: int, tokens: int) -> None:
         """Give the dispatcher a factor that its ceil(k T / E x factor) turns into ``slots``.
@@ -95,6 +126,45 @@ class Router(TopKRouter):
         if self.padded_dispatcher is not None:
             share = tokens * self.topk / self.config.num_moe_experts
             self.padded_dispatcher.moe_expert_capacity_factor = (slots - 0.5) / share
+
+    def _apply_global_aux_loss(
+        self,
+        probs: torch.Tensor,
+        scores_for_aux_loss: torch.Tensor,
+        routing_map: torch.Tensor,
+        with_padding_mask: bool = False,
+    ) -> torch.Tensor:
+        """Let coefficient x E sum_i f_i P_i ride on ``probs`` [tokens, experts].
+
+        P_i is the mean score of expert i over the micro-batch. Upstream's f_i is a running mean
+        over the micro-batches that this rank and its data-parallel peers have seen in this step, so
+        that it depends on how many ranks share out the global batch. With counts of the
+        "previous_step", f_i is the share of all choices of the previous global batch, the same in
+        every layout (before the first step: 1 / E, which gives no gradient).
+        """
+        if not self._counts_previous_step:
+            upstream: torch.Tensor = super()._apply_global_aux_loss(
+                probs, scores_for_aux_loss, routing_map, with_padding_mask
+            )
+            return upstream
+        self.step_choices += routing_map.sum(0)
+        total = self.previous_choices.sum()
+        even = torch.full_like(scores_for_aux_loss[0], 1 / self.num_experts)
+        share_E = torch.where(total > 0, self.previous_choices / total.clamp(min=1), even)
+        tokens = len(probs) * self.tp_cp_group.size()
+        coefficient = self.get_aux_loss_coeff("global_aux_loss")
+        part = (share_E * scores_for_aux_loss.sum(0)).sum() * self.num_experts / tokens
+        return self.attach_and_log_load_balancing_loss(
+            probs, coefficient, coefficient * part, "global_load_balancing_loss", self.tp_cp_group
+        )
+
+    def reset_global_aux_loss_tracker(self) -> None:
+        """End a step: megatron-core calls this when gradients are final (collective)."""
+        super().reset_global_aux_loss_tracker()
+        if self._counts_previous_step:
+            torch.distributed.all_reduce(self.step_choices, group=self.tp_dp_cp_group)
+            self.previous_choices.copy_(self.step_choices)
+            self.step_choices.zero_()
 
     def attach_and_log_load_balancing_loss(
         self,

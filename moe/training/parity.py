@@ -170,14 +170,15 @@ def layout_dependent(
     }
     cases = [
         (
-            "--moe-expert-capacity-factor",
-            moe.moe_expert_capacity_factor is not None,
-            "capacity counts one rank's tokens: TP and CP drop others; dropless drops none",
+            "--moe-capacity-scope rank",
+            moe.moe_expert_capacity_factor is not None and moe.moe_capacity_scope == "rank",
+            "capacity counts one rank's tokens: TP and CP drop others; micro_batch does not",
         ),
         (
-            "--moe-router-load-balancing-type global_aux_loss",
-            moe.moe_router_load_balancing_type == "global_aux_loss",
-            "shares run over the micro-batches that a rank saw; aux_loss counts each alone",
+            "--moe-global-aux-loss-counts running",
+            moe.moe_router_load_balancing_type == "global_aux_loss"
+            and moe.moe_global_aux_loss_counts == "running",
+            "shares run over the micro-batches that a rank saw; previous_step counts all ranks'",
         ),
         (
             "--hidden-dropout, --attention-dropout",

@@ -19,6 +19,8 @@ def _shards(model: Sequence[torch.nn.Module], read: Read) -> Iterator[ShardedTen
         for entry in chunk.sharded_state_dict().values():
             if not isinstance(entry, ShardedTensor | ShardedTensorFactory):
                 continue
+            if not isinstance(entry.data, torch.nn.Parameter):
+                continue  # a buffer
             built = {"": replace(entry, data=read(entry.data))}
             apply_factories(built)
             shards = built[""]

@@ -107,6 +107,11 @@ def scores(case: Case) -> Iterator[str]:
             f"{case.said('moe_aux_loss_coeff')} has no effect with "
             "--moe-router-load-balancing-type none: choose aux_loss or set it to 0"
         )
+    if moe.moe_global_aux_loss_counts != "running" and balance != "global_aux_loss":
+        yield (
+            f"{case.said('moe_global_aux_loss_counts')} needs "
+            "--moe-router-load-balancing-type global_aux_loss"
+        )
     if balance == "sinkhorn" and moe.moe_router_num_groups:
         yield (
             "--moe-router-load-balancing-type sinkhorn knows no groups: "
@@ -151,6 +156,7 @@ def capacity(case: Case) -> Iterator[str]:
         ("moe_minimum_capacity", moe.moe_minimum_capacity > 0),
         ("moe_capacity_includes_topk", not moe.moe_capacity_includes_topk),
         ("moe_token_drop_policy", moe.moe_token_drop_policy == "position"),
+        ("moe_capacity_scope", moe.moe_capacity_scope != "micro_batch"),
     ):
         if used and not limited:
             yield f"{case.said(name)} needs --moe-expert-capacity-factor: add it or leave this out"
@@ -158,6 +164,14 @@ def capacity(case: Case) -> Iterator[str]:
         yield (
             f"{case.said('moe_expert_capacity_factor')} cannot go with "
             "--moe-router-load-balancing-type sinkhorn: choose aux_loss or leave the factor out"
+        )
+    parallel = case.settings.parallel
+    shared = parallel.tensor_model_parallel_size * parallel.context_parallel_size > 1
+    if moe.moe_pad_expert_input_to_capacity and shared and moe.moe_capacity_scope != "rank":
+        yield (
+            "--moe-pad-expert-input-to-capacity with --tensor-model-parallel-size or "
+            "--context-parallel-size above 1 needs slots for each rank: use "
+            "--moe-capacity-scope rank, or drop the padding"
         )
 
 

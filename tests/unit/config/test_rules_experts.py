@@ -76,6 +76,21 @@ SIGMOID = {"moe_router_score_function": "sigmoid"}
             },
             "sinkhorn knows no groups",
         ),
+        (
+            {"moe_global_aux_loss_counts": "previous_step"},
+            "--moe-global-aux-loss-counts previous_step needs "
+            "--moe-router-load-balancing-type global_aux_loss",
+        ),
+        ({"moe_capacity_scope": "sequence"}, "--moe-capacity-scope sequence needs --moe-expert"),
+        (
+            {
+                "world_size": 2,
+                "context_parallel_size": 2,
+                "moe_expert_capacity_factor": 1.0,
+                "moe_pad_expert_input_to_capacity": True,
+            },
+            "above 1 needs slots for each rank: use --moe-capacity-scope rank",
+        ),
         ({"moe_router_num_groups": 2}, "go together"),
         (
             {"moe_router_num_groups": 3, "moe_router_group_topk": 1},

@@ -7,11 +7,12 @@ from hypothesis import strategies as st
 from megatron.core.transformer.moe.moe_utils import apply_router_token_dropping
 
 from moetron.moe.routing.capacity import (
+    NOT_CHOSEN,
     Capacity,
-    batch_major,
     filled_up,
-    sequence_major,
+    from_groups,
     served,
+    to_groups,
 )
 
 
@@ -49,12 +50,27 @@ PROBS = torch.tensor([[0.2, 0.0], [0.6, 0.4], [0.0, 0.3], [0.6, 0.4]])
     ],
 )
 def test_served(policy: str, slots: int, expected: list[list[int]]) -> None:
-    assert served(PROBS, CHOSEN, slots, policy).int().tolist() == expected
+    assert served_alone(PROBS, CHOSEN, slots, policy).int().tolist() == expected
+
+
+def served_alone(
+    probs: torch.Tensor, chosen: torch.Tensor, slots: int, policy: str
+) -> torch.Tensor:
+    """`served` for a single group."""
+    return served(probs.masked_fill(~chosen, NOT_CHOSEN)[None], slots, policy)[0]
+
+
+@pytest.mark.parametrize("policy", ["probs", "position"])
+def test_groups_do_not_meet(policy: str) -> None:
+    merit = PROBS.masked_fill(~CHOSEN, NOT_CHOSEN)
+    both = torch.stack([merit, merit.flip(0)])
+    alone = [served(group[None], 1, policy)[0] for group in both]
+    assert torch.equal(served(both, 1, policy), torch.stack(alone))
 
 
 def test_first_rows_fill_free_slots() -> None:
-    kept = torch.tensor([[0, 1], [0, 0], [1, 1], [0, 0]]).bool()
-    assert filled_up(kept, 2).int().tolist() == [[1, 1], [0, 0], [1, 1], [0, 0]]
+    kept = torch.tensor([[0, 1], [0, 0], [1, 1], [0, 0]]).bool()[None]
+    assert filled_up(kept, 2)[0].int().tolist() == [[1, 1], [0, 0], [1, 1], [0, 0]]
     assert filled_up(kept, 4).all()
 
 
@@ -75,11 +91,11 @@ def test_experts_are_full_before_they_drop(
     routing: tuple[torch.Tensor, torch.Tensor, int], policy: str
 ) -> None:
     probs, chosen, slots = routing
-    kept = served(probs, chosen, slots, policy)
+    kept = served_alone(probs, chosen, slots, policy)
     dropped = chosen & ~kept
     assert not (kept & ~chosen).any()
     assert torch.equal(kept.sum(0), chosen.sum(0).clamp(max=slots))
-    padded = filled_up(kept, slots)
+    padded = filled_up(kept[None], slots)[0]
     assert (padded.sum(0) == slots).all() and not (kept & ~padded).any()
     rows = torch.arange(len(probs)).unsqueeze(1).expand_as(chosen)
     merit = probs if policy == "probs" else -rows.float()
@@ -97,10 +113,12 @@ def test_by_probability_as_megatron_core(
     topk = int(chosen[0].sum())
     _, theirs = apply_router_token_dropping(probs, chosen, topk, factor)
     slots = Capacity(factor).slots(*probs.shape, topk, training=True)
-    assert torch.equal(served(probs, chosen, slots, "probs"), theirs)
+    assert torch.equal(served_alone(probs, chosen, slots, "probs"), theirs)
 
 
-def test_orders_of_rows() -> None:
-    rows = torch.tensor([[10], [20], [11], [21], [12], [22]])  # [s, b]: two sequences of three
-    assert batch_major(rows, 2).flatten().tolist() == [10, 11, 12, 20, 21, 22]
-    assert torch.equal(sequence_major(batch_major(rows, 2), 2), rows)
+def test_groups_of_two_sequences() -> None:
+    rows = torch.tensor([[10, 20], [11, 21], [12, 22]]).unsqueeze(-1)  # [S, B, 1]
+    assert to_groups(rows, "sequence").squeeze(-1).tolist() == [[10, 11, 12], [20, 21, 22]]
+    assert to_groups(rows, "micro_batch").squeeze(-1).tolist() == [[10, 11, 12, 20, 21, 22]]
+    for scope in ("sequence", "micro_batch"):
+        assert torch.equal(from_groups(to_groups(rows, scope), 2), rows)

@@ -1,0 +1,66 @@
+"""Which rank holds which tokens of a micro-batch, and how to see all of them.
+
+Context ranks share out the positions of a sequence (layers/context.py), tensor ranks those of a
+context rank, under sequence parallelism. Expert, data and pipeline parallelism do not cut a
+micro-batch. S positions x B sequences; shapes are [S, B, ...], or [s, b, ...] for a rank's part.
+"""
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+
+from moetron.moe.layers.context import chunks_of_rank
+
+
+def positions_of_ranks(length: int, tensor_ranks: int, context_ranks: int) -> torch.Tensor:
+    """Positions that each rank holds, in its order: int64 [tensor x context ranks, s].
+
+    Ranks stand as in megatron-core's group of both: tensor ranks of context rank 0, of 1, ...
+
+    Args:
+        length: S, a multiple of 2 x context x tensor ranks (without context ranks: of the latter).
+        tensor_ranks: that share out a context rank's positions.
+        context_ranks: of the sequence.
+    """
+    if context_ranks == 1:
+        return torch.arange(length).view(tensor_ranks, -1)
+    chunks = torch.arange(length).view(2 * context_ranks, -1)
+    held = [chunks[list(chunks_of_rank(rank, context_ranks))] for rank in range(context_ranks)]
+    return torch.stack(held).view(tensor_ranks * context_ranks, -1)
+
+
+class TokenGroup:
+    """The ranks that share out a micro-batch.
+
+    Args:
+        groups: ``tp``, ``cp`` and ``tp_cp`` are read.
+        sequence_parallel: whether tensor ranks hold different positions, or all the same.
+    """
+
+    def __init__(self, groups: ProcessGroupCollection, sequence_parallel: bool) -> None:
+        self.group = groups.tp_cp if sequence_parallel else groups.cp
+        self._context_ranks = groups.cp.size()
+        self._tensor_ranks = groups.tp.size() if sequence_parallel else 1
+        assert self.group.size() == self._context_ranks * self._tensor_ranks
+        assert self.group.rank() // self._tensor_ranks == groups.cp.rank()
+
+    def positions(self, rows: int) -> torch.Tensor:
+        """Positions in the sequence of this rank's ``rows``: int64 [s]."""
+        return self._all_positions(rows)[self.group.rank()]
+
+    def gather(self, local: torch.Tensor) -> torch.Tensor:
+        """Every rank's rows in the sequence's order, [s, b, ...] to [S, b, ...]; no gradient."""
+        if self.group.size() == 1:
+            return local.detach()
+        place = self._all_positions(len(local)).flatten().argsort()
+        held = gather_from_sequence_parallel_region(local.detach().contiguous(), group=self.group)
+        return held[place.to(held.device)]
+
+    def own(self, whole: torch.Tensor) -> torch.Tensor:
+        """Rows of [S, ...] that this rank holds."""
+        if self.group.size() == 1:
+            return whole
+        return whole[self.positions(len(whole) // self.group.size()).to(whole.device)]
+
+    def _all_positions(self, rows: int) -> torch.Tensor:
+        return positions_of_ranks(rows * self.group.size(), self._tensor_ranks, self._context_ranks)
