@@ -66,7 +66,11 @@ def test_the_table_says_which_layout_differs() -> None:
     ("flags", "names"),
     [
         ([], []),
-        (["--moe-expert-capacity-factor", "1.25"], ["--moe-expert-capacity-factor"]),
+        (["--moe-expert-capacity-factor", "1.25"], []),
+        (
+            ["--moe-expert-capacity-factor", "1.25", "--moe-capacity-scope", "rank"],
+            ["--moe-capacity-scope rank"],
+        ),
         (["--hidden-dropout", "0.1", "--bf16"], ["--hidden-dropout", "--bf16"]),
         (["--vocab-size", "500", "--make-vocab-size-divisible-by", "100"], ["--make-vocab-size"]),
     ],
