@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.enums import AttnBackend
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from moetron.moe.config import derived
+from moetron.moe.config.attention import AttentionSettings
 from moetron.moe.config.model import ModelSettings
 from moetron.moe.config.precision import PrecisionSettings
 from moetron.moe.config.settings import Settings
@@ -30,6 +31,11 @@ class ModelConfig(TransformerConfig):
     moe_capacity_includes_topk: bool = True
     moe_capacity_scope: Literal["rank", "micro_batch", "sequence"] = "micro_batch"
     moe_global_aux_loss_counts: Literal["running", "previous_step"] = "running"
+
+
+@dataclass
+class LatentModelConfig(ModelConfig, MLATransformerConfig):
+    """The same for latent attention."""
 
 
 def params_dtype(settings: Settings) -> torch.dtype:
@@ -85,6 +91,8 @@ def _blocks(model: ModelSettings) -> dict[str, Any]:
         "gated_linear_unit": model.swiglu,
         "activation_func": F.silu if model.swiglu else F.gelu,
         "add_bias_linear": model.add_bias_linear,
+        "mtp_num_layers": model.mtp_num_layers,
+        "mtp_loss_scaling_factor": model.mtp_loss_scaling_factor,
         "hidden_dropout": model.hidden_dropout,
         "attention_dropout": model.attention_dropout,
         "attention_backend": (
@@ -97,6 +105,16 @@ def _blocks(model: ModelSettings) -> dict[str, Any]:
         "gradient_accumulation_fusion": False,
         "cuda_graph_scope": [],
     }
+
+
+def _attention(settings: Settings) -> dict[str, Any]:
+    attention = settings.attention
+    shared = {"add_qkv_bias": attention.add_qkv_bias, "softmax_scale": attention.softmax_scale}
+    if not attention.multi_latent_attention:
+        return shared
+    own = (set(AttentionSettings.model_fields) - set(shared)) | {"rotary_base", "rotary_percent"}
+    values = {**attention.model_dump(), **settings.model.model_dump()}
+    return {**shared, **{name: values[name] for name in own}}
 
 
 def _experts(settings: Settings) -> dict[str, Any]:
@@ -128,6 +146,7 @@ def _experts(settings: Settings) -> dict[str, Any]:
         "moe_token_dispatcher_type",
         "moe_grouped_gemm",
         "moe_shared_expert_intermediate_size",
+        "moe_shared_expert_gate",
         "moe_shared_expert_overlap",
     )
     return {
@@ -184,8 +203,10 @@ def transformer_config(settings: Settings, transformer_engine: bool = False) -> 
     """
     dtype = params_dtype(settings)
     fp8 = transformer_engine and settings.precision.fp8_format is not None
-    return ModelConfig(
+    kind = LatentModelConfig if settings.attention.multi_latent_attention else ModelConfig
+    return kind(
         **_blocks(settings.model),
+        **_attention(settings),
         **_initialisation(settings.model),
         **_experts(settings),
         **_layout(settings),

@@ -3,7 +3,7 @@
 megatron-core enforces many of these rules late, by assert, or not at all.
 """
 
-from moetron.moe.config.rules import experts, inputs, layout, model, precision, run
+from moetron.moe.config.rules import attention, experts, inputs, layout, model, precision, run
 from moetron.moe.config.rules.case import Case
 from moetron.moe.config.settings import Settings
 
@@ -15,7 +15,14 @@ def problems(settings: Settings, world_size: int, *, device: str, te: bool) -> l
     file: see ``input_problems``.
     """
     case = Case(settings, world_size, device, te)
-    rules = (*model.RULES, *experts.RULES, *layout.RULES, *precision.RULES, *run.RULES)
+    rules = (
+        *model.RULES,
+        *attention.RULES,
+        *experts.RULES,
+        *layout.RULES,
+        *precision.RULES,
+        *run.RULES,
+    )
     return [problem for rule in rules for problem in rule(case)]
 
 

@@ -41,6 +41,20 @@ def moe_layers(settings: Settings) -> list[bool]:
     return [layer >= dense and layer % frequency == place for layer in range(layers)]
 
 
+def routed_layers(settings: Settings) -> list[bool]:
+    """`moe_layers`, and the same for each module of multi-token prediction, which follow them."""
+    layers = moe_layers(settings)
+    return layers + layers[-1:] * (settings.model.mtp_num_layers or 0)
+
+
+def attention_widths(settings: Settings) -> tuple[int, int]:
+    """Channels of a query (and key) head, and of a value head."""
+    latent = settings.attention
+    if latent.multi_latent_attention:
+        return latent.qk_head_dim + latent.qk_pos_emb_head_dim, latent.v_head_dim
+    return head_dim(settings.model), head_dim(settings.model)
+
+
 def fp8_layers(settings: Settings) -> list[bool]:
     """For each layer, whether its linear layers and experts run in FP8."""
     layers, precision = settings.model.num_layers, settings.precision

@@ -87,6 +87,8 @@ class MoESettings(Group):
     """Run a rank's experts as one grouped GEMM; otherwise one after the other."""
     moe_shared_expert_intermediate_size: PositiveInt | None = None
     """Total width of the always-on shared experts; unset: none."""
+    moe_shared_expert_gate: bool = False
+    """Multiply the shared experts' output by sigmoid(w x) (Qwen1.5-MoE, Qwen2-MoE)."""
     moe_shared_expert_overlap: bool = False
     """Overlap the shared experts with the dispatch (GPU only)."""
 

@@ -55,6 +55,11 @@ class ModelSettings(Group):
     scaled_output_init: bool = True
     """Divide the standard deviation of output projections by sqrt(2 x layers), as Megatron does;
     OLMoE does not."""
+    mtp_num_layers: PositiveInt | None = None
+    """Modules that each predict one token further ahead (multi-token prediction, arXiv 2412.19437,
+    section 2.2): a projection and a layer of the last layer's kind; unset: none."""
+    mtp_loss_scaling_factor: PositiveFloat = 0.1
+    """Weight of the mean of these modules' losses."""
     hidden_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on residual branches."""
     attention_dropout: float = Field(default=0.0, ge=0, lt=1)

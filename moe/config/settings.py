@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from pydantic.fields import FieldInfo
 
+from moetron.moe.config.attention import AttentionSettings
 from moetron.moe.config.experts import MoESettings
 from moetron.moe.config.field import Group
 from moetron.moe.config.model import ModelSettings
@@ -24,6 +25,7 @@ class Settings(Group):
     """All settings of a run, in the groups that a recipe's YAML and ``--help`` show."""
 
     model: ModelSettings
+    attention: AttentionSettings = AttentionSettings()
     moe: MoESettings = MoESettings()
     parallel: ParallelSettings = ParallelSettings()
     precision: PrecisionSettings = PrecisionSettings()

@@ -18,12 +18,16 @@ import torch
 from megatron.core import utils as core_utils
 from megatron.core.dist_checkpointing import exchange_utils
 from megatron.core.dist_checkpointing.strategies import state_dict_saver
-from megatron.core.models.common.embeddings import rotary_pos_embedding
+from megatron.core.models.common.embeddings import (
+    rotary_pos_embedding,
+    yarn_rotary_pos_embedding,
+)
 from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.tensor_parallel import data as parallel_data
 from megatron.core.tensor_parallel import mappings
 from megatron.core.tensor_parallel import random as parallel_random
+from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer import utils as transformer_utils
 from megatron.core.transformer.moe import moe_utils, router, token_dispatcher
 from torch.distributed import ProcessGroup
@@ -108,7 +112,8 @@ def random_states() -> list[Patch]:
 def rotary_chunks() -> list[Patch]:
     """Cut rotary angles over context-parallel ranks without pinned memory.
 
-    models/common/embeddings/rope_utils.py:62, called by rotary_pos_embedding.py:204.
+    models/common/embeddings/rope_utils.py:62, called by rotary_pos_embedding.py:204 and
+    yarn_rotary_pos_embedding.py:186.
     """
 
     def cut(angles: torch.Tensor, seq_dim: int, cp_group: ProcessGroup) -> torch.Tensor:
@@ -116,7 +121,20 @@ def rotary_chunks() -> list[Patch]:
         held: torch.Tensor = core_utils.get_batch_on_this_cp_rank(batch, cp_group)["angles"]
         return held.movedim(1, seq_dim)
 
-    return [Patch(rotary_pos_embedding, "get_pos_emb_on_this_cp_rank", cut)]
+    name = "get_pos_emb_on_this_cp_rank"
+    return [
+        Patch(module, name, cut) for module in (rotary_pos_embedding, yarn_rotary_pos_embedding)
+    ]
+
+
+def latent_attention() -> list[Patch]:
+    """Build latent attention without asking for Transformer Engine's classes.
+
+    transformer/multi_latent_attention.py:184 calls ``isinstance`` with a mock that the import in
+    line 54 takes for a class (a bug of 0.16.1).
+    """
+    present = isinstance(multi_latent_attention.TELinear, type)
+    return [] if present else [Patch(multi_latent_attention, "HAVE_TE", False)]
 
 
 def router_gemm() -> list[Patch]:
@@ -259,6 +277,7 @@ ADAPTATIONS: dict[str, Adaptation] = {
         cuda_streams,
         random_states,
         rotary_chunks,
+        latent_attention,
         router_gemm,
         eager_router,
         split_sizes,

@@ -29,6 +29,7 @@ class SdpaAttention(MegatronModule):
         attention_dropout: dropout of the probabilities; unset: the configuration's.
         softmax_scale: unset: 1 / sqrt(head width).
         cp_comm_type: taken and ignored: keys and values are gathered.
+        k_channels: taken and ignored, as is ``v_channels``: tensors say their widths.
         pg_collection: ``cp`` is read, with context parallelism.
 
     Raises:
@@ -46,6 +47,8 @@ class SdpaAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
     ) -> None:
         super().__init__(config=config)
         if config.window_size is not None or config.softmax_type != "vanilla":
@@ -76,7 +79,7 @@ class SdpaAttention(MegatronModule):
         Args:
             query: [sq, b, heads, width].
             key: [sk, b, key/value heads, width].
-            value: like ``key``.
+            value: like ``key``, of any width.
             attention_mask: bool, broadcast to [b, heads, sq, sk], True where attention is
                 forbidden; it replaces the causal mask. None: as ``attn_mask_type`` says. Not
                 supported with context parallelism.
@@ -85,7 +88,7 @@ class SdpaAttention(MegatronModule):
             packed_seq_params: not supported.
 
         Returns:
-            [sq, b, heads x width].
+            [sq, b, heads x width of a value].
         """
         assert packed_seq_params is None and attention_bias is None
         mask_type = attn_mask_type or self.attn_mask_type
@@ -108,7 +111,8 @@ class SdpaAttention(MegatronModule):
         group: ProcessGroup,
     ) -> torch.Tensor:
         """Each chunk of queries sees the whole sequence, or causally the part up to itself."""
-        keys, values = gather_sequence(torch.stack([key, value], dim=1), group).unbind(1)
+        widths = [key.shape[-1], value.shape[-1]]
+        keys, values = gather_sequence(torch.cat([key, value], dim=-1), group).split(widths, -1)
         if mask_type != AttnMaskType.causal:
             return self._attend(query, keys, values)
         size = query.shape[0] // 2

@@ -7,7 +7,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moetron.moe.config import derived
 from moetron.moe.config.settings import Settings
-from moetron.moe.layers.specs import block_spec
+from moetron.moe.layers.specs import block_spec, prediction_spec
 
 
 def build_model(
@@ -47,6 +47,9 @@ def build_model(
         position_embedding_type=model.position_embedding_type,
         rotary_percent=model.rotary_percent,
         rotary_base=model.rotary_base,
+        rope_scaling=settings.attention.rope_type == "llama3",
+        rope_scaling_factor=settings.attention.rotary_scaling_factor,
+        mtp_block_spec=prediction_spec(settings, config, groups, vp_stage),
         pg_collection=groups,
         vp_stage=vp_stage,
     )

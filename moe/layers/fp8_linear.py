@@ -14,7 +14,7 @@ from moetron.moe.host.fp8_product import Fp8Product
 from moetron.moe.layers.experts import GroupedExperts
 
 
-def _linear(product: Fp8Product, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def fp8_linear(product: Fp8Product, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """X [..., K] times weight [N, K] transposed."""
     x_TK = x.reshape(-1, x.shape[-1])
     ends = torch.tensor([len(x_TK)], dtype=torch.int32, device=x.device)
@@ -47,7 +47,7 @@ class Fp8ColumnParallelLinear(ColumnParallelLinear):
             input = gather_from_sequence_parallel_region(input, group=tp_group)
         elif allreduce_dgrad:
             input = copy_to_tensor_model_parallel_region(input, group=tp_group)
-        output = _linear(self._fp8, input, weight)
+        output = fp8_linear(self._fp8, input, weight)
         return output if bias is None else output + bias
 
 
@@ -64,7 +64,7 @@ class Fp8RowParallelLinear(RowParallelLinear):
         self._fp8 = Fp8Product(numerics)
 
     def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, **_: Any) -> torch.Tensor:
-        return _linear(self._fp8, input, weight)
+        return fp8_linear(self._fp8, input, weight)
 
 
 class Fp8GroupedExperts(GroupedExperts):

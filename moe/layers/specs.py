@@ -13,6 +13,8 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -37,6 +39,7 @@ from moetron.moe.layers.fp8_linear import (
     Fp8GroupedExperts,
     Fp8RowParallelLinear,
 )
+from moetron.moe.layers.latent_attention import LatentAttention
 from moetron.moe.layers.norm import FullWidthRMSNorm, LayerNorm, RMSNorm
 from moetron.moe.routing.router import Router
 
@@ -44,6 +47,7 @@ with warnings.catch_warnings():  # "Apex is not installed": we bring norms of ou
     warnings.simplefilter("ignore")
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_layer_with_transformer_engine_spec,
+        get_gpt_mtp_block_spec_for_backend,
         get_mlp_module_spec_for_backend,
     )
 
@@ -97,24 +101,46 @@ class LocalProvider(LocalSpecProvider):
         )
 
 
-def _local_layer(backend: LocalProvider, config: TransformerConfig, experts: bool) -> ModuleSpec:
-    norm = backend.layer_norm()
-    qk_norm = norm if config.qk_layernorm else IdentityOp
-    # Checkpoint names of Transformer Engine, which fuses these norms into the next linear layer.
-    names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+def _attention(backend: LocalProvider, config: TransformerConfig) -> ModuleSpec:
+    norm = backend.layer_norm() if config.qk_layernorm else IdentityOp
+    shared = {
+        "core_attention": backend.core_attention(),
+        "linear_proj": backend.row_parallel_linear(),
+        "q_layernorm": norm,
+    }
+    columns = backend.column_parallel_linear()
+    params: dict[str, Any] = {"attn_mask_type": AttnMaskType.causal}
+    if not config.multi_latent_attention:
+        plain = SelfAttentionSubmodules(linear_qkv=columns, k_layernorm=norm, **shared)
+        return ModuleSpec(module=SelfAttention, params=params, submodules=plain)
+    latent = MLASelfAttentionSubmodules(
+        linear_q_proj=columns,
+        linear_q_up_proj=columns,
+        linear_kv_up_proj=columns,
+        kv_layernorm=norm,
+        **shared,
+    )
+    params["numerics"] = backend.fp8
+    return ModuleSpec(module=LatentAttention, params=params, submodules=latent)
+
+
+def _checkpoint_names(config: TransformerConfig, experts: bool) -> dict[str, str]:
+    """Names of Transformer Engine, which fuses norms into the next linear layer."""
+    if config.multi_latent_attention:
+        latents = ("q", "kv")
+        names = {
+            f"self_attention.{x}_layernorm.": f"self_attention.linear_{x}_up_proj.layer_norm_"
+            for x in latents
+        }
+    else:
+        names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     if not experts:
         names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
-    attention = ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
-        submodules=SelfAttentionSubmodules(
-            linear_qkv=backend.column_parallel_linear(),
-            core_attention=backend.core_attention(),
-            linear_proj=backend.row_parallel_linear(),
-            q_layernorm=qk_norm,
-            k_layernorm=qk_norm,
-        ),
-    )
+    return names
+
+
+def _local_layer(backend: LocalProvider, config: TransformerConfig, experts: bool) -> ModuleSpec:
+    norm = backend.layer_norm()
     mlp = get_mlp_module_spec_for_backend(
         backend=backend,
         num_experts=config.num_moe_experts if experts else None,
@@ -126,12 +152,12 @@ def _local_layer(backend: LocalProvider, config: TransformerConfig, experts: boo
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
-            self_attention=attention,
+            self_attention=_attention(backend, config),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map=names,
+            sharded_state_dict_keys_map=_checkpoint_names(config, experts),
         ),
     )
 
@@ -141,6 +167,7 @@ def _transformer_engine_layer(config: TransformerConfig, experts: bool) -> Modul
         num_experts=config.num_moe_experts if experts else None,
         moe_grouped_gemm=config.moe_grouped_gemm and experts,
         qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=config.multi_latent_attention,
     )
 
 
@@ -186,18 +213,62 @@ def block_spec(
         groups: ``tp`` and ``pp`` are read.
         vp_stage: virtual pipeline stage; None without interleaving.
     """
-    backend: Any
-    kinds = list(zip(derived.moe_layers(settings), derived.fp8_layers(settings), strict=True))
+    layers = _layers(settings, config, groups)
+    stage = groups.pp.rank()
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=stage)
+    count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=stage)
+    return TransformerBlockSubmodules(
+        layer_specs=layers[first : first + count],
+        layer_norm=_backend(settings, config).layer_norm(),
+    )
+
+
+def prediction_spec(
+    settings: Settings,
+    config: TransformerConfig,
+    groups: ProcessGroupCollection,
+    vp_stage: int | None = None,
+) -> MultiTokenPredictionBlockSubmodules | None:
+    """The modules of multi-token prediction, where this stage holds them; else None.
+
+    Args:
+        settings: as in `block_spec`, as are the others.
+        config: their image in megatron-core.
+        groups: ``tp`` and ``pp`` are read.
+        vp_stage: virtual pipeline stage; None without interleaving.
+    """
+    if settings.model.mtp_num_layers is None:
+        return None
+    return get_gpt_mtp_block_spec_for_backend(
+        config,
+        _layers(settings, config, groups)[-1],
+        _backend(settings, config),
+        vp_stage=vp_stage,
+        pp_rank=groups.pp.rank(),
+    )
+
+
+def _backend(settings: Settings, config: TransformerConfig) -> Any:
+    """Where modules outside FP8 layers come from."""
     if uses_transformer_engine(settings):
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
-        backend = TESpecProvider()
+        return TESpecProvider()
+    return LocalProvider(settings, config, None)
+
+
+def _layers(
+    settings: Settings, config: TransformerConfig, groups: ProcessGroupCollection
+) -> list[ModuleSpec]:
+    """Every layer of the model."""
+    kinds = list(zip(derived.moe_layers(settings), derived.fp8_layers(settings), strict=True))
+    if uses_transformer_engine(settings):
         layer = {kind: _transformer_engine_layer(config, kind[0]) for kind in kinds}
     else:
-        backend = LocalProvider(settings, config, None)
+        plain = LocalProvider(settings, config, None)
         emulating = LocalProvider(settings, config, fp8_numerics(settings.precision))
         layer = {
-            (experts, fp8): _local_layer(emulating if fp8 else backend, config, experts)
+            (experts, fp8): _local_layer(emulating if fp8 else plain, config, experts)
             for experts, fp8 in kinds
         }
     for spec in layer.values():
@@ -206,10 +277,4 @@ def block_spec(
     if settings.model.qk_layernorm and settings.model.qk_layernorm_scope == "full":
         for spec in layer.values():
             _normalise_full_width(spec, config, groups)
-    stage = groups.pp.rank()
-    first = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=stage)
-    count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=stage)
-    return TransformerBlockSubmodules(
-        layer_specs=[layer[kind] for kind in kinds[first : first + count]],
-        layer_norm=backend.layer_norm(),
-    )
+    return [layer[kind] for kind in kinds]

@@ -45,12 +45,13 @@ def _layer_activations(settings: Settings, has_experts: bool) -> int:
     assumed. The score matrix counts only where attention materialises it.
     """
     model, moe, parallel = settings.model, settings.moe, settings.parallel
-    width, head = model.hidden_size, derived.head_dim(model)
-    tensor = parallel.tensor_model_parallel_size
+    width, tensor = model.hidden_size, parallel.tensor_model_parallel_size
     tokens = model.seq_length * settings.training.micro_batch_size // parallel.context_parallel_size
-    queries, keys = model.num_attention_heads * head, derived.query_groups(model) * head
+    head, value_head = derived.attention_widths(settings)
+    queries = model.num_attention_heads * (2 * head + value_head)
+    keys = 2 * derived.query_groups(model) * (head + value_head)
     shard = tensor if derived.sequence_parallel(parallel) else 1
-    per_token = 4 * width / shard + (3 * queries + 4 * keys) / tensor
+    per_token = 4 * width / shard + (queries + keys) / tensor
     if model.attention_backend == "unfused":
         per_token += 2 * model.num_attention_heads * model.seq_length / tensor
     inner = 3 if model.swiglu else 2
@@ -71,6 +72,8 @@ def _activation_bytes(settings: Settings, stage: int, microbatches: int) -> int:
     """Activations of all micro-batches in flight on a stage of a 1F1B pipeline."""
     parallel, pattern = settings.parallel, derived.moe_layers(settings)
     layers = [_layer_activations(settings, pattern[i]) for i in stage_layers(settings, stage)]
+    if stage == parallel.pipeline_model_parallel_size - 1:
+        layers += [_layer_activations(settings, pattern[-1])] * (settings.model.mtp_num_layers or 0)
     numbers = sum(layers)
     if parallel.recompute_granularity == "full":
         tokens = settings.model.seq_length * settings.training.micro_batch_size
@@ -106,7 +109,7 @@ def memory_per_rank(settings: Settings, vocab_size: int, world_size: int, stage:
         tokens = settings.model.seq_length * training.micro_batch_size
         rows = derived.padded_vocab_size(vocab_size, settings)
         cut = parallel.tensor_model_parallel_size * parallel.context_parallel_size
-        logits = 2 * 4 * tokens * rows // cut
+        logits = 2 * 4 * tokens * rows // cut * (1 + (settings.model.mtp_num_layers or 0))
     microbatches = derived.num_microbatches(settings, world_size)
     return Memory(
         parameters=count * _number_bytes(settings),

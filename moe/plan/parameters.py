@@ -1,7 +1,7 @@
 """How many parameters a model has, by part and by rank, from its settings alone."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from moetron.moe.config import derived
@@ -9,7 +9,15 @@ from moetron.moe.config.settings import Settings
 from moetron.moe.plan.layout import stage_layers
 
 Part = Literal[
-    "embedding", "output", "attention", "norms", "dense_ffn", "router", "experts", "shared_experts"
+    "embedding",
+    "output",
+    "attention",
+    "norms",
+    "dense_ffn",
+    "router",
+    "experts",
+    "shared_experts",
+    "token_prediction",
 ]
 Cut = Literal["none", "tensor", "expert"]
 """What a tensor is divided by over ranks: nothing, TP, or EP x ETP."""
@@ -32,12 +40,19 @@ class ParameterCount:
 
     parts: dict[Part, int]
     active: int
-    """Parameters that one token meets: k of E experts, everything else."""
+    """Parameters that one token meets: k of E experts, everything else; no token prediction."""
+    active_ahead: int
+    """What it meets besides in the modules of multi-token prediction, which only train."""
 
     @property
     def total(self) -> int:
         """All parameters."""
         return sum(self.parts.values())
+
+    @property
+    def main(self) -> int:
+        """All but those of multi-token prediction: the size that model cards name."""
+        return self.total - self.parts["token_prediction"]
 
     @property
     def embedding(self) -> int:
@@ -63,15 +78,38 @@ def _norm(settings: Settings, width: int) -> int:
 def _attention(settings: Settings) -> Iterator[Tensors]:
     model = settings.model
     width, head = model.hidden_size, derived.head_dim(model)
+    if settings.attention.multi_latent_attention:
+        yield from _latent_attention(settings)
+        return
     queries, keys = model.num_attention_heads * head, derived.query_groups(model) * head
     yield Tensors("attention", width * (queries + 2 * keys) + queries * width, "tensor")
-    if model.add_bias_linear:
+    if model.add_bias_linear or settings.attention.add_qkv_bias:
         yield Tensors("attention", queries + 2 * keys, "tensor")
+    if model.add_bias_linear:
         yield Tensors("attention", width, "none")
     if model.qk_layernorm and model.qk_layernorm_scope == "full":
         yield Tensors("norms", _norm(settings, queries + keys), "tensor")
     elif model.qk_layernorm:
         yield Tensors("norms", _norm(settings, 2 * head), "none")
+
+
+def _latent_attention(settings: Settings) -> Iterator[Tensors]:
+    """Compressing projections and norms on every tensor rank, the others cut by heads."""
+    model, latent = settings.model, settings.attention
+    width, heads = model.hidden_size, model.num_attention_heads
+    head, value_head = derived.attention_widths(settings)
+    yield Tensors("attention", width * (latent.kv_lora_rank + latent.qk_pos_emb_head_dim), "none")
+    up = latent.kv_lora_rank * heads * (latent.qk_head_dim + value_head)
+    yield Tensors("attention", up + heads * value_head * width, "tensor")
+    normalised = latent.kv_lora_rank
+    if latent.q_lora_rank is None:
+        yield Tensors("attention", width * heads * head, "tensor")
+    else:
+        yield Tensors("attention", width * latent.q_lora_rank, "none")
+        yield Tensors("attention", latent.q_lora_rank * heads * head, "tensor")
+        normalised += latent.q_lora_rank
+    if model.qk_layernorm:
+        yield Tensors("norms", _norm(settings, normalised), "none")
 
 
 def _ffn(
@@ -103,17 +141,42 @@ def layer(settings: Settings, has_experts: bool) -> Iterator[Tensors]:
     )
     if moe.moe_shared_expert_intermediate_size is not None:
         yield from _ffn(settings, "shared_experts", moe.moe_shared_expert_intermediate_size)
+        if moe.moe_shared_expert_gate:
+            yield Tensors("shared_experts", model.hidden_size, "none")
+
+
+def _prediction(settings: Settings) -> Iterator[Tensors]:
+    """One module of multi-token prediction beside its layer: three norms and a projection."""
+    width = settings.model.hidden_size
+    yield Tensors("norms", 3 * _norm(settings, width), "none")
+    yield Tensors("token_prediction", 2 * width * width, "tensor")
+
+
+def _ahead(settings: Settings) -> list[Tensors]:
+    """All modules of multi-token prediction, layers included."""
+    has_experts = derived.moe_layers(settings)[-1]
+    module = [*_prediction(settings), *layer(settings, has_experts)]
+    return module * (settings.model.mtp_num_layers or 0)
+
+
+def norms_ahead(settings: Settings) -> int:
+    """Parameters of norms in the modules of multi-token prediction."""
+    return sum(tensor.elements for tensor in _ahead(settings) if tensor.part == "norms")
 
 
 def _ends(settings: Settings, vocab_size: int, first: bool, last: bool) -> Iterator[Tensors]:
-    """What the first and the last stage hold beside layers; tied embeddings sit on both."""
+    """What the first and the last stage hold beside layers.
+
+    Tied embeddings sit on both, and so do those that multi-token prediction looks up.
+    """
     matrix = derived.padded_vocab_size(vocab_size, settings) * settings.model.hidden_size
     untied = settings.model.untie_embeddings_and_output_weights
-    if first:
+    looks_up = first or (last and settings.model.mtp_num_layers is not None)
+    if looks_up:
         yield Tensors("embedding", matrix, "tensor")
     if last:
         yield Tensors("norms", _norm(settings, settings.model.hidden_size), "none")
-    if last and (untied or not first):
+    if last and (untied or not looks_up):
         yield Tensors("output", matrix, "tensor")
 
 
@@ -123,11 +186,18 @@ def count_parameters(settings: Settings, vocab_size: int) -> ParameterCount:
     tensors = list(_ends(settings, vocab_size, first=True, last=True))
     for has_experts in derived.moe_layers(settings):
         tensors += layer(settings, has_experts)
-    for tensor in tensors:
+    ahead = _ahead(settings)
+    for tensor in [*tensors, *(replace(tensor, part="token_prediction") for tensor in ahead)]:
         parts[tensor.part] += tensor.elements
-    experts = settings.moe.num_experts or 1
-    idle = parts["experts"] // experts * (experts - settings.moe.moe_router_topk)
-    return ParameterCount(parts, sum(parts.values()) - idle)
+    return ParameterCount(parts, _met(settings, tensors), _met(settings, ahead))
+
+
+def _met(settings: Settings, tensors: list[Tensors]) -> int:
+    """Parameters of ``tensors`` that one token meets."""
+    experts = sum(tensor.elements for tensor in tensors if tensor.part == "experts")
+    count = settings.moe.num_experts or 1
+    idle = experts // count * (count - settings.moe.moe_router_topk)
+    return sum(tensor.elements for tensor in tensors) - idle
 
 
 def per_rank(settings: Settings, vocab_size: int, stage: int) -> RankParameters:
@@ -144,6 +214,8 @@ def per_rank(settings: Settings, vocab_size: int, stage: int) -> RankParameters:
     pattern = derived.moe_layers(settings)
     for index in stage_layers(settings, stage):
         tensors += layer(settings, pattern[index])
+    if last:
+        tensors += _ahead(settings)
     held = [(tensor.elements // divisor[tensor.cut], tensor.is_expert) for tensor in tensors]
     return RankParameters(
         dense=sum(elements for elements, is_expert in held if not is_expert),

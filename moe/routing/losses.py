@@ -55,7 +55,7 @@ def read_auxiliary_losses(
         divisors["aux_loss"] = (_BALANCE_LOSS[balance], parts)
     if settings.moe.moe_z_loss_coeff:
         divisors["z_loss"] = ("z_loss", data_ranks * sequence_ranks)
-    layers = sum(derived.moe_layers(settings))
+    layers = sum(derived.routed_layers(settings))
     if not divisors or not layers:
         return {}
     tracker = get_moe_layer_wise_logging_tracker()

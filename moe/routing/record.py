@@ -57,7 +57,7 @@ class RoutingRecorder:
     def __init__(self, model: Sequence[torch.nn.Module], settings: Settings) -> None:
         experts = settings.moe.num_experts
         assert experts is not None
-        flags = derived.moe_layers(settings)
+        flags = derived.routed_layers(settings)
         self._row = {layer: row for row, layer in enumerate(i for i, f in enumerate(flags) if f)}
         routers = [m for chunk in model for m in chunk.modules() if isinstance(m, Router)]
         device = routers[0].weight.device if routers else torch.device("cpu")

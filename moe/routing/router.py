@@ -211,6 +211,7 @@ class Router(TopKRouter):
         if self.calculate_per_token_loss:
             tokens = logits.shape[0] if padding_mask is None else (~padding_mask).sum()
             weight = coefficient * tokens
-        save_to_aux_losses_tracker("z_loss", mean, self.layer_number, self.config.num_layers)
+        layers = self.config.num_layers + (self.config.mtp_num_layers or 0)
+        save_to_aux_losses_tracker("z_loss", mean, self.layer_number, layers)
         attached: torch.Tensor = MoEAuxLossAutoScaler.apply(logits, mean * weight)
         return attached

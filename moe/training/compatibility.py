@@ -36,7 +36,17 @@ SHAPE = {
         "swiglu",
         "add_bias_linear",
         "untie_embeddings_and_output_weights",
+        "mtp_num_layers",
         "vocab_size",
+    ),
+    "attention": (
+        "add_qkv_bias",
+        "multi_latent_attention",
+        "q_lora_rank",
+        "kv_lora_rank",
+        "qk_head_dim",
+        "qk_pos_emb_head_dim",
+        "v_head_dim",
     ),
     "moe": (
         "num_experts",
@@ -47,11 +57,13 @@ SHAPE = {
         "moe_router_enable_expert_bias",
         "moe_global_aux_loss_counts",
         "moe_shared_expert_intermediate_size",
+        "moe_shared_expert_gate",
     ),
 }
 """Settings that say which tensors there are."""
 FUNCTION = {
     "model": ("position_embedding_type", "rotary_base", "rotary_percent", "norm_epsilon"),
+    "attention": ("softmax_scale", "rope_type", "rotary_scaling_factor"),
     "moe": (
         "moe_router_topk",
         "moe_router_pre_softmax",

@@ -115,7 +115,7 @@ class Loop:
             "samples": self.progress.consumed_samples,
             "lm_loss": figures.lm_loss,
             "loss_tokens": figures.loss_tokens,
-            **figures.routing,
+            **figures.besides,
             "grad_norm": figures.grad_norm,
             "lr": learning_rate,
             "step_time_s": step_time_s,

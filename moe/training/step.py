@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_batch_on_this_cp_rank
 
-from moetron.moe.config.derived import moe_layers
+from moetron.moe.config.derived import routed_layers
 from moetron.moe.config.settings import Settings
 from moetron.moe.routing.losses import read_auxiliary_losses
 from moetron.moe.routing.record import RoutingRecorder
@@ -54,8 +55,8 @@ class StepFigures:
     """Tokens that count."""
     grad_norm: float
     """Norm of the whole gradient before clipping."""
-    routing: dict[str, Any]
-    """``routing_figures``."""
+    besides: dict[str, Any]
+    """``prediction_figures`` and ``routing_figures``."""
     stop: bool
     """Whether any rank asked to stop."""
 
@@ -92,11 +93,35 @@ def train_step(
     total = local.clone()
     torch.distributed.all_reduce(total)
     loss_sum, tokens, stops = total.tolist()
-    lm_loss, routing = loss_sum / max(tokens, 1.0), routing_figures(trainer, num_microbatches)
-    figures = StepFigures(lm_loss, int(tokens), float(grad_norm), routing, stops > 0)
+    besides = {
+        **prediction_figures(trainer, num_microbatches),
+        **routing_figures(trainer, num_microbatches),
+    }
+    figures = StepFigures(
+        loss_sum / max(tokens, 1.0), int(tokens), float(grad_norm), besides, stops > 0
+    )
     if trainer.settings.training.check_for_nan_in_loss_and_grad:
         _refuse_non_finite(figures, local[0])
     return figures
+
+
+def prediction_figures(trainer: Trainer, num_microbatches: int) -> dict[str, Any]:
+    """Losses of multi-token prediction since the last call (collective); nothing without it.
+
+    ``mtp_losses``: for each module the mean over micro-batches of its mean loss, without its weight
+    (nats per token). megatron-core notes them on the ranks of the last stage.
+    """
+    modules = trainer.settings.model.mtp_num_layers
+    if modules is None:
+        return {}
+    noted, runtime = MTPLossLoggingHelper.tracker, trainer.runtime
+    sums = torch.zeros(modules + 1, dtype=torch.float64, device=runtime.device)
+    if runtime.holds_loss:
+        sums[:-1], sums[-1] = noted["values"], num_microbatches
+    if "values" in noted:
+        MTPLossLoggingHelper.clean_loss_in_tracker()
+    torch.distributed.all_reduce(sums)
+    return {"mtp_losses": (sums[:-1] / sums[-1]).tolist()}
 
 
 def routing_figures(trainer: Trainer, num_microbatches: int) -> dict[str, Any]:
@@ -118,7 +143,7 @@ def routing_figures(trainer: Trainer, num_microbatches: int) -> dict[str, Any]:
     figures["expert_load_max_over_mean"] = summary.load_max_over_mean
     chosen_LE = summary.chosen.double()  # [MoE layers, experts]
     loads = (chosen_LE.amax(1) / chosen_LE.mean(1)).tolist()
-    names = [f"layer_{n}" for n, sparse in enumerate(moe_layers(trainer.settings)) if sparse]
+    names = [f"layer_{n}" for n, sparse in enumerate(routed_layers(trainer.settings)) if sparse]
     figures["expert_load"] = dict(zip(names, loads, strict=True))
     if moe.moe_expert_capacity_factor is not None:
         figures["dropped_fraction"] = summary.dropped_fraction
@@ -161,7 +186,9 @@ def _forward(
     batch = {name: tensor.to(runtime.device, non_blocking=True) for name, tensor in batch.items()}
     source = batch.pop("source", None)
     batch = get_batch_on_this_cp_rank(batch, cp_group=runtime.groups.cp)
-    output = chunk(batch.get("tokens"), batch.get("position_ids"), None, labels=batch.get("labels"))
+    names = ("labels", "loss_mask")  # the mask is for multi-token prediction alone
+    words = {name: batch.get(name) for name in names}
+    output = chunk(batch.get("tokens"), batch.get("position_ids"), None, **words)
     return output, partial(loss, {**batch, "source": source})
 
 

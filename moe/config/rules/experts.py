@@ -26,8 +26,9 @@ def presence(case: Case) -> Iterator[str]:
         for name in _NEED_EXPERTS:
             if getattr(moe, name) is not None:
                 yield f"{case.said(name)} needs --num-experts: add it or leave this out"
-        if moe.moe_router_enable_expert_bias:
-            yield "--moe-router-enable-expert-bias needs --num-experts"
+        for name in ("moe_router_enable_expert_bias", "moe_shared_expert_gate"):
+            if getattr(moe, name):
+                yield f"{case.said(name)} needs --num-experts: add it or leave this out"
         return
     if moe.moe_router_topk > moe.num_experts:
         yield (
@@ -182,6 +183,8 @@ def dispatch(case: Case) -> Iterator[str]:
         return
     if moe.moe_token_dispatcher_type == "flex":
         yield from _flex(case, moe)
+    if moe.moe_shared_expert_gate and moe.moe_shared_expert_intermediate_size is None:
+        yield "--moe-shared-expert-gate needs --moe-shared-expert-intermediate-size"
     if not moe.moe_shared_expert_overlap:
         return
     if moe.moe_shared_expert_intermediate_size is None:

@@ -10,8 +10,8 @@ _RECOMPUTABLE = ("core_attn", "moe_act", "layernorm", "mlp", "moe", "shared_expe
 
 def shape(case: Case) -> Iterator[str]:
     """Heads, rotary channels and norms."""
-    model = case.settings.model
-    if model.kv_channels is None:
+    model, is_latent = case.settings.model, case.settings.attention.multi_latent_attention
+    if model.kv_channels is None and not is_latent:
         yield from not_multiple(
             case, "hidden_size", model.hidden_size, "num_attention_heads", model.num_attention_heads
         )
@@ -19,7 +19,7 @@ def shape(case: Case) -> Iterator[str]:
     if heads % groups:
         yield from not_multiple(case, "num_attention_heads", heads, "num_query_groups", groups)
     rotated = int(head_dim(model) * model.rotary_percent)
-    if model.position_embedding_type == "rope" and (rotated % 2 or rotated == 0):
+    if model.position_embedding_type == "rope" and not is_latent and (rotated % 2 or rotated == 0):
         yield (
             f"rotary embedding needs an even number of channels a head, but {rotated} of "
             f"{head_dim(model)} are rotated: set --kv-channels "

@@ -27,7 +27,7 @@ SIGMOID = {"moe_router_score_function": "sigmoid"}
         ),
         (
             {"num_experts": None, "moe_router_enable_expert_bias": True},
-            "--moe-router-enable-expert-bias needs --num-experts",
+            "--moe-router-enable-expert-bias needs --num-experts: add it or leave this out",
         ),
         ({"moe_router_topk": 9}, "--moe-router-topk 9 exceeds --num-experts 8"),
         ({"moe_layer_freq": [1, 0]}, "--moe-layer-freq lists 2 layers, but --num-layers 4"),

@@ -24,6 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from moetron.moe.config.bridge import ddp_config, optimizer_config, transformer_config
 from moetron.moe.config.settings import Settings
 from moetron.moe.host.adapt import ADAPTATIONS, adapt_host, restore_host
+from moetron.moe.layers.build import build_model
 from tests.parallel.harness import RankFailed, model_parallel, run_ranks
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is adapted on a GPU")
@@ -102,6 +103,18 @@ def _rotary_chunks() -> None:
     held = {0: [0, 1, 6, 7], 1: [2, 3, 4, 5]}[group.rank()]
     whole = rotary(8, packed_seq=True)  # which is not cut
     assert torch.equal(rotary(8), whole[held])
+
+
+def _latent_attention() -> None:
+    shape = {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "seq_length": 8}
+    tree = {
+        "model": shape,
+        "attention": {"multi_latent_attention": True},
+        "training": {"train_iters": 1, "micro_batch_size": 1, "global_batch_size": 1},
+        "learning_rate": {"lr": 1e-3},
+    }
+    settings = Settings.model_validate(tree)
+    build_model(settings, transformer_config(settings), 32)
 
 
 def _router(**changes: Any) -> None:
@@ -224,6 +237,7 @@ SCENARIOS: dict[str, tuple[Callable[[], None], int]] = {
     "cuda_streams": (_dispatch, 1),
     "random_states": (_random_states, 1),
     "rotary_chunks": (_rotary_chunks, 2),
+    "latent_attention": (_latent_attention, 1),
     "router_gemm": (_router, 1),
     "eager_router": (_router_with_bias, 1),
     "split_sizes": (_dispatch, 2),

@@ -12,11 +12,17 @@ from moetron.moe.plan.parameters import count_parameters, per_rank
 OLMOE = Path(__file__).resolve().parents[3] / "examples" / "olmoe_1b_7b" / "pretrain.yaml"
 
 
-def settings(model: dict[str, Any], moe: dict[str, Any], **parallel: Any) -> Settings:
+def settings(
+    model: dict[str, Any],
+    moe: dict[str, Any],
+    attention: dict[str, Any] | None = None,
+    **parallel: Any,
+) -> Settings:
     shape = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 4, "seq_length": 16}
     return Settings.model_validate(
         {
             "model": {**shape, "make_vocab_size_divisible_by": 1, **model},
+            "attention": attention or {},
             "moe": moe,
             "parallel": parallel,
             "training": {"train_iters": 1, "micro_batch_size": 1, "global_batch_size": 8},
@@ -69,6 +75,48 @@ def test_a_mixed_model_with_biases_by_hand() -> None:
     assert count.parts["shared_experts"] == 8 * 7 + 7 + 7 * 8 + 8
     assert count.parts["output"] == 0
     assert count.total - count.active == expert
+
+
+LATENT = {
+    "multi_latent_attention": True,
+    "q_lora_rank": 6,
+    "kv_lora_rank": 4,
+    "qk_head_dim": 3,
+    "qk_pos_emb_head_dim": 2,
+    "v_head_dim": 5,
+}
+
+
+def test_latent_attention_by_hand() -> None:
+    count = count_parameters(settings({"qk_layernorm": True}, {}, LATENT), 10)
+    queries = 8 * 6 + 6 * 4 * (3 + 2)
+    keys_and_values = 8 * (4 + 2) + 4 * 4 * (3 + 5)
+    assert count.parts["attention"] == 2 * (queries + keys_and_values + 4 * 5 * 8)
+    assert count.parts["norms"] == 2 * (2 * 8 + 6 + 4) + 8
+    plain = count_parameters(settings({}, {}, {**LATENT, "q_lora_rank": None}), 10)
+    assert plain.parts["attention"] == 2 * (8 * 4 * 5 + keys_and_values + 4 * 5 * 8)
+
+
+def test_token_prediction_by_hand() -> None:
+    """A module has three norms, a projection of twice the width and a layer of the last's kind."""
+    moe = {"num_experts": 4, "moe_router_topk": 1, "moe_ffn_hidden_size": 5}
+    moe |= {"moe_layer_freq": [0, 1]}
+    without = count_parameters(settings({"ffn_hidden_size": 6}, moe), 10)
+    count = count_parameters(settings({"ffn_hidden_size": 6, "mtp_num_layers": 2}, moe), 10)
+    expert = 3 * 8 * 5
+    layer = 2 * 8 + 4 * 64 + 4 * 8 + 4 * expert
+    assert count.parts["token_prediction"] == 2 * (3 * 8 + 2 * 64 + layer)
+    assert count.main == without.total and count.active == without.active
+    assert count.active_ahead == count.parts["token_prediction"] - 2 * 3 * expert
+
+
+def test_biases_and_gates_by_hand() -> None:
+    plain = settings({}, {"num_experts": 2, "moe_shared_expert_intermediate_size": 4})
+    gated = {"moe_shared_expert_intermediate_size": 4, "moe_shared_expert_gate": True}
+    more = settings({"num_query_groups": 2}, {"num_experts": 2, **gated}, {"add_qkv_bias": True})
+    parts, plain_parts = count_parameters(more, 10).parts, count_parameters(plain, 10).parts
+    assert parts["shared_experts"] == plain_parts["shared_experts"] + 2 * 8
+    assert parts["attention"] == plain_parts["attention"] - 2 * 2 * 32 + 2 * (8 + 4 + 4)
 
 
 @pytest.mark.parametrize(

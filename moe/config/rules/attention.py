@@ -1,0 +1,85 @@
+"""Latent attention, rotary scaling and multi-token prediction."""
+
+from collections.abc import Iterator
+
+from moetron.moe.config.rules.case import Case, not_multiple
+
+
+def latent(case: Case) -> Iterator[str]:
+    """What latent attention (--multi-latent-attention) goes with."""
+    model, attention = case.settings.model, case.settings.attention
+    if not attention.multi_latent_attention:
+        if attention.q_lora_rank is not None:
+            yield f"{case.said('q_lora_rank')} needs --multi-latent-attention: add it"
+        return
+    flag = "--multi-latent-attention"
+    for name in ("num_query_groups", "kv_channels"):
+        if getattr(model, name) is not None:
+            yield f"{case.said(name)} does nothing with {flag}: drop it"
+    if attention.softmax_scale is not None:
+        yield f"{case.said('softmax_scale')} does nothing with {flag}: drop it"
+    for name, used in (
+        ("add_qkv_bias", attention.add_qkv_bias),
+        ("add_bias_linear", model.add_bias_linear),
+    ):
+        if used:
+            yield f"{case.said(name)}: {flag} has no biases; drop one"
+    if model.qk_layernorm_scope == "full":
+        yield f"--qk-layernorm-scope full does not go with {flag}: use head"
+    if model.position_embedding_type != "rope":
+        yield f"{flag} needs --position-embedding-type rope"
+    if attention.qk_pos_emb_head_dim % 2:
+        yield f"{case.said('qk_pos_emb_head_dim')} must be even: channels are rotated in pairs"
+    if case.local and model.attention_backend == "unfused":
+        yield f"{flag} does not go with --attention-backend unfused: use sdpa"
+    yield from _latent_ranks(case)
+
+
+def _latent_ranks(case: Case) -> Iterator[str]:
+    """Latent attention on tensor ranks."""
+    parallel, attention = case.settings.parallel, case.settings.attention
+    ranks = parallel.tensor_model_parallel_size
+    if ranks > 1 and parallel.sequence_parallel is False:
+        yield (
+            f"--multi-latent-attention with {case.said('tensor_model_parallel_size')} needs "
+            "sequence parallelism: drop --no-sequence-parallel"
+        )
+    # megatron-core's constructor cuts the compressed widths, even where they are then replicated.
+    if attention.q_lora_rank is not None:
+        unit = "tensor_model_parallel_size"
+        yield from not_multiple(case, "q_lora_rank", attention.q_lora_rank, unit, ranks)
+    kept = attention.kv_lora_rank + attention.qk_pos_emb_head_dim
+    if kept % ranks:
+        yield (
+            f"{case.said('kv_lora_rank', 'qk_pos_emb_head_dim')}: their sum {kept} is not a "
+            f"multiple of {case.said('tensor_model_parallel_size')}"
+        )
+
+
+def rotary(case: Case) -> Iterator[str]:
+    """Scaled rotary frequencies."""
+    attention = case.settings.attention
+    kind, is_latent = attention.rope_type, attention.multi_latent_attention
+    if kind == "yarn" and not is_latent:
+        yield "--rope-type yarn needs --multi-latent-attention: use rope or llama3"
+    if kind == "llama3" and is_latent:
+        yield "--rope-type llama3 does not go with --multi-latent-attention: use rope or yarn"
+    if kind == "rope" and attention.rotary_scaling_factor != 1:
+        yield f"{case.said('rotary_scaling_factor')} needs --rope-type llama3 or yarn"
+
+
+def prediction(case: Case) -> Iterator[str]:
+    """Multi-token prediction."""
+    parallel = case.settings.parallel
+    if case.settings.model.mtp_num_layers is None:
+        return
+    if parallel.recompute_granularity == "full" and (
+        parallel.recompute_method != "uniform" or parallel.recompute_num_layers != 1
+    ):
+        yield (
+            "--mtp-num-layers with --recompute-granularity full needs --recompute-method uniform "
+            "--recompute-num-layers 1"
+        )
+
+
+RULES = (latent, rotary, prediction)

@@ -1,0 +1,84 @@
+"""DeepSeek's latent attention on tensor ranks, without Transformer Engine."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.transformer.multi_latent_attention import (
+    MLASelfAttention,
+    MLASelfAttentionSubmodules,
+)
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+from moetron.moe.host.fp8 import Fp8Numerics
+from moetron.moe.host.fp8_product import Fp8Product
+from moetron.moe.layers.fp8_linear import fp8_linear
+
+
+class ReplicatedLinear(torch.nn.Module):
+    """x W^T with the whole of W [outputs, inputs] on every tensor rank, each with its own tokens.
+
+    Under sequence parallelism the gradient of W is partial; the attribute ``sequence_parallel``
+    asks ``finalize_model_grads`` to sum it over tensor ranks.
+
+    Args:
+        config: gives the initialisation and the dtype.
+        inputs: width of x.
+        outputs: width of the result.
+        numerics: how the product emulates FP8; None: it does not.
+    """
+
+    def __init__(
+        self, config: MLATransformerConfig, inputs: int, outputs: int, numerics: Fp8Numerics | None
+    ) -> None:
+        super().__init__()
+        device = torch.cuda.current_device()
+        weight = torch.empty(outputs, inputs, dtype=config.params_dtype, device=device)
+        self.weight = torch.nn.Parameter(weight)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        if config.perform_initialization:
+            config.init_method(self.weight)
+        self._fp8 = None if numerics is None else Fp8Product(numerics)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """[s, b, inputs] -> [s, b, outputs], and no bias."""
+        if self._fp8 is None:
+            return F.linear(x, self.weight), None
+        return fp8_linear(self._fp8, x, self.weight), None
+
+
+class LatentAttention(MLASelfAttention):
+    """megatron-core's latent attention with a right gradient under tensor parallelism.
+
+    Every rank's heads use the one rotated key of a token. megatron-core 0.16.1 without Transformer
+    Engine cuts the projection that makes it over tensor ranks and gathers the result
+    (multi_latent_attention.py:628), so that its gradient holds one rank's heads alone. Here, as in
+    Transformer Engine's path, every rank computes the compressed vectors of its part of the
+    sequence; gathering the sequence sums the heads' gradients on the way back. Needs sequence
+    parallelism where there are several tensor ranks.
+
+    Args:
+        config: megatron-core's.
+        submodules: ``linear_*_down_proj`` are not read.
+        args: of ``MLASelfAttention``, as are ``kwargs``.
+        numerics: how the compressing projections emulate FP8; None: they do not.
+    """
+
+    def __init__(
+        self,
+        config: MLATransformerConfig,
+        submodules: MLASelfAttentionSubmodules,
+        *args: Any,
+        numerics: Fp8Numerics | None = None,
+        **kwargs: Any,
+    ) -> None:
+        accepted = {f"linear_{name}_down_proj": ColumnParallelLinear for name in ("q", "kv")}
+        super().__init__(config, replace(submodules, **accepted), *args, **kwargs)
+        assert config.sequence_parallel or self.pg_collection.tp.size() == 1
+        width = config.hidden_size
+        if config.q_lora_rank is not None:
+            self.linear_q_down_proj = ReplicatedLinear(config, width, config.q_lora_rank, numerics)
+        kept = config.kv_lora_rank + config.qk_pos_emb_head_dim
+        self.linear_kv_down_proj = ReplicatedLinear(config, width, kept, numerics)
