@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, apply_factories
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
 Read = Callable[[torch.nn.Parameter], torch.Tensor]
 
 
 def _shards(model: Sequence[torch.nn.Module], read: Read) -> Iterator[ShardedTensor]:
+    metadata = ensure_metadata_has_dp_cp_group(None)
     for chunk in model:
-        for entry in chunk.sharded_state_dict().values():
+        for entry in chunk.sharded_state_dict(metadata=metadata).values():
             if not isinstance(entry, ShardedTensor | ShardedTensorFactory):
                 continue
             if not isinstance(entry.data, torch.nn.Parameter):

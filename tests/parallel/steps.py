@@ -54,6 +54,8 @@ class Case:
 
     parallel: dict[str, Any] = field(default_factory=dict)
     moe: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    attention: dict[str, Any] = field(default_factory=dict)
     micro_batch_size: int = 1
     steps: int = 1
     """Gradients are the last one's; no step changes the weights."""
@@ -62,7 +64,8 @@ class Case:
 def _settings(case: Case) -> Settings:
     return Settings.model_validate(
         {
-            "model": MODEL,
+            "model": {**MODEL, **case.model},
+            "attention": case.attention,
             "moe": {**MOE, **case.moe},
             "parallel": case.parallel,
             "precision": {"bf16": False},

@@ -1,0 +1,73 @@
+"""Blocks beyond OLMoE's in every layout against one process: losses and all gradients."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.parallel.steps import Case, assert_same, run
+
+TP, EP, PP = (f"{kind}_model_parallel_size" for kind in ("tensor", "expert", "pipeline"))
+CP, ETP = "context_parallel_size", "expert_tensor_parallel_size"
+
+DEEPSEEK = Case(
+    model={"num_query_groups": None, "qk_layernorm_scope": "head", "mtp_num_layers": 1},
+    attention={
+        "multi_latent_attention": True,
+        "q_lora_rank": 12,
+        "kv_lora_rank": 8,
+        "qk_head_dim": 8,
+        "qk_pos_emb_head_dim": 4,
+        "v_head_dim": 6,
+    },
+    moe={
+        "moe_layer_freq": [0, 1, 1, 1],
+        "moe_router_pre_softmax": False,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_num_groups": 4,
+        "moe_router_group_topk": 2,
+        "moe_router_topk": 4,
+        "moe_router_topk_scaling_factor": 2.5,
+        "moe_router_load_balancing_type": "seq_aux_loss",
+        "moe_shared_expert_intermediate_size": 16,
+    },
+)
+QWEN = Case(
+    model={"qk_layernorm": False, "qk_layernorm_scope": "head"},
+    attention={"add_qkv_bias": True},
+    moe={"moe_shared_expert_intermediate_size": 16, "moe_shared_expert_gate": True},
+)
+FAMILIES = {"deepseek": DEEPSEEK, "qwen": QWEN}
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, dict[str, Any]]:
+    return {family: run(1, case) for family, case in FAMILIES.items()}
+
+
+@pytest.mark.parametrize(
+    ("family", "ranks", "parallel"),
+    [
+        pytest.param("deepseek", 2, {TP: 2, EP: 2, ETP: 1}, id="deepseek TP2 EP2"),
+        pytest.param("deepseek", 2, {PP: 2}, id="deepseek PP2"),
+        pytest.param("deepseek", 2, {CP: 2}, id="deepseek CP2"),
+        pytest.param("qwen", 2, {TP: 2, ETP: 1}, id="qwen TP2"),
+        pytest.param("qwen", 2, {EP: 2}, id="qwen EP2", marks=pytest.mark.slow),
+        pytest.param("deepseek", 2, {EP: 2}, id="deepseek EP2", marks=pytest.mark.slow),
+        pytest.param("deepseek", 4, {TP: 2, PP: 2}, id="deepseek TP2 PP2", marks=pytest.mark.slow),
+        pytest.param("deepseek", 4, {TP: 2, CP: 2}, id="deepseek TP2 CP2", marks=pytest.mark.slow),
+    ],
+)
+def test_layout_equals_one_process(
+    alone: dict[str, dict[str, Any]], family: str, ranks: int, parallel: dict[str, int]
+) -> None:
+    one = alone[family]
+    assert_same(run(ranks, replace(FAMILIES[family], parallel=parallel), one["weights"]), one)
+
+
+def test_every_block_has_weights(alone: dict[str, dict[str, Any]]) -> None:
+    names = alone["deepseek"]["weights"].keys()
+    for part in ("linear_q_down_proj", "linear_kv_up_proj", "mtp.layers.0.eh_proj"):
+        assert any(part in name for name in names), part
+    assert any("linear_qkv.bias" in name for name in alone["qwen"]["weights"])
+    assert any("shared_experts.gate_weight" in name for name in alone["qwen"]["weights"])
