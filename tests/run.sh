@@ -21,10 +21,10 @@ lint() {
 case "${1:-}" in
   "")
     lint
-    "$bin/pytest" tests -m "not slow and not gpu" -n 2 --dist worksteal --durations 15
+    "$bin/pytest" tests -m "not slow and not parallel_full and not gpu" -n 2 --dist worksteal --durations 15
     ;;
-  --slow) "$bin/pytest" tests -m "slow and not gpu" ;;
-  --parallel-full) "$bin/pytest" tests/parallel -m "not gpu" ;;
+  --slow) "$bin/pytest" tests -m "slow and not parallel_full and not gpu" ;;
+  --parallel-full) "$bin/pytest" tests/parallel -m "parallel_full and not gpu" -s ;;
   --gpu) "$bin/pytest" tests/gpu -m gpu ;;
   --only) shift; "$bin/pytest" "$@" ;;
   *) echo "tests/run.sh: unknown option '$1' (see the head of the file)" >&2; exit 2 ;;

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from moetron.moe.config.errors import UserError
 from moetron.moe.config.field import flag_name
@@ -44,26 +45,31 @@ class Layout:
         etp = self.tp if self.etp is None else self.etp
         return math.lcm(self.tp * self.pp * self.cp * self.dp, etp * self.ep * self.pp)
 
-    def flags(self, settings: Settings) -> list[str]:
-        """Flags that give a run of ``settings`` this layout, whatever its recipe says."""
-        chunk = "none"
-        if self.vpp > 1:
-            chunk = str(max(1, settings.model.num_layers // (self.pp * self.vpp)))
-        values = {
+    def values(self, num_layers: int) -> dict[str, Any]:
+        """Parallel settings of this layout for a model of ``num_layers``; no overlaps."""
+        chunk = max(1, num_layers // (self.pp * self.vpp)) if self.vpp > 1 else None
+        return {
             "tensor_model_parallel_size": self.tp,
             "pipeline_model_parallel_size": self.pp,
             "num_layers_per_virtual_pipeline_stage": chunk,
             "context_parallel_size": self.cp,
             "expert_model_parallel_size": self.ep,
-            "expert_tensor_parallel_size": self.etp or "none",
+            "expert_tensor_parallel_size": self.etp,
+            "sequence_parallel": self.tp > 1,
+            "use_distributed_optimizer": self.zero > 0,
+            "overlap_grad_reduce": False,
+            "overlap_param_gather": False,
         }
-        switches = [
-            "--sequence-parallel" if self.tp > 1 else "--no-sequence-parallel",
-            "--use-distributed-optimizer" if self.zero else "--no-use-distributed-optimizer",
-            "--no-overlap-grad-reduce",
-            "--no-overlap-param-gather",
-        ]
-        return [*(f"{flag_name(name)}={value}" for name, value in values.items()), *switches]
+
+    def flags(self, settings: Settings) -> list[str]:
+        """Flags that give a run of ``settings`` this layout, whatever its recipe says."""
+        words = []
+        for name, value in self.values(settings.model.num_layers).items():
+            if isinstance(value, bool):
+                words.append(flag_name(name if value else f"no_{name}"))
+            else:
+                words.append(f"{flag_name(name)}={'none' if value is None else value}")
+        return words
 
 
 def parse(name: str) -> Layout:

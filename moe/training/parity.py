@@ -134,14 +134,18 @@ def table(
         f"{len(reference.losses)} steps",
         f"{'layout':<{width}}  {'loss':>8}  {'norm':>8}  {'gradient':>8}        worst parameter",
     ]
-    for name, found in differences.items():
-        verdict = "same" if found.within(tolerance) else "DIFFERS"
-        lines.append(
-            f"{name:<{width}}  {found.loss:8.1e}  {found.grad_norm:8.1e}  {found.gradient:8.1e}  "
-            f"{verdict:<7}  {found.parameter}"
-        )
+    lines += [line(f"{name:<{width}}", found, tolerance) for name, found in differences.items()]
     bounds = f"{tolerance.loss:8.1e}  {tolerance.grad_norm:8.1e}  {tolerance.gradient:8.1e}"
     return [*lines, f"{'allowed':<{width}}  {bounds}"]
+
+
+def line(name: str, found: Difference, tolerance: Tolerance) -> str:
+    """One layout's line of the table."""
+    verdict = "same" if found.within(tolerance) else "DIFFERS"
+    return (
+        f"{name}  {found.loss:8.1e}  {found.grad_norm:8.1e}  {found.gradient:8.1e}  "
+        f"{verdict:<7}  {found.parameter}"
+    )
 
 
 def layout_dependent(

@@ -1,4 +1,4 @@
-"""Run a function on N gloo processes and hand back what each rank returned.
+"""Run a function on N processes and hand back what each rank returned.
 
 Ranks are forked from a server that has imported torch and megatron-core once, so that a test pays
 milliseconds instead of seconds for each rank. The function must be importable (module level of a
@@ -12,6 +12,7 @@ import os
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -26,6 +27,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from moetron.moe.host.adapt import adapt_host, restore_host
+from moetron.moe.host.device import backend_for
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
@@ -34,8 +36,8 @@ _context.set_forkserver_preload(
         "megatron.core.dist_checkpointing",
         "megatron.core.optimizer",
         "megatron.core.pipeline_parallel.schedules",
-        "moetron.moe.host.adapt",
-        "moetron.moe.layers.build",
+        "moetron.data.mock",
+        "moetron.moe.training.build",
     ]
 )
 
@@ -57,21 +59,40 @@ def run_ranks(
         RankFailed: with the first failing rank's traceback, or the ranks still running after
             ``timeout_s``. No process is left behind.
     """
-    deadline = time.monotonic() + timeout_s
+    (results,) = run_each(function, world_size, [args], timeout_s)
+    return results
+
+
+def run_each(
+    function: Callable[..., Any],
+    world_size: int,
+    calls: Sequence[tuple[Any, ...]],
+    timeout_s: float = 120,
+    device: str = "cpu",
+) -> Iterator[list[Any]]:
+    """`run_ranks` for every ``args`` of ``calls``, one after the other on the same processes.
+
+    Process groups are made anew for each call. ``device`` "cuda" gives every rank a GPU, and NCCL.
+
+    Raises:
+        RankFailed: of the call whose turn it is; the calls after it are not made. ``timeout_s`` is
+            that of one call.
+    """
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         pipes, processes = [], []
         for rank in range(world_size):
             receiver, sender = _context.Pipe(duplex=False)
             process = _context.Process(
                 target=_rank_main,
-                args=(sender, function, rank, world_size, args, folder, timeout_s),
+                args=(sender, function, rank, world_size, calls, folder, timeout_s, device),
             )
             process.start()
             sender.close()
             pipes.append(receiver)
             processes.append(process)
         try:
-            return _collect(pipes, processes, deadline)
+            for _ in calls:
+                yield _collect(pipes, processes, time.monotonic() + timeout_s)
         finally:
             for process in processes:
                 process.kill()
@@ -142,27 +163,34 @@ def _rank_main(
     function: Callable[..., Any],
     rank: int,
     world_size: int,
-    args: tuple[Any, ...],
+    calls: Sequence[tuple[Any, ...]],
     folder: str,
     timeout_s: float,
+    device: str,
 ) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), GLOO_SOCKET_IFNAME="lo"
     )
-    try:
-        torch.set_num_threads(1)
-        torch.distributed.init_process_group(
-            "gloo",
-            init_method=f"file://{Path(folder) / 'rendezvous'}",
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=timeout_s + 30),  # the parent speaks first
-        )
-        message = {"result": function(*args)}
-        torch.distributed.barrier()
-    except BaseException:
-        message = {"error": traceback.format_exc()}
-    buffer = io.BytesIO()
-    torch.save(message, buffer)
-    pipe.send_bytes(buffer.getvalue())
+    warnings.filterwarnings("ignore", category=FutureWarning)  # megatron-core's use of torch
+    torch.set_num_threads(1)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    for number, args in enumerate(calls):
+        try:
+            torch.distributed.init_process_group(
+                backend_for(torch.device(device)),
+                init_method=f"file://{Path(folder) / str(number)}",
+                rank=rank,
+                world_size=world_size,
+                timeout=timedelta(seconds=timeout_s + 30),  # the parent speaks first
+            )
+            message = {"result": function(*args)}
+            torch.distributed.barrier()
+            parallel_state.destroy_model_parallel()
+            torch.distributed.destroy_process_group()
+        except BaseException:
+            message = {"error": traceback.format_exc()}
+        buffer = io.BytesIO()
+        torch.save(message, buffer)
+        pipe.send_bytes(buffer.getvalue())
     pipe.close()

@@ -11,6 +11,11 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, apply_factories
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
+from megatron.core.utils import unwrap_model
+
+from moetron.moe.training.checkpoint import MODEL_METADATA
+from moetron.moe.training.optimizer_state import MOMENTS, PREFIX, sharded_optimizer_state
+from moetron.moe.training.step import Trainer
 
 Read = Callable[[torch.nn.Parameter], torch.Tensor]
 
@@ -23,10 +28,14 @@ def _shards(model: Sequence[torch.nn.Module], read: Read) -> Iterator[ShardedTen
                 continue
             if not isinstance(entry.data, torch.nn.Parameter):
                 continue  # a buffer
-            built = {"": replace(entry, data=read(entry.data))}
-            apply_factories(built)
-            shards = built[""]
-            yield from shards if isinstance(shards, list) else [shards]
+            yield from _pieces(replace(entry, data=read(entry.data)))
+
+
+def _pieces(entry: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:
+    built = {"": entry}
+    apply_factories(built)
+    pieces = built[""]
+    return pieces if isinstance(pieces, list) else [pieces]
 
 
 def fill(model: Sequence[torch.nn.Module], tensors: Mapping[str, torch.Tensor]) -> None:
@@ -38,18 +47,35 @@ def fill(model: Sequence[torch.nn.Module], tensors: Mapping[str, torch.Tensor]) 
 
 def local_shards(model: Sequence[torch.nn.Module], read: Read) -> list[dict[str, Any]]:
     """What this rank holds of ``read(parameter)`` for every parameter; input of `assemble`."""
-    return [
-        {
-            "key": shard.key,
-            "shape": list(shard.global_shape),
-            "slice": [
-                [part, part + 1, 1] if isinstance(part, int) else [part.start, part.stop, 0]
-                for part in shard.global_slice()
-            ],
-            "data": shard.data.detach().clone(),
-        }
-        for shard in _shards(model, read)
-    ]
+    return [_plain(shard) for shard in _shards(model, read)]
+
+
+def local_moments(trainer: Trainer) -> list[dict[str, Any]]:
+    """What this rank holds of the optimizer's first moment; input of `assemble` (collective)."""
+    model_state: dict[str, Any] = {
+        str(number): chunk.sharded_state_dict(metadata=dict(MODEL_METADATA))
+        for number, chunk in enumerate(unwrap_model(trainer.chunks))
+    }
+    prefix = f"{PREFIX}.{MOMENTS[trainer.settings.optimizer.optimizer][0]}."
+    shards = (
+        piece
+        for key, entry in sharded_optimizer_state(trainer.optimizer, model_state).items()
+        if key.startswith(prefix)
+        for piece in _pieces(entry)
+    )
+    return [_plain(replace(shard, key=shard.key.removeprefix(prefix))) for shard in shards]
+
+
+def _plain(shard: ShardedTensor) -> dict[str, Any]:
+    return {
+        "key": shard.key,
+        "shape": list(shard.global_shape),
+        "slice": [
+            [part, part + 1, 1] if isinstance(part, int) else [part.start, part.stop, 0]
+            for part in shard.global_slice()
+        ],
+        "data": shard.data.detach().cpu().clone(),
+    }
 
 
 def assemble(ranks: Iterable[list[dict[str, Any]]]) -> dict[str, torch.Tensor]:

@@ -1,97 +1,78 @@
-"""The parity check: a sound layout passes, a fault is caught; the command as a user runs it."""
+"""Every layout against one process, from one checkpoint: losses, gradient norms, all gradients.
 
-import subprocess
-import sys
+Ten steps of Adam with warm-up, weight decay, clipping, balance and z losses, a shared expert,
+grouped GEMM and uneven loss masks, fp32. Layouts of one size share their processes.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-import torch
 
-from moetron.data.mock import MockStream
-from moetron.moe.config.load import load
-from moetron.moe.config.settings import Settings
 from moetron.moe.plan.named_layouts import parse
-from moetron.moe.training.build import build_loop, build_trainer
-from moetron.moe.training.parity import Tolerance, compare, read_result
-from moetron.moe.training.runtime import divide
-from moetron.moe.training.stream import Streams
-from tests.parallel.harness import run_ranks
+from moetron.moe.training.parity import Result, compare, line
+from moetron.moe.training.report import Row
+from tests.parallel.parity_cases import MODES, QUICK, layouts, num_layers, settings, tolerance
+from tests.parallel.parity_ranks import results_of
 
-ROOT = Path(__file__).parents[2]
-TINY = str(ROOT / "examples" / "olmoe_1b_7b" / "tiny.yaml")
-SMALL = ["--seq-length", "32", "--num-experts", "4", "--moe-router-topk", "2"]
+STEPS = 10
 
 
-def _settings(layout: str, flags: list[str]) -> Settings:
-    recipe = ["--config", TINY, *SMALL, "--eval-iters=0", "--no-tensorboard", *flags]
-    sizes = parse(layout)
-    world = ["--dry-run", f"--world-size={sizes.smallest_world_size}"]
-    return load([*recipe, *sizes.flags(load([*recipe, "--dry-run"]).settings), *world]).settings
+class References:
+    """What one process does, by mode and number of layers; written and trained when asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._known: dict[tuple[str, int], tuple[Result, list[Row]]] = {}
+
+    def weights(self, mode: str, layers: int) -> str:
+        return str(self._folder / f"{mode}-{layers}")
+
+    def of(self, mode: str, layers: int) -> tuple[Result, list[Row]]:
+        if (mode, layers) not in self._known:
+            runs = {"one": settings("dp1", layers, **MODES[mode])}
+            weights = self.weights(mode, layers)
+            ((_, result, rows),) = results_of(runs, 1, STEPS, weights, write=True)
+            self._known[mode, layers] = result, rows
+        return self._known[mode, layers]
 
 
-def _train(layout: str, flags: list[str]) -> None:
-    settings = _settings(layout, flags)
-    assert settings.model.vocab_size is not None
-    trainer = build_trainer(
-        settings, divide(settings, torch.device("cpu")), settings.model.vocab_size
-    )
-    mock = MockStream(1, settings.model.vocab_size, settings.model.seq_length)
-    build_loop(trainer, Streams(mock, None)).run(lambda: False)
+@pytest.fixture(scope="module")
+def references(tmp_path_factory: pytest.TempPathFactory) -> References:
+    return References(tmp_path_factory.mktemp("weights"))
 
 
-def test_a_sound_layout_passes_and_a_fault_is_caught(tmp_path: Path) -> None:
-    """Two ranks that share experts against one; then the same with another auxiliary loss."""
-    start = ["--save", str(tmp_path / "start"), "--exit-interval", "1"]
-    run_ranks(_train, 1, "dp1", start)
-    common = ["--load", str(tmp_path / "start"), "--finetune", "--save-interval", "1"]
-    common += ["--exit-interval", "2"]
-    runs = {
-        "one": ("dp1", []),
-        "two": ("ep2", []),
-        "faulty": ("ep2", ["--moe-aux-loss-coeff", "1e-2"]),
-    }
-    results = {}
-    for name, (layout, flags) in runs.items():
-        save = tmp_path / name
-        ranks = parse(layout).smallest_world_size
-        run_ranks(_train, ranks, layout, [*common, "--save", str(save), *flags])
-        results[name] = read_result(save, _settings(layout, flags))
-    one = results["one"]
-    assert len(one.losses) == len(one.grad_norms) == 2
-    assert any("experts" in name for name in one.gradients)
-    assert all(gradient.isfinite().all() for gradient in one.gradients.values())
-    same = compare(one, results["two"])
-    assert same.within(Tolerance(loss=1e-6, grad_norm=1e-5, gradient=1e-5)), same
-    fault = compare(one, results["faulty"])
-    assert not fault.within(Tolerance())
-    assert fault.loss < 1e-4  # too small to see in the loss
-    assert "router" in fault.parameter
+def _same(references: References, mode: str, layouts: Iterable[str]) -> None:
+    """Train in all ``layouts`` and print how they compare; all of them must agree."""
+    launches = defaultdict(list)
+    for name in layouts:
+        launches[parse(name).smallest_world_size, num_layers(name)].append(name)
+    wrong = []
+    for (ranks, layers), names in launches.items():
+        reference, expected = references.of(mode, layers)
+        runs = {name: settings(name, layers, **MODES[mode]) for name in names}
+        weights = references.weights(mode, layers)
+        for name, result, rows in results_of(runs, ranks, STEPS, weights):
+            found = compare(reference, result)
+            print(line(f"{mode:<10} {name:<18}", found, tolerance(name)))
+            if not found.within(tolerance(name)):
+                wrong.append(f"{name}: {found}")
+            for step, (ours, theirs) in enumerate(zip(expected, rows, strict=True), 1):
+                if theirs != pytest.approx(ours, rel=tolerance(name).grad_norm):
+                    wrong.append(f"{name}, step {step}: {theirs} instead of {ours}")
+    assert not wrong, "\n".join(wrong)
 
 
-def _check(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "check_parity.py"), "--config", TINY]
-    return subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, timeout=280, check=False
-    )
+@pytest.mark.parametrize("mode", QUICK)
+def test_two_ranks_equal_one(references: References, mode: str) -> None:
+    _same(references, mode, QUICK[mode])
 
 
-def test_mistakes_are_answered_before_anything_runs() -> None:
-    done = _check("--layouts", "ep2,ep3", "--", *SMALL)
-    assert done.returncode == 2, done.stderr
-    assert "ep3: --num-experts 4" in done.stderr
-    assert "training in" not in done.stderr
-
-
-@pytest.mark.slow
-def test_the_command_on_several_layouts() -> None:
-    done = _check("--layouts", "ep2,pp2,tp2ep2etp1", "--steps", "2", "--", *SMALL)
-    assert done.returncode == 0, done.stderr + done.stdout
-    for name in ("ep2", "pp2", "tp2ep2etp1"):
-        assert any(line.startswith(name) and "same" in line for line in done.stdout.splitlines())
-
-
-@pytest.mark.slow
-def test_the_command_reports_a_difference() -> None:
-    done = _check("--layouts", "ep2", "--steps", "1", "--gradient-tolerance", "0", "--", *SMALL)
-    assert done.returncode == 1, done.stderr + done.stdout
-    assert "DIFFERS" in done.stdout
+@pytest.mark.parallel_full
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("mode", MODES)
+def test_every_layout_equals_one_process(references: References, mode: str, ranks: int) -> None:
+    """The table that `bash tests/run.sh --parallel-full` prints."""
+    _same(references, mode, layouts(mode, ranks))

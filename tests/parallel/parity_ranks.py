@@ -1,0 +1,99 @@
+"""Train a tiny model in one layout, so that it can be compared with one process.
+
+`train` runs on every rank of a launch; `compare_all` runs many layouts of one size in one launch.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moetron.data.mock import MockStream
+from moetron.moe.config.settings import Settings
+from moetron.moe.training.build import build_trainer
+from moetron.moe.training.checkpoint import load_checkpoint, save_checkpoint
+from moetron.moe.training.loop import Loop
+from moetron.moe.training.parity import Result
+from moetron.moe.training.progress import Progress
+from moetron.moe.training.report import Row
+from moetron.moe.training.runtime import divide
+from moetron.moe.training.stream import Streams
+from tests.parallel.harness import run_each
+from tests.parallel.sharded import assemble, local_moments
+
+FIGURES = ("lm_loss", "grad_norm", "aux_loss", "z_loss", "dropped_fraction", "loss_tokens")
+
+
+class MaskedStream(MockStream):
+    """Mock samples of which the last n modulo 7 tokens have no loss: ranks count differently."""
+
+    def __getitem__(self, n: int) -> dict[str, Any]:
+        sample = super().__getitem__(n)
+        sample["loss_mask"][self.seq_length - n % 7 :] = 0
+        return sample
+
+
+class _Rows:
+    """A sink that keeps what is compared."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+
+    def step(self, row: Row) -> None:
+        self.rows.append({name: row[name] for name in FIGURES if name in row})
+
+    def validation(self, row: Row) -> None:
+        raise AssertionError("these runs do not evaluate")
+
+    def close(self) -> None: ...
+
+
+def train(settings: Settings, steps: int, weights: str, write: bool, device: str) -> dict[str, Any]:
+    """Take ``steps`` from the checkpoint ``weights``, written first if ``write``.
+
+    Returns:
+        ``rows``, `FIGURES` of every step, and ``moments``: this rank's part of the optimizer's
+        first moment after step 1, the clipped gradient times a factor.
+    """
+    here = torch.device(device, torch.cuda.current_device()) if device == "cuda" else device
+    runtime = divide(settings, torch.device(here))
+    vocab_size = settings.model.vocab_size
+    assert vocab_size is not None
+    trainer = build_trainer(settings, runtime, vocab_size)
+    stream = MaskedStream(settings.training.seed, vocab_size, settings.model.seq_length)
+    state = trainer.chunks, trainer.optimizer, settings, stream.state()
+    if write:
+        save_checkpoint(Path(weights), Progress(), *state)
+    load_checkpoint(Path(weights), *state)
+    sink = _Rows()
+    loop = Loop(trainer, Streams(stream, None), Progress(), [sink], peak_tflops_per_s=None)
+    batches = loop.batches()
+    loop.step(batches, lambda: False)
+    moments = local_moments(trainer)
+    for _ in range(steps - 1):
+        loop.step(batches, lambda: False)
+    return {"rows": sink.rows, "moments": moments}
+
+
+def results_of(
+    runs: Mapping[str, Settings],
+    world_size: int,
+    steps: int,
+    weights: str,
+    *,
+    write: bool = False,
+    device: str = "cpu",
+) -> Iterator[tuple[str, Result, list[Row]]]:
+    """(name, result, rows) of each run, all on the same ``world_size`` processes.
+
+    Raises:
+        RankFailed: of the first run that is not among the results.
+    """
+    calls = [(settings, steps, weights, write, device) for settings in runs.values()]
+    ranks = run_each(train, world_size, calls, device=device)
+    for name, results in zip(runs, ranks, strict=True):
+        rows = results[0]["rows"]
+        gradients = assemble(result["moments"] for result in results)
+        losses, norms = ([row[key] for row in rows] for key in ("lm_loss", "grad_norm"))
+        yield name, Result(losses, norms, gradients), rows
