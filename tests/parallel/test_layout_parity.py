@@ -75,4 +75,4 @@ def test_two_ranks_equal_one(references: References, mode: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_every_layout_equals_one_process(references: References, mode: str, ranks: int) -> None:
     """The table that `bash tests/run.sh --parallel-full` prints."""
-    _same(references, mode, layouts(mode, ranks))
+    _same(references, mode, layouts(ranks))
