@@ -146,6 +146,8 @@ class CheckpointSettings(Group):
     """Save every so many steps; the last step is always saved when --save is given."""
     keep_last: PositiveInt | None = None
     """Checkpoints to keep; unset: all."""
+    async_save: bool = False
+    """Train on while a copy in host memory (this rank's share) is being written."""
     finetune: bool = False
     """Load the weights alone: step 0, fresh optimizer, fresh data order."""
     reset_progress: bool = False

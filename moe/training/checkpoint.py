@@ -87,34 +87,45 @@ def take_checkpoint(
     folder = checkpoint_folder.step_folder(run_folder, progress.step)
     temporary = _on_rank_0(lambda: checkpoint_folder.prepare(folder))
     weights = _model_state(model)
-    state = {
+    tensors = {
         **weights,
         "optimizer": optimizer_state.sharded_optimizer_state(optimizer, weights),
         "rng": rng_entries(),
     }
     contents = Contents(copied=group is not None)
     with _without_future_warnings():
-        dist_checkpointing.save(state, str(temporary), sharded_strategy=contents)
+        dist_checkpointing.save(tensors, str(temporary), sharded_strategy=contents)
 
-    def finish(sums: Mapping[str, str]) -> None:
-        recipe.write(settings, temporary / "settings.yaml")
-        record = Record(
-            progress=progress,
-            settings=settings.model_dump(mode="json"),
-            layout=_layout(settings),
-            stream=dict(stream_state),
-            versions=_versions(),
-            files=checkpoint_folder.file_sizes(temporary),
-        )
-        checkpoint_folder.write_record(temporary, record, sums)
-        checkpoint_folder.commit(folder, settings.checkpoint.keep_last)
+    state = dict(stream_state)
 
     def write() -> Path:
         sums = _merged(contents.write(temporary, group), group)
-        _on_rank_0(lambda: finish(sums), group)
+        _on_rank_0(lambda: _complete(folder, progress, settings, state, sums), group)
         return folder
 
     return write
+
+
+def _complete(
+    folder: Path,
+    progress: Progress,
+    settings: Settings,
+    stream_state: dict[str, Any],
+    sums: Mapping[str, str],
+) -> None:
+    """What comes after the tensors: settings, record, and the names that make it a checkpoint."""
+    temporary = checkpoint_folder.temporary_folder(folder)
+    recipe.write(settings, temporary / "settings.yaml")
+    record = Record(
+        progress=progress,
+        settings=settings.model_dump(mode="json"),
+        layout=_layout(settings),
+        stream=stream_state,
+        versions=_versions(),
+        files=checkpoint_folder.file_sizes(temporary),
+    )
+    checkpoint_folder.write_record(temporary, record, sums)
+    checkpoint_folder.commit(folder, settings.checkpoint.keep_last)
 
 
 def load_checkpoint(

@@ -2,16 +2,15 @@
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from moetron.moe.config.derived import global_batch_size_at
 from moetron.moe.plan.flops import flops_per_token
 from moetron.moe.training.batches import micro_batches, training_numbers
-from moetron.moe.training.checkpoint import save_checkpoint
 from moetron.moe.training.evaluate import evaluate
 from moetron.moe.training.model import needs_samples, settled
 from moetron.moe.training.progress import Progress
 from moetron.moe.training.report import Row, Sink
+from moetron.moe.training.saver import Saver
 from moetron.moe.training.schedule import LearningRate
 from moetron.moe.training.step import BatchIterators, StepFigures, Trainer, train_step
 from moetron.moe.training.stream import Streams
@@ -41,6 +40,7 @@ class Loop:
         self._rate = LearningRate.of(trainer.settings)
         self._flops_per_token = flops_per_token(trainer.settings, trainer.vocab_size)
         self._evaluated: int | None = None
+        self._saver = Saver(trainer.settings)
 
     def run(self, stop_requested: Callable[[], bool]) -> bool:
         """Train to the end, to --exit-interval or until a rank is asked to stop.
@@ -54,7 +54,9 @@ class Loop:
             if ended:
                 self._evaluate()
             self._save()
+            self._saver.wait()
         finally:
+            self._saver.close()
             for sink in self.sinks:
                 sink.close()
         return stopped and not ended
@@ -128,6 +130,7 @@ class Loop:
 
     def _after_step(self) -> None:
         """The evaluation and the checkpoint that are due."""
+        self._saver.check()
         settings, step = self.trainer.settings, self.progress.step
         eval_interval = settings.validation.eval_interval
         if eval_interval is not None and step % eval_interval == 0:
@@ -155,18 +158,11 @@ class Loop:
             )
 
     def _save(self) -> None:
-        """Write a checkpoint, unless this position has one or nothing is to be saved."""
+        """Save a checkpoint, unless this position has one or nothing is to be saved."""
         trainer = self.trainer
-        folder = trainer.settings.checkpoint.save
-        if folder is None or self.saved == self.progress:
+        if trainer.settings.checkpoint.save is None or self.saved == self.progress:
             return
+        state = self.streams.training.state()
         with settled(trainer.chunks, trainer.settings):
-            save_checkpoint(
-                Path(folder),
-                self.progress,
-                trainer.chunks,
-                trainer.optimizer,
-                trainer.settings,
-                self.streams.training.state(),
-            )
+            self._saver.save(self.progress, trainer.chunks, trainer.optimizer, state)
         self.saved = self.progress

@@ -1,0 +1,127 @@
+"""Saving on a thread writes what a blocking save writes, and never less than nothing or all."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from moetron.moe.config.errors import UserError
+from moetron.moe.training import checkpoint_folder, checkpoint_writer
+from moetron.moe.training.checkpoint_writer import Contents
+from tests.parallel.checkpoint_runs import metrics, parallel_of, run, settings, start, tensors
+from tests.parallel.harness import RankFailed, run_ranks
+
+SLOW_S = 0.5
+
+
+def _slow_writes() -> None:
+    """Long enough for several steps to change every tensor meanwhile."""
+    write = Contents.write
+
+    def slow(*args: object) -> dict[str, str]:
+        time.sleep(SLOW_S)
+        return write(*args)
+
+    Contents.write = slow
+
+
+def _run(folder: str, layout: str, background: bool) -> None:
+    if background:
+        _slow_writes()
+    checkpoint = {"save": folder, "save_interval": 2, "async_save": background}
+    precision = {"bf16": layout == "dp"}
+    run(settings(layout, checkpoint=checkpoint, precision=precision))
+
+
+@pytest.mark.parametrize(("layout", "ranks"), [("dp", 1), ("ep2_zero", 2)])
+def test_a_background_save_equals_a_blocking_one(tmp_path: Path, layout: str, ranks: int) -> None:
+    folders = {background: tmp_path / str(background) for background in (False, True)}
+    for background, folder in folders.items():
+        run_ranks(_run, ranks, str(folder), layout, background)
+    assert metrics(folders[True]) == metrics(folders[False])
+    assert checkpoint_folder.saved_steps(folders[True]) == [2, 4, 6]
+    for step in (2, 4, 6):
+        one, other = (checkpoint_folder.step_folder(folder, step) for folder in folders.values())
+        checkpoint_folder.verify(other)
+        names = [sorted(path.name for path in folder.iterdir()) for folder in (one, other)]
+        assert names[0] == names[1]
+        ours, theirs = tensors(one), tensors(other)
+        assert ours.keys() == theirs.keys()
+        for key, tensor in ours.items():
+            assert torch.equal(tensor, theirs[key]), key
+
+
+def _latest_while_writing(folder: str) -> list[object]:
+    """(step, what `latest` names, whether the next checkpoint is complete) after each step."""
+    _slow_writes()
+    seen: list[object] = []
+    run_folder = Path(folder)
+    checkpoint = {"save": folder, "save_interval": 3, "async_save": True}
+    chosen = settings("ep2", checkpoint=checkpoint)
+    with parallel_of(chosen):
+        loop = start(chosen)
+
+        def look() -> bool:
+            done = checkpoint_folder.saved_steps(run_folder)
+            seen.append([loop.progress.step, checkpoint_folder.latest_step(run_folder), done])
+            return False
+
+        loop.run(look)
+    return seen
+
+
+def test_latest_moves_when_all_is_written(tmp_path: Path) -> None:
+    """The step after a save finds nothing complete yet; the next save and the end wait for it."""
+    seen, _ = run_ranks(_latest_while_writing, 2, str(tmp_path))
+    assert seen[3] == [3, None, []]
+    assert checkpoint_folder.saved_steps(tmp_path) == [3, 6]
+    assert checkpoint_folder.read(tmp_path).record.progress.step == 6
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def _fail_on_one_rank(folder: str) -> None:
+    """Rank 1's disk is full at the second save."""
+    create = checkpoint_writer._SummingFileSystem.create_stream
+    rank = torch.distributed.get_rank()
+
+    def full(self: object, path: Path, mode: str) -> object:
+        if rank == 1 and "step_0000004" in str(path):
+            raise OSError(28, "No space left on device")
+        return create(self, path, mode)
+
+    checkpoint_writer._SummingFileSystem.create_stream = full
+    checkpoint = {"save": folder, "save_interval": 2, "async_save": True}
+    chosen = settings("ep2", checkpoint=checkpoint)
+    with parallel_of(chosen):
+        with pytest.raises(RuntimeError, match="cannot write") as error:
+            start(chosen).run(lambda: False)
+        assert "No space left" in str(error.value)
+
+
+def test_a_failure_on_one_rank_reaches_all_and_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    run_ranks(_fail_on_one_rank, 2, str(tmp_path))
+    assert checkpoint_folder.read(tmp_path).record.progress.step == 2
+    assert checkpoint_folder.saved_steps(tmp_path) == [2]
+
+
+def _fail_while_writing(folder: str) -> None:
+    """Training fails while a checkpoint is being written."""
+    _slow_writes()
+    checkpoint = {"save": folder, "save_interval": 2, "async_save": True}
+    chosen = settings("ep2", checkpoint=checkpoint)
+    with parallel_of(chosen):
+        loop = start(chosen)
+
+        def fail() -> bool:
+            if loop.progress.step == 2:
+                raise UserError("enough")
+            return False
+
+        loop.run(fail)
+
+
+def test_a_run_that_fails_completes_the_checkpoint_under_way(tmp_path: Path) -> None:
+    with pytest.raises(RankFailed, match="enough"):
+        run_ranks(_fail_while_writing, 2, str(tmp_path))
+    assert checkpoint_folder.read(tmp_path).record.progress.step == 2
