@@ -1,0 +1,1 @@
+"""To and from other formats of checkpoints: HuggingFace folders, dense to mixture."""

@@ -1,0 +1,43 @@
+"""All families, and which of them a model belongs to."""
+
+from moetron.moe.config.errors import UserError
+from moetron.moe.config.names import nearest
+from moetron.moe.convert.families.dense import LLAMA, QWEN3
+from moetron.moe.convert.families.mixtral import MIXTRAL
+from moetron.moe.convert.families.olmoe import OLMOE
+from moetron.moe.convert.families.qwen3_moe import QWEN3_MOE
+from moetron.moe.convert.family import Family
+from moetron.moe.convert.keys import Values
+
+FAMILIES = {family.model_type: family for family in (OLMOE, MIXTRAL, QWEN3_MOE, LLAMA, QWEN3)}
+"""By HuggingFace's ``model_type``; the first that fits is taken."""
+
+
+def family_named(model_type: str) -> Family:
+    """The family of a ``model_type``.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if model_type not in FAMILIES:
+        raise UserError(
+            f"model_type `{model_type}` is not supported{nearest(model_type, FAMILIES)}; "
+            f"supported: {', '.join(FAMILIES)}"
+        )
+    return FAMILIES[model_type]
+
+
+def family_of(values: Values) -> Family:
+    """The family that is exactly a model with these settings (`function_of`).
+
+    Raises:
+        UserError: none is; says what keeps the model from the one that it comes closest to.
+    """
+    problems = {name: family.problems(values) for name, family in FAMILIES.items()}
+    closest = min(problems, key=lambda name: len(problems[name]))
+    if problems[closest]:
+        listed = "\n".join(f"  - {problem}" for problem in problems[closest])
+        raise UserError(
+            f"no architecture of HuggingFace's is exactly this model; {closest} differs in\n{listed}"
+        )
+    return FAMILIES[closest]
