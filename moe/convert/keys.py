@@ -40,6 +40,8 @@ class Same:
     key: str
     default: Any = _REQUIRED
     """What HuggingFace's class assumes where the file does not have the key."""
+    alias: str = ""
+    """Another name that some versions of transformers write."""
 
     def to_hf(self, values: Values) -> dict[str, Any]:
         """Key from setting."""
@@ -47,7 +49,8 @@ class Same:
 
     def from_hf(self, config: Values) -> dict[str, Any]:
         """Setting from key."""
-        return {self.setting: look_up(config, self.key, self.default)}
+        key = self.alias if self.alias in config else self.key
+        return {self.setting: look_up(config, key, self.default)}
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Not:
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary base: ``rope_parameters`` since transformers 5, ``rope_theta`` before; both written."""
+    """Rotary base: ``rope_parameters`` since transformers 5, ``rope_theta`` before: writes both."""
 
     default: float = 10_000.0
 
@@ -94,7 +97,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class SparseStep:
-    """Qwen's placement of experts: every ``decoder_sparse_step``-th layer but ``mlp_only_layers``."""
+    """Qwen's placement: one of each ``decoder_sparse_step`` layers but ``mlp_only_layers``."""
 
     def to_hf(self, values: Values) -> dict[str, Any]:
         """Keys from the list of sparse layers."""

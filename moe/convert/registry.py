@@ -21,8 +21,8 @@ def family_named(model_type: str) -> Family:
     """
     if model_type not in FAMILIES:
         raise UserError(
-            f"model_type `{model_type}` is not supported{nearest(model_type, FAMILIES)}; "
-            f"supported: {', '.join(FAMILIES)}"
+            f"model_type `{model_type}` is not supported{nearest(model_type, FAMILIES)} "
+            f"(supported: {', '.join(FAMILIES)})"
         )
     return FAMILIES[model_type]
 
@@ -38,6 +38,6 @@ def family_of(values: Values) -> Family:
     if problems[closest]:
         listed = "\n".join(f"  - {problem}" for problem in problems[closest])
         raise UserError(
-            f"no architecture of HuggingFace's is exactly this model; {closest} differs in\n{listed}"
+            f"no architecture of HuggingFace's is exactly this; {closest} differs in\n{listed}"
         )
     return FAMILIES[closest]

@@ -53,9 +53,7 @@ class TensorFolder:
             dtypes = {text: dtype for dtype, text in DTYPES.items()}
             if part.get_dtype() not in dtypes:
                 raise UserError(f"{self._folder}: {name} is {part.get_dtype()}, not a float type")
-            return torch.empty(
-                part.get_shape(), dtype=dtypes[part.get_dtype()], device="meta"
-            )
+            return torch.empty(part.get_shape(), dtype=dtypes[part.get_dtype()], device="meta")
 
     def read(self, name: str) -> Tensor:
         """The tensor."""
@@ -108,7 +106,9 @@ def write_folder(
             os.fsync(file.fileno())
     if len(files) > 1:
         size = sum(tensor.nbytes for planned in files for tensor in planned.values())
-        weight_map = {key: name for name, planned in zip(names, files, strict=True) for key in planned}
+        weight_map = {
+            key: name for name, planned in zip(names, files, strict=True) for key in planned
+        }
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
 

@@ -121,7 +121,7 @@ def _complete(
         settings=settings.model_dump(mode="json"),
         layout=_layout(settings),
         stream=stream_state,
-        versions=_versions(),
+        versions=versions(),
         files=checkpoint_folder.file_sizes(temporary),
     )
     checkpoint_folder.write_record(temporary, record, sums)
@@ -300,7 +300,8 @@ def _layout(settings: Settings) -> dict[str, int]:
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of Python and the packages that a checkpoint depends on."""
     packages = ("torch", "megatron-core", "numpy")
     versions = {name: importlib.metadata.version(name) for name in packages}
     return {"python": platform.python_version(), "moetron": __version__, **versions}

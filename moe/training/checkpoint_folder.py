@@ -130,7 +130,7 @@ def read(path: Path) -> Checkpoint:
     record = read_record(folder)
     verify_files(folder, record)
     _refuse_changes(folder, [METADATA])
-    return Checkpoint(folder, record, _read_keys(folder / METADATA))
+    return Checkpoint(folder, record, frozenset(read_index(folder).state_dict_metadata))
 
 
 def verify(folder: Path, share: int = 0, shares: int = 1) -> int:
@@ -305,10 +305,11 @@ class _IndexReader(pickle.Unpickler):
         raise pickle.UnpicklingError(f"refers to {module}.{name}")
 
 
-def _read_keys(path: Path) -> frozenset[str]:
+def read_index(folder: Path) -> Any:
+    """The index of a step folder's tensors, torch's ``Metadata``; runs no code that it names."""
+    path = folder / METADATA
     try:
         with path.open("rb") as file:
-            index = _IndexReader(file).load()
-        return frozenset(index.state_dict_metadata)
+            return _IndexReader(file).load()
     except Exception as error:  # a damaged pickle can raise anything
         raise UserError(f"{path}: damaged, or not a checkpoint's index: {error}") from error

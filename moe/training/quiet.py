@@ -12,4 +12,5 @@ def quieten_libraries() -> None:
     """
     warnings.filterwarnings("ignore", message=r"(Transformer Engine and )?Apex (is|are) not")
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated")
+    warnings.filterwarnings("ignore", message=r"torch\.distributed is disabled")  # as meant
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

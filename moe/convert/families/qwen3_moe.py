@@ -33,7 +33,7 @@ QWEN3_MOE = Family(
         HEAD_DIM,
         DENSE_WIDTH,
         SparseStep(),
-        Same("moe.num_experts", "num_experts"),
+        Same("moe.num_experts", "num_experts", alias="num_local_experts"),
         Same("moe.moe_router_topk", "num_experts_per_tok"),
         Same("moe.moe_ffn_hidden_size", "moe_intermediate_size"),
         Not("moe.moe_router_pre_softmax", "norm_topk_prob", False),

@@ -1,0 +1,124 @@
+"""Checkpoints of ours to folders that transformers loads, one tensor at a time."""
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moetron.moe.config.errors import UserError
+from moetron.moe.convert.checkpoint_tensors import CheckpointTensors
+from moetron.moe.convert.family import CONFIG, Family, function_of, require_same
+from moetron.moe.convert.registry import family_named, family_of
+from moetron.moe.convert.rules import Rule
+from moetron.moe.convert.safetensors_folder import shards, write_folder
+from moetron.moe.training import checkpoint_folder
+from moetron.moe.training.atomic import rename, sync_folder, write_text
+
+logger = logging.getLogger(__name__)
+SHARD_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class Export:
+    """How a checkpoint leaves."""
+
+    model_type: str | None = None
+    """HuggingFace's ``model_type``; None: the family that fits."""
+    dtype: torch.dtype | None = None
+    """Of the weights; None: as the run's parameters. fp32 takes the optimizer's main parameters
+    where the checkpoint has them."""
+    shard_bytes: int = SHARD_BYTES
+    """Largest size of one file."""
+
+
+def to_hf(
+    path: Path,
+    output: Path,
+    options: Export,
+    vocab_size: int,
+    special_ids: Mapping[str, int | None],
+    companions: Mapping[str, bytes],
+) -> Family:
+    """Write the checkpoint at ``path`` as a folder of HuggingFace's; returns its family.
+
+    Memory holds one of our tensors at a time: at most a layer's experts.
+
+    Args:
+        path: a run's folder (its latest checkpoint) or one step folder, of any layout.
+        output: must not exist; whole or not there.
+        options: see `Export`.
+        vocab_size: the tokenizer's, before padding.
+        special_ids: ``bos_token_id``, ``eos_token_id``, ``pad_token_id``.
+        companions: further files of the folder: the tokenizer's.
+
+    Raises:
+        UserError: the checkpoint is damaged, or its model is not exactly one of the family.
+    """
+    checkpoint = checkpoint_folder.read(path)
+    checkpoint_folder.verify(checkpoint.folder)
+    settings = checkpoint_folder.one_rank_settings(checkpoint.record)
+    model = settings.model.model_copy(update={"vocab_size": vocab_size})
+    settings = settings.model_copy(update={"model": model})
+    values = function_of(settings)
+    family = _fitting(options.model_type, values)
+    dtype = options.dtype or (torch.bfloat16 if settings.precision.bf16 else torch.float32)
+    source = CheckpointTensors(checkpoint.folder, exact=dtype == torch.float32)
+    rules = family.rules(values)
+    require_same(source.names(), [rule.ours for rule in rules], f"{path}", family)
+    plan = {
+        name: part for rule in rules for name, part in _split(rule, source.empty(rule.ours), dtype)
+    }
+    config = {**family.config(values), **special_ids, "torch_dtype": str(dtype).split(".")[1]}
+    with _new_folder(output) as folder:
+        tensors = (pair for rule in rules for pair in _split(rule, source.read(rule.ours), dtype))
+        write_folder(folder, shards(plan, options.shard_bytes), tensors)
+        _write_json(folder / CONFIG, config)
+        _write_json(folder / "generation_config.json", dict(special_ids))
+        for name, content in companions.items():
+            (folder / name).write_bytes(content)
+    if settings.moe.moe_expert_capacity_factor is not None:
+        logger.warning("trained with limited capacity; HuggingFace's model drops no tokens")
+    return family
+
+
+def _fitting(model_type: str | None, values: Mapping[str, Any]) -> Family:
+    if model_type is None:
+        return family_of(values)
+    family = family_named(model_type)
+    if problems := family.problems(values):
+        raise UserError("\n".join([f"--model-type {model_type}: not this model:", *problems]))
+    return family
+
+
+def _split(rule: Rule, ours: Tensor, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    target = torch.float32 if rule.fp32 else dtype
+    parts = rule.transform.split(ours)
+    return ((name, part.to(target)) for name, part in zip(rule.theirs, parts, strict=True))
+
+
+@contextmanager
+def _new_folder(output: Path) -> Iterator[Path]:
+    """A folder to fill that gets its name when it is whole."""
+    if output.exists():
+        raise UserError(f"--output {output}: exists and is never overwritten")
+    temporary = output.with_name(output.name + ".tmp")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot write there: {error}") from error
+    yield temporary
+    sync_folder(temporary)
+    rename(temporary, output)
+
+
+def _write_json(path: Path, tree: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(tree, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,73 @@
+"""Tiny models of transformers, one a family, with weights that show every mistake."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 260,
+    "max_position_embeddings": 48,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+OF_FAMILY: dict[str, dict[str, Any]] = {
+    "olmoe": {"intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 3},
+    "mixtral": {
+        "intermediate_size": 24,
+        "num_local_experts": 4,
+        "head_dim": 12,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+    },
+    "qwen3_moe": {
+        "intermediate_size": 40,
+        "moe_intermediate_size": 24,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "head_dim": 12,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [1],
+    },
+    "llama": {"intermediate_size": 40, "tie_word_embeddings": True},
+    "qwen3": {"intermediate_size": 40, "head_dim": 12},
+}
+
+
+def build(model_type: str, **changes: Any) -> transformers.PreTrainedModel:
+    """A random model: weights of 0.1, and norms and biases away from their usual 1 and 0."""
+    config = transformers.AutoConfig.for_model(
+        model_type, **{**SIZES, **OF_FAMILY[model_type], **changes}
+    )
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in dict.fromkeys(model.state_dict(keep_vars=True).values()):
+            if parameter.is_floating_point():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def saved(folder: Path, model_type: str, **changes: Any) -> transformers.PreTrainedModel:
+    """The same, written by transformers itself."""
+    model = build(model_type, **changes)
+    model.save_pretrained(folder)
+    return model
+
+
+def loaded(folder: Path) -> transformers.PreTrainedModel:
+    """What transformers makes of a folder."""
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True
+    )
+    assert not any(report.values()), report
+    return model.eval()

@@ -1,0 +1,107 @@
+"""What fits into a family of HuggingFace's, and what is refused by name."""
+
+from typing import Any
+
+import pytest
+
+from moetron.moe.config.errors import UserError
+from moetron.moe.config.settings import Settings
+from moetron.moe.convert.family import PLACEHOLDERS, function_of
+from moetron.moe.convert.registry import FAMILIES, family_named, family_of
+
+SIZES: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 16,
+    "num_attention_heads": 4,
+    "seq_length": 8,
+    "vocab_size": 100,
+}
+OLMOE: dict[str, dict[str, Any]] = {
+    "model": {**SIZES, "qk_layernorm": True, "qk_layernorm_scope": "full"},
+    "moe": {"num_experts": 4, "moe_ffn_hidden_size": 8, "moe_router_pre_softmax": True},
+}
+
+
+def values(tree: dict[str, dict[str, Any]], **changes: dict[str, Any]) -> dict[str, Any]:
+    merged = {name: {**tree.get(name, {}), **changes.get(name, {})} for name in tree | changes}
+    return function_of(Settings.model_validate({**PLACEHOLDERS, **merged}))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "model", "moe"),
+    [
+        ("olmoe", OLMOE["model"], OLMOE["moe"]),
+        ("mixtral", {"num_query_groups": 2}, {"num_experts": 4}),
+        (
+            "qwen3_moe",
+            {"qk_layernorm": True, "kv_channels": 8},
+            {"num_experts": 4, "moe_layer_freq": [0, 1]},
+        ),
+        ("llama", {}, {}),
+        ("qwen3", {"qk_layernorm": True}, {}),
+    ],
+)
+def test_the_family_is_found(model_type: str, model: dict[str, Any], moe: dict[str, Any]) -> None:
+    found = values({"model": {**SIZES, **model}, "moe": moe})
+    assert family_of(found).model_type == model_type
+
+
+def test_what_only_training_shows_makes_no_difference() -> None:
+    changed = {
+        "moe_input_jitter_eps": 0.01,
+        "moe_expert_capacity_factor": 1.25,
+        "moe_aux_loss_coeff": 0.1,
+    }
+    assert values(OLMOE, moe=changed) == values(OLMOE)
+
+
+@pytest.mark.parametrize(
+    ("group", "changes", "flag"),
+    [
+        ("model", {"qk_layernorm_scope": "head"}, "--qk-layernorm-scope head"),
+        ("model", {"rotary_percent": 0.5}, "--rotary-percent 0.5"),
+        ("model", {"swiglu": False}, "--swiglu false"),
+        ("model", {"normalization": "LayerNorm"}, "--normalization layernorm"),
+        ("moe", {"moe_router_score_function": "sigmoid"}, "--moe-router-score-function sigmoid"),
+        ("moe", {"moe_layer_freq": 2}, "--moe-layer-freq 1 0"),
+        ("moe", {"moe_shared_expert_intermediate_size": 8}, "--moe-shared-expert-"),
+        ("moe", {"moe_router_topk_scaling_factor": 2.0}, "--moe-router-topk-scaling-factor 2.0"),
+    ],
+)
+def test_what_has_no_place_is_refused_by_name(
+    group: str, changes: dict[str, Any], flag: str
+) -> None:
+    problems = FAMILIES["olmoe"].problems(values(OLMOE, **{group: changes}))
+    assert len(problems) == 1 + (changes == {"moe_layer_freq": 2})  # the dense layer's width
+    assert any(problem.startswith(flag) for problem in problems), problems
+
+
+def test_a_model_of_no_family_is_told_the_closest() -> None:
+    with pytest.raises(UserError, match=r"olmoe differs in\n  - --rotary-percent 0.5: olmoe has 1"):
+        family_of(values(OLMOE, model={"rotary_percent": 0.5}))
+
+
+def test_experts_and_none_are_different_families() -> None:
+    assert FAMILIES["olmoe"].problems(values({"model": OLMOE["model"]})) == [
+        "--num-experts None: olmoe is a mixture of experts"
+    ]
+
+
+def test_unsupported_configurations_are_refused() -> None:
+    config = FAMILIES["olmoe"].config(values(OLMOE))
+    with pytest.raises(UserError, match=r"`clip_qkv` is 8\.0, and only None"):
+        FAMILIES["olmoe"].settings({**config, "clip_qkv": 8.0})
+    scaled = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}
+    with pytest.raises(UserError, match="of type `yarn` is not supported"):
+        FAMILIES["olmoe"].settings({**config, "rope_parameters": scaled})
+    with pytest.raises(UserError, match="`num_experts` is missing"):
+        FAMILIES["olmoe"].settings({k: v for k, v in config.items() if k != "num_experts"})
+    with pytest.raises(UserError, match=r"`olmo` is not supported; did you mean olmoe"):
+        family_named("olmo")
+
+
+def test_configurations_of_transformers_4_are_read() -> None:
+    config = FAMILIES["olmoe"].config(values(OLMOE))
+    del config["rope_parameters"]
+    tree = FAMILIES["olmoe"].settings({**config, "rope_theta": 5e5, "rope_scaling": None})
+    assert tree["model"]["rotary_base"] == 500_000

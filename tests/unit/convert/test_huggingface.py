@@ -1,0 +1,81 @@
+"""Folders of transformers become checkpoints and come back, with the same logits on the way."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from safetensors.torch import load_file
+
+from moetron.moe.convert.from_huggingface import from_hf
+from moetron.moe.convert.to_huggingface import Export, to_hf
+from moetron.moe.training import checkpoint_folder
+from moetron.moe.training.generate import load_model
+from moetron.moe.training.runtime import Runtime
+from tests.parallel.harness import model_parallel
+
+pytest.importorskip("transformers")
+from tests.unit.convert import hf_models
+
+NO_IDS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+VOCABULARY, LENGTH = hf_models.SIZES["vocab_size"], 16
+
+
+@contextmanager
+def our_model(run: Path) -> Iterator[GPTModel]:
+    settings = checkpoint_folder.one_rank_settings(checkpoint_folder.read(run).record)
+    assert settings.model.vocab_size is not None
+    with model_parallel():
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        runtime = Runtime(0, 1, torch.device("cpu"), groups)
+        yield load_model(run, settings, settings.model.vocab_size, runtime)
+
+
+def sequences() -> torch.Tensor:
+    """1,000 of them, [1000, LENGTH]: half random, half the bytes of this repository's texts."""
+    generator = torch.Generator().manual_seed(3)
+    random = torch.randint(VOCABULARY, (500, LENGTH), generator=generator)
+    texts = sorted(Path(__file__).resolve().parents[3].glob("*.md"))
+    content = b"".join(path.read_bytes() for path in texts)[: 500 * LENGTH]
+    real = torch.tensor(list(content)).view(500, LENGTH)
+    return torch.cat([random, real])
+
+
+def logits_and_loss(model: GPTModel, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    positions = torch.arange(LENGTH)[None].expand_as(tokens)
+    with torch.no_grad():
+        logits = model(tokens, positions, None)
+        losses = model(tokens[:, :-1], positions[:, :-1], None, labels=tokens[:, 1:])
+    return logits[..., :VOCABULARY], losses.mean()
+
+
+def export(run: Path, output: Path, **options: Any) -> None:
+    to_hf(run, output, Export(**options), VOCABULARY, NO_IDS, {})
+
+
+@pytest.mark.parametrize("model_type", hf_models.OF_FAMILY)
+def test_import_computes_the_same_and_comes_back(tmp_path: Path, model_type: str) -> None:
+    theirs = hf_models.saved(tmp_path / "hf", model_type)
+    family, _ = from_hf(tmp_path / "hf", tmp_path / "run", None, None)
+    assert family.model_type == model_type
+    tokens = sequences()
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+    assert expected.std() > 0.1
+    with our_model(tmp_path / "run") as model:
+        logits, loss = logits_and_loss(model, tokens)
+    assert (logits - expected).abs().max() <= 1e-5
+    expected_loss = F.cross_entropy(expected[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    assert loss.item() == pytest.approx(expected_loss.item(), abs=1e-6)
+
+    export(tmp_path / "run", tmp_path / "back")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "back"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    with torch.no_grad():
+        assert torch.equal(hf_models.loaded(tmp_path / "back")(tokens[:50]).logits, expected[:50])

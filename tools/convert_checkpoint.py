@@ -1,0 +1,119 @@
+#!/usr/bin/env python
+"""Convert checkpoints to and from folders of HuggingFace's, without a GPU, one tensor at a time.
+
+    python tools/convert_checkpoint.py to-hf   --load RUN --output DIR
+    python tools/convert_checkpoint.py from-hf --load DIR --output RUN
+    python tools/convert_checkpoint.py inspect --load RUN
+
+RUN is a run's folder (its latest checkpoint) or, to read from, one step_* folder, written in any
+layout. After from-hf, `pretrain_moe.py --config RUN/model.yaml --load RUN --finetune ...` goes on
+from the weights. Exit codes: 0 done, 2 something for the user to change, 1 our fault.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from moetron.moe.config.errors import UserError
+from moetron.moe.training import checkpoint_folder
+from moetron.moe.training.quiet import quieten_libraries
+from moetron.tokenizers.export import companions, special_ids
+from moetron.tokenizers.interface import Tokenizer, TokenizerError
+from moetron.tokenizers.load import load_tokenizer
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    export = commands.add_parser("to-hf", help="write a folder that transformers loads")
+    load = commands.add_parser("from-hf", help="write a checkpoint to start from")
+    look = commands.add_parser("inspect", help="say what a checkpoint holds")
+    look.add_argument("--verify", action="store_true", help="hold every file against its sum")
+    for command in (export, load, look):
+        command.add_argument("--load", type=Path, required=True, help="what to read")
+    for command in (export, load):
+        command.add_argument("--output", type=Path, required=True, help="folder to write")
+    export.add_argument("--model-type", help="HuggingFace's (default: the one that fits)")
+    export.add_argument("--dtype", choices=DTYPES, help="of the weights (default: the run's)")
+    export.add_argument(
+        "--max-shard-bytes", type=int, default=5 * 10**9, help="of one file (default: 5e9)"
+    )
+    export.add_argument("--tokenizer-model", metavar="PATH", help="the run's tokenizer, if moved")
+    return parser
+
+
+def to_hf(arguments: argparse.Namespace) -> None:
+    """Export a checkpoint with its tokenizer."""
+    import torch
+
+    from moetron.moe.convert.to_huggingface import Export
+    from moetron.moe.convert.to_huggingface import to_hf as export
+
+    record = checkpoint_folder.read_record(checkpoint_folder.find(arguments.load))
+    settings = checkpoint_folder.one_rank_settings(record)
+    source = arguments.tokenizer_model or settings.data.tokenizer_model
+    tokenizer = None if source is None else open_tokenizer(source)
+    vocab_size = settings.model.vocab_size or (tokenizer and tokenizer.vocab_size)
+    if vocab_size is None:
+        raise UserError("the run names no tokenizer: give --tokenizer-model")
+    dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
+    family = export(
+        arguments.load,
+        arguments.output,
+        Export(arguments.model_type, dtype, arguments.max_shard_bytes),
+        vocab_size,
+        special_ids(tokenizer),
+        {} if source is None else companions(source),
+    )
+    print(f"{arguments.output}: {family.architecture}")
+
+
+def from_hf(arguments: argparse.Namespace) -> None:
+    """Import a folder with its tokenizer."""
+    from moetron.moe.convert.from_huggingface import MODEL_FILE
+    from moetron.moe.convert.from_huggingface import from_hf as load
+
+    try:
+        tokenizer = load_tokenizer(arguments.load)
+        source, fingerprint = str(arguments.load.resolve()), tokenizer.fingerprint
+    except TokenizerError as error:
+        print(f"without a tokenizer: {error}", file=sys.stderr)
+        source = fingerprint = None
+    family, settings = load(arguments.load, arguments.output, source, fingerprint)
+    print(f"{arguments.output}: {family.architecture}, {settings.model.num_layers} layers")
+    recipe = arguments.output / MODEL_FILE
+    print(f"go on: pretrain_moe.py --config {recipe} --load {arguments.output} --finetune ...")
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    """Print what a checkpoint holds."""
+    from moetron.moe.convert.inspect import describe
+
+    print(describe(arguments.load, arguments.verify))
+
+
+def open_tokenizer(source: str) -> Tokenizer:
+    """The tokenizer at ``source``."""
+    try:
+        return load_tokenizer(source)
+    except TokenizerError as error:
+        raise UserError(f"{error}; if it moved, give --tokenizer-model") from error
+
+
+def main() -> int:
+    """Convert what the command line asks for; the exit code."""
+    arguments = parser().parse_args()
+    quieten_libraries()
+    {"to-hf": to_hf, "from-hf": from_hf, "inspect": inspect}[arguments.command](arguments)
+    return 0
+
+
+if __name__ == "__main__":
+    from moetron.moe.training.resilience import run_guarded
+
+    sys.exit(run_guarded(main))
