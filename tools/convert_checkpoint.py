@@ -78,12 +78,13 @@ def from_hf(arguments: argparse.Namespace) -> None:
     from moetron.moe.convert.from_huggingface import MODEL_FILE
     from moetron.moe.convert.from_huggingface import from_hf as load
 
+    tokenizer: Tokenizer | None = None
     try:
         tokenizer = load_tokenizer(arguments.load)
-        source, fingerprint = str(arguments.load.resolve()), tokenizer.fingerprint
     except TokenizerError as error:
         print(f"without a tokenizer: {error}", file=sys.stderr)
-        source = fingerprint = None
+    source = tokenizer and str(arguments.load.resolve())
+    fingerprint = tokenizer and tokenizer.fingerprint
     family, settings = load(arguments.load, arguments.output, source, fingerprint)
     print(f"{arguments.output}: {family.architecture}, {settings.model.num_layers} layers")
     recipe = arguments.output / MODEL_FILE

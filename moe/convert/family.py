@@ -34,6 +34,7 @@ TRAINING_ONLY = {
         "make_vocab_size_divisible_by",
         "transformer_impl",
         "attention_backend",
+        "mtp_loss_scaling_factor",
     },
     "moe": {
         "moe_router_dtype",
@@ -42,6 +43,8 @@ TRAINING_ONLY = {
         "moe_aux_loss_coeff",
         "moe_z_loss_coeff",
         "moe_input_jitter_eps",
+        "moe_global_aux_loss_counts",
+        "moe_capacity_scope",
         "moe_expert_capacity_factor",
         "moe_eval_capacity_factor",
         "moe_minimum_capacity",

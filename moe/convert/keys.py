@@ -89,7 +89,7 @@ class Rope:
         kind = parameters.get("rope_type", parameters.get("type", "default"))
         if kind != "default":
             raise UserError(f"config.json: rotary embedding of type `{kind}` is not supported")
-        theta = parameters.get("rope_theta", config.get("rope_theta", self.default))
+        theta = float(parameters.get("rope_theta") or config.get("rope_theta") or self.default)
         if theta != int(theta):
             raise UserError(f"config.json: rope_theta {theta} is not a whole number")
         return {"model.rotary_base": int(theta)}
