@@ -12,13 +12,11 @@ import sys
 
 from moetron.data.errors import DataError
 from moetron.data.mock import ENDLESS, MockStream
-from moetron.data.objectives.build import build_objective
-from moetron.data.stages import Stage, StagedStream, refuse_repetition
-from moetron.data.stream import validation_stream
+from moetron.data.plan import open_training, open_validation
+from moetron.data.stages import refuse_repetition
 from moetron.moe.config.derived import total_samples
 from moetron.moe.config.errors import UserError
 from moetron.moe.config.load import Command, load
-from moetron.moe.config.run import StageSettings
 from moetron.moe.config.settings import Settings
 from moetron.moe.plan.render import render
 from moetron.moe.training.compatibility import check_folders
@@ -90,30 +88,17 @@ def vocabulary(settings: Settings, tokenizer: Tokenizer | None) -> int:
 def open_streams(settings: Settings, vocab_size: int, tokenizer: Tokenizer | None) -> Streams:
     """Numbered samples for training and validation."""
     data, length, seed = settings.data, settings.model.seq_length, settings.training.seed
-    fingerprint = None if tokenizer is None else tokenizer.fingerprint
     wanted = settings.validation.eval_iters > 0
-    if data.data_path is None and data.stages is None:
+    if data.mock_data or not data.planned_stages():
         mock = MockStream(seed, vocab_size, length)
         return Streams(mock, StreamFrom(mock, ENDLESS // 2) if wanted else None)
     assert tokenizer is not None, "checks refuse shards without it"
-    planned = data.stages or [StageSettings(data_path=data.data_path, objective=data.objective)]
-    stages = [
-        Stage(
-            stage.data_path,
-            build_objective(stage.objective, length, tokenizer),
-            seed if stage.seed is None else stage.seed,
-            stage.until_tokens,
-        )
-        for stage in planned
-    ]
-    training = StagedStream(stages, length, data.eod_mask_loss, fingerprint)
+    training = open_training(data, length, seed, tokenizer)
     if data.max_epochs is not None:
         refuse_repetition(training, total_samples(settings), data.max_epochs)
     validation = None
     if wanted and data.valid_data_path is not None:
-        validation = validation_stream(
-            data.valid_data_path, length, data.eod_mask_loss, fingerprint, stages[-1].objective
-        )
+        validation = open_validation(data, data.valid_data_path, length, tokenizer)
     return Streams(training, validation)
 
 

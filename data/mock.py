@@ -24,7 +24,8 @@ class MockStream:
     """
 
     def __init__(self, seed: int, vocab_size: int, seq_length: int) -> None:
-        self.source_names = ["mock"]
+        self.source_names, self.objective_names = ["mock"], ["causal"]
+        self.bytes_per_token: list[float | None] = [None]
         self.seed = seed
         self.vocab_size = vocab_size
         self.seq_length = seq_length
@@ -45,7 +46,7 @@ class MockStream:
         return ENDLESS
 
     def __getitem__(self, n: int) -> dict[str, Any]:
-        """Sample ``n``: tokens and labels int64 [S], loss_mask float32 [S], source 0."""
+        """Sample ``n``: tokens and labels int64 [S], loss_mask float32 [S]; source 0, causal."""
         if not 0 <= n < ENDLESS:
             raise IndexError(f"sample {n} of an endless stream")
         raw = np.random.Philox(key=self.seed, counter=(n + 1) << 128).random_raw(
@@ -58,7 +59,15 @@ class MockStream:
         steps[0] = uniform[0]
         tokens = self._ids[np.cumsum(steps) % self._alphabet]
         mask = np.ones(self.seq_length, np.float32)
-        return {"tokens": tokens[:-1], "labels": tokens[1:], "loss_mask": mask, "source": 0}
+        return {
+            "tokens": tokens[:-1],
+            "labels": tokens[1:],
+            "loss_mask": mask,
+            "source": 0,
+            "objective": 0,
+            "prefix": 0,
+            "filtered": 0,
+        }
 
     def state(self) -> dict[str, Any]:
         """What identifies the stream (JSON)."""

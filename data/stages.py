@@ -9,7 +9,7 @@ windows are shuffled anew (OLMoE's annealing).
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 from moetron.data.addresses import ShuffledAddresses
@@ -17,6 +17,7 @@ from moetron.data.blend import open_blend
 from moetron.data.cutting import Cutting
 from moetron.data.errors import DataError
 from moetron.data.objectives.objective import Objective
+from moetron.data.repetition import RepetitionFilter
 from moetron.data.report import table
 from moetron.data.stream import TokenStream
 
@@ -56,6 +57,7 @@ class StagedStream:
         seq_length: int,
         eod_mask_loss: bool = False,
         expected_fingerprint: str | None = None,
+        repetition: RepetitionFilter | None = None,
     ) -> None:
         """Open the sources; arguments as for ``training_stream``.
 
@@ -78,8 +80,13 @@ class StagedStream:
             [self._prefixes.index(source.shard.prefix) for source in blend.sources]
             for blend in self._blends
         ]
+        kinds = [stage.objective.kinds for stage in stages]
+        self.objective_names = list(dict.fromkeys(chain.from_iterable(kinds)))
+        self._kinds = [[self.objective_names.index(kind) for kind in mine] for mine in kinds]
         self._streams = [
-            TokenStream(blend, addresses, stage.objective, seq_length, key, eod_mask_loss)
+            TokenStream(
+                blend, addresses, stage.objective, seq_length, key, eod_mask_loss, repetition
+            )
             for stage, blend, addresses, key in zip(
                 stages, self._blends, self._orders(stages), self._keys(stages), strict=True
             )
@@ -106,6 +113,11 @@ class StagedStream:
             for stage, start in zip(stages, self.starts, strict=True)
         ]
 
+    @property
+    def bytes_per_token(self) -> list[float | None]:
+        """Unknown over several stages."""
+        return [None] * len(self.source_names)
+
     def __len__(self) -> int:
         """Samples that may be asked for: the last stage has no end."""
         return self.starts[-1] + len(self._streams[-1])
@@ -117,6 +129,7 @@ class StagedStream:
         stage = self.stage(n)
         sample = self._streams[stage][n - self.starts[stage]]
         sample["source"] = self._numbers[stage][sample["source"]]
+        sample["objective"] = self._kinds[stage][sample["objective"]]
         return sample
 
     def stage(self, n: int) -> int:

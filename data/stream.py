@@ -7,6 +7,7 @@ with the data.
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ from moetron.data.addresses import Addresses, FileOrderAddresses, ShuffledAddres
 from moetron.data.blend import Blend, Source, open_blend
 from moetron.data.errors import DataError
 from moetron.data.objectives.causal import Causal
-from moetron.data.objectives.objective import Objective
+from moetron.data.objectives.objective import Made, Objective
+from moetron.data.repetition import RepetitionFilter
 
 ADDRESS_BLOCK = 256
 """Addresses are computed this many at a time, because numpy charges by the call."""
@@ -73,13 +75,17 @@ class TokenStream:
         seq_length: int,
         key: str,
         eod_mask_loss: bool,
+        repetition: RepetitionFilter | None = None,
     ) -> None:
         """``key`` names the stream to what is random in the objective."""
         self.sources = blend.sources
         self.objective = objective
         self.seq_length = seq_length
         self.key = key
+        self.repetition = repetition
         self.source_names = [source.name for source in blend.sources]
+        self.objective_names = list(objective.kinds)
+        self.bytes_per_token = [self._bytes_per_token(source) for source in blend.sources]
         self.addresses = addresses
         self._eods = [_eod(source) for source in blend.sources] if eod_mask_loss else None
         self._block = -1
@@ -90,20 +96,29 @@ class TokenStream:
         return len(self.addresses)
 
     def __getitem__(self, n: int) -> dict[str, Any]:
-        """Sample ``n``: tokens and labels int64 [S], loss_mask float32 [S], source.
+        """Sample ``n``: tokens and labels int64 [S], loss_mask float32 [S], and four integers.
 
-        Tokens and labels share memory.
+        They are its ``source``, the ``objective`` (in ``objective_names``), the length of its
+        bidirectional ``prefix``, and whether it is ``filtered``. Tokens and labels share memory.
         """
         row = np.empty(self.seq_length + 1, np.int64)
         mask = np.ones(self.seq_length, np.float32)
-        source = self._read(n, row, mask)
-        return {"tokens": row[:-1], "labels": row[1:], "loss_mask": mask, "source": source}
+        source, made, filtered = self._read(n, row, mask)
+        return {
+            "tokens": row[:-1],
+            "labels": row[1:],
+            "loss_mask": mask,
+            "source": source,
+            "objective": made.kind,
+            "prefix": made.prefix,
+            "filtered": int(filtered),
+        }
 
     def batch(self, numbers: Sequence[int]) -> dict[str, np.ndarray]:
         """Stacked samples: tokens, labels int64 [N, S], loss_mask float32 [N, S], source [N]."""
         rows = np.empty((len(numbers), self.seq_length + 1), np.int64)
         masks = np.ones((len(numbers), self.seq_length), np.float32)
-        sources = [self._read(*each) for each in zip(numbers, rows, masks, strict=True)]
+        sources = [self._read(*each)[0] for each in zip(numbers, rows, masks, strict=True)]
         return {
             "tokens": rows[:, :-1],
             "labels": rows[:, 1:],
@@ -119,17 +134,28 @@ class TokenStream:
             "objective": self.objective.state(),
             "seq_length": self.seq_length,
             "eod_mask_loss": self._eods is not None,
+            "repetition": None if self.repetition is None else asdict(self.repetition),
         }
 
-    def _read(self, n: int, row: np.ndarray, mask: np.ndarray) -> int:
-        """Make sample ``n`` in ``row`` [S + 1] and ``mask`` [S]; its source."""
+    def _read(self, n: int, row: np.ndarray, mask: np.ndarray) -> tuple[int, Made, bool]:
+        """Make sample ``n`` in ``row`` [S + 1] and ``mask`` [S]; its source, and is it filtered."""
         source, window = self._address(n)
         slot, start, end = self.objective.cutting.place(window)
         raw = self.sources[source].shard.tokens[start:end]
-        self.objective.fill(raw, slot, f"{self.key} sample {n}", row, mask)
+        made = self.objective.fill(raw, slot, f"{self.key} sample {n}", row, mask)
         if self._eods is not None:
             mask[row[:-1] == self._eods[source]] = 0.0
-        return source
+        filtered = self.repetition is not None and self.repetition.masks(raw)
+        if filtered:
+            mask[:] = 0.0
+        return source, made, filtered
+
+    def _bytes_per_token(self, source: Source) -> float | None:
+        """Bytes of text that a token of a causal sample stands for, if the manifest says so."""
+        manifest = source.shard.manifest
+        if manifest is None or not manifest.text_bytes or not isinstance(self.objective, Causal):
+            return None
+        return manifest.text_bytes / manifest.tokens
 
     def _address(self, n: int) -> tuple[int, int]:
         """(source, window) of sample ``n``."""

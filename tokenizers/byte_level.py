@@ -23,6 +23,11 @@ class ByteTokenizer(Tokenizer):
         require_encodable(texts)
         return [list(text.encode()) for text in texts]
 
+    def id_of(self, token: str) -> int | None:
+        """Id of an ASCII character, or of a sentinel ``<extra_id_i>``."""
+        names = {f"<extra_id_{i}>": number for i, number in enumerate(self.sentinels)}
+        return ord(token) if len(token) == 1 and token.isascii() else names.get(token)
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids that are bytes; the others are dropped."""
         return bytes(i for i in ids if i < 256).decode(errors="replace")

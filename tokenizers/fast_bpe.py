@@ -54,6 +54,10 @@ class FastBPE(Tokenizer):
         offsets = np.asarray(rows.offsets.data, np.int64)
         return np.asarray(rows.content.data)[offsets[0] : offsets[-1]], np.diff(offsets)
 
+    def id_of(self, token: str) -> int | None:
+        """The reference's."""
+        return self.reference.id_of(token)
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, as the reference gives it."""
         return self.reference.decode(ids)

@@ -64,6 +64,10 @@ class HuggingFaceTokenizer(Tokenizer):
         batch = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in batch]
 
+    def id_of(self, token: str) -> int | None:
+        """Id of a token of the vocabulary, special ones included."""
+        return self._model.token_to_id(token)
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids without special tokens."""
         return self._model.decode([int(i) for i in ids], skip_special_tokens=True)

@@ -53,6 +53,10 @@ class Tokenizer(ABC):
         return np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum())), lengths
 
     @abstractmethod
+    def id_of(self, token: str) -> int | None:
+        """Id of the one token that is written so; None if there is none."""
+
+    @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; markers such as ``eod`` are dropped, broken UTF-8 becomes U+FFFD."""
 

@@ -74,6 +74,11 @@ class SentencePieceTokenizer(Tokenizer):
         first, *others = self._model.encode(text.split(SPACE_MARKER), num_threads=1)
         return first + [i for part in others for i in (*marker_ids, *part)]
 
+    def id_of(self, token: str) -> int | None:
+        """Id of a piece, control pieces and sentinels included."""
+        number: int = self._model.piece_to_id(token)
+        return None if number == self._model.unk_id() else number
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; control pieces are dropped, sentinels are written out."""
         return self._model.decode([int(i) for i in ids])

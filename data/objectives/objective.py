@@ -1,10 +1,19 @@
 """What turns raw tokens into a sample."""
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from moetron.data.cutting import Cutting
+
+
+class Made(NamedTuple):
+    """What a sample became."""
+
+    kind: int
+    """Number in the objective's ``kinds``."""
+    prefix: int = 0
+    """How many of the first tokens are given, without loss, and may see each other; 0: none."""
 
 
 class Objective(Protocol):
@@ -12,8 +21,10 @@ class Objective(Protocol):
 
     cutting: Cutting
     """How many raw tokens each sample takes."""
+    kinds: tuple[str, ...]
+    """Names of the sorts of samples that it makes, for the losses in the log."""
 
-    def fill(self, raw: np.ndarray, slot: int, key: str, row: np.ndarray, mask: np.ndarray) -> None:
+    def fill(self, raw: np.ndarray, slot: int, key: str, row: np.ndarray, mask: np.ndarray) -> Made:
         """Make one sample in place.
 
         Args:

@@ -14,6 +14,7 @@ import numpy as np
 from moetron.data.apportion import Apportionment
 from moetron.data.cutting import Cutting
 from moetron.data.errors import DataError
+from moetron.data.objectives.objective import Made
 from moetron.data.objectives.spans import corrupted_lengths, draws, random_segments, span_counts
 
 MAX_CYCLE = 1000
@@ -94,11 +95,12 @@ class UL2:
         cycle = sum(apportionment.weights)
         if cycle > MAX_CYCLE:
             raise DataError(f"UL2: rates in {cycle} parts; give them in at most {MAX_CYCLE}")
+        self.kinds = tuple(_kind(denoiser) for denoiser in self.denoisers)
         self._slots = apportionment.locate(np.arange(cycle))[0].tolist()
         self.cutting = Cutting(tuple(examples * self._raw[d] for d in self._slots), overlap=0)
 
-    def fill(self, raw: np.ndarray, slot: int, key: str, row: np.ndarray, mask: np.ndarray) -> None:
-        """Hide parts of the raw tokens; see ``Objective``."""
+    def fill(self, raw: np.ndarray, slot: int, key: str, row: np.ndarray, mask: np.ndarray) -> Made:
+        """Hide parts of the raw tokens; see ``Objective``. Several examples have no one prefix."""
         number = self._slots[slot]
         row[:] = self._start
         mask[:] = 0.0
@@ -109,6 +111,7 @@ class UL2:
             row[1 + first : 1 + middle] = inputs
             row[1 + middle : 1 + last] = targets
             mask[middle:last] = 1.0
+        return Made(number, 1 + middle if self.examples == 1 else 0)
 
     def state(self) -> dict[str, Any]:
         """The mixture."""
@@ -153,3 +156,10 @@ class UL2:
                     f"has {self._sentinels.size} sentinels; put more examples into a sample"
                 )
         return longest
+
+
+def _kind(denoiser: Denoiser) -> str:
+    """What the log calls a denoiser."""
+    if denoiser.mean_span is None:
+        return "ul2 prefix"
+    return f"ul2 r={denoiser.noise_density:g} mu={denoiser.mean_span:g}"

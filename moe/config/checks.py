@@ -3,7 +3,7 @@
 megatron-core enforces many of these rules late, by assert, or not at all.
 """
 
-from moetron.moe.config.rules import attention, experts, inputs, layout, model, precision, run
+from moetron.moe.config.rules import attention, data, experts, inputs, layout, model, precision, run
 from moetron.moe.config.rules.case import Case
 from moetron.moe.config.settings import Settings
 
@@ -21,6 +21,7 @@ def problems(settings: Settings, world_size: int, *, device: str, te: bool) -> l
         *experts.RULES,
         *layout.RULES,
         *precision.RULES,
+        *data.RULES,
         *run.RULES,
     )
     return [problem for rule in rules for problem in rule(case)]

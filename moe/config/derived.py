@@ -1,5 +1,6 @@
 """What follows from the settings by arithmetic: sizes left unset, layout, batches."""
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Literal
 
@@ -139,6 +140,17 @@ def total_samples(settings: Settings) -> int:
         seen += global_batch_size_at(settings, seen)
         step += 1
     return seen + (settings.training.train_iters - step) * full
+
+
+def stage_starts(settings: Settings) -> list[int]:
+    """The first sample of each stage; a stage ends with the first that reaches until_tokens."""
+    ends = [stage.until_tokens for stage in settings.data.stages or []]
+    return [0, *(-(-end // settings.model.seq_length) for end in ends if end is not None)]
+
+
+def stage_at(settings: Settings, sample: int) -> int:
+    """Number of the stage that a sample belongs to, from 0."""
+    return bisect_right(stage_starts(settings), sample) - 1
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from moetron.moe.config.field import (
 from moetron.moe.config.names import nearest
 from moetron.moe.config.settings import Settings, fields
 
-_USAGE = "pretrain_moe.py [--config RECIPE.yaml] [--flag value ...]"
+_USAGE = "pretrain_moe.py [--config RECIPE.yaml ...] [--flag value ...]"
 _EPILOG = "Flags win over the recipe. An optional setting is unset by the value 'none'."
 _MISSING = object()
 
@@ -102,7 +102,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     command = parser.add_argument_group("command")
     value: dict[str, Any] = {"nargs": "?", "const": _MISSING, "default": argparse.SUPPRESS}
     command.add_argument(
-        "--config", metavar="RECIPE.yaml", help="recipe: a section for each group below", **value
+        "--config",
+        action="append",
+        metavar="RECIPE.yaml",
+        help="recipe: a section for each group below; given again, the later one wins key by key",
+        **value,
     )
     command.add_argument(
         "--dry-run",
@@ -172,7 +176,7 @@ def parse(argv: Sequence[str]) -> Given:
     given = Given(problems=_unknown(extras, list(_names())))
     known = {name: (group, setting) for group, name, setting in fields()}
     for name, value in vars(namespace).items():
-        if value is _MISSING or value == []:
+        if value is _MISSING or value == [] or (isinstance(value, list) and _MISSING in value):
             given.problems.append(f"{flag_name(name)} needs a value")
         elif name in known:
             group, setting = known[name]

@@ -19,8 +19,8 @@ class Command:
     """What the user asked for."""
 
     settings: Settings
-    config: Path | None
-    """The recipe that was read."""
+    config: list[Path]
+    """The recipes that were read."""
     dry_run: bool
     """Check and plan only."""
     build: bool
@@ -58,13 +58,13 @@ def load(argv: Sequence[str]) -> Command:
     if build and not dry_run:
         problems.append("--build needs --dry-run: a real run builds its model anyway")
     world_size, rank = _ranks(given.options, dry_run, problems)
-    config = Path(given.options["config"]) if "config" in given.options else None
+    config = [Path(name) for name in given.options.get("config", [])]
     tree: dict[str, dict[str, Any]] = {}
-    if config is not None:
-        try:
-            tree = recipe.read(config)
-        except ConfigError as error:
-            raise ConfigError([*problems, *error.problems]) from error
+    try:
+        for path in config:
+            tree = _merge(tree, recipe.read(path))
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.problems]) from error
     settings, invalid, faulty = validate(_merge(tree, given.settings))
     valueless = {line.split()[0] for line in given.problems if line.startswith("--")}
     problems += [line for line in invalid if line.split()[0] not in valueless]
@@ -76,11 +76,11 @@ def load(argv: Sequence[str]) -> Command:
 
 
 def _merge(
-    recipe_tree: Mapping[str, Mapping[str, Any]], flag_tree: Mapping[str, Mapping[str, Any]]
+    first: Mapping[str, Mapping[str, Any]], second: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Flags win over the recipe."""
-    groups = [*recipe_tree, *(group for group in flag_tree if group not in recipe_tree)]
-    return {group: {**recipe_tree.get(group, {}), **flag_tree.get(group, {})} for group in groups}
+    """The second wins: flags over recipes, a later recipe over an earlier one."""
+    groups = [*first, *(group for group in second if group not in first)]
+    return {group: {**first.get(group, {}), **second.get(group, {})} for group in groups}
 
 
 def _ranks(options: Mapping[str, Any], dry_run: bool, problems: list[str]) -> tuple[int, int]:

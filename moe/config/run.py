@@ -1,16 +1,8 @@
-"""What the run does: batches, optimizer, learning rate, data, checkpoints, evaluation, logs."""
+"""What the run does: batches, optimizer, learning rate, checkpoints, evaluation, logs."""
 
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-import yaml
-from pydantic import (
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from moetron.moe.config.field import Group
 
@@ -82,57 +74,6 @@ class LearningRateSettings(Group):
     """WSD: tokens of the final decay (instead of steps)."""
     lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "linear"
     """WSD: shape of the final decay."""
-
-
-Word = Annotated[str, Field(coerce_numbers_to_str=True)]
-"""Part of a data path; a recipe may write weights as numbers."""
-
-
-class StageSettings(Group):
-    """A stage of the data: from the one before it (or the start) until a number of tokens."""
-
-    data_path: list[Word]
-    """As `data_path` of the data settings."""
-    until_tokens: PositiveInt | None = None
-    """Tokens of the run at which the next stage begins; left out for the last."""
-    objective: Literal["causal", "ul2"] = "causal"
-    """What samples ask of the model."""
-    seed: NonNegativeInt | None = None
-    """Seed of the order; unset: the run's, so that sources go on where the stage before stopped."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_text(cls, value: Any) -> Any:
-        """A stage as a flag gives it: a YAML mapping in one word."""
-        try:
-            return yaml.safe_load(value) if isinstance(value, str) else value
-        except yaml.YAMLError as error:
-            raise ValueError("not a YAML mapping") from error
-
-
-class DataSettings(Group):
-    """Where samples come from."""
-
-    data_path: list[Word] | None = None
-    """Training shards: PREFIX PREFIX ..., mixed in proportion to their size, or WEIGHT PREFIX
-    WEIGHT PREFIX ... (a prefix is the path without .bin/.idx)."""
-    objective: Literal["causal", "ul2"] = "causal"
-    """What samples ask of the model: every next token, or OpenMoE's mixture of denoisers."""
-    stages: list[StageSettings] | None = None
-    """Instead of --data-path, mappings of data_path, until_tokens (all but the last), objective and
-    seed: other sources, weights or objective from a number of tokens on."""
-    max_epochs: PositiveFloat | None = None
-    """Refuse a run that would go through a source more often than this, over all stages."""
-    valid_data_path: list[Word] | None = None
-    """Validation shards, written the same way."""
-    mock_data: bool = False
-    """Deterministic synthetic samples instead of shards."""
-    tokenizer_model: str | None = None
-    """A SentencePiece .model file, a HuggingFace tokenizer.json (or its folder), or 'bytes'."""
-    num_workers: NonNegativeInt = 0
-    """Processes that load samples beside each rank; 0: the rank itself."""
-    eod_mask_loss: bool = False
-    """No loss on end-of-document tokens."""
 
 
 class CheckpointSettings(Group):

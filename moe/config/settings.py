@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pydantic.fields import FieldInfo
 
 from moetron.moe.config.attention import AttentionSettings
+from moetron.moe.config.data import DataSettings
 from moetron.moe.config.experts import MoESettings
 from moetron.moe.config.field import Group
 from moetron.moe.config.model import ModelSettings
@@ -12,7 +13,6 @@ from moetron.moe.config.parallel import ParallelSettings
 from moetron.moe.config.precision import PrecisionSettings
 from moetron.moe.config.run import (
     CheckpointSettings,
-    DataSettings,
     LearningRateSettings,
     LoggingSettings,
     OptimizerSettings,

@@ -16,6 +16,19 @@ from torch.distributed import ProcessGroup
 from moetron.moe.layers.context import chunks_of_rank, gather_sequence
 
 
+def prefix_mask(prefix_B: torch.Tensor, length: int) -> torch.Tensor:
+    """Causal attention whose first tokens see each other: bool [b, 1, s, s], True: forbidden.
+
+    Args:
+        prefix_B: how many of each sample's first tokens see each other, int64 [b].
+        length: of the samples (s).
+    """
+    place_S = torch.arange(length, device=prefix_B.device)
+    ahead_SS = place_S[None, :] > place_S[:, None]
+    outside_BS = place_S >= prefix_B[:, None]
+    return (ahead_SS & outside_BS[:, None, :])[:, None]
+
+
 class SdpaAttention(MegatronModule):
     """softmax(scale x q k^T + mask) v without the s x s matrix in memory.
 

@@ -264,6 +264,9 @@ def _layers(
     kinds = list(zip(derived.moe_layers(settings), derived.fp8_layers(settings), strict=True))
     if uses_transformer_engine(settings):
         layer = {kind: _transformer_engine_layer(config, kind[0]) for kind in kinds}
+        if settings.data.bidirectional_prefix:  # Transformer Engine reads no mask otherwise
+            for spec in layer.values():
+                spec.submodules.self_attention.params["attn_mask_type"] = AttnMaskType.arbitrary
     else:
         plain = LocalProvider(settings, config, None)
         emulating = LocalProvider(settings, config, fp8_numerics(settings.precision))

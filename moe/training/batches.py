@@ -18,7 +18,10 @@ from moetron.moe.training.progress import Progress
 from moetron.moe.training.stream import SampleStream
 
 Batch = dict[str, torch.Tensor]
-"""tokens, labels, position_ids: int64 [b, S]; loss_mask: float32 [b, S]; source: int64 [b]."""
+"""tokens, labels, position_ids: int64 [b, S]; loss_mask: float32 [b, S]; PER_SAMPLE: int64 [b]."""
+
+PER_SAMPLE = ("source", "objective", "prefix", "filtered")
+"""What a batch says about its samples as wholes."""
 
 PADDING = -1
 """The number of no sample: a row of zeros without loss."""
@@ -84,7 +87,7 @@ class _Samples(Dataset[Batch]):
             "tokens": np.zeros(seq_length, np.int64),
             "labels": np.zeros(seq_length, np.int64),
             "loss_mask": np.zeros(seq_length, np.float32),
-            "source": 0,
+            **dict.fromkeys(PER_SAMPLE, 0),
         }
 
     def __getitem__(self, numbers: Sequence[int]) -> Batch:
@@ -94,5 +97,6 @@ class _Samples(Dataset[Batch]):
             for name in ("tokens", "labels", "loss_mask")
         }
         batch["position_ids"] = self._position_ids.expand(len(rows), -1)
-        batch["source"] = torch.tensor([int(row["source"]) for row in rows])
+        for name in PER_SAMPLE:
+            batch[name] = torch.tensor([int(row[name]) for row in rows])
         return batch

@@ -1,5 +1,6 @@
 """The loss on fixed validation samples: every one of them once, whatever the layout."""
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,26 +10,15 @@ from moetron.moe.training.batches import Batch, micro_batch_numbers, micro_batch
 from moetron.moe.training.model import needs_samples, set_training, settled
 from moetron.moe.training.step import Trainer, run_schedule
 from moetron.moe.training.stream import SampleStream
+from moetron.moe.training.tally import Losses, Tally
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Losses in nats per token, of the language model alone."""
-
-    loss: float
-    """Sum of the losses of all tokens that count, divided by their number."""
-    source_losses: dict[str, float]
-    """The same for each source that the samples came from."""
-    tokens: int
-    """Tokens that count."""
-
-
-def evaluate(trainer: Trainer, stream: SampleStream) -> Evaluation:
+def evaluate(trainer: Trainer, stream: SampleStream) -> Losses:
     """Evaluate the samples 0, 1, ... of ``stream``: --eval-iters global batches, or all there are.
 
     Ranks without a sample left take padding, which counts for nothing.
     """
-    settings, runtime = trainer.settings, trainer.runtime
+    settings, runtime, tally = trainer.settings, trainer.runtime, Tally(stream)
     micro_batch_size = settings.training.micro_batch_size
     count = min(settings.validation.eval_iters * settings.training.global_batch_size, len(stream))
     stride = micro_batch_size * runtime.dp_size
@@ -39,36 +29,55 @@ def evaluate(trainer: Trainer, stream: SampleStream) -> Evaluation:
         micro_batch_numbers(0, count, micro_batch_size, runtime.dp_rank, runtime.dp_size, padded)
     )
     batches = [
-        micro_batches(stream, settings.model.seq_length, numbers) if needs_samples(chunk) else None
+        micro_batches(stream, settings.model.seq_length, numbers)
+        if needs_samples(chunk, settings)
+        else None
         for chunk in trainer.chunks
     ]
     set_training(trainer.chunks, False)
     with settled(trainer.chunks, settings), torch.no_grad():
-        report = partial(_source_sums, len(stream.source_names))
-        sums = run_schedule(trainer, batches, len(numbers), report, forward_only=True)
+        loss = partial(_report, tally)
+        reports = run_schedule(trainer, batches, len(numbers), loss, forward_only=True)
     set_training(trainer.chunks, True)
-    return _reduced(trainer, sums, stream.source_names)
-
-
-def _source_sums(
-    sources: int, batch: Batch, losses_BS: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(0, 0, [2, sources]): losses and tokens of one micro-batch, float64, by source."""
-    mask_BS = batch["loss_mask"].double()
-    sums = torch.zeros(2, sources, dtype=torch.float64, device=losses_BS.device)
-    sums[0].index_add_(0, batch["source"], (losses_BS * mask_BS).sum(1))
-    sums[1].index_add_(0, batch["source"], mask_BS.sum(1))
-    nothing = losses_BS.new_zeros(())
-    return nothing, nothing.int(), sums
-
-
-def _reduced(trainer: Trainer, sums: list[torch.Tensor], names: list[str]) -> Evaluation:
-    total = torch.zeros(2, len(names), dtype=torch.float64, device=trainer.runtime.device)
-    if trainer.runtime.holds_loss:
-        total += torch.stack(sums).sum(0)
+    total = tally.zeros(runtime.device)
+    if runtime.holds_loss:
+        total += torch.stack(reports).sum(0)
     torch.distributed.all_reduce(total)
-    losses, tokens = total.tolist()
-    by_source = {
-        name: loss / count for name, loss, count in zip(names, losses, tokens, strict=True) if count
-    }
-    return Evaluation(sum(losses) / max(sum(tokens), 1.0), by_source, int(sum(tokens)))
+    return tally.read(total)
+
+
+def _report(
+    tally: Tally, batch: Batch, losses_BS: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(0, 0, the sums of one micro-batch)."""
+    nothing = losses_BS.new_zeros(())
+    return nothing, nothing.int(), tally.count(batch, losses_BS)
+
+
+@dataclass(frozen=True)
+class BitsPerByte:
+    """Losses that tokenizers have no part in."""
+
+    all: float
+    """Of the text of all sources together."""
+    by_source: dict[str, float]
+
+
+def bits_per_byte(losses: Losses, stream: SampleStream) -> BitsPerByte | None:
+    """Losses in bits per byte of UTF-8 text: nats per token / (ln 2 x bytes per token).
+
+    A token counts as its source's mean number of bytes, end-of-document tokens as part of the text.
+    None unless that is known of all sources that were evaluated.
+    """
+    widths = dict(zip(stream.source_names, stream.bytes_per_token, strict=True))
+    bits, size = {}, {}
+    for name, loss in losses.by_source.items():
+        width = widths[name]
+        if width is None:
+            return None
+        tokens = losses.tokens_by_source[name]
+        bits[name], size[name] = loss * tokens / math.log(2), width * tokens
+    if not size:
+        return None
+    by_source = {name: bits[name] / size[name] for name in bits}
+    return BitsPerByte(sum(bits.values()) / sum(size.values()), by_source)

@@ -2,11 +2,12 @@
 
 import time
 from collections.abc import Callable
+from typing import Any
 
-from moetron.moe.config.derived import global_batch_size_at
+from moetron.moe.config.derived import global_batch_size_at, stage_at
 from moetron.moe.plan.flops import flops_per_token
 from moetron.moe.training.batches import micro_batches, training_numbers
-from moetron.moe.training.evaluate import evaluate
+from moetron.moe.training.evaluate import bits_per_byte, evaluate
 from moetron.moe.training.model import needs_samples, settled
 from moetron.moe.training.progress import Progress
 from moetron.moe.training.report import Row, Sink
@@ -14,6 +15,7 @@ from moetron.moe.training.saver import Saver
 from moetron.moe.training.schedule import LearningRate
 from moetron.moe.training.step import BatchIterators, StepFigures, Trainer, train_step
 from moetron.moe.training.stream import Streams
+from moetron.moe.training.tally import Losses, Tally
 
 
 class Loop:
@@ -38,6 +40,7 @@ class Loop:
         self.saved = progress if progress.step else None
         self._peak = peak_tflops_per_s
         self._rate = LearningRate.of(trainer.settings)
+        self._tally = Tally(streams.training)
         self._flops_per_token = flops_per_token(trainer.settings, trainer.vocab_size)
         self._evaluated: int | None = None
         self._saver = Saver(trainer.settings)
@@ -84,7 +87,7 @@ class Loop:
                 training_numbers(settings, self.progress, runtime.dp_rank, runtime.dp_size),
                 workers,
             )
-            if needs_samples(chunk)
+            if needs_samples(chunk, settings)
             else None
             for chunk in self.trainer.chunks
         ]
@@ -96,7 +99,9 @@ class Loop:
         count = samples // (settings.training.micro_batch_size * runtime.dp_size)
         learning_rate = self._rate.at(self.progress)
         start_s = time.perf_counter()
-        figures = train_step(self.trainer, batches, count, learning_rate, stop_requested)
+        figures = train_step(
+            self.trainer, batches, count, learning_rate, stop_requested, self._tally
+        )
         step_time_s = time.perf_counter() - start_s
         self.progress = self.progress.after(samples, settings.model.seq_length)
         if self.sinks:
@@ -109,14 +114,16 @@ class Loop:
         self, figures: StepFigures, samples: int, learning_rate: float, step_time_s: float
     ) -> Row:
         """The step's line in metrics.jsonl; rates of one rank where the name does not say more."""
-        tokens_per_s = samples * self.trainer.settings.model.seq_length / step_time_s
+        settings = self.trainer.settings
+        tokens_per_s = samples * settings.model.seq_length / step_time_s
         tflops_per_s = tokens_per_s * self._flops_per_token / self.trainer.runtime.world_size / 1e12
         row = {
             "step": self.progress.step,
             "tokens": self.progress.consumed_tokens,
             "samples": self.progress.consumed_samples,
-            "lm_loss": figures.lm_loss,
-            "loss_tokens": figures.loss_tokens,
+            "lm_loss": figures.losses.loss,
+            "loss_tokens": figures.losses.tokens,
+            **self._loss_row(figures.losses),
             **figures.besides,
             "grad_norm": figures.grad_norm,
             "lr": learning_rate,
@@ -124,8 +131,21 @@ class Loop:
             "tokens_per_s": tokens_per_s,
             "tflops_per_s": tflops_per_s,
         }
+        if settings.data.stages is not None:
+            row["stage"] = stage_at(settings, self.progress.consumed_samples - samples) + 1
         if self._peak is not None:
             row["mfu"] = tflops_per_s / self._peak
+        return row
+
+    def _loss_row(self, losses: Losses) -> dict[str, Any]:
+        """Losses by source and by objective, where there are several; what the filter masked."""
+        stream, row = self.streams.training, dict[str, Any]()
+        if len(stream.source_names) > 1:
+            row["source_losses"] = losses.by_source
+        if len(stream.objective_names) > 1:
+            row["objective_losses"] = losses.by_objective
+        if self.trainer.settings.data.repetition_max_count is not None:
+            row["filtered_tokens"] = losses.filtered_tokens
         return row
 
     def _after_step(self) -> None:
@@ -146,14 +166,19 @@ class Loop:
             return
         result = evaluate(self.trainer, stream)
         self._evaluated = step
+        found = bits_per_byte(result, stream)
+        bits = (
+            {"bits_per_byte": found.all, "source_bits_per_byte": found.by_source} if found else {}
+        )
         for sink in self.sinks:
             sink.validation(
                 {
                     "step": step,
                     "tokens": self.progress.consumed_tokens,
                     "validation_loss": result.loss,
-                    "source_losses": result.source_losses,
+                    "source_losses": result.by_source,
                     "tokens_evaluated": result.tokens,
+                    **bits,
                 }
             )
 

@@ -80,7 +80,7 @@ def set_training(chunks: ModelChunks, training: bool) -> None:
         chunk.train(training)
 
 
-def needs_samples(chunk: DistributedDataParallel) -> bool:
-    """Whether a chunk reads tokens or labels: the first and the last of the pipeline."""
+def needs_samples(chunk: DistributedDataParallel, settings: Settings) -> bool:
+    """Whether a chunk reads tokens or labels (the pipeline's first and last), or samples' masks."""
     model = unwrap_model(chunk)
-    return bool(model.pre_process or model.post_process)
+    return bool(model.pre_process or model.post_process or settings.data.bidirectional_prefix)

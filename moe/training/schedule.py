@@ -6,8 +6,15 @@ warm-up from 0 has learning rate 0.
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
-from moetron.moe.config.derived import ScheduleLengths, schedule_lengths
+from moetron.moe.config.data import StageLearningRate
+from moetron.moe.config.derived import (
+    ScheduleLengths,
+    schedule_lengths,
+    stage_starts,
+    total_samples,
+)
 from moetron.moe.config.run import LearningRateSettings
 from moetron.moe.config.settings import Settings
 from moetron.moe.training.progress import Progress
@@ -37,14 +44,19 @@ class LearningRate:
 
     settings: LearningRateSettings
     lengths: ScheduleLengths
+    segments: tuple["Segment", ...] = ()
+    """Stages with a learning rate of their own."""
 
     @classmethod
     def of(cls, settings: Settings) -> "LearningRate":
         """The schedule of a run."""
-        return cls(settings.learning_rate, schedule_lengths(settings))
+        return cls(settings.learning_rate, schedule_lengths(settings), _segments(settings))
 
     def at(self, progress: Progress) -> float:
         """Learning rate of the step that starts at ``progress``."""
+        for segment in self.segments:
+            if segment.start <= progress.consumed_tokens < segment.end:
+                return segment.at(progress.consumed_tokens)
         x = progress.consumed_tokens if self.lengths.unit == "tokens" else progress.step
         rate, warmup = self.settings, self.lengths.warmup
         if x < warmup:
@@ -72,3 +84,33 @@ class LearningRate:
             "exponential": 2 * 0.5**r - 1,
             "minus_sqrt": 1 - math.sqrt(r),
         }[style]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stage whose learning rate goes from ``lr`` to ``min_lr``, whatever was before it."""
+
+    start: int
+    """Tokens of the run at which it begins."""
+    end: int
+    """Tokens at which the next stage begins or the run ends."""
+    rate: StageLearningRate
+
+    def at(self, tokens: int) -> float:
+        """Learning rate of a step of the stage that starts at so many tokens of the run."""
+        r = (tokens - self.start) / (self.end - self.start)
+        share = {"constant": 1.0, "linear": 1 - r, "cosine": (1 + math.cos(math.pi * r)) / 2}
+        return (
+            self.rate.min_lr + (self.rate.lr - self.rate.min_lr) * share[self.rate.lr_decay_style]
+        )
+
+
+def _segments(settings: Settings) -> tuple[Segment, ...]:
+    """The stages that the run reaches and that have a learning rate of their own."""
+    length = settings.model.seq_length
+    bounds = [start * length for start in (*stage_starts(settings), total_samples(settings))]
+    return tuple(
+        Segment(start, end, stage.learning_rate)
+        for (start, end), stage in zip(pairwise(bounds), settings.data.stages or [], strict=False)
+        if stage.learning_rate is not None and start < end
+    )

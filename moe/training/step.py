@@ -15,12 +15,14 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 
 from moetron.moe.config.derived import routed_layers
 from moetron.moe.config.settings import Settings
+from moetron.moe.layers.attention import prefix_mask
 from moetron.moe.routing.losses import read_auxiliary_losses
 from moetron.moe.routing.record import RoutingRecorder
-from moetron.moe.training.batches import Batch
+from moetron.moe.training.batches import PER_SAMPLE, Batch
 from moetron.moe.training.model import ModelChunks
 from moetron.moe.training.optimizer import set_learning_rate
 from moetron.moe.training.runtime import Runtime
+from moetron.moe.training.tally import Losses, Tally
 
 BatchIterators = Sequence[Iterator[Batch] | None]
 """For each model chunk of this rank its micro-batches, None for a chunk that needs no samples."""
@@ -49,10 +51,7 @@ class Trainer:
 class StepFigures:
     """What all ranks agree on after a step."""
 
-    lm_loss: float
-    """Sum of the losses of all tokens that count, divided by their number (nats per token)."""
-    loss_tokens: int
-    """Tokens that count."""
+    losses: Losses
     grad_norm: float
     """Norm of the whole gradient before clipping."""
     besides: dict[str, Any]
@@ -67,6 +66,7 @@ def train_step(
     num_microbatches: int,
     learning_rate: float,
     stop_requested: Callable[[], bool],
+    tally: Tally,
 ) -> StepFigures:
     """Take one step.
 
@@ -76,6 +76,7 @@ def train_step(
         num_microbatches: micro-batches of every rank.
         learning_rate: of this step.
         stop_requested: whether this rank was asked to stop; shared with the others at the end.
+        tally: counts the losses by corpus and objective.
 
     Raises:
         NotFiniteError: when the loss or the gradient norm is not finite and the settings check it.
@@ -83,25 +84,23 @@ def train_step(
     for chunk in trainer.chunks:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
-    sums = run_schedule(trainer, batches, num_microbatches, token_loss)
+    reports = run_schedule(trainer, batches, num_microbatches, partial(token_loss, tally))
     set_learning_rate(trainer.optimizer, learning_rate)
     _, grad_norm, _ = trainer.optimizer.step()
-    local = torch.zeros(3, dtype=torch.float64, device=trainer.runtime.device)
+    local = tally.zeros(trainer.runtime.device)
     if trainer.runtime.holds_loss:
-        local[:2] = torch.stack(sums).sum(0)
-    local[2] = stop_requested()
-    total = local.clone()
+        local += torch.stack(reports).sum(0)
+    stops = local.new_full((1,), stop_requested())
+    total = torch.cat([local.flatten(), stops])
     torch.distributed.all_reduce(total)
-    loss_sum, tokens, stops = total.tolist()
+    losses = tally.read(total[:-1].view_as(local))
     besides = {
         **prediction_figures(trainer, num_microbatches),
         **routing_figures(trainer, num_microbatches),
     }
-    figures = StepFigures(
-        loss_sum / max(tokens, 1.0), int(tokens), float(grad_norm), besides, stops > 0
-    )
+    figures = StepFigures(losses, float(grad_norm), besides, bool(total[-1] > 0))
     if trainer.settings.training.check_for_nan_in_loss_and_grad:
-        _refuse_non_finite(figures, local[0])
+        _refuse_non_finite(figures, local[0].sum())
     return figures
 
 
@@ -167,7 +166,7 @@ def run_schedule(
     settings = trainer.settings
     forward_backward = get_forward_backward_func()
     reports: list[torch.Tensor] = forward_backward(
-        forward_step_func=partial(_forward, trainer.runtime, loss),
+        forward_step_func=partial(_forward, trainer, loss),
         data_iterator=list(batches),
         model=list(trainer.chunks),
         num_microbatches=num_microbatches,
@@ -179,21 +178,24 @@ def run_schedule(
 
 
 def _forward(
-    runtime: Runtime, loss: Any, batches: Iterator[Batch] | None, chunk: torch.nn.Module
+    trainer: Trainer, loss: Any, batches: Iterator[Batch] | None, chunk: torch.nn.Module
 ) -> tuple[torch.Tensor, Any]:
     """One chunk's forward pass over its next micro-batch, and the loss function of its output."""
     batch: Batch = {} if batches is None else next(batches)
+    settings, runtime, mask = trainer.settings, trainer.runtime, None
     batch = {name: tensor.to(runtime.device, non_blocking=True) for name, tensor in batch.items()}
-    source = batch.pop("source", None)
+    per_sample = {name: batch.pop(name) for name in PER_SAMPLE if name in batch}
+    if settings.data.bidirectional_prefix:
+        mask = prefix_mask(per_sample["prefix"], settings.model.seq_length)
     batch = get_batch_on_this_cp_rank(batch, cp_group=runtime.groups.cp)
     names = ("labels", "loss_mask")  # the mask is for multi-token prediction alone
     words = {name: batch.get(name) for name in names}
-    output = chunk(batch.get("tokens"), batch.get("position_ids"), None, **words)
-    return output, partial(loss, {**batch, "source": source})
+    output = chunk(batch.get("tokens"), batch.get("position_ids"), mask, **words)
+    return output, partial(loss, {**batch, **per_sample})
 
 
 def token_loss(
-    batch: Batch, losses_BS: torch.Tensor
+    tally: Tally, batch: Batch, losses_BS: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Cross-entropy of one micro-batch on this rank, as megatron-core's schedules want it.
 
@@ -203,26 +205,24 @@ def token_loss(
     holds its share of the sequence.
 
     Args:
-        batch: holds ``loss_mask`` float32 [b, s].
+        tally: counts for the log.
+        batch: holds ``loss_mask`` float32 [b, s] and ``PER_SAMPLE``.
         losses_BS: losses float32 [b, s], equal on all tensor-parallel ranks.
 
     Returns:
-        L (float32), the number of tokens (int32), and [L, number] in float64 for the log.
+        L (float32), the number of tokens (int32), and the tally's sums for the log.
     """
     mask_BS = batch["loss_mask"]
-    weighted_BS = losses_BS * mask_BS
-    tokens = mask_BS.sum()
-    report = torch.stack([weighted_BS.detach().sum(dtype=torch.float64), tokens.double()])
-    return weighted_BS.sum(), tokens.to(torch.int), report
+    total = (losses_BS * mask_BS).sum()
+    return total, mask_BS.sum().to(torch.int), tally.count(batch, losses_BS)
 
 
 def _refuse_non_finite(figures: StepFigures, local_loss: torch.Tensor) -> None:
-    if math.isfinite(figures.lm_loss) and math.isfinite(figures.grad_norm):
+    lm_loss = figures.losses.loss
+    if math.isfinite(lm_loss) and math.isfinite(figures.grad_norm):
         return
     finite: list[bool] = [True] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(finite, bool(local_loss.isfinite()))
     ranks = [rank for rank, good in enumerate(finite) if not good]
     where = f" (loss of rank {', '.join(map(str, ranks))})" if ranks else ""
-    raise NotFiniteError(
-        f"lm_loss is {figures.lm_loss}, the gradient norm {figures.grad_norm}{where}"
-    )
+    raise NotFiniteError(f"lm_loss is {lm_loss}, the gradient norm {figures.grad_norm}{where}")

@@ -11,11 +11,16 @@ class SampleStream(Protocol):
     """Samples by number, so that any rank of any layout can ask for any of them.
 
     Sample n is a function of (data, settings, seed, n) alone. It holds ``tokens`` int64 [S],
-    ``labels`` int64 [S] (``labels[i]`` follows ``tokens[i]``), ``loss_mask`` float32 [S] and
-    ``source``, the number of the corpus it came from.
+    ``labels`` int64 [S] (``labels[i]`` follows ``tokens[i]``), ``loss_mask`` float32 [S], and the
+    integers ``source``, the number of the corpus it came from; ``objective``, that of what it asks
+    of the model; ``prefix``, how many of its first tokens may see each other in both directions (0:
+    none); and ``filtered``, 1 if its loss is masked because it repeats itself.
     """
 
     source_names: list[str]
+    objective_names: list[str]
+    bytes_per_token: list[float | None]
+    """Of each source's text; None where it is unknown, or where samples are not just text."""
 
     def __len__(self) -> int:
         """Samples that may be asked for; a training stream repeats its sources without end."""
@@ -35,6 +40,8 @@ class StreamFrom:
 
     def __init__(self, stream: SampleStream, first: int) -> None:
         self.source_names = stream.source_names
+        self.objective_names = stream.objective_names
+        self.bytes_per_token = stream.bytes_per_token
         self._stream = stream
         self._first = first
 

@@ -147,7 +147,7 @@ def _evaluate(flags: list[str], samples: int) -> dict[str, Any]:
     settings = _settings(["--vocab-size", "512", "--eval-iters", "100", *flags])
     stream = CountingStream(samples, settings.model.seq_length)
     result = evaluate(_trainer(settings), stream)
-    return {"loss": result.loss, "sources": result.source_losses, "tokens": result.tokens}
+    return {"loss": result.loss, "sources": result.by_source, "tokens": result.tokens}
 
 
 def test_evaluation_counts_every_sample_once() -> None:

@@ -67,11 +67,3 @@ def not_multiple(case: Case, name: str, number: int, unit_name: str, unit: int) 
             f"use {flag_name(name)} {nearest_multiples(number, unit)}, "
             f"or {flag_name(unit_name)} {nearest_divisors(number, unit)}"
         )
-
-
-def number_or_none(word: str) -> float | None:
-    """The number that a word spells, if it spells one: a weight, not a prefix."""
-    try:
-        return float(word)
-    except ValueError:
-        return None

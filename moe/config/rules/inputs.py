@@ -3,31 +3,32 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from moetron.moe.config.data import number_or_none
 from moetron.moe.config.field import flag_name
-from moetron.moe.config.rules.case import Case, number_or_none
+from moetron.moe.config.rules.case import Case
 
 
-def prefixes(items: list[str] | None) -> list[str]:
+def prefixes(items: list[str]) -> list[str]:
     """The prefixes of PREFIX PREFIX ..., or of WEIGHT PREFIX WEIGHT PREFIX ..."""
     if not items or number_or_none(items[0]) is None:
-        return items or []
+        return items
     return items[1::2]
 
 
 def data(case: Case) -> Iterator[str]:
     """Shards and the tokenizer that wrote them."""
     source = case.settings.data
-    if not source.mock_data and not source.data_path and not source.stages:
+    if not source.mock_data and not source.planned_stages():
         yield "no data: give --data-path PREFIX (or WEIGHT PREFIX ...), or --mock-data to try"
-    if (source.data_path or source.stages) and source.tokenizer_model is None:
+    if not source.mock_data and source.planned_stages() and source.tokenizer_model is None:
         yield "--data-path needs --tokenizer-model: the one its shards were written with"
     evaluates = case.settings.validation.eval_interval is not None
     if evaluates and not source.mock_data and source.valid_data_path is None:
         yield f"{case.said('eval_interval')} needs --valid-data-path"
     paths = [("data_path", source.data_path), ("valid_data_path", source.valid_data_path)]
     paths += [("stages", stage.data_path) for stage in source.stages or []]
-    for name, items in paths:
-        for prefix in prefixes(items):
+    for name, items in [] if source.mock_data else paths:
+        for prefix in dict.fromkeys(prefixes(source.rooted(items or []))):
             absent = [prefix + end for end in (".bin", ".idx") if not Path(prefix + end).is_file()]
             if absent:
                 yield f"{flag_name(name)} {prefix}: there is no file {' or '.join(absent)}"

@@ -1,11 +1,9 @@
-"""The run: learning rate, data, checkpoints, evaluation and logs."""
+"""The run: learning rate, checkpoints, evaluation and logs."""
 
 from collections.abc import Iterator
 
 from moetron.moe.config.derived import schedule_lengths
-from moetron.moe.config.field import flag_name
-from moetron.moe.config.rules.case import Case, number_or_none
-from moetron.moe.config.run import StageSettings
+from moetron.moe.config.rules.case import Case
 
 
 def learning_rate(case: Case) -> Iterator[str]:
@@ -58,55 +56,6 @@ def _segments(case: Case) -> Iterator[str]:
         )
 
 
-def data(case: Case) -> Iterator[str]:
-    """Where samples come from, and how large the vocabulary is."""
-    source = case.settings.data
-    if source.mock_data and source.data_path:
-        yield "--mock-data and --data-path exclude each other: drop one"
-    if case.settings.model.vocab_size is None and source.tokenizer_model is None:
-        yield "the vocabulary's size is unknown: give --tokenizer-model, or --vocab-size N"
-    for name in ("data_path", "valid_data_path"):
-        yield from _blend(flag_name(name), getattr(source, name))
-    if source.stages is not None:
-        yield from _stages(case, source.stages)
-
-
-def _stages(case: Case, stages: list[StageSettings]) -> Iterator[str]:
-    """Stages one after the other."""
-    if case.settings.data.data_path or case.settings.data.mock_data or not stages:
-        yield "--stages needs at least one stage and excludes --data-path and --mock-data"
-    if case.settings.data.objective != "causal":
-        yield f"{case.said('objective')}: with --stages, each stage names its own objective"
-    last_end = 0
-    for number, stage in enumerate(stages, 1):
-        yield from _blend(f"--stages, stage {number}", stage.data_path)
-        end, is_last = stage.until_tokens, number == len(stages)
-        if (end is None) != is_last:
-            rule = "the last ends with the run" if is_last else "another follows it"
-            yield f"--stages, stage {number}: until_tokens {end}: {rule}"
-        elif end is not None:
-            if end - last_end < case.settings.model.seq_length:
-                yield f"--stages, stage {number}: until_tokens {end} leaves it no sample"
-            last_end = end
-
-
-def _blend(flag: str, items: list[str] | None) -> Iterator[str]:
-    """PREFIX PREFIX ..., or WEIGHT PREFIX WEIGHT PREFIX ..."""
-    if items is None:
-        return
-    if not items:
-        yield f"{flag} is empty: give PREFIX, or pairs WEIGHT PREFIX"
-    weighted = [number_or_none(item) is not None for item in items]
-    if not any(weighted):
-        return
-    if weighted != [True, False] * (len(items) // 2):
-        yield f"{flag} {' '.join(items)}: give prefixes alone, or pairs WEIGHT PREFIX"
-    for weight in items[::2]:
-        number = number_or_none(weight)
-        if number is not None and not 0 < number < float("inf"):
-            yield f"{flag}: weight {weight!r} must be a number above 0"
-
-
 def checkpoint(case: Case) -> Iterator[str]:
     """What a load keeps."""
     if case.settings.checkpoint.finetune and case.settings.checkpoint.reset_progress:
@@ -123,4 +72,4 @@ def evaluation(case: Case) -> Iterator[str]:
         yield f"{case.said('eval_interval')} needs --eval-iters above 0"
 
 
-RULES = (learning_rate, data, checkpoint, evaluation)
+RULES = (learning_rate, checkpoint, evaluation)

@@ -64,7 +64,7 @@ def test_values(argv: list[str], group: str, expected: object) -> None:
 def test_the_commands_own_options_are_not_settings() -> None:
     given = parse(["--config", "r.yaml", "--dry-run", "--world-size", "8", "--rank", "3"])
     assert given.settings == {}
-    assert given.options == {"config": "r.yaml", "dry_run": True, "world_size": "8", "rank": "3"}
+    assert given.options == {"config": ["r.yaml"], "dry_run": True, "world_size": "8", "rank": "3"}
 
 
 @pytest.mark.parametrize(
@@ -77,6 +77,7 @@ def test_the_commands_own_options_are_not_settings() -> None:
         (["-v"], "unknown flag -v"),
         (["--lr"], "--lr needs a value"),
         (["--config"], "--config needs a value"),
+        (["--config", "a", "--config"], "--config needs a value"),
         (["--data-path", "--mock-data"], "--data-path needs a value"),
         (["recipe.yaml"], "unexpected argument 'recipe.yaml': it follows no flag"),
         (["--lr", "1", "2"], "unexpected argument '2': it follows no flag"),

@@ -42,7 +42,7 @@ def problems(*argv: object) -> list[str]:
 def test_flags_win_over_the_recipe(path: Path) -> None:
     argv = ["--config", str(path), "--lr", "2e-3", "--bf16", "--moe-z-loss-coeff", "none"]
     command = load(argv)
-    assert command.config == path and not command.dry_run
+    assert command.config == [path] and not command.dry_run
     assert (command.world_size, command.rank) == (1, 0)
     assert command.settings.learning_rate.lr == 2e-3
     assert command.settings.precision.bf16 is True
@@ -56,7 +56,7 @@ def test_no_recipe_is_needed() -> None:
     values |= {"vocab_size": 9, "num_experts": 2, "adam_beta1": 0}
     argv = [f"{flag_name(name)}={value}" for name, value in values.items()]
     command = load([*argv, "--moe-layer-freq", "0", "1", "--mock-data"])
-    assert command.config is None
+    assert command.config == []
     assert command.settings.moe.moe_layer_freq == [0, 1]
     assert command.settings.optimizer.adam_beta1 == 0.0
 

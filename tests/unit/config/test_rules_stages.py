@@ -8,7 +8,7 @@ from config_cases import found, make
 
 from moetron.moe.config import flags, recipe
 from moetron.moe.config.checks import input_problems
-from moetron.moe.config.run import StageSettings
+from moetron.moe.config.data import StageLearningRate, StageSettings
 from moetron.moe.config.validate import validate
 
 FIRST = {"data_path": ["1", "a", "2", "b"], "until_tokens": 64, "objective": "ul2"}
@@ -45,13 +45,14 @@ def test_a_stage_of_another_form_is_refused(stage: Any) -> None:
     ("stages", "changes", "expected"),
     [
         ([], {}, "--stages needs at least one stage"),
-        ([LAST], {"data_path": ["a"]}, "excludes --data-path and --mock-data"),
+        ([LAST], {"data_path": ["a"]}, "excludes --data-path"),
         ([LAST], {"objective": "ul2"}, "--objective ul2: with --stages, each stage names its own"),
         ([LAST, LAST], {}, "stage 1: until_tokens None: another follows it"),
         ([FIRST], {}, "stage 1: until_tokens 64: the last ends with the run"),
         ([FIRST, {**FIRST, "until_tokens": 80}, LAST], {}, "stage 2: until_tokens 80 leaves it no"),
         ([{"data_path": ["0", "a"]}], {}, "--stages, stage 1: weight '0' must be a number above 0"),
         ([{"data_path": []}], {}, "--stages, stage 1 is empty"),
+        ([{**LAST, "learning_rate": {"lr": 1, "min_lr": 2}}], {}, "stage 1: min_lr 2.0 exceeds lr"),
     ],
 )
 def test_each_rule_fires_alone(stages: Any, changes: Any, expected: str) -> None:
@@ -70,3 +71,32 @@ def test_the_documented_example_is_valid() -> None:
     page = (Path(__file__).parents[3] / "docs" / "data_format.md").read_text(encoding="utf-8")
     example = page.split("```yaml\n")[1].split("```")[0]
     assert found(**{"mock_data": False, **recipe.loads(example)["data"]}) == []
+
+
+def test_mock_data_take_the_place_of_all_shards() -> None:
+    stage = {**LAST, "learning_rate": {"lr": "4.0e-5"}}
+    settings = make(stages=[stage], valid_data_path=["nowhere"])
+    assert settings.data.stages is not None
+    assert settings.data.stages[0].learning_rate == StageLearningRate(lr=4e-5)
+    assert input_problems(settings) == []
+
+
+def test_relative_prefixes_start_from_the_root(tmp_path) -> None:
+    data = make(data_root="/corpora").data
+    assert data.rooted(["0.5", "a", "2", "/b"]) == ["0.5", "/corpora/a", "2", "/b"]
+    settings = make(mock_data=False, data_root=str(tmp_path), data_path=["a"])
+    assert any(line.startswith(f"--data-path {tmp_path}/a:") for line in input_problems(settings))
+
+
+def test_a_bidirectional_prefix_needs_a_prefix_and_a_mask() -> None:
+    def problems(**changes: Any) -> list[str]:
+        shards = {"mock_data": False, "data_path": ["a"], "bidirectional_prefix": True}
+        return found(**{**shards, **changes})
+
+    assert problems(objective="prefix_lm") == []
+    (line,) = problems()
+    assert "needs --objective prefix_lm or ul2" in line
+    (line,) = problems(objective="ul2", attention_backend="unfused")
+    assert "use --attention-backend sdpa" in line
+    (line,) = problems(objective="ul2", context_parallel_size=2, world_size=2)
+    assert "use --context-parallel-size 1" in line

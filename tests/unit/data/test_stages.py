@@ -6,11 +6,9 @@ from dataclasses import replace
 import pytest
 
 from moetron.data.errors import DataError
-from moetron.data.objectives.build import build_objective
 from moetron.data.objectives.causal import Causal
 from moetron.data.stages import Stage, StagedStream, refuse_repetition, use_table
 from moetron.data.stream import training_stream
-from moetron.tokenizers.byte_level import ByteTokenizer
 
 S = 4
 CAUSAL = Causal(S)
@@ -121,12 +119,3 @@ def test_the_state_names_every_source_once(two) -> None:
     assert [source["name"] for source in state["sources"]] == ["a", "b"]
     assert state["starts"] == [0, 20] and len(state["stages"]) == 2
     assert state["stages"][1]["order"]["begun"] == [5, 15]
-
-
-def test_objectives_by_name() -> None:
-    assert build_objective("causal", 8, ByteTokenizer()).state() == {"name": "causal"}
-    assert build_objective("ul2", 512, ByteTokenizer()).state()["name"] == "ul2"
-    without = ByteTokenizer()
-    without.sentinels = ()
-    with pytest.raises(DataError, match="needs sentinels"):
-        build_objective("ul2", 512, without)

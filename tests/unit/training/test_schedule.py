@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moetron.moe.config.derived import stage_at
 from moetron.moe.training.progress import Progress
 from moetron.moe.training.schedule import LearningRate
 from tests.unit.training.training_cases import settings
@@ -124,3 +125,30 @@ def test_rates_stay_between_their_bounds_and_never_rise_after_the_warm_up(
     assert all(0.1 <= value <= 1.0 for value in (first, second))
     if min(steps) >= warmup:
         assert second <= first
+
+
+def test_a_stage_may_have_a_learning_rate_of_its_own() -> None:
+    """OLMoE in one run: cosine to a tenth, then from there linearly to zero in the last stage."""
+    anneal = {"data_path": ["a"], "seed": 42, "learning_rate": {"lr": 0.1}}
+    run = settings(
+        training={"train_iters": 10},
+        data={"stages": [{"data_path": ["a"], "until_tokens": 6 * 32}, anneal]},
+        learning_rate={"lr": 1.0, "min_lr": 0.1, "lr_decay_iters": 6},
+    )
+    rate = LearningRate.of(run)
+    found = [_at_step(rate, step) for step in range(11)]
+    assert found[0] == 1.0 and found[3] == pytest.approx(0.55)
+    assert found[6:10] == pytest.approx([0.1, 0.075, 0.05, 0.025])
+    assert [stage_at(run, sample) for sample in (0, 47, 48, 80)] == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(("style", "middle"), [("constant", 4.0), ("linear", 3.0), ("cosine", 3.0)])
+def test_shapes_of_a_stage(style: str, middle: float) -> None:
+    rate = {"lr": 4.0, "min_lr": 2.0, "lr_decay_style": style}
+    stages = [
+        {"data_path": ["a"], "until_tokens": 256, "learning_rate": rate},
+        {"data_path": ["a"]},
+    ]
+    schedule = LearningRate.of(settings(data={"stages": stages}))
+    assert _at_step(schedule, 0) == 4.0 and _at_step(schedule, 4) == pytest.approx(middle)
+    assert _at_step(schedule, 8) < 1.0  # the run's own again

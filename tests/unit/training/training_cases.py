@@ -20,9 +20,14 @@ def settings(**groups: dict[str, Any]) -> Settings:
 
 
 class CountingStream:
-    """Sample n is filled with n, of source n modulo 3, its last n % seq_length tokens masked."""
+    """Sample n is filled with n, its last n % seq_length tokens masked.
+
+    It is of source n modulo 3 and objective n modulo 2; every fifth counts as filtered.
+    """
 
     source_names = ["zero", "one", "two"]
+    objective_names = ["even", "odd"]
+    bytes_per_token = [4.0, None, 2.0]
 
     def __init__(self, length: int = 1000, seq_length: int = 4) -> None:
         self.length = length
@@ -37,7 +42,15 @@ class CountingStream:
         mask = np.ones(self.seq_length, np.float32)
         mask[self.seq_length - n % self.seq_length :] = 0
         tokens = np.full(self.seq_length, n)
-        return {"tokens": tokens, "labels": tokens + 1, "loss_mask": mask, "source": n % 3}
+        return {
+            "tokens": tokens,
+            "labels": tokens + 1,
+            "loss_mask": mask,
+            "source": n % 3,
+            "objective": n % 2,
+            "prefix": 0,
+            "filtered": int(n % 5 == 0),
+        }
 
     def state(self) -> dict[str, Any]:
         return {"counting": self.length}

@@ -1,0 +1,98 @@
+"""Fill in the middle: documents whose middle comes last, so that a causal model learns to infill.
+
+Bavarian et al. 2022, "Efficient training of language models to fill in the middle" (arXiv
+2207.14255), section 3, at the level of tokens and inside a sample ("context-level"): each document,
+or what a sample holds of it, is cut at two uniformly drawn places into prefix, middle and suffix.
+
+    PSM   <prefix> prefix <suffix> suffix <middle> middle
+    SPM   <prefix> <suffix> suffix <middle> prefix middle      (variant 2 of appendix D)
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from moetron.data.cutting import Cutting
+from moetron.data.errors import DataError
+from moetron.data.objectives.objective import Made
+from moetron.data.objectives.spans import draws
+
+MARKERS = 3
+"""Tokens that a document grows by."""
+SHARE_FOR_MARKERS = 64
+"""A sample keeps room for markers in 1/64 of its tokens (StarCoder's files: some 500 tokens)."""
+CHANCE = 2.0**-64
+
+
+@dataclass(frozen=True)
+class FimOptions:
+    """How much is moved, and the ids of the markers."""
+
+    rate: float
+    """Share of documents."""
+    spm_rate: float
+    """Share of those that become SPM."""
+    prefix: int
+    middle: int
+    suffix: int
+
+
+class FillInTheMiddle:
+    """Samples of S raw tokens less the room for markers; all of them bear loss, none is skipped.
+
+    The model first sees the end-of-document token. Where more documents are drawn than there is
+    room for, the later ones stay as they are; room that is left over is filled with the end token,
+    without loss.
+    """
+
+    kinds = ("causal", "fim")
+
+    def __init__(self, seq_length: int, end: int, options: FimOptions) -> None:
+        """Raises DataError if the sample is too short for one document's markers."""
+        self._end, self._options = end, options
+        self._documents = max(1, seq_length // (SHARE_FOR_MARKERS * MARKERS))
+        room = seq_length - MARKERS * self._documents
+        if room < MARKERS:
+            raise DataError(f"fim: --seq-length {seq_length} has no room for three markers")
+        self.cutting = Cutting((room,), overlap=0)
+
+    def fill(self, raw: np.ndarray, slot: int, key: str, row: np.ndarray, mask: np.ndarray) -> Made:
+        """Move the middles of some documents; see ``Objective``."""
+        cuts = np.flatnonzero(raw == self._end)
+        documents = np.split(raw.astype(np.int64), cuts)  # each but the first begins with an end
+        uniform = draws(key, 4 * len(documents)).reshape(-1, 4)
+        parts: list[np.ndarray] = []
+        moved = 0
+        for document, chances in zip(documents, uniform, strict=True):
+            leading = int(document.size > 0 and document[0] == self._end)
+            parts.append(document[:leading])
+            text = document[leading:]
+            if moved < self._documents and text.size and self._drawn(chances[0]):
+                parts += self._moved(text, chances[1:])
+                moved += 1
+            else:
+                parts.append(text)
+        filled = np.concatenate(parts)
+        row[0] = self._end
+        row[1 : 1 + filled.size] = filled
+        row[1 + filled.size :] = self._end
+        mask[filled.size :] = 0.0
+        return Made(int(moved > 0))
+
+    def state(self) -> dict[str, Any]:
+        """The options."""
+        return {"name": "fim", **asdict(self._options)}
+
+    def _drawn(self, chance: np.uint64) -> bool:
+        return float(chance) * CHANCE < self._options.rate
+
+    def _moved(self, text: np.ndarray, chances: np.ndarray) -> list[np.ndarray]:
+        """One document with its middle last, in parts."""
+        first, last = sorted((chances[:2] % np.uint64(text.size + 1)).tolist())
+        prefix, middle, suffix = np.split(text, [first, last])
+        options = self._options
+        markers = [np.array([i]) for i in (options.prefix, options.suffix, options.middle)]
+        if float(chances[2]) * CHANCE < options.spm_rate:
+            return [markers[0], markers[1], suffix, markers[2], prefix, middle]
+        return [markers[0], prefix, markers[1], suffix, markers[2], middle]
