@@ -1,6 +1,7 @@
 """Training in several layouts: the same losses from the same weights, the same bits twice."""
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from moetron.moe.training.progress import Progress
 from moetron.moe.training.report import Row
 from moetron.moe.training.runtime import divide
 from moetron.moe.training.step import NotFiniteError, Trainer
-from moetron.moe.training.stream import StreamFrom, Streams
+from moetron.moe.training.stream import SampleStream, StreamFrom, Streams
 from tests.parallel.harness import RankFailed, run_ranks
 from tests.unit.training.training_cases import CountingStream
 
@@ -63,11 +64,17 @@ def _streams(settings: Settings) -> Streams:
     return Streams(mock, StreamFrom(mock, ENDLESS // 2))
 
 
-def _train(flags: list[str], weights: str, save: bool = False) -> dict[str, Any]:
+def _train(
+    flags: list[str],
+    weights: str,
+    save: bool = False,
+    streams: Callable[[Settings], SampleStream] | None = None,
+) -> dict[str, Any]:
     """Train from ``weights`` (written first, if ``save``); what the main rank reported."""
     settings = _settings(flags)
-    trainer, streams = _trainer(settings), _streams(settings)
-    state = streams.training.state()
+    trainer = _trainer(settings)
+    sources = _streams(settings) if streams is None else Streams(streams(settings), None)
+    state = sources.training.state()
     if save:
         args = (trainer.chunks, trainer.optimizer, settings, state)
         save_checkpoint(Path(weights), Progress(), *args)
@@ -75,7 +82,7 @@ def _train(flags: list[str], weights: str, save: bool = False) -> dict[str, Any]
     fresh = settings.model_copy(update={"checkpoint": finetune})
     load_checkpoint(Path(weights), trainer.chunks, trainer.optimizer, fresh, state)
     rows = _Rows()
-    loop = Loop(trainer, streams, Progress(), [rows], peak_tflops_per_s=None)
+    loop = Loop(trainer, sources, Progress(), [rows], peak_tflops_per_s=None)
     assert not loop.run(lambda: False)
     assert rows.closed
     return {"steps": rows.steps, "validations": rows.validations}
@@ -127,6 +134,49 @@ def test_two_ranks_equal_one(one_rank: tuple[str, dict[str, Any]], layout: list[
     assert double["validations"][0]["validation_loss"] == pytest.approx(
         single["validations"][0]["validation_loss"], rel=1e-6
     )
+
+
+class _PrefixStream(MockStream):
+    """Mock samples of two sources and two objectives, each with a prefix that bears no loss."""
+
+    def __init__(self, settings: Settings) -> None:
+        assert settings.model.vocab_size is not None
+        super().__init__(1, settings.model.vocab_size, settings.model.seq_length)
+        self.source_names, self.objective_names = ["a", "b"], ["x", "y"]
+
+    def __getitem__(self, n: int) -> dict[str, Any]:
+        sample, prefix = super().__getitem__(n), 1 + n % 50
+        sample["loss_mask"][: prefix - 1] = 0
+        return {**sample, "prefix": prefix, "source": n % 2, "objective": n // 2 % 2}
+
+
+def _train_parts(weights: str, flags: list[str]) -> list[Row]:
+    short = ["--train-iters", "3", "--lr-warmup-iters", "0", "--eval-iters", "0"]
+    return _train([*short, *flags], weights, streams=_PrefixStream)["steps"]
+
+
+def test_losses_by_source_and_objective_and_prefixes_equal_in_every_layout(
+    one_rank: tuple[str, dict[str, Any]],
+) -> None:
+    """Of four pipeline stages the two in between read samples for the mask alone."""
+    weights, _ = one_rank
+    prefix = ["--bidirectional-prefix"]
+    causal, single = (run_ranks(_train_parts, 1, weights, flags)[0] for flags in ([], prefix))
+    assert causal[0]["lm_loss"] != pytest.approx(single[0]["lm_loss"], rel=1e-5)
+    pipeline = [*prefix, "--pipeline-model-parallel-size", "4"]
+    for reference, ranks, flags in (
+        (single, 4, pipeline),
+        (causal, 2, ["--context-parallel-size", "2"]),
+    ):
+        for ours, theirs in zip(
+            reference, run_ranks(_train_parts, ranks, weights, flags)[0], strict=True
+        ):
+            for name in ("source_losses", "objective_losses"):
+                assert theirs[name] == pytest.approx(ours[name], rel=2e-6)
+                assert min(ours[name].values()) < ours["lm_loss"] < max(ours[name].values())
+            assert theirs["lm_loss"] == pytest.approx(ours["lm_loss"], rel=2e-6)
+            assert theirs["loss_tokens"] == ours["loss_tokens"] < 16 * 64
+            assert theirs["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-4)
 
 
 def _stop(at_call: int) -> tuple[bool, int]:

@@ -9,7 +9,7 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from moetron.moe.layers.attention import SdpaAttention
+from moetron.moe.layers.attention import SdpaAttention, prefix_mask
 from tests.parallel.harness import model_parallel
 
 
@@ -97,3 +97,21 @@ def test_dropout_keeps_the_mean() -> None:
 def test_refuses_what_it_lacks(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="no sliding window and no sink"):
         SdpaAttention(_config(**changes), 1, AttnMaskType.causal, "self")
+
+
+def test_a_prefix_sees_itself_and_the_rest_what_came_before() -> None:
+    forbidden = prefix_mask(torch.tensor([0, 3]), 4)
+    assert forbidden.shape == (2, 1, 4, 4)
+    allowed = (~forbidden[:, 0]).int().tolist()
+    assert allowed[0] == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+    assert allowed[1] == [[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+
+
+def test_attention_under_a_prefix_mask_equals_softmax_written_out() -> None:
+    query, key, value = (x.detach() for x in _qkv())
+    forbidden = prefix_mask(torch.tensor([1, 5]), 9)
+    out = SdpaAttention(_config(), 1, AttnMaskType.causal, "self")(query, key, value, forbidden)
+    scores = torch.einsum("qbhw,kbhw->bhqk", query, key) / 8**0.5
+    weights = scores.masked_fill(forbidden, -torch.inf).softmax(-1)
+    expected = torch.einsum("bhqk,kbhw->qbhw", weights, value).flatten(2)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
