@@ -24,7 +24,7 @@ DECODER: tuple[Key, ...] = (
     Not("model.untie_embeddings_and_output_weights", "tie_word_embeddings", False),
 )
 """Keys of every family here."""
-HEADS: tuple[Key, ...] = (Same("model.num_query_groups", "num_key_value_heads", None), Rope())
+HEADS: tuple[Key, ...] = (Same("model.num_query_groups", "num_key_value_heads", None), Rope({}))
 """Keys of attention with plain heads."""
 HEAD_DIM = Same("model.kv_channels", "head_dim", None)
 DENSE_WIDTH = Same("model.ffn_hidden_size", "intermediate_size")
@@ -94,6 +94,13 @@ def gated(ours: str, theirs: str) -> list[Rule]:
         Rule(f"{ours}linear_fc1.weight", (gate, up), GateUp()),
         Rule(f"{ours}linear_fc2.weight", (down,)),
     ]
+
+
+def shared_experts(layer: int, module: str, gate: bool = False) -> list[Rule]:
+    """The always-on experts, HuggingFace's ``mlp.module``; ``gate``: of their output, too."""
+    ours, theirs = f"{our_layer(layer)}mlp.shared_experts.", f"{their_layer(layer)}mlp.{module}"
+    gates = [Rule(f"{ours}gate_weight", (f"{theirs}_gate.weight",))] if gate else []
+    return [*gated(ours, theirs + "."), *gates]
 
 
 def experts(

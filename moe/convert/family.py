@@ -121,9 +121,11 @@ class Family:
         if (values["moe.num_experts"] is not None) != self.experts:
             kind = "a mixture of experts" if self.experts else "a dense model"
             return [f"--num-experts {values['moe.num_experts']}: {self.model_type} is {kind}"]
-        theirs = function_of(
-            Settings.model_validate({**PLACEHOLDERS, **self.settings(self.config(values))})
-        )
+        try:
+            tree = self.settings(self.config(values))
+        except UserError as error:
+            return str(error).splitlines()
+        theirs = function_of(Settings.model_validate({**PLACEHOLDERS, **tree}))
         return [
             f"{flag_name(name.split('.')[1])} {_text(value)}: {self.model_type} has "
             f"{_text(theirs.get(name))}"
@@ -148,6 +150,10 @@ def function_of(settings: Settings) -> dict[str, Any]:
     values["moe.moe_layer_freq"] = [int(flag) for flag in sparse]
     values["model.num_query_groups"] = derived.query_groups(model)
     values["model.kv_channels"] = derived.head_dim(model)
+    if settings.attention.multi_latent_attention:
+        del values["model.num_query_groups"], values["model.kv_channels"]
+    if values["moe.moe_router_topk_scaling_factor"] == 1:
+        values["moe.moe_router_topk_scaling_factor"] = None
     if model.vocab_size is not None:
         values["model.vocab_size"] = derived.padded_vocab_size(model.vocab_size, settings)
     if all(sparse):

@@ -2,14 +2,27 @@
 
 from moetron.moe.config.errors import UserError
 from moetron.moe.config.names import nearest
-from moetron.moe.convert.families.dense import LLAMA, QWEN3
+from moetron.moe.convert.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from moetron.moe.convert.families.dense import LLAMA, QWEN2, QWEN3
 from moetron.moe.convert.families.mixtral import MIXTRAL
 from moetron.moe.convert.families.olmoe import OLMOE
+from moetron.moe.convert.families.qwen2_moe import QWEN2_MOE
 from moetron.moe.convert.families.qwen3_moe import QWEN3_MOE
 from moetron.moe.convert.family import Family
 from moetron.moe.convert.keys import Values
 
-FAMILIES = {family.model_type: family for family in (OLMOE, MIXTRAL, QWEN3_MOE, LLAMA, QWEN3)}
+_ALL = (
+    OLMOE,
+    MIXTRAL,
+    QWEN2_MOE,
+    QWEN3_MOE,
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
+    LLAMA,
+    QWEN2,
+    QWEN3,
+)
+FAMILIES = {family.model_type: family for family in _ALL}
 """By HuggingFace's ``model_type``; the first that fits is taken."""
 
 

@@ -1,4 +1,4 @@
-"""Dense decoders: Llama and Qwen3, also as the starts of upcycling."""
+"""Dense decoders: Llama, Qwen2 and Qwen3, also as the starts of upcycling."""
 
 from moetron.moe.convert.blocks import (
     CONSTANTS,
@@ -11,30 +11,55 @@ from moetron.moe.convert.blocks import (
     decoder,
 )
 from moetron.moe.convert.family import Family
-from moetron.moe.convert.keys import Values
+from moetron.moe.convert.keys import Rope, Same, Values
 from moetron.moe.convert.rules import Rule
 
-_KEYS = (*DECODER, *HEADS, HEAD_DIM, DENSE_WIDTH)
+_LLAMA3 = {"attention.rotary_scaling_factor": "factor"}
+_LLAMA3_CONSTANTS = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+"""As in megatron-core's ``RotaryEmbedding``."""
 
 
 def _rules(values: Values) -> list[Rule]:
     return decoder(values, lambda layer: attention(layer, values), lambda layer: [])
 
 
+def _biased_rules(values: Values) -> list[Rule]:
+    return decoder(values, lambda layer: attention(layer, values, bias=True), lambda layer: [])
+
+
 LLAMA = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
     experts=False,
-    keys=_KEYS,
+    keys=(
+        *DECODER,
+        Same("model.num_query_groups", "num_key_value_heads", None),
+        Rope({"llama3": (_LLAMA3_CONSTANTS, _LLAMA3)}),
+        HEAD_DIM,
+        DENSE_WIDTH,
+    ),
     fixed=FIXED,
     constants={**CONSTANTS, "attention_bias": False, "mlp_bias": False},
     rules=_rules,
+)
+QWEN2 = Family(
+    model_type="qwen2",
+    architecture="Qwen2ForCausalLM",
+    experts=False,
+    keys=(*DECODER, *HEADS, DENSE_WIDTH),
+    fixed={**FIXED, "attention.add_qkv_bias": True},
+    constants={**CONSTANTS, "use_sliding_window": False},
+    rules=_biased_rules,
 )
 QWEN3 = Family(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
     experts=False,
-    keys=_KEYS,
+    keys=(*DECODER, *HEADS, HEAD_DIM, DENSE_WIDTH),
     fixed={**FIXED, "model.qk_layernorm": True, "model.qk_layernorm_scope": "head"},
     constants={**CONSTANTS, "attention_bias": False, "use_sliding_window": False},
     rules=_rules,

@@ -37,12 +37,23 @@ def values(tree: dict[str, dict[str, Any]], **changes: dict[str, Any]) -> dict[s
             {"qk_layernorm": True, "kv_channels": 8},
             {"num_experts": 4, "moe_layer_freq": [0, 1]},
         ),
+        (
+            "qwen2_moe",
+            {},
+            {
+                "num_experts": 4,
+                "moe_shared_expert_intermediate_size": 8,
+                "moe_shared_expert_gate": True,
+            },
+        ),
         ("llama", {}, {}),
+        ("qwen2", {}, {}),
         ("qwen3", {"qk_layernorm": True}, {}),
     ],
 )
 def test_the_family_is_found(model_type: str, model: dict[str, Any], moe: dict[str, Any]) -> None:
-    found = values({"model": {**SIZES, **model}, "moe": moe})
+    attention = {"add_qkv_bias": model_type.startswith("qwen2")}
+    found = values({"model": {**SIZES, **model}, "moe": moe, "attention": attention})
     assert family_of(found).model_type == model_type
 
 
@@ -98,6 +109,22 @@ def test_unsupported_configurations_are_refused() -> None:
         FAMILIES["olmoe"].settings({k: v for k, v in config.items() if k != "num_experts"})
     with pytest.raises(UserError, match=r"`olmo` is not supported; did you mean olmoe"):
         family_named("olmo")
+
+
+def test_groups_that_both_sides_rank_differently_are_refused() -> None:
+    """megatron-core sums a group's best k/g scores, transformers always its best two."""
+    deepseek = FAMILIES["deepseek_v3"]
+    config = {
+        **deepseek.config(
+            values({"model": {**SIZES, "norm_epsilon": 1e-6}, "moe": {"num_experts": 16}})
+        ),
+        "n_group": 4,
+        "topk_group": 2,
+        "num_experts_per_tok": 4,
+    }
+    assert deepseek.settings(config)["moe"]["moe_router_group_topk"] == 2
+    with pytest.raises(UserError, match="num_experts_per_tok 6 is not twice topk_group 2"):
+        deepseek.settings({**config, "num_experts_per_tok": 6})
 
 
 def test_configurations_of_transformers_4_are_read() -> None:
