@@ -13,7 +13,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from moetron.moe.config import derived
+from moetron.moe.config import derived, pipeline_split
 from moetron.moe.config.attention import AttentionSettings
 from moetron.moe.config.model import ModelSettings
 from moetron.moe.config.precision import PrecisionSettings
@@ -160,12 +160,14 @@ def _experts(settings: Settings) -> dict[str, Any]:
 
 def _layout(settings: Settings) -> dict[str, Any]:
     parallel = settings.parallel
-    interleaved = parallel.num_layers_per_virtual_pipeline_stage is not None
+    rounds = pipeline_split.virtual_pipeline_size(settings)
+    interleaved = rounds is not None
     return {
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "sequence_parallel": derived.sequence_parallel(parallel),
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
-        "virtual_pipeline_model_parallel_size": derived.virtual_pipeline_size(settings),
+        "virtual_pipeline_model_parallel_size": rounds,
+        "pipeline_model_parallel_layout": pipeline_split.megatron_layout(settings),
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "expert_tensor_parallel_size": derived.expert_tensor_parallel_size(parallel),
         "context_parallel_size": parallel.context_parallel_size,

@@ -3,7 +3,17 @@
 megatron-core enforces many of these rules late, by assert, or not at all.
 """
 
-from moetron.moe.config.rules import attention, data, experts, inputs, layout, model, precision, run
+from moetron.moe.config.rules import (
+    attention,
+    data,
+    experts,
+    inputs,
+    layout,
+    model,
+    pipeline,
+    precision,
+    run,
+)
 from moetron.moe.config.rules.case import Case
 from moetron.moe.config.settings import Settings
 
@@ -15,15 +25,8 @@ def problems(settings: Settings, world_size: int, *, device: str, te: bool) -> l
     file: see ``input_problems``.
     """
     case = Case(settings, world_size, device, te)
-    rules = (
-        *model.RULES,
-        *attention.RULES,
-        *experts.RULES,
-        *layout.RULES,
-        *precision.RULES,
-        *data.RULES,
-        *run.RULES,
-    )
+    subjects = (model, attention, experts, pipeline, layout, precision, data, run)
+    rules = [rule for subject in subjects for rule in subject.RULES]
     return [problem for rule in rules for problem in rule(case)]
 
 

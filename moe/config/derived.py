@@ -79,14 +79,6 @@ def expert_tensor_parallel_size(parallel: ParallelSettings) -> int:
     return parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
 
 
-def virtual_pipeline_size(settings: Settings) -> int | None:
-    """Virtual stages of one pipeline rank; None: not interleaved."""
-    layers = settings.parallel.num_layers_per_virtual_pipeline_stage
-    if layers is None:
-        return None
-    return settings.model.num_layers // settings.parallel.pipeline_model_parallel_size // layers
-
-
 def data_parallel_size(parallel: ParallelSettings, world_size: int) -> int:
     """Ranks that hold different samples (context-parallel ranks hold parts of the same one)."""
     return world_size // (

@@ -15,7 +15,19 @@ class ParallelSettings(Group):
     pipeline_model_parallel_size: PositiveInt = 1
     """Pipeline stages (PP)."""
     num_layers_per_virtual_pipeline_stage: PositiveInt | None = None
-    """Layers a virtual stage holds; set: interleaved pipeline."""
+    """Layers a virtual stage holds; fewer than a stage: interleaved pipeline."""
+    pipeline_model_parallel_layout: str | None = None
+    """What each stage holds, as Megatron writes it: Et*3|(tt|)*6tL (E: embedding, t: a layer,
+    m: --mtp-num-layers, L: output layer and loss, |: next stage). More stages than ranks of the
+    pipeline interleave."""
+    decoder_first_pipeline_num_layers: PositiveInt | None = None
+    """Layers of the first stage; unset: as many as the others."""
+    decoder_last_pipeline_num_layers: PositiveInt | None = None
+    """Layers of the last stage; unset: as many as the others."""
+    account_for_embedding_in_pipeline_split: bool = False
+    """Count the embedding as a layer of the first stage, which then holds one less."""
+    account_for_loss_in_pipeline_split: bool = False
+    """Count output layer and loss as a layer of the last stage, which then holds one less."""
     expert_model_parallel_size: PositiveInt = 1
     """Ranks that share a layer's experts (EP)."""
     expert_tensor_parallel_size: PositiveInt | None = None

@@ -33,12 +33,3 @@ def position(settings: Settings, world_size: int, rank: int) -> Position:
     rest, expert = divmod(rest, parallel.expert_model_parallel_size)
     expert_data = rest % derived.expert_data_parallel_size(parallel, world_size)
     return Position(tensor, context, data, pipeline, expert_tensor, expert, expert_data)
-
-
-def stage_layers(settings: Settings, stage: int) -> list[int]:
-    """Layers of a pipeline stage; an interleaved stage holds one chunk of every round."""
-    stages = settings.parallel.pipeline_model_parallel_size
-    rounds = derived.virtual_pipeline_size(settings) or 1
-    chunk = settings.model.num_layers // (stages * rounds)
-    starts = [(turn * stages + stage) * chunk for turn in range(rounds)]
-    return [layer for start in starts for layer in range(start, start + chunk)]

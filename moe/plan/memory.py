@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from moetron.moe.config import derived
+from moetron.moe.config.pipeline_split import stage_chunks, virtual_pipeline_size
 from moetron.moe.config.settings import Settings
-from moetron.moe.plan.layout import stage_layers
 from moetron.moe.plan.parameters import per_rank
 
 
@@ -36,55 +36,110 @@ def _optimizer_bytes_per_parameter(settings: Settings) -> int:
     return 4 * (moments + int(settings.precision.bf16))
 
 
+def _tokens(settings: Settings) -> int:
+    """Tokens of one micro-batch on one context-parallel rank."""
+    parallel, model = settings.parallel, settings.model
+    return model.seq_length * settings.training.micro_batch_size // parallel.context_parallel_size
+
+
+def _residual(settings: Settings) -> float:
+    """Numbers a token has of the residual stream on one rank."""
+    parallel = settings.parallel
+    ranks = parallel.tensor_model_parallel_size if derived.sequence_parallel(parallel) else 1
+    return settings.model.hidden_size / ranks
+
+
+def _recomputed(settings: Settings) -> set[str]:
+    """Modules that selective recomputation takes."""
+    parallel = settings.parallel
+    if parallel.recompute_granularity != "selective":
+        return set()
+    return set(parallel.recompute_modules or ["core_attn"])
+
+
+def _attention(settings: Settings) -> float:
+    """Numbers a token keeps of attention: queries, keys and values before and after rotation,
+    attention's output; the score matrix only where attention materialises it; every token's keys
+    and values where context-parallel ranks gather them (all but Transformer Engine's attention).
+    """
+    model, parallel = settings.model, settings.parallel
+    head, value_head = derived.attention_widths(settings)
+    keys = derived.query_groups(model) * (head + value_head)
+    kept, inside = model.num_attention_heads * (2 * head + value_head) + 2 * keys, 0
+    gathers = model.transformer_impl != "transformer_engine" and parallel.device != "cuda"
+    if gathers and parallel.context_parallel_size > 1:
+        inside = keys * parallel.context_parallel_size
+    if model.attention_backend == "unfused":
+        inside += 2 * model.num_attention_heads * model.seq_length
+    if "core_attn" in _recomputed(settings):
+        inside = 0
+    return (kept + inside) / parallel.tensor_model_parallel_size
+
+
+def _expert_visits(settings: Settings) -> float:
+    """Experts that serve a token on average, balanced routing assumed; empty slots included."""
+    moe = settings.moe
+    if moe.moe_expert_capacity_factor is None:
+        return moe.moe_router_topk
+    share = moe.moe_router_topk if moe.moe_capacity_includes_topk else 1
+    slots = moe.moe_expert_capacity_factor * share
+    return slots if moe.moe_pad_expert_input_to_capacity else min(slots, moe.moe_router_topk)
+
+
+def _ffn(settings: Settings, has_experts: bool) -> float:
+    """Numbers a token keeps of a layer's FFN: for each that it visits the inner widths, and of
+    routed experts its copies before and after (2 H each).
+    """
+    model, moe, parallel = settings.model, settings.moe, settings.parallel
+    tensor, recomputed = parallel.tensor_model_parallel_size, _recomputed(settings)
+    inner = 3 if model.swiglu else 2
+    if not has_experts:
+        return 0 if "mlp" in recomputed else inner * derived.dense_ffn_size(model) / tensor
+    if "moe" in recomputed:
+        return 0
+    # Tokens are sharded over TP ranks and gathered over ETP ranks, which also share F.
+    gathered = derived.expert_tensor_parallel_size(parallel) / tensor
+    widths = (inner - ("moe_act" in recomputed)) * derived.expert_ffn_size(settings)
+    routed = _expert_visits(settings) * (2 * model.hidden_size * gathered + widths / tensor)
+    shared = 0 if "shared_experts" in recomputed else moe.moe_shared_expert_intermediate_size or 0
+    return routed + inner * shared / tensor
+
+
 def _layer_activations(settings: Settings, has_experts: bool) -> int:
     """Numbers that a layer keeps for the backward pass, of one micro-batch on one rank.
 
-    Kept: the inputs and outputs of both norms (4 H a token), queries, keys and values before and
-    after rotation, attention's output, and for each FFN that a token visits its two inner widths;
-    experts also keep the token's copies before and after (2 H each), and balanced routing is
-    assumed. The score matrix counts only where attention materialises it.
+    Beside attention and FFN: the inputs and outputs of both norms (4 H a token).
     """
-    model, moe, parallel = settings.model, settings.moe, settings.parallel
-    width, tensor = model.hidden_size, parallel.tensor_model_parallel_size
-    tokens = model.seq_length * settings.training.micro_batch_size // parallel.context_parallel_size
-    head, value_head = derived.attention_widths(settings)
-    queries = model.num_attention_heads * (2 * head + value_head)
-    keys = 2 * derived.query_groups(model) * (head + value_head)
-    shard = tensor if derived.sequence_parallel(parallel) else 1
-    per_token = 4 * width / shard + (queries + keys) / tensor
-    if model.attention_backend == "unfused":
-        per_token += 2 * model.num_attention_heads * model.seq_length / tensor
-    inner = 3 if model.swiglu else 2
-    if not has_experts:
-        return int(tokens * (per_token + inner * derived.dense_ffn_size(model) / tensor))
-    visits = moe.moe_router_topk * min(moe.moe_expert_capacity_factor or 1.0, 1.0)
-    if moe.moe_pad_expert_input_to_capacity:
-        visits = moe.moe_router_topk * (moe.moe_expert_capacity_factor or 1.0)
-    # Tokens are sharded over TP ranks and gathered over ETP ranks, which also share F.
-    gathered = derived.expert_tensor_parallel_size(parallel) / tensor
-    expert_ffn = derived.expert_ffn_size(settings)
-    per_token += visits * (2 * width * gathered + inner * expert_ffn / tensor)
-    per_token += inner * (moe.moe_shared_expert_intermediate_size or 0) / tensor
-    return int(tokens * per_token)
+    norms = 2 if "layernorm" in _recomputed(settings) else 4
+    per_token = norms * _residual(settings) + _attention(settings) + _ffn(settings, has_experts)
+    return int(_tokens(settings) * per_token)
+
+
+def _chunk_activations(settings: Settings, chunk: range) -> tuple[int, int]:
+    """(kept for each micro-batch in flight, made once more at a time) by one chunk's layers."""
+    parallel, pattern = settings.parallel, derived.routed_layers(settings)
+    layers = [_layer_activations(settings, pattern[layer]) for layer in chunk]
+    if parallel.recompute_granularity != "full" or not layers:
+        return sum(layers), 0
+    unit, one_input = parallel.recompute_num_layers or 1, _tokens(settings) * _residual(settings)
+    if parallel.recompute_method == "block":
+        return int(one_input * len(layers[:unit])) + sum(layers[unit:]), max(layers[:unit])
+    units = [layers[start : start + unit] for start in range(0, len(layers), unit)]
+    return int(one_input * len(units)), max(map(sum, units))
 
 
 def _activation_bytes(settings: Settings, stage: int, microbatches: int) -> int:
     """Activations of all micro-batches in flight on a stage of a 1F1B pipeline."""
-    parallel, pattern = settings.parallel, derived.moe_layers(settings)
-    layers = [_layer_activations(settings, pattern[i]) for i in stage_layers(settings, stage)]
-    if stage == parallel.pipeline_model_parallel_size - 1:
-        layers += [_layer_activations(settings, pattern[-1])] * (settings.model.mtp_num_layers or 0)
-    numbers = sum(layers)
-    if parallel.recompute_granularity == "full":
-        tokens = settings.model.seq_length * settings.training.micro_batch_size
-        kept = tokens * settings.model.hidden_size // parallel.context_parallel_size
-        numbers = kept * len(layers) + max(layers)
-    stages = parallel.pipeline_model_parallel_size
+    stages, held = settings.parallel.pipeline_model_parallel_size, stage_chunks(settings, stage)
+    if stage == stages - 1:
+        held[-1] = range(held[-1].start, held[-1].stop + (settings.model.mtp_num_layers or 0))
+    chunks = [_chunk_activations(settings, chunk) for chunk in held]
     in_flight = float(min(stages - stage, microbatches))
-    rounds = derived.virtual_pipeline_size(settings)
+    rounds = virtual_pipeline_size(settings)
     if rounds is not None:  # Megatron-LM (arXiv 2104.04473), section 2.2: one more part in flight
         in_flight *= 1 + (stages - 1) / (stages * rounds)
-    return int(numbers * in_flight * _number_bytes(settings))
+    kept, again = sum(kept for kept, _ in chunks), max(again for _, again in chunks)
+    return int(kept * in_flight + again) * _number_bytes(settings)
 
 
 def memory_per_rank(settings: Settings, vocab_size: int, world_size: int, stage: int) -> Memory:

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Literal, get_args
 
 from moetron.moe.config import derived
+from moetron.moe.config.pipeline_split import stage_chunks
 from moetron.moe.config.settings import Settings
-from moetron.moe.plan.layout import stage_layers
 
 Part = Literal[
     "embedding",
@@ -212,7 +213,7 @@ def per_rank(settings: Settings, vocab_size: int, stage: int) -> RankParameters:
     last = stage == parallel.pipeline_model_parallel_size - 1
     tensors = list(_ends(settings, vocab_size, first=stage == 0, last=last))
     pattern = derived.moe_layers(settings)
-    for index in stage_layers(settings, stage):
+    for index in chain(*stage_chunks(settings, stage)):
         tensors += layer(settings, pattern[index])
     if last:
         tensors += _ahead(settings)

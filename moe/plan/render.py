@@ -1,9 +1,12 @@
 """The plan of a run as text: what ``--dry-run`` prints."""
 
+from itertools import chain
+
 from moetron.moe.config import derived
+from moetron.moe.config.pipeline_split import stage_chunks
 from moetron.moe.config.settings import Settings
 from moetron.moe.plan.flops import flops_per_token
-from moetron.moe.plan.layout import position, stage_layers
+from moetron.moe.plan.layout import position
 from moetron.moe.plan.memory import memory_per_rank
 from moetron.moe.plan.parameters import count_parameters
 
@@ -64,11 +67,13 @@ def _layout(settings: Settings, world_size: int, rank: int) -> list[tuple[str, s
                 derived.expert_data_parallel_size(parallel, world_size),
             ),
         ]
-    layers = stage_layers(settings, place.pipeline)
+    stages = range(parallel.pipeline_model_parallel_size)
+    layers = [list(chain(*stage_chunks(settings, stage))) for stage in stages]
     return [
         ("ranks", f"{world_size:,}"),
         *((name, f"{size:,} (rank {rank} is {at})") for name, at, size in sizes),
-        ("layers", ", ".join(map(str, layers))),
+        ("layers", ", ".join(map(str, layers[place.pipeline])) or "none"),
+        ("stage layers", ", ".join(str(len(held)) for held in layers)),
     ]
 
 

@@ -29,8 +29,9 @@ from torch.distributed.checkpoint import CheckpointException
 
 from moetron import __version__
 from moetron.moe.config import recipe
-from moetron.moe.config.derived import expert_tensor_parallel_size, virtual_pipeline_size
+from moetron.moe.config.derived import expert_tensor_parallel_size
 from moetron.moe.config.errors import UserError
+from moetron.moe.config.pipeline_split import virtual_pipeline_size
 from moetron.moe.config.settings import Settings
 from moetron.moe.training import checkpoint_folder, optimizer_state
 from moetron.moe.training.checkpoint_folder import Checkpoint, Record

@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 
+from moetron.moe.config.pipeline_split import virtual_pipeline_size
 from moetron.moe.training.batches import Batch, micro_batch_numbers, micro_batches
 from moetron.moe.training.model import needs_samples, set_training, settled
 from moetron.moe.training.step import Trainer, run_schedule
@@ -22,7 +23,7 @@ def evaluate(trainer: Trainer, stream: SampleStream) -> Losses:
     micro_batch_size = settings.training.micro_batch_size
     count = min(settings.validation.eval_iters * settings.training.global_batch_size, len(stream))
     stride = micro_batch_size * runtime.dp_size
-    if settings.parallel.num_layers_per_virtual_pipeline_stage is not None:
+    if virtual_pipeline_size(settings) is not None:
         stride *= runtime.groups.pp.size()  # interleaving takes micro-batches by that many
     padded = -(-count // stride) * stride
     numbers = list(

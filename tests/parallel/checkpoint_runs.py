@@ -9,7 +9,7 @@ import torch.distributed.checkpoint as dcp
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from moetron.data.mock import MockStream
-from moetron.moe.config.derived import virtual_pipeline_size
+from moetron.moe.config.pipeline_split import virtual_pipeline_size
 from moetron.moe.config.settings import Settings
 from moetron.moe.training.build import build_loop, build_trainer
 from moetron.moe.training.loop import Loop

@@ -15,6 +15,7 @@ def alone() -> dict[str, Any]:
 
 TP, EP, PP = (f"{kind}_model_parallel_size" for kind in ("tensor", "expert", "pipeline"))
 CP = "context_parallel_size"
+LAYOUT = "pipeline_model_parallel_layout"
 ETP, VPP = "expert_tensor_parallel_size", "num_layers_per_virtual_pipeline_stage"
 
 
@@ -32,6 +33,10 @@ ETP, VPP = "expert_tensor_parallel_size", "num_layers_per_virtual_pipeline_stage
         pytest.param(2, {CP: 2}, {}, id="CP2"),
         pytest.param(2, {CP: 2, EP: 2}, {}, id="CP2 EP2"),
         pytest.param(2, {PP: 2, VPP: 1}, {}, id="PP2 VPP2"),
+        pytest.param(2, {PP: 2, LAYOUT: "Ett|t|t|L"}, {}, id="PP2 uneven VPP2"),
+        pytest.param(
+            4, {PP: 4, LAYOUT: "E|ttt|t|L"}, {}, id="PP4 ends alone", marks=pytest.mark.slow
+        ),
         pytest.param(4, {TP: 2, EP: 2, ETP: 2}, {}, id="TP2 EP2 ETP2", marks=pytest.mark.slow),
         pytest.param(4, {TP: 2, CP: 2, EP: 2, ETP: 1}, {}, id="TP2 CP2", marks=pytest.mark.slow),
         pytest.param(4, {CP: 4}, {}, id="CP4", marks=pytest.mark.slow),

@@ -113,9 +113,10 @@ def test_a_repeated_run_is_bit_identical(one_rank: tuple[str, dict[str, Any]]) -
     [
         ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"],
         ["--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1"],
+        ["--pipeline-model-parallel-size", "2", "--pipeline-model-parallel-layout", "E|tt|t|tL"],
         ["--no-calculate-per-token-loss"],
     ],
-    ids=["dp2-zero1-overlapped", "pp2-interleaved", "dp2-means"],
+    ids=["dp2-zero1-overlapped", "pp2-interleaved", "pp2-uneven", "dp2-means"],
 )
 def test_two_ranks_equal_one(one_rank: tuple[str, dict[str, Any]], layout: list[str]) -> None:
     """Every step's loss to 1e-6, from the same weights, fp32; its other figures to 1e-4.

@@ -46,10 +46,11 @@ def _flag_text(name: str, value: Any) -> str:
     return " ".join([flag_name(name), *map(str, items)])
 
 
-def nearest_multiples(number: int, unit: int) -> str:
-    """The multiples of ``unit`` on both sides of ``number``: ``8 or 12``."""
+def nearest_multiples(number: int, unit: int, plus: int = 0) -> str:
+    """The multiples of ``unit`` on both sides of ``number``, each ``plus`` more: ``8 or 12``."""
     below = number // unit * unit
-    return f"{below} or {below + unit}" if below else str(unit)
+    above = str(below + unit + plus)
+    return f"{below + plus} or {above}" if below else above
 
 
 def nearest_divisors(number: int, near: int) -> str:

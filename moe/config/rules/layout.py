@@ -8,6 +8,7 @@ from moetron.moe.config.derived import (
     query_groups,
     sequence_parallel,
 )
+from moetron.moe.config.pipeline_split import virtual_pipeline_size
 from moetron.moe.config.rules.case import Case, nearest_divisors, nearest_multiples, not_multiple
 
 
@@ -53,28 +54,6 @@ def sequence(case: Case) -> Iterator[str]:
             f"{case.said('seq_length')} must be a multiple of "
             f"{case.said('tensor_model_parallel_size')} (x --context-parallel-size) with sequence "
             f"parallelism: use --seq-length {nearest_multiples(length, tensor_size * context)}"
-        )
-
-
-def pipeline(case: Case) -> Iterator[str]:
-    """Pipeline stages and their interleaving."""
-    parallel, layers = case.settings.parallel, case.settings.model.num_layers
-    stages, chunk = (
-        parallel.pipeline_model_parallel_size,
-        parallel.num_layers_per_virtual_pipeline_stage,
-    )
-    yield from not_multiple(case, "num_layers", layers, "pipeline_model_parallel_size", stages)
-    if chunk is None:
-        return
-    if stages == 1:
-        yield (
-            f"{case.said('num_layers_per_virtual_pipeline_stage')} needs "
-            "--pipeline-model-parallel-size above 1: leave it out"
-        )
-    elif layers % stages == 0 and (layers // stages) % chunk:
-        yield (
-            f"{case.said('num_layers_per_virtual_pipeline_stage')} does not divide the "
-            f"{layers // stages} layers of a stage: use {nearest_divisors(layers // stages, chunk)}"
         )
 
 
@@ -130,7 +109,7 @@ def batch(case: Case) -> Iterator[str]:
         )
     if training.rampup_batch_size is not None:
         yield from _ramp(case, training.rampup_batch_size, unit, unit_text)
-    elif parallel.num_layers_per_virtual_pipeline_stage and training.global_batch_size % unit == 0:
+    elif virtual_pipeline_size(case.settings) and training.global_batch_size % unit == 0:
         yield from _interleaved(case, num_microbatches(case.settings, case.world_size))
 
 
@@ -150,10 +129,10 @@ def _ramp(case: Case, ramp: tuple[int, int, int], unit: int, unit_text: str) -> 
                 f"{said}: the {name} is not a multiple of {unit_text}: use "
                 f"{nearest_multiples(value, unit)}"
             )
-    if case.settings.parallel.num_layers_per_virtual_pipeline_stage:
+    if virtual_pipeline_size(case.settings):
         yield (
-            f"{said} cannot go with --num-layers-per-virtual-pipeline-stage: the interleaved "
-            "pipeline needs one number of micro-batches; drop one"
+            f"{said} cannot go with virtual pipeline stages: an interleaved pipeline needs one "
+            "number of micro-batches; drop one"
         )
 
 
@@ -179,4 +158,4 @@ def optimizer(case: Case) -> Iterator[str]:
         yield "--overlap-param-gather needs --overlap-grad-reduce"
 
 
-RULES = (tensor, sequence, pipeline, world, batch, optimizer)
+RULES = (tensor, sequence, world, batch, optimizer)

@@ -89,12 +89,6 @@ def recompute(case: Case) -> Iterator[str]:
             if getattr(parallel, name) is not None:
                 yield f"{case.said(name)} is for --recompute-granularity full: leave it out"
         yield from _modules(case, modules or [])
-    layers = case.settings.model.num_layers // parallel.pipeline_model_parallel_size
-    if (parallel.recompute_num_layers or 0) > max(layers, 1):
-        yield (
-            f"{case.said('recompute_num_layers')} exceeds the {layers} layers of a pipeline stage: "
-            f"use at most {layers}"
-        )
 
 
 def _modules(case: Case, modules: list[str]) -> Iterator[str]:

@@ -45,14 +45,11 @@ def test_layout() -> None:
         pipeline_model_parallel_size=2,
         expert_model_parallel_size=4,
         expert_tensor_parallel_size=1,
-        num_layers_per_virtual_pipeline_stage=1,
     )
     assert derived.sequence_parallel(settings.parallel)
     assert derived.data_parallel_size(settings.parallel, 16) == 4
     assert derived.expert_data_parallel_size(settings.parallel, 16) == 2
     assert derived.num_microbatches(settings, 16) == 2
-    assert derived.virtual_pipeline_size(settings) == 2
-    assert derived.virtual_pipeline_size(make()) is None
     assert not derived.sequence_parallel(make().parallel)
     unset = make(tensor_model_parallel_size=2).parallel
     assert derived.expert_tensor_parallel_size(unset) == 2

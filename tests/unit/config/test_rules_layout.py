@@ -103,7 +103,7 @@ TP2 = {"world_size": 2, "tensor_model_parallel_size": 2}
         ),
         (
             {**PP2, "num_layers_per_virtual_pipeline_stage": 1, "rampup_batch_size": (4, 4, 100)},
-            "cannot go with --num-layers-per-virtual-pipeline-stage",
+            "cannot go with virtual pipeline stages",
         ),
         (
             {"use_distributed_optimizer": True, "optimizer": "sgd"},

@@ -1,6 +1,7 @@
 """FLOPs, memory, places of ranks and the page that shows them."""
 
 import math
+from typing import Any
 
 import pytest
 from test_plan_parameters import OLMOE, settings
@@ -9,7 +10,7 @@ from moetron.moe.config import recipe
 from moetron.moe.config.settings import Settings
 from moetron.moe.plan.flops import flops_per_token
 from moetron.moe.plan.hardware import peak_tflops_per_s
-from moetron.moe.plan.layout import position, stage_layers
+from moetron.moe.plan.layout import position
 from moetron.moe.plan.memory import memory_per_rank
 from moetron.moe.plan.parameters import count_parameters, per_rank
 from moetron.moe.plan.render import render
@@ -102,13 +103,71 @@ def test_places_of_ranks_are_megatrons() -> None:
             assert places == list(range(len(ranks))), (name, ranks)
 
 
-def test_stages() -> None:
-    plain = settings({"num_layers": 8}, {}, pipeline_model_parallel_size=2)
-    assert stage_layers(plain, 1) == [4, 5, 6, 7]
-    layout = {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 2}
-    interleaved = settings({"num_layers": 8}, {}, **layout)
-    assert stage_layers(interleaved, 0) == [0, 1, 4, 5]
-    assert stage_layers(interleaved, 1) == [2, 3, 6, 7]
+def _activations(model: dict[str, Any], moe: dict[str, Any], **parallel: Any) -> int:
+    return memory_per_rank(settings(model, moe, **parallel), 16, 2, 0).activations // 4
+
+
+def test_recomputed_modules_are_not_kept() -> None:
+    """In numbers a token and layer, of which there are 2 x 16; H = 8, an expert's F = 4."""
+    model, moe = {}, {"num_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 4}
+    plain = _activations(model, moe)
+
+    def saved(*modules: str, **changes: Any) -> float:
+        chosen = {"recompute_granularity": "selective", "recompute_modules": list(modules)}
+        whole = _activations({**model, **changes}, moe) if changes else plain
+        return (whole - _activations({**model, **changes}, moe, **chosen)) / (2 * 16)
+
+    assert saved("layernorm") == 2 * 8
+    assert saved("moe_act") == 2 * 4
+    assert saved("moe") == 2 * (2 * 8 + 3 * 4)
+    assert saved("mlp") == saved("core_attn") == 0
+    assert saved("core_attn", attention_backend="unfused") == 2 * 4 * 16  # heads, keys
+
+
+def test_full_recomputation_in_units_and_blocks() -> None:
+    model = {"num_layers": 4}
+    whole, one_input = _activations(model, {}), 16 * 8
+    layer = whole // 4
+
+    def full(method: str, layers: int) -> int:
+        chosen = {"recompute_method": method, "recompute_num_layers": layers}
+        return _activations(model, {}, recompute_granularity="full", **chosen)
+
+    assert full("uniform", 1) == 4 * one_input + layer
+    assert full("uniform", 3) == 2 * one_input + 3 * layer
+    assert full("block", 3) == 3 * one_input + layer + layer
+
+
+def test_capacity_without_k_serves_fewer_choices() -> None:
+    moe = {"num_experts": 4, "moe_router_topk": 2, "moe_expert_capacity_factor": 1.0}
+    dropless = _activations({}, {"num_experts": 4, "moe_router_topk": 2})
+    assert _activations({}, moe) == dropless
+    once = _activations({}, {**moe, "moe_capacity_includes_topk": False})
+    visit = 2 * 8 + 3 * 32
+    assert dropless - once == 2 * 16 * visit
+    padded = {"moe_capacity_includes_topk": False, "moe_pad_expert_input_to_capacity": True}
+    assert _activations({}, {**moe, **padded, "moe_expert_capacity_factor": 3.0}) == (
+        dropless + 2 * 16 * visit
+    )
+
+
+def test_context_ranks_gather_keys_and_values() -> None:
+    gathered = _activations({}, {}, context_parallel_size=2)
+    own = _activations({}, {}, context_parallel_size=2, device="cuda")
+    assert gathered - own == 2 * 16 * 2 * 8
+    assert own == _activations({}, {}) // 2
+
+
+def test_uneven_stages_hold_what_they_are_given() -> None:
+    model = {"num_layers": 4}
+    chosen = settings(
+        model, {}, pipeline_model_parallel_size=2, decoder_first_pipeline_num_layers=3
+    )
+    even = settings(model, {}, pipeline_model_parallel_size=2)
+    first, last = (memory_per_rank(chosen, 16, 2, stage).activations for stage in (0, 1))
+    alike = memory_per_rank(even, 16, 2, 1).activations
+    assert (first, last) == (2 * 3 * alike // 2, alike // 2)  # two micro-batches in flight
+    assert "stage layers  3, 1" in render(chosen, 16, 2, 0)
 
 
 @pytest.mark.parametrize(
