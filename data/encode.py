@@ -9,16 +9,17 @@ from itertools import groupby
 
 import numpy as np
 
-from moetron.data.filters import Filters, has_frequent_words
+from moetron.data.chunks import Chunk, Cursor, Reject
+from moetron.data.filters import Filters
 from moetron.data.indexed_format import token_dtype
-from moetron.data.inputs import Chunk, Cursor, Reject
+from moetron.data.inputs import CHUNK_BYTES
 from moetron.data.long_text import PIECE_CHARACTERS, pieces
 from moetron.tokenizers.fast_bpe import FastBPE, first_difference, open_fast
 from moetron.tokenizers.interface import Tokenizer
 from moetron.tokenizers.load import load_tokenizer
 
 COMPARED_CHARACTERS = 1000
-"""Text of each chunk that the reference encodes too, to prove the fast engine."""
+"""Of one document in each ``CHUNK_BYTES`` of text, which the reference encodes too."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Documents:
     """uint16 or int32 [sum(lengths)]."""
     lengths: np.ndarray
     """int64 [documents]."""
-    text_bytes: int
+    text_bytes: np.ndarray
+    """int64 [documents], of the text in UTF-8."""
 
 
 @dataclass(frozen=True)
@@ -71,23 +73,25 @@ class Encoded:
         return kept + len(self.rejects) + sum(self.left_out.values())
 
 
-def encode_chunk(encoding: Encoding, chunk: Chunk) -> Encoded:
-    """Parse a chunk, decide each document's side, and encode both sides in batches."""
-    tokenizer = _tokenizer(encoding.tokenizer, encoding.fast)
+def encode_chunk(encoding: Encoding, chunk: Chunk, tokenizer: Tokenizer | None = None) -> Encoded:
+    """Parse a chunk, decide each document's side, and encode both sides in batches.
+
+    ``tokenizer``: the one that ``encoding`` names, if it is at hand.
+    """
+    tokenizer = tokenizer or _tokenizer(encoding.tokenizer, encoding.fast)
     sides: tuple[list[str], list[str]] = [], []
     rejects: list[Reject] = []
     left_out: Counter[str] = Counter(empty=0)
-    for text in chunk.texts(encoding.text_key):
-        if isinstance(text, Reject):
-            rejects.append(text)
-        elif not text:
-            left_out["empty"] += 1
-        elif encoding.filters.frequent_words and has_frequent_words(text):
-            left_out["frequent words"] += 1
+    for document in chunk.documents(encoding.text_key):
+        if isinstance(document, Reject):
+            rejects.append(document)
+        elif (rule := encoding.filters.by_text(*document)) is not None:
+            left_out[rule] += 1
         else:
+            text = document[0]
             sides[is_held_out(text, encoding.holdout_fraction)].append(text)
     if isinstance(tokenizer, FastBPE):
-        _compare_engines(tokenizer, sides[0] or sides[1])
+        _compare_engines(tokenizer, sides[0] or sides[1], chunk.size_bytes // CHUNK_BYTES + 1)
     training, held_out = (_encode(tokenizer, texts, encoding, left_out) for texts in sides)
     return Encoded((training, held_out), rejects, left_out, chunk.read_bytes, chunk.end)
 
@@ -119,10 +123,11 @@ def _encode(
         stays &= ~caught
     if not stays.all():
         tokens, lengths = tokens[np.repeat(stays, lengths)], lengths[stays]
+        text_bytes = text_bytes[stays]
     if encoding.append_eod:
         tokens = np.insert(tokens, np.cumsum(lengths), tokenizer.eod)
         lengths += 1
-    return Documents(tokens, lengths, int(text_bytes[stays].sum()))
+    return Documents(tokens, lengths, text_bytes)
 
 
 def _utf8_bytes(text: str) -> int:
@@ -149,12 +154,13 @@ def _encode_part(
     return tokens, np.array([tokens.size])
 
 
-def _compare_engines(fast: FastBPE, texts: Sequence[str]) -> None:
-    """Encode the beginning of one text of the chunk, ever another, by the reference too."""
-    if texts:
-        text = texts[len(texts[0]) % len(texts)][:COMPARED_CHARACTERS]
-        if first_difference(fast, [text]) is not None:
-            raise EnginesDiffer(f"{fast.name}: the fast engine encodes {text[:80]!r}... otherwise")
+def _compare_engines(fast: FastBPE, texts: Sequence[str], samples: int) -> None:
+    """Encode the beginnings of some texts of the chunk, ever others, by the reference too."""
+    step = -(-len(texts) // samples) or 1
+    first = len(texts[0]) % min(step, len(texts)) if texts else 0
+    beginnings = [text[:COMPARED_CHARACTERS] for text in texts[first::step]]
+    if (text := first_difference(fast, beginnings)) is not None:
+        raise EnginesDiffer(f"{fast.name}: the fast engine encodes {text[:80]!r}... otherwise")
 
 
 @lru_cache(maxsize=2)

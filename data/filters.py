@@ -1,8 +1,9 @@
-"""Which documents are left out: pure functions of a document's text and tokens."""
+"""Which documents are left out: pure functions of a document's row, text and tokens."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,12 @@ class Filters:
     """Documents in which an n-gram follows itself to make as many in a row (OLMoE: 32)."""
     frequent_words: bool = False
     """Documents of which one word makes more than 30 %, or two more than 50 % (OLMoE, code)."""
+    min_stars: int = 0
+    """Documents of repositories with fewer stars (OLMoE, code: 2); none stated count as 0."""
+    stars_key: str = "max_stars_count"
+    """Where a row, or its ``metadata``, states the stars (StarCoder's name)."""
+    deduplicate: bool = False
+    """Documents with the token ids of an earlier one (``moetron.data.duplicates``)."""
     min_tokens: int = 0
     """Documents shorter than this."""
     max_tokens: int | None = None
@@ -32,6 +39,21 @@ class Filters:
         if self.max_tokens is not None and self.max_tokens < max(self.min_tokens, 1):
             found.append(f"--max-tokens {self.max_tokens}: must be at least 1 and --min-tokens")
         return found
+
+    @property
+    def row_keys(self) -> tuple[str, ...]:
+        """Keys of a row that the rules look at, besides its text."""
+        return (self.stars_key, "metadata") if self.min_stars > 0 else ()
+
+    def by_text(self, text: str, row: Mapping[str, Any]) -> str | None:
+        """The name of a rule that leaves a document out for its text or row, if one does."""
+        if not text:
+            return "empty"
+        if self.min_stars > 0 and stars(row, self.stars_key) < self.min_stars:
+            return "few stars"
+        if self.frequent_words and has_frequent_words(text):
+            return "frequent words"
+        return None
 
     def by_tokens(
         self, tokens: np.ndarray, lengths: np.ndarray
@@ -62,6 +84,13 @@ def repetitive(
         starts, ends = edges[::2], edges[1::2]
         found[document[starts[ends - starts >= period * (repetitions - 1)]]] = True
     return found
+
+
+def stars(row: Mapping[str, Any], key: str) -> float:
+    """The number under ``key`` of a row or of its ``metadata``; 0 where there is none."""
+    metadata = row.get("metadata")
+    value = row.get(key, metadata.get(key) if isinstance(metadata, Mapping) else None)
+    return value if isinstance(value, int | float) else 0
 
 
 def has_frequent_words(text: str) -> bool:

@@ -1,4 +1,4 @@
-"""Raw text from files: rows of JSON, or a document a file; plain or compressed."""
+"""Raw text from files: rows of JSON or of a table, or a document a file; plain or compressed."""
 
 import glob
 import gzip
@@ -7,95 +7,22 @@ import io
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
-import orjson
-
+from moetron.data.chunks import Chunk, Cursor, FileChunk, RowChunk
 from moetron.data.errors import DataError
+from moetron.data.tables import TABLE_SUFFIXES, table_chunks
 
 CHUNK_BYTES = 1 << 20
 """Text that one task holds; a longer row or file makes a longer task."""
 ROW_SUFFIXES = {".jsonl", ".json", ".ndjson"}
 COMPRESSED_SUFFIXES = {".gz", ".zst"}
-FOREIGN_SUFFIXES = {".parquet", ".arrow", ".bin", ".idx", ".npy", ".npz", ".zip", ".tar", ".xz"}
-
-
-@dataclass(frozen=True)
-class Reject:
-    """A row or file that holds no usable text."""
-
-    file: str
-    line: int | None
-    """From 1; None where a file is a document."""
-    reason: str
-
-
-@dataclass(frozen=True)
-class Cursor:
-    """A place in the inputs from which reading can go on."""
-
-    file: int = 0
-    """Number of the file."""
-    offset_bytes: int = 0
-    """Of its content, decompressed, that was read."""
-    line: int = 1
-    """Number of the line that comes next."""
-
-
-@dataclass(frozen=True)
-class RowChunk:
-    """Whole lines of one file, each a JSON object."""
-
-    file: str
-    first_line: int
-    """Number of the first line, from 1."""
-    data: bytes
-    read_bytes: int
-    """Bytes of the input file that went into this chunk (fewer than ``data`` if compressed)."""
-    end: Cursor
-    """Where the next chunk begins."""
-
-    @property
-    def size_bytes(self) -> int:
-        """Memory that the chunk takes."""
-        return len(self.data)
-
-    def texts(self, text_key: str) -> Iterator[str | Reject]:
-        """The text of each row; blank lines are passed over."""
-        for number, line in enumerate(self.data.split(b"\n"), self.first_line):
-            if line and not line.isspace():
-                try:
-                    yield _row_text(line, text_key)
-                except _BadRow as error:
-                    yield Reject(self.file, number, str(error))
-
-
-@dataclass(frozen=True)
-class FileChunk:
-    """Whole files, each a document."""
-
-    files: tuple[tuple[str, bytes], ...]
-    """(name, content)."""
-    read_bytes: int
-    end: Cursor
-
-    @property
-    def size_bytes(self) -> int:
-        """Memory that the chunk takes."""
-        return sum(len(data) for _, data in self.files)
-
-    def texts(self, text_key: str) -> Iterator[str | Reject]:
-        """The text of each file."""
-        for name, data in self.files:
-            try:
-                yield data.decode("utf-8-sig")
-            except UnicodeDecodeError as error:
-                yield Reject(name, None, f"not UTF-8 (byte {error.start})")
-
-
-Chunk = RowChunk | FileChunk
+FOREIGN_SUFFIXES = {".bin", ".idx", ".npy", ".npz", ".zip", ".tar", ".xz"}
+DATASET_NOTES = {"dataset_info.json", "dataset_dict.json", "state.json"}
+"""What HuggingFace's ``save_to_disk`` writes beside its Arrow files."""
+PACKAGES = {".zst": ("zstandard", "zstd"), ".parquet": ("pyarrow", "arrow")}
+PACKAGES[".arrow"] = PACKAGES[".parquet"]
 
 
 def find_files(patterns: Sequence[str]) -> list[Path]:
@@ -115,39 +42,51 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
     return sorted(found)
 
 
-def read_chunks(files: Sequence[Path], start: Cursor | None = None) -> Iterator[Chunk]:
-    """Cut files into tasks of about ``CHUNK_BYTES``, in order, from ``start`` on.
+def read_chunks(
+    files: Sequence[Path],
+    start: Cursor | None = None,
+    chunk_bytes: int | None = None,
+    columns: Sequence[str] = (),
+) -> Iterator[Chunk]:
+    """Cut files into tasks of about ``chunk_bytes``, in order, from ``start`` on.
 
-    Each task says where the next begins: reading on from there gives the same tasks.
+    Each task says where the next begins: reading on from there gives the same documents. Of tables
+    only ``columns`` are read; none named: all.
     """
     start = start or Cursor()
+    chunk_bytes = chunk_bytes or CHUNK_BYTES
     waiting: list[tuple[str, bytes]] = []
     waiting_bytes = read_bytes = 0
     for number, file in list(enumerate(files))[start.file :]:
-        if _text_suffix(file) in ROW_SUFFIXES:
+        suffix = _text_suffix(file)
+        if suffix in ROW_SUFFIXES | TABLE_SUFFIXES:
             if waiting:
                 yield FileChunk(tuple(waiting), read_bytes, Cursor(number))
                 waiting, waiting_bytes, read_bytes = [], 0, 0
-            yield from _row_chunks(file, start if number == start.file else Cursor(number))
+            here = start if number == start.file else Cursor(number)
+            if suffix in TABLE_SUFFIXES:
+                yield from table_chunks(file, here, columns, chunk_bytes)
+            else:
+                yield from _row_chunks(file, here, chunk_bytes)
             continue
         with _content(file) as (_, stream):
             waiting.append((str(file), stream.read()))
         waiting_bytes += len(waiting[-1][1])
         read_bytes += file.stat().st_size
-        if waiting_bytes >= CHUNK_BYTES:
+        if waiting_bytes >= chunk_bytes:
             yield FileChunk(tuple(waiting), read_bytes, Cursor(number + 1))
             waiting, waiting_bytes, read_bytes = [], 0, 0
     if waiting:
         yield FileChunk(tuple(waiting), read_bytes, Cursor(len(files)))
 
 
-def _row_chunks(file: Path, start: Cursor) -> Iterator[RowChunk]:
+def _row_chunks(file: Path, start: Cursor, chunk_bytes: int) -> Iterator[RowChunk]:
     """Whole lines of one file."""
     offset, line = start.offset_bytes, start.line
     with _content(file) as (raw, stream):
         _skip(stream, offset)
         before = raw.tell()
-        while data := stream.read(CHUNK_BYTES):
+        while data := stream.read(chunk_bytes):
             data += stream.readline()
             offset += len(data)
             position, lines = raw.tell(), data.count(b"\n")
@@ -165,43 +104,43 @@ def _skip(stream: BinaryIO, size_bytes: int) -> None:
         size_bytes -= len(stream.read(min(size_bytes, CHUNK_BYTES)))
 
 
-class _BadRow(ValueError):
-    """A row without usable text."""
-
-
-def _row_text(line: bytes, text_key: str) -> str:
-    """The text of a row."""
-    try:
-        row: Any = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        raise _BadRow(f"not JSON ({error.msg})") from None
-    if not isinstance(row, dict):
-        raise _BadRow(f"not a JSON object but {type(row).__name__}")
-    if text_key not in row:
-        raise _BadRow(f"no key {text_key!r}")
-    text = row[text_key]
-    if not isinstance(text, str):
-        raise _BadRow(f"{text_key!r} is {type(text).__name__}, not a string")
-    return text
-
-
 def _match(pattern: str) -> list[Path]:
-    """Files that one pattern names; hidden files below a folder are passed over."""
+    """Files that one pattern names."""
     path = Path(pattern).expanduser()
     if path.is_dir():
-        below = (file for file in path.rglob("*") if file.is_file())
-        return [f for f in below if not any(p.startswith(".") for p in f.relative_to(path).parts)]
+        return _below(path)
     names = glob.glob(str(path), recursive=True)  # noqa: PTH207 - Path.glob refuses absolute ones
     return [Path(name) for name in names if Path(name).is_file()]
+
+
+def _below(folder: Path) -> list[Path]:
+    """Files with documents below a folder.
+
+    Hidden files are passed over, and so are a saved dataset's notes (HuggingFace) and the
+    attributes of documents (Dolma: ``attributes`` beside ``documents``).
+    """
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    if any(file.suffix == ".arrow" for file in files):
+        files = [file for file in files if file.name not in DATASET_NOTES]
+    found = []
+    for file in files:
+        parts = file.relative_to(folder).parts
+        inside = parts.index("attributes") if "attributes" in parts[:-1] else None
+        beside = inside is not None and folder.joinpath(*parts[:inside], "documents").is_dir()
+        if not beside and not any(part.startswith(".") for part in parts):
+            found.append(file)
+    return found
 
 
 def _unreadable(file: Path) -> str | None:
     """Why a file cannot be an input, if so."""
     suffix = _text_suffix(file)
-    if suffix in FOREIGN_SUFFIXES:
-        return f"{suffix} files are not read; convert it to JSONL, one document a line"
-    if file.suffix == ".zst" and importlib.util.find_spec("zstandard") is None:
-        return "needs the package zstandard (pip install zstandard)"
+    if suffix in FOREIGN_SUFFIXES or (suffix in TABLE_SUFFIXES and suffix != file.suffix):
+        kind = "".join(file.suffixes[-2:]) if suffix != file.suffix else suffix
+        return f"{kind} files are not read; convert it to JSONL, one document a line"
+    package, extra = PACKAGES.get(file.suffix, (None, None))
+    if package is not None and importlib.util.find_spec(package) is None:
+        return f"needs the package {package} (pip install 'moetron[{extra}]')"
     return None
 
 

@@ -5,16 +5,30 @@ from pathlib import Path
 import orjson
 from pydantic import BaseModel, Field, ValidationError
 
+from moetron.data.chunks import Cursor, Reject
 from moetron.data.files import atomic_file, beside
-from moetron.data.inputs import Cursor, Reject
 
 
-class Side(BaseModel):
+class Part(BaseModel):
     """What one shard holds so far."""
 
     documents: int = 0
     tokens: int = 0
     text_bytes: int = 0
+
+
+class Side(BaseModel):
+    """What one output holds so far."""
+
+    parts: list[Part] = Field(default_factory=lambda: [Part()])
+    """Its shards; all but the last are full."""
+    asked: int = 0
+    """Documents that were looked up among those seen before, if duplicates are left out."""
+
+    @property
+    def documents(self) -> int:
+        """Of all shards."""
+        return sum(part.documents for part in self.parts)
 
 
 class State(BaseModel):

@@ -49,10 +49,12 @@ class Manifest(BaseModel):
     appended_eod: bool
     bin: FileRecord
     idx: FileRecord
+    shards: int = 1
+    """Number of shards that the output was split into; this is one of them."""
     sources: list[dict[str, Any]] = Field(default_factory=list)
     """Input files with their sizes in bytes and modification times."""
     filters: dict[str, int] = Field(default_factory=dict)
-    """Rows that each rule left out."""
+    """Rows that each rule left out, from all shards of the output together."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """What preprocessing was asked to do."""
     key: str = ""

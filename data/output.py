@@ -1,6 +1,7 @@
 """What preprocessing writes: shards, the list of rejects, and the journal between them."""
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -8,11 +9,11 @@ from types import TracebackType
 
 import orjson
 
+from moetron.data.chunks import Reject
 from moetron.data.encode import Encoded
+from moetron.data.family import FamilyWriter, discard_temporary
 from moetron.data.files import beside, open_at, replace, sync
-from moetron.data.inputs import Reject
 from moetron.data.journal import State, journal_path, write_state
-from moetron.data.writer import ShardWriter, temporary_paths
 
 JOURNAL_INTERVAL_S = 5.0
 """Work that a kill may cost."""
@@ -22,14 +23,10 @@ REJECT_REASONS_SHOWN = 3
 class Output:
     """The files of a run, in temporary places; every few seconds the journal vouches for them."""
 
-    def __init__(self, prefixes: Sequence[str], vocab_size: int, state: State) -> None:
+    def __init__(self, writers: Sequence[FamilyWriter], state: State) -> None:
         """Go on where ``state`` says; it is kept up to date from here."""
-        self.state = state
-        self.prefix = prefixes[0]
-        self.writers = [
-            ShardWriter(prefix, vocab_size, side.documents, side.tokens)
-            for prefix, side in zip(prefixes, state.sides, strict=True)
-        ]
+        self.state, self.writers = state, writers
+        self.prefix = writers[0].prefix
         self.rejects_path = beside(self.prefix, ".rejects.jsonl")
         self._rejects_temporary = rejects_temporary(self.prefix)
         kept = state.sizes.get(str(self._rejects_temporary), 0)
@@ -39,14 +36,14 @@ class Output:
     def take(self, encoded: Encoded) -> None:
         """Append what one chunk gave."""
         state = self.state
-        for writer, side, documents in zip(self.writers, state.sides, encoded.sides, strict=False):
-            writer.add(documents.tokens, documents.lengths)
-            side.documents, side.tokens = writer.documents, writer.tokens
-            side.text_bytes += documents.text_bytes
+        left_out = Counter(encoded.left_out)
+        for writer, documents in zip(self.writers, encoded.sides, strict=False):
+            if duplicates := writer.add(documents):
+                left_out["duplicate"] += duplicates
         state.cursor = encoded.end
         state.read_bytes += encoded.read_bytes
         state.rows += encoded.rows
-        for name, count in encoded.left_out.items():
+        for name, count in left_out.items():
             state.left_out[name] = state.left_out.get(name, 0) + count
         self._take_rejects(encoded.rejects)
         if time.monotonic() - self._last_mark_s >= JOURNAL_INTERVAL_S:
@@ -79,7 +76,7 @@ class Output:
         trace: TracebackType | None,
     ) -> None:
         for writer in self.writers:
-            writer.__exit__(kind, error, trace)
+            writer.close()
         self._rejects.close()
 
     def _take_rejects(self, rejects: Sequence[Reject]) -> None:
@@ -98,8 +95,7 @@ def rejects_temporary(prefix: str | Path) -> Path:
 
 def discard(prefixes: Sequence[str]) -> None:
     """Remove what a run leaves behind for its successor; the journal first."""
-    paths = [journal_path(prefixes[0]), rejects_temporary(prefixes[0])]
-    for prefix in prefixes:
-        paths += temporary_paths(prefix)
-    for path in paths:
+    for path in (journal_path(prefixes[0]), rejects_temporary(prefixes[0])):
         path.unlink(missing_ok=True)
+    for prefix in prefixes:
+        discard_temporary(prefix)

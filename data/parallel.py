@@ -1,11 +1,11 @@
-"""Work in many processes, results in order, memory bounded."""
+"""Work in many processes or threads, results in order, memory bounded."""
 
 import multiprocessing
 import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -20,8 +20,9 @@ def ordered_map(
     items: Iterable[Item],
     workers: int,
     weigh: Callable[[Item], float] = lambda item: 1.0,
+    threads: bool = False,
 ) -> Iterator[Result]:
-    """``map`` over ``workers`` processes (1: in this one).
+    """``map`` over ``workers`` processes or ``threads`` (1: in this one).
 
     Tasks that wait weigh at most ``AHEAD * workers`` together, however heavy one of them is. A
     worker that dies raises BrokenProcessPool here instead of leaving us waiting; workers end when
@@ -30,8 +31,7 @@ def ordered_map(
     if workers == 1:
         yield from map(function, items)
         return
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
+    pool = ThreadPoolExecutor(workers) if threads else _processes(workers)
     waiting: deque[tuple[float, Future[Result]]] = deque()
     load = 0.0
     try:
@@ -47,6 +47,12 @@ def ordered_map(
             yield waiting.popleft()[1].result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _processes(workers: int) -> Executor:
+    """Fresh interpreters, because a fork copies locks that threads of ours may hold."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
 
 
 def _end_with_parent() -> None:

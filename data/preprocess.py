@@ -2,63 +2,29 @@
 
 import hashlib
 import logging
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from moetron.data.encode import Encoding, EnginesDiffer, encode_chunk
+from moetron.data import standard_input
+from moetron.data.encode import Encoding, EnginesDiffer
+from moetron.data.engine import encoded_chunks
 from moetron.data.errors import DataError
+from moetron.data.family import FamilyWriter, family
 from moetron.data.files import beside
-from moetron.data.filters import Filters
-from moetron.data.inputs import CHUNK_BYTES, Chunk, find_files, read_chunks
+from moetron.data.indexed_format import token_dtype
+from moetron.data.inputs import find_files
 from moetron.data.journal import Side, State, read_state
 from moetron.data.manifest import Manifest, TokenizerRecord, read_manifest, write_manifest
+from moetron.data.options import Options
 from moetron.data.output import Output, discard
-from moetron.data.parallel import ordered_map
 from moetron.data.progress import Progress
+from moetron.tokenizers.interface import Tokenizer
 from moetron.tokenizers.load import load_tokenizer
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Options:
-    """What ``tools/preprocess_corpus.py`` is asked to do."""
-
-    inputs: Sequence[str]
-    """Files, folders and globs."""
-    tokenizer: str
-    output_prefix: str
-    text_key: str = "text"
-    append_eod: bool = False
-    workers: int = 1
-    holdout_fraction: float = 0.0
-    holdout_prefix: str | None = None
-    max_bad_fraction: float = 0.001
-    filters: Filters = field(default_factory=Filters)
-    fast: bool = True
-    """Use the tokenizer's fast engine, if it has one, as long as it gives the reference's ids."""
-
-    def problems(self) -> list[str]:
-        """What is wrong with the options themselves."""
-        found = []
-        if self.workers < 1:
-            found.append(f"--workers {self.workers}: must be at least 1")
-        if not 0 <= self.holdout_fraction < 1:
-            found.append(f"--holdout-fraction {self.holdout_fraction}: must be in [0, 1)")
-        if (self.holdout_fraction > 0) != (self.holdout_prefix is not None):
-            found.append("--holdout-fraction and --holdout-prefix need each other")
-        if self.holdout_prefix == self.output_prefix:
-            found.append(
-                f"--holdout-prefix {self.holdout_prefix}: must differ from --output-prefix"
-            )
-        if not 0 <= self.max_bad_fraction <= 1:
-            found.append(f"--max-bad-fraction {self.max_bad_fraction}: must be in [0, 1]")
-        return found + self.filters.problems()
 
 
 @dataclass(frozen=True)
@@ -86,48 +52,57 @@ def preprocess(options: Options) -> Outcome:
     """
     if problems := options.problems():
         raise DataError("\n".join(problems))
-    files = find_files(options.inputs)
-    tokenizer = load_tokenizer(options.tokenizer)
-    record = TokenizerRecord(
-        name=tokenizer.name,
-        fingerprint=tokenizer.fingerprint,
-        vocab_size=tokenizer.vocab_size,
-        eod=tokenizer.eod,
-    )
-    run = _Run(options, files, record)
-    if current := run.current():
-        discard(run.prefixes)
-        return Outcome(current, True, "the inputs and settings are those of the last run")
-    return run.make()
+    with standard_input.kept(options.inputs, options.output_prefix) as inputs:
+        run = _Run(options, find_files(inputs), load_tokenizer(options.tokenizer))
+        if current := run.current():
+            discard(run.prefixes)
+            return Outcome(current, True, "the inputs and settings are those of the last run")
+        return run.make()
 
 
 class _Run:
     """One pass over the inputs."""
 
-    def __init__(self, options: Options, files: list[Path], tokenizer: TokenizerRecord) -> None:
+    def __init__(self, options: Options, files: list[Path], tokenizer: Tokenizer) -> None:
         self.options, self.files, self.tokenizer = options, files, tokenizer
+        self.record = TokenizerRecord(
+            name=tokenizer.name,
+            fingerprint=tokenizer.fingerprint,
+            vocab_size=tokenizer.vocab_size,
+            eod=tokenizer.eod,
+        )
         self.prefixes = [options.output_prefix]
         if options.holdout_prefix is not None:
             self.prefixes.append(options.holdout_prefix)
         self.settings: dict[str, Any] = {
             name: getattr(options, name)
-            for name in ("text_key", "append_eod", "holdout_fraction", "max_bad_fraction")
+            for name in (
+                "text_key",
+                "append_eod",
+                "holdout_fraction",
+                "max_bad_fraction",
+                "shard_size_tokens",
+            )
         }
         self.settings["filters"] = asdict(options.filters)
         stats = [(str(file.resolve()), file.stat()) for file in files]
         self.input_bytes = sum(stat.st_size for _, stat in stats)
         listing = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-        identity = [listing, self.settings, self.prefixes, tokenizer.model_dump()]
+        identity = [listing, self.settings, self.prefixes, self.record.model_dump()]
         self.key = hashlib.sha256(orjson.dumps(identity)).hexdigest()
 
     def current(self) -> dict[str, Manifest]:
         """The manifests of the outputs if all are there and were made as asked; else nothing."""
         found = {}
-        for prefix in self.prefixes:
-            manifest = read_manifest(prefix)
-            if manifest is None or manifest.key != self.key or not _sizes_fit(prefix, manifest):
+        for output in self.prefixes:
+            prefixes = [output] if self.options.shard_size_tokens is None else family(output)
+            for prefix in prefixes:
+                manifest = read_manifest(prefix)
+                if manifest is None or manifest.key != self.key or not _sizes_fit(prefix, manifest):
+                    return {}
+                found[prefix] = manifest
+            if not prefixes or found[prefixes[0]].shards != len(prefixes):
                 return {}
-            found[prefix] = manifest
         return found
 
     def make(self) -> Outcome:
@@ -151,7 +126,7 @@ class _Run:
     def _go_on(self, state: State) -> Outcome:
         """Do what is left."""
         with (
-            Output(self.prefixes, self.tokenizer.vocab_size, state) as output,
+            Output(self._writers(state), state) as output,
             Progress("preprocess", self.input_bytes, state.read_bytes) as progress,
         ):
             self._encode(output, progress)
@@ -159,6 +134,14 @@ class _Run:
             summary = progress.summary()
         discard(self.prefixes)
         return Outcome(manifests, False, summary)
+
+    def _writers(self, state: State) -> list[FamilyWriter]:
+        """A writer for each output."""
+        size, deduplicate = self.options.shard_size_tokens, self.options.filters.deduplicate
+        return [
+            FamilyWriter(prefix, self.tokenizer.vocab_size, side, size, deduplicate)
+            for prefix, side in zip(self.prefixes, state.sides, strict=True)
+        ]
 
     def _encode(self, output: Output, progress: Progress) -> None:
         """Bring every chunk's documents to their shards, in the inputs' order."""
@@ -171,9 +154,8 @@ class _Run:
             options.filters,
             output.state.fast and options.fast,
         )
-        chunks = read_chunks(self.files, output.state.cursor)
-        for encoded in ordered_map(
-            partial(encode_chunk, encoding), chunks, options.workers, _weight
+        for encoded in encoded_chunks(
+            self.files, output.state.cursor, encoding, self.tokenizer, options.workers
         ):
             output.take(encoded)
             progress.update(encoded.read_bytes, sum(side.tokens.size for side in encoded.sides))
@@ -188,23 +170,22 @@ class _Run:
             if side.documents == 0:
                 raise DataError(self._nothing_left(state, prefix))
         manifests = {}
-        for prefix, side, writer in zip(self.prefixes, state.sides, output.writers, strict=True):
-            bin_record, idx_record = writer.finish()
-            manifests[prefix] = Manifest(
-                tokenizer=self.tokenizer,
-                dtype=writer.dtype.name,
-                documents=side.documents,
-                tokens=side.tokens,
-                text_bytes=side.text_bytes,
-                appended_eod=self.options.append_eod,
-                bin=bin_record,
-                idx=idx_record,
-                sources=self._sources(),
-                filters={"rejected": state.rejected, **state.left_out},
-                settings=self.settings,
-                key=self.key,
-            )
-            write_manifest(prefix, manifests[prefix])
+        for writer in output.writers:
+            for prefix, part, bin_record, idx_record in writer.finish():
+                manifests[prefix] = Manifest(
+                    tokenizer=self.record,
+                    dtype=token_dtype(self.tokenizer.vocab_size).name,
+                    **part.model_dump(),
+                    appended_eod=self.options.append_eod,
+                    bin=bin_record,
+                    idx=idx_record,
+                    shards=len(writer.side.parts),
+                    sources=self._sources(),
+                    filters={"rejected": state.rejected, **state.left_out},
+                    settings=self.settings,
+                    key=self.key,
+                )
+                write_manifest(prefix, manifests[prefix])
         return manifests
 
     def _sources(self) -> list[dict[str, Any]]:
@@ -232,11 +213,6 @@ class _Run:
             f"{state.rejected} of {state.rows} rows are bad, more than --max-bad-fraction "
             f"{self.options.max_bad_fraction} allows; all are listed in {rejects_path}:{examples}"
         )
-
-
-def _weight(chunk: Chunk) -> float:
-    """Memory of a chunk in units of the usual one's."""
-    return max(1.0, chunk.size_bytes / CHUNK_BYTES)
 
 
 def _sizes_fit(prefix: str, manifest: Manifest) -> bool:

@@ -64,10 +64,20 @@ class ShardWriter:
         """Bring everything to the disk; the bytes that a successor needs, by file."""
         sync(self._bin)
         sync(self._lengths)
+        return self.sizes(self.prefix, self.documents, self.tokens)
+
+    def sizes(self, prefix: str | Path, documents: int, tokens: int) -> dict[str, int]:
+        """Bytes of the temporary files that hold so much of a shard of this dtype."""
+        bin_path, _, lengths_path = temporary_paths(prefix)
         return {
-            str(self._bin_path): self.tokens * self.dtype.itemsize,
-            str(self._lengths_path): self.documents * LENGTH.itemsize,
+            str(bin_path): tokens * self.dtype.itemsize,
+            str(lengths_path): documents * LENGTH.itemsize,
         }
+
+    def close(self) -> None:
+        """Leave the temporary files to a successor."""
+        self._bin.close()
+        self._lengths.close()
 
     def finish(self) -> tuple[FileRecord, FileRecord]:
         """Write the index, sync, and give both files their names; records of .bin and .idx.
@@ -96,8 +106,7 @@ class ShardWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._bin.close()
-        self._lengths.close()
+        self.close()
 
     def _hash_kept_tokens(self) -> None:
         """Take the tokens that an earlier writer left into the hash."""

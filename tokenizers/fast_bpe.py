@@ -5,6 +5,7 @@ the reference: an engine that differs from it on one of the probes is not used, 
 corpus compares the two on a sample of it (``first_difference``).
 """
 
+import os
 from collections.abc import Sequence
 from importlib import metadata
 
@@ -31,9 +32,16 @@ class FastBPE(Tokenizer):
 
     kind = HuggingFaceTokenizer.kind
 
-    def __init__(self, reference: HuggingFaceTokenizer) -> None:
-        """Raises whatever gigatoken raises for a tokenizer that it does not know."""
+    def __init__(self, reference: HuggingFaceTokenizer, threads: int = 1) -> None:
+        """``threads`` share the batches of megabytes; RAYON_NUM_THREADS, if set, is their number.
+
+        Raises whatever gigatoken raises for a tokenizer that it does not know.
+        """
         import gigatoken
+
+        if threads > 1:
+            os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
+        self._parallel = threads > 1
 
         self.reference = reference
         self.name, self.fingerprint = reference.name, reference.fingerprint
@@ -42,15 +50,20 @@ class FastBPE(Tokenizer):
         self._engine = gigatoken.Tokenizer.from_json(reference.definition)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, on one thread."""
+        """Ids of each text."""
         require_encodable(texts)
-        lists: list[list[int]] = self._engine.encode_batch_list(list(texts), parallel=False)
+        lists: list[list[int]] = self._engine.encode_batch_list(
+            list(texts), parallel=self._parallel
+        )
         return lists
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all texts one after the other, uint32, and their lengths; on one thread."""
-        require_encodable(texts)
-        rows = self._engine.encode_batch(list(texts), parallel=False).layout
+        """Ids of all texts one after the other, uint32, and their lengths."""
+        try:
+            rows = self._engine.encode_batch(list(texts), parallel=self._parallel).layout
+        except TypeError:
+            require_encodable(texts)
+            raise
         offsets = np.asarray(rows.offsets.data, np.int64)
         return np.asarray(rows.content.data)[offsets[0] : offsets[-1]], np.diff(offsets)
 
@@ -63,12 +76,12 @@ class FastBPE(Tokenizer):
         return self.reference.decode(ids)
 
 
-def open_fast(tokenizer: Tokenizer) -> FastBPE | None:
+def open_fast(tokenizer: Tokenizer, threads: int = 1) -> FastBPE | None:
     """The fast engine of a tokenizer, if there is one and it agrees on the probes."""
     if not isinstance(tokenizer, HuggingFaceTokenizer) or not _installed():
         return None
     try:
-        fast = FastBPE(tokenizer)
+        fast = FastBPE(tokenizer, threads)
     except Exception:  # of many types: the engine does not know this tokenizer
         return None
     return fast if first_difference(fast, PROBES) is None else None

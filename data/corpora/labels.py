@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from moetron.data.inputs import RowChunk, read_chunks
+from moetron.data.chunks import FileChunk, Reject
+from moetron.data.inputs import read_chunks
 
 
 def labelled_texts(paths: Sequence[Path], text_key: str) -> Iterator[tuple[str, str]]:
@@ -11,9 +12,9 @@ def labelled_texts(paths: Sequence[Path], text_key: str) -> Iterator[tuple[str, 
 
     Rows without usable text are passed over: preprocess_corpus lists and limits them.
     """
-    for chunk in read_chunks(paths):
-        is_rows = isinstance(chunk, RowChunk)
-        source = Path(chunk.file).stem if is_rows else Path(chunk.files[0][0]).parent.name
-        for text in chunk.texts(text_key):
-            if isinstance(text, str):
-                yield source, text
+    for chunk in read_chunks(paths, columns=[text_key]):
+        files = isinstance(chunk, FileChunk)
+        source = Path(chunk.files[0][0]).parent.name if files else Path(chunk.file).stem
+        for document in chunk.documents(text_key):
+            if not isinstance(document, Reject):
+                yield source, document[0]

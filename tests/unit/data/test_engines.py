@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from moetron.data import encode as encode_module
-from moetron.data import long_text
-from moetron.data.preprocess import Options, preprocess
+from moetron.data import engine, long_text
+from moetron.data.options import Options
+from moetron.data.preprocess import preprocess
 from moetron.data.shard import Shard
 from moetron.tokenizers.byte_level import ByteTokenizer
 from moetron.tokenizers.fast_bpe import FastBPE
@@ -28,16 +29,18 @@ class WrongAfter(FastBPE):
         return ByteTokenizer.encode_flat(self, texts)
 
 
+@pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("wrong", ["c.txt", None])
-def test_a_fast_engine_that_differs_is_given_up(tmp_path: Path, monkeypatch, caplog, wrong) -> None:
+def test_a_fast_engine_that_differs_is_given_up(
+    tmp_path: Path, monkeypatch, caplog, wrong, workers: int
+) -> None:
     monkeypatch.setattr("moetron.data.inputs.CHUNK_BYTES", 1)
-    monkeypatch.setattr(encode_module, "open_fast", lambda tokenizer: WrongAfter(tokenizer, wrong))
-    encode_module._tokenizer.cache_clear()
+    monkeypatch.setattr(engine, "FAST_CHUNKS", 1)
+    monkeypatch.setattr(engine, "open_fast", lambda tokenizer, _: WrongAfter(tokenizer, wrong))
     names = [f"{letter}.txt" for letter in "abcd"]
     for name in names:
         (tmp_path / name).write_text(name)
-    preprocess(Options([str(tmp_path / "*.txt")], "bytes", str(tmp_path / "p")))
-    encode_module._tokenizer.cache_clear()
+    preprocess(Options([str(tmp_path / "*.txt")], "bytes", str(tmp_path / "p"), workers=workers))
     shard = Shard(tmp_path / "p")
     assert [ByteTokenizer().decode(shard.document(i)) for i in range(4)] == names
     assert ("beginning again with the reference" in caplog.text) == (wrong is not None)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from moetron.data.errors import DataError
 from moetron.data.filters import Filters, has_frequent_words, repetitive
-from moetron.data.preprocess import Options, preprocess
+from moetron.data.options import Options
+from moetron.data.preprocess import preprocess
 from moetron.data.shard import Shard
 from moetron.tokenizers.byte_level import ByteTokenizer
 

@@ -12,7 +12,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from moetron.data import inputs as inputs_module
 from moetron.data.encode import is_held_out
 from moetron.data.errors import DataError
-from moetron.data.preprocess import Options, preprocess
+from moetron.data.options import Options
+from moetron.data.preprocess import preprocess
 from moetron.data.shard import Shard
 from moetron.tokenizers.byte_level import ByteTokenizer
 

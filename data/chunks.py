@@ -1,0 +1,130 @@
+"""Tasks of preprocessing before they are encoded: rows of JSON, rows of a table, or whole files."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import orjson
+
+Document = tuple[str, dict[str, Any]]
+"""The text of a row, and the row (empty where a file is a document)."""
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A row or file that holds no usable text."""
+
+    file: str
+    line: int | None
+    """From 1; None where a file is a document."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """A place in the inputs from which reading can go on."""
+
+    file: int = 0
+    """Number of the file."""
+    offset_bytes: int = 0
+    """Of its content, decompressed, that was read; 0 in a table."""
+    line: int = 1
+    """Number of the line or row that comes next."""
+
+
+@dataclass(frozen=True)
+class RowChunk:
+    """Whole lines of one file, each a JSON object."""
+
+    file: str
+    first_line: int
+    """Number of the first line, from 1."""
+    data: bytes
+    read_bytes: int
+    """Bytes of the input file that went into this chunk (fewer than ``data`` if compressed)."""
+    end: Cursor
+    """Where the next chunk begins."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory that the chunk takes."""
+        return len(self.data)
+
+    def documents(self, text_key: str) -> Iterator[Document | Reject]:
+        """The text of each row; blank lines are passed over."""
+        view, start = memoryview(self.data), 0  # a view: a row may be a gigabyte
+        for number in count(self.first_line):
+            end = self.data.find(b"\n", start)
+            line = view[start : end if end >= 0 else None]
+            try:
+                row = orjson.loads(line)
+            except orjson.JSONDecodeError as error:
+                if bytes(line).strip():
+                    yield Reject(self.file, number, f"not JSON ({error.msg})")
+            else:
+                yield _document(row, text_key, self.file, number)
+            if end < 0:
+                return
+            start = end + 1
+
+
+@dataclass(frozen=True)
+class FileChunk:
+    """Whole files, each a document."""
+
+    files: tuple[tuple[str, bytes], ...]
+    """(name, content)."""
+    read_bytes: int
+    end: Cursor
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory that the chunk takes."""
+        return sum(len(data) for _, data in self.files)
+
+    def documents(self, text_key: str) -> Iterator[Document | Reject]:
+        """The text of each file."""
+        for name, data in self.files:
+            try:
+                yield data.decode("utf-8-sig"), {}
+            except UnicodeDecodeError as error:
+                yield Reject(name, None, f"not UTF-8 (byte {error.start})")
+
+
+@dataclass(frozen=True)
+class TableChunk:
+    """Rows of a Parquet or Arrow file."""
+
+    file: str
+    first_row: int
+    """Number of the first row, from 1."""
+    batch: Any
+    """pyarrow.RecordBatch."""
+    read_bytes: int
+    end: Cursor
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory that the chunk takes."""
+        return self.batch.nbytes
+
+    def documents(self, text_key: str) -> Iterator[Document | Reject]:
+        """The text of each row."""
+        for number, row in enumerate(self.batch.to_pylist(), self.first_row):
+            yield _document(row, text_key, self.file, number)
+
+
+Chunk = RowChunk | FileChunk | TableChunk
+
+
+def _document(row: Any, text_key: str, file: str, line: int) -> Document | Reject:
+    """The document that a row holds."""
+    if not isinstance(row, dict):
+        return Reject(file, line, f"not a JSON object but {type(row).__name__}")
+    if text_key not in row:
+        return Reject(file, line, f"no key {text_key!r}")
+    text = row[text_key]
+    if not isinstance(text, str):
+        return Reject(file, line, f"{text_key!r} is {type(text).__name__}, not a string")
+    return text, row

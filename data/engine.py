@@ -1,0 +1,40 @@
+"""Who encodes: threads or processes of this machine; the results are the same."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+from moetron.data import inputs
+from moetron.data.chunks import Chunk, Cursor
+from moetron.data.encode import Encoded, Encoding, encode_chunk
+from moetron.data.parallel import ordered_map
+from moetron.tokenizers.fast_bpe import open_fast
+from moetron.tokenizers.interface import Tokenizer
+
+FAST_CHUNKS = 16
+"""Usual chunks in one for the fast engine's threads, which share only a large batch."""
+PARSERS = 2
+"""Threads that feed the fast engine: one parses while the other waits for the engine."""
+FAST_THREADS = 8
+"""Above, two threads parse too slowly for the engine's."""
+
+
+def encoded_chunks(
+    files: Sequence[Path], start: Cursor, encoding: Encoding, tokenizer: Tokenizer, workers: int
+) -> Iterator[Encoded]:
+    """What the files hold from ``start`` on, in order; ``tokenizer`` is the reference.
+
+    Raises EnginesDiffer where the fast engine does not give the reference's ids.
+    """
+    fast = open_fast(tokenizer, workers) if encoding.fast and workers <= FAST_THREADS else None
+    threads = fast is not None and workers > 1
+    chunk_bytes = inputs.CHUNK_BYTES * (FAST_CHUNKS if threads else 1)
+    columns = (encoding.text_key, *encoding.filters.row_keys)
+    chunks = inputs.read_chunks(files, start, chunk_bytes, columns)
+    here = fast or (tokenizer if workers == 1 else None)
+
+    def weigh(chunk: Chunk) -> float:
+        return max(1.0, chunk.size_bytes / chunk_bytes)
+
+    encode = partial(encode_chunk, encoding, tokenizer=here)
+    yield from ordered_map(encode, chunks, PARSERS if threads else workers, weigh, threads)
