@@ -6,6 +6,7 @@ from pathlib import Path
 
 from moetron.data.cutting import Cutting
 from moetron.data.errors import DataError
+from moetron.data.family import members
 from moetron.data.shard import Shard
 
 
@@ -49,6 +50,9 @@ def open_blend(
 ) -> Blend:
     """Open ``[PREFIX]``, ``[PREFIX, PREFIX, ...]`` (by size) or ``[WEIGHT, PREFIX, ...]``.
 
+    A prefix may name a family of shards (``moetron.data.family``): each is a source, and they
+    share the weight by size.
+
     Args:
         data_path: Megatron's ``--data-path``.
         cutting: How shards are cut into samples; an int is the sequence length of causal samples.
@@ -61,11 +65,26 @@ def open_blend(
     weights, prefixes = split_data_path(data_path)
     if isinstance(cutting, int):
         cutting = Cutting((cutting,), overlap=1)
-    sources = tuple(Source(Shard(prefix), cutting) for prefix in prefixes)
+    families = [_open_family(prefix, cutting) for prefix in prefixes]
+    sources = tuple(source for family in families for source in family)
     if expected_fingerprint is not None:
         _check_fingerprints(sources, expected_fingerprint)
-    by_size = tuple(float(source.windows) for source in sources)
-    return Blend(sources, tuple(weights) if weights else by_size)
+    shares = weights or [sum(source.windows for source in family) for family in families]
+    return Blend(
+        sources,
+        tuple(
+            share * (source.windows / sum(each.windows for each in family))
+            for share, family in zip(shares, families, strict=True)
+            for source in family
+        ),
+    )
+
+
+def _open_family(prefix: str, cutting: Cutting) -> list[Source]:
+    """The shard of a prefix, or those of its family that hold a sample."""
+    shards = [Shard(name) for name in members(prefix)]
+    large = [shard for shard in shards if cutting.count(len(shard.tokens))]
+    return [Source(shard, cutting) for shard in large or shards[:1]]
 
 
 def split_data_path(data_path: Sequence[str]) -> tuple[list[float] | None, list[str]]:

@@ -11,7 +11,7 @@ import orjson
 
 from moetron.data.chunks import Reject
 from moetron.data.encode import Encoded
-from moetron.data.family import FamilyWriter, discard_temporary
+from moetron.data.family_writer import FamilyWriter, discard_temporary
 from moetron.data.files import beside, open_at, replace, sync
 from moetron.data.journal import State, journal_path, write_state
 

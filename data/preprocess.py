@@ -12,7 +12,8 @@ from moetron.data import standard_input
 from moetron.data.encode import Encoding, EnginesDiffer
 from moetron.data.engine import encoded_chunks
 from moetron.data.errors import DataError
-from moetron.data.family import FamilyWriter, family
+from moetron.data.family import family
+from moetron.data.family_writer import FamilyWriter
 from moetron.data.files import beside
 from moetron.data.indexed_format import token_dtype
 from moetron.data.inputs import find_files

@@ -13,6 +13,7 @@ import sys
 
 from moetron.data.blend import open_blend, split_data_path
 from moetron.data.errors import DataError
+from moetron.data.family import members
 from moetron.data.report import blend_table, length_histogram, shard_summary
 from moetron.data.shard import Shard
 from moetron.tokenizers.interface import TokenizerError
@@ -57,7 +58,8 @@ def show_blend(data_path: list[str], seq_length: int, samples: int | None) -> No
 def run(arguments: argparse.Namespace) -> bool:
     """Print what was asked for; whether all shards are sound."""
     problems = []
-    for prefix in split_data_path(arguments.data_path)[1]:
+    prefixes = split_data_path(arguments.data_path)[1]
+    for prefix in (name for each in prefixes for name in members(each)):
         shard = Shard(prefix)
         print(shard_summary(shard))
         print(length_histogram(shard.document_lengths))

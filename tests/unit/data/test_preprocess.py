@@ -185,9 +185,9 @@ def test_option_problems_come_all_at_once(options: Options) -> None:
 
 
 def test_input_problems_come_all_at_once(options: Options, tmp_path: Path) -> None:
-    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    (tmp_path / "a.zip").write_bytes(b"PK")
     (tmp_path / "empty").mkdir()
-    wrong = [str(tmp_path / name) for name in ("none-*.txt", "empty", "a.parquet")]
+    wrong = [str(tmp_path / name) for name in ("none-*.txt", "empty", "a.zip")]
     with pytest.raises(DataError) as caught:
         preprocess(replace(options, inputs=wrong))
     for name in wrong:
