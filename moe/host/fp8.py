@@ -170,6 +170,22 @@ class DelayedScale:
             self._scale_E = torch.where(usable_E, updated_E, scale_E)
         return scale_E
 
+    def state(self) -> torch.Tensor:
+        """The history, the newest amaxes first, and the scales: float32 [history + 1, experts].
+
+        Empty before the first call.
+        """
+        if not len(self._history_LE):
+            return self._history_LE
+        return torch.cat([self._history_LE, self._scale_E.unsqueeze(0)])
+
+    def set_state(self, state: torch.Tensor) -> None:
+        """Go on from a state, which may have been kept with another length of history."""
+        length = self._numerics.amax_history_len
+        history_LE = state[:-1][:length]
+        self._history_LE = F.pad(history_LE, (0, 0, 0, length - len(history_LE)))
+        self._scale_E = state[-1]
+
 
 def quantize_tokens(
     x_TK: torch.Tensor, rows: Rows, numerics: Fp8Numerics, role: Role, over_tokens: bool

@@ -21,7 +21,7 @@ Operand = Callable[[bool], torch.Tensor]
 activations and gradients, outputs of weights) rather than over its last."""
 
 
-class Fp8Product:
+class Fp8Product(torch.nn.Module):
     """y = x W^T of a linear layer, or of each of a rank's experts, with FP8 operands.
 
     y = q(x) q(W)^T, dx = q(dy) q(W), dW = q(dy)^T q(x), each product in float32 and its result
@@ -33,11 +33,12 @@ class Fp8Product:
     """
 
     def __init__(self, numerics: Fp8Numerics) -> None:
+        super().__init__()
         self.numerics = numerics
         roles: tuple[Role, ...] = ("input", "weight", "gradient")
         self._scales = {role: DelayedScale(numerics, role) for role in roles}
 
-    def __call__(
+    def forward(
         self, x_TK: torch.Tensor, weight_ENK: torch.Tensor, ends_E: torch.Tensor
     ) -> torch.Tensor:
         """Multiply.
@@ -53,6 +54,23 @@ class Fp8Product:
         record = torch.is_grad_enabled()
         y_TN: torch.Tensor = _Product.apply(x_TK, weight_ENK, Rows(ends_E), self, record)
         return y_TN
+
+    def state(self) -> torch.Tensor | None:
+        """What ``delayed`` remembers, [roles, history + 1, experts]; None before the first call.
+
+        Roles are inputs, weights and gradients; see ``DelayedScale.state``.
+        """
+        states = [scale.state() for scale in self._scales.values()]
+        [known, *_] = [state for state in states if len(state)] or [None]
+        if known is None:
+            return None
+        blank = torch.cat([torch.zeros_like(known[:-1]), torch.ones_like(known[-1:])])
+        return torch.stack([state if len(state) else blank for state in states])
+
+    def set_state(self, state: torch.Tensor) -> None:
+        """Go on from what ``state`` returned."""
+        for scale, part in zip(self._scales.values(), state.unbind(), strict=True):
+            scale.set_state(part)
 
     def tokens(self, x_TK: torch.Tensor, rows: Rows, role: Role, record: bool) -> Operand:
         """Activations or gradients; ``record``: remember their amax for calls to come."""

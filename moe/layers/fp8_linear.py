@@ -77,7 +77,7 @@ class Fp8GroupedExperts(GroupedExperts):
 
     def __init__(self, *args: Any, numerics: Fp8Numerics, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._fp8 = {layer: Fp8Product(numerics) for layer in ("fc1", "fc2")}
+        self._fp8 = torch.nn.ModuleDict({layer: Fp8Product(numerics) for layer in ("fc1", "fc2")})
 
     def _product(
         self, layer: str, x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor

@@ -37,6 +37,7 @@ from moetron.moe.training import checkpoint_folder, optimizer_state
 from moetron.moe.training.checkpoint_folder import Checkpoint, Record
 from moetron.moe.training.checkpoint_writer import Contents
 from moetron.moe.training.compatibility import require_fit
+from moetron.moe.training.fp8_state import fp8_entries, restore_fp8
 from moetron.moe.training.progress import Progress
 from moetron.moe.training.rng import reseed, restore_rng, rng_entries
 
@@ -92,6 +93,7 @@ def take_checkpoint(
         **weights,
         "optimizer": optimizer_state.sharded_optimizer_state(optimizer, weights),
         "rng": rng_entries(),
+        **fp8_entries(model),
     }
     contents = Contents(copied=group is not None)
     with _without_future_warnings():
@@ -154,7 +156,7 @@ def load_checkpoint(
         return Progress()
     options, record = settings.checkpoint, checkpoint.record
     _verify(checkpoint)
-    _load_weights(checkpoint, model)
+    _load_model(checkpoint, model, record.layout == _layout(settings))
     if options.finetune or options.no_load_optim:
         optimizer.reload_model_params()
     else:
@@ -174,7 +176,7 @@ def load_weights(path: Path, model: Sequence[torch.nn.Module]) -> None:
     """
     checkpoint = _on_rank_0(lambda: checkpoint_folder.read(path))
     _verify(checkpoint)
-    _load_weights(checkpoint, model)
+    _load_model(checkpoint, model, same_layout=False)
 
 
 def _read_compatible(
@@ -202,7 +204,10 @@ def _verify(checkpoint: Checkpoint) -> None:
         raise damage
 
 
-def _load_weights(checkpoint: Checkpoint, model: Sequence[torch.nn.Module]) -> None:
+def _load_model(
+    checkpoint: Checkpoint, model: Sequence[torch.nn.Module], same_layout: bool
+) -> None:
+    """Parameters, and what FP8 scales remember."""
     weights = _model_state(model)
     parameters = [(entry.key, entry.data.detach()) for entry in _entries(weights)]
     for _, data in parameters:
@@ -214,6 +219,7 @@ def _load_weights(checkpoint: Checkpoint, model: Sequence[torch.nn.Module]) -> N
             if optimizer_state.is_entry(entry)
             else entry
             for name, entry in entries.items()
+            if optimizer_state.is_entry(entry) or entry.unique_key in checkpoint.keys
         }
         for chunk, entries in weights.items()
     }
@@ -221,6 +227,7 @@ def _load_weights(checkpoint: Checkpoint, model: Sequence[torch.nn.Module]) -> N
     for chunk, module in zip(weights, unwrap_model(list(model)), strict=True):
         module.load_state_dict(loaded[chunk], strict=False)
     _refuse_nan(checkpoint, parameters)
+    restore_fp8(checkpoint.folder, checkpoint.keys, model, same_layout)
 
 
 def _load_optimizer(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel import RowParallelLinear, get_cuda_rng_tracker
 
 from moetron.moe.config.errors import UserError
 from moetron.moe.training import checkpoint, optimizer_state
@@ -191,6 +191,34 @@ def test_a_flipped_bit_of_any_file_is_found(saved: Path, tmp_path: Path) -> None
         (folder / name).write_bytes(contents)
         with pytest.raises(UserError, match="damaged" if name == SUMS else re.escape(name)):
             start(bf16(load=str(folder)))
+
+
+@pytest.mark.usefixtures("alone")
+def test_states_that_layers_keep_beside_tensors(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Transformer Engine's layers do with FP8: bytes, empty before the first step."""
+    nothing = torch.empty(0, dtype=torch.uint8)
+    layer = RowParallelLinear
+    monkeypatch.setattr(layer, "get_extra_state", lambda self: vars(self).get("amaxes", nothing))
+    monkeypatch.setattr(
+        layer, "set_extra_state", lambda self, state: setattr(self, "amaxes", state)
+    )
+
+    def layers(loop: Loop) -> list[Any]:
+        [chunk] = loop.trainer.chunks
+        return [part for part in chunk.modules() if isinstance(part, layer)]
+
+    loop = start(bf16())
+    for number, part in enumerate(layers(loop)):
+        part.amaxes = torch.full((3,), number, dtype=torch.uint8)
+    trainer = loop.trainer
+    save_checkpoint(tmp_path, Progress(1), trainer.chunks, trainer.optimizer, bf16(), {})
+    found = [part.amaxes.tolist() for part in layers(start(bf16(load=str(tmp_path))))]
+    assert found == [[number] * 3 for number in range(len(found))]
+    assert len(found) >= 2
+    without = layers(start(bf16(load=str(saved))))
+    assert not any("amaxes" in vars(part) for part in without)
 
 
 @pytest.mark.usefixtures("alone")

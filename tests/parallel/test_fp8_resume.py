@@ -1,0 +1,73 @@
+"""A run with delayed FP8 scaling goes on from the amaxes that it had."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from moetron.moe.training.fp8_state import Place
+from tests.parallel.checkpoint_runs import Groups, metrics, tensors
+from tests.parallel.harness import run_ranks
+from tests.parallel.test_resume import _read_and_go_on, _straight_and_resumed, _write
+
+DELAYED: Groups = {
+    "precision": {
+        "fp8_format": "hybrid",
+        "fp8_recipe": "delayed",
+        "fp8_amax_history_len": 3,
+        "fp8_amax_compute_algo": "max",
+    },
+    "model": {"hidden_dropout": 0.0},
+}
+
+
+@pytest.mark.parametrize(("layout", "ranks"), [("dp", 1), ("ep2_zero", 2)])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, layout: str, ranks: int) -> None:
+    run_ranks(_straight_and_resumed, ranks, str(tmp_path), layout, DELAYED)
+    straight = metrics(tmp_path / "straight")
+    assert len(straight) == 6
+    assert metrics(tmp_path / "resumed") == straight
+
+
+def _states(folder: Path) -> dict[Place, torch.Tensor]:
+    found = {Place.of(key): tensor for key, tensor in tensors(folder).items()}
+    return {place: state for place, state in found.items() if place is not None}
+
+
+def _of_expert(states: dict[Place, torch.Tensor], name: str, expert: int) -> list[torch.Tensor]:
+    return [
+        state[..., expert - place.first]
+        for place, state in states.items()
+        if place.name == name and 0 <= expert - place.first < state.shape[-1]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("writer", "reader", "grouped"),
+    [("2 pp2", "2 ep2", True), ("2 ep2", "1 dp", False), ("2 dp", "2 tp2_etp1", True)],
+)
+def test_another_layout_takes_the_largest_amaxes(
+    tmp_path: Path, writer: str, reader: str, grouped: bool
+) -> None:
+    groups: Groups = {
+        **DELAYED,
+        "moe": {"moe_grouped_gemm": grouped},
+        "training": {"train_iters": 3},
+    }
+    written, read = tmp_path / "written", tmp_path / "read"
+    ranks, layout = writer.split()
+    run_ranks(_write, int(ranks), str(written), layout, groups)
+    ranks, layout = reader.split()
+    source = written / "step_0000002"
+    run_ranks(_read_and_go_on, int(ranks), str(source), str(read), layout, groups)
+    old, new = _states(source), _states(read / "step_0000002")
+    assert {place.rank for place in new} == set(range(int(ranks)))
+    assert any(".experts." in place.name for place in new)
+    assert {place.name for place in new} == {place.name for place in old}
+    for place, state in new.items():
+        for number, column in enumerate(state.unbind(-1)):
+            before = torch.stack(_of_expert(old, place.name, place.first + number))
+            assert torch.equal(column[:, :-1], before[..., :-1].amax(0)), place
+            assert torch.equal(column[:, -1], before[..., -1].amin(0)), place
+    [again] = metrics(read)
+    assert again["lm_loss"] == pytest.approx(metrics(written)[2]["lm_loss"], rel=2e-3)
