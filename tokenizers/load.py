@@ -1,5 +1,6 @@
 """From what ``--tokenizer-model`` says to a tokenizer."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 from moetron.tokenizers.byte_level import ByteTokenizer
@@ -25,6 +26,29 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     if path.suffix == ".model":
         return SentencePieceTokenizer(path)
     raise TokenizerError(f"tokenizer {source}: its name ends with {path.suffix!r}; give {FORMS}")
+
+
+def load_known_tokenizer(source: str | None, fingerprints: Collection[str]) -> Tokenizer:
+    """The tokenizer that a model was trained with, wherever it lies now.
+
+    Args:
+        source: as for `load_tokenizer`; None: nobody has named one.
+        fingerprints: of the training data's tokenizer; empty: unknown.
+
+    Raises:
+        TokenizerError: it is not there, or is another one.
+    """
+    if source is None:
+        raise TokenizerError("the run names no tokenizer (mock data?): give --tokenizer-model")
+    try:
+        tokenizer = load_tokenizer(source)
+    except TokenizerError as error:
+        raise TokenizerError(f"{error}; if it moved, give --tokenizer-model") from error
+    if fingerprints and tokenizer.fingerprint not in fingerprints:
+        raise TokenizerError(
+            f"--tokenizer-model {source}: not the tokenizer that the run was trained with"
+        )
+    return tokenizer
 
 
 def tokenizer_file(source: str | Path) -> Path:

@@ -1,7 +1,9 @@
 #!/usr/bin/env python
-"""Continue a prompt with a trained model, on one rank.
+"""Continue prompts with a trained model, on one rank; text appears as it is made.
 
     python tools/generate.py --load RUN --prompt "def main(" --max-new-tokens 100
+    python tools/generate.py --load RUN --prompts-file FILE        # one prompt a line
+    python tools/generate.py --load RUN --mode nlu --prompt "for <extra_id_0> in range(3):"
 
 RUN is a run's folder (its latest checkpoint) or one step_* folder, written in any layout. Exit
 codes: 0 done, 2 something for the user to change, 1 our fault.
@@ -10,13 +12,20 @@ codes: 0 done, 2 something for the user to change, 1 our fault.
 import argparse
 import itertools
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
+from moetron.data.errors import DataError
+from moetron.data.objectives.prompts import HOLE, Mode, filled, prompt_ids
 from moetron.moe.config.errors import UserError
 from moetron.moe.training import checkpoint_folder
+from moetron.moe.training.compatibility import tokenizer_fingerprints
 from moetron.moe.training.quiet import quieten_libraries
+from moetron.moe.training.sampling import Sampling
 from moetron.tokenizers.interface import Tokenizer, TokenizerError
-from moetron.tokenizers.load import load_tokenizer
+from moetron.tokenizers.load import load_known_tokenizer
 
 
 def parser() -> argparse.ArgumentParser:
@@ -26,76 +35,79 @@ def parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--load", type=Path, required=True, metavar="RUN", help="where the checkpoint lies")
-    add("--prompt", default="", help="text to continue (default: the start of a document)")
+    add("--prompt", action="append", help="text to continue; may be given again (default: none)")
+    add("--prompts-file", type=Path, metavar="FILE", help="more prompts, one a line")
+    add("--mode", choices=get_args(Mode), default="causal", help="UL2's modes: s2s, nlu, nlg")
     add("--max-new-tokens", type=int, default=100, help="stop after so many (default: 100)")
     add("--temperature", type=float, default=0.8, help="0: always the likeliest (default: 0.8)")
     add("--top-k", type=int, default=0, help="choose among so many tokens; 0: all (default)")
     add("--top-p", type=float, default=0.95, help="share of probability to choose from")
     add("--seed", type=int, default=0, help="of the draws (default: 0)")
+    add("--no-cache", action="store_true", help="compute the whole sequence for every token")
     add("--tokenizer-model", metavar="PATH", help="where the run's tokenizer lies now, if moved")
     return parser
 
 
-def check(arguments: argparse.Namespace) -> None:
-    """Refuse values that mean nothing, all at once."""
-    problems = [
-        f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be {rule}"
-        for name, rule, holds in (
-            ("max_new_tokens", "at least 1", arguments.max_new_tokens >= 1),
-            ("temperature", "at least 0", arguments.temperature >= 0),
-            ("top_k", "at least 0", arguments.top_k >= 0),
-            ("top_p", "above 0 and at most 1", 0 < arguments.top_p <= 1),
-        )
-        if not holds
-    ]
-    if problems:
-        raise UserError("\n".join(problems))
+def read_prompts(arguments: argparse.Namespace) -> list[str]:
+    """All prompts; an empty one where none is given."""
+    prompts = list(arguments.prompt or [])
+    if arguments.prompts_file is not None:
+        try:
+            prompts += arguments.prompts_file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompts-file {arguments.prompts_file}: {error}") from error
+    return prompts or [""]
 
 
-def open_tokenizer(path: str | None, expected: set[str]) -> Tokenizer:
-    """The run's tokenizer; ``expected`` holds the fingerprints of its training shards."""
-    if path is None:
-        raise UserError("the run names no tokenizer (mock data?): give --tokenizer-model")
-    try:
-        tokenizer = load_tokenizer(path)
-    except TokenizerError as error:
-        raise UserError(f"{error}; if it moved, give --tokenizer-model") from error
-    if expected and tokenizer.fingerprint not in expected:
-        raise UserError(
-            f"--tokenizer-model {path}: not the tokenizer that the run was trained with"
-        )
-    return tokenizer
+def show(prompt: str, following: Iterator[int], tokenizer: Tokenizer) -> int:
+    """Print a prompt and what follows, as far as it is certain; returns the number of tokens."""
+    if HOLE.search(prompt):
+        new = list(following)
+        print(filled(prompt, new, tokenizer))
+        return len(new)
+    print(prompt, end="", flush=True)
+    new, shown = [], ""
+    for token in following:
+        new.append(token)
+        text = tokenizer.decode(new)
+        if not text.endswith("\ufffd"):  # perhaps the first bytes of a character
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    print(tokenizer.decode(new)[len(shown) :])
+    return len(new)
 
 
 def main() -> int:
     """Generate what the command line asks for; the exit code."""
     arguments = parser().parse_args()
-    check(arguments)
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+    if arguments.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {arguments.max_new_tokens}: must be at least 1")
     quieten_libraries()
     record = checkpoint_folder.read(arguments.load).record
     settings = checkpoint_folder.one_rank_settings(record)
-    trained_with = {source.get("tokenizer") for source in record.stream.get("sources", [])}
-    tokenizer = open_tokenizer(
-        arguments.tokenizer_model or settings.data.tokenizer_model, trained_with - {None}
-    )
+    known = tokenizer_fingerprints(record.stream)
+    try:
+        tokenizer = load_known_tokenizer(
+            arguments.tokenizer_model or settings.data.tokenizer_model, known
+        )
+        texts = read_prompts(arguments)
+        prompts = [prompt_ids(text, arguments.mode, tokenizer) for text in texts]
+    except (DataError, TokenizerError) as error:
+        raise UserError(str(error)) from error
     vocab_size = settings.model.vocab_size or tokenizer.vocab_size
-    prompt = tokenizer.encode(arguments.prompt) or [tokenizer.eod]
+    real = min(vocab_size, tokenizer.vocab_size)
     from moetron.moe.training import generate, runtime  # torch: seconds, after the checks
 
     with runtime.running(settings) as ranks:
         model = generate.load_model(arguments.load, settings, vocab_size, ranks)
-        following = generate.continuation(
-            model,
-            prompt,
-            min(vocab_size, tokenizer.vocab_size),
-            temperature=arguments.temperature,
-            top_k=arguments.top_k,
-            top_p=arguments.top_p,
-            seed=arguments.seed,
-        )
-        document = itertools.takewhile(lambda token: token != tokenizer.eod, following)
-        new = list(itertools.islice(document, arguments.max_new_tokens))
-    print(arguments.prompt + tokenizer.decode(new))
+        started, count = time.perf_counter(), 0
+        for text, prompt in zip(texts, prompts, strict=True):
+            ids = generate.continuation(model, prompt, real, sampling, not arguments.no_cache)
+            document = itertools.takewhile(lambda token: token != tokenizer.eod, ids)
+            count += show(text, itertools.islice(document, arguments.max_new_tokens), tokenizer)
+        seconds = time.perf_counter() - started
+    print(f"{count} tokens, {count / seconds:,.1f} tokens/s", file=sys.stderr)
     return 0
 
 

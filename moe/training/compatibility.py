@@ -131,7 +131,7 @@ def differences(record: Record, settings: Settings, stream_state: Mapping[str, A
 
 def _stream_differences(record: Record, stream_state: Mapping[str, Any], anew: bool) -> list[str]:
     ours, theirs = json.loads(json.dumps(stream_state)), record.stream
-    tokenizers = _tokenizers(ours), _tokenizers(theirs)
+    tokenizers = tokenizer_fingerprints(ours), tokenizer_fingerprints(theirs)
     if all(tokenizers) and tokenizers[0] != tokenizers[1]:
         return [f"  - tokenizer {_text(tokenizers[0])}: the checkpoint has {_text(tokenizers[1])}"]
     changed = sorted(key for key in theirs | ours if theirs.get(key) != ours.get(key))
@@ -144,7 +144,7 @@ def _stream_differences(record: Record, stream_state: Mapping[str, Any], anew: b
     return []
 
 
-def _tokenizers(stream_state: Mapping[str, Any]) -> list[str]:
+def tokenizer_fingerprints(stream_state: Mapping[str, Any]) -> list[str]:
     """Fingerprints of the tokenizers that the sources name."""
     sources = stream_state.get("sources", [])
     return sorted({source["tokenizer"] for source in sources if source.get("tokenizer")})

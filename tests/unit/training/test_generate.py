@@ -1,18 +1,27 @@
 """Choosing the next token."""
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
+from megatron.core.models.gpt import GPTModel
+from torch.testing import assert_close
 
-from moetron.moe.training.generate import draw
+from moetron.moe.config.bridge import transformer_config
+from moetron.moe.layers.build import build_model
+from moetron.moe.training.generate import GrowingSequence, continuation, draw
+from moetron.moe.training.sampling import Sampling
+from tests.parallel.harness import model_parallel
+from tests.unit.training.training_cases import settings
 
 LOGITS = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()
 
 
 def _shares(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> dict[int, float]:
     generator = torch.Generator().manual_seed(0)
-    draws = Counter(draw(LOGITS, temperature, top_k, top_p, generator) for _ in range(4000))
+    sampling = Sampling(temperature, top_k, top_p)
+    draws = Counter(draw(LOGITS, sampling, generator) for _ in range(4000))
     return {token: count / 4000 for token, count in draws.items()}
 
 
@@ -39,3 +48,65 @@ def test_top_k_keeps_so_many() -> None:
 )
 def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, kept: set[int]) -> None:
     assert _shares(top_p=top_p).keys() == kept
+
+
+def _model(**groups: dict[str, Any]) -> GPTModel:
+    chosen = settings(
+        model={
+            "num_layers": 2,
+            "hidden_size": 16,
+            "num_attention_heads": 4,
+            "seq_length": 12,
+            "init_method_std": 0.2,
+            "norm_epsilon": 1e-6,
+            **groups.pop("model", {}),
+        },
+        **groups,
+    )
+    return build_model(chosen, transformer_config(chosen), 40).eval()
+
+
+LATENT = {"kv_lora_rank": 8, "qk_head_dim": 8, "qk_pos_emb_head_dim": 4, "v_head_dim": 8}
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        {"moe": {"num_experts": 4}},
+        {"model": {"num_query_groups": 2, "qk_layernorm": True, "qk_layernorm_scope": "full"}},
+        {"attention": {"multi_latent_attention": True, **LATENT}},
+    ],
+    ids=["experts", "full-width-norm", "latent-attention"],
+)
+def test_a_cache_changes_no_logits(groups: dict[str, Any]) -> None:
+    """Over a prompt, single tokens, the end of the window, and a second longer piece."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(40, (22,), generator=generator).tolist()
+    pieces = [tokens[:5], *([token] for token in tokens[5:18]), tokens[18:21], tokens[21:]]
+    with model_parallel():
+        model = _model(**groups)
+        cached, plain = GrowingSequence(model), GrowingSequence(model, cached=False)
+        for piece in pieces:
+            assert_close(cached.extend(piece), plain.extend(piece), atol=1e-5, rtol=0)
+
+
+def test_a_cache_computes_new_tokens_alone() -> None:
+    lengths = []
+    with model_parallel():
+        model = _model()
+        model.register_forward_pre_hook(lambda _, arguments: lengths.append(arguments[0].size(1)))
+        following = continuation(model, [1, 2, 3], 40, Sampling())
+        tokens = [next(following) for _ in range(12)]
+    assert len(set(tokens)) > 1
+    assert lengths == [3] + [1] * 9 + [6, 1]  # twelve are the window: half of it stays
+
+
+def test_the_same_seed_gives_the_same_text() -> None:
+    with model_parallel():
+        model = _model()
+
+        def text(seed: int, cached: bool = True) -> list[int]:
+            following = continuation(model, [1], 40, Sampling(seed=seed), cached)
+            return [next(following) for _ in range(8)]
+
+        assert text(1) == text(1) == text(1, cached=False) != text(2)
