@@ -29,6 +29,12 @@ class ModelConfig(TransformerConfig):
     moe_eval_capacity_factor: float | None = None
     moe_minimum_capacity: int = 0
     moe_capacity_includes_topk: bool = True
+    norm_affine: bool = True
+    double_gated: bool = False
+    moe_expert_multiplicative_bias: bool = False
+    moe_expert_dropout: float = 0.0
+    router_init_method: Callable[[torch.Tensor], torch.Tensor] | None = None
+    """None: ``init_method``."""
     moe_capacity_scope: Literal["rank", "micro_batch", "sequence"] = "micro_batch"
     moe_global_aux_loss_counts: Literal["running", "previous_step"] = "running"
 
@@ -58,21 +64,56 @@ def draw_weight_(weight: torch.Tensor, std: float, cutoff: float | None) -> torc
         return weight.copy_(drawn)
 
 
-def init_method(model: ModelSettings, std: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The in-place initialiser of a weight with standard deviation ``std``."""
+def draw_scaled_(weight: torch.Tensor, scale: float, ranks: int) -> torch.Tensor:
+    """Fill ``weight`` from N(0, scale / inputs); ``ranks`` share its inputs, the last axis."""
+    return draw_weight_(weight, math.sqrt(scale / (weight.shape[-1] * ranks)), None)
+
+
+def init_method(
+    model: ModelSettings, shrink: float = 1.0, ranks: int = 1
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The in-place initialiser of a matrix.
+
+    Args:
+        model: which distribution.
+        shrink: divides the standard deviation.
+        ranks: how many tensor ranks share the matrix's inputs.
+    """
+    if model.init_method == "variance_scaling":
+        scale = model.init_method_scale / shrink**2
+        return functools.partial(draw_scaled_, scale=scale, ranks=ranks)
     cutoff = model.init_method_cutoff if model.init_method == "truncated_normal" else None
-    return functools.partial(draw_weight_, std=std, cutoff=cutoff)
+    return functools.partial(draw_weight_, std=model.init_method_std / shrink, cutoff=cutoff)
 
 
-def _initialisation(model: ModelSettings) -> dict[str, Any]:
-    scale = math.sqrt(2 * model.num_layers) if model.scaled_output_init else 1.0
+def _initialisation(settings: Settings) -> dict[str, Any]:
+    model, router_std = settings.model, settings.moe.moe_router_init_method_std
+    ranks = settings.parallel.tensor_model_parallel_size
+    shrink = math.sqrt(2 * model.num_layers) if model.scaled_output_init else 1.0
+    embedding: Callable[[torch.Tensor], torch.Tensor]
+    if model.embedding_init_method_std is not None or model.init_method == "variance_scaling":
+        std = model.embedding_init_method_std or model.init_method_std
+        embedding = functools.partial(draw_weight_, std=std, cutoff=None)
+    else:
+        embedding = init_method(model)
+    router = functools.partial(draw_weight_, std=router_std, cutoff=None) if router_std else None
     return {
-        "init_method": init_method(model, model.init_method_std),
+        "init_method": init_method(model),
         "init_method_std": model.init_method_std,
-        "embedding_init_method": init_method(model, model.init_method_std),
-        "output_layer_init_method": init_method(model, model.init_method_std / scale),
+        "embedding_init_method": embedding,
+        "output_layer_init_method": init_method(model, shrink, ranks),
+        "router_init_method": router,
         "use_cpu_initialization": False,
     }
+
+
+_ACTIVATIONS = {
+    "swiglu": F.silu,
+    "double_gated": F.silu,
+    "geglu": F.gelu,
+    "gelu": F.gelu,
+    "relu": F.relu,
+}
 
 
 def _blocks(model: ModelSettings) -> dict[str, Any]:
@@ -88,8 +129,10 @@ def _blocks(model: ModelSettings) -> dict[str, Any]:
         # megatron-core sums the gradients of what it calls qk_layernorm over tensor ranks: right
         # for a norm per head, wrong for a full-width norm, of which each rank holds a part.
         "qk_layernorm": model.qk_layernorm and model.qk_layernorm_scope == "head",
-        "gated_linear_unit": model.swiglu,
-        "activation_func": F.silu if model.swiglu else F.gelu,
+        "norm_affine": model.norm_affine,
+        "gated_linear_unit": derived.ffn_inner_matrices(model) > 1,
+        "double_gated": derived.ffn_type(model) == "double_gated",
+        "activation_func": _ACTIVATIONS[derived.ffn_type(model)],
         "add_bias_linear": model.add_bias_linear,
         "mtp_num_layers": model.mtp_num_layers,
         "mtp_loss_scaling_factor": model.mtp_loss_scaling_factor,
@@ -147,6 +190,8 @@ def _experts(settings: Settings) -> dict[str, Any]:
         "moe_grouped_gemm",
         "moe_shared_expert_intermediate_size",
         "moe_shared_expert_gate",
+        "moe_expert_multiplicative_bias",
+        "moe_expert_dropout",
         "moe_shared_expert_overlap",
     )
     return {
@@ -209,7 +254,7 @@ def transformer_config(settings: Settings, transformer_engine: bool = False) -> 
     return kind(
         **_blocks(settings.model),
         **_attention(settings),
-        **_initialisation(settings.model),
+        **_initialisation(settings),
         **_experts(settings),
         **_layout(settings),
         **(_fp8(settings.precision) if fp8 else {}),

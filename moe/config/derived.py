@@ -4,7 +4,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Literal
 
-from moetron.moe.config.model import ModelSettings
+from moetron.moe.config.model import FfnType, ModelSettings
 from moetron.moe.config.parallel import ParallelSettings
 from moetron.moe.config.settings import Settings
 
@@ -22,6 +22,16 @@ def query_groups(model: ModelSettings) -> int:
 def dense_ffn_size(model: ModelSettings) -> int:
     """Width F of a dense FFN."""
     return model.ffn_hidden_size or 4 * model.hidden_size
+
+
+def ffn_type(model: ModelSettings) -> FfnType:
+    """Kind of every FFN."""
+    return model.ffn_type or ("swiglu" if model.swiglu else "gelu")
+
+
+def ffn_inner_matrices(model: ModelSettings) -> int:
+    """Matrices of an FFN before its inner activation."""
+    return {"swiglu": 2, "geglu": 2, "gelu": 1, "relu": 1, "double_gated": 3}[ffn_type(model)]
 
 
 def expert_ffn_size(settings: Settings) -> int:

@@ -89,6 +89,16 @@ class MoESettings(Group):
     """Total width of the always-on shared experts; unset: none."""
     moe_shared_expert_gate: bool = False
     """Multiply the shared experts' output by sigmoid(w x) (Qwen1.5-MoE, Qwen2-MoE)."""
+    moe_sequential_ffn_hidden_size: PositiveInt | None = None
+    """Width of a dense FFN that follows the experts with a norm of its own: x += FFN(norm x)
+    (OpenMoE's code, ST-MoE's sparse-dense stack); unset: none."""
+    moe_expert_multiplicative_bias: bool = False
+    """Multiply each expert's inner activation by a vector that starts at one (ST-MoE)."""
+    moe_expert_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on experts' inner activation (ST-MoE's fine-tuning)."""
+    moe_router_init_method_std: PositiveFloat | None = None
+    """Standard deviation of the router's first weights, drawn from a normal (OpenMoE: 0.02); unset:
+    as the other matrices."""
     moe_shared_expert_overlap: bool = False
     """Overlap the shared experts with the dispatch (GPU only)."""
 

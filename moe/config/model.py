@@ -6,6 +6,8 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from moetron.moe.config.field import Group, negative_flag
 
+FfnType = Literal["swiglu", "geglu", "gelu", "relu", "double_gated"]
+
 
 class ModelSettings(Group):
     """Shape and blocks of the transformer."""
@@ -27,6 +29,8 @@ class ModelSettings(Group):
     """Tokens a sample holds."""
     normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
     """Kind of normalisation."""
+    norm_affine: bool = True
+    """Norms have weights; off: they only normalise (LayerNorm alone; OLMo-1B)."""
     norm_epsilon: PositiveFloat = 1e-5
     """Epsilon of every normalisation."""
     qk_layernorm: bool = False
@@ -42,14 +46,27 @@ class ModelSettings(Group):
     """Share of a head's channels that is rotated."""
     swiglu: bool = True
     """Gated FFN with SiLU: down(silu(gate x) * up x); otherwise down(gelu(up x))."""
+    ffn_type: FfnType | None = None
+    """Kind of FFN, dense and of experts: gated by SiLU or GELU (swiglu, geglu), two matrices with
+    an activation between them (gelu, relu), or OpenMoE's four, down(silu(gate x) * up x * linear x)
+    (double_gated); unset: swiglu or gelu as --swiglu says."""
     add_bias_linear: bool = negative_flag(False, "disable-bias-linear")
     """Biases in linear layers."""
     untie_embeddings_and_output_weights: bool = True
     """Separate matrices for the input embedding and the output layer."""
     init_method_std: PositiveFloat = 0.02
     """Standard deviation of the weight initialisation."""
-    init_method: Literal["normal", "truncated_normal"] = "normal"
-    """Distribution of the weight initialisation."""
+    init_method: Literal["normal", "truncated_normal", "variance_scaling"] = "normal"
+    """Distribution of the weight initialisation; variance_scaling: normal with standard deviation
+    sqrt(scale / inputs) (T5, Switch, ST-MoE, OpenMoE)."""
+    init_method_scale: PositiveFloat = 0.1
+    """Scale of variance_scaling (Switch, section 2.4: 0.1)."""
+    embedding_init_method_std: PositiveFloat | None = None
+    """Standard deviation of the input embedding, drawn from a normal (T5, OpenMoE: 1); unset: as
+    the other matrices, with --init-method-std."""
+    query_init_folds_scale: bool = False
+    """Divide the first query weights by sqrt(width of a head) (T5, OpenMoE), for --softmax-scale
+    1."""
     init_method_cutoff: PositiveFloat = 3.0
     """Where truncated_normal cuts, in standard deviations (OLMoE: 3)."""
     scaled_output_init: bool = True

@@ -1,18 +1,21 @@
 """Build the model: megatron-core's GPTModel from our specs."""
 
+import math
+
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moetron.moe.config import derived
+from moetron.moe.config.bridge import ModelConfig
 from moetron.moe.config.settings import Settings
 from moetron.moe.layers.specs import block_spec, prediction_spec
 
 
 def build_model(
     settings: Settings,
-    config: TransformerConfig,
+    config: ModelConfig,
     vocab_size: int,
     pre_process: bool = True,
     post_process: bool = True,
@@ -56,4 +59,19 @@ def build_model(
     for module in built.modules():
         if isinstance(module, MoELayer) and config.moe_pad_expert_input_to_capacity:
             module.router.padded_dispatcher = module.token_dispatcher
+        if isinstance(module, SelfAttention) and model.query_init_folds_scale:
+            _shrink_queries(module)
     return built
+
+
+def _shrink_queries(attention: SelfAttention) -> None:
+    """Divide query rows of ``linear_qkv`` by sqrt(head width); keys and values stay as drawn.
+
+    Rows of a query group follow each other: its queries, its key, its value.
+    """
+    width, weight = attention.hidden_size_per_attention_head, attention.linear_qkv.weight
+    queries = (
+        attention.num_attention_heads_per_partition // attention.num_query_groups_per_partition
+    )
+    groups = weight.detach().view(-1, queries + 2, width, weight.shape[1])
+    groups[:, :queries].div_(math.sqrt(width))

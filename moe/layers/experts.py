@@ -70,11 +70,10 @@ class GroupedExperts(MegatronModule):
         self.tp_group = pg_collection.expt_tp
         self.dp_group = pg_collection.expt_dp
         ffn = config.moe_ffn_hidden_size // self.tp_group.size()
-        fc1_rows = 2 * ffn if config.gated_linear_unit else ffn
-        self.weight1 = self._empty_weight(fc1_rows, config.hidden_size)
+        parts = self.fc1_parts(config)
+        self.weight1 = self._empty_weight(parts * ffn, config.hidden_size)
         self.weight2 = self._empty_weight(config.hidden_size, ffn)
-        stride = 2 if config.gated_linear_unit else 1
-        set_tensor_model_parallel_attributes(self.weight1, True, 1, stride)
+        set_tensor_model_parallel_attributes(self.weight1, True, 1, parts)
         set_tensor_model_parallel_attributes(self.weight2, True, 2, 1)
         # Whether gradients are summed over the ranks over which dense parameters' are.
         like_dense = self.ep_group.size() == 1 and self.tp_group.size() == pg_collection.tp.size()
@@ -82,6 +81,11 @@ class GroupedExperts(MegatronModule):
         if config.perform_initialization:
             self._draw_weights()
         self._register_load_state_dict_pre_hook(_drop_extra_states)
+
+    @staticmethod
+    def fc1_parts(config: TransformerConfig) -> int:
+        """Matrices [F, H] that ``weight1`` holds of an expert."""
+        return 2 if config.gated_linear_unit else 1
 
     def _empty_weight(self, rows: int, columns: int) -> torch.nn.Parameter:
         weight = torch.empty(
@@ -119,7 +123,8 @@ class GroupedExperts(MegatronModule):
         x = permuted_local_hidden_states
         ends = tokens_per_expert.to(x.device).cumsum(0).to(torch.int32)
         hidden = self._product("fc1", x, self.weight1, ends)
-        activated = self._activate(hidden, permuted_probs.unsqueeze(-1))
+        inner = self._inner(hidden, tokens_per_expert)
+        activated = (inner * permuted_probs.unsqueeze(-1)).to(hidden.dtype)
         out = self._product("fc2", activated, self.weight2, ends)
         return _ContiguousGrad.apply(out), None
 
@@ -129,14 +134,13 @@ class GroupedExperts(MegatronModule):
         """Each expert's rows times its weight transposed, in one of the two layers."""
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
 
-    def _activate(self, hidden: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+    def _inner(self, hidden: torch.Tensor, tokens_per_expert: torch.Tensor) -> torch.Tensor:
+        """What the second layer multiplies, before the token's probability: [rows, F]."""
         activation = self.config.activation_func
         if self.config.gated_linear_unit:
             gate, up = hidden.chunk(2, dim=-1)
-            activated = activation(gate) * up
-        else:
-            activated = activation(hidden)
-        return (activated * probs).to(hidden.dtype)
+            return activation(gate) * up
+        return activation(hidden)
 
     def sharded_state_dict(
         self,
@@ -146,12 +150,12 @@ class GroupedExperts(MegatronModule):
     ) -> dict[str, Any]:
         """The global tensors of ``SequentialMLP``: fc1 [experts, 2F or F, H], fc2 [experts, H, F].
 
-        fc1 of a gated unit is two shards, gate and up, since a tensor rank holds rows of both.
+        fc1 of a gated unit is shards of gate and up, since a tensor rank holds rows of both.
         """
         assert not (metadata or {}).get("singleton_local_shards", False)
         axis = len(sharded_offsets)
         tensor = partial(
-            _sharded_tensor,
+            sharded_tensor,
             offsets=(*sharded_offsets, (axis, self.ep_group.rank(), self.ep_group.size())),
             prepended=axis,
         )
@@ -159,19 +163,20 @@ class GroupedExperts(MegatronModule):
         replica = (0, 0, self.dp_group.rank())
         fc1_key, fc2_key = (f"{prefix}experts.linear_fc{i}.weight" for i in (1, 2))
 
-        def gate_and_up(
+        parts = self.fc1_parts(self.config)
+
+        def by_part(
             key: str, weight: torch.Tensor, replica_id: Any, flattened_range: slice | None
         ) -> list[ShardedTensor]:
             assert flattened_range is None
-            gate, up = weight.chunk(2, dim=1)
             return [
-                tensor(key, gate, (axis + 1, rank, 2 * ranks), replica_id),
-                tensor(key, up, (axis + 1, ranks + rank, 2 * ranks), replica_id),
+                tensor(key, matrix, (axis + 1, part * ranks + rank, parts * ranks), replica_id)
+                for part, matrix in enumerate(weight.chunk(parts, dim=1))
             ]
 
-        if self.config.gated_linear_unit:
+        if parts > 1:
             join = partial(torch.cat, dim=1)
-            fc1 = ShardedTensorFactory(fc1_key, self.weight1, gate_and_up, join, replica)
+            fc1 = ShardedTensorFactory(fc1_key, self.weight1, by_part, join, replica)
         else:
             fc1 = tensor(fc1_key, self.weight1, (axis + 1, rank, ranks), replica)
         return {
@@ -202,7 +207,7 @@ class GroupedExperts(MegatronModule):
         """Weight gradients are never delayed here."""
 
 
-def _sharded_tensor(
+def sharded_tensor(
     key: str,
     data: torch.Tensor,
     shard: tuple[int, int, int],
@@ -210,6 +215,7 @@ def _sharded_tensor(
     offsets: tuple[tuple[int, int, int], ...],
     prepended: int,
 ) -> ShardedTensor:
+    """A shard of the global tensor ``key``: (axis, number, count) in ``shard`` and ``offsets``."""
     return ShardedTensor.from_rank_offsets(
         key, data, *offsets, shard, replica_id=replica_id, prepend_axis_num=prepended
     )

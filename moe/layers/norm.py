@@ -94,7 +94,8 @@ class LayerNorm(torch.nn.LayerNorm):
     """torch's LayerNorm, built from a layer spec."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        affine = getattr(config, "norm_affine", True)  # ours; megatron-core knows no norm without
+        super().__init__(hidden_size, eps, affine, dtype=config.params_dtype)
         assert not config.layernorm_zero_centered_gamma
         for parameter in self.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

@@ -28,12 +28,15 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from moetron.moe.config import derived
+from moetron.moe.config.bridge import ModelConfig
 from moetron.moe.config.errors import UserError
 from moetron.moe.config.settings import Settings
 from moetron.moe.host.device import has_transformer_engine
 from moetron.moe.host.fp8 import Fp8Numerics, fp8_numerics
 from moetron.moe.layers.attention import SdpaAttention
+from moetron.moe.layers.expert_variants import VariantExperts
 from moetron.moe.layers.experts import GroupedExperts, grouped_gemm_fits
+from moetron.moe.layers.ffn import DoubleGatedMLP, DoubleGatedSharedExpertMLP, SequentialFfnLayer
 from moetron.moe.layers.fp8_linear import (
     Fp8ColumnParallelLinear,
     Fp8GroupedExperts,
@@ -58,9 +61,7 @@ class LocalProvider(LocalSpecProvider):
     ``fp8``: how linear layers and experts emulate FP8; None: they do not.
     """
 
-    def __init__(
-        self, settings: Settings, config: TransformerConfig, fp8: Fp8Numerics | None
-    ) -> None:
+    def __init__(self, settings: Settings, config: ModelConfig, fp8: Fp8Numerics | None) -> None:
         self._settings = settings
         self._config = config
         self.fp8 = fp8
@@ -95,10 +96,20 @@ class LocalProvider(LocalSpecProvider):
         """Grouped experts where they fit, otherwise one after the other."""
         ranks = derived.expert_tensor_parallel_size(self._settings.parallel)
         if moe_use_grouped_gemm and grouped_gemm_fits(self._config, ranks):
-            return (GroupedExperts if self.fp8 is None else Fp8GroupedExperts), None
+            return self._grouped_experts(), None
         return SequentialMLP, MLPSubmodules(
             linear_fc1=self.column_parallel_linear(), linear_fc2=self.row_parallel_linear()
         )
+
+    def _grouped_experts(self) -> type:
+        config = self._config
+        if (
+            config.double_gated
+            or config.moe_expert_multiplicative_bias
+            or config.moe_expert_dropout
+        ):
+            return VariantExperts
+        return GroupedExperts if self.fp8 is None else Fp8GroupedExperts
 
 
 def _attention(backend: LocalProvider, config: TransformerConfig) -> ModuleSpec:
@@ -139,27 +150,43 @@ def _checkpoint_names(config: TransformerConfig, experts: bool) -> dict[str, str
     return names
 
 
-def _local_layer(backend: LocalProvider, config: TransformerConfig, experts: bool) -> ModuleSpec:
-    norm = backend.layer_norm()
-    mlp = get_mlp_module_spec_for_backend(
+def _ffn(backend: LocalProvider, config: ModelConfig, experts: bool) -> ModuleSpec:
+    """A dense FFN, or experts with what stands beside them."""
+    spec: ModuleSpec = get_mlp_module_spec_for_backend(
         backend=backend,
         num_experts=config.num_moe_experts if experts else None,
         moe_grouped_gemm=config.moe_grouped_gemm,
     )
-    if experts and mlp.submodules.experts.module is Fp8GroupedExperts:
-        mlp.submodules.experts.params["numerics"] = backend.fp8
-    return ModuleSpec(
+    if experts and spec.submodules.experts.module is Fp8GroupedExperts:
+        spec.submodules.experts.params["numerics"] = backend.fp8
+    if config.double_gated and experts:
+        spec.submodules.shared_experts.module = DoubleGatedSharedExpertMLP
+    elif config.double_gated:
+        spec.module = DoubleGatedMLP
+    return spec
+
+
+def _local_layer(
+    backend: LocalProvider, config: ModelConfig, experts: bool, sequential_ffn: int | None
+) -> ModuleSpec:
+    norm = backend.layer_norm()
+    layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=_attention(backend, config),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=mlp,
+            mlp=_ffn(backend, config, experts),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=_checkpoint_names(config, experts),
         ),
     )
+    if experts and sequential_ffn is not None:
+        layer.module = SequentialFfnLayer
+        dense = _ffn(backend, config, experts=False)
+        layer.params = {"extra_mlp": dense, "ffn_hidden_size": sequential_ffn}
+    return layer
 
 
 def _transformer_engine_layer(config: TransformerConfig, experts: bool) -> ModuleSpec:
@@ -201,7 +228,7 @@ def uses_transformer_engine(settings: Settings) -> bool:
 
 def block_spec(
     settings: Settings,
-    config: TransformerConfig,
+    config: ModelConfig,
     groups: ProcessGroupCollection,
     vp_stage: int | None = None,
 ) -> TransformerBlockSubmodules:
@@ -225,7 +252,7 @@ def block_spec(
 
 def prediction_spec(
     settings: Settings,
-    config: TransformerConfig,
+    config: ModelConfig,
     groups: ProcessGroupCollection,
     vp_stage: int | None = None,
 ) -> MultiTokenPredictionBlockSubmodules | None:
@@ -248,7 +275,7 @@ def prediction_spec(
     )
 
 
-def _backend(settings: Settings, config: TransformerConfig) -> Any:
+def _backend(settings: Settings, config: ModelConfig) -> Any:
     """Where modules outside FP8 layers come from."""
     if uses_transformer_engine(settings):
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
@@ -258,7 +285,7 @@ def _backend(settings: Settings, config: TransformerConfig) -> Any:
 
 
 def _layers(
-    settings: Settings, config: TransformerConfig, groups: ProcessGroupCollection
+    settings: Settings, config: ModelConfig, groups: ProcessGroupCollection
 ) -> list[ModuleSpec]:
     """Every layer of the model."""
     kinds = list(zip(derived.moe_layers(settings), derived.fp8_layers(settings), strict=True))
@@ -270,8 +297,9 @@ def _layers(
     else:
         plain = LocalProvider(settings, config, None)
         emulating = LocalProvider(settings, config, fp8_numerics(settings.precision))
+        extra = settings.moe.moe_sequential_ffn_hidden_size
         layer = {
-            (experts, fp8): _local_layer(emulating if fp8 else plain, config, experts)
+            (experts, fp8): _local_layer(emulating if fp8 else plain, config, experts, extra)
             for experts, fp8 in kinds
         }
     for spec in layer.values():

@@ -92,7 +92,7 @@ def _ffn(settings: Settings, has_experts: bool) -> float:
     """
     model, moe, parallel = settings.model, settings.moe, settings.parallel
     tensor, recomputed = parallel.tensor_model_parallel_size, _recomputed(settings)
-    inner = 3 if model.swiglu else 2
+    inner = 1 + derived.ffn_inner_matrices(model)
     if not has_experts:
         return 0 if "mlp" in recomputed else inner * derived.dense_ffn_size(model) / tensor
     if "moe" in recomputed:
@@ -102,6 +102,10 @@ def _ffn(settings: Settings, has_experts: bool) -> float:
     widths = (inner - ("moe_act" in recomputed)) * derived.expert_ffn_size(settings)
     routed = _expert_visits(settings) * (2 * model.hidden_size * gathered + widths / tensor)
     shared = 0 if "shared_experts" in recomputed else moe.moe_shared_expert_intermediate_size or 0
+    after = moe.moe_sequential_ffn_hidden_size
+    if after is not None:
+        shared += after
+        routed += 2 * _residual(settings)
     return routed + inner * shared / tensor
 
 

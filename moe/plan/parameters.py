@@ -73,6 +73,8 @@ class RankParameters:
 
 def _norm(settings: Settings, width: int) -> int:
     """A norm's weight, and the bias that LayerNorm has."""
+    if not settings.model.norm_affine:
+        return 0
     return width * (2 if settings.model.normalization == "LayerNorm" else 1)
 
 
@@ -118,7 +120,7 @@ def _ffn(
 ) -> Iterator[Tensors]:
     """``copies`` FFNs of width ``ffn_size``; the bias of the output is not cut over TP."""
     model, is_expert = settings.model, cut == "expert"
-    inner = ffn_size * (2 if model.swiglu else 1)
+    inner = ffn_size * derived.ffn_inner_matrices(model)
     matrices = model.hidden_size * (inner + ffn_size)
     yield Tensors(part, copies * matrices, cut, is_expert)
     if model.add_bias_linear:
@@ -140,6 +142,12 @@ def layer(settings: Settings, has_experts: bool) -> Iterator[Tensors]:
     yield from _ffn(
         settings, "experts", derived.expert_ffn_size(settings), moe.num_experts, "expert"
     )
+    if moe.moe_expert_multiplicative_bias:
+        scales = moe.num_experts * derived.expert_ffn_size(settings)
+        yield Tensors("experts", scales, "expert", is_expert=True)
+    if moe.moe_sequential_ffn_hidden_size is not None:
+        yield Tensors("norms", _norm(settings, model.hidden_size), "none")
+        yield from _ffn(settings, "dense_ffn", moe.moe_sequential_ffn_hidden_size)
     if moe.moe_shared_expert_intermediate_size is not None:
         yield from _ffn(settings, "shared_experts", moe.moe_shared_expert_intermediate_size)
         if moe.moe_shared_expert_gate:

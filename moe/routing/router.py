@@ -71,6 +71,9 @@ class Router(TopKRouter):
             )
             config = copy.copy(config)
             config.moe_expert_capacity_factor = None  # so that upstream's routing drops nothing
+        if config.router_init_method is not None:
+            config = copy.copy(config)
+            config.init_method = config.router_init_method
         super().__init__(config, pg_collection)
         self.tokens = TokenGroup(pg_collection, config.sequence_parallel)
         if self._counts_previous_step:

@@ -6,10 +6,9 @@ from contextlib import contextmanager
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_stage
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 
-from moetron.moe.config.bridge import ddp_config
+from moetron.moe.config.bridge import ModelConfig, ddp_config
 from moetron.moe.config.settings import Settings
 from moetron.moe.layers.build import build_model
 from moetron.moe.training.runtime import Runtime
@@ -19,7 +18,7 @@ ModelChunks = list[DistributedDataParallel]
 
 
 def build_chunks(
-    settings: Settings, config: TransformerConfig, vocab_size: int, runtime: Runtime
+    settings: Settings, config: ModelConfig, vocab_size: int, runtime: Runtime
 ) -> ModelChunks:
     """Build this rank's chunks, broadcast their parameters and tie them to the schedules.
 
@@ -49,7 +48,7 @@ def build_chunks(
     return chunks
 
 
-def _tie_to_schedules(chunks: ModelChunks, config: TransformerConfig, settings: Settings) -> None:
+def _tie_to_schedules(chunks: ModelChunks, config: ModelConfig, settings: Settings) -> None:
     """What megatron/training sets; no ``grad_scale_func``, since only fp16 scales its loss."""
     config.finalize_model_grads_func = finalize_model_grads
     if settings.parallel.overlap_grad_reduce:

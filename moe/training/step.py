@@ -10,9 +10,9 @@ import torch
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_batch_on_this_cp_rank
 
+from moetron.moe.config.bridge import ModelConfig
 from moetron.moe.config.derived import routed_layers
 from moetron.moe.config.settings import Settings
 from moetron.moe.layers.attention import prefix_mask
@@ -38,7 +38,7 @@ class Trainer:
 
     settings: Settings
     runtime: Runtime
-    config: TransformerConfig
+    config: ModelConfig
     vocab_size: int
     """Before padding."""
     chunks: ModelChunks

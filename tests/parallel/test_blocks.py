@@ -37,7 +37,16 @@ QWEN = Case(
     attention={"add_qkv_bias": True},
     moe={"moe_shared_expert_intermediate_size": 16, "moe_shared_expert_gate": True},
 )
-FAMILIES = {"deepseek": DEEPSEEK, "qwen": QWEN}
+OPENMOE = Case(
+    model={"qk_layernorm": False, "qk_layernorm_scope": "head", "ffn_type": "double_gated"},
+    attention={"softmax_scale": 1.0},
+    moe={
+        "moe_sequential_ffn_hidden_size": 32,
+        "moe_shared_expert_intermediate_size": 16,
+        "moe_expert_multiplicative_bias": True,
+    },
+)
+FAMILIES = {"deepseek": DEEPSEEK, "qwen": QWEN, "openmoe": OPENMOE}
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +61,9 @@ def alone() -> dict[str, dict[str, Any]]:
         pytest.param("deepseek", 2, {PP: 2}, id="deepseek PP2"),
         pytest.param("deepseek", 2, {CP: 2}, id="deepseek CP2"),
         pytest.param("qwen", 2, {TP: 2, ETP: 1}, id="qwen TP2"),
+        pytest.param("openmoe", 2, {TP: 2}, id="openmoe TP2 ETP2"),
+        pytest.param("openmoe", 2, {EP: 2}, id="openmoe EP2"),
+        pytest.param("openmoe", 2, {PP: 2}, id="openmoe PP2", marks=pytest.mark.slow),
         pytest.param("qwen", 2, {EP: 2}, id="qwen EP2", marks=pytest.mark.slow),
         pytest.param("deepseek", 2, {EP: 2}, id="deepseek EP2", marks=pytest.mark.slow),
         pytest.param("deepseek", 4, {TP: 2, PP: 2}, id="deepseek TP2 PP2", marks=pytest.mark.slow),
@@ -70,4 +82,5 @@ def test_every_block_has_weights(alone: dict[str, dict[str, Any]]) -> None:
     for part in ("linear_q_down_proj", "linear_kv_up_proj", "mtp.layers.0.eh_proj"):
         assert any(part in name for name in names), part
     assert any("linear_qkv.bias" in name for name in alone["qwen"]["weights"])
+    assert any("extra_mlp.linear_fc1_linear" in name for name in alone["openmoe"]["weights"])
     assert any("shared_experts.gate_weight" in name for name in alone["qwen"]["weights"])

@@ -80,6 +80,8 @@ def prediction(case: Case) -> Iterator[str]:
             "--mtp-num-layers with --recompute-granularity full needs --recompute-method uniform "
             "--recompute-num-layers 1"
         )
+    if case.settings.moe.moe_sequential_ffn_hidden_size is not None:
+        yield f"--mtp-num-layers does not go with {case.said('moe_sequential_ffn_hidden_size')}"
 
 
 RULES = (latent, rotary, prediction)

@@ -1,0 +1,72 @@
+"""Kinds of feed-forward blocks, and what of them our own grouped experts alone have."""
+
+from collections.abc import Iterator
+
+from moetron.moe.config import derived
+from moetron.moe.config.field import flag_name
+from moetron.moe.config.rules.case import Case
+
+_ALIGNMENT = 8
+"""Widths of an expert are multiples of this on every rank: 16 bytes of bf16."""
+
+
+def kinds(case: Case) -> Iterator[str]:
+    """Blocks that megatron-core and Transformer Engine lack."""
+    settings = case.settings
+    moe, is_double = settings.moe, derived.ffn_type(settings.model) == "double_gated"
+    if settings.model.ffn_type is not None and not settings.model.swiglu:
+        yield f"--no-swiglu does nothing with {case.said('ffn_type')}: drop it"
+    if is_double and settings.model.add_bias_linear:
+        yield "--ffn-type double_gated has no biases: use --disable-bias-linear"
+    own = {
+        "ffn_type": is_double,
+        "moe_expert_multiplicative_bias": moe.moe_expert_multiplicative_bias,
+        "moe_expert_dropout": moe.moe_expert_dropout > 0,
+        "moe_sequential_ffn_hidden_size": moe.moe_sequential_ffn_hidden_size is not None,
+    }
+    for name in (name for name, used in own.items() if used):
+        if moe.num_experts is None and name != "ffn_type":
+            yield f"{case.said(name)} needs --num-experts: add it or leave this out"
+        if not case.local:
+            yield f"{case.said(name)} needs --transformer-impl local"
+        if name != "moe_sequential_ffn_hidden_size":
+            yield from _grouped(case, name)
+
+
+def _grouped(case: Case, name: str) -> Iterator[str]:
+    """Experts that run as a grouped product alone, in high precision."""
+    settings = case.settings
+    if settings.precision.fp8_format is not None:
+        yield f"{case.said(name)} does not go with {case.said('fp8_format')}: drop one"
+    if settings.moe.num_experts is None:
+        return
+    if not settings.moe.moe_grouped_gemm:
+        yield f"{case.said(name)} needs --moe-grouped-gemm"
+    ranks = derived.expert_tensor_parallel_size(settings.parallel)
+    widths = (settings.model.hidden_size, derived.expert_ffn_size(settings) // ranks)
+    if any(width % _ALIGNMENT for width in widths):
+        yield (
+            f"{case.said(name)}: --hidden-size and {flag_name('moe_ffn_hidden_size')} of a rank, "
+            f"{widths[0]} and {widths[1]}, must be multiples of {_ALIGNMENT}"
+        )
+
+
+def initialisation(case: Case) -> Iterator[str]:
+    """Variance scaling knows a matrix's inputs from the ranks that share them."""
+    settings = case.settings
+    parallel, is_scaled = settings.parallel, settings.model.init_method == "variance_scaling"
+    ranks = derived.expert_tensor_parallel_size(parallel)
+    differs = ranks != parallel.tensor_model_parallel_size
+    if is_scaled and settings.moe.num_experts is not None and differs:
+        yield (
+            "--init-method variance_scaling needs --expert-tensor-parallel-size "
+            f"{parallel.tensor_model_parallel_size}, the tensor-parallel size"
+        )
+    folds, latent = settings.model.query_init_folds_scale, settings.attention.multi_latent_attention
+    if folds and latent:
+        yield "--query-init-folds-scale does not go with --multi-latent-attention"
+    if settings.moe.moe_router_init_method_std is not None and settings.moe.num_experts is None:
+        yield f"{case.said('moe_router_init_method_std')} needs --num-experts: add it or drop this"
+
+
+RULES = (kinds, initialisation)

@@ -1,0 +1,91 @@
+"""Grouped experts as OpenMoE and ST-MoE have them."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.random import (
+    get_cuda_rng_tracker,
+    get_expert_parallel_rng_tracker_name,
+)
+
+from moetron.moe.config.bridge import ModelConfig
+from moetron.moe.layers.experts import GroupedExperts, sharded_tensor
+
+
+class VariantExperts(GroupedExperts):
+    """Grouped experts with what the configuration asks for of the following.
+
+    - ``double_gated``: down((silu(gate x) * up x) * linear x), OpenMoE's unit; ``weight1``
+      [E, 3F, H] holds gate, up and linear.
+    - ``moe_expert_multiplicative_bias``: the inner activation [F] times ``inner_scale`` [E, F],
+      ones at first (ST-MoE, arXiv 2202.08906, appendix C).
+    - ``moe_expert_dropout``: dropout of the inner activation (the same, section 4); ranks draw
+      their own random numbers.
+
+    Args:
+        num_local_experts: experts on this rank.
+        config: see `grouped_gemm_fits`.
+        submodules: taken and ignored.
+        pg_collection: as in `GroupedExperts`.
+    """
+
+    config: ModelConfig
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: ModelConfig,
+        submodules: Any = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(num_local_experts, config, submodules, pg_collection)
+        if config.moe_expert_multiplicative_bias:
+            ffn = self.weight2.shape[2]
+            scale = torch.ones_like(self.weight2[:, 0]).view(num_local_experts, ffn)
+            self.inner_scale = torch.nn.Parameter(scale)
+            set_tensor_model_parallel_attributes(self.inner_scale, True, 1, 1)
+            like_dense = self.weight2.allreduce  # type: ignore[attr-defined]
+            self.inner_scale.allreduce = like_dense  # type: ignore[attr-defined]
+
+    @staticmethod
+    def fc1_parts(config: ModelConfig) -> int:
+        """Matrices [F, H] that ``weight1`` holds of an expert."""
+        return 3 if config.double_gated else GroupedExperts.fc1_parts(config)
+
+    def _inner(self, hidden: torch.Tensor, tokens_per_expert: torch.Tensor) -> torch.Tensor:
+        if self.config.double_gated:
+            gate, up, linear = hidden.chunk(3, dim=-1)
+            inner = self.config.activation_func(gate) * up * linear
+        else:
+            inner = super()._inner(hidden, tokens_per_expert)
+        if self.config.moe_expert_multiplicative_bias:
+            counts = tokens_per_expert.to(hidden.device)
+            scale = self.inner_scale.repeat_interleave(counts, dim=0, output_size=len(hidden))
+            inner = inner * scale
+        if self.config.moe_expert_dropout and self.training:
+            with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
+                inner = F.dropout(inner, self.config.moe_expert_dropout)
+        return inner
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """As `GroupedExperts`, and ``inner_scale`` [experts, F]."""
+        entries = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.config.moe_expert_multiplicative_bias:
+            axis, tensor_ranks = len(sharded_offsets), (self.tp_group.rank(), self.tp_group.size())
+            entries[f"{prefix}inner_scale"] = sharded_tensor(
+                f"{prefix}experts.inner_scale",
+                self.inner_scale,
+                (axis + 1, *tensor_ranks),
+                (0, 0, self.dp_group.rank()),
+                (*sharded_offsets, (axis, self.ep_group.rank(), self.ep_group.size())),
+                axis,
+            )
+        return entries
