@@ -1,6 +1,7 @@
 """What follows from the settings by arithmetic: sizes left unset, layout, batches."""
 
 from bisect import bisect_right
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -105,6 +106,13 @@ def expert_data_parallel_size(parallel: ParallelSettings, world_size: int) -> in
         * parallel.expert_model_parallel_size
         * parallel.pipeline_model_parallel_size
     )
+
+
+def smallest_world_size(parallel: ParallelSettings) -> int:
+    """The fewest ranks that hold both the dense and the expert side of a layout."""
+    dense = parallel.tensor_model_parallel_size * parallel.context_parallel_size
+    experts = expert_tensor_parallel_size(parallel) * parallel.expert_model_parallel_size
+    return math.lcm(dense, experts) * parallel.pipeline_model_parallel_size
 
 
 def num_microbatches(settings: Settings, world_size: int) -> int:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from moetron.moe.config import recipe
-from moetron.moe.config.derived import expert_tensor_parallel_size
+from moetron.moe.config.derived import smallest_world_size
 from moetron.moe.config.document import document
 from moetron.moe.config.load import load
 from moetron.moe.config.parallel import ParallelSettings
@@ -27,9 +27,7 @@ def test_there_are_recipes() -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_recipe(path: Path) -> None:
     parallel = ParallelSettings.model_validate(recipe.read(path).get("parallel", {}))
-    experts = parallel.expert_model_parallel_size * expert_tensor_parallel_size(parallel)
-    ranks = max(experts, parallel.tensor_model_parallel_size * parallel.context_parallel_size)
-    ranks *= parallel.pipeline_model_parallel_size
+    ranks = smallest_world_size(parallel)
     argv = ["--config", str(path), "--dry-run", f"--world-size={ranks}", "--device", "cuda"]
     if path.parent.name == "quickstart":  # trains its own tokenizer
         argv += ["--vocab-size", "8000"]
