@@ -1,7 +1,7 @@
 """What follows from the settings by arithmetic: sizes left unset, layout, batches."""
 
-from bisect import bisect_right
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Literal
 
