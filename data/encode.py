@@ -18,7 +18,7 @@ from moetron.tokenizers.fast_bpe import FastBPE, first_difference, open_fast
 from moetron.tokenizers.interface import Tokenizer
 from moetron.tokenizers.load import load_tokenizer
 
-COMPARED_CHARACTERS = 1000
+COMPARED_CHARACTERS = 500
 """Of one document in each ``CHUNK_BYTES`` of text, which the reference encodes too."""
 
 
@@ -57,7 +57,7 @@ class Documents:
 class Encoded:
     """What one chunk gave."""
 
-    sides: tuple[Documents, Documents]
+    sides: tuple[Documents, ...]
     """For training, held out."""
     rejects: list[Reject]
     left_out: dict[str, int]

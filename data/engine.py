@@ -1,4 +1,4 @@
-"""Who encodes: threads or processes of this machine; the results are the same."""
+"""Who encodes: threads or processes of this machine, or a Ray cluster; the results are the same."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -8,6 +8,7 @@ from moetron.data import inputs
 from moetron.data.chunks import Chunk, Cursor
 from moetron.data.encode import Encoded, Encoding, encode_chunk
 from moetron.data.parallel import ordered_map
+from moetron.data.ray_engine import ray_map
 from moetron.tokenizers.fast_bpe import open_fast
 from moetron.tokenizers.interface import Tokenizer
 
@@ -20,21 +21,31 @@ FAST_THREADS = 8
 
 
 def encoded_chunks(
-    files: Sequence[Path], start: Cursor, encoding: Encoding, tokenizer: Tokenizer, workers: int
+    files: Sequence[Path],
+    start: Cursor,
+    encoding: Encoding,
+    tokenizer: Tokenizer,
+    workers: int,
+    engine: str = "local",
 ) -> Iterator[Encoded]:
     """What the files hold from ``start`` on, in order; ``tokenizer`` is the reference.
 
     Raises EnginesDiffer where the fast engine does not give the reference's ids.
     """
-    fast = open_fast(tokenizer, workers) if encoding.fast and workers <= FAST_THREADS else None
+    local = engine == "local"
+    here_fast = local and encoding.fast and workers <= FAST_THREADS
+    fast = open_fast(tokenizer, workers) if here_fast else None
     threads = fast is not None and workers > 1
     chunk_bytes = inputs.CHUNK_BYTES * (FAST_CHUNKS if threads else 1)
     columns = (encoding.text_key, *encoding.filters.row_keys)
     chunks = inputs.read_chunks(files, start, chunk_bytes, columns)
-    here = fast or (tokenizer if workers == 1 else None)
+    here = fast or (tokenizer if local and workers == 1 else None)
 
     def weigh(chunk: Chunk) -> float:
         return max(1.0, chunk.size_bytes / chunk_bytes)
 
     encode = partial(encode_chunk, encoding, tokenizer=here)
-    yield from ordered_map(encode, chunks, PARSERS if threads else workers, weigh, threads)
+    if local:
+        yield from ordered_map(encode, chunks, PARSERS if threads else workers, weigh, threads)
+    else:
+        yield from ray_map(encode, chunks, workers, weigh)

@@ -77,6 +77,11 @@ class FamilyWriter:
         if self._seen is not None:
             self._seen.close()
 
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the token ids."""
+        return self._writer.dtype
+
     def _fitting(self, lengths: np.ndarray) -> int:
         """How many of the documents the current shard takes; if none, a new one is begun."""
         if self._size is None:

@@ -24,6 +24,12 @@ class Options:
     max_bad_fraction: float = 0.001
     shard_size_tokens: int | None = None
     """Split the output into shards of at least so many tokens, ``PREFIX_00000``, ..."""
+    share: str | None = None
+    """``I/N``: only this share of the inputs, for ``merge_shares`` to put together."""
+    merge_shares: int | None = None
+    """Make the output of so many shares instead of the inputs."""
+    engine: str = "local"
+    """``local`` or ``ray``."""
     filters: Filters = field(default_factory=Filters)
     fast: bool = True
     """Use the tokenizer's fast engine, if it has one, as long as it gives the reference's ids."""
@@ -45,6 +51,12 @@ class Options:
             found.append(f"--max-bad-fraction {self.max_bad_fraction}: must be in [0, 1]")
         if self.shard_size_tokens is not None and self.shard_size_tokens < 1:
             found.append(f"--shard-size-tokens {self.shard_size_tokens}: must be at least 1")
+        if self.merge_shares is not None and self.merge_shares < 1:
+            found.append(f"--merge-shares {self.merge_shares}: must be at least 1")
+        if self.share is not None and self.merge_shares is not None:
+            found.append("--share makes a share and --merge-shares puts them together: give one")
+        if (self.share or self.merge_shares) and "-" in self.inputs:
+            found.append("--input -: standard input has no shares; give files")
         return found + self.filters.problems()
 
     @classmethod
@@ -89,6 +101,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="begin a new shard after N tokens: P_00000, P_00001, ... (P names them all)",
+    )
+    add("--share", metavar="I/N", help="share I (from 0) of N, by files: SLURM arrays")
+    add("--merge-shares", type=int, metavar="N", help="then put N shares together, and do no more")
+    add(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="encode here, or on the Ray cluster of RAY_ADDRESS (default: %(default)s)",
     )
     add(
         "--no-fast",

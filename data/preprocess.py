@@ -2,6 +2,8 @@
 
 import hashlib
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,21 @@ from moetron.data.errors import DataError
 from moetron.data.family import family
 from moetron.data.family_writer import FamilyWriter
 from moetron.data.files import beside
-from moetron.data.indexed_format import token_dtype
 from moetron.data.inputs import find_files
 from moetron.data.journal import Side, State, read_state
 from moetron.data.manifest import Manifest, TokenizerRecord, read_manifest, write_manifest
 from moetron.data.options import Options
 from moetron.data.output import Output, discard
 from moetron.data.progress import Progress
+from moetron.data.ray_engine import require_ray
+from moetron.data.shares import (
+    SIZES_VOCAB,
+    Share,
+    read_share,
+    remove_share,
+    sizes_prefix,
+    with_sizes,
+)
 from moetron.tokenizers.interface import Tokenizer
 from moetron.tokenizers.load import load_tokenizer
 
@@ -53,28 +63,41 @@ def preprocess(options: Options) -> Outcome:
     """
     if problems := options.problems():
         raise DataError("\n".join(problems))
+    if options.engine == "ray":
+        require_ray()
+    share = None if options.share is None else Share.parse(options.share)
     with standard_input.kept(options.inputs, options.output_prefix) as inputs:
-        run = _Run(options, find_files(inputs), load_tokenizer(options.tokenizer))
+        run = _Run(options, find_files(inputs), load_tokenizer(options.tokenizer), share)
         if current := run.current():
             discard(run.prefixes)
             return Outcome(current, True, "the inputs and settings are those of the last run")
-        return run.make()
+        return run.make() if options.merge_shares is None else run.merge(options.merge_shares)
 
 
 class _Run:
     """One pass over the inputs."""
 
-    def __init__(self, options: Options, files: list[Path], tokenizer: Tokenizer) -> None:
-        self.options, self.files, self.tokenizer = options, files, tokenizer
+    def __init__(
+        self, options: Options, files: list[Path], tokenizer: Tokenizer, share: Share | None
+    ) -> None:
+        self.options, self.tokenizer, self.share = options, tokenizer, share
+        self.files = share.of(files) if share else files
         self.record = TokenizerRecord(
             name=tokenizer.name,
             fingerprint=tokenizer.fingerprint,
             vocab_size=tokenizer.vocab_size,
             eod=tokenizer.eod,
         )
-        self.prefixes = [options.output_prefix]
+        self.outputs = [options.output_prefix]
         if options.holdout_prefix is not None:
-            self.prefixes.append(options.holdout_prefix)
+            self.outputs.append(options.holdout_prefix)
+        self.prefixes, self.vocab_sizes = self.outputs, [tokenizer.vocab_size] * len(self.outputs)
+        if share is not None:
+            self.outputs = [share.prefix(output) for output in self.outputs]
+            self.prefixes = self.outputs + list(map(sizes_prefix, self.outputs))
+            self.vocab_sizes += [SIZES_VOCAB] * len(self.outputs)
+        self.shard_size_tokens = None if share else options.shard_size_tokens
+        self.deduplicate = options.filters.deduplicate and not share
         self.settings: dict[str, Any] = {
             name: getattr(options, name)
             for name in (
@@ -86,7 +109,7 @@ class _Run:
             )
         }
         self.settings["filters"] = asdict(options.filters)
-        stats = [(str(file.resolve()), file.stat()) for file in files]
+        stats = [(str(file.resolve()), file.stat()) for file in self.files]
         self.input_bytes = sum(stat.st_size for _, stat in stats)
         listing = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
         identity = [listing, self.settings, self.prefixes, self.record.model_dump()]
@@ -96,7 +119,7 @@ class _Run:
         """The manifests of the outputs if all are there and were made as asked; else nothing."""
         found = {}
         for output in self.prefixes:
-            prefixes = [output] if self.options.shard_size_tokens is None else family(output)
+            prefixes = [output] if self.shard_size_tokens is None else family(output)
             for prefix in prefixes:
                 manifest = read_manifest(prefix)
                 if manifest is None or manifest.key != self.key or not _sizes_fit(prefix, manifest):
@@ -119,6 +142,31 @@ class _Run:
             discard(self.prefixes)
             raise
 
+    def merge(self, count: int) -> Outcome:
+        """Put shares together, to the bytes of a single run, and remove them."""
+        shares = [
+            _Run(self.options, self.files, self.tokenizer, Share(number, count))
+            for number in range(count)
+        ]
+        if missing := [run.outputs[0] for run in shares if not run.current()]:
+            raise DataError(
+                f"--merge-shares {count}: not there, or of other inputs or settings: "
+                f"{', '.join(missing)}; make them with --share"
+            )
+        try:
+            with self._open(self._begin(self.options.fast)) as (output, progress):
+                for run in shares:
+                    for encoded in read_share(run.outputs):
+                        output.take(encoded)
+                        progress.update(0, sum(side.tokens.size for side in encoded.sides))
+                    progress.update(run.input_bytes, 0)
+                outcome = Outcome(self._finish(output), False, progress.summary())
+        finally:
+            discard(self.prefixes)
+        for run in shares:
+            remove_share(run.outputs)
+        return outcome
+
     def _begin(self, fast: bool) -> State:
         """The state of a run that has done nothing, with nothing of another's left."""
         discard(self.prefixes)
@@ -126,23 +174,26 @@ class _Run:
 
     def _go_on(self, state: State) -> Outcome:
         """Do what is left."""
+        with self._open(state) as (output, progress):
+            self._encode(output, progress)
+            outcome = Outcome(self._finish(output), False, progress.summary())
+        discard(self.prefixes)
+        return outcome
+
+    @contextmanager
+    def _open(self, state: State) -> Iterator[tuple[Output, Progress]]:
+        """The files to write, at ``state``, and what tells of the progress."""
+        writers = [
+            FamilyWriter(prefix, vocab_size, side, self.shard_size_tokens, self.deduplicate)
+            for prefix, vocab_size, side in zip(
+                self.prefixes, self.vocab_sizes, state.sides, strict=True
+            )
+        ]
         with (
-            Output(self._writers(state), state) as output,
+            Output(writers, state) as output,
             Progress("preprocess", self.input_bytes, state.read_bytes) as progress,
         ):
-            self._encode(output, progress)
-            manifests = self._finish(output)
-            summary = progress.summary()
-        discard(self.prefixes)
-        return Outcome(manifests, False, summary)
-
-    def _writers(self, state: State) -> list[FamilyWriter]:
-        """A writer for each output."""
-        size, deduplicate = self.options.shard_size_tokens, self.options.filters.deduplicate
-        return [
-            FamilyWriter(prefix, self.tokenizer.vocab_size, side, size, deduplicate)
-            for prefix, side in zip(self.prefixes, state.sides, strict=True)
-        ]
+            yield output, progress
 
     def _encode(self, output: Output, progress: Progress) -> None:
         """Bring every chunk's documents to their shards, in the inputs' order."""
@@ -156,38 +207,49 @@ class _Run:
             output.state.fast and options.fast,
         )
         for encoded in encoded_chunks(
-            self.files, output.state.cursor, encoding, self.tokenizer, options.workers
+            self.files,
+            output.state.cursor,
+            encoding,
+            self.tokenizer,
+            options.workers,
+            options.engine,
         ):
-            output.take(encoded)
+            output.take(with_sizes(encoded, len(self.outputs)) if self.share else encoded)
             progress.update(encoded.read_bytes, sum(side.tokens.size for side in encoded.sides))
 
     def _finish(self, output: Output) -> dict[str, Manifest]:
         """Give all files their names and vouch for them."""
         state = output.state
         output.finish_rejects()
-        if state.rejected > self.options.max_bad_fraction * state.rows:
-            raise DataError(self._too_many_bad(state, output.rejects_path))
-        for prefix, side in zip(self.prefixes, state.sides, strict=True):
-            if side.documents == 0:
-                raise DataError(self._nothing_left(state, prefix))
+        if self.share is None:
+            self._check(output)
         manifests = {}
         for writer in output.writers:
             for prefix, part, bin_record, idx_record in writer.finish():
                 manifests[prefix] = Manifest(
                     tokenizer=self.record,
-                    dtype=token_dtype(self.tokenizer.vocab_size).name,
+                    dtype=writer.dtype.name,
                     **part.model_dump(),
                     appended_eod=self.options.append_eod,
                     bin=bin_record,
                     idx=idx_record,
                     shards=len(writer.side.parts),
                     sources=self._sources(),
-                    filters={"rejected": state.rejected, **state.left_out},
+                    filters={"rejected": state.rejected, **dict(sorted(state.left_out.items()))},
                     settings=self.settings,
                     key=self.key,
                 )
                 write_manifest(prefix, manifests[prefix])
         return manifests
+
+    def _check(self, output: Output) -> None:
+        """Refuse too many bad rows, and an output without documents."""
+        state = output.state
+        if state.rejected > self.options.max_bad_fraction * state.rows:
+            raise DataError(self._too_many_bad(state, output.rejects_path))
+        for prefix, side in zip(self.prefixes, state.sides, strict=True):
+            if side.documents == 0:
+                raise DataError(self._nothing_left(state, prefix))
 
     def _sources(self) -> list[dict[str, Any]]:
         """The inputs as asked for, and their size."""

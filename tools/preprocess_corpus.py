@@ -13,7 +13,7 @@ message, 1 a worker died.
 
 import argparse
 import sys
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor
 
 from moetron.data.errors import DataError
 from moetron.data.options import Options, add_flags
@@ -38,7 +38,7 @@ def main() -> int:
     except (DataError, TokenizerError, OSError) as error:
         print(f"preprocess_corpus: {error}", file=sys.stderr)
         return 2
-    except BrokenProcessPool:
+    except BrokenExecutor:
         print(WORKER_DIED, file=sys.stderr)
         return 1
     print(f"{'current' if outcome.current else 'done'}: {outcome.summary}")
