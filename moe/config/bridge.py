@@ -37,6 +37,15 @@ class ModelConfig(TransformerConfig):
     """None: ``init_method``."""
     moe_capacity_scope: Literal["rank", "micro_batch", "sequence"] = "micro_batch"
     moe_global_aux_loss_counts: Literal["running", "previous_step"] = "running"
+    moe_aux_loss_first_choice_only: bool = False
+    moe_noisy_load_loss: bool = False
+    moe_router_type: str = "topk"
+    moe_expert_choice_eval: Literal["expert_choice", "topk"] = "expert_choice"
+    moe_second_expert_threshold: float = 0.2
+    moe_router_temperature: float = 1.0
+    moe_router_final_temperature: float = 0.1
+    moe_router_anneal_samples: int | None = None
+    routing_seed: int = 0
 
 
 @dataclass
@@ -165,6 +174,8 @@ def _experts(settings: Settings) -> dict[str, Any]:
     moe = settings.moe
     if moe.num_experts is None:
         return {}
+    balance = moe.moe_router_load_balancing_type
+    noisy_load = balance == "noisy_load"
     same_name = (
         "moe_router_topk",
         "moe_router_pre_softmax",
@@ -174,8 +185,14 @@ def _experts(settings: Settings) -> dict[str, Any]:
         "moe_router_group_topk",
         "moe_router_enable_expert_bias",
         "moe_router_bias_update_rate",
-        "moe_router_load_balancing_type",
+        "moe_router_type",
+        "moe_expert_choice_eval",
+        "moe_second_expert_threshold",
+        "moe_router_temperature",
+        "moe_router_final_temperature",
+        "moe_router_anneal_samples",
         "moe_aux_loss_coeff",
+        "moe_aux_loss_first_choice_only",
         "moe_global_aux_loss_counts",
         "moe_z_loss_coeff",
         "moe_input_jitter_eps",
@@ -198,6 +215,10 @@ def _experts(settings: Settings) -> dict[str, Any]:
         "num_moe_experts": moe.num_experts,
         "moe_layer_freq": [int(has_experts) for has_experts in derived.moe_layers(settings)],
         "moe_ffn_hidden_size": derived.expert_ffn_size(settings),
+        # megatron-core does not know noisy top-k's own losses.
+        "moe_router_load_balancing_type": "none" if noisy_load else balance,
+        "moe_noisy_load_loss": noisy_load,
+        "routing_seed": settings.training.seed,
         "moe_router_dtype": None if moe.moe_router_dtype == "params" else moe.moe_router_dtype,
         **{name: getattr(moe, name) for name in same_name},
     }

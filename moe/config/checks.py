@@ -12,6 +12,7 @@ from moetron.moe.config.rules import (
     model,
     pipeline,
     precision,
+    routers,
     run,
 )
 from moetron.moe.config.rules.case import Case
@@ -25,7 +26,7 @@ def problems(settings: Settings, world_size: int, *, device: str, te: bool) -> l
     file: see ``input_problems``.
     """
     case = Case(settings, world_size, device, te)
-    subjects = (model, attention, experts, pipeline, layout, precision, data, run)
+    subjects = (model, attention, experts, routers, pipeline, layout, precision, data, run)
     rules = [rule for subject in subjects for rule in subject.RULES]
     return [problem for rule in rules for problem in rule(case)]
 

@@ -35,6 +35,28 @@ class MoESettings(Group):
     moe_router_pre_softmax: bool = False
     """Softmax over all experts before the top-k, weights not renormalised (OLMoE, OpenMoE);
     otherwise softmax over the k winners."""
+    moe_router_type: Literal[
+        "topk",
+        "expert_choice",
+        "base",
+        "random_second",
+        "noisy_topk",
+        "straight_through",
+        "gumbel",
+        "relaxed_topk",
+    ] = "topk"
+    """Who chooses whom, and what gradient weights have; docs/routers.md says what each trades."""
+    moe_expert_choice_eval: Literal["expert_choice", "topk"] = "expert_choice"
+    """Evaluation of expert choice: as in training, where experts look ahead, or each token's k
+    best."""
+    moe_second_expert_threshold: PositiveFloat = 0.2
+    """random_second: weight from which a further expert is always visited."""
+    moe_router_temperature: PositiveFloat = 1.0
+    """gumbel, relaxed_topk: divides the logits."""
+    moe_router_final_temperature: PositiveFloat = 0.1
+    """gumbel: temperature at the end of --moe-router-anneal-samples."""
+    moe_router_anneal_samples: PositiveInt | None = None
+    """gumbel: samples over which the temperature falls, geometrically; unset: it stays."""
     moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
     """How logits become scores."""
     moe_router_dtype: Literal["fp32", "fp64", "params"] = "fp32"
@@ -50,9 +72,12 @@ class MoESettings(Group):
     moe_router_bias_update_rate: NonNegativeFloat = 1e-3
     """Step of that bias."""
     moe_router_load_balancing_type: Literal[
-        "aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none"
+        "aux_loss", "seq_aux_loss", "global_aux_loss", "noisy_load", "sinkhorn", "none"
     ] = "aux_loss"
-    """Scope of the balance loss."""
+    """Scope of the balance loss (micro-batch, sequence, global batch), noisy top-k's own losses, or
+    Sinkhorn's balanced choices instead of a loss."""
+    moe_aux_loss_first_choice_only: bool = False
+    """The balance loss counts each token's best expert alone (ST-MoE); otherwise all k."""
     moe_global_aux_loss_counts: Literal["running", "previous_step"] = "running"
     """Which choices global_aux_loss counts: a running mean over the micro-batches of the step so
     far (Megatron), or all of the previous step, the same in every layout."""
@@ -78,9 +103,11 @@ class MoESettings(Group):
     are rounded to the nearest (Switch, ST-MoE, OpenMoE)."""
     moe_pad_expert_input_to_capacity: bool = False
     """Pad every expert's input to its capacity."""
-    moe_token_drop_policy: Literal["probs", "position"] = "probs"
-    """Which tokens an overfull expert keeps: those of highest probability, or the first ones,
-    sequence by sequence, from left to right."""
+    moe_token_drop_policy: Literal["probs", "position", "choice", "batch_prioritized"] = "probs"
+    """Which choices an overfull expert serves: those of highest probability; the first ones,
+    sequence by sequence, from left to right; the same, but all first choices before all second ones
+    (GShard, OpenMoE); or first choices first, tokens by their highest probability (V-MoE's BPR).
+    All but position and choice look ahead."""
     moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex"] = "alltoall"
     """How tokens travel to their experts."""
     moe_grouped_gemm: bool = True

@@ -44,7 +44,7 @@ from moetron.moe.layers.fp8_linear import (
 )
 from moetron.moe.layers.latent_attention import LatentAttention
 from moetron.moe.layers.norm import FullWidthRMSNorm, LayerNorm, RMSNorm
-from moetron.moe.routing.router import Router
+from moetron.moe.routing.kinds import router_class
 
 with warnings.catch_warnings():  # "Apex is not installed": we bring norms of our own
     warnings.simplefilter("ignore")
@@ -304,7 +304,7 @@ def _layers(
         }
     for spec in layer.values():
         if spec.submodules.mlp.module is MoELayer:
-            spec.submodules.mlp.submodules.router = Router
+            spec.submodules.mlp.submodules.router = router_class(config)
     if settings.model.qk_layernorm and settings.model.qk_layernorm_scope == "full":
         for spec in layer.values():
             _normalise_full_width(spec, config, groups)

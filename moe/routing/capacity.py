@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from megatron.core.transformer.moe.moe_utils import get_capacity
 
-Policy = Literal["probs", "position"]
+Policy = Literal["probs", "position", "choice", "batch_prioritized"]
 Scope = Literal["rank", "micro_batch", "sequence"]
 
 NOT_CHOSEN = -torch.inf
@@ -48,17 +48,45 @@ def served(merit_GTE: torch.Tensor, slots: int, policy: Policy) -> torch.Tensor:
     Args:
         merit_GTE: any float type.
         slots: C.
-        policy: an expert serves its choices of highest probability, equal ones by row ("probs"),
-            or those of the first rows ("position").
+        policy: who comes first:
+
+            - "probs": choices of higher probability, equal ones by row (Megatron-LM);
+            - "position": choices of earlier rows;
+            - "choice": every token's first choice, by row, then every second one, and so on
+              (GShard, arXiv 2006.16668, algorithm 1; flaxformer, OpenMoE);
+            - "batch_prioritized": as "choice", but tokens by their highest probability (V-MoE's
+              BPR, arXiv 2106.05974, section 4.2). A token's place depends on later tokens.
     """
-    chosen_GTE = merit_GTE > NOT_CHOSEN
+    if policy == "probs":
+        return _best(merit_GTE, slots)
     if policy == "position":
-        return _first(chosen_GTE, slots)
+        return _first(merit_GTE > NOT_CHOSEN, slots)
+    if policy == "choice":
+        return _first_choices_first(merit_GTE, slots)
+    order_GT = merit_GTE.amax(2).argsort(dim=1, descending=True, stable=True)
+    order_GTE = order_GT.unsqueeze(2).expand_as(merit_GTE)
+    kept_GTE = _first_choices_first(merit_GTE.gather(1, order_GTE), slots)
+    return torch.zeros_like(kept_GTE).scatter(1, order_GTE, kept_GTE)
+
+
+def _best(merit_GTE: torch.Tensor, slots: int) -> torch.Tensor:
+    chosen_GTE = merit_GTE > NOT_CHOSEN
     # A top-k breaks ties at will: take its last value, and of the choices worth that the first.
     threshold_G1E = merit_GTE.topk(slots, dim=1, sorted=False).values.amin(1, keepdim=True)
     above_GTE = merit_GTE > threshold_G1E
     equal_GTE = chosen_GTE & (merit_GTE == threshold_G1E)
     return above_GTE | _first(equal_GTE, slots - above_GTE.sum(1, keepdim=True))
+
+
+def _first_choices_first(merit_GTE: torch.Tensor, slots: int) -> torch.Tensor:
+    order_GTE = merit_GTE.argsort(dim=2, descending=True, stable=True)
+    place_GTE = order_GTE.argsort(dim=2)  # 0: the token's first choice
+    chosen_GTE = merit_GTE > NOT_CHOSEN
+    kept_GTE = torch.zeros_like(chosen_GTE)
+    for place in range(int(chosen_GTE.sum(2).amax())):
+        free_G1E = slots - kept_GTE.sum(1, keepdim=True)
+        kept_GTE |= _first(chosen_GTE & (place_GTE == place), free_G1E)
+    return kept_GTE
 
 
 def filled_up(served_GTE: torch.Tensor, slots: int) -> torch.Tensor:

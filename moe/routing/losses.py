@@ -14,6 +14,7 @@ _BALANCE_LOSS = {
     "aux_loss": "load_balancing_loss",
     "seq_aux_loss": "seq_load_balancing_loss",
     "global_aux_loss": "global_load_balancing_loss",
+    "noisy_load": "noisy_load_loss",
 }  # --moe-router-load-balancing-type -> its name in megatron-core's tracker
 
 
@@ -27,7 +28,8 @@ def read_auxiliary_losses(
 
     With L the layers with experts, m micro-batches and d data-parallel ranks:
 
-    - ``aux_loss`` = :math:`\frac{1}{L m d} \sum E \sum_i f_i P_i`, 1 when balanced, whatever k.
+    - ``aux_loss`` = :math:`\frac{1}{L m d} \sum E \sum_i f_i P_i`, 1 when balanced, whatever k
+      (noisy_load: two squared coefficients of variation, 0 when balanced).
       A rank's tracker holds the part of its own tokens (its share of P); parts add up over tensor
       and context ranks (global_aux_loss with running counts: over data-parallel ranks too).
     - ``z_loss`` = the mean over tokens of :math:`(\log \sum_j \exp x_j)^2`, averaged over L. A

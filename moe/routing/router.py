@@ -1,4 +1,7 @@
-"""megatron-core's router: capacity of our own, auxiliary losses that weigh the same everywhere."""
+"""megatron-core's router: capacity of our own, auxiliary losses that weigh the same everywhere.
+
+Token choice; the other routers of kinds.py build on it.
+"""
 
 import copy
 from typing import Any
@@ -7,7 +10,9 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import (
     MoEAuxLossAutoScaler,
+    compute_routing_scores_for_aux_loss,
     save_to_aux_losses_tracker,
+    topk_routing_with_score_function,
     z_loss_func,
 )
 from megatron.core.transformer.moe.router import TopKRouter
@@ -23,6 +28,7 @@ from moetron.moe.routing.capacity import (
     served,
     to_groups,
 )
+from moetron.moe.routing.draws import Draws
 from moetron.moe.routing.token_group import TokenGroup
 
 
@@ -52,6 +58,9 @@ class Router(TopKRouter):
     `_apply_global_aux_loss`.
     """
 
+    is_random = False
+    """Whether it draws random numbers in training."""
+    draws: Draws | None
     chosen: torch.Tensor | None = None
     """Choices of the last forward pass before dropping, bool [tokens, experts]."""
     padded_dispatcher: MoEAlltoAllTokenDispatcher | None = None
@@ -61,6 +70,10 @@ class Router(TopKRouter):
         self, config: ModelConfig, pg_collection: ProcessGroupCollection | None = None
     ) -> None:
         assert pg_collection is not None
+        if config.router_init_method is not None:
+            config = copy.copy(config)
+            config.init_method = config.router_init_method
+        super().__init__(config, pg_collection)
         self.capacity: Capacity | None = None
         if config.moe_expert_capacity_factor is not None:
             self.capacity = Capacity(
@@ -69,13 +82,9 @@ class Router(TopKRouter):
                 config.moe_minimum_capacity,
                 config.moe_capacity_includes_topk,
             )
-            config = copy.copy(config)
-            config.moe_expert_capacity_factor = None  # so that upstream's routing drops nothing
-        if config.router_init_method is not None:
-            config = copy.copy(config)
-            config.init_method = config.router_init_method
-        super().__init__(config, pg_collection)
         self.tokens = TokenGroup(pg_collection, config.sequence_parallel)
+        draws = self.is_random or config.moe_input_jitter_eps
+        self.draws = Draws(config.routing_seed, self.tokens, pg_collection.dp) if draws else None
         if self._counts_previous_step:
             device = torch.cuda.current_device()
             empty = torch.zeros(self.num_experts, dtype=torch.int64, device=device)
@@ -85,6 +94,23 @@ class Router(TopKRouter):
     @property
     def _counts_previous_step(self) -> bool:
         return bool(self.config.moe_global_aux_loss_counts == "previous_step")
+
+    def forward(
+        self, input: torch.Tensor, padding_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Choose experts for the tokens ``input`` [s, b, H]; see `routing`."""
+        if self.draws is not None and self.training:
+            self.draws.start(self.layer_number)
+        result: tuple[torch.Tensor, torch.Tensor] = super().forward(input, padding_mask)
+        return result
+
+    def apply_input_jitter(self, input: torch.Tensor) -> torch.Tensor:
+        """``input`` [s, b, H] times U[1 - eps, 1 + eps] in training, the same in every layout."""
+        eps = self.config.moe_input_jitter_eps
+        if not eps or not self.training:
+            return input
+        assert self.draws is not None
+        return input * (1 - eps + 2 * eps * self.draws.uniform(input)).to(input.dtype)
 
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
@@ -96,30 +122,80 @@ class Router(TopKRouter):
             of padded experts also holds tokens that fill them up, with weight 0.
         """
         batch = logits.shape[1]
-        probs_TE, chosen_TE = super().routing(logits, padding_mask)
+        padding_T = None if padding_mask is None else padding_mask.reshape(-1)
+        logits_TE = self.apply_z_loss(logits.flatten(0, 1), padding_T)
+        probs_TE, chosen_TE = self.choose(logits_TE, batch)
+        if self.training and torch.is_grad_enabled():
+            probs_TE = self.balance(probs_TE, logits_TE, batch, padding_T)
+        self._apply_expert_bias(chosen_TE)
         self.chosen = chosen_TE
+        return self.limit(probs_TE, chosen_TE, batch)
+
+    def choose(self, logits_TE: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights and choices (bool), both [s x b, experts], before experts drop any."""
+        config = self.config
+        choice: tuple[torch.Tensor, torch.Tensor] = topk_routing_with_score_function(
+            logits_TE,
+            self.topk,
+            use_pre_softmax=config.moe_router_pre_softmax,
+            num_groups=config.moe_router_num_groups,
+            group_topk=config.moe_router_group_topk,
+            scaling_factor=config.moe_router_topk_scaling_factor,
+            score_function=self.score_function,
+            expert_bias=self.expert_bias,
+        )
+        return choice
+
+    def balance(
+        self,
+        probs_TE: torch.Tensor,
+        logits_TE: torch.Tensor,
+        batch: int,
+        padding_T: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Let the balance loss ride on ``probs_TE``; it counts the k best scores, or the best."""
+        if not self.is_aux_loss_enabled():
+            return probs_TE
+        first = self.config.moe_aux_loss_first_choice_only
+        map_TE, scores_TE = compute_routing_scores_for_aux_loss(
+            logits_TE, 1 if first else self.topk, self.score_function, padding_mask=padding_T
+        )
+        if first:
+            map_TE = map_TE * self.topk  # upstream divides counts by k
+        masked = padding_T is not None
+        probs_TE = self._apply_aux_loss(probs_TE, scores_TE, map_TE, masked)
+        length = len(logits_TE) // batch
+        probs_TE = self._apply_seq_aux_loss(probs_TE, scores_TE, map_TE, length, batch, masked)
+        return self._apply_global_aux_loss(probs_TE, scores_TE, map_TE, masked)
+
+    def limit(
+        self, probs_TE: torch.Tensor, chosen_TE: torch.Tensor, batch: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights and map of the choices that experts with a capacity serve."""
         if self.capacity is None:
             return probs_TE, chosen_TE
         merit_TE = probs_TE.detach().masked_fill(~chosen_TE, NOT_CHOSEN)
-        kept_TE = self._limit(merit_TE.unflatten(0, (-1, batch)), self.capacity).flatten(0, 1)
+        kept_TE = self.serve(merit_TE, batch)
         return probs_TE * kept_TE, kept_TE
 
-    def _limit(self, merit_sbE: torch.Tensor, capacity: Capacity) -> torch.Tensor:
-        """The choices that are served, bool [s, b, experts]; collective if the rank's are not all.
+    def serve(self, merit_TE: torch.Tensor, batch: int) -> torch.Tensor:
+        """The choices that find a slot, bool [s x b, experts]; ``merit_TE`` as in capacity.py.
 
-        With ``merit_sbE`` as in capacity.py.
+        Collective, unless experts have slots for each rank.
         """
-        scope, batch = self.config.moe_capacity_scope, merit_sbE.shape[1]
+        assert self.capacity is not None
+        scope = self.config.moe_capacity_scope
+        merit_sbE = merit_TE.detach().unflatten(0, (-1, batch))
         merit_SBE = merit_sbE if scope == "rank" else self.tokens.gather(merit_sbE)
         merit_GTE = to_groups(merit_SBE, scope)
         groups, tokens, experts = merit_GTE.shape
-        slots = capacity.slots(tokens, experts, self.topk, self.training)
+        slots = self.capacity.slots(tokens, experts, self.topk, self.training)
         kept_GTE = served(merit_GTE, slots, self.config.moe_token_drop_policy)
         if self.config.moe_pad_expert_input_to_capacity:
             kept_GTE = filled_up(kept_GTE, slots)
             self._tell_capacity(groups * slots, groups * tokens)
         kept_SBE = from_groups(kept_GTE, batch)
-        return kept_SBE if scope == "rank" else self.tokens.own(kept_SBE)
+        return (kept_SBE if scope == "rank" else self.tokens.own(kept_SBE)).flatten(0, 1)
 
     def _tell_capacity(self, slots: int, tokens: int) -> None:
         """Give the dispatcher a factor that its ceil(k T / E x factor) turns into ``slots``.

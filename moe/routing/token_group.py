@@ -48,6 +48,10 @@ class TokenGroup:
         """Positions in the sequence of this rank's ``rows``: int64 [s]."""
         return self._all_positions(rows)[self.group.rank()]
 
+    def parts_of_sequence(self, rows: int, parts: int) -> torch.Tensor:
+        """Which of ``parts`` equal parts of the sequence this rank's ``rows`` lie in: int64 [s]."""
+        return self.positions(rows) * parts // (rows * self.group.size())
+
     def gather(self, local: torch.Tensor) -> torch.Tensor:
         """Every rank's rows in the sequence's order, [s, b, ...] to [S, b, ...]; no gradient."""
         if self.group.size() == 1:

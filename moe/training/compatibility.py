@@ -55,6 +55,7 @@ SHAPE = {
         "first_k_dense_replace",
         "moe_ffn_hidden_size",
         "moe_router_enable_expert_bias",
+        "moe_router_type",
         "moe_global_aux_loss_counts",
         "moe_shared_expert_intermediate_size",
         "moe_shared_expert_gate",

@@ -129,7 +129,7 @@ def routing_figures(trainer: Trainer, num_microbatches: int) -> dict[str, Any]:
     ``aux_loss`` and ``z_loss`` without their coefficients; ``expert_load_max_over_mean``, the load
     of a layer's busiest expert over the mean, averaged over layers, and ``expert_load``, the same
     for each layer; where experts have a capacity ``dropped_fraction`` of choices, over all layers,
-    and ``dropped_fractions``, by layer.
+    ``dropped_fractions``, by layer, and ``dropped_by_position``, by layer and part of the sequence.
     """
     if trainer.recorder is None:
         return {}
@@ -147,6 +147,7 @@ def routing_figures(trainer: Trainer, num_microbatches: int) -> dict[str, Any]:
     if moe.moe_expert_capacity_factor is not None:
         figures["dropped_fraction"] = summary.dropped_fraction
         figures["dropped_fractions"] = dict(zip(names, summary.dropped_fractions, strict=True))
+        figures["dropped_by_position"] = dict(zip(names, summary.dropped_by_position, strict=True))
     return figures
 
 

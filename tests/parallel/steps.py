@@ -159,6 +159,7 @@ def _rank_main(case: Case, weights: dict[str, torch.Tensor] | None) -> dict[str,
             "auxiliary": read_auxiliary_losses(settings, micro_batches, groups),
             "chosen": routing.chosen,
             "kept": routing.kept,
+            "kept_at": routing.kept_at,
             "weights": local_shards(chunks, lambda parameter: parameter.detach()),
             "gradients": local_shards(chunks, lambda parameter: parameter.main_grad),
         }
@@ -167,8 +168,8 @@ def _rank_main(case: Case, weights: dict[str, torch.Tensor] | None) -> dict[str,
 def run(ranks: int, case: Case, weights: dict[str, torch.Tensor] | None = None) -> dict[str, Any]:
     """Run ``case`` from ``weights`` (None: newly drawn ones).
 
-    Returns ``loss``, ``auxiliary``, ``chosen`` and ``kept`` of the last step, and by name the
-    global ``weights`` and ``gradients``.
+    Returns ``loss``, ``auxiliary``, ``chosen``, ``kept`` and ``kept_at`` of the last step, and by
+    name the global ``weights`` and ``gradients``.
     """
     results = run_ranks(_rank_main, ranks, case, weights)
     return {
@@ -184,6 +185,7 @@ def assert_same(result: dict[str, Any], expected: dict[str, Any]) -> None:
     assert result["auxiliary"] == pytest.approx(expected["auxiliary"], rel=1e-5)
     assert torch.equal(result["chosen"], expected["chosen"])
     assert torch.equal(result["kept"], expected["kept"])
+    assert torch.equal(result["kept_at"], expected["kept_at"])
     assert result["gradients"].keys() == expected["gradients"].keys()
     for key, gradient in expected["gradients"].items():
         scale = float(gradient.abs().max())

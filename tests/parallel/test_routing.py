@@ -1,5 +1,6 @@
 """Routing that looks at more than a rank's tokens, in several layouts against one process."""
 
+import importlib.util
 from dataclasses import replace
 from typing import Any
 
@@ -12,12 +13,14 @@ TP, EP, ETP = (
 )
 CP = "context_parallel_size"
 LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
+    "TP2 EP2": (2, {TP: 2, EP: 2, ETP: 1}),
     "DP2": (2, {}),
     "EP2": (2, {EP: 2}),
     "TP2": (2, {TP: 2, ETP: 1}),
     "CP2": (2, {CP: 2}),
     "TP2 CP2": (4, {TP: 2, CP: 2, EP: 2, ETP: 1}),
 }
+EVEN = {"moe_aux_loss_coeff": 0.0}
 LIMITED = {"moe_expert_capacity_factor": 0.75, "moe_aux_loss_coeff": 0.01}
 ROUTINGS: dict[str, Case] = {
     "capacity by probability": Case(moe=LIMITED, micro_batch_size=2),
@@ -37,7 +40,58 @@ ROUTINGS: dict[str, Case] = {
         },
         steps=2,
     ),
+    "first choices alone": Case(moe={"moe_aux_loss_first_choice_only": True}),
+    "jitter": Case(moe={"moe_input_jitter_eps": 0.1}, steps=2),
+    "sigmoid, bias and groups": Case(
+        moe={
+            "moe_router_pre_softmax": False,
+            "moe_router_score_function": "sigmoid",
+            "moe_router_enable_expert_bias": True,
+            "moe_router_bias_update_rate": 0.2,
+            "moe_router_num_groups": 4,
+            "moe_router_group_topk": 2,
+        },
+        steps=2,
+    ),
+    "Sinkhorn": Case(moe={"moe_router_load_balancing_type": "sinkhorn", **EVEN}),
+    "expert choice": Case(
+        moe={"moe_router_type": "expert_choice", "moe_expert_capacity_factor": 1.0, **EVEN},
+        micro_batch_size=2,
+    ),
+    "random second": Case(
+        moe={
+            "moe_router_type": "random_second",
+            "moe_router_pre_softmax": False,
+            "moe_expert_capacity_factor": 4.0,
+            "moe_second_expert_threshold": 0.9,
+        },
+        steps=2,
+    ),
+    "noisy top-k": Case(
+        moe={"moe_router_type": "noisy_topk", "moe_router_load_balancing_type": "noisy_load"},
+        steps=2,
+    ),
+    "straight through": Case(moe={"moe_router_type": "straight_through"}),
+    "Gumbel": Case(
+        moe={
+            "moe_router_type": "gumbel",
+            "moe_router_temperature": 2.0,
+            "moe_router_anneal_samples": 6,
+        },
+        steps=2,
+    ),
+    "relaxed top-k": Case(moe={"moe_router_type": "relaxed_topk"}),
 }
+if importlib.util.find_spec("scipy"):
+    ROUTINGS["BASE"] = Case(
+        moe={
+            "moe_router_type": "base",
+            "moe_router_topk": 1,
+            "moe_router_pre_softmax": False,
+            "moe_router_score_function": "sigmoid",
+            **EVEN,
+        }
+    )
 
 
 @pytest.fixture(scope="module", params=ROUTINGS)
@@ -47,7 +101,8 @@ def routing(request: pytest.FixtureRequest) -> tuple[Case, dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "layout", [pytest.param(name, marks=[pytest.mark.slow] * (" " in name)) for name in LAYOUTS]
+    "layout",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name != "TP2 EP2")) for name in LAYOUTS],
 )
 def test_routing_is_the_same_in_every_layout(
     routing: tuple[Case, dict[str, Any]], layout: str
@@ -56,6 +111,6 @@ def test_routing_is_the_same_in_every_layout(
     ranks, parallel = LAYOUTS[layout]
     result = run(ranks, replace(case, parallel=parallel), alone["weights"])
     assert_same(result, alone)
-    assert (result["kept"].sum() < result["chosen"].sum()) == (
-        "moe_expert_capacity_factor" in case.moe
-    )
+    if "moe_router_type" not in case.moe:
+        limited = "moe_expert_capacity_factor" in case.moe
+        assert (result["kept"].sum() < result["chosen"].sum()) == limited

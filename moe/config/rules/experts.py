@@ -1,5 +1,6 @@
 """Experts, routing, capacity and dispatch."""
 
+import importlib.util
 from collections.abc import Iterator
 
 from moetron.moe.config.derived import moe_layers
@@ -156,7 +157,7 @@ def capacity(case: Case) -> Iterator[str]:
         ("moe_eval_capacity_factor", moe.moe_eval_capacity_factor is not None),
         ("moe_minimum_capacity", moe.moe_minimum_capacity > 0),
         ("moe_capacity_includes_topk", not moe.moe_capacity_includes_topk),
-        ("moe_token_drop_policy", moe.moe_token_drop_policy == "position"),
+        ("moe_token_drop_policy", moe.moe_token_drop_policy != "probs"),
         ("moe_capacity_scope", moe.moe_capacity_scope != "micro_batch"),
     ):
         if used and not limited:
@@ -201,6 +202,11 @@ def _flex(case: Case, moe: MoESettings) -> Iterator[str]:
     parallel = case.settings.parallel
     if case.device == "cpu":
         yield "--moe-token-dispatcher-type flex needs a CUDA device: use alltoall"
+    elif importlib.util.find_spec("deep_ep") is None:
+        yield (
+            "--moe-token-dispatcher-type flex needs the package deep_ep "
+            "(github.com/deepseek-ai/DeepEP): install it or use alltoall"
+        )
     if parallel.tensor_model_parallel_size * parallel.expert_model_parallel_size == 1:
         yield (
             "--moe-token-dispatcher-type flex needs --expert-model-parallel-size (or "

@@ -118,8 +118,13 @@ SIGMOID = {"moe_router_score_function": "sigmoid"}
             "flex needs a CUDA device",
         ),
         (
-            {"moe_token_dispatcher_type": "flex", "device": "cuda"},
-            "flex needs --expert-model-parallel-size",
+            {
+                "world_size": 2,
+                "expert_model_parallel_size": 2,
+                "moe_token_dispatcher_type": "flex",
+                "device": "cuda",
+            },
+            "flex needs the package deep_ep",
         ),
         (
             {"moe_shared_expert_overlap": True, "device": "cuda"},
@@ -143,3 +148,11 @@ SIGMOID = {"moe_router_score_function": "sigmoid"}
 def test_rule(changes: dict[str, Any], expected: str) -> None:
     (line,) = found(**changes)
     assert expected in line
+
+
+def test_flex_where_deep_ep_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "deep_ep")
+    flex = {"moe_token_dispatcher_type": "flex", "device": "cuda"}
+    assert not found(world_size=2, expert_model_parallel_size=2, **flex)
+    (problem,) = found(**flex)
+    assert "flex needs --expert-model-parallel-size" in problem

@@ -1,5 +1,7 @@
 """How many tokens an expert takes, and which ones."""
 
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from megatron.core.transformer.moe.moe_utils import apply_router_token_dropping
 from moetron.moe.routing.capacity import (
     NOT_CHOSEN,
     Capacity,
+    Policy,
     filled_up,
     from_groups,
     served,
@@ -45,6 +48,11 @@ PROBS = torch.tensor([[0.2, 0.0], [0.6, 0.4], [0.0, 0.3], [0.6, 0.4]])
         ("position", 2, [[1, 0], [1, 1], [0, 1], [0, 0]]),
         ("probs", 1, [[0, 0], [1, 1], [0, 0], [0, 0]]),
         ("probs", 2, [[0, 0], [1, 1], [0, 0], [1, 1]]),
+        # Rows 0, 1 and 3 choose expert 0 first, row 2 chooses expert 1, rows 1 and 3 it second.
+        ("choice", 1, [[1, 0], [0, 0], [0, 1], [0, 0]]),
+        ("choice", 2, [[1, 0], [1, 1], [0, 1], [0, 0]]),
+        ("batch_prioritized", 1, [[0, 0], [1, 0], [0, 1], [0, 0]]),
+        ("batch_prioritized", 2, [[0, 0], [1, 1], [0, 1], [1, 0]]),
         ("probs", 4, CHOSEN.int().tolist()),
         ("position", 4, CHOSEN.int().tolist()),
     ],
@@ -60,7 +68,7 @@ def served_alone(
     return served(probs.masked_fill(~chosen, NOT_CHOSEN)[None], slots, policy)[0]
 
 
-@pytest.mark.parametrize("policy", ["probs", "position"])
+@pytest.mark.parametrize("policy", get_args(Policy))
 def test_groups_do_not_meet(policy: str) -> None:
     merit = PROBS.masked_fill(~CHOSEN, NOT_CHOSEN)
     both = torch.stack([merit, merit.flip(0)])
@@ -86,7 +94,7 @@ def routings(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, int]:
 
 
 @settings(deadline=None)
-@given(routings(), st.sampled_from(["probs", "position"]))
+@given(routings(), st.sampled_from(get_args(Policy)))
 def test_experts_are_full_before_they_drop(
     routing: tuple[torch.Tensor, torch.Tensor, int], policy: str
 ) -> None:
@@ -97,6 +105,8 @@ def test_experts_are_full_before_they_drop(
     assert torch.equal(kept.sum(0), chosen.sum(0).clamp(max=slots))
     padded = filled_up(kept[None], slots)[0]
     assert (padded.sum(0) == slots).all() and not (kept & ~padded).any()
+    if policy not in ("probs", "position"):
+        return
     rows = torch.arange(len(probs)).unsqueeze(1).expand_as(chosen)
     merit = probs if policy == "probs" else -rows.float()
     worst_kept = merit.masked_fill(~kept, torch.inf).amin(0)

@@ -116,6 +116,23 @@ def test_position_serves_sequence_by_sequence() -> None:
     assert torch.equal(probs > 0, served)
 
 
+def test_drops_by_position_grow_towards_the_end() -> None:
+    settings = _settings(
+        moe_expert_capacity_factor=1.0,
+        moe_token_drop_policy="position",
+        moe_capacity_scope="sequence",
+        moe_aux_loss_coeff=0.0,
+        moe_router_load_balancing_type="none",
+    )
+    routers = _routers(settings)
+    torch.nn.init.zeros_(routers[0].weight)  # all tokens choose the same two experts
+    with RoutingRecorder([routers], settings) as recorder:
+        routers[0](torch.randn(TOKENS, 3, 16, dtype=torch.bfloat16))
+        drops = recorder.summary().dropped_by_position
+    slots = 2 * TOKENS // EXPERTS  # 8 of 32 tokens: the first 4 of 16 parts
+    assert drops == [[0.0] * (slots // 2) + [1.0] * (16 - slots // 2), [0.0] * 16]
+
+
 def test_evaluation_has_a_capacity_of_its_own() -> None:
     settings = _settings(
         moe_expert_capacity_factor=0.5, moe_eval_capacity_factor=0.125, moe_minimum_capacity=3
@@ -128,11 +145,13 @@ def test_evaluation_has_a_capacity_of_its_own() -> None:
 
 def test_summary_figures() -> None:
     chosen = torch.tensor([[4, 4, 4, 4], [16, 0, 0, 0]])
-    summary = RoutingSummary(chosen, chosen.clamp(max=8))
+    at = torch.tensor([[2, 0], [4, 4]])
+    summary = RoutingSummary(chosen, chosen.clamp(max=8), at, at.clamp(max=1))
     assert summary.load_max_over_mean == (1 + 4) / 2
     assert summary.dropped_fraction == 8 / 32
     assert summary.dropped_fractions == [0, 8 / 16]
-    empty = RoutingSummary(torch.zeros(1, 4), torch.zeros(1, 4))
+    assert summary.dropped_by_position == [[0.5, 0], [0.75, 0.75]]
+    empty = RoutingSummary(*[torch.zeros(1, 4)] * 4)
     assert (empty.load_max_over_mean, empty.dropped_fraction) == (0, 0)
     assert empty.dropped_fractions == [0]
 

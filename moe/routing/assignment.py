@@ -1,0 +1,20 @@
+"""Balanced assignment of all tokens of a group at once. T tokens, E experts, [T, E]."""
+
+import torch
+
+
+def linear_assignment(scores_TE: torch.Tensor) -> torch.Tensor:
+    """One expert for each token, at most ceil(T / E) tokens for each expert, most score in all.
+
+    BASE layers (Lewis et al., arXiv 2103.16716, section 3.1), solved exactly by scipy on the CPU in
+    O(T^3): a reference for small T. A token's expert depends on later tokens.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    tokens, experts = scores_TE.shape
+    slots = -(-tokens // experts)
+    seats = scores_TE.double().repeat_interleave(slots, dim=1)  # [T, E x slots]
+    rows, columns = linear_sum_assignment(seats.cpu().numpy(), maximize=True)
+    chosen_TE = torch.zeros(tokens, experts, dtype=torch.bool)
+    chosen_TE[torch.as_tensor(rows), torch.as_tensor(columns) // slots] = True
+    return chosen_TE.to(scores_TE.device)

@@ -1,0 +1,33 @@
+"""Balanced assignment against all others there are."""
+
+from itertools import permutations
+
+import pytest
+import torch
+
+pytest.importorskip("scipy")
+from moetron.moe.routing.assignment import linear_assignment
+
+
+def test_by_hand() -> None:
+    """Both rows want expert 0; 5 + 3 beats 4 + 1."""
+    assert linear_assignment(torch.tensor([[5.0, 1.0], [4.0, 3.0]])).int().tolist() == [
+        [1, 0],
+        [0, 1],
+    ]
+
+
+def test_no_balanced_assignment_scores_more() -> None:
+    scores = torch.randn(6, 3, generator=torch.Generator().manual_seed(2))
+    chosen = linear_assignment(scores)
+    assert chosen.sum(0).tolist() == [2, 2, 2] and chosen.sum(1).tolist() == [1] * 6
+    best = max(
+        sum(float(scores[row, seat // 2]) for row, seat in enumerate(seats))
+        for seats in permutations(range(6))
+    )
+    assert float(scores[chosen].sum()) == pytest.approx(best)
+
+
+def test_experts_left_over() -> None:
+    chosen = linear_assignment(torch.randn(5, 3))
+    assert chosen.sum(1).tolist() == [1] * 5 and chosen.sum(0).max() <= 2
