@@ -25,6 +25,9 @@ class Draws(torch.nn.Module):
         dp_group: the D data-parallel ranks.
     """
 
+    micro_batches: torch.Tensor
+    """int64 [1]: of the run, that have passed with gradient."""
+
     def __init__(self, seed: int, tokens: TokenGroup, dp_group: ProcessGroup) -> None:
         super().__init__()
         self._seed = seed
