@@ -11,7 +11,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Convention:
-    """How an implementation weighs its losses, in a model of M layers with experts and k choices."""
+    """How an implementation weighs its losses; M layers have experts, a token makes k choices."""
 
     layers: Literal["sum", "mean"]
     """How losses of layers combine; a mean divides by M."""

@@ -175,9 +175,8 @@ class NoisyTopKRouter(Router):
         sums_2E = torch.stack([probs_TE.sum(0), self._load_TE.sum(0)])
         sums_2E = reduce_from_tensor_model_parallel_region(sums_2E, self.tp_cp_group)
         loss = cv_squared(sums_2E[0]) + cv_squared(sums_2E[1])
-        save_to_aux_losses_tracker(
-            "noisy_load_loss", loss / ranks, self.layer_number, self.config.num_layers
-        )
+        layers = self.config.num_layers + (self.config.mtp_num_layers or 0)
+        save_to_aux_losses_tracker("noisy_load_loss", loss / ranks, self.layer_number, layers)
         weight = coefficient * (len(probs_TE) * ranks if self.calculate_per_token_loss else 1)
         attached: torch.Tensor = MoEAuxLossAutoScaler.apply(probs_TE, loss * weight)
         return attached
