@@ -1,0 +1,126 @@
+"""Watch the routing of a checkpoint of ours, on one rank."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moetron.moe.analysis.routed import Routed
+from moetron.moe.config import derived
+from moetron.moe.config.errors import UserError
+from moetron.moe.config.settings import Settings
+from moetron.moe.routing.router import Router
+from moetron.moe.training import checkpoint_folder
+from moetron.moe.training.checkpoint import load_weights
+from moetron.moe.training.generate import load_model
+from moetron.moe.training.runtime import Runtime
+
+
+class OwnModel:
+    """A run's model, with the weights of one of its checkpoints at a time.
+
+    Args:
+        checkpoint: a run's folder or one step_* folder, written in any layout.
+        settings: of that checkpoint, for one rank.
+        vocab_size: before padding.
+        runtime: of one rank.
+        layers: which layers with experts to watch, counted from 0; None: all.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        settings: Settings,
+        vocab_size: int,
+        runtime: Runtime,
+        layers: Sequence[int] | None = None,
+    ) -> None:
+        sparse = [n for n, flag in enumerate(derived.moe_layers(settings)) if flag]
+        if not sparse:
+            raise UserError(f"{checkpoint}: a dense model, so nothing is routed")
+        self.layers = watched(sparse, layers)
+        assert settings.moe.num_experts is not None
+        self.num_experts, self.topk = settings.moe.num_experts, settings.moe.moe_router_topk
+        self._vocab_size = vocab_size
+        self._model = load_model(checkpoint, settings, vocab_size, runtime)
+        self._seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        routers = {m.layer_number - 1: m for m in self._model.modules() if isinstance(m, Router)}
+        for layer in self.layers:
+            routers[layer].register_forward_hook(partial(self._watch, layer))
+
+    def each_checkpoint(self, run: Path, last_step: int) -> Iterator[int]:
+        """Take the weights of every checkpoint of a run up to ``last_step``; yields its step."""
+        for step in checkpoint_folder.saved_steps(run):
+            if step <= last_step:
+                load_weights(checkpoint_folder.step_folder(run, step), [self._model])
+                yield step
+
+    def route(self, tokens_BS: np.ndarray) -> Routed:
+        """Run the model over windows int64 [B, S] in evaluation mode."""
+        tokens = torch.from_numpy(tokens_BS).to(next(self._model.parameters()).device)
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        with torch.no_grad():
+            logits_BSV = self._model(tokens, positions, None)
+        predicted_T = logits_BSV[..., : self._vocab_size].argmax(-1).flatten().cpu().numpy()
+        batch = len(tokens_BS)
+        scores = [_batch_major(self._seen[layer][0], batch) for layer in self.layers]
+        kept = [_batch_major(self._seen[layer][1], batch) for layer in self.layers]
+        self._seen.clear()
+        return Routed(ranked(torch.stack(scores)), torch.stack(kept).cpu().numpy(), predicted_T)
+
+    def weights(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For each layer the router's rows [E, H] and all weights of each expert [E, n]."""
+        rows = []
+        for layer in self.layers:
+            mlp = self._model.decoder.layers[layer].mlp
+            experts_En = _expert_rows(mlp.experts, self.num_experts)
+            rows.append((_numpy(mlp.router.weight), experts_En))
+        return rows
+
+    def _watch(self, layer: int, router: Router, inputs: Any, output: Any) -> None:
+        """Remember the logits of what was chosen (-inf elsewhere), and what was served."""
+        assert router.chosen is not None
+        logits_TE = router.gating(inputs[0]).reshape(router.chosen.shape).float()
+        scores_TE = logits_TE.masked_fill(~router.chosen, -torch.inf)
+        self._seen[layer] = (scores_TE, output[1] & router.chosen)
+
+
+def watched(sparse: Sequence[int], layers: Sequence[int] | None) -> list[int]:
+    """The layers to watch: all of ``sparse``, or those of ``layers``, which must be among them."""
+    strangers = sorted(set(layers or ()) - set(sparse))
+    if strangers:
+        raise UserError(
+            f"--layers {', '.join(map(str, strangers))}: no experts there; layers with experts are "
+            f"{', '.join(map(str, sparse))}"
+        )
+    return sorted(set(layers)) if layers else list(sparse)
+
+
+def ranked(scores_LTE: torch.Tensor) -> np.ndarray:
+    """Experts by falling score, int16 [L, T, K], from scores that are -inf where not chosen."""
+    most = int((scores_LTE > -torch.inf).sum(-1).amax())
+    best, experts = scores_LTE.topk(most, dim=-1)
+    return experts.masked_fill(best == -torch.inf, -1).to(torch.int16).cpu().numpy()
+
+
+def _batch_major(rows_TE: torch.Tensor, batch: int) -> torch.Tensor:
+    """Rows of [S, B] read as rows of [B, S]."""
+    experts = rows_TE.shape[-1]
+    return rows_TE.view(-1, batch, experts).transpose(0, 1).reshape(-1, experts)
+
+
+def _expert_rows(experts: torch.nn.Module, num_experts: int) -> np.ndarray:
+    """All weights of each expert, float32 [E, n]: grouped tensors, or a module for each expert."""
+    modules = getattr(experts, "local_experts", None)
+    if modules is None:
+        parts = [_numpy(p).reshape(num_experts, -1) for p in experts.parameters()]
+        return np.concatenate(parts, axis=1)
+    flat = [np.concatenate([_numpy(p).ravel() for p in module.parameters()]) for module in modules]
+    return np.stack(flat)
+
+
+def _numpy(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().float().cpu().numpy()

@@ -1,0 +1,119 @@
+"""The charts of a run over its tokens: losses, rate, speed, balance, drops, stages."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import plotly.graph_objects as go
+
+from moetron.moe.analysis.page.runs import Run, thinned
+
+STAGE_COLOURS = ("rgba(31,119,180,0.10)", "rgba(255,127,14,0.12)", "rgba(44,160,44,0.12)")
+
+
+def over_tokens(runs: Sequence[Run]) -> list[go.Figure]:
+    """Every chart that has something to show, runs side by side in the same colours."""
+    candidates = [
+        losses(runs),
+        *(by_source(run) for run in runs),
+        curve(runs, "lr", "Learning rate", ""),
+        curve(runs, "tokens_per_s", "Throughput", "tokens/s"),
+        curve(runs, "grad_norm", "Gradient norm before clipping", "norm"),
+        curve(runs, "aux_loss", "Balance loss, 1 is uniform", ""),
+        curve(runs, "z_loss", "Router z-loss", ""),
+        *(heat(run, "expert_load", "Fullest expert over the mean load", 1.0) for run in runs),
+        *(heat(run, "dropped_fractions", "Dropped choices", 0.0) for run in runs),
+    ]
+    return [figure for figure in candidates if figure is not None]
+
+
+def losses(runs: Sequence[Run]) -> go.Figure:
+    """Training and validation loss, with stages as bands."""
+    figure = framed("Loss", "nats per token")
+    for number, run in enumerate(runs):
+        colour = _COLOURS[number % len(_COLOURS)]
+        tokens, values = thinned(run.metrics, "lm_loss")
+        line = {"color": colour, "width": 1}
+        figure.add_scatter(x=tokens, y=values, name=f"{run.name} training", line=line, opacity=0.6)
+        tokens, values = thinned(run.validation, "validation_loss")
+        if values:
+            name = f"{run.name} validation"
+            figure.add_scatter(
+                x=tokens, y=values, name=name, mode="lines+markers", line={"color": colour}
+            )
+    if len(runs) == 1:
+        _bands(figure, runs[0])
+    return figure
+
+
+def by_source(run: Run) -> go.Figure | None:
+    """Validation loss of each source."""
+    sources = sorted({name for row in run.validation for name in row.get("source_losses", {})})
+    if not sources:
+        return None
+    figure = framed(f"Validation loss by source, {run.name}", "nats per token")
+    for source in sources:
+        tokens, values = thinned(run.validation, "source_losses", source)
+        figure.add_scatter(x=tokens, y=values, name=source, mode="lines+markers")
+    figure.update_layout(height=340 + 9 * len(sources))  # the legend stands below, in columns
+    return figure
+
+
+def curve(runs: Sequence[Run], name: str, title: str, unit: str) -> go.Figure | None:
+    """One figure of metrics.jsonl."""
+    figure = framed(title, unit)
+    for run in runs:
+        tokens, values = thinned(run.metrics, name)
+        if values:
+            figure.add_scatter(x=tokens, y=values, name=run.name, line={"width": 1.2})
+    return figure if figure.data else None
+
+
+def heat(run: Run, name: str, title: str, floor: float) -> go.Figure | None:
+    """A figure that each step holds by layer, as layers x tokens."""
+    layers = run.layers(name)
+    if not layers:
+        return None
+    columns = [thinned(run.metrics, name, layer) for layer in layers]
+    values = np.array([column[1] for column in columns])
+    figure = framed(f"{title}, {run.name}", "")
+    figure.add_heatmap(
+        x=columns[0][0],
+        y=[layer.replace("_", " ") for layer in layers],
+        z=values,
+        zmin=floor,
+        zmax=max(floor + 1e-3, float(np.quantile(values, 0.98))),
+        colorscale="Viridis",
+    )
+    return figure
+
+
+def framed(title: str, y_title: str, x_title: str = "tokens") -> go.Figure:
+    """An empty chart in the page's style."""
+    figure = go.Figure()
+    figure.update_layout(
+        template="plotly_white",
+        title={"text": title, "font": {"size": 15}},
+        margin={"l": 50, "r": 12, "t": 46, "b": 44},
+        height=340,
+        legend={"orientation": "h", "y": -0.22, "font": {"size": 11}},
+        xaxis={"title": x_title},
+        yaxis={"title": y_title, "automargin": True},
+    )
+    return figure
+
+
+def _bands(figure: go.Figure, run: Run) -> None:
+    """Stages and their objectives behind the curves."""
+    stages = run.stages
+    for number, stage in enumerate(stages if len(stages) > 1 else ()):
+        figure.add_vrect(
+            x0=stage.first_token,
+            x1=stage.last_token,
+            fillcolor=STAGE_COLOURS[number % len(STAGE_COLOURS)],
+            line_width=0,
+            annotation_text=f"stage {number + 1}: {stage.objective}",
+            annotation_position="top left",
+        )
+
+
+_COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")

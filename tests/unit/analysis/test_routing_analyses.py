@@ -1,0 +1,135 @@
+"""Analyses against slow references on random choices, and on routings with known answers."""
+
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from moetron.moe.analysis.coactivation import CoActivation
+from moetron.moe.analysis.drops import Drops
+from moetron.moe.analysis.routed import Routed, chosen
+from moetron.moe.analysis.saturation import saturation
+from moetron.moe.analysis.similarity import mean_similarity
+from moetron.moe.analysis.specialization import (
+    ClassCounts,
+    routing_entropy,
+    spread,
+    top_classes,
+    vocabulary_specialization,
+)
+
+LAYERS, TOKENS, K, EXPERTS, CLASSES = 2, 60, 3, 8, 4
+
+
+def random_choices(seed: int, tokens: int = TOKENS) -> np.ndarray:
+    """Ranked choices int16 [L, T, K] without repetition."""
+    scores = np.random.default_rng(seed).random((LAYERS, tokens, EXPERTS))
+    return np.argsort(scores, axis=2)[:, :, :K].astype(np.int16)
+
+
+def routed(ranked_LTK: np.ndarray, kept_LTE: np.ndarray | None = None) -> Routed:
+    kept = chosen(ranked_LTK, EXPERTS) if kept_LTE is None else kept_LTE
+    return Routed(ranked_LTK, kept, np.zeros(ranked_LTK.shape[1], dtype=np.int64))
+
+
+def test_a_map_leaves_out_what_was_not_chosen() -> None:
+    ranked = np.array([[[2, 0], [1, -1]]], dtype=np.int16)
+    expected = [[[True, False, True], [False, True, False]]]
+    assert chosen(ranked, 3).tolist() == expected
+    assert routed(ranked).chosen_LTE(top=1)[0].argmax(1).tolist() == [2, 1]
+
+
+@pytest.mark.parametrize("top", [1, 2, 3])
+def test_saturation_against_sets(top: int) -> None:
+    now, final = random_choices(0), random_choices(1)
+    expected = [
+        np.mean([len(set(a[:top]) & set(b[:top])) / top for a, b in zip(x, y, strict=True)])
+        for x, y in zip(now, final, strict=True)
+    ]
+    np.testing.assert_allclose(saturation(now, final, EXPERTS, top), expected)
+
+
+def test_saturation_of_identical_routing_is_one_and_of_chance_topk_over_experts() -> None:
+    assert saturation(random_choices(0), random_choices(0), EXPERTS, K).tolist() == [1.0, 1.0]
+    many = saturation(random_choices(2, 20_000), random_choices(3, 20_000), EXPERTS, K)
+    np.testing.assert_allclose(many, K / EXPERTS, atol=0.01)
+
+
+@pytest.mark.parametrize("adjacent", [False, True])
+def test_coactivation_against_counted_pairs(adjacent: bool) -> None:
+    ranked = random_choices(4)
+    found = CoActivation(LAYERS, EXPERTS, adjacent)
+    found.add(routed(ranked[:, :20]))
+    found.add(routed(ranked[:, 20:]))
+    for layer in range(LAYERS):
+        singles: Counter[int] = Counter()
+        pairs: Counter[tuple[int, int]] = Counter()
+        for token in ranked[layer].tolist():
+            singles.update(token)
+            of_token = itertools.pairwise(token) if adjacent else itertools.combinations(token, 2)
+            for a, b in of_token:
+                pairs.update([(a, b), (b, a)])
+        expected = [
+            [pairs[i, j] / singles[i] if i != j else 0.0 for j in range(EXPERTS)]
+            for i in range(EXPERTS)
+        ]
+        np.testing.assert_allclose(found.matrix()[layer], expected)
+
+
+def test_class_counts_against_a_loop() -> None:
+    ranked = random_choices(5)
+    classes = np.random.default_rng(6).integers(0, CLASSES, TOKENS)
+    counts, expected = ClassCounts(LAYERS, CLASSES, EXPERTS), np.zeros((LAYERS, CLASSES, EXPERTS))
+    counts.add(classes[:31], routed(ranked[:, :31]))
+    counts.add(classes[31:], routed(ranked[:, 31:]))
+    for layer, token in itertools.product(range(LAYERS), range(TOKENS)):
+        for expert in ranked[layer, token]:
+            expected[layer, classes[token], expert] += 1
+    np.testing.assert_array_equal(counts.counts, expected)
+    tokens = np.bincount(classes, minlength=CLASSES)
+    np.testing.assert_allclose(counts.shares(), expected / tokens[:, None])
+    np.testing.assert_allclose(counts.distribution().sum(2), 1.0)
+
+
+def test_uniform_routing_gives_chance_shares_and_full_entropy() -> None:
+    counts = ClassCounts(LAYERS, 2, EXPERTS)
+    counts.add(np.arange(40_000) % 2, routed(random_choices(7, 40_000)))
+    np.testing.assert_allclose(counts.shares(), K / EXPERTS, atol=0.015)
+    np.testing.assert_allclose(routing_entropy(counts), np.log(EXPERTS), atol=1e-3)
+    np.testing.assert_allclose(spread(counts), 0.0, atol=0.005)
+
+
+def test_a_router_of_token_ids_is_fully_specialised() -> None:
+    ids = np.random.default_rng(8).integers(0, 20, 5_000)
+    ranked = np.broadcast_to((ids % EXPERTS)[None, :, None], (LAYERS, 5_000, 1)).astype(np.int16)
+    counts = ClassCounts(LAYERS, 21, EXPERTS, top=1)  # id 20 is never seen
+    counts.add(ids, routed(ranked))
+    assert vocabulary_specialization(counts).tolist() == [1.0, 1.0]
+    assert routing_entropy(counts).max() == 0.0
+    np.testing.assert_allclose(spread(counts), np.sqrt(EXPERTS - 1) / EXPERTS)
+    assert top_classes(counts, layer=0, size=3)[1] == [(1, 1.0), (9, 1.0), (17, 1.0)]
+
+
+def test_rare_ids_are_left_out() -> None:
+    ids = np.array([0] * 10 + [1] * 9)
+    ranked = np.zeros((LAYERS, 19, 1), dtype=np.int16)
+    ranked[:, :5] = 1  # id 0 is split evenly, id 1 goes to one expert
+    counts = ClassCounts(LAYERS, 2, EXPERTS, top=1)
+    counts.add(ids, routed(ranked))
+    assert vocabulary_specialization(counts, min_tokens=10).tolist() == [0.5, 0.5]
+
+
+def test_drops_are_counted_by_position() -> None:
+    ranked = random_choices(9, tokens=24)  # three windows of 8
+    kept = chosen(ranked, EXPERTS)
+    kept[:, 7::8] = False  # the last position of each window loses all
+    drops = Drops(LAYERS, seq_length=8)
+    drops.add(routed(ranked, kept))
+    assert drops.fractions(buckets=4)[0].tolist() == [0.0, 0.0, 0.0, 0.5]
+
+
+def test_similarity_of_copies_is_one_and_of_opposites_minus_one() -> None:
+    assert mean_similarity(np.array([[1.0, 2.0]] * 3)) == pytest.approx(1.0)
+    assert mean_similarity(np.array([[1.0, 0.0], [-2.0, 0.0]])) == pytest.approx(-1.0)
+    assert abs(mean_similarity(np.random.default_rng(0).normal(size=(8, 4_000)))) < 0.02
