@@ -22,6 +22,8 @@ REQUIRED = [
     "safetensors>=0.4,<1",
     "tensorboard>=2.14,<3",
     "matplotlib>=3.8,<4",
+    "plotly>=6,<7",
+    "jinja2>=3.1,<4",
     "tqdm>=4.66,<5",
 ]
 EXTRAS = {
@@ -82,6 +84,7 @@ setup(
     python_requires=">=3.10,<3.13",
     packages=list(packages()),
     package_dir=packages(),
+    package_data={"moetron.moe.analysis.page": ["*.html"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
 )

@@ -4,26 +4,24 @@
     python tools/analyze_routing.py RUN [--data NAME=PREFIX ...] [--checkpoints latest]
     python tools/analyze_routing.py HF_FOLDER --data code=PREFIX prose=PREFIX
 
-RUN is a run's --save folder: its latest checkpoint is analysed on equal parts of each class of
-text, and the earlier checkpoints are compared with it. HF_FOLDER is a HuggingFace MoE model. PREFIX
-is a token shard, NAME its domain, language or task. Writes analysis.json and a picture for each
-analysis. Exit codes: 0 done, 2 something for the user to change, 1 our fault.
+RUN is a --save folder: its latest checkpoint is analysed on equal parts of each class of text, and
+earlier ones are compared with it. HF_FOLDER is a HuggingFace MoE model. PREFIX is a token shard,
+NAME its domain, language or task. Writes analysis.json and pictures. Exit codes: 0 done, 2
+something for the user to change, 1 our fault.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from moetron.data.blend import open_blend
 from moetron.data.errors import DataError
-from moetron.data.shard import Shard
-from moetron.data.windows import spread_windows
+from moetron.data.windows import Shards, named_shards, spread_windows
 from moetron.moe.analysis import figures, study
 from moetron.moe.analysis.routed import Windows
 from moetron.moe.config.errors import UserError
 from moetron.moe.training import checkpoint_folder
 from moetron.moe.training.quiet import quieten_libraries
-from moetron.tokenizers.interface import TokenizerError
+from moetron.tokenizers.interface import Tokenizer, TokenizerError
 from moetron.tokenizers.load import load_tokenizer
 
 
@@ -45,59 +43,60 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def shards(named: list[str] | None, validation: list[str] | None) -> dict[str, Shard]:
-    """The text of each class."""
-    if named is None and validation is None:
-        raise UserError("no validation shards in this run: give --data NAME=PREFIX ...")
-    if named is None:
-        return {source.name: source.shard for source in open_blend(validation or [], 1).sources}
-    wrong = [item for item in named if "=" not in item]
-    if wrong:
-        raise UserError(f"--data {' '.join(wrong)}: write NAME=PREFIX, such as code=data/code")
-    return {name: Shard(prefix) for name, _, prefix in (item.partition("=") for item in named)}
+def open_tokenizer(path: str | Path, shards: Shards) -> Tokenizer:
+    """The model's tokenizer, which must be that of the shards."""
+    tokenizer = load_tokenizer(path)
+    for name, shard in shards.items():
+        if shard.manifest and shard.manifest.tokenizer.fingerprint != tokenizer.fingerprint:
+            raise UserError(
+                f"--data {name}={shard.prefix}: made with another tokenizer than {path}"
+            )
+    return tokenizer
 
 
-def text_of(arguments: argparse.Namespace, run: checkpoint_folder.Record | None) -> study.Text:
-    """Windows of every class, and the tokenizer that shows their ids."""
-    data = {} if run is None else run.settings["data"]
-    length = arguments.seq_length or (run.settings["model"]["seq_length"] if run else 1024)
-    parts, fingerprints = [], set()
-    for name, shard in shards(arguments.data, data.get("valid_data_path")).items():
-        rows = spread_windows(shard, length, arguments.tokens_per_class)
-        parts.append(Windows(name, rows[:, :-1], rows[:, 1:]))
-        fingerprints |= {shard.manifest.tokenizer.fingerprint} if shard.manifest else set()
-    tokenizer = load_tokenizer(
-        arguments.tokenizer_model or data.get("tokenizer_model") or arguments.model
+def open_text(shards: Shards, tokenizer: Tokenizer, length: int, tokens: int) -> study.Text:
+    """Windows of every class, and how ids are shown; a model may have ids that no piece uses."""
+    rows = {name: spread_windows(shard, length, tokens) for name, shard in shards.items()}
+    known = tokenizer.vocab_size
+    return study.Text(
+        [Windows(name, row[:, :-1], row[:, 1:]) for name, row in rows.items()],
+        lambda token: tokenizer.decode([token]) if token < known else f"<{token}>",
     )
-    if fingerprints - {tokenizer.fingerprint}:
-        raise UserError("--data: the shards were made with another tokenizer than the model's")
-    return study.Text(parts, tokenizer.vocab_size, lambda token: tokenizer.decode([token]))
 
 
-def watch_folder(arguments: argparse.Namespace) -> study.Result:
+def watch_folder(given: argparse.Namespace) -> study.Result:
     """The analyses of a HuggingFace folder."""
     from moetron.moe.analysis.huggingface import HuggingFaceModel
 
-    text, model = text_of(arguments, None), HuggingFaceModel(arguments.model, arguments.layers)
-    return study.summary(model, text) | study.study(model, text, arguments.adjacent_pairs)[0]
+    shards = named_shards(given.data or [])
+    tokenizer = open_tokenizer(given.tokenizer_model or given.model, shards)
+    text = open_text(shards, tokenizer, given.seq_length or 1024, given.tokens_per_class)
+    model = HuggingFaceModel(given.model, given.layers)
+    return study.summary(model, text) | study.study(model, text, given.adjacent_pairs)[0]
 
 
-def watch_run(arguments: argparse.Namespace) -> study.Result:
+def watch_run(given: argparse.Namespace) -> study.Result:
     """The analyses of a run's latest checkpoint, and how the earlier ones differ from it."""
     from moetron.moe.analysis.own_model import OwnModel
     from moetron.moe.training import runtime
 
-    record = checkpoint_folder.read(arguments.model).record
-    settings, text = checkpoint_folder.one_rank_settings(record), text_of(arguments, record)
-    vocab_size = settings.model.vocab_size or text.vocab_size
+    record = checkpoint_folder.read(given.model).record
+    settings, step = checkpoint_folder.one_rank_settings(record), record.progress.step
+    shards = named_shards(given.data or settings.data.valid_data_path or [])
+    path = given.tokenizer_model or settings.data.tokenizer_model
+    if path is None:
+        raise UserError("the run names no tokenizer (mock data?): give --tokenizer-model")
+    tokenizer = open_tokenizer(path, shards)
+    length = given.seq_length or settings.model.seq_length
+    text = open_text(shards, tokenizer, length, given.tokens_per_class)
+    vocab_size = settings.model.vocab_size or tokenizer.vocab_size
     with runtime.running(settings) as ranks:
-        model = OwnModel(arguments.model, settings, vocab_size, ranks, arguments.layers)
-        result = study.summary(model, text) | {"step": record.progress.step}
-        found, choices = study.study(model, text, arguments.adjacent_pairs)
-        if arguments.checkpoints == "all":
-            steps = model.each_checkpoint(arguments.model, record.progress.step)
+        model = OwnModel(given.model, settings, vocab_size, ranks, given.layers)
+        found, choices = study.study(model, text, given.adjacent_pairs)
+        if given.checkpoints == "all":
+            steps = model.each_checkpoint(given.model, step)
             found["checkpoints"] = study.compare(model, text, choices, steps)
-    return result | found
+    return study.summary(model, text) | {"step": step} | found
 
 
 def main() -> int:

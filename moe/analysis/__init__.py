@@ -1,1 +1,1 @@
-"""What a run shows: curves now; saturation, co-activation and specialisation belong here."""
+"""What a run shows: curves, how its routers choose, the report page."""

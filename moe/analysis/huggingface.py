@@ -29,6 +29,7 @@ class HuggingFaceModel:
                 f"{folder}: a {config.model_type} model does not show the logits of its routers"
             )
         self.num_experts, self.topk = int(experts), int(config.num_experts_per_tok)
+        self.vocab_size = int(config.vocab_size)
         self.layers: list[int] = watched(self._sparse(), layers)
 
     def route(self, tokens_BS: np.ndarray) -> Routed:

@@ -44,7 +44,7 @@ class OwnModel:
         self.layers = watched(sparse, layers)
         assert settings.moe.num_experts is not None
         self.num_experts, self.topk = settings.moe.num_experts, settings.moe.moe_router_topk
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
         self._model = load_model(checkpoint, settings, vocab_size, runtime)
         self._seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         routers = {m.layer_number - 1: m for m in self._model.modules() if isinstance(m, Router)}
@@ -64,7 +64,7 @@ class OwnModel:
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         with torch.no_grad():
             logits_BSV = self._model(tokens, positions, None)
-        predicted_T = logits_BSV[..., : self._vocab_size].argmax(-1).flatten().cpu().numpy()
+        predicted_T = logits_BSV[..., : self.vocab_size].argmax(-1).flatten().cpu().numpy()
         batch = len(tokens_BS)
         scores = [_batch_major(self._seen[layer][0], batch) for layer in self.layers]
         kept = [_batch_major(self._seen[layer][1], batch) for layer in self.layers]

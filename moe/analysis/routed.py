@@ -53,6 +53,8 @@ class RoutedModel(Protocol):
     """Layers with experts that are watched, counted from 0."""
     num_experts: int
     topk: int
+    vocab_size: int
+    """Ids that it can read and predict."""
 
     def route(self, tokens_BS: np.ndarray) -> Routed:
         """Run the model over windows int64 [B, S] in evaluation mode; T = B x S, row by row."""

@@ -32,7 +32,6 @@ class Text:
     """What the model is watched on, and how its token ids are shown."""
 
     windows: Sequence[Windows]
-    vocab_size: int
     show: Callable[[int], str]
 
     @property
@@ -60,7 +59,7 @@ def study(model: RoutedModel, text: Text, adjacent_pairs: bool = False) -> tuple
     """
     layers, experts = len(model.layers), model.num_experts
     domains = [ClassCounts(layers, len(text.windows), experts, top) for top in (None, 1)]
-    ids = {kind: ClassCounts(layers, text.vocab_size, experts, 1) for kind in IDS}
+    ids = {kind: ClassCounts(layers, model.vocab_size, experts, 1) for kind in IDS}
     positions = ClassCounts(layers, text.seq_length, experts, 1)
     pairs = CoActivation(layers, experts, adjacent_pairs)
     drops = Drops(layers, text.seq_length)

@@ -67,7 +67,8 @@ class Checkpoint:
 
 def one_rank_settings(record: Record) -> Settings:
     """The settings of a checkpoint of any layout, for a single rank."""
-    return Settings.model_validate({**record.settings, "parallel": ParallelSettings()})
+    kept = ParallelSettings(cpu_threads=record.settings["parallel"].get("cpu_threads", 0))
+    return Settings.model_validate({**record.settings, "parallel": kept})
 
 
 def step_folder(run_folder: Path, step: int) -> Path:
