@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe import moe_utils
 
 from moetron.moe.host.adapt import adapt_host, restore_host
 from moetron.moe.host.device import backend_for
@@ -119,7 +119,7 @@ def model_parallel(seed: int = 1234, **sizes: int | None) -> Iterator[None]:
         )
     parallel_state.initialize_model_parallel(**sizes)
     # Process-wide, and a backward pass without a schedule leaves one of another shape behind.
-    MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = None
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     try:
         yield
@@ -187,6 +187,7 @@ def _rank_main(
             message = {"result": function(*args)}
             torch.distributed.barrier()
             parallel_state.destroy_model_parallel()
+            moe_utils.get_moe_layer_wise_logging_tracker().clear()  # of another model's layers
             torch.distributed.destroy_process_group()
         except BaseException:
             message = {"error": traceback.format_exc()}

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from moetron.moe.config.derived import expert_tensor_parallel_size, head_dim, query_groups
+from moetron.moe.config.derived import head_dim, query_groups
 from moetron.moe.config.rules.case import Case, nearest_multiples, not_multiple
 
 _RECOMPUTABLE = ("core_attn", "moe_act", "layernorm", "mlp", "moe", "shared_experts")
@@ -58,19 +58,9 @@ def implementation(case: Case) -> Iterator[str]:
 
 
 def biases(case: Case) -> Iterator[str]:
-    """Biases of experts, which few of megatron-core's paths have."""
-    moe, parallel = case.settings.moe, case.settings.parallel
-    if not case.settings.model.add_bias_linear or moe.num_experts is None:
-        return
-    if moe.moe_grouped_gemm:
-        yield (
-            "--add-bias-linear: experts run as a grouped GEMM have no biases; "
-            "use --disable-bias-linear or --no-moe-grouped-gemm"
-        )
-    if expert_tensor_parallel_size(parallel) > 1:
-        yield "--add-bias-linear with experts needs --expert-tensor-parallel-size 1"
-    if moe.moe_shared_expert_intermediate_size is not None:
-        yield "--add-bias-linear: shared experts have no biases; use --disable-bias-linear"
+    """Biases of experts: megatron-core's fail in the backward pass unless ranks share experts."""
+    if case.settings.model.add_bias_linear and case.settings.moe.num_experts is not None:
+        yield "--add-bias-linear: experts have no biases; use --disable-bias-linear"
 
 
 def recompute(case: Case) -> Iterator[str]:

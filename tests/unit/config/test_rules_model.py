@@ -35,19 +35,7 @@ TP2 = {"world_size": 2, "tensor_model_parallel_size": 2}
             {"world_size": 2, "context_parallel_size": 2, "attention_backend": "unfused"},
             "--context-parallel-size 2 does not go with --attention-backend unfused",
         ),
-        ({"add_bias_linear": True}, "experts run as a grouped GEMM have no biases"),
-        (
-            {**TP2, "add_bias_linear": True, "moe_grouped_gemm": False},
-            "--add-bias-linear with experts needs --expert-tensor-parallel-size 1",
-        ),
-        (
-            {
-                "add_bias_linear": True,
-                "moe_grouped_gemm": False,
-                "moe_shared_expert_intermediate_size": 8,
-            },
-            "shared experts have no biases",
-        ),
+        ({"add_bias_linear": True}, "--add-bias-linear: experts have no biases"),
         (
             {"qk_layernorm": True, "qk_layernorm_scope": "full", "normalization": "LayerNorm"},
             "--qk-layernorm-scope full is an RMSNorm",
