@@ -1,9 +1,10 @@
 """Train a tiny model in one layout, so that it can be compared with one process.
 
-`train` runs on every rank of a launch; `compare_all` runs many layouts of one size in one launch.
+`train` runs on every rank of a launch; `results_of` makes many runs of one size in one launch.
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,23 +50,31 @@ class _Rows:
     def close(self) -> None: ...
 
 
-def train(settings: Settings, steps: int, weights: str, write: bool, device: str) -> dict[str, Any]:
-    """Take ``steps`` from the checkpoint ``weights``, written first if ``write``.
+@dataclass(frozen=True)
+class Run:
+    """Settings, and the checkpoint that their run starts from (and writes first, if ``write``)."""
+
+    settings: Settings
+    weights: str
+    write: bool = False
+
+
+def train(run: Run, steps: int, device: str) -> dict[str, Any]:
+    """Take ``steps`` on the ranks at hand.
 
     Returns:
         ``rows``, `FIGURES` of every step, and ``moments``: this rank's part of the optimizer's
         first moment after step 1, the clipped gradient times a factor.
     """
-    here = torch.device(device, torch.cuda.current_device()) if device == "cuda" else device
-    runtime = divide(settings, torch.device(here))
-    vocab_size = settings.model.vocab_size
+    settings, vocab_size = run.settings, run.settings.model.vocab_size
     assert vocab_size is not None
-    trainer = build_trainer(settings, runtime, vocab_size)
+    here = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
+    trainer = build_trainer(settings, divide(settings, torch.device(here)), vocab_size)
     stream = MaskedStream(settings.training.seed, vocab_size, settings.model.seq_length)
     state = trainer.chunks, trainer.optimizer, settings, stream.state()
-    if write:
-        save_checkpoint(Path(weights), Progress(), *state)
-    load_checkpoint(Path(weights), *state)
+    if run.write:
+        save_checkpoint(Path(run.weights), Progress(), *state)
+    load_checkpoint(Path(run.weights), *state)
     sink = _Rows()
     loop = Loop(trainer, Streams(stream, None), Progress(), [sink], peak_tflops_per_s=None)
     batches = loop.batches()
@@ -77,21 +86,17 @@ def train(settings: Settings, steps: int, weights: str, write: bool, device: str
 
 
 def results_of(
-    runs: Mapping[str, Settings],
-    world_size: int,
-    steps: int,
-    weights: str,
-    *,
-    write: bool = False,
-    device: str = "cpu",
+    runs: Mapping[str, Run], world_size: int, steps: int, device: str = "cpu"
 ) -> Iterator[tuple[str, Result, list[Row]]]:
     """(name, result, rows) of each run, all on the same ``world_size`` processes.
 
     Raises:
         RankFailed: of the first run that is not among the results.
+        AssertionError: so too, where its ranks disagree on a gradient or hold it in part only.
     """
-    calls = [(settings, steps, weights, write, device) for settings in runs.values()]
-    ranks = run_each(train, world_size, calls, device=device)
+    ranks = run_each(
+        train, world_size, [(run, steps, device) for run in runs.values()], device=device
+    )
     for name, results in zip(runs, ranks, strict=True):
         rows = results[0]["rows"]
         gradients = assemble(result["moments"] for result in results)

@@ -14,7 +14,7 @@ from moetron.moe.plan.named_layouts import parse
 from moetron.moe.training.parity import Result, compare, line
 from moetron.moe.training.report import Row
 from tests.parallel.parity_cases import MODES, QUICK, layouts, num_layers, settings, tolerance
-from tests.parallel.parity_ranks import results_of
+from tests.parallel.parity_ranks import Run, results_of
 
 STEPS = 10
 
@@ -31,9 +31,9 @@ class References:
 
     def of(self, mode: str, layers: int) -> tuple[Result, list[Row]]:
         if (mode, layers) not in self._known:
-            runs = {"one": settings("dp1", layers, **MODES[mode])}
-            weights = self.weights(mode, layers)
-            ((_, result, rows),) = results_of(runs, 1, STEPS, weights, write=True)
+            one = settings("dp1", layers, **MODES[mode])
+            run = Run(one, self.weights(mode, layers), write=True)
+            ((_, result, rows),) = results_of({"one": run}, 1, STEPS)
             self._known[mode, layers] = result, rows
         return self._known[mode, layers]
 
@@ -51,9 +51,9 @@ def _same(references: References, mode: str, layouts: Iterable[str]) -> None:
     wrong = []
     for (ranks, layers), names in launches.items():
         reference, expected = references.of(mode, layers)
-        runs = {name: settings(name, layers, **MODES[mode]) for name in names}
         weights = references.weights(mode, layers)
-        for name, result, rows in results_of(runs, ranks, STEPS, weights):
+        runs = {name: Run(settings(name, layers, **MODES[mode]), weights) for name in names}
+        for name, result, rows in results_of(runs, ranks, STEPS):
             found = compare(reference, result)
             print(line(f"{mode:<10} {name:<18}", found, tolerance(name)))
             if not found.within(tolerance(name)):

@@ -49,6 +49,12 @@ def sequence(case: Case) -> Iterator[str]:
             f"{case.said('context_parallel_size')}: use --seq-length "
             f"{nearest_multiples(length, 2 * context)}"
         )
+    if context > 1 and not case.settings.training.calculate_per_token_loss:
+        yield (
+            f"{case.said('context_parallel_size')} needs --calculate-per-token-loss: parts of a "
+            "sequence have unequal numbers of tokens with a loss, and a mean of their means is "
+            "another loss"
+        )
     if sequence_parallel(parallel) and (length // context) % tensor_size:
         yield (
             f"{case.said('seq_length')} must be a multiple of "

@@ -96,6 +96,11 @@ def _modules(case: Case, modules: list[str]) -> Iterator[str]:
             "--recompute-modules moe_act needs Transformer Engine's grouped experts: "
             "use moe, which recomputes the whole layer"
         )
+    if "layernorm" in modules and case.local:
+        yield (
+            "--recompute-modules layernorm needs Transformer Engine (megatron-core asks for its "
+            "FP8 state): use moe or mlp, or --recompute-granularity full"
+        )
     if "shared_experts" in modules and moe.moe_shared_expert_overlap:
         yield (
             "--recompute-modules shared_experts cannot go with --moe-shared-expert-overlap: "

@@ -39,7 +39,7 @@ SIGMOID = {"moe_router_score_function": "sigmoid"}
         {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 20, "lr_warmup_iters": 80},
         {"lr_warmup_tokens": 51200, "lr_decay_style": "constant"},
         {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 4},
-        {"recompute_granularity": "selective", "recompute_modules": ["moe", "layernorm"]},
+        {"recompute_granularity": "selective", "recompute_modules": ["moe", "mlp"]},
         {"moe_shared_expert_intermediate_size": 64},
     ],
 )

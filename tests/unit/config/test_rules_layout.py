@@ -44,6 +44,10 @@ TP2 = {"world_size": 2, "tensor_model_parallel_size": 2}
         ),
         ({**TP2, "sequence_parallel": False}, "drop --no-sequence-parallel"),
         (
+            {"world_size": 2, "context_parallel_size": 2, "calculate_per_token_loss": False},
+            "--context-parallel-size 2 needs --calculate-per-token-loss",
+        ),
+        (
             {"sequence_parallel": True},
             "--sequence-parallel needs --tensor-model-parallel-size above 1",
         ),
