@@ -10,6 +10,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from moetron.moe.config import derived
 from moetron.moe.config.bridge import ModelConfig
 from moetron.moe.config.settings import Settings
+from moetron.moe.layers.experts import mark_gradient_ranks
 from moetron.moe.layers.specs import block_spec, prediction_spec
 
 
@@ -57,8 +58,10 @@ def build_model(
         vp_stage=vp_stage,
     )
     for module in built.modules():
-        if isinstance(module, MoELayer) and config.moe_pad_expert_input_to_capacity:
-            module.router.padded_dispatcher = module.token_dispatcher
+        if isinstance(module, MoELayer):
+            mark_gradient_ranks(module.experts, groups)
+            if config.moe_pad_expert_input_to_capacity:
+                module.router.padded_dispatcher = module.token_dispatcher
         if isinstance(module, SelfAttention) and model.query_init_folds_scale:
             _shrink_queries(module)
     return built

@@ -28,6 +28,18 @@ def grouped_gemm_fits(config: TransformerConfig, expert_tensor_ranks: int) -> bo
     return aligned and not config.add_bias_linear
 
 
+def mark_gradient_ranks(experts: torch.nn.Module, groups: ProcessGroupCollection) -> None:
+    """Say whether experts' gradients are summed over the ranks over which dense parameters' are.
+
+    megatron-core 0.16.1 (tensor_parallel/layers.py, extensions/transformer_engine.py) looks at the
+    expert-parallel size alone, so that with one expert rank and ETP other than TP it leaves out
+    ranks, silently.
+    """
+    like_dense = groups.ep.size() == 1 and groups.expt_tp.size() == groups.tp.size()
+    for parameter in experts.parameters():
+        parameter.allreduce = like_dense  # type: ignore[attr-defined]
+
+
 class _ContiguousGrad(torch.autograd.Function):
     """Identity. The backward pass of grouped_mm refuses expanded gradients such as ``sum()``'s."""
 
@@ -75,9 +87,7 @@ class GroupedExperts(MegatronModule):
         self.weight2 = self._empty_weight(config.hidden_size, ffn)
         set_tensor_model_parallel_attributes(self.weight1, True, 1, parts)
         set_tensor_model_parallel_attributes(self.weight2, True, 2, 1)
-        # Whether gradients are summed over the ranks over which dense parameters' are.
-        like_dense = self.ep_group.size() == 1 and self.tp_group.size() == pg_collection.tp.size()
-        self.weight1.allreduce = self.weight2.allreduce = like_dense  # type: ignore[attr-defined]
+        mark_gradient_ranks(self, pg_collection)
         if config.perform_initialization:
             self._draw_weights()
         self._register_load_state_dict_pre_hook(_drop_extra_states)

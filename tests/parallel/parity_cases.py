@@ -11,17 +11,19 @@ MODES: dict[str, dict[str, Any]] = {
     "dropless": {},
     "allgather": {"moe_token_dispatcher_type": "allgather"},
     "capacity": {"moe_expert_capacity_factor": 1.25},
+    "sequential": {"moe_grouped_gemm": False},
 }
 
 QUICK = {
     "dropless": ("dp2zero1", "tp2", "tp2ep2etp1", "pp2vpp2", "ep2", "cp2ep2"),
     "capacity": ("tp2", "cp2ep2"),
+    "sequential": ("etp2",),
 }
 """What every run of the tests compares, by mode: two ranks each."""
 
 FULL = (
     *("dp2", "dp2zero1", "dp2ep2zero1", "tp2", "tp2etp1", "tp2ep2etp1", "pp2", "pp2vpp2"),
-    *("ep2", "cp2", "cp2ep2"),
+    *("ep2", "etp2", "cp2", "cp2ep2"),
     *("tp4", "pp4", "pp4vpp2", "ep4", "ep2etp2", "tp2ep2", "tp2pp2", "tp2pp2etp1", "pp2ep2"),
     *("pp2vpp2ep2", "pp2cp2", "pp2vpp2cp2", "cp4", "tp2cp2", "tp2cp2ep2", "tp2cp2ep2etp1"),
     *("dp4zero1", "dp4ep2zero1"),
