@@ -114,8 +114,9 @@ def _encode(
     """Token ids of the texts that stay; the others are counted in ``left_out``."""
     dtype = token_dtype(tokenizer.vocab_size)
     parts = [_encode_part(tokenizer, part, dtype) for part in _parts(texts)]
-    tokens = np.concatenate([np.empty(0, dtype), *(tokens for tokens, _ in parts)])
-    lengths = np.concatenate([np.empty(0, np.int64), *(lengths for _, lengths in parts)])
+    tokens = _joined([tokens for tokens, _ in parts], dtype)
+    lengths = _joined([lengths for _, lengths in parts], np.dtype(np.int64))
+    del parts  # one may be of gigabytes
     text_bytes = np.fromiter(map(_utf8_bytes, texts), np.int64, len(texts))
     stays = np.ones(lengths.size, bool)
     for name, caught in encoding.filters.by_tokens(tokens, lengths):
@@ -128,6 +129,11 @@ def _encode(
         tokens = np.insert(tokens, np.cumsum(lengths), tokenizer.eod)
         lengths += 1
     return Documents(tokens, lengths, text_bytes)
+
+
+def _joined(arrays: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
+    """One after the other; a single one as it is."""
+    return arrays[0] if len(arrays) == 1 else np.concatenate([np.empty(0, dtype), *arrays])
 
 
 def _utf8_bytes(text: str) -> int:

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from moetron.tokenizers.interface import Tokenizer, fingerprint_of, require_encodable
 
 LAYOUT = "ids 0..255 are bytes, then eod, pad and 126 sentinels of which the first is the highest"
@@ -27,6 +29,13 @@ class ByteTokenizer(Tokenizer):
         """Id of an ASCII character, or of a sentinel ``<extra_id_i>``."""
         names = {f"<extra_id_{i}>": number for i, number in enumerate(self.sentinels)}
         return ord(token) if len(token) == 1 and token.isascii() else names.get(token)
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """UTF-8 bytes of all texts one after the other, uint8, and their lengths."""
+        require_encodable(texts)
+        encoded = [text.encode() for text in texts]
+        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
+        return np.frombuffer(b"".join(encoded), np.uint8), lengths
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids that are bytes; the others are dropped."""

@@ -62,6 +62,6 @@ def test_two_nodes_and_a_killed_worker_give_the_local_bytes(
 def is_worker(process: psutil.Process, own: set[int]) -> bool:
     """Whether a process is a Ray worker of this test."""
     command = process.info["cmdline"] or [""]
-    if not command[0].startswith("ray::"):
-        return False
-    return any(parent.pid in own for parent in process.parents())
+    return command[0].startswith(("ray::_call", "ray::IDLE")) and any(
+        parent.pid in own for parent in process.parents()
+    )
