@@ -191,11 +191,6 @@ def layout_dependent(
             "ranks draw their own masks: losses differ as between two seeds",
         ),
         (
-            "--moe-input-jitter-eps",
-            moe.moe_input_jitter_eps is not None,
-            "ranks draw their own noise: losses differ as between two seeds",
-        ),
-        (
             "--make-vocab-size-divisible-by",
             len(rows) > 1,
             f"the vocabulary is padded to {' or '.join(f'{n:,}' for n in sorted(rows))} rows, "

@@ -114,3 +114,17 @@ def test_routing_is_the_same_in_every_layout(
     if "moe_router_type" not in case.moe:
         limited = "moe_expert_capacity_factor" in case.moe
         assert (result["kept"].sum() < result["chosen"].sum()) == limited
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_recomputation_routes_alike(ranks: int) -> None:
+    """A random router in one process, and in a pipeline that runs ahead before it recomputes."""
+    case = ROUTINGS["Gumbel"]
+    alone = run(1, case)
+    recompute = {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+        "pipeline_model_parallel_size": ranks,
+    }
+    assert_same(run(ranks, replace(case, parallel=recompute), alone["weights"]), alone)

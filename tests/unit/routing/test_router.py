@@ -116,6 +116,16 @@ def test_position_serves_sequence_by_sequence() -> None:
     assert torch.equal(probs > 0, served)
 
 
+def test_one_rank_is_the_whole_micro_batch() -> None:
+    kept = []
+    for scope in ("rank", "micro_batch"):
+        router = _routers(_settings(moe_expert_capacity_factor=0.5, moe_capacity_scope=scope))[0]
+        torch.nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(3))
+        hidden = torch.randn(16, 2, 16, generator=torch.Generator().manual_seed(5))
+        kept.append(router(hidden.bfloat16())[1])
+    assert torch.equal(*kept) and int(kept[0].sum(0).max()) == 4  # 0.5 x 2 x 32 / 8
+
+
 def test_drops_by_position_grow_towards_the_end() -> None:
     settings = _settings(
         moe_expert_capacity_factor=1.0,
