@@ -28,7 +28,7 @@ REQUIRED = [
 ]
 EXTRAS = {
     "fast": ["gigatoken>=0.10,<0.11"],  # BPE encoding where its ids are the reference's
-    "arrow": ["pyarrow>=15,<26"],  # Parquet and Arrow files as inputs
+    "arrow": ["pyarrow>=15,<27"],  # Parquet and Arrow files as inputs
     "zstd": ["zstandard>=0.22,<1"],
     "te": ["transformer-engine[pytorch]>=2.9,<2.12"],
     "hf": ["transformers>=5,<6"],
