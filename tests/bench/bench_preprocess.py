@@ -66,17 +66,18 @@ def texts_of(inputs: Sequence[str]) -> Iterator[str]:
         yield from (found[0] for found in chunk.documents("text") if not isinstance(found, Reject))
 
 
-def library_mb_s(texts: list[str], megabytes: float, source: str, workers: int) -> float:
-    """Speed of the library alone on ``workers`` cores."""
+def library_run(texts: list[str], source: str, workers: int) -> Run:
+    """The library alone on ``workers`` cores: batch calls, texts in memory."""
     reference = load_tokenizer(source)
     fast = open_fast(reference, workers)
-    start = time.perf_counter()
+    start, start_cpu = time.perf_counter(), time.process_time()
     if fast is not None:
         fast.encode_flat(texts)
-        return megabytes / (time.perf_counter() - start)
-    for first in range(0, len(texts), BATCH):
-        reference.encode_flat(texts[first : first + BATCH])
-    return workers * megabytes / (time.perf_counter() - start)
+    else:
+        for first in range(0, len(texts), BATCH):
+            reference.encode_flat(texts[first : first + BATCH])
+    wall_s, cpu_s = time.perf_counter() - start, time.process_time() - start_cpu
+    return Run(wall_s / (1 if fast else workers), cpu_s, 0.0)
 
 
 _tokenizer: Tokenizer
@@ -131,6 +132,21 @@ def write_rows(path: Path, texts: Sequence[str]) -> None:
         packed.writelines(rows)
 
 
+def report(name: str, one: list[Run], all_: list[Run], megabytes: float, library: Run) -> None:
+    """Print medians, what one document takes subtracted."""
+    start_s = statistics.median(run.wall_s for run in one)
+    start_cpu_s = statistics.median(run.cpu_s for run in one)
+    whole_s = statistics.median(run.wall_s for run in all_)
+    net_s, net_cpu_s = whole_s - start_s, statistics.median(r.cpu_s for r in all_) - start_cpu_s
+    print(
+        f"{name}: {megabytes / net_s:.1f} MB/s ({megabytes / whole_s:.1f} with start-up), "
+        f"{megabytes / net_cpu_s:.1f} MB a CPU second; start-up {start_s:.2f} s "
+        f"({start_cpu_s:.2f} CPU); peak {max(run.peak_mb for run in all_):.0f} MB; of the library "
+        f"{library.wall_s / net_s:.2f} (CPU {library.cpu_s / net_cpu_s:.2f})",
+        flush=True,
+    )
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -143,8 +159,13 @@ def main() -> None:
     args = parser.parse_args()
     texts = list(texts_of(args.input))
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    library = library_mb_s(texts, megabytes, args.tokenizer, args.workers)
-    print(f"{len(texts)} documents, {megabytes:.1f} MB; library {library:.1f} MB/s", flush=True)
+    library = library_run(texts, args.tokenizer, args.workers)
+    print(
+        f"{len(texts)} documents, {megabytes:.1f} MB; "
+        f"library {megabytes / library.wall_s:.1f} MB/s, "
+        f"{megabytes / library.cpu_s:.1f} MB a CPU second",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory() as folder:
         rows, one = Path(folder, "all.jsonl"), Path(folder, "one.jsonl")
         write_rows(rows, texts)
@@ -160,18 +181,7 @@ def main() -> None:
                             found.append(measured(tools[name]))
             if not runs[rows]:
                 continue
-            start, whole = (statistics.median(r.wall_s for r in runs[each]) for each in (one, rows))
-            cpu = statistics.median(r.cpu_s for r in runs[rows])
-            start_cpu = statistics.median(r.cpu_s for r in runs[one])
-            peak = max(r.peak_mb for r in runs[rows])
-            speed = megabytes / (whole - start)
-            print(
-                f"{name}: {speed:.1f} MB/s net, {megabytes / whole:.1f} with start-up "
-                f"({start:.2f} s); {megabytes / (cpu - start_cpu):.1f} MB a CPU second net "
-                f"(start-up {start_cpu:.2f}); peak {peak:.0f} MB; "
-                f"{speed / library:.2f} of the library",
-                flush=True,
-            )
+            report(name, runs[one], runs[rows], megabytes, library)
 
 
 if __name__ == "__main__":
