@@ -44,6 +44,7 @@ TRAINING_ONLY = {
         "moe_z_loss_coeff",
         "moe_input_jitter_eps",
         "moe_global_aux_loss_counts",
+        "moe_aux_loss_first_choice_only",
         "moe_capacity_scope",
         "moe_expert_capacity_factor",
         "moe_eval_capacity_factor",
