@@ -287,10 +287,14 @@ def transformer_config(settings: Settings, transformer_engine: bool = False) -> 
 
 
 def optimizer_config(settings: Settings) -> OptimizerConfig:
-    """megatron-core's optimizer configuration, without per-parameter overrides of the decay."""
+    """megatron-core's optimizer configuration, without per-parameter overrides of the decay.
+
+    It knows no Adafactor: SGD without momentum, which keeps nothing, holds its place.
+    """
     optimizer = settings.optimizer
+    is_ours = optimizer.optimizer == "adafactor"
     return OptimizerConfig(
-        optimizer=optimizer.optimizer,
+        optimizer="sgd" if is_ours else optimizer.optimizer,
         lr=settings.learning_rate.lr,
         min_lr=settings.learning_rate.min_lr,
         weight_decay=optimizer.weight_decay,
@@ -298,7 +302,7 @@ def optimizer_config(settings: Settings) -> OptimizerConfig:
         adam_beta1=optimizer.adam_beta1,
         adam_beta2=optimizer.adam_beta2,
         adam_eps=optimizer.adam_eps,
-        sgd_momentum=optimizer.sgd_momentum,
+        sgd_momentum=0.0 if is_ours else optimizer.sgd_momentum,
         clip_grad=optimizer.clip_grad,
         bf16=settings.precision.bf16,
         params_dtype=params_dtype(settings),

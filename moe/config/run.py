@@ -31,8 +31,16 @@ class TrainingSettings(Group):
 class OptimizerSettings(Group):
     """The optimizer."""
 
-    optimizer: Literal["adam", "sgd"] = "adam"
-    """Kind of optimizer; adam is AdamW (decoupled weight decay)."""
+    optimizer: Literal["adam", "sgd", "adafactor"] = "adam"
+    """Kind of optimizer; adam is AdamW (decoupled weight decay); adafactor has factored moments,
+    no momentum, and steps relative to a parameter's size (T5, ST-MoE, OpenMoE)."""
+    adafactor_decay_rate: PositiveFloat = 0.8
+    """adafactor: the second moment's decay at step t is 1 - t^-rate."""
+    adafactor_clip_threshold: PositiveFloat = 1.0
+    """adafactor: largest root mean square of an update before the learning rate (ST-MoE's trial of
+    tighter clipping: 0.1)."""
+    adafactor_min_dim_size_to_factor: PositiveInt = 128
+    """adafactor: rows and columns from which a matrix's second moment is factored."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the first moment."""
     adam_beta2: float = Field(default=0.95, ge=0, lt=1)

@@ -30,9 +30,9 @@ def _number_bytes(settings: Settings) -> int:
 
 
 def _optimizer_bytes_per_parameter(settings: Settings) -> int:
-    """fp32 moments, and fp32 main parameters beside bf16 ones."""
-    adam = settings.optimizer.optimizer == "adam"
-    moments = 2 if adam else int(settings.optimizer.sgd_momentum > 0)
+    """fp32 moments (Adafactor's rows and columns left out), and main parameters in bf16."""
+    kept = {"adam": 2, "sgd": int(settings.optimizer.sgd_momentum > 0), "adafactor": 0}
+    moments = kept[settings.optimizer.optimizer]
     return 4 * (moments + int(settings.precision.bf16))
 
 

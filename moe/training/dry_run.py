@@ -20,6 +20,7 @@ from moetron.moe.host.patching import Patch, with_constants
 from moetron.moe.plan.layout import position
 from moetron.moe.plan.parameters import RankParameters, per_rank
 from moetron.moe.plan.render import gib, section
+from moetron.moe.training.adafactor import Adafactor
 from moetron.moe.training.build import build_trainer
 from moetron.moe.training.model import ModelChunks
 from moetron.moe.training.optimizer_state import MOMENTS, leaves
@@ -132,11 +133,14 @@ def _count(chunks: ModelChunks) -> RankParameters:
 def _state_bytes(leaf: MegatronOptimizer, settings: Settings) -> int:
     """Bytes beside the model's parameters once ``leaf`` has stepped, from the tensors it steps."""
     chosen = settings.optimizer
+    mains = [main for group in leaf.optimizer.param_groups for main in group["params"]]
+    if isinstance(leaf.optimizer, Adafactor):
+        main_copies = sum(main.nbytes for main in mains) * int(settings.precision.bf16)
+        return main_copies + 4 * sum(map(leaf.optimizer.state_numel, mains))
     moments = len(MOMENTS[chosen.optimizer])
     if chosen.optimizer == "sgd" and chosen.sgd_momentum == 0:
         moments = 0
     copies = moments + int(settings.precision.bf16)
-    mains = [main for group in leaf.optimizer.param_groups for main in group["params"]]
     return sum(main.numel() * main.element_size() * copies for main in mains)
 
 

@@ -10,6 +10,9 @@ its parameter's entry in the model's sharded state dict. Keys, for a parameter N
 - ``optimizer.state.fp32_param.NAME``, unless the model's parameter is fp32 itself;
 - ``optimizer.step``, once.
 
+Adafactor's ``exp_avg_sq_row`` and ``exp_avg_sq_col`` are written at the parameter's full shape,
+each value along its row or column, so that they are cut like the parameter.
+
 The first two kinds are also the keys of megatron-core's plain optimizer.
 
 The distributed optimizer cuts its buffers into one flat shard a data-parallel rank, blind to
@@ -39,6 +42,8 @@ from megatron.core.optimizer import (
     MegatronOptimizer,
 )
 from torch import Tensor
+
+from moetron.moe.training.adafactor import FACTOR_AXIS, Adafactor
 
 Entry: TypeAlias = ShardedTensor | ShardedTensorFactory
 
@@ -102,7 +107,9 @@ class Slot:
         if name == MAIN:
             return self.main
         moment = self.state.get(name)
-        return torch.zeros_like(self.main) if moment is None else moment
+        if moment is None:
+            return torch.zeros_like(self.main)
+        return moment.expand_as(self.main).contiguous()
 
 
 def is_entry(value: object) -> bool:
@@ -190,7 +197,7 @@ def optimizer_step(optimizer: MegatronOptimizer) -> int:
 
 
 def _set_step(leaf: MegatronOptimizer, step: int) -> None:
-    if leaf.config.optimizer == "sgd":  # which counts nothing
+    if isinstance(leaf.optimizer, torch.optim.SGD):  # which counts nothing
         return
     by_parameter = type(leaf.optimizer).__module__.startswith("torch.optim")
     for group in leaf.optimizer.param_groups:
@@ -213,20 +220,22 @@ def _slots(leaf: MegatronOptimizer, entries: dict[int, Entry]) -> Iterator[Slot]
     moments = MOMENTS[leaf.config.optimizer]
     if leaf.config.optimizer == "sgd" and leaf.config.sgd_momentum == 0:
         moments = ()
-    for parameter, main, span in _mains(leaf):
+    inner = leaf.optimizer
+    for parameter, main, span in mains(leaf):
         assert id(parameter) in entries, "a trained parameter is not in the model's sharded state"
-        yield Slot(entries[id(parameter)], main, leaf.optimizer.state[main], moments, span)
+        kept = inner.moments(main) if isinstance(inner, Adafactor) else moments
+        yield Slot(entries[id(parameter)], main, inner.state[main], kept, span)
 
 
-def _mains(leaf: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor, Span | None]]:
+def mains(leaf: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor, Span | None]]:
     """(model parameter, main parameter, span); in the same order on all ranks of a span's group."""
     if isinstance(leaf, DistributedOptimizer):
-        mains = dict(_distributed_mains(leaf))
+        shards = dict(_distributed_mains(leaf))
         for buffer in leaf.buffers:
             for parameter, (start, end, bucket) in buffer.param_index_map.items():
-                if parameter in mains:
+                if parameter in shards:
                     span = _span(leaf, buffer.buckets[bucket], start, end)
-                    yield parameter, mains[parameter], span
+                    yield parameter, shards[parameter], span
     elif isinstance(leaf, Float16OptimizerWithFloat16Params):
         for model_group, main_group in _paired(leaf.float16_groups, leaf.fp32_from_float16_groups):
             yield model_group, main_group, None
@@ -298,6 +307,8 @@ def _restore_slot(slot: Slot, loaded: ShardedStateDict) -> None:
             whole = whole.view(-1)[slot.span.start : slot.span.end].clone()
         if name == MAIN:
             slot.main.data.copy_(whole)
+        elif name in FACTOR_AXIS:
+            slot.state[name] = whole.narrow(FACTOR_AXIS[name], 0, 1).clone()
         else:
             slot.state[name] = whole
 

@@ -65,6 +65,41 @@ def test_sgd_resumes_with_its_momentum(tmp_path: Path) -> None:
     assert any(".momentum_buffer." in key and tensor.any() for key, tensor in saved.items())
 
 
+ADAFACTOR: Groups = {
+    "model": {"hidden_dropout": 0.0},
+    "optimizer": {
+        "optimizer": "adafactor",
+        "adafactor_min_dim_size_to_factor": 4,
+        "weight_decay": 0.01,
+        "clip_grad": 0.0,
+    },
+    "learning_rate": {"lr": 0.05, "lr_warmup_iters": 0},
+}
+
+
+def test_adafactor_resumes_and_is_the_same_on_cut_matrices(tmp_path: Path) -> None:
+    """From one rank's first half, one rank and two tensor and expert ranks go on alike."""
+    half = {**ADAFACTOR, "training": {"exit_interval": 3}}
+    run_ranks(_run_once, 1, "dp", half, {"save": str(tmp_path / "half")})
+    for layout, ranks in (("dp", 1), ("tp2", 2), ("ep2", 2)):
+        folders = {"load": str(tmp_path / "half"), "save": str(tmp_path / layout)}
+        run_ranks(_run_once, ranks, layout, ADAFACTOR, folders)
+    run_ranks(_run_once, 1, "dp", ADAFACTOR, {"save": str(tmp_path / "straight")})
+    straight = metrics(tmp_path / "straight")
+    assert metrics(tmp_path / "dp") == straight[3:]
+    saved = tensors(tmp_path / "straight" / "step_0000006")
+    assert any(".exp_avg_sq_row." in key and tensor.any() for key, tensor in saved.items())
+    for layout in ("tp2", "ep2"):
+        losses = [row["lm_loss"] for row in metrics(tmp_path / layout)]
+        assert losses == pytest.approx([row["lm_loss"] for row in straight[3:]], rel=1e-5)
+        for key, tensor in tensors(tmp_path / layout / "step_0000006").items():
+            torch.testing.assert_close(tensor, saved[key], rtol=1e-3, atol=1e-4, msg=key)
+
+
+def _run_once(layout: str, groups: Groups, checkpoint: dict[str, str]) -> None:
+    run(settings(layout, **groups, checkpoint=checkpoint))
+
+
 def _write(folder: str, layout: str, groups: Groups) -> None:
     run(settings(layout, **groups, checkpoint={"save": folder, "save_interval": 2}))
 
