@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Train a recipe on many nodes under SLURM. On the login node:
+#   sbatch --nodes 32 --gpus-per-node 8 examples/slurm/pretrain.sh olmoe_1b_7b \
+#     --data-path PREFIX --tokenizer-model FILE --save RUN
+# The first word names a folder of examples/ (its pretrain.yaml), or FOLDER/STAGE; flags follow. A run
+# that SLURM stops or requeues goes on from --save. MOETRON_ROOT and PYTHON name the checkout and its
+# interpreter where they differ from the folder of submission.
+#SBATCH --job-name pretrain
+#SBATCH --ntasks-per-node 1
+#SBATCH --exclusive
+#SBATCH --requeue
+#SBATCH --signal TERM@300
+set -euo pipefail
+root="${MOETRON_ROOT:-$SLURM_SUBMIT_DIR}"
+recipe="${1:?which recipe: a folder of examples/, or FOLDER/STAGE}"
+shift
+case "$recipe" in */*) ;; *) recipe="$recipe/pretrain" ;; esac
+resume=()
+previous=""
+for word in "$@"; do
+  if [ "$previous" = --save ]; then resume=(--load "$word"); fi
+  previous="$word"
+done
+head_node="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+export CUDA_DEVICE_MAX_CONNECTIONS=1
+exec srun "${PYTHON:-$root/.venv/bin/python}" -m torch.distributed.run \
+  --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-8}" \
+  --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$head_node:${MASTER_PORT:-29500}" \
+  "$root/pretrain_moe.py" --config "$root/examples/$recipe.yaml" "${resume[@]}" "$@"
