@@ -317,6 +317,7 @@ def ddp_config(settings: Settings) -> DistributedDataParallelConfig:
         grad_reduce_in_fp32=settings.precision.accumulate_allreduce_grads_in_fp32,
         overlap_grad_reduce=settings.parallel.overlap_grad_reduce,
         overlap_param_gather=settings.parallel.overlap_param_gather,
+        bucket_size=settings.parallel.ddp_bucket_size,
         use_distributed_optimizer=settings.parallel.use_distributed_optimizer,
         check_for_nan_in_grad=False,
     )

@@ -42,6 +42,9 @@ class ParallelSettings(Group):
     """Reduce gradients while the backward pass runs."""
     overlap_param_gather: bool = False
     """Gather parameters while the forward pass runs (distributed optimizer)."""
+    ddp_bucket_size: PositiveInt | None = None
+    """Parameters whose gradients are reduced (or that are gathered) at once with an overlap; unset:
+    40 million, or 1 million x data-parallel ranks if that is more."""
     recompute_granularity: Literal["selective", "full"] | None = None
     """Recompute activations in the backward pass: chosen modules, or whole layers."""
     recompute_method: Literal["uniform", "block"] | None = None

@@ -157,6 +157,16 @@ def eager_router() -> list[Patch]:
     return [Patch(router.TopKRouter, "_apply_expert_bias", inspect.unwrap(compiled))]
 
 
+def discarded_outputs() -> list[Patch]:
+    """Recompute norms (--recompute-modules layernorm) without asking Transformer Engine for FP8.
+
+    tensor_parallel/random.py:637 takes its own default, ``fp8=False``, for FP8, since it is not
+    None; called so by transformer/transformer_layer.py:577 and 672.
+    """
+    made = parallel_random.CheckpointWithoutOutput.__init__
+    return [Patch(made, "__defaults__", (None,))]
+
+
 def split_sizes() -> list[Patch]:
     """Hand split sizes to ``all_to_all_single`` as numbers, as on a GPU, instead of a tensor.
 
@@ -280,6 +290,7 @@ ADAPTATIONS: dict[str, Adaptation] = {
         latent_attention,
         router_gemm,
         eager_router,
+        discarded_outputs,
         split_sizes,
         uneven_gather,
         schedule_scalars,

@@ -100,7 +100,11 @@ def _forward_step(batches: Iterator[torch.Tensor], model: torch.nn.Module) -> An
     return losses, loss_sum
 
 
-def _rank_main(case: Case, weights: dict[str, torch.Tensor] | None) -> dict[str, Any]:
+def _rank_main(cases: list[Case], weights: dict[str, torch.Tensor] | None) -> list[dict[str, Any]]:
+    return [_run_case(case, weights) for case in cases]
+
+
+def _run_case(case: Case, weights: dict[str, torch.Tensor] | None) -> dict[str, Any]:
     settings = _settings(case)
     config = transformer_config(settings)
     config.finalize_model_grads_func = finalize_model_grads
@@ -165,18 +169,28 @@ def _rank_main(case: Case, weights: dict[str, torch.Tensor] | None) -> dict[str,
         }
 
 
-def run(ranks: int, case: Case, weights: dict[str, torch.Tensor] | None = None) -> dict[str, Any]:
-    """Run ``case`` from ``weights`` (None: newly drawn ones).
+def run_all(
+    ranks: int, cases: list[Case], weights: dict[str, torch.Tensor] | None = None
+) -> list[dict[str, Any]]:
+    """Run each of ``cases`` from ``weights`` (None: newly drawn ones), one launch for all.
 
-    Returns ``loss``, ``auxiliary``, ``chosen``, ``kept`` and ``kept_at`` of the last step, and by
-    name the global ``weights`` and ``gradients``.
+    Returns of each ``loss``, ``auxiliary``, ``chosen``, ``kept`` and ``kept_at`` of the last step,
+    and by name the global ``weights`` and ``gradients``.
     """
-    results = run_ranks(_rank_main, ranks, case, weights)
-    return {
-        **results[0],
-        "weights": assemble(result["weights"] for result in results),
-        "gradients": assemble(result["gradients"] for result in results),
-    }
+    by_rank = run_ranks(_rank_main, ranks, cases, weights)
+    return [
+        {
+            **results[0],
+            "weights": assemble(result["weights"] for result in results),
+            "gradients": assemble(result["gradients"] for result in results),
+        }
+        for results in zip(*by_rank, strict=True)
+    ]
+
+
+def run(ranks: int, case: Case, weights: dict[str, torch.Tensor] | None = None) -> dict[str, Any]:
+    """`run_all` for one case."""
+    return run_all(ranks, [case], weights)[0]
 
 
 def assert_same(result: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ ETP, VPP = "expert_tensor_parallel_size", "num_layers_per_virtual_pipeline_stage
         pytest.param(2, {}, {}, id="DP2"),
         pytest.param(2, {TP: 2}, {}, id="TP2 ETP2"),
         pytest.param(2, {TP: 2, ETP: 1}, {}, id="TP2 ETP1"),
+        pytest.param(2, {TP: 2, ETP: 1}, {"moe_grouped_gemm": False}, id="TP2 ETP1 sequential"),
         pytest.param(2, {EP: 2}, {}, id="EP2"),
         pytest.param(2, {EP: 2}, {"moe_token_dispatcher_type": "allgather"}, id="EP2 allgather"),
         pytest.param(2, {TP: 2, EP: 2, ETP: 1}, {}, id="TP2 EP2"),

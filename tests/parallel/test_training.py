@@ -25,6 +25,8 @@ from tests.unit.training.training_cases import CountingStream
 
 RECIPE = Path(__file__).parents[2] / "examples" / "olmoe_1b_7b" / "tiny.yaml"
 TIMES = {"step_time_s", "tokens_per_s", "tflops_per_s", "mfu"}
+ZERO1 = ["--use-distributed-optimizer"]
+SMALL_BUCKETS = ["--ddp-bucket-size", "20000"]
 
 
 class _Rows:
@@ -111,12 +113,13 @@ def test_a_repeated_run_is_bit_identical(one_rank: tuple[str, dict[str, Any]]) -
 @pytest.mark.parametrize(
     "layout",
     [
-        ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"],
+        [*ZERO1, "--overlap-grad-reduce", "--overlap-param-gather", *SMALL_BUCKETS],
+        ["--overlap-grad-reduce", *SMALL_BUCKETS],
         ["--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1"],
         ["--pipeline-model-parallel-size", "2", "--pipeline-model-parallel-layout", "E|tt|t|tL"],
         ["--no-calculate-per-token-loss"],
     ],
-    ids=["dp2-zero1-overlapped", "pp2-interleaved", "pp2-uneven", "dp2-means"],
+    ids=["dp2-zero1-overlapped", "dp2-overlapped", "pp2-interleaved", "pp2-uneven", "dp2-means"],
 )
 def test_two_ranks_equal_one(one_rank: tuple[str, dict[str, Any]], layout: list[str]) -> None:
     """Every step's loss to 1e-6, from the same weights, fp32; its other figures to 1e-4.
@@ -178,6 +181,19 @@ def test_losses_by_source_and_objective_and_prefixes_equal_in_every_layout(
             assert theirs["lm_loss"] == pytest.approx(ours["lm_loss"], rel=2e-6)
             assert theirs["loss_tokens"] == ours["loss_tokens"] < 16 * 64
             assert theirs["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_four_ranks_of_an_interleaved_pipeline_overlap_everything(
+    one_rank: tuple[str, dict[str, Any]],
+) -> None:
+    weights, single = one_rank
+    layout = ["--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1"]
+    overlaps = ["--overlap-grad-reduce", "--overlap-param-gather", *SMALL_BUCKETS]
+    flags = ["--train-iters", "20", *layout, *ZERO1, *overlaps]
+    report = run_ranks(_train, 4, flags, weights)[0]
+    for ours, theirs in zip(single["steps"], report["steps"], strict=True):
+        assert theirs["lm_loss"] == pytest.approx(ours["lm_loss"], rel=1e-6)
 
 
 def _stop(at_call: int) -> tuple[bool, int]:

@@ -162,6 +162,8 @@ def optimizer(case: Case) -> Iterator[str]:
         yield "--overlap-param-gather needs --use-distributed-optimizer"
     if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
         yield "--overlap-param-gather needs --overlap-grad-reduce"
+    if parallel.ddp_bucket_size is not None and not parallel.overlap_grad_reduce:
+        yield f"{case.said('ddp_bucket_size')} does nothing without --overlap-grad-reduce: add it"
 
 
 RULES = (tensor, sequence, world, batch, optimizer)

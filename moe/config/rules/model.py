@@ -96,7 +96,7 @@ def _modules(case: Case, modules: list[str]) -> Iterator[str]:
             "--recompute-modules moe_act needs Transformer Engine's grouped experts: "
             "use moe, which recomputes the whole layer"
         )
-    if "layernorm" in modules and case.local:
+    if "layernorm" in modules and case.device == "cuda" and not case.te:
         yield (
             "--recompute-modules layernorm needs Transformer Engine (megatron-core asks for its "
             "FP8 state): use moe or mlp, or --recompute-granularity full"

@@ -1,9 +1,10 @@
 """Pipeline stages: how layers are dealt out to them."""
 
 from collections.abc import Iterator
+from math import gcd
 
 from moetron.moe.config.field import flag_name
-from moetron.moe.config.pipeline_split import accounted, chunk_sizes, expand, virtual_pipeline_size
+from moetron.moe.config.pipeline_split import accounted, chunk_sizes, expand
 from moetron.moe.config.rules.case import Case, nearest_divisors, nearest_multiples, not_multiple
 
 _ENDS = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
@@ -113,13 +114,18 @@ def _even(case: Case) -> Iterator[str]:
 
 
 def recomputed_layers(case: Case) -> Iterator[str]:
-    """--recompute-num-layers counts the layers of a chunk."""
-    wanted, most = case.settings.parallel.recompute_num_layers, max(chunk_sizes(case.settings))
-    if wanted is not None and wanted > max(most, 1):
-        part = "pipeline stage" if virtual_pipeline_size(case.settings) is None else "virtual stage"
+    """--recompute-num-layers counts the layers of a chunk; megatron-core fails beyond its end."""
+    wanted, sizes = case.settings.parallel.recompute_num_layers, chunk_sizes(case.settings)
+    if wanted is None:
+        return
+    said = case.said("recompute_num_layers")
+    if case.settings.parallel.recompute_method != "uniform":
+        if wanted > max(*sizes, 1):
+            yield f"{said} exceeds the {max(sizes)} layers of a stage: use at most {max(sizes)}"
+    elif any(size % wanted for size in sizes):
         yield (
-            f"{case.said('recompute_num_layers')} exceeds the {most} layers of a {part}: "
-            f"use at most {max(most, 1)}"
+            f"{said} with --recompute-method uniform does not divide the layers of every (virtual) "
+            f"stage: use {nearest_divisors(gcd(*sizes) or 1, wanted)}"
         )
 
 

@@ -136,7 +136,19 @@ def test_a_virtual_stage_as_long_as_a_stage_is_no_interleaving() -> None:
                 "recompute_method": "block",
                 "recompute_num_layers": 4,
             },
-            "--recompute-num-layers 4 exceeds the 3 layers of a pipeline stage: use at most 3",
+            "--recompute-num-layers 4 exceeds the 3 layers of a stage: use at most 3",
+        ),
+        (
+            {
+                **PP2,
+                LAYOUT: "Ettttt|tttL",
+                "num_layers": 8,
+                "recompute_granularity": "full",
+                "recompute_method": "uniform",
+                "recompute_num_layers": 3,
+            },
+            "--recompute-num-layers 3 with --recompute-method uniform does not divide the layers "
+            "of every (virtual) stage: use 1",
         ),
     ],
 )

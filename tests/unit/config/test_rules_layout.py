@@ -117,6 +117,7 @@ TP2 = {"world_size": 2, "tensor_model_parallel_size": 2}
             {"overlap_param_gather": True, "overlap_grad_reduce": True},
             "--overlap-param-gather needs --use-distributed-optimizer",
         ),
+        ({"ddp_bucket_size": 5}, "--ddp-bucket-size 5 does nothing without --overlap-grad-reduce"),
         (
             {"overlap_param_gather": True, "use_distributed_optimizer": True},
             "--overlap-param-gather needs --overlap-grad-reduce",

@@ -58,7 +58,7 @@ TP2 = {"world_size": 2, "tensor_model_parallel_size": 2}
                 "recompute_method": "uniform",
                 "recompute_num_layers": 9,
             },
-            "exceeds the 4 layers of a pipeline stage",
+            "does not divide the layers of every (virtual) stage: use 4",
         ),
         (
             {"recompute_granularity": "selective", "recompute_method": "uniform"},
@@ -76,7 +76,11 @@ TP2 = {"world_size": 2, "tensor_model_parallel_size": 2}
             "moe_act needs Transformer Engine's grouped experts",
         ),
         (
-            {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]},
+            {
+                "recompute_granularity": "selective",
+                "recompute_modules": ["layernorm"],
+                "device": "cuda",
+            },
             "layernorm needs Transformer Engine",
         ),
     ],

@@ -223,6 +223,18 @@ def _pipeline_outputs() -> None:
     assert sent.tolist() == [2.0] * 4
 
 
+def _discarded_outputs() -> None:
+    x = torch.ones(3, requires_grad=True)
+    checkpoint = tensor_parallel.CheckpointWithoutOutput()
+    sine = checkpoint.checkpoint(torch.sin, x)
+    squared = sine * sine
+    checkpoint.discard_output_and_register_recompute(squared)
+    assert sine.untyped_storage().size() == 0
+    squared.sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, torch.sin(2 * x.detach()))
+
+
 def _checkpoint_exchange() -> None:
     tensor = torch.ones(4)
     shard = ShardedTensor.from_rank_offsets("weight", tensor).without_data()
@@ -240,6 +252,7 @@ SCENARIOS: dict[str, tuple[Callable[[], None], int]] = {
     "latent_attention": (_latent_attention, 1),
     "router_gemm": (_router, 1),
     "eager_router": (_router_with_bias, 1),
+    "discarded_outputs": (_discarded_outputs, 1),
     "split_sizes": (_dispatch, 2),
     "uneven_gather": (_gather_uneven, 2),
     "schedule_scalars": (_schedule, 1),
