@@ -7,6 +7,7 @@ windows are shuffled anew (OLMoE's annealing).
 """
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
@@ -175,21 +176,28 @@ def refuse_repetition(stream: StagedStream, samples: int, max_epochs: float) -> 
 
 
 def use_table(stream: StagedStream, samples: int) -> str:
-    """Samples, tokens and epochs by stage and source, and each source's sum."""
-    rows = [("source", "stage", "samples", "tokens", "epochs")]
+    """Samples, their share, tokens and epochs by stage and source, and each source's sum."""
+    rows = [("source", "stage", "samples", "share", "tokens", "epochs")]
     uses = stream.uses(samples)
+    sums = Counter[int]()
+    for use in uses:
+        sums[use.stage] += use.samples
     for number, name in enumerate(stream.source_names):
         mine = [use for use in uses if use.source == number]
-        rows += [_row(name, str(use.stage + 1), [use]) for use in mine]
+        rows += [_row(name, str(use.stage + 1), [use], sums[use.stage]) for use in mine]
         if len(mine) > 1:
-            rows.append(_row(name, "all", mine))
+            rows.append(_row(name, "all", mine, samples))
     return table(rows)
 
 
-def _row(name: str, stage: str, uses: Sequence[Use]) -> tuple[str, str, str, str, str]:
-    """A row of the table: the sum of some uses."""
+def _row(
+    name: str, stage: str, uses: Sequence[Use], of_samples: int
+) -> tuple[str, str, str, str, str, str]:
+    """A row of the table: the sum of some uses, and its share of so many samples."""
     samples, tokens = sum(use.samples for use in uses), sum(use.tokens for use in uses)
-    return name, stage, f"{samples:,}", f"{tokens:,}", f"{sum(use.epochs for use in uses):.3f}"
+    epochs = sum(use.epochs for use in uses)
+    share = samples / max(of_samples, 1)
+    return name, stage, f"{samples:,}", f"{share:.2%}", f"{tokens:,}", f"{epochs:.3f}"
 
 
 def _starts(until_tokens: Sequence[int | None], seq_length: int) -> list[int]:

@@ -1,22 +1,31 @@
 #!/usr/bin/env python
-"""Show token shards: manifest, counts, document lengths, decoded documents; check them in full.
+"""Show token shards, a blend of them, or the stages of a recipe; check shards in full.
 
     python tools/inspect_data.py data/train [--tokenizer tok.model --documents 3] [--verify]
     python tools/inspect_data.py 0.7 data/code 0.3 data/prose --seq-length 4096 --samples 100000
+    python tools/inspect_data.py --config RECIPE.yaml [--config DATA.yaml] --show 2
 
-Several prefixes, or weights and prefixes as in --data-path, are shown as a blend too. Exit codes:
-0 done and sound, 2 something to mend.
+Shards are shown with their counts, document lengths and decoded documents; several, or weights and
+shards as in --data-path, as a blend too; a recipe with what each of its stages takes of each source
+over the planned run, and with decoded samples. Exit codes: 0 done and sound, 2 something to mend.
 """
 
 import argparse
 import sys
+from pathlib import Path
 
 from moetron.data.blend import open_blend, split_data_path
 from moetron.data.errors import DataError
 from moetron.data.family import members
+from moetron.data.plan import open_training
 from moetron.data.report import blend_table, length_histogram, shard_summary
 from moetron.data.shard import Shard
-from moetron.tokenizers.interface import TokenizerError
+from moetron.data.stages import use_table
+from moetron.data.view import draw_lengths, stage_samples
+from moetron.moe.config.derived import total_samples
+from moetron.moe.config.errors import ConfigError
+from moetron.moe.config.load import read_recipes
+from moetron.moe.config.validate import validate
 from moetron.tokenizers.load import load_tokenizer
 
 PREVIEW_CHARACTERS = 400
@@ -28,12 +37,16 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("data_path", nargs="+", metavar="[WEIGHT] PREFIX", help="shards, as --data-path takes them")
-    add("--tokenizer", metavar="PATH", help="decode documents with this tokenizer")
+    add("data_path", nargs="*", metavar="[WEIGHT] PREFIX", help="shards, as --data-path takes them")
+    add("--tokenizer", metavar="PATH", help="decode with this tokenizer (default: the recipe's)")
     add("--documents", type=int, default=2, help="documents to decode, evenly spread (default: 2)")
     add("--verify", action="store_true", help="read everything and compare hashes")
+    add("--png", type=Path, metavar="FILE", help="draw the document lengths")
     add("--seq-length", type=int, help="show the blend of samples of this many tokens")
-    add("--samples", type=int, help="length of the run whose blend is shown (default: one epoch)")
+    add("--samples", type=int, help="length of the run that is shown (default: the recipe's)")
+    add("--config", action="append", type=Path, help="a recipe; the later one wins key by key")
+    add("--data-root", help="where the recipe's relative prefixes start")
+    add("--show", type=int, default=1, help="samples to decode from each stage (default: 1)")
     return parser
 
 
@@ -48,27 +61,40 @@ def show_documents(shard: Shard, tokenizer_path: str, count: int) -> None:
         print(f"  document {number}, {len(ids)} tokens: {text!r}")
 
 
-def show_blend(data_path: list[str], seq_length: int, samples: int | None) -> None:
-    """Print what each source gives to a run."""
-    blend = open_blend(data_path, seq_length)
-    epoch = sum(source.windows for source in blend.sources)
-    print(blend_table(blend, epoch if samples is None else samples))
+def show_recipes(arguments: argparse.Namespace) -> None:
+    """Print the stages of the recipes that the command line names."""
+    settings, problems, _ = validate(read_recipes(arguments.config))
+    if settings is None or problems:
+        raise ConfigError(problems)
+    if arguments.data_root:
+        data = settings.data.model_copy(update={"data_root": arguments.data_root})
+        settings = settings.model_copy(update={"data": data})
+    tokenizer = arguments.tokenizer or settings.data.tokenizer_model
+    if tokenizer is None or not settings.data.planned_stages():
+        raise DataError("the recipe needs data: --tokenizer PATH, and data_path or stages in it")
+    samples = arguments.samples or total_samples(settings)
+    reader, seed = load_tokenizer(tokenizer), settings.training.seed
+    stream = open_training(settings.data, settings.model.seq_length, seed, reader)
+    print(use_table(stream, samples))
+    print(stage_samples(stream, reader, samples, arguments.show, sys.stdout.isatty()))
 
 
-def run(arguments: argparse.Namespace) -> bool:
-    """Print what was asked for; whether all shards are sound."""
-    problems = []
+def show_shards(arguments: argparse.Namespace) -> bool:
+    """Print the shards that the command line names; whether all are sound."""
     prefixes = split_data_path(arguments.data_path)[1]
-    for prefix in (name for each in prefixes for name in members(each)):
-        shard = Shard(prefix)
+    shards = [Shard(name) for prefix in prefixes for name in members(prefix)]
+    for shard in shards:
         print(shard_summary(shard))
         print(length_histogram(shard.document_lengths))
         if arguments.tokenizer:
             show_documents(shard, arguments.tokenizer, arguments.documents)
-        if arguments.verify:
-            problems += shard.verify()
+    if arguments.png:
+        draw_lengths({Path(s.prefix).name: s.document_lengths for s in shards}, arguments.png)
     if arguments.seq_length:
-        show_blend(arguments.data_path, arguments.seq_length, arguments.samples)
+        blend = open_blend(arguments.data_path, arguments.seq_length)
+        epoch = sum(source.windows for source in blend.sources)
+        print(blend_table(blend, arguments.samples or epoch))
+    problems = [p for shard in shards for p in shard.verify()] if arguments.verify else []
     for problem in problems:
         print(f"inspect_data: {problem}", file=sys.stderr)
     if arguments.verify and not problems:
@@ -78,11 +104,15 @@ def run(arguments: argparse.Namespace) -> bool:
 
 def main() -> int:
     """Show what the command line names; the exit code."""
+    arguments = parser().parse_args()
     try:
-        return 0 if run(parser().parse_args()) else 2
-    except (DataError, TokenizerError, OSError) as error:
+        if not arguments.config:
+            return 0 if show_shards(arguments) else 2
+        show_recipes(arguments)
+    except (ValueError, OSError) as error:
         print(f"inspect_data: {error}", file=sys.stderr)
         return 2
+    return 0
 
 
 if __name__ == "__main__":

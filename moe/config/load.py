@@ -59,10 +59,8 @@ def load(argv: Sequence[str]) -> Command:
         problems.append("--build needs --dry-run: a real run builds its model anyway")
     world_size, rank = _ranks(given.options, dry_run, problems)
     config = [Path(name) for name in given.options.get("config", [])]
-    tree: dict[str, dict[str, Any]] = {}
     try:
-        for path in config:
-            tree = _merge(tree, recipe.read(path))
+        tree = read_recipes(config)
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from error
     settings, invalid, faulty = validate(_merge(tree, given.settings))
@@ -73,6 +71,17 @@ def load(argv: Sequence[str]) -> Command:
     if problems or settings is None:
         raise ConfigError(problems)
     return Command(settings, config, dry_run, build, world_size, rank)
+
+
+def read_recipes(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """Group -> field -> value of recipes of which a later one wins over an earlier one, unchecked.
+
+    Raises ConfigError for a file that is no recipe.
+    """
+    tree: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        tree = _merge(tree, recipe.read(path))
+    return tree
 
 
 def _merge(

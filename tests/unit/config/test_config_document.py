@@ -12,7 +12,7 @@ from moetron.moe.config.parallel import ParallelSettings
 from moetron.moe.plan.render import render
 
 ROOT = Path(__file__).resolve().parents[3]
-RECIPES = sorted((ROOT / "examples").rglob("*.yaml"))
+RECIPES = sorted(p for p in (ROOT / "examples").rglob("*.yaml") if not p.name.endswith("data.yaml"))
 
 
 def test_the_page_is_current() -> None:

@@ -7,6 +7,7 @@ import numpy as np
 from moetron.data.blend import open_blend
 from moetron.data.report import blend_table, length_histogram, shard_summary
 from moetron.data.shard import Shard
+from moetron.data.view import GIVEN, LOSS, MARKER, RESET, draw_lengths, sample_text
 from moetron.tokenizers.byte_level import ByteTokenizer
 
 TOOL = Path(__file__).parents[3] / "tools" / "inspect_data.py"
@@ -58,6 +59,49 @@ def test_the_command_shows_and_verifies(make_shard) -> None:
     tokens.write_bytes(b"\x00" + tokens.read_bytes()[1:])
     done = run_tool(*arguments)
     assert done.returncode == 2 and "a.bin: its SHA-256 is not the manifest's" in done.stderr
+
+
+RECIPE = """
+model: {num_layers: 1, hidden_size: 8, num_attention_heads: 1, seq_length: 4}
+training: {train_iters: 3, micro_batch_size: 1, global_batch_size: 2}
+learning_rate: {lr: 0.1}
+data:
+  tokenizer_model: bytes
+  stages:
+    - {data_path: [3, a, 1, b], until_tokens: 16, objective: prefix_lm}
+    - {data_path: [b]}
+"""
+
+
+def test_the_command_shows_the_stages_of_a_recipe(make_shard, tmp_path) -> None:
+    for name, letter in (("a", b"a"), ("b", b"b")):
+        make_shard(name, [[*letter * 40, ByteTokenizer.eod]], 384, ByteTokenizer.fingerprint)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE)
+    done = run_tool("--config", str(recipe), "--data-root", str(tmp_path), "--show", "2")
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = [line.split() for line in done.stdout.splitlines()[:5]]
+    assert rows[1] == ["a", "1", "3", "75.00%", "12", "0.300"]
+    assert rows[2][:4] == ["b", "1", "1", "25.00%"]
+    assert rows[3] == ["b", "2", "2", "100.00%", "8", "0.200"]
+    assert rows[4] == ["b", "all", "3", "50.00%", "12", "0.300"]
+    assert "stage 2, sample 4: b, causal, loss on 4 tokens\nb\u00abbbbb\u00bb" in done.stdout
+    assert done.stdout.count("stage 1, sample") == done.stdout.count("stage 2, sample") == 2
+    assert run_tool("--config", str(tmp_path / "none.yaml")).returncode == 2
+
+
+def test_colours_and_markers_say_what_bears_loss() -> None:
+    row = np.array([97, 98, 383, 99, 256, 256])
+    sample = {"tokens": row[:-1], "labels": row[1:], "loss_mask": np.array([0, 0, 1, 1, 0])}
+    text = sample_text(sample, ByteTokenizer(), colour=False)
+    assert text == "ab<extra_id_0>\u00abc<eod>\u00bb<eod>"
+    coloured = sample_text(sample, ByteTokenizer(), colour=True)
+    assert coloured.startswith(f"{GIVEN}ab{RESET}{MARKER}<extra_id_0>{RESET}{LOSS}c{RESET}")
+
+
+def test_document_lengths_are_drawn(tmp_path) -> None:
+    draw_lengths({"a": np.array([1, 3, 900], np.int32)}, tmp_path / "lengths.png")
+    assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_command_names_a_users_mistake(make_shard) -> None:

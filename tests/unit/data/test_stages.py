@@ -95,7 +95,14 @@ def test_epochs_are_counted_over_all_stages_and_capped(two) -> None:
     with pytest.raises(DataError, match=r"--max-epochs 1: .* repeat a more often") as caught:
         refuse_repetition(stream, 52, 1.0)
     assert use_table(stream, 52) in str(caught.value)
-    assert use_table(stream, 52).splitlines()[3].split() == ["a", "all", "31", "124", "1.033"]
+    assert use_table(stream, 52).splitlines()[3].split() == [
+        "a",
+        "all",
+        "31",
+        "59.62%",
+        "124",
+        "1.033",
+    ]
 
 
 @pytest.mark.parametrize(
