@@ -1,8 +1,13 @@
 """Which sources a run reads and in what proportions: Megatron's ``--data-path``."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
+
+import numpy as np
 
 from moetron.data.cutting import Cutting
 from moetron.data.errors import DataError
@@ -12,16 +17,17 @@ from moetron.data.shard import Shard
 
 @dataclass(frozen=True)
 class Source:
-    """One shard, cut into samples."""
+    """A shard, or the shards of a family one after the other, each cut into samples."""
 
-    shard: Shard
+    prefix: str
+    shards: tuple[Shard, ...]
     cutting: Cutting
 
     def __post_init__(self) -> None:
-        """Refuse a shard without a single sample."""
+        """Refuse a source without a single sample."""
         if self.windows == 0:
             raise DataError(
-                f"{self.shard.prefix}: {len(self.shard.tokens)} tokens in {len(self.shard)} "
+                f"{self.prefix}: {self.tokens} tokens in {sum(map(len, self.shards))} "
                 "documents are too few for one sample of this --seq-length "
                 f"(needs {self.cutting.place(0)[2]})"
             )
@@ -29,12 +35,29 @@ class Source:
     @property
     def name(self) -> str:
         """The prefix without its folders."""
-        return Path(self.shard.prefix).name
+        return Path(self.prefix).name
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all shards."""
+        return sum(len(shard.tokens) for shard in self.shards)
 
     @property
     def windows(self) -> int:
         """Samples of one epoch."""
-        return self.cutting.count(len(self.shard.tokens))
+        return self._ends[-1]
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        """The number of the window after each shard's last."""
+        return list(accumulate(self.cutting.count(len(shard.tokens)) for shard in self.shards))
+
+    def read(self, window: int) -> tuple[int, np.ndarray]:
+        """The slot in the cutting's cycle and the tokens of one window."""
+        number = bisect_right(self._ends, window)
+        first = self._ends[number - 1] if number else 0
+        slot, start, end = self.cutting.place(window - first)
+        return slot, self.shards[number].tokens[start:end]
 
 
 @dataclass(frozen=True)
@@ -50,8 +73,7 @@ def open_blend(
 ) -> Blend:
     """Open ``[PREFIX]``, ``[PREFIX, PREFIX, ...]`` (by size) or ``[WEIGHT, PREFIX, ...]``.
 
-    A prefix may name a family of shards (``moetron.data.family``): each is a source, and they
-    share the weight by size.
+    A prefix may name a family of shards (``moetron.data.family``): they are one source.
 
     Args:
         data_path: Megatron's ``--data-path``.
@@ -65,26 +87,14 @@ def open_blend(
     weights, prefixes = split_data_path(data_path)
     if isinstance(cutting, int):
         cutting = Cutting((cutting,), overlap=1)
-    families = [_open_family(prefix, cutting) for prefix in prefixes]
-    sources = tuple(source for family in families for source in family)
+    sources = tuple(
+        Source(prefix, tuple(Shard(name) for name in members(prefix)), cutting)
+        for prefix in prefixes
+    )
     if expected_fingerprint is not None:
         _check_fingerprints(sources, expected_fingerprint)
-    shares = weights or [sum(source.windows for source in family) for family in families]
-    return Blend(
-        sources,
-        tuple(
-            share * (source.windows / sum(each.windows for each in family))
-            for share, family in zip(shares, families, strict=True)
-            for source in family
-        ),
-    )
-
-
-def _open_family(prefix: str, cutting: Cutting) -> list[Source]:
-    """The shard of a prefix, or those of its family that hold a sample."""
-    shards = [Shard(name) for name in members(prefix)]
-    large = [shard for shard in shards if cutting.count(len(shard.tokens))]
-    return [Source(shard, cutting) for shard in large or shards[:1]]
+    by_size = tuple(float(source.windows) for source in sources)
+    return Blend(sources, tuple(weights) if weights else by_size)
 
 
 def split_data_path(data_path: Sequence[str]) -> tuple[list[float] | None, list[str]]:
@@ -114,10 +124,11 @@ def _number(word: str) -> float | None:
 def _check_fingerprints(sources: Sequence[Source], expected: str) -> None:
     """Refuse shards of another tokenizer, all at once."""
     wrong = [
-        f"{source.shard.prefix} (tokenizer {manifest.tokenizer.name}, "
+        f"{shard.prefix} (tokenizer {manifest.tokenizer.name}, "
         f"{manifest.tokenizer.fingerprint[:12]})"
         for source in sources
-        if (manifest := source.shard.manifest) and manifest.tokenizer.fingerprint != expected
+        for shard in source.shards
+        if (manifest := shard.manifest) and manifest.tokenizer.fingerprint != expected
     ]
     if wrong:
         raise DataError(

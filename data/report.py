@@ -54,7 +54,7 @@ def blend_table(blend: Blend, samples: int) -> str:
         rows.append(
             (
                 source.name,
-                f"{len(source.shard.tokens):,}",
+                f"{source.tokens:,}",
                 f"{count / max(samples, 1):.2%}",
                 f"{count:,}",
                 f"{round(count * source.cutting.mean_advance):,}",

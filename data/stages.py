@@ -74,11 +74,11 @@ class StagedStream:
             for stage in stages
         ]
         sources = [source for blend in self._blends for source in blend.sources]
-        self._prefixes = list(dict.fromkeys(source.shard.prefix for source in sources))
-        names = {source.shard.prefix: source.name for source in sources}
+        self._prefixes = list(dict.fromkeys(source.prefix for source in sources))
+        names = {source.prefix: source.name for source in sources}
         self.source_names = [names[prefix] for prefix in self._prefixes]
         self._numbers = [
-            [self._prefixes.index(source.shard.prefix) for source in blend.sources]
+            [self._prefixes.index(source.prefix) for source in blend.sources]
             for blend in self._blends
         ]
         kinds = [stage.objective.kinds for stage in stages]

@@ -140,8 +140,7 @@ class TokenStream:
     def _read(self, n: int, row: np.ndarray, mask: np.ndarray) -> tuple[int, Made, bool]:
         """Make sample ``n`` in ``row`` [S + 1] and ``mask`` [S]; its source, and is it filtered."""
         source, window = self._address(n)
-        slot, start, end = self.objective.cutting.place(window)
-        raw = self.sources[source].shard.tokens[start:end]
+        slot, raw = self.sources[source].read(window)
         made = self.objective.fill(raw, slot, f"{self.key} sample {n}", row, mask)
         if self._eods is not None:
             mask[row[:-1] == self._eods[source]] = 0.0
@@ -152,10 +151,11 @@ class TokenStream:
 
     def _bytes_per_token(self, source: Source) -> float | None:
         """Bytes of text that a token of a causal sample stands for, if the manifest says so."""
-        manifest = source.shard.manifest
-        if manifest is None or not manifest.text_bytes or not isinstance(self.objective, Causal):
+        manifests = [shard.manifest for shard in source.shards]
+        size = sum(manifest.text_bytes for manifest in manifests if manifest is not None)
+        if None in manifests or not size or not isinstance(self.objective, Causal):
             return None
-        return manifest.text_bytes / manifest.tokens
+        return size / source.tokens
 
     def _address(self, n: int) -> tuple[int, int]:
         """(source, window) of sample ``n``."""
@@ -173,20 +173,22 @@ class TokenStream:
 
 def _eod(source: Source) -> int:
     """The end-of-document id of a source's tokenizer."""
-    if source.shard.manifest is None:
+    manifest = source.shards[0].manifest
+    if manifest is None:
         raise DataError(
-            f"{source.shard.prefix}: --eod-mask-loss needs the end-of-document id, and the shard "
+            f"{source.prefix}: --eod-mask-loss needs the end-of-document id, and the shard "
             "has no manifest; make it with tools/preprocess_corpus.py"
         )
-    return source.shard.manifest.tokenizer.eod
+    return manifest.tokenizer.eod
 
 
 def _source_state(source: Source) -> dict[str, Any]:
     """What identifies a source's content."""
-    manifest = source.shard.manifest
+    hashes = [shard.manifest.bin.sha256 if shard.manifest else None for shard in source.shards]
+    manifest = source.shards[0].manifest
     return {
         "name": source.name,
-        "tokens": len(source.shard.tokens),
-        "sha256": manifest.bin.sha256 if manifest else None,
+        "tokens": source.tokens,
+        "sha256": hashes if len(hashes) > 1 else hashes[0],
         "tokenizer": manifest.tokenizer.fingerprint if manifest else None,
     }

@@ -75,7 +75,7 @@ def draw_lengths(lengths: Mapping[str, np.ndarray], path: Path) -> None:
     longest = max((int(values.max(initial=1)) for values in lengths.values()), default=1)
     bins = 2.0 ** np.arange(0, np.ceil(np.log2(longest)) + 1.5, 0.5)
     for name, values in lengths.items():
-        axes.hist(np.maximum(values, 1), bins=bins, histtype="step", label=name)
+        axes.hist(np.maximum(values, 1), bins=bins.tolist(), histtype="step", label=name)
     axes.set(yscale="log", xlabel="tokens of a document", ylabel="documents")
     axes.set_xscale("log", base=2)
     axes.legend()

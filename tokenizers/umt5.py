@@ -47,6 +47,12 @@ class SentencePieceTokenizer(Tokenizer):
         marker_ids = [model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARKER.encode()]
         self._marker_ids = marker_ids if all(map(model.is_byte, marker_ids)) else None
 
+    @property
+    def serialized(self) -> bytes:
+        """The content of the ``.model`` file."""
+        content: bytes = self._model.serialized_model_proto()
+        return content
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, on one thread."""
         require_encodable(texts)

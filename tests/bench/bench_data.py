@@ -109,7 +109,7 @@ def bench_ul2(prefixes: list[str], seq_length: int) -> None:
 def touch(stream: TokenStream) -> None:
     """Bring every page of the shards into memory."""
     for source in stream.sources:
-        source.shard.tokens[::1024].sum()
+        source.shards[0].tokens[::1024].sum()
 
 
 def bench_megatron(prefixes: list[str], seq_length: int) -> None:

@@ -48,16 +48,20 @@ def test_shards_end_with_the_document_that_fills_them(options: Options) -> None:
     assert len(members(options.output_prefix)) < len(manifests)
 
 
-def test_a_blend_takes_a_family_as_one_weight(options: Options) -> None:
+def test_a_blend_takes_a_family_as_one_source(options: Options) -> None:
     prefixes = list(preprocess(options).manifests)
     single = replace(options, output_prefix=options.output_prefix + "1", shard_size_tokens=None)
     preprocess(single)
     blend = open_blend(["3", options.output_prefix, "1", single.output_prefix], 16)
-    assert [source.shard.prefix for source in blend.sources] == [*prefixes, single.output_prefix]
-    assert sum(blend.weights[:-1]) == pytest.approx(3) and blend.weights[-1] == 1
-    windows = [source.windows for source in blend.sources[:-1]]
-    shares = [weight / windows for weight, windows in zip(blend.weights, windows, strict=False)]
-    assert shares == pytest.approx([shares[0]] * len(windows))
+    assert [source.name for source in blend.sources] == ["p", "p1"] and blend.weights == (3, 1)
+    source, whole = blend.sources
+    assert [shard.prefix for shard in source.shards] == prefixes
+    tokens = [shard.tokens for shard in source.shards]
+    cut = [shard[i : i + 17] for shard in tokens for i in range(0, len(shard) - 16, 16)]
+    assert len(cut) == source.windows
+    for window, expected in enumerate(cut):
+        assert source.read(window)[1].tolist() == expected.tolist()
+    assert source.tokens == whole.tokens == sum(map(len, tokens))
     Path(prefixes[1] + ".idx").unlink()
     with pytest.raises(DataError, match=r"p: 5 shards.*p_00001"):
         open_blend([options.output_prefix], 16)

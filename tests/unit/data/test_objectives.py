@@ -97,7 +97,7 @@ def test_every_raw_token_of_an_infilling_run_bears_loss_once(make_shard) -> None
     text = [10 + i % 900 for i in range(2000)]
     prefix = make_shard("a", [[*text[i : i + 39], END] for i in range(0, 2000, 39)])
     stream = training_stream([prefix], 67, 1, objective=FillInTheMiddle(67, END, OPTIONS))
-    tokens = stream.sources[0].shard.tokens
+    tokens = stream.sources[0].shards[0].tokens
     used = stream.sources[0].windows * 64
     seen: Counter[int] = Counter()
     for n in range(stream.sources[0].windows):
