@@ -64,6 +64,11 @@ class HuggingFaceTokenizer(Tokenizer):
         batch = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in batch]
 
+    def piece(self, number: int) -> str:
+        """How a token is written in the vocabulary."""
+        text: str = self._model.id_to_token(number)
+        return text
+
     def id_of(self, token: str) -> int | None:
         """Id of a token of the vocabulary, special ones included."""
         return self._model.token_to_id(token)

@@ -80,6 +80,11 @@ class SentencePieceTokenizer(Tokenizer):
         first, *others = self._model.encode(text.split(SPACE_MARKER), num_threads=1)
         return first + [i for part in others for i in (*marker_ids, *part)]
 
+    def piece(self, number: int) -> str:
+        """How a piece is written in the model."""
+        text: str = self._model.id_to_piece(number)
+        return text
+
     def id_of(self, token: str) -> int | None:
         """Id of a piece, control pieces and sentinels included."""
         number: int = self._model.piece_to_id(token)
