@@ -66,7 +66,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def piece(self, number: int) -> str:
         """How a token is written in the vocabulary."""
-        text: str = self._model.id_to_token(number)
+        text: str | None = self._model.id_to_token(number)
+        assert text is not None, "an id of this tokenizer"
         return text
 
     def id_of(self, token: str) -> int | None:
