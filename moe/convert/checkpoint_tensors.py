@@ -91,9 +91,13 @@ def write_tensors(
         shapes: name -> meta tensor of the whole.
         produce: gives the values; called once a name, in any order.
     """
+    # Of each file torch keeps every tensor in memory until the file is whole: so one file a tensor.
+    writer = dcp.FileSystemWriter(
+        folder, single_file_per_rank=False, thread_count=1, sync_files=True
+    )
     dcp.save(
         dict(shapes),
-        storage_writer=dcp.FileSystemWriter(folder, thread_count=1, sync_files=True),
+        storage_writer=writer,
         planner=_LazyPlanner(produce),
         no_dist=True,
     )

@@ -96,7 +96,7 @@ def write_folder(
         names = [f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)]
     for name, planned in zip(names, files, strict=True):
         with (folder / name).open("wb") as file:
-            file.write(_header(planned))
+            file.write(header(planned))
             for expected, shape in planned.items():
                 given, tensor = next(tensors)
                 assert given == expected
@@ -113,7 +113,8 @@ def write_folder(
         write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
-def _header(planned: Mapping[str, Tensor]) -> bytes:
+def header(planned: Mapping[str, Tensor]) -> bytes:
+    """What a file begins with; the values follow in this order, without gaps."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
     for name, tensor in planned.items():

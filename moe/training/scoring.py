@@ -1,0 +1,66 @@
+"""How likely a trained model finds given tokens, on one rank."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core.models.gpt import GPTModel
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model says of a continuation."""
+
+    log_likelihood: float
+    """Sum of the log-probabilities of its tokens, in nats."""
+    greedy: bool
+    """Whether each of them is the likeliest of the whole vocabulary."""
+
+
+def score(
+    model: GPTModel, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int
+) -> list[Score]:
+    """Score continuations after their contexts.
+
+    Sequences of like length go through the model together, filled up behind their ends, where a
+    causal model does not look. Of a sequence longer than the model's, the beginning is left out.
+
+    Args:
+        model: on one rank.
+        pairs: (context, continuation), neither of them empty.
+        batch_size: sequences that go through the model at once; 1 where experts have a limited
+            capacity, which fillers would use up.
+    """
+    limit = model.max_sequence_length + 1
+    rows = [
+        ([*context, *continuation][-limit:], len(continuation)) for context, continuation in pairs
+    ]
+    longest_first = sorted(range(len(rows)), key=lambda number: -len(rows[number][0]))
+    scores: dict[int, Score] = {}
+    for start in range(0, len(rows), batch_size):
+        numbers = longest_first[start : start + batch_size]
+        batch = [rows[number] for number in numbers]
+        scores.update(zip(numbers, _score_batch(model, batch), strict=True))
+    return [scores[number] for number in range(len(rows))]
+
+
+def _score_batch(model: GPTModel, batch: Sequence[tuple[list[int], int]]) -> list[Score]:
+    """Score rows of (tokens, how many of the last ones count), the longest first."""
+    width = len(batch[0][0]) - 1
+    device = next(model.parameters()).device
+    inputs_BS = torch.zeros(len(batch), width, dtype=torch.long, device=device)
+    for row_S, (tokens, _) in zip(inputs_BS, batch, strict=True):
+        row_S[: len(tokens) - 1] = torch.tensor(tokens[:-1])
+    positions_BS = torch.arange(width, device=device).expand_as(inputs_BS)
+    with torch.no_grad():
+        logits_BSV = model(inputs_BS, positions_BS, None)
+    found = []
+    for logits_SV, (tokens, counted) in zip(logits_BSV, batch, strict=True):
+        counted = min(counted, len(tokens) - 1)
+        last = len(tokens) - 1
+        log_probs_CV = logits_SV[last - counted : last].float().log_softmax(-1)
+        targets_C = torch.tensor(tokens[-counted:], device=device)
+        own_C = log_probs_CV.gather(1, targets_C[:, None])
+        greedy = bool((log_probs_CV.argmax(-1) == targets_C).all())
+        found.append(Score(float(own_C.double().sum()), greedy))
+    return found

@@ -1,0 +1,127 @@
+"""Time and memory of converting a checkpoint of OLMoE-1B-7B's shape there and back.
+
+    python tests/bench/bench_convert.py --folder SCRATCH [--layers 16]
+
+The folder that stands for HuggingFace's is sparse (zeros that take no space); what conversion
+writes is not: 2 x 13.8 GB at 16 layers. Beside it, what the disk takes when zeros are written.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from moetron.moe.config.settings import Settings
+from moetron.moe.convert.family import PLACEHOLDERS, function_of
+from moetron.moe.convert.registry import FAMILIES
+from moetron.moe.convert.safetensors_folder import WHOLE, header
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_checkpoint.py"
+GB = 10**9
+
+
+def make_folder(folder: Path, layers: int) -> int:
+    """A sparse folder of bf16 zeros; returns its size in bytes."""
+    model = {
+        "num_layers": layers,
+        "hidden_size": 2048,
+        "num_attention_heads": 16,
+        "seq_length": 4096,
+        "vocab_size": 50304,
+        "qk_layernorm": True,
+        "qk_layernorm_scope": "full",
+    }
+    moe = {
+        "num_experts": 64,
+        "moe_ffn_hidden_size": 1024,
+        "moe_router_topk": 8,
+        "moe_router_pre_softmax": True,
+    }
+    values = function_of(Settings.model_validate({**PLACEHOLDERS, "model": model, "moe": moe}))
+    config = FAMILIES["olmoe"].config(values)
+    plan = {}
+    for rule in FAMILIES["olmoe"].rules(values):
+        ours = torch.empty(shape_of(rule.ours), dtype=torch.bfloat16, device="meta")
+        plan.update(zip(rule.theirs, rule.transform.split(ours), strict=True))
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({**config, "torch_dtype": "bfloat16"}))
+    start = header(plan)
+    size = sum(tensor.nbytes for tensor in plan.values())
+    with (folder / WHOLE).open("wb") as file:
+        file.write(start)
+        file.truncate(len(start) + size)
+    return size
+
+
+def shape_of(name: str) -> tuple[int, ...]:
+    """Shape of one of our tensors in OLMoE-1B-7B."""
+    hidden, ffn, experts, vocabulary = 2048, 1024, 64, 50304
+    shapes = {
+        "word_embeddings.weight": (vocabulary, hidden),
+        "output_layer.weight": (vocabulary, hidden),
+        "linear_qkv.weight": (3 * hidden, hidden),
+        "linear_proj.weight": (hidden, hidden),
+        "router.weight": (experts, hidden),
+        "experts.linear_fc1.weight": (experts, 2 * ffn, hidden),
+        "experts.linear_fc2.weight": (experts, hidden, ffn),
+    }
+    return next((shape for end, shape in shapes.items() if name.endswith(end)), (hidden,))
+
+
+def timed(*arguments: str) -> tuple[float, float]:
+    """(seconds, peak resident GB) of the tool as a process of its own."""
+    started = time.perf_counter()
+    process = subprocess.Popen([sys.executable, str(TOOL), *arguments], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{arguments[0]} failed")
+    return time.perf_counter() - started, usage.ru_maxrss * 1024 / GB
+
+
+def disk_speed(folder: Path) -> float:
+    """GB/s of writing 2 GB of zeros and waiting for the disk."""
+    block, path = bytes(10**8), folder / "speed"
+    started = time.perf_counter()
+    with path.open("wb") as file:
+        for _ in range(20):
+            file.write(block)
+        os.fsync(file.fileno())
+    seconds = time.perf_counter() - started
+    path.unlink()
+    return 2 / seconds
+
+
+def main() -> None:
+    """Print one line a direction."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--layers", type=int, default=16)
+    arguments = parser.parse_args()
+    scratch = arguments.folder / "bench_convert"
+    scratch.mkdir(parents=True)
+    try:
+        size = make_folder(scratch / "hf", arguments.layers) / GB
+        print(
+            f"{size:.1f} GB of weights; the disk takes {disk_speed(scratch):.2f} GB/s", flush=True
+        )
+        paths = {"from-hf": ("hf", "run"), "to-hf": ("run", "back")}
+        for command, (source, target) in paths.items():
+            seconds, peak = timed(
+                *(command, "--load", str(scratch / source), "--output", str(scratch / target))
+            )
+            rate = size / seconds
+            print(f"{command}: {seconds:.0f} s, {rate:.2f} GB/s, peak {peak:.2f} GB", flush=True)
+        index = json.loads((scratch / "back" / "model.safetensors.index.json").read_text())
+        print(f"files: {len(set(index['weight_map'].values()))}")
+    finally:
+        shutil.rmtree(scratch)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+#!/usr/bin/env python
+"""Run tasks of lm-evaluation-harness on a checkpoint, on one rank; needs moetron[eval].
+
+    python tools/evaluate.py --load RUN --tasks closing_brackets --include-path examples/evaluation
+    python tools/evaluate.py --load RUN --tasks arc_easy,hellaswag --output results.json
+
+RUN is a run's folder (its latest checkpoint) or one step_* folder, written in any layout. Tasks are
+the harness's own, where their data are at hand, and those of --include-path. Exit codes: 0 done, 2
+something for the user to change, 1 our fault.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from moetron.moe.config.errors import UserError
+from moetron.moe.training import checkpoint_folder
+from moetron.moe.training.atomic import write_text
+from moetron.moe.training.compatibility import tokenizer_fingerprints
+from moetron.moe.training.quiet import quieten_libraries
+from moetron.tokenizers.interface import Tokenizer, TokenizerError
+from moetron.tokenizers.load import load_known_tokenizer
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--load", type=Path, required=True, metavar="RUN", help="where the checkpoint lies")
+    add("--tasks", required=True, help="names, separated by commas")
+    add("--include-path", type=Path, help="folder with task files of your own")
+    add("--num-fewshot", type=int, help="examples before each question (default: the task's)")
+    add("--limit", type=int, help="questions of each task (default: all)")
+    add("--batch-size", type=int, default=8, help="sequences at once (default: 8)")
+    add("--output", type=Path, metavar="FILE", help="results as JSON")
+    add("--tokenizer-model", metavar="PATH", help="where the run's tokenizer lies now, if moved")
+    return parser
+
+
+def require_harness() -> None:
+    """Refuse to start without the harness."""
+    try:
+        importlib.metadata.version("lm_eval")
+    except importlib.metadata.PackageNotFoundError:
+        missing = "lm-evaluation-harness is not installed: pip install moetron[eval]"
+        raise UserError(missing) from None
+
+
+def run(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:
+    """The harness's results."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    if arguments.include_path is not None and not arguments.include_path.is_dir():
+        raise UserError(f"--include-path {arguments.include_path}: no such folder")
+    manager = TaskManager(include_path=arguments.include_path)
+    names = arguments.tasks.split(",")
+    if unknown := [name for name in names if not manager.match_tasks([name])]:
+        raise UserError(f"--tasks {','.join(unknown)}: unknown; --include-path names your own")
+    results: dict[str, Any] = simple_evaluate(
+        model,
+        tasks=names,
+        num_fewshot=arguments.num_fewshot,
+        limit=arguments.limit,
+        task_manager=manager,
+        log_samples=False,
+    )
+    return results
+
+
+def open_tokenizer(arguments: argparse.Namespace, record: checkpoint_folder.Record) -> Tokenizer:
+    """The run's tokenizer."""
+    source = arguments.tokenizer_model or record.settings["data"]["tokenizer_model"]
+    try:
+        return load_known_tokenizer(source, tokenizer_fingerprints(record.stream))
+    except TokenizerError as error:
+        raise UserError(str(error)) from error
+
+
+def main() -> int:
+    """Evaluate what the command line asks for; the exit code."""
+    arguments = parser().parse_args()
+    require_harness()
+    quieten_libraries()
+    record = checkpoint_folder.read(arguments.load).record
+    settings = checkpoint_folder.one_rank_settings(record)
+    tokenizer = open_tokenizer(arguments, record)
+    limited = settings.moe.moe_expert_capacity_factor is not None
+    from lm_eval.utils import make_table
+
+    from moetron.moe.analysis.harness import HarnessModel
+    from moetron.moe.training import generate, runtime
+
+    with runtime.running(settings) as ranks:
+        vocab_size = settings.model.vocab_size or tokenizer.vocab_size
+        model = generate.load_model(arguments.load, settings, vocab_size, ranks)
+        batch_size = 1 if limited else arguments.batch_size
+        results = run(arguments, HarnessModel(model, tokenizer, batch_size))
+    print(make_table(results))
+    if arguments.output is not None:
+        kept = {name: results[name] for name in ("results", "versions", "n-shot", "n-samples")}
+        write_text(arguments.output, json.dumps(kept, indent=2, default=str) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    from moetron.moe.training.resilience import run_guarded
+
+    sys.exit(run_guarded(main))
