@@ -28,6 +28,9 @@ TRAINING_ONLY = {
     "model": {
         "init_method",
         "init_method_cutoff",
+        "init_method_scale",
+        "embedding_init_method_std",
+        "query_init_folds_scale",
         "scaled_output_init",
         "hidden_dropout",
         "attention_dropout",
@@ -39,6 +42,8 @@ TRAINING_ONLY = {
     "moe": {
         "moe_router_dtype",
         "moe_router_bias_update_rate",
+        "moe_router_init_method_std",
+        "moe_expert_dropout",
         "moe_router_load_balancing_type",
         "moe_aux_loss_coeff",
         "moe_z_loss_coeff",
