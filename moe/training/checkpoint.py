@@ -31,7 +31,7 @@ from moetron import __version__
 from moetron.moe.config import recipe
 from moetron.moe.config.derived import expert_tensor_parallel_size
 from moetron.moe.config.errors import UserError
-from moetron.moe.config.pipeline_split import virtual_pipeline_size
+from moetron.moe.config.pipeline_split import chunk_sizes
 from moetron.moe.config.settings import Settings
 from moetron.moe.training import checkpoint_folder, optimizer_state
 from moetron.moe.training.checkpoint_folder import Checkpoint, Record
@@ -295,13 +295,13 @@ def _entries(state: ShardedStateDict) -> list[optimizer_state.Entry]:
     return [entry for entry in nested_values(state) if optimizer_state.is_entry(entry)]
 
 
-def _layout(settings: Settings) -> dict[str, int]:
+def _layout(settings: Settings) -> dict[str, Any]:
     parallel = settings.parallel
     return {
         "world_size": dist.get_world_size(),
         "tensor": parallel.tensor_model_parallel_size,
         "pipeline": parallel.pipeline_model_parallel_size,
-        "virtual_pipeline": virtual_pipeline_size(settings) or 1,
+        "pipeline_chunks": chunk_sizes(settings),
         "expert": parallel.expert_model_parallel_size,
         "expert_tensor": expert_tensor_parallel_size(parallel),
         "context": parallel.context_parallel_size,

@@ -46,8 +46,8 @@ class Record:
     progress: Progress
     settings: dict[str, dict[str, Any]]
     """The settings tree as JSON."""
-    layout: dict[str, int]
-    """World size and parallel sizes."""
+    layout: dict[str, Any]
+    """World size, parallel sizes, and the layers of each chunk of the pipeline."""
     stream: dict[str, Any]
     """What identifies the stream of samples."""
     versions: dict[str, str]

@@ -118,26 +118,42 @@ def test_a_rank_that_fails_ends_those_that_wait_for_it(tmp_path: Path) -> None:
     assert log.read_text().count("ArithmeticError: seven times eight") >= 2
 
 
-def _save_until_killed(folder: str, after_s: float) -> None:
-    checkpoint = {"save": folder, "load": folder, "save_interval": 1, "keep_last": 2}
-    chosen = settings("dp", training={"train_iters": 100_000}, checkpoint=checkpoint)
+def _save_until_killed(folder: str, layout: str, background: bool, after_s: float) -> None:
+    checkpoint = {
+        "save": folder,
+        "load": folder,
+        "save_interval": 1,
+        "keep_last": 2,
+        "async_save": background,
+    }
+    chosen = settings(layout, training={"train_iters": 100_000}, checkpoint=checkpoint)
     with parallel_of(chosen):
         loop = start(chosen)
         threading.Timer(after_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
         loop.run(lambda: False)
 
 
-def test_kill_at_random_moments_of_a_run_that_saves_every_step(tmp_path: Path) -> None:
+def _kill_and_go_on(folder: Path, layout: str, ranks: int, background: bool, kills: int) -> None:
     """Each run goes on from what the killed one left; the deaths fall where they fall."""
-    tmp_path = tmp_path / "run"
-    tmp_path.mkdir()
     step = 0
-    for number in range(6):
-        with pytest.raises(RankFailed, match="exit code -9"):
-            run_ranks(_save_until_killed, 1, str(tmp_path), 0.2 + 0.13 * number)
-        if checkpoint_folder.latest_step(tmp_path) is None:
+    for number in range(kills):
+        with pytest.raises(RankFailed, match=r"exit code -9|raised"):
+            after_s = 0.2 + 0.13 * number
+            run_ranks(_save_until_killed, ranks, str(folder), layout, background, after_s)
+        if checkpoint_folder.latest_step(folder) is None:
             continue
-        reached = checkpoint_folder.read(tmp_path).record.progress.step
-        assert reached >= step
-        step = reached
+        last = checkpoint_folder.read(folder)
+        checkpoint_folder.verify(last.folder)
+        assert last.record.progress.step >= step
+        step = last.record.progress.step
     assert step > 0
+
+
+def test_kill_at_random_moments_of_a_run_that_saves_every_step(tmp_path: Path) -> None:
+    _kill_and_go_on(tmp_path / "run", "dp", 1, background=False, kills=6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("background", [False, True])
+def test_two_ranks_killed_ten_times_while_they_save(tmp_path: Path, background: bool) -> None:
+    _kill_and_go_on(tmp_path / "run", "ep2_zero", 2, background, kills=10)

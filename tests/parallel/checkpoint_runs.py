@@ -12,6 +12,7 @@ from moetron.data.mock import MockStream
 from moetron.moe.config.pipeline_split import virtual_pipeline_size
 from moetron.moe.config.settings import Settings
 from moetron.moe.training.build import build_loop, build_trainer
+from moetron.moe.training.checkpoint import save_checkpoint
 from moetron.moe.training.loop import Loop
 from moetron.moe.training.runtime import Runtime
 from moetron.moe.training.stream import Streams
@@ -26,6 +27,18 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2": {"tensor_model_parallel_size": 2},
     "tp2_etp1": {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1},
     "pp2": {"pipeline_model_parallel_size": 2},
+    "pp2vpp2": {
+        "pipeline_model_parallel_size": 2,
+        "num_layers_per_virtual_pipeline_stage": 1,
+    },
+    "pp2uneven": {
+        "pipeline_model_parallel_size": 2,
+        "decoder_first_pipeline_num_layers": 1,
+    },
+    "cp2": {"context_parallel_size": 2},
+    "ep2etp2": {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2},
+    "tp2ep2": {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2},
+    "pp2ep2": {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2},
 }
 TIMING = {"step_time_s", "tokens_per_s", "tflops_per_s", "mfu"}
 
@@ -75,6 +88,7 @@ def parallel_of(chosen: Settings) -> Any:
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual_pipeline_size(chosen),
+        context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
     )
@@ -86,11 +100,37 @@ def run(chosen: Settings) -> None:
         start(chosen).run(lambda: False)
 
 
+def write(folder: str, layout: str, groups: Groups) -> None:
+    """Train, saving every second step."""
+    run(settings(layout, **groups, checkpoint={"save": folder, "save_interval": 2}))
+
+
+def read_and_go_on(source: str, folder: str, layout: str, groups: Groups) -> None:
+    """Save what was loaded, untouched, then train on."""
+    chosen = settings(layout, **groups, checkpoint={"load": source, "save": folder})
+    with parallel_of(chosen):
+        loop = start(chosen)
+        trainer, stream = loop.trainer, loop.streams.training
+        save_checkpoint(
+            Path(folder), loop.progress, trainer.chunks, trainer.optimizer, chosen, stream.state()
+        )
+        loop.run(lambda: False)
+
+
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run without what depends on the clock; floats compare to the last bit."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     return [{name: row[name] for name in row if name not in TIMING} for row in rows]
+
+
+def assert_identical(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    """The same tensors, moments among them, to the last bit."""
+    assert one.keys() == other.keys()
+    assert any(".exp_avg" in key for key in one)
+    for key, tensor in one.items():
+        assert tensor.dtype == other[key].dtype, key
+        assert torch.equal(tensor, other[key]), key
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

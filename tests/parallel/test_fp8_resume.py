@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from moetron.moe.training.fp8_state import Place
-from tests.parallel.checkpoint_runs import Groups, metrics, tensors
+from tests.parallel.checkpoint_runs import Groups, metrics, read_and_go_on, tensors, write
 from tests.parallel.harness import run_ranks
-from tests.parallel.test_resume import _read_and_go_on, _straight_and_resumed, _write
+from tests.parallel.test_resume import _straight_and_resumed
 
 DELAYED: Groups = {
     "precision": {
@@ -56,10 +56,10 @@ def test_another_layout_takes_the_largest_amaxes(
     }
     written, read = tmp_path / "written", tmp_path / "read"
     ranks, layout = writer.split()
-    run_ranks(_write, int(ranks), str(written), layout, groups)
+    run_ranks(write, int(ranks), str(written), layout, groups)
     ranks, layout = reader.split()
     source = written / "step_0000002"
-    run_ranks(_read_and_go_on, int(ranks), str(source), str(read), layout, groups)
+    run_ranks(read_and_go_on, int(ranks), str(source), str(read), layout, groups)
     old, new = _states(source), _states(read / "step_0000002")
     assert {place.rank for place in new} == set(range(int(ranks)))
     assert any(".experts." in place.name for place in new)

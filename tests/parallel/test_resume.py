@@ -5,15 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from moetron.moe.training.checkpoint import save_checkpoint
 from tests.parallel.checkpoint_runs import (
     Groups,
+    assert_identical,
     metrics,
-    parallel_of,
+    read_and_go_on,
     run,
     settings,
-    start,
     tensors,
+    write,
 )
 from tests.parallel.harness import run_ranks
 
@@ -51,7 +51,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert [row["step"] for row in resumed] == [1, 2, 3, 4, 5, 6]
     assert resumed == straight
     one, other = (tensors(tmp_path / name / "step_0000006") for name in ("straight", "resumed"))
-    _assert_identical(one, other)
+    assert_identical(one, other)
 
 
 def test_sgd_resumes_with_its_momentum(tmp_path: Path) -> None:
@@ -100,22 +100,6 @@ def _run_once(layout: str, groups: Groups, checkpoint: dict[str, str]) -> None:
     run(settings(layout, **groups, checkpoint=checkpoint))
 
 
-def _write(folder: str, layout: str, groups: Groups) -> None:
-    run(settings(layout, **groups, checkpoint={"save": folder, "save_interval": 2}))
-
-
-def _read_and_go_on(source: str, folder: str, layout: str, groups: Groups) -> None:
-    """Save what was loaded, untouched, then train on."""
-    chosen = settings(layout, **groups, checkpoint={"load": source, "save": folder})
-    with parallel_of(chosen):
-        loop = start(chosen)
-        trainer, stream = loop.trainer, loop.streams.training
-        save_checkpoint(
-            Path(folder), loop.progress, trainer.chunks, trainer.optimizer, chosen, stream.state()
-        )
-        loop.run(lambda: False)
-
-
 @pytest.mark.parametrize(
     ("writer", "reader", "bf16"),
     [
@@ -137,11 +121,11 @@ def test_any_layout_loads_any_other(tmp_path: Path, writer: str, reader: str, bf
     }
     written, read = tmp_path / "written", tmp_path / "read"
     ranks, layout = writer.split()
-    run_ranks(_write, int(ranks), str(written), layout, groups)
+    run_ranks(write, int(ranks), str(written), layout, groups)
     ranks, layout = reader.split()
     source = str(written / "step_0000002")
-    run_ranks(_read_and_go_on, int(ranks), source, str(read), layout, groups)
-    _assert_identical(tensors(written / "step_0000002"), tensors(read / "step_0000002"))
+    run_ranks(read_and_go_on, int(ranks), source, str(read), layout, groups)
+    assert_identical(tensors(written / "step_0000002"), tensors(read / "step_0000002"))
     third, [again] = metrics(written)[2], metrics(read)
     tolerance = 2e-3 if bf16 else 1e-5 if "tp" in writer + reader else 1e-6
     assert again["lm_loss"] == pytest.approx(third["lm_loss"], rel=tolerance)
@@ -155,11 +139,11 @@ def test_precisions_load_each_other(tmp_path: Path) -> None:
     bf16: Groups = {"training": training, "precision": {"bf16": True}}
     folders = [tmp_path / name for name in ("bf16", "fp32", "back")]
     sources = [str(folder / "step_0000002") for folder in folders]
-    run_ranks(_write, 1, str(folders[0]), "dp", bf16)
-    run_ranks(_read_and_go_on, 1, sources[0], str(folders[1]), "dp", fp32)
-    run_ranks(_read_and_go_on, 1, sources[1], str(folders[2]), "dp", bf16)
+    run_ranks(write, 1, str(folders[0]), "dp", bf16)
+    run_ranks(read_and_go_on, 1, sources[0], str(folders[1]), "dp", fp32)
+    run_ranks(read_and_go_on, 1, sources[1], str(folders[2]), "dp", bf16)
     first, middle, back = (tensors(Path(source)) for source in sources)
-    _assert_identical(first, back)
+    assert_identical(first, back)
     mains = {key: first[key] for key in first if key.startswith(MAIN)}
     assert mains
     for key, main in mains.items():
@@ -172,12 +156,12 @@ def test_sequential_and_grouped_experts_load_each_other(tmp_path: Path) -> None:
     grouped: Groups = {"moe": {"moe_grouped_gemm": True}, "training": {"train_iters": 2}}
     folders = [tmp_path / name for name in ("sequential", "grouped", "back")]
     sources = [str(folder / "step_0000002") for folder in folders]
-    run_ranks(_write, 2, str(folders[0]), "ep2_zero", sequential)
-    run_ranks(_read_and_go_on, 1, sources[0], str(folders[1]), "dp", grouped)
-    run_ranks(_read_and_go_on, 2, sources[1], str(folders[2]), "ep2", sequential)
+    run_ranks(write, 2, str(folders[0]), "ep2_zero", sequential)
+    run_ranks(read_and_go_on, 1, sources[0], str(folders[1]), "dp", grouped)
+    run_ranks(read_and_go_on, 2, sources[1], str(folders[2]), "ep2", sequential)
     first, middle, back = (tensors(Path(source)) for source in sources)
-    _assert_identical(first, middle)
-    _assert_identical(first, back)
+    assert_identical(first, middle)
+    assert_identical(first, back)
 
 
 def test_a_parameter_over_three_flat_shards(tmp_path: Path) -> None:
@@ -191,12 +175,12 @@ def test_a_parameter_over_three_flat_shards(tmp_path: Path) -> None:
     }
     folders = [tmp_path / name for name in ("four", "stages", "back")]
     sources = [str(folder / "step_0000002") for folder in folders]
-    run_ranks(_write, 4, str(folders[0]), "zero", tied)
-    run_ranks(_read_and_go_on, 2, sources[0], str(folders[1]), "pp2", tied)
-    run_ranks(_read_and_go_on, 4, sources[1], str(folders[2]), "zero", tied)
+    run_ranks(write, 4, str(folders[0]), "zero", tied)
+    run_ranks(read_and_go_on, 2, sources[0], str(folders[1]), "pp2", tied)
+    run_ranks(read_and_go_on, 4, sources[1], str(folders[2]), "zero", tied)
     first, middle, back = (tensors(Path(source)) for source in sources)
-    _assert_identical(first, middle)
-    _assert_identical(first, back)
+    assert_identical(first, middle)
+    assert_identical(first, back)
 
 
 def test_padding_of_the_vocabulary_may_differ(tmp_path: Path) -> None:
@@ -207,19 +191,11 @@ def test_padding_of_the_vocabulary_may_differ(tmp_path: Path) -> None:
     }
     folders = [tmp_path / name for name in ("narrow", "wide", "back")]
     sources = [str(folder / "step_0000002") for folder in folders]
-    run_ranks(_write, 1, str(folders[0]), "dp", padding)
-    run_ranks(_read_and_go_on, 2, sources[0], str(folders[1]), "tp2", padding)
-    run_ranks(_read_and_go_on, 1, sources[1], str(folders[2]), "dp", padding)
+    run_ranks(write, 1, str(folders[0]), "dp", padding)
+    run_ranks(read_and_go_on, 2, sources[0], str(folders[1]), "tp2", padding)
+    run_ranks(read_and_go_on, 1, sources[1], str(folders[2]), "dp", padding)
     narrow, wide, back = (tensors(Path(source)) for source in sources)
-    _assert_identical(narrow, back)
+    assert_identical(narrow, back)
     embedding = wide["embedding.word_embeddings.weight"]
     assert embedding.shape[0] == 192
     assert not embedding[96:].any()
-
-
-def _assert_identical(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    assert any(".exp_avg" in key for key in one)
-    for key, tensor in one.items():
-        assert tensor.dtype == other[key].dtype, key
-        assert torch.equal(tensor, other[key]), key

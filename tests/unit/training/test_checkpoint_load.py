@@ -1,9 +1,11 @@
 """What a load takes from a checkpoint, what it leaves out, and what it refuses. On one rank."""
 
 import json
+import pickle
 import random
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 from megatron.core.tensor_parallel import RowParallelLinear, get_cuda_rng_tracker
+from torch.distributed.checkpoint import FileSystemReader
 
 from moetron.moe.config.errors import UserError
 from moetron.moe.training import checkpoint, optimizer_state
 from moetron.moe.training.checkpoint import load_weights, save_checkpoint
+from moetron.moe.training.checkpoint_folder import file_sizes, read_record, write_record
 from moetron.moe.training.integrity import SUMS, write_sums
 from moetron.moe.training.loop import Loop
 from moetron.moe.training.optimizer_state import leaves, optimizer_step
@@ -129,6 +133,24 @@ def test_an_absent_moment_is_named(saved: Path, tmp_path: Path) -> None:
     chosen = settings("dp", precision={"bf16": True}, checkpoint={"load": str(copy)}, **sgd)
     with pytest.raises(UserError, match=r"holds no .*momentum_buffer.*--no-load-optim"):
         start(chosen)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("kind", ["", "optimizer.state.exp_avg.", "optimizer.state.fp32_param."])
+def test_a_tensor_that_was_taken_out_is_missed(saved: Path, tmp_path: Path, kind: str) -> None:
+    """From the index, so that nothing but its absence gives it away."""
+    key = f"{kind}decoder.final_layernorm.weight"
+    copy = _edited(saved, tmp_path, lambda record: record.update(files={}))
+    index = FileSystemReader(copy).read_metadata()
+    del index.state_dict_metadata[key]
+    (copy / ".metadata").unlink()
+    (copy / ".metadata").write_bytes(pickle.dumps(index))
+    record = replace(read_record(copy), files=file_sizes(copy))
+    for name in ("run.json", SUMS):
+        del record.files[name]
+    write_record(copy, record, {})
+    with pytest.raises(UserError, match=f"holds no {re.escape(key)}"):
+        start(bf16(load=str(copy)))
 
 
 @pytest.mark.usefixtures("alone")
