@@ -149,17 +149,18 @@ def load_request(
     Args:
         optimizer: what ``get_megatron_optimizer`` returned, stepped or not.
         model_state: sharded state dicts of the model's chunks.
-        saved: keys that the checkpoint holds. Main parameters come from ``fp32_param`` where it has
-            them, else from the weights: a bf16 run loads an fp32 run's checkpoint exactly.
+        saved: keys that the checkpoint holds. Main parameters come from ``fp32_param``, or from the
+            weights where it has none at all: a bf16 run loads an fp32 run's checkpoint exactly.
     """
     entries = _entries(model_state)
     slots = [slot for leaf in leaves(optimizer) for slot in _slots(leaf, entries)]
+    has_mains = any(key.startswith(f"{PREFIX}.{MAIN}.") for key in saved)
     request: ShardedStateDict = {STEP_KEY: _step_entry(torch.tensor([-1]))}
     for slot in slots:
         for name in slot.names():
             blank = torch.full_like(slot.parameter, torch.nan, dtype=torch.float32)
             entry = make_sharded_optimizer_tensor(_placed(slot), blank, f"{PREFIX}.{name}")
-            if name == MAIN and not is_saved(entry, saved):
+            if name == MAIN and not has_mains:
                 entry = replace(entry, key=slot.entry.key)
             request[_key(slot, name)] = entry
 
