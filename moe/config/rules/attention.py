@@ -73,6 +73,13 @@ def prediction(case: Case) -> Iterator[str]:
     parallel = case.settings.parallel
     if case.settings.model.mtp_num_layers is None:
         return
+    tied = not case.settings.model.untie_embeddings_and_output_weights
+    if tied and parallel.pipeline_model_parallel_size > 1:
+        yield (
+            f"--mtp-num-layers with {case.said('pipeline_model_parallel_size')} needs "
+            "--untie-embeddings-and-output-weights: megatron-core cannot save the last stage's two "
+            "copies of a shared embedding"
+        )
     if parallel.recompute_granularity == "full" and (
         parallel.recompute_method != "uniform" or parallel.recompute_num_layers != 1
     ):

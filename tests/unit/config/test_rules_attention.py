@@ -38,6 +38,15 @@ LATENT: dict[str, Any] = {"multi_latent_attention": True, "kv_lora_rank": 16}
             },
             "--mtp-num-layers with --recompute-granularity full needs",
         ),
+        (
+            {
+                "world_size": 2,
+                "pipeline_model_parallel_size": 2,
+                "mtp_num_layers": 1,
+                "untie_embeddings_and_output_weights": False,
+            },
+            "--pipeline-model-parallel-size 2 needs --untie-embeddings-and-output-weights",
+        ),
     ],
 )
 def test_one_rule(changes: dict[str, Any], rule: str) -> None:
