@@ -6,6 +6,8 @@ in float32, so that they split runs of more than 16 spaces differently (170 of 2
 """
 
 import json
+import logging
+import tempfile
 from pathlib import Path
 
 from moetron.tokenizers.huggingface import HuggingFaceTokenizer
@@ -14,6 +16,7 @@ from moetron.tokenizers.umt5 import SentencePieceTokenizer
 
 SENTENCEPIECE_CLASS = "BertGenerationTokenizer"
 """The one of transformers that adds nothing to SentencePiece's pieces."""
+logger = logging.getLogger(__name__)
 
 
 def export(tokenizer: Tokenizer, folder: Path) -> None:
@@ -40,3 +43,17 @@ def export(tokenizer: Tokenizer, folder: Path) -> None:
     config["pad_token"] = tokenizer.piece(tokenizer.pad)
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+
+def exported(tokenizer: Tokenizer | None) -> tuple[dict[str, int | None], dict[str, bytes]]:
+    """Ids of document markers (ours begin with none) and files for AutoTokenizer."""
+    eod, pad = (None, None) if tokenizer is None else (tokenizer.eod, tokenizer.pad)
+    files = {}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            if tokenizer is not None:
+                export(tokenizer, Path(folder))
+            files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+        except TokenizerError as error:
+            logger.warning("without a tokenizer: %s", error)
+    return {"bos_token_id": None, "eos_token_id": eod, "pad_token_id": pad}, files

@@ -17,7 +17,7 @@ from pathlib import Path
 from moetron.moe.config.errors import UserError
 from moetron.moe.training import checkpoint_folder
 from moetron.moe.training.quiet import quieten_libraries
-from moetron.tokenizers.export import companions, special_ids
+from moetron.tokenizers.export import exported
 from moetron.tokenizers.interface import Tokenizer, TokenizerError
 from moetron.tokenizers.load import load_tokenizer
 
@@ -67,8 +67,7 @@ def to_hf(arguments: argparse.Namespace) -> None:
         arguments.output,
         Export(arguments.model_type, dtype, arguments.max_shard_bytes),
         vocab_size,
-        special_ids(tokenizer),
-        {} if source is None else companions(source),
+        *exported(tokenizer),
     )
     print(f"{arguments.output}: {family.architecture}")
 
@@ -91,13 +90,6 @@ def from_hf(arguments: argparse.Namespace) -> None:
     print(f"go on: pretrain_moe.py --config {recipe} --load {arguments.output} --finetune ...")
 
 
-def inspect(arguments: argparse.Namespace) -> None:
-    """Print what a checkpoint holds."""
-    from moetron.moe.convert.inspect import describe
-
-    print(describe(arguments.load, arguments.verify))
-
-
 def open_tokenizer(source: str) -> Tokenizer:
     """The tokenizer at ``source``."""
     try:
@@ -110,7 +102,12 @@ def main() -> int:
     """Convert what the command line asks for; the exit code."""
     arguments = parser().parse_args()
     quieten_libraries()
-    {"to-hf": to_hf, "from-hf": from_hf, "inspect": inspect}[arguments.command](arguments)
+    if arguments.command == "inspect":
+        from moetron.moe.convert.inspect import describe
+
+        print(describe(arguments.load, arguments.verify))
+    else:
+        {"to-hf": to_hf, "from-hf": from_hf}[arguments.command](arguments)
     return 0
 
 
