@@ -1,19 +1,18 @@
-"""Windows spread evenly over a shard: a small, fixed part of a text to watch a model on."""
+"""Windows spread evenly over a source: a small, fixed part of a text to watch a model on."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from moetron.data.blend import open_blend
+from moetron.data.blend import Source, open_blend, split_data_path
 from moetron.data.errors import DataError
-from moetron.data.shard import Shard
 
-Shards = dict[str, Shard]
+Sources = dict[str, Source]
 """The text of each class, by its name."""
 
 
-def named_shards(items: Sequence[str]) -> Shards:
-    """Open ``[NAME=PREFIX, ...]``, or a data path, whose shards are named by their prefixes.
+def named_sources(items: Sequence[str], seq_length: int) -> Sources:
+    """Open ``[NAME=PREFIX, ...]``, or a data path, whose sources are named by their prefixes.
 
     Raises:
         DataError: there are none, some have no name, or one cannot be used.
@@ -21,29 +20,22 @@ def named_shards(items: Sequence[str]) -> Shards:
     if not items:
         raise DataError("no text to look at: name it as NAME=PREFIX, such as code=data/code")
     named = [item for item in items if "=" in item]
-    if not named:
-        return {source.name: source.shard for source in open_blend(items, 1).sources}
-    if len(named) < len(items):
+    if named and len(named) < len(items):
         bare = " ".join(item for item in items if item not in named)
         raise DataError(f"{bare}: write NAME=PREFIX for each, such as code=data/code")
-    return {name: Shard(prefix) for name, _, prefix in (item.partition("=") for item in items)}
+    pairs = [item.partition("=")[::2] for item in named]
+    prefixes = [prefix for _, prefix in pairs] or split_data_path(items)[1]
+    sources = open_blend(prefixes, seq_length).sources
+    names = [name for name, _ in pairs] or [source.name for source in sources]
+    return dict(zip(names, sources, strict=True))
 
 
-def spread_windows(shard: Shard, seq_length: int, tokens: int) -> np.ndarray:
-    """About ``tokens`` tokens of a shard in windows that do not overlap, int64 [B, S + 1].
+def spread_windows(source: Source, tokens: int) -> np.ndarray:
+    """About ``tokens`` tokens of a source, at least one window and at most all: int64 [B, S + 1].
 
-    Each row has a token more than ``seq_length``, so that every token has the one that follows it.
-
-    Raises:
-        DataError: the shard is shorter than one window.
+    Each row has a token more than a sample, so that every token has the one that follows it.
     """
-    available = (len(shard.tokens) - 1) // seq_length
-    count = min(max(tokens // seq_length, 1), available)
-    if count < 1:
-        raise DataError(
-            f"{shard.prefix}: {len(shard.tokens)} tokens are too few for one window of "
-            f"{seq_length} + 1"
-        )
-    starts = np.arange(count) * available // count * seq_length
-    places = starts[:, None] + np.arange(seq_length + 1)
-    return shard.tokens[places].astype(np.int64)
+    seq_length = round(source.cutting.mean_advance)
+    count = min(max(tokens // seq_length, 1), source.windows)
+    windows = np.arange(count) * source.windows // count
+    return np.stack([source.read(int(window))[1] for window in windows]).astype(np.int64)

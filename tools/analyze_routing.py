@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from moetron.data.errors import DataError
-from moetron.data.windows import Shards, named_shards, spread_windows
+from moetron.data.windows import Sources, named_sources, spread_windows
 from moetron.moe.analysis import figures, study
 from moetron.moe.analysis.routed import Windows
 from moetron.moe.config.errors import UserError
@@ -43,20 +43,19 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def open_tokenizer(path: str | Path, shards: Shards) -> Tokenizer:
-    """The model's tokenizer, which must be that of the shards."""
+def open_tokenizer(path: str | Path, sources: Sources) -> Tokenizer:
+    """The model's tokenizer, which must be that of the texts."""
     tokenizer = load_tokenizer(path)
-    for name, shard in shards.items():
-        if shard.manifest and shard.manifest.tokenizer.fingerprint != tokenizer.fingerprint:
-            raise UserError(
-                f"--data {name}={shard.prefix}: made with another tokenizer than {path}"
-            )
+    for name, source in sources.items():
+        for manifest in filter(None, (shard.manifest for shard in source.shards)):
+            if manifest.tokenizer.fingerprint != tokenizer.fingerprint:
+                raise UserError(f"{name}, {source.prefix}: of another tokenizer than {path}")
     return tokenizer
 
 
-def open_text(shards: Shards, tokenizer: Tokenizer, length: int, tokens: int) -> study.Text:
+def open_text(sources: Sources, tokenizer: Tokenizer, tokens: int) -> study.Text:
     """Windows of every class, and how ids are shown; a model may have ids that no piece uses."""
-    rows = {name: spread_windows(shard, length, tokens) for name, shard in shards.items()}
+    rows = {name: spread_windows(source, tokens) for name, source in sources.items()}
     known = tokenizer.vocab_size
     return study.Text(
         [Windows(name, row[:, :-1], row[:, 1:]) for name, row in rows.items()],
@@ -68,9 +67,9 @@ def watch_folder(given: argparse.Namespace) -> study.Result:
     """The analyses of a HuggingFace folder."""
     from moetron.moe.analysis.huggingface import HuggingFaceModel
 
-    shards = named_shards(given.data or [])
-    tokenizer = open_tokenizer(given.tokenizer_model or given.model, shards)
-    text = open_text(shards, tokenizer, given.seq_length or 1024, given.tokens_per_class)
+    sources = named_sources(given.data or [], given.seq_length or 1024)
+    tokenizer = open_tokenizer(given.tokenizer_model or given.model, sources)
+    text = open_text(sources, tokenizer, given.tokens_per_class)
     model = HuggingFaceModel(given.model, given.layers)
     return study.summary(model, text) | study.study(model, text, given.adjacent_pairs)[0]
 
@@ -82,13 +81,13 @@ def watch_run(given: argparse.Namespace) -> study.Result:
 
     record = checkpoint_folder.read(given.model).record
     settings, step = checkpoint_folder.one_rank_settings(record), record.progress.step
-    shards = named_shards(given.data or settings.data.valid_data_path or [])
+    length = given.seq_length or settings.model.seq_length
+    sources = named_sources(given.data or settings.data.valid_data_path or [], length)
     path = given.tokenizer_model or settings.data.tokenizer_model
     if path is None:
         raise UserError("the run names no tokenizer (mock data?): give --tokenizer-model")
-    tokenizer = open_tokenizer(path, shards)
-    length = given.seq_length or settings.model.seq_length
-    text = open_text(shards, tokenizer, length, given.tokens_per_class)
+    tokenizer = open_tokenizer(path, sources)
+    text = open_text(sources, tokenizer, given.tokens_per_class)
     vocab_size = settings.model.vocab_size or tokenizer.vocab_size
     with runtime.running(settings) as ranks:
         model = OwnModel(given.model, settings, vocab_size, ranks, given.layers)

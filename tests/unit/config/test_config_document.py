@@ -12,7 +12,11 @@ from moetron.moe.config.parallel import ParallelSettings
 from moetron.moe.plan.render import render
 
 ROOT = Path(__file__).resolve().parents[3]
-RECIPES = sorted(p for p in (ROOT / "examples").rglob("*.yaml") if not p.name.endswith("data.yaml"))
+RECIPES = sorted(
+    path
+    for path in (ROOT / "examples").rglob("*.yaml")
+    if path.name != "data.yaml" and path.parent.name != "evaluation"  # parts of recipes, tasks
+)
 
 
 def test_the_page_is_current() -> None:

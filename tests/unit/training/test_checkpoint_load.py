@@ -74,7 +74,7 @@ def test_what_each_option_takes(saved: Path) -> None:
         assert loop.progress == (Progress() if begins else resumed.progress)
         assert same(mains(loop), mains(resumed)) == (option == "reset_progress")
         for leaf in leaves(loop.trainer.optimizer):
-            for parameter, main, _ in optimizer_state._mains(leaf):
+            for parameter, main, _ in optimizer_state.mains(leaf):
                 assert torch.equal(parameter, main.bfloat16())
 
 
