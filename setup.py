@@ -48,6 +48,7 @@ EXTRAS = {
         "gigatoken>=0.10,<0.11",
         "scipy>=1.11,<2",
         "zstandard>=0.22,<1",
+        "pyarrow>=15,<27",
         "transformers>=5,<6",
         "types-PyYAML",
         "types-psutil",
