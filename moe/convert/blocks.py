@@ -13,17 +13,18 @@ from moetron.moe.convert.rules import (
     Whole,
 )
 
-DECODER: tuple[Key, ...] = (
+UNNORMED: tuple[Key, ...] = (
     Same("model.num_layers", "num_hidden_layers"),
     Same("model.hidden_size", "hidden_size"),
     Same("model.num_attention_heads", "num_attention_heads"),
     Same("model.vocab_size", "vocab_size"),
     Same("model.seq_length", "max_position_embeddings"),
-    Same("model.norm_epsilon", "rms_norm_eps"),
     Same("model.init_method_std", "initializer_range", 0.02),
     Not("model.untie_embeddings_and_output_weights", "tie_word_embeddings", False),
 )
 """Keys of every family here."""
+DECODER = (*UNNORMED, Same("model.norm_epsilon", "rms_norm_eps"))
+"""Keys of every family whose norms are RMSNorms with weights."""
 HEADS: tuple[Key, ...] = (Same("model.num_query_groups", "num_key_value_heads", None), Rope({}))
 """Keys of attention with plain heads."""
 HEAD_DIM = Same("model.kv_channels", "head_dim", None)
@@ -33,6 +34,7 @@ FIXED: dict[str, Any] = {"model.make_vocab_size_divisible_by": 1, "model.add_bia
 PLAIN_ROUTER: dict[str, Any] = {"moe.moe_router_score_function": "softmax"}
 CONSTANTS: dict[str, Any] = {"hidden_act": "silu"}
 
+_NORM_WEIGHTS = ("layernorm.weight", "layer_norm_weight")
 GATED = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -133,6 +135,8 @@ def decoder(
     pattern = values.get("moe.moe_layer_freq") or [0] * values["model.num_layers"]
     for layer, has_experts in enumerate(pattern):
         rules += [*attention(layer), *(sparse(layer) if has_experts else dense_ffn(layer))]
+    if not values["model.norm_affine"]:
+        rules = [rule for rule in rules if not rule.ours.endswith(_NORM_WEIGHTS)]
     return rules
 
 

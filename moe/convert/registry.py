@@ -3,7 +3,7 @@
 from moetron.moe.config.errors import UserError
 from moetron.moe.config.names import nearest
 from moetron.moe.convert.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
-from moetron.moe.convert.families.dense import LLAMA, QWEN2, QWEN3
+from moetron.moe.convert.families.dense import LLAMA, OLMO, QWEN2, QWEN3
 from moetron.moe.convert.families.mixtral import MIXTRAL
 from moetron.moe.convert.families.olmoe import OLMOE
 from moetron.moe.convert.families.qwen2_moe import QWEN2_MOE
@@ -19,6 +19,7 @@ _ALL = (
     DEEPSEEK_V2,
     DEEPSEEK_V3,
     LLAMA,
+    OLMO,
     QWEN2,
     QWEN3,
 )

@@ -1,4 +1,4 @@
-"""Dense decoders: Llama, Qwen2 and Qwen3, also as the starts of upcycling."""
+"""Dense decoders: Llama, OLMo, Qwen2 and Qwen3, also as the starts of upcycling."""
 
 from moetron.moe.convert.blocks import (
     CONSTANTS,
@@ -7,6 +7,7 @@ from moetron.moe.convert.blocks import (
     FIXED,
     HEAD_DIM,
     HEADS,
+    UNNORMED,
     attention,
     decoder,
 )
@@ -46,6 +47,21 @@ LLAMA = Family(
     constants={**CONSTANTS, "attention_bias": False, "mlp_bias": False},
     rules=_rules,
 )
+OLMO = Family(
+    model_type="olmo",
+    architecture="OlmoForCausalLM",
+    experts=False,
+    keys=(*UNNORMED, *HEADS, DENSE_WIDTH),
+    fixed={
+        **FIXED,
+        "model.normalization": "LayerNorm",
+        "model.norm_affine": False,
+        "model.norm_epsilon": 1e-5,
+    },
+    constants={**CONSTANTS, "attention_bias": False, "clip_qkv": None},
+    rules=_rules,
+)
+"""OLMo of arXiv 2402.00838: norms without weights."""
 QWEN2 = Family(
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",

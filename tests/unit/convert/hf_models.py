@@ -97,6 +97,7 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 8192,
         },
     },
+    "olmo": {"intermediate_size": 40},
     "qwen2": {"intermediate_size": 40},
     "qwen3": {"intermediate_size": 40, "head_dim": 12},
 }

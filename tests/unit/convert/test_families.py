@@ -47,6 +47,7 @@ def values(tree: dict[str, dict[str, Any]], **changes: dict[str, Any]) -> dict[s
             },
         ),
         ("llama", {}, {}),
+        ("olmo", {"normalization": "LayerNorm", "norm_affine": False}, {}),
         ("qwen2", {}, {}),
         ("qwen3", {"qk_layernorm": True}, {}),
     ],
@@ -107,8 +108,8 @@ def test_unsupported_configurations_are_refused() -> None:
         FAMILIES["olmoe"].settings({**config, "rope_parameters": scaled})
     with pytest.raises(UserError, match="`num_experts` is missing"):
         FAMILIES["olmoe"].settings({k: v for k, v in config.items() if k != "num_experts"})
-    with pytest.raises(UserError, match=r"`olmo` is not supported; did you mean olmoe"):
-        family_named("olmo")
+    with pytest.raises(UserError, match=r"`olmo2` is not supported; did you mean olmo"):
+        family_named("olmo2")
 
 
 def test_groups_that_both_sides_rank_differently_are_refused() -> None:
