@@ -29,6 +29,8 @@ from megatron.core.transformer.moe import moe_utils
 from moetron.moe.host.adapt import adapt_host, restore_host
 from moetron.moe.host.device import backend_for
 
+NVTE_SWITCHES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
+
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
@@ -176,6 +178,8 @@ def _rank_main(
     if device == "cuda":
         torch.cuda.set_device(rank)
     for number, args in enumerate(calls):
+        for name in NVTE_SWITCHES:  # of the call before: megatron-core sets them for good
+            os.environ.pop(name, None)
         try:
             torch.distributed.init_process_group(
                 backend_for(torch.device(device)),

@@ -1,5 +1,6 @@
 """Shape of the model, its implementation and what recomputation may take."""
 
+import os
 from collections.abc import Iterator
 
 from moetron.moe.config.derived import head_dim, query_groups
@@ -57,6 +58,20 @@ def implementation(case: Case) -> Iterator[str]:
         )
 
 
+def switches(case: Case) -> Iterator[str]:
+    """Transformer Engine's variables, which megatron-core sets itself and asserts to agree."""
+    unfused = case.settings.model.attention_backend == "unfused"
+    chosen = {"NVTE_FLASH_ATTN": not unfused, "NVTE_FUSED_ATTN": not unfused}
+    for name, value in {**chosen, "NVTE_UNFUSED_ATTN": True}.items():
+        present = os.environ.get(name)
+        if present not in (None, str(int(value))):
+            yield (
+                f"{name}={present} in the environment contradicts "
+                f"{case.said('attention_backend')}, from which megatron-core sets it to "
+                f"{int(value)}: unset {name}"
+            )
+
+
 def biases(case: Case) -> Iterator[str]:
     """Biases of experts: megatron-core's fail in the backward pass unless ranks share experts."""
     if case.settings.model.add_bias_linear and case.settings.moe.num_experts is not None:
@@ -108,4 +123,4 @@ def _modules(case: Case, modules: list[str]) -> Iterator[str]:
         )
 
 
-RULES = (shape, implementation, biases, recompute)
+RULES = (shape, implementation, switches, biases, recompute)

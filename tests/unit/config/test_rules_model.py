@@ -88,3 +88,22 @@ TP2 = {"world_size": 2, "tensor_model_parallel_size": 2}
 def test_rule(changes: dict[str, Any], expected: str) -> None:
     (line,) = found(**changes)
     assert expected in line
+
+
+@pytest.mark.parametrize(
+    ("backend", "name", "value", "wanted"),
+    [
+        ("auto", "NVTE_FLASH_ATTN", "0", "1"),
+        ("sdpa", "NVTE_UNFUSED_ATTN", "0", "1"),
+        ("unfused", "NVTE_FUSED_ATTN", "1", "0"),
+    ],
+)
+def test_variables_that_contradict_the_attention_backend(
+    monkeypatch: pytest.MonkeyPatch, backend: str, name: str, value: str, wanted: str
+) -> None:
+    monkeypatch.setenv(name, wanted)
+    assert not found(attention_backend=backend)
+    monkeypatch.setenv(name, value)
+    (line,) = found(attention_backend=backend)
+    assert line.startswith(f"{name}={value} in the environment contradicts --attention-backend")
+    assert line.endswith(f"unset {name}")

@@ -1,0 +1,10 @@
+"""What every test starts from."""
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def no_switches_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """megatron-core leaves these set for the process in which it built a model."""
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        monkeypatch.delenv(name, raising=False)
