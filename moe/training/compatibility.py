@@ -30,7 +30,9 @@ SHAPE = {
         "num_query_groups",
         "kv_channels",
         "ffn_hidden_size",
+        "ffn_type",
         "normalization",
+        "norm_affine",
         "qk_layernorm",
         "qk_layernorm_scope",
         "swiglu",
@@ -59,12 +61,23 @@ SHAPE = {
         "moe_global_aux_loss_counts",
         "moe_shared_expert_intermediate_size",
         "moe_shared_expert_gate",
+        "moe_sequential_ffn_hidden_size",
+        "moe_expert_multiplicative_bias",
     ),
 }
 """Settings that say which tensors there are."""
 FUNCTION = {
     "model": ("position_embedding_type", "rotary_base", "rotary_percent", "norm_epsilon"),
-    "attention": ("softmax_scale", "rope_type", "rotary_scaling_factor"),
+    "attention": (
+        "softmax_scale",
+        "rope_type",
+        "rotary_scaling_factor",
+        "original_max_position_embeddings",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+    ),
     "moe": (
         "moe_router_topk",
         "moe_router_pre_softmax",

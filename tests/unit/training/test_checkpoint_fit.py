@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from moetron.moe.config.settings import Settings
+from moetron.moe.config.settings import Settings, fields
 from moetron.moe.training.checkpoint_folder import Record
-from moetron.moe.training.compatibility import differences
+from moetron.moe.training.compatibility import FUNCTION, SHAPE, differences
 from moetron.moe.training.progress import Progress
 from tests.unit.training.training_cases import settings
 
@@ -15,6 +15,29 @@ STREAM = {
     "sources": [{"name": "code", "tokenizer": "abc"}],
     "order": {"seed": 1, "weights": (1, 2)},
 }
+
+FREE = {
+    *("seq_length", "make_vocab_size_divisible_by", "transformer_impl", "attention_backend"),
+    *("init_method_std", "init_method", "init_method_scale", "embedding_init_method_std"),
+    *("query_init_folds_scale", "init_method_cutoff", "scaled_output_init"),
+    *("mtp_loss_scaling_factor", "hidden_dropout", "attention_dropout", "moe_expert_dropout"),
+    *("moe_expert_choice_eval", "moe_second_expert_threshold", "moe_router_temperature"),
+    *("moe_router_final_temperature", "moe_router_anneal_samples", "moe_router_dtype"),
+    *("moe_router_bias_update_rate", "moe_router_load_balancing_type", "moe_aux_loss_coeff"),
+    *("moe_aux_loss_first_choice_only", "moe_z_loss_coeff", "moe_input_jitter_eps"),
+    *("moe_expert_capacity_factor", "moe_capacity_scope", "moe_eval_capacity_factor"),
+    *("moe_minimum_capacity", "moe_capacity_includes_topk", "moe_pad_expert_input_to_capacity"),
+    *("moe_token_drop_policy", "moe_token_dispatcher_type", "moe_grouped_gemm"),
+    *("moe_router_init_method_std", "moe_shared_expert_overlap"),
+}
+"""Settings of the model that may change half-way: how it begins, trains, drops and computes."""
+
+
+def test_every_setting_of_the_model_is_held_or_free() -> None:
+    held = {(group, name) for part in (SHAPE, FUNCTION) for group in part for name in part[group]}
+    groups = ("model", "attention", "moe")
+    free = {name for group, name, _ in fields() if group in groups and (group, name) not in held}
+    assert free == FREE
 
 
 def record(saved: Settings, **stream: Any) -> Record:
@@ -33,6 +56,7 @@ def test_the_same_settings_fit(caplog: pytest.LogCaptureFixture) -> None:
     [
         ("model", {"num_layers": 2}, "--num-layers 2: the checkpoint has 1"),
         ("model", {"swiglu": False}, "--swiglu false: the checkpoint has true"),
+        ("model", {"ffn_type": "relu"}, "--ffn-type relu: the checkpoint has none"),
         ("moe", {"num_experts": 4}, "--num-experts 4: the checkpoint has none"),
         ("moe", {"moe_layer_freq": [0]}, "--moe-layer-freq 0: the checkpoint has 1"),
     ],
