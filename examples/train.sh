@@ -2,14 +2,35 @@
 # Train a recipe on this node, one rank a GPU (or RANKS of them):
 #   bash examples/train.sh olmoe_1b_7b --data-path PREFIX --tokenizer-model FILE --save RUN
 #   RANKS=2 bash examples/train.sh deepseek_v3/tiny --expert-model-parallel-size 2    # two CPU ranks
-# The first word names a folder of examples/ (its pretrain.yaml), or FOLDER/STAGE; flags follow.
+# The first word names a folder of examples/ (its pretrain.yaml), or FOLDER/STAGE; flags follow. With --dry-run
+# among them nothing is launched: one process checks and plans for as many ranks (or --world-size N).
+# PRINT=1 prints the command that would run, and does not run it.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-recipe="${1:?which recipe: a folder of examples/, or FOLDER/STAGE}"
+usage() { sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+
+recipe="${1:-}"
+case "$recipe" in
+  "" | -h | --help) usage; [ -n "$recipe" ] && exit 0; exit 2 ;;
+  */*) ;;
+  *) recipe="$recipe/pretrain" ;;
+esac
 shift
-case "$recipe" in */*) ;; *) recipe="$recipe/pretrain" ;; esac
+config="$root/examples/$recipe.yaml"
+[ -f "$config" ] || { echo "train.sh: no examples/$recipe.yaml; python tools/plan.py --list names the recipes" >&2; exit 2; }
+
+python="${PYTHON:-${MOETRON_VENV:-$root/.venv}/bin/python}"
 gpus="$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)"
+ranks="${RANKS:-$((gpus > 0 ? gpus : 1))}"
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
-exec "${PYTHON:-$root/.venv/bin/python}" -m torch.distributed.run --standalone \
-  --nproc-per-node "${RANKS:-$((gpus > 0 ? gpus : 1))}" \
-  "$root/pretrain_moe.py" --config "$root/examples/$recipe.yaml" "$@"
+command=("$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" "$root/pretrain_moe.py")
+case " $* " in # of two --world-size the last counts
+  *" --dry-run "*) command=("$python" "$root/pretrain_moe.py" --world-size "$ranks") ;;
+esac
+command+=(--config "$config" "$@")
+if [ -n "${PRINT:-}" ]; then
+  printf '%q ' "${command[@]}"
+  echo
+else
+  exec "${command[@]}"
+fi

@@ -4,17 +4,22 @@
 #     --data-path PREFIX --tokenizer-model FILE --save RUN
 # The first word names a folder of examples/ (its pretrain.yaml), or FOLDER/STAGE; flags follow. A run
 # that SLURM stops or requeues goes on from --save. MOETRON_ROOT and PYTHON name the checkout and its
-# interpreter where they differ from the folder of submission.
+# interpreter where they differ from the folder of submission; RANKS the ranks of a node, if not one a GPU.
 #SBATCH --job-name pretrain
 #SBATCH --ntasks-per-node 1
 #SBATCH --exclusive
 #SBATCH --requeue
 #SBATCH --signal TERM@300
 set -euo pipefail
+fail() { echo "pretrain.sh: $*" >&2; exit 2; }
+[ $# -gt 0 ] || fail "which recipe: a folder of examples/, or FOLDER/STAGE"
+[ -n "${SLURM_JOB_ID:-}" ] || fail "submit it with sbatch; on one node: examples/train.sh"
 root="${MOETRON_ROOT:-$SLURM_SUBMIT_DIR}"
-recipe="${1:?which recipe: a folder of examples/, or FOLDER/STAGE}"
+recipe="$1"
 shift
 case "$recipe" in */*) ;; *) recipe="$recipe/pretrain" ;; esac
+config="$root/examples/$recipe.yaml"
+[ -f "$config" ] || fail "no $config; submit from the checkout, or set MOETRON_ROOT"
 resume=()
 previous=""
 for word in "$@"; do
@@ -24,6 +29,6 @@ done
 head_node="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 export CUDA_DEVICE_MAX_CONNECTIONS=1
 exec srun "${PYTHON:-$root/.venv/bin/python}" -m torch.distributed.run \
-  --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-8}" \
+  --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "${RANKS:-${SLURM_GPUS_ON_NODE:-8}}" \
   --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$head_node:${MASTER_PORT:-29500}" \
-  "$root/pretrain_moe.py" --config "$root/examples/$recipe.yaml" "${resume[@]}" "$@"
+  "$root/pretrain_moe.py" --config "$config" "${resume[@]}" "$@"
