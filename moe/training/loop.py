@@ -138,10 +138,11 @@ class Loop:
         return row
 
     def _loss_row(self, losses: Losses) -> dict[str, Any]:
-        """Losses by source and by objective, where there are several; what the filter masked."""
+        """Losses and tokens with loss by source, losses by objective, where there are several."""
         stream, row = self.streams.training, dict[str, Any]()
         if len(stream.source_names) > 1:
             row["source_losses"] = losses.by_source
+            row["source_tokens"] = losses.tokens_by_source
         if len(stream.objective_names) > 1:
             row["objective_losses"] = losses.by_objective
         if self.trainer.settings.data.repetition_max_count is not None:

@@ -11,7 +11,7 @@ from jinja2 import Environment, StrictUndefined
 from plotly.offline import get_plotlyjs
 
 from moetron import __version__
-from moetron.moe.analysis.page import answers
+from moetron.moe.analysis.page import answers, stages
 from moetron.moe.analysis.page.charts import over_tokens
 from moetron.moe.analysis.page.routing_charts import of_routing
 from moetron.moe.analysis.page.runs import Run
@@ -42,10 +42,15 @@ def _content(runs: Sequence[Run]) -> dict[str, Any]:
             for section in (
                 {"title": f"Is {run.name} healthy?", "rows": answers.health(run)},
                 {"title": f"How {run.name} routes", "rows": answers.routing(run)},
+                {"title": f"How the stages of {run.name} differ", "rows": stages.answers(run)},
             )
+            if section["rows"]
         ],
         "charts": [
-            {"title": "Over the run", "figures": _html(over_tokens(runs))},
+            {
+                "title": "Over the run",
+                "figures": _html([*over_tokens(runs), *stages.of_stages(runs)]),
+            },
             *(
                 {"title": f"Routing of {run.name}", "figures": _html(of_routing(run.name, found))}
                 for run, found in analysed

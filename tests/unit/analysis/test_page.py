@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moetron.moe.analysis.page import answers
+from moetron.moe.analysis.page import answers, stages
 from moetron.moe.analysis.page.build import write_page
 from moetron.moe.analysis.page.runs import POINTS, Run, read, thinned
 from moetron.moe.config.errors import UserError
@@ -114,6 +114,33 @@ def test_stages_become_bands_up_to_where_the_run_is() -> None:
     staged = Run("tiny", metrics(), [], {"data": {"stages": stages}}, [], None)
     found = [(stage.first_token, stage.last_token, stage.objective) for stage in staged.stages]
     assert found == [(0, 5_000, "ul2"), (5_000, 20_000, "causal")]
+
+
+def test_stages_show_their_sources_objectives_and_drops() -> None:
+    """The second stage begins in the middle; drops of a stage's first half do not count."""
+    rows = metrics(drop=0.1)
+    for row in rows:
+        late, code = row["step"] > STEPS // 2, row["step"] % 2
+        shares = (1 - code, code) if late else (1, 3)
+        row |= {
+            "stage": 1 + late,
+            "source_tokens": dict(zip(("code", "prose"), shares, strict=True)),
+        }
+        settled = row["step"] > 3 * STEPS // 4
+        row["dropped_by_position"] = {"layer_1": [0.0, 0.2 if settled else 0.1]}
+    planned = [{"objective": "ul2", "until_tokens": 50 * STEPS}, {"objective": "causal"}]
+    staged = Run("tiny", rows, [], {"data": {"stages": planned}}, [], None)
+    found = [answer.text for answer in stages.answers(staged)]
+    assert found == [
+        "ul2; code 25.0 %, prose 75.0 %",
+        "0.0 % of choices in the first part of a sequence, 10.0 % in the last of 2",
+        "causal; code 50.0 %, prose 50.0 %",
+        "0.0 % of choices in the first part of a sequence, 20.0 % in the last of 2",
+    ]
+    sources, drops = stages.of_stages([staged])
+    assert [trace.name for trace in sources.data] == ["code", "prose"]
+    assert [trace.name for trace in drops.data] == ["stage 1: ul2", "stage 2: causal"]
+    assert stages.answers(run()) == [] and stages.of_stages([run()]) == []
 
 
 def test_long_runs_are_thinned_to_means() -> None:
