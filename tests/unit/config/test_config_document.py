@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[3]
 RECIPES = sorted(
     path
     for path in (ROOT / "examples").rglob("*.yaml")
-    if path.name != "data.yaml" and path.parent.name != "evaluation"  # parts of recipes, tasks
+    if path.name not in ("data.yaml", "life.yaml")  # parts of recipes
+    and path.parent.name != "evaluation"  # tasks
 )
 
 
