@@ -125,6 +125,8 @@ class LoggingSettings(Group):
     """Write TensorBoard events below --save."""
     tensorboard_dir: str | None = None
     """Where; unset: SAVE/tensorboard."""
+    expert_load_interval: PositiveInt = 100
+    """Steps between histograms and heat maps of every expert's load in TensorBoard and W&B."""
     wandb_project: str | None = None
     """Weights & Biases project; unset: off."""
     peak_tflops_per_s: PositiveFloat | None = None

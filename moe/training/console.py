@@ -6,7 +6,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from moetron.moe.training.report import Row
+from moetron.moe.training.report import Loads, Row
 
 
 class Console:
@@ -32,6 +32,9 @@ class Console:
         elif due:
             print(f"step {step}/{self._last_step} | {_figures(row)} | ETA {self._eta(step)}")
             sys.stdout.flush()
+
+    def expert_load(self, step: int, loads: Loads) -> None:
+        """Shown by `step` in one number."""
 
     def validation(self, row: Row) -> None:
         """Show an evaluation."""

@@ -17,7 +17,13 @@ from moetron.moe.training.sampling import Sampling
 
 
 def load_model(path: Path, settings: Settings, vocab_size: int, runtime: Runtime) -> GPTModel:
-    """The model of the checkpoint at ``path``, ready to be asked."""
+    """The model of the checkpoint at ``path``, ready to be asked.
+
+    Modules of multi-token prediction are left out: they serve training, and the next token's
+    logits do not depend on them.
+    """
+    shape = settings.model.model_copy(update={"mtp_num_layers": None})
+    settings = settings.model_copy(update={"model": shape})
     config = transformer_config(settings, uses_transformer_engine(settings))
     model = build_model(settings, config, vocab_size).to(runtime.device, config.params_dtype)
     load_weights(path, [model])

@@ -108,6 +108,9 @@ class Loop:
             row = self._row(figures, samples, learning_rate, step_time_s)
             for sink in self.sinks:
                 sink.step(row)
+            if self.progress.step % settings.logging.expert_load_interval == 0:
+                for sink in self.sinks:
+                    sink.expert_load(self.progress.step, figures.loads)
         return figures.stop
 
     def _row(

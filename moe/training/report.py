@@ -1,16 +1,25 @@
 """What a run writes down about itself: metrics.jsonl, validation.jsonl, TensorBoard, W&B."""
 
+import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from moetron.moe.config.errors import UserError
 from moetron.moe.config.settings import Settings
 from moetron.moe.training.atomic import write_text
 
+_CELL = 12
+"""Pixels of an expert's square in a heat map."""
 Row = Mapping[str, Any]
 """One line: ``step`` and whatever was measured; what does not apply is left out."""
+
+
+Loads = Mapping[str, np.ndarray]
+"""For each layer with experts every expert's load over the mean load, [E]; empty if dense."""
 
 
 class Sink(Protocol):
@@ -22,6 +31,10 @@ class Sink(Protocol):
 
     def validation(self, row: Row) -> None:
         """Report an evaluation."""
+        ...
+
+    def expert_load(self, step: int, loads: Loads) -> None:
+        """Report where a step's tokens went, every --expert-load-interval steps."""
         ...
 
     def close(self) -> None:
@@ -84,6 +97,9 @@ class LineFiles:
         """A line in validation.jsonl."""
         self._validation.write(row)
 
+    def expert_load(self, step: int, loads: Loads) -> None:
+        """Each layer's maximum is in the step's line; the rest would be most of the file."""
+
     def close(self) -> None:
         """Close both."""
         self._metrics.close()
@@ -91,7 +107,10 @@ class LineFiles:
 
 
 class TensorBoard:
-    """Scalars of every step below ``train/`` and of every evaluation below ``validation/``."""
+    """Scalars of every step below ``train/`` and of every evaluation below ``validation/``.
+
+    Below ``expert_load/`` a histogram for each layer and a heat map of all.
+    """
 
     def __init__(self, folder: Path, last_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # a second of imports
@@ -106,6 +125,13 @@ class TensorBoard:
         """One scalar for each number."""
         self._write("validation", row)
 
+    def expert_load(self, step: int, loads: Loads) -> None:
+        """A histogram of each layer's experts, and all of them as an image."""
+        for name, load_E in loads.items():
+            self._writer.add_histogram(f"expert_load/{name}", load_E, step)
+        if loads:
+            self._writer.add_image("expert_load/all", heat_map(loads), step, dataformats="HWC")
+
     def close(self) -> None:
         """Write out what is buffered."""
         self._writer.close()
@@ -116,7 +142,7 @@ class TensorBoard:
 
 
 class WandB:
-    """The same scalars on Weights & Biases; each start of a run is one of the group of its folder.
+    """The same on Weights & Biases; each start of a run is one of the group of its folder.
 
     Raises:
         UserError: when wandb is not installed.
@@ -124,12 +150,12 @@ class WandB:
 
     def __init__(self, project: str, folder: Path, settings: Settings) -> None:
         try:
-            import wandb
+            self._wandb: Any = importlib.import_module("wandb")
         except ImportError as error:
             raise UserError("--wandb-project needs `pip install moetron[log]`") from error
         tree = settings.model_dump(mode="json")
         group = folder.resolve().name
-        self._run = wandb.init(project=project, group=group, dir=str(folder), config=tree)
+        self._run = self._wandb.init(project=project, group=group, dir=str(folder), config=tree)
 
     def step(self, row: Row) -> None:
         """One scalar for each number."""
@@ -139,12 +165,33 @@ class WandB:
         """One scalar for each number."""
         self._log("validation", row)
 
+    def expert_load(self, step: int, loads: Loads) -> None:
+        """A histogram of each layer's experts, and all of them as an image."""
+        found = {
+            f"expert_load/{name}": self._wandb.Histogram(load_E) for name, load_E in loads.items()
+        }
+        if loads:
+            found["expert_load/all"] = self._wandb.Image(heat_map(loads))
+        self._run.log(found, step=step)
+
     def close(self) -> None:
         """Upload what is left."""
         self._run.finish()
 
     def _log(self, prefix: str, row: Row) -> None:
         self._run.log({f"{prefix}/{name}": value for name, value in flat(row)}, step=row["step"])
+
+
+def heat_map(loads: Loads) -> np.ndarray:
+    """Layers from top to bottom, experts from left to right: uint8 [rows, columns, RGB].
+
+    Blue where an expert is idle, grey at an even share, red from twice that on.
+    """
+    from matplotlib import colormaps  # half a second of imports
+
+    load_LE = np.stack(list(loads.values()))
+    colours = colormaps["coolwarm"](np.clip(load_LE / 2, 0, 1), bytes=True)[..., :3]
+    return np.kron(colours, np.ones((_CELL, _CELL, 1), dtype=np.uint8))
 
 
 def flat(row: Row) -> list[tuple[str, float]]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
@@ -56,6 +57,8 @@ class StepFigures:
     """Norm of the whole gradient before clipping."""
     besides: dict[str, Any]
     """``prediction_figures`` and ``routing_figures``."""
+    loads: dict[str, np.ndarray]
+    """For each layer with experts every expert's load over the mean load, float64 [E]."""
     stop: bool
     """Whether any rank asked to stop."""
 
@@ -94,11 +97,9 @@ def train_step(
     total = torch.cat([local.flatten(), stops])
     torch.distributed.all_reduce(total)
     losses = tally.read(total[:-1].view_as(local))
-    besides = {
-        **prediction_figures(trainer, num_microbatches),
-        **routing_figures(trainer, num_microbatches),
-    }
-    figures = StepFigures(losses, float(grad_norm), besides, bool(total[-1] > 0))
+    routing, loads = routing_figures(trainer, num_microbatches)
+    besides = {**prediction_figures(trainer, num_microbatches), **routing}
+    figures = StepFigures(losses, float(grad_norm), besides, loads, bool(total[-1] > 0))
     if trainer.settings.training.check_for_nan_in_loss_and_grad:
         _refuse_non_finite(figures, local[0].sum())
     return figures
@@ -123,16 +124,19 @@ def prediction_figures(trainer: Trainer, num_microbatches: int) -> dict[str, Any
     return {"mtp_losses": (sums[:-1] / sums[-1]).tolist()}
 
 
-def routing_figures(trainer: Trainer, num_microbatches: int) -> dict[str, Any]:
+def routing_figures(
+    trainer: Trainer, num_microbatches: int
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """What routers did since the last call, over all ranks (collective); nothing if dense.
 
     ``aux_loss`` and ``z_loss`` without their coefficients; ``expert_load_max_over_mean``, the load
     of a layer's busiest expert over the mean, averaged over layers, and ``expert_load``, the same
     for each layer; where experts have a capacity ``dropped_fraction`` of choices, over all layers,
     ``dropped_fractions``, by layer, and ``dropped_by_position``, by layer and part of the sequence.
+    And beside these the ``loads`` of `StepFigures`.
     """
     if trainer.recorder is None:
-        return {}
+        return {}, {}
     runtime, moe = trainer.runtime, trainer.settings.moe
     figures: dict[str, Any] = dict(
         read_auxiliary_losses(trainer.settings, num_microbatches, runtime.groups, runtime.device)
@@ -141,14 +145,15 @@ def routing_figures(trainer: Trainer, num_microbatches: int) -> dict[str, Any]:
     trainer.recorder.reset()
     figures["expert_load_max_over_mean"] = summary.load_max_over_mean
     chosen_LE = summary.chosen.double()  # [MoE layers, experts]
-    loads = (chosen_LE.amax(1) / chosen_LE.mean(1)).tolist()
+    loads_LE = (chosen_LE / chosen_LE.mean(1, keepdim=True)).numpy()
     names = [f"layer_{n}" for n, sparse in enumerate(routed_layers(trainer.settings)) if sparse]
-    figures["expert_load"] = dict(zip(names, loads, strict=True))
+    loads = dict(zip(names, loads_LE, strict=True))
+    figures["expert_load"] = {name: float(load_E.max()) for name, load_E in loads.items()}
     if moe.moe_expert_capacity_factor is not None:
         figures["dropped_fraction"] = summary.dropped_fraction
         figures["dropped_fractions"] = dict(zip(names, summary.dropped_fractions, strict=True))
         figures["dropped_by_position"] = dict(zip(names, summary.dropped_by_position, strict=True))
-    return figures
+    return figures, loads
 
 
 def run_schedule(

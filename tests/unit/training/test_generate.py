@@ -1,6 +1,7 @@
 """Choosing the next token."""
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ from torch.testing import assert_close
 
 from moetron.moe.config.bridge import transformer_config
 from moetron.moe.layers.build import build_model
-from moetron.moe.training.generate import GrowingSequence, continuation, draw
+from moetron.moe.training.generate import GrowingSequence, continuation, draw, load_model
 from moetron.moe.training.sampling import Sampling
+from tests.parallel import checkpoint_runs
 from tests.parallel.harness import model_parallel
 from tests.unit.training.training_cases import settings
 
@@ -110,3 +112,26 @@ def test_the_same_seed_gives_the_same_text() -> None:
             return [next(following) for _ in range(8)]
 
         assert text(1) == text(1) == text(1, cached=False) != text(2)
+
+
+def test_a_model_that_learned_to_predict_further_ahead_is_asked_for_the_next_token(
+    tmp_path: Path,
+) -> None:
+    chosen = checkpoint_runs.settings(
+        "dp",
+        model={"mtp_num_layers": 1},
+        training={"train_iters": 1},
+        checkpoint={"save": str(tmp_path)},
+    )
+    tokens = torch.randint(checkpoint_runs.VOCABULARY, (1, 9))
+    inputs, labels = tokens[:, :-1], tokens[:, 1:]
+    positions = torch.arange(8)[None]
+    with checkpoint_runs.parallel_of(chosen):
+        loop = checkpoint_runs.start(chosen)
+        loop.run(lambda: False)
+        model = load_model(tmp_path, chosen, checkpoint_runs.VOCABULARY, loop.trainer.runtime)
+        with torch.no_grad():
+            trained = loop.trainer.chunks[0].eval()(inputs, positions, None, labels=labels)
+            asked = model(inputs, positions, None, labels=labels)
+        assert_close(asked, trained, atol=1e-6, rtol=0)
+        assert next(continuation(model, [1], checkpoint_runs.VOCABULARY, Sampling())) >= 0

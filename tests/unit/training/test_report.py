@@ -1,16 +1,21 @@
 """What a run writes down: every bit of a float, nothing twice after a resume."""
 
+import io
 import json
 import math
 import sys
 from pathlib import Path
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from moetron.moe.config.errors import UserError
-from moetron.moe.training.report import JsonLines, LineFiles, WandB, flat, open_sinks
+from moetron.moe.training.report import JsonLines, LineFiles, WandB, flat, heat_map, open_sinks
 from tests.unit.training.training_cases import settings
+
+LOADS = {"layer_1": np.array([0.0, 1.0, 2.0]), "layer_3": np.ones(3)}
 
 
 def _steps(path: Path) -> list[int]:
@@ -56,6 +61,7 @@ def test_tensorboard_scalars_can_be_read_back(tmp_path: Path) -> None:
     for sink in open_sinks(settings(checkpoint={"save": str(tmp_path)}), 0):
         sink.step({"step": 1, "lm_loss": 2.5})
         sink.validation({"step": 1, "validation_loss": 2.0, "source_losses": {"a": 1.0}})
+        sink.expert_load(1, LOADS)
         sink.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
@@ -66,6 +72,18 @@ def test_tensorboard_scalars_can_be_read_back(tmp_path: Path) -> None:
         "validation/source_losses/a": 1.0,
     }
     assert _steps(tmp_path / "metrics.jsonl") == [1]
+    loads = {name: events.Histograms(name)[0] for name in events.Tags()["histograms"]}
+    assert {name: (load.step, load.histogram_value.min) for name, load in loads.items()} == {
+        "expert_load/layer_1": (1, 0.0),
+        "expert_load/layer_3": (1, 1.0),
+    }
+    image = events.Images("expert_load/all")[0]
+    cell = image.width // 3
+    assert (image.step, image.height, image.width) == (1, 2 * cell, 3 * cell)
+    pixels = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))
+    assert (pixels == heat_map(LOADS)).all()
+    idle, even, _ = pixels[0, ::cell]
+    assert idle[2] > idle[0] and pixels[-1, -1].tolist() == even.tolist()
 
 
 def test_wandb_gets_the_same_scalars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,6 +97,25 @@ def test_wandb_gets_the_same_scalars(tmp_path: Path, monkeypatch: pytest.MonkeyP
         sink.close()
     run.log.assert_called_once_with({"train/lm_loss": 2.5}, step=4)
     run.finish.assert_called_once()
+
+
+def test_wandb_offline_keeps_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run_settings = settings(
+        checkpoint={"save": str(tmp_path)}, logging={"wandb_project": "p", "tensorboard": False}
+    )
+    for sink in open_sinks(run_settings, 0):
+        sink.step({"step": 100, "lm_loss": 2.5})
+        sink.expert_load(100, LOADS)
+        sink.validation({"step": 100, "validation_loss": 2.0})
+        sink.close()
+    [log] = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    content = log.read_bytes()
+    for name in (b"train/lm_loss", b"expert_load/layer_1", b"expert_load/all", b"validation_loss"):
+        assert name in content
+    [image] = log.parent.glob("files/media/images/**/*.png")
+    assert (np.asarray(Image.open(image)) == heat_map(LOADS)).all()
 
 
 def test_wandb_must_be_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
