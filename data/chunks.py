@@ -40,7 +40,7 @@ class RowChunk:
     file: str
     first_line: int
     """Number of the first line, from 1."""
-    data: bytes
+    data: bytes | bytearray
     read_bytes: int
     """Bytes of the input file that went into this chunk (fewer than ``data`` if compressed)."""
     end: Cursor
@@ -63,7 +63,7 @@ class RowChunk:
                 if bytes(line).strip():
                     yield Reject(self.file, number, f"not JSON ({error.msg})")
             else:
-                yield _document(row, text_key, self.file, number)
+                yield document_of(row, text_key, self.file, number)
             if end < 0:
                 return
             start = end + 1
@@ -112,13 +112,33 @@ class TableChunk:
     def documents(self, text_key: str) -> Iterator[Document | Reject]:
         """The text of each row."""
         for number, row in enumerate(self.batch.to_pylist(), self.first_row):
-            yield _document(row, text_key, self.file, number)
+            yield document_of(row, text_key, self.file, number)
 
 
-Chunk = RowChunk | FileChunk | TableChunk
+@dataclass(frozen=True)
+class LongChunk:
+    """One row or file that is too long to hold: where it lies, not what it says."""
+
+    file: str
+    line: int | None
+    """Number of the row, from 1; None where the file is the document."""
+    offset_bytes: int
+    """Where the row begins in the file's content, decompressed."""
+    length_bytes: int | None
+    """Of the row; None: to the end of the file."""
+    read_bytes: int
+    end: Cursor
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory that the chunk takes."""
+        return 0
 
 
-def _document(row: Any, text_key: str, file: str, line: int) -> Document | Reject:
+Chunk = RowChunk | FileChunk | TableChunk | LongChunk
+
+
+def document_of(row: Any, text_key: str, file: str, line: int) -> Document | Reject:
     """The document that a row holds."""
     if not isinstance(row, dict):
         return Reject(file, line, f"not a JSON object but {type(row).__name__}")

@@ -40,7 +40,7 @@ class Seen:
 
     def are_new(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Which documents equal none before them: ``tokens`` [sum(lengths)] -> bool [documents]."""
-        return np.fromiter(map(self._add, _digests(tokens, lengths)), bool, lengths.size)
+        return np.fromiter(map(self.is_new, _digests(tokens, lengths)), bool, lengths.size)
 
     def mark(self) -> int:
         """Bring everything to the disk; the documents that a successor need not ask about."""
@@ -52,8 +52,8 @@ class Seen:
         """Forget what came after the last mark."""
         self._table.close()
 
-    def _add(self, digest: bytes) -> bool:
-        """Whether a digest was not there yet."""
+    def is_new(self, digest: bytes) -> bool:
+        """Whether a document's digest was not there yet; it is now."""
         statement = "INSERT OR IGNORE INTO seen VALUES (?, ?)"
         added = self._table.execute(statement, (digest, self.asked)).rowcount
         self.asked += 1
@@ -65,9 +65,16 @@ def seen_path(prefix: str | Path) -> Path:
     return beside(prefix, ".seen.tmp")
 
 
+def begin_digest() -> "hashlib.blake2b":
+    """What a document's ids, in the bytes of the shard's dtype, are to be fed to."""
+    return hashlib.blake2b(digest_size=DIGEST_BYTES)
+
+
 def _digests(tokens: np.ndarray, lengths: np.ndarray) -> Iterable[bytes]:
     """A digest of each document's ids."""
     payload, end = np.ascontiguousarray(tokens).view(np.uint8).data, 0
     for size in (lengths * tokens.itemsize).tolist():
         end += size
-        yield hashlib.blake2b(payload[end - size : end], digest_size=DIGEST_BYTES).digest()
+        digest = begin_digest()
+        digest.update(payload[end - size : end])
+        yield digest.digest()

@@ -2,24 +2,24 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import groupby
 
 import numpy as np
 
-from moetron.data.chunks import Chunk, Cursor, Reject
+from moetron.data.chunks import Chunk, Cursor, LongChunk, Reject
 from moetron.data.filters import Filters
 from moetron.data.indexed_format import token_dtype
-from moetron.data.inputs import CHUNK_BYTES
-from moetron.data.long_text import PIECE_CHARACTERS, pieces
+from moetron.data.long_text import PIECE_CHARACTERS, blocks, pieces
 from moetron.tokenizers.fast_bpe import FastBPE, first_difference, open_fast
 from moetron.tokenizers.interface import Tokenizer
 from moetron.tokenizers.load import load_tokenizer
 
 COMPARED_CHARACTERS = 500
-"""Of one document in each ``CHUNK_BYTES`` of text, which the reference encodes too."""
+"""Of one document in each ``COMPARED_BYTES`` of text, which the reference encodes too."""
+COMPARED_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,17 @@ class Encoded:
         return kept + len(self.rejects) + sum(self.left_out.values())
 
 
-def encode_chunk(encoding: Encoding, chunk: Chunk, tokenizer: Tokenizer | None = None) -> Encoded:
+def encode_chunk(
+    encoding: Encoding, chunk: Chunk, tokenizer: Tokenizer | None = None
+) -> Encoded | LongChunk:
     """Parse a chunk, decide each document's side, and encode both sides in batches.
 
+    A document that is too long to hold is left as it is, for ``moetron.data.long_documents``.
     ``tokenizer``: the one that ``encoding`` names, if it is at hand.
     """
-    tokenizer = tokenizer or _tokenizer(encoding.tokenizer, encoding.fast)
+    if isinstance(chunk, LongChunk):
+        return chunk
+    tokenizer = tokenizer or open_tokenizer(encoding)
     sides: tuple[list[str], list[str]] = [], []
     rejects: list[Reject] = []
     left_out: Counter[str] = Counter(empty=0)
@@ -91,21 +96,23 @@ def encode_chunk(encoding: Encoding, chunk: Chunk, tokenizer: Tokenizer | None =
             text = document[0]
             sides[is_held_out(text, encoding.holdout_fraction)].append(text)
     if isinstance(tokenizer, FastBPE):
-        _compare_engines(tokenizer, sides[0] or sides[1], chunk.size_bytes // CHUNK_BYTES + 1)
+        compare_engines(tokenizer, sides[0] or sides[1], chunk.size_bytes // COMPARED_BYTES + 1)
     training, held_out = (_encode(tokenizer, texts, encoding, left_out) for texts in sides)
     return Encoded((training, held_out), rejects, left_out, chunk.read_bytes, chunk.end)
 
 
-def is_held_out(text: str, fraction: float) -> bool:
-    """Whether a document is for validation.
+def is_held_out(text: str | Iterable[str], fraction: float) -> bool:
+    """Whether a document, whole or in parts, is for validation.
 
     A keyed hash of its content decides, so that the same text falls on the same side in every run
     and every copy of it does, and a smaller fraction holds out a subset of a larger one's.
     """
     if fraction == 0:
         return False
-    digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"moetron holdout").digest()
-    return int.from_bytes(digest, "little") < fraction * 2.0**64
+    digest = hashlib.blake2b(digest_size=8, person=b"moetron holdout")
+    for part in (text,) if isinstance(text, str) else text:
+        digest.update(part.encode())
+    return int.from_bytes(digest.digest(), "little") < fraction * 2.0**64
 
 
 def _encode(
@@ -155,12 +162,13 @@ def _encode_part(
     if len(texts[0]) <= PIECE_CHARACTERS:
         ids, lengths = tokenizer.encode_flat(texts)
         return ids.astype(dtype), lengths
-    ids = [tokenizer.encode_flat([piece])[0].astype(dtype) for piece in pieces(texts[0], tokenizer)]
+    cut = pieces(blocks(texts[0]), tokenizer)
+    ids = [tokenizer.encode_flat([piece])[0].astype(dtype) for piece in cut]
     tokens = np.concatenate(ids)
     return tokens, np.array([tokens.size])
 
 
-def _compare_engines(fast: FastBPE, texts: Sequence[str], samples: int) -> None:
+def compare_engines(fast: FastBPE, texts: Sequence[str], samples: int) -> None:
     """Encode the beginnings of some texts of the chunk, ever others, by the reference too."""
     step = -(-len(texts) // samples) or 1
     first = len(texts[0]) % min(step, len(texts)) if texts else 0
@@ -169,8 +177,12 @@ def _compare_engines(fast: FastBPE, texts: Sequence[str], samples: int) -> None:
         raise EnginesDiffer(f"{fast.name}: the fast engine encodes {text[:80]!r}... otherwise")
 
 
+def open_tokenizer(encoding: Encoding) -> Tokenizer:
+    """The tokenizer that ``encoding`` names, or its fast engine; loaded once a process."""
+    return _tokenizer(encoding.tokenizer, encoding.fast)
+
+
 @lru_cache(maxsize=2)
 def _tokenizer(source: str, fast: bool) -> Tokenizer:
-    """The tokenizer, loaded once a process."""
     reference = load_tokenizer(source)
     return (open_fast(reference) if fast else None) or reference

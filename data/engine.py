@@ -5,8 +5,9 @@ from functools import partial
 from pathlib import Path
 
 from moetron.data import inputs
-from moetron.data.chunks import Chunk, Cursor
-from moetron.data.encode import Encoded, Encoding, encode_chunk
+from moetron.data.chunks import Chunk, Cursor, LongChunk
+from moetron.data.encode import Encoded, Encoding, encode_chunk, open_tokenizer
+from moetron.data.long_documents import LongDocument
 from moetron.data.parallel import ordered_map
 from moetron.data.ray_engine import ray_map
 from moetron.tokenizers.fast_bpe import open_fast
@@ -27,8 +28,10 @@ def encoded_chunks(
     tokenizer: Tokenizer,
     workers: int,
     engine: str = "local",
-) -> Iterator[Encoded]:
+) -> Iterator[Encoded | LongDocument]:
     """What the files hold from ``start`` on, in order; ``tokenizer`` is the reference.
+
+    Documents that are too long to hold are encoded here, while they are written.
 
     Raises EnginesDiffer where the fast engine does not give the reference's ids.
     """
@@ -45,7 +48,13 @@ def encoded_chunks(
         return max(1.0, chunk.size_bytes / chunk_bytes)
 
     encode = partial(encode_chunk, encoding, tokenizer=here)
-    if local:
-        yield from ordered_map(encode, chunks, PARSERS if threads else workers, weigh, threads)
-    else:
-        yield from ray_map(encode, chunks, workers, weigh)
+    results = (
+        ordered_map(encode, chunks, PARSERS if threads else workers, weigh, threads)
+        if local
+        else ray_map(encode, chunks, workers, weigh)
+    )
+    for made in results:
+        if isinstance(made, LongChunk):
+            yield LongDocument(encoding, made, here or open_tokenizer(encoding))
+        else:
+            yield made

@@ -4,11 +4,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from moetron.data.duplicates import Seen, seen_path
+from moetron.data.duplicates import Seen, begin_digest, seen_path
 from moetron.data.encode import Documents
 from moetron.data.family import family, member, numbered
 from moetron.data.files import beside
 from moetron.data.journal import Part, Side
+from moetron.data.long_documents import LeftOut, LongDocument
 from moetron.data.manifest import FileRecord
 from moetron.data.writer import ShardWriter, temporary_paths
 
@@ -51,6 +52,27 @@ class FamilyWriter:
             tokens, lengths, text_bytes = tokens[ids:], lengths[count:], text_bytes[count:]
         return duplicates
 
+    def add_long(self, document: LongDocument) -> None:
+        """Append a document that is encoded on the way.
+
+        Raises LeftOut or Unreadable, and leaves everything as it was, if it does not stay.
+        """
+        self._next_if_full()
+        digest = begin_digest()
+        try:
+            with self._writer.document() as append:
+                for tokens in document.tokens():
+                    append(tokens)
+                    digest.update(tokens.data)
+                if self._seen is not None and not self._seen.is_new(digest.digest()):
+                    raise LeftOut("duplicate")
+        except BaseException:
+            self._back_if_empty()
+            raise
+        part = self.side.parts[-1]
+        part.documents, part.tokens = self._writer.documents, self._writer.tokens
+        part.text_bytes += document.text_bytes
+
     def mark(self) -> dict[str, int]:
         """Bring everything to the disk; the bytes that a successor needs, by file."""
         sizes = self._writer.mark()
@@ -86,13 +108,26 @@ class FamilyWriter:
         """How many of the documents the current shard takes; if none, a new one is begun."""
         if self._size is None:
             return lengths.size
-        if self._writer.tokens >= self._size:
+        self._next_if_full()
+        room = self._size - self._writer.tokens
+        return int(np.searchsorted(np.cumsum(lengths), room)) + 1
+
+    def _next_if_full(self) -> None:
+        """Begin a new shard if the current one has its size."""
+        if self._size is not None and self._writer.tokens >= self._size:
             self._writer.mark()
             self._writer.close()
             self.side.parts.append(Part())
             self._writer = self._open(len(self.side.parts) - 1)
-        room = self._size - self._writer.tokens
-        return int(np.searchsorted(np.cumsum(lengths), room)) + 1
+
+    def _back_if_empty(self) -> None:
+        """Return to the shard before if nothing came into a new one."""
+        if len(self.side.parts) > 1 and self._writer.documents == 0:
+            self._writer.close()
+            self.side.parts.pop()
+            for path in temporary_paths(self._name(len(self.side.parts))):
+                path.unlink(missing_ok=True)
+            self._writer = self._open(len(self.side.parts) - 1)
 
     def _append(self, documents: Documents) -> None:
         """Append to the current shard."""

@@ -45,12 +45,17 @@ class Filters:
         """Keys of a row that the rules look at, besides its text."""
         return (self.stars_key, "metadata") if self.min_stars > 0 else ()
 
+    def by_row(self, row: Mapping[str, Any]) -> str | None:
+        """The name of a rule that leaves a document out for its row, if one does."""
+        few = self.min_stars > 0 and stars(row, self.stars_key) < self.min_stars
+        return "few stars" if few else None
+
     def by_text(self, text: str, row: Mapping[str, Any]) -> str | None:
         """The name of a rule that leaves a document out for its text or row, if one does."""
         if not text:
             return "empty"
-        if self.min_stars > 0 and stars(row, self.stars_key) < self.min_stars:
-            return "few stars"
+        if (rule := self.by_row(row)) is not None:
+            return rule
         if self.frequent_words and has_frequent_words(text):
             return "frequent words"
         return None
@@ -95,6 +100,10 @@ def stars(row: Mapping[str, Any], key: str) -> float:
 
 def has_frequent_words(text: str) -> bool:
     """Whether one word makes more than 30 % of a text, or two words more than 50 %."""
-    counts = Counter(text.split())
+    return are_frequent(Counter(text.split()))
+
+
+def are_frequent(counts: Counter[str]) -> bool:
+    """``has_frequent_words`` of a text whose words were counted."""
     shares = [count / counts.total() for _, count in counts.most_common(2)]
     return bool(shares) and (shares[0] > FIRST_WORD_SHARE or sum(shares) > TWO_WORDS_SHARE)

@@ -10,12 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from moetron.data.chunks import Chunk, Cursor, FileChunk, RowChunk
+from moetron.data.chunks import Chunk, Cursor, FileChunk, LongChunk, RowChunk
 from moetron.data.errors import DataError
 from moetron.data.tables import TABLE_SUFFIXES, table_chunks
 
 CHUNK_BYTES = 1 << 20
 """Text that one task holds; a longer row or file makes a longer task."""
+LONG_BYTES = 1 << 24
+"""A row or file of more is not held: it is read while it is encoded."""
 ROW_SUFFIXES = {".jsonl", ".json", ".ndjson"}
 COMPRESSED_SUFFIXES = {".gz", ".zst"}
 FOREIGN_SUFFIXES = {".bin", ".idx", ".npy", ".npz", ".zip", ".tar", ".xz"}
@@ -55,47 +57,97 @@ def read_chunks(
     """
     start = start or Cursor()
     chunk_bytes = chunk_bytes or CHUNK_BYTES
-    waiting: list[tuple[str, bytes]] = []
-    waiting_bytes = read_bytes = 0
+    whole = _WholeFiles(chunk_bytes)
     for number, file in list(enumerate(files))[start.file :]:
         suffix = _text_suffix(file)
-        if suffix in ROW_SUFFIXES | TABLE_SUFFIXES:
-            if waiting:
-                yield FileChunk(tuple(waiting), read_bytes, Cursor(number))
-                waiting, waiting_bytes, read_bytes = [], 0, 0
-            here = start if number == start.file else Cursor(number)
-            if suffix in TABLE_SUFFIXES:
-                yield from table_chunks(file, here, columns, chunk_bytes)
-            else:
-                yield from _row_chunks(file, here, chunk_bytes)
+        if suffix not in ROW_SUFFIXES | TABLE_SUFFIXES:
+            yield from whole.take(file, number)
             continue
-        with _content(file) as (_, stream):
-            waiting.append((str(file), stream.read()))
-        waiting_bytes += len(waiting[-1][1])
-        read_bytes += file.stat().st_size
-        if waiting_bytes >= chunk_bytes:
-            yield FileChunk(tuple(waiting), read_bytes, Cursor(number + 1))
-            waiting, waiting_bytes, read_bytes = [], 0, 0
-    if waiting:
-        yield FileChunk(tuple(waiting), read_bytes, Cursor(len(files)))
+        yield from whole.rest(number)
+        here = start if number == start.file else Cursor(number)
+        if suffix in TABLE_SUFFIXES:
+            yield from table_chunks(file, here, columns, chunk_bytes)
+        else:
+            yield from _row_chunks(file, here, chunk_bytes)
+    yield from whole.rest(len(files))
 
 
-def _row_chunks(file: Path, start: Cursor, chunk_bytes: int) -> Iterator[RowChunk]:
+class _WholeFiles:
+    """Files that are a document each, gathered to tasks."""
+
+    def __init__(self, chunk_bytes: int) -> None:
+        self._chunk_bytes = chunk_bytes
+        self._waiting: list[tuple[str, bytes]] = []
+        self._read_bytes = 0
+
+    def take(self, file: Path, number: int) -> Iterator[Chunk]:
+        """Read a file; the tasks that are full with it."""
+        size = file.stat().st_size
+        with content(file) as (_, stream):
+            data = stream.read(LONG_BYTES + 1)
+        if len(data) > LONG_BYTES:
+            yield from self.rest(number)
+            yield LongChunk(str(file), None, 0, None, size, Cursor(number + 1))
+            return
+        self._waiting.append((str(file), data))
+        self._read_bytes += size
+        if sum(len(data) for _, data in self._waiting) >= self._chunk_bytes:
+            yield from self.rest(number + 1)
+
+    def rest(self, number: int) -> Iterator[FileChunk]:
+        """A task of the files before this number that wait."""
+        if self._waiting:
+            yield FileChunk(tuple(self._waiting), self._read_bytes, Cursor(number))
+            self._waiting, self._read_bytes = [], 0
+
+
+def _row_chunks(file: Path, start: Cursor, chunk_bytes: int) -> Iterator[RowChunk | LongChunk]:
     """Whole lines of one file."""
     offset, line = start.offset_bytes, start.line
-    with _content(file) as (raw, stream):
-        _skip(stream, offset)
+    with content(file) as (raw, stream):
+        skip(stream, offset)
         before = raw.tell()
-        while data := stream.read(chunk_bytes):
-            data += stream.readline()
-            offset += len(data)
-            position, lines = raw.tell(), data.count(b"\n")
-            end = Cursor(start.file, offset, line + lines)
-            yield RowChunk(str(file), line, data, position - before, end)
-            line, before = end.line, position
+        while data := _block(stream, chunk_bytes):
+            data += stream.readline(LONG_BYTES + 1)
+            long_at = data.rfind(b"\n") + 1
+            tail_bytes = len(data) - long_at
+            is_long = tail_bytes > LONG_BYTES
+            if is_long:
+                del data[long_at:]
+            end = Cursor(start.file, offset + len(data), line + data.count(b"\n"))
+            if data:
+                position = raw.tell()
+                yield RowChunk(str(file), line, data, position - before, end)
+                before = position
+            if is_long:
+                begin, length = end, tail_bytes + _rest_of_line(stream)
+                end = Cursor(start.file, begin.offset_bytes + length, begin.line + 1)
+                position = raw.tell()
+                yield LongChunk(
+                    str(file), begin.line, begin.offset_bytes, length, position - before, end
+                )
+                before = position
+            offset, line = end.offset_bytes, end.line
 
 
-def _skip(stream: BinaryIO, size_bytes: int) -> None:
+def _block(stream: BinaryIO, size_bytes: int) -> bytearray:
+    """The next bytes of a stream, at most so many; none at its end."""
+    data = bytearray(size_bytes)
+    del data[stream.readinto(data) :]  # type: ignore[attr-defined]
+    return data
+
+
+def _rest_of_line(stream: BinaryIO) -> int:
+    """Pass over what is left of a line; its bytes."""
+    size_bytes = 0
+    while part := stream.readline(CHUNK_BYTES):
+        size_bytes += len(part)
+        if part.endswith(b"\n"):
+            break
+    return size_bytes
+
+
+def skip(stream: BinaryIO, size_bytes: int) -> None:
     """Leave out the beginning of a stream that was read before."""
     if stream.seekable():
         stream.seek(size_bytes)
@@ -150,7 +202,7 @@ def _text_suffix(file: Path) -> str:
 
 
 @contextmanager
-def _content(file: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+def content(file: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """(the file as it is, its decompressed content); DataError if it cannot be read."""
     errors: list[type[Exception]] = [OSError, EOFError, zlib.error]
     try:

@@ -6,38 +6,53 @@ segmentation. Pieces bound the memory, and are segmented exactly.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
 from moetron.tokenizers.interface import Tokenizer
 
 PIECE_CHARACTERS = 1 << 20
+LONGEST_PIECES = 4
+"""Without a safe place, a text is cut anyway where it is as long as so many pieces."""
 CONTEXT_CHARACTERS = 256
 """Text on either side of a cut that must be encoded to the same ids with the cut and without."""
 CANDIDATES = 32
 _CANDIDATE = re.compile(r"\w(?=\s\w)")
 
 
-def pieces(text: str, tokenizer: Tokenizer) -> Iterator[str]:
-    """``text`` in pieces, a function of it and the tokenizer alone.
+def blocks(text: str) -> Iterator[str]:
+    """A text in the form that ``pieces`` takes."""
+    return (text[at : at + PIECE_CHARACTERS] for at in range(0, len(text), PIECE_CHARACTERS))
 
-    Pieces are of about ``PIECE_CHARACTERS``; a text in which no safe cut is found stays whole.
+
+def pieces(text_blocks: Iterable[str], tokenizer: Tokenizer) -> Iterator[str]:
+    """A text that comes in blocks, in pieces of about ``PIECE_CHARACTERS``.
+
+    They are a function of the whole text and the tokenizer; how the blocks were cut does not count.
     """
-    start = 0
-    while len(text) - start > PIECE_CHARACTERS:
-        end = _safe_cut(text, start + PIECE_CHARACTERS, tokenizer)
-        yield text[start:end]
-        start = end
-    if start < len(text):
-        yield text[start:]
+    longest = LONGEST_PIECES * PIECE_CHARACTERS
+    coming, text = filter(None, text_blocks), ""
+    while True:
+        while len(text) < longest + CONTEXT_CHARACTERS and (block := next(coming, "")):
+            text += block
+        if len(text) <= PIECE_CHARACTERS:
+            break
+        end = _safe_cut(text, tokenizer, min(longest, len(text)))
+        yield text[:end]
+        text = text[end:]
+    if text:
+        yield text
 
 
-def _safe_cut(text: str, earliest: int, tokenizer: Tokenizer) -> int:
-    """The first place, from ``earliest`` on, where a cut leaves the ids around it as they are."""
-    for match in islice(_CANDIDATE.finditer(text, earliest), CANDIDATES):
+def _safe_cut(text: str, tokenizer: Tokenizer, end: int) -> int:
+    """The first place from ``PIECE_CHARACTERS`` on where a cut leaves the ids as they are.
+
+    ``end`` if none before it is found.
+    """
+    for match in islice(_CANDIDATE.finditer(text, PIECE_CHARACTERS, end), CANDIDATES):
         cut = match.end()
         left, right = text[cut - CONTEXT_CHARACTERS : cut], text[cut : cut + CONTEXT_CHARACTERS]
         whole, *parts = tokenizer.encode_batch([left + right, left, right])
         if whole == parts[0] + parts[1]:
             return cut
-    return len(text)
+    return end

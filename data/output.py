@@ -2,18 +2,22 @@
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
 import orjson
 
-from moetron.data.chunks import Reject
+from moetron.data.chunks import Cursor, Reject
 from moetron.data.encode import Encoded
 from moetron.data.family_writer import FamilyWriter, discard_temporary
 from moetron.data.files import beside, open_at, replace, sync
 from moetron.data.journal import State, journal_path, write_state
+from moetron.data.long_documents import LeftOut, LongDocument
+from moetron.data.long_rows import Unreadable
+from moetron.data.shares import sizes
 
 JOURNAL_INTERVAL_S = 5.0
 """Work that a kill may cost."""
@@ -35,17 +39,40 @@ class Output:
 
     def take(self, encoded: Encoded) -> None:
         """Append what one chunk gave."""
-        state = self.state
         left_out = Counter(encoded.left_out)
         for writer, documents in zip(self.writers, encoded.sides, strict=False):
             if duplicates := writer.add(documents):
                 left_out["duplicate"] += duplicates
-        state.cursor = encoded.end
-        state.read_bytes += encoded.read_bytes
-        state.rows += encoded.rows
+        self.state.rows += encoded.rows
+        self._take_rejects(encoded.rejects)
+        self._go_on(left_out, encoded.read_bytes, encoded.end)
+
+    def take_long(self, document: LongDocument, outputs: int) -> None:
+        """Append a document that is encoded on the way.
+
+        ``outputs``: sides that hold tokens; the writers after them, if any, their text bytes.
+        """
+        chunk, left_out = document.chunk, Counter[str]()
+        try:
+            side = document.side()
+            self.writers[side].add_long(document)
+        except LeftOut as rule:
+            left_out[str(rule)] += 1
+        except Unreadable as error:
+            self._take_rejects([Reject(chunk.file, chunk.line, str(error))])
+        else:
+            for writer in self.writers[outputs + side : outputs + side + 1]:
+                writer.add(sizes(np.array([document.text_bytes])))
+        self.state.rows += 1
+        self._go_on(left_out, chunk.read_bytes, chunk.end)
+
+    def _go_on(self, left_out: Mapping[str, int], read_bytes: int, end: Cursor) -> None:
+        """Count what was taken, and mark it now and then."""
+        state = self.state
         for name, count in left_out.items():
             state.left_out[name] = state.left_out.get(name, 0) + count
-        self._take_rejects(encoded.rejects)
+        state.read_bytes += read_bytes
+        state.cursor = end
         if time.monotonic() - self._last_mark_s >= JOURNAL_INTERVAL_S:
             self.mark()
 

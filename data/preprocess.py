@@ -19,6 +19,7 @@ from moetron.data.family_writer import FamilyWriter
 from moetron.data.files import beside
 from moetron.data.inputs import find_files
 from moetron.data.journal import Side, State, read_state
+from moetron.data.long_documents import LongDocument
 from moetron.data.manifest import Manifest, TokenizerRecord, read_manifest, write_manifest
 from moetron.data.options import Options
 from moetron.data.output import Output, discard
@@ -214,6 +215,10 @@ class _Run:
             options.workers,
             options.engine,
         ):
+            if isinstance(encoded, LongDocument):
+                output.take_long(encoded, len(self.outputs))
+                progress.update(encoded.chunk.read_bytes, encoded.encoded_tokens)
+                continue
             output.take(with_sizes(encoded, len(self.outputs)) if self.share else encoded)
             progress.update(encoded.read_bytes, sum(side.tokens.size for side in encoded.sides))
 

@@ -59,16 +59,20 @@ def sizes_prefix(prefix: str) -> str:
 def with_sizes(encoded: Encoded, outputs: int) -> Encoded:
     """The same, and after its first ``outputs`` sides the text bytes of each side's documents."""
     sides = encoded.sides[:outputs]
-    sizes = tuple(
-        Documents(
-            side.text_bytes.astype(np.int32),
-            np.ones(side.lengths.size, np.int64),
-            np.zeros(side.lengths.size, np.int64),
-        )
-        for side in sides
-    )
     return Encoded(
-        sides + sizes, encoded.rejects, encoded.left_out, encoded.read_bytes, encoded.end
+        (*sides, *(sizes(side.text_bytes) for side in sides)),
+        encoded.rejects,
+        encoded.left_out,
+        encoded.read_bytes,
+        encoded.end,
+    )
+
+
+def sizes(text_bytes: np.ndarray) -> Documents:
+    """Text bytes [documents] as documents of one number each."""
+    count = text_bytes.size
+    return Documents(
+        text_bytes.astype(np.int32), np.ones(count, np.int64), np.zeros(count, np.int64)
     )
 
 

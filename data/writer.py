@@ -1,7 +1,8 @@
 """Write a token shard: bounded memory, atomic, hashed on the way."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -59,6 +60,32 @@ class ShardWriter:
         self._lengths.write(lengths.astype(LENGTH).tobytes())
         self.documents += lengths.size
         self.tokens += tokens.size
+
+    @contextmanager
+    def document(self) -> Iterator[Callable[[np.ndarray], None]]:
+        """Append one document part by part, with the function that the block gets.
+
+        If the block ends with an exception, it is as if the document had never begun.
+        """
+        start, digest, size = self._bin.tell(), self._bin_hash.copy(), 0
+
+        def append(tokens: np.ndarray) -> None:
+            nonlocal size
+            assert tokens.dtype == self.dtype
+            self._bin.write(tokens.data)
+            self._bin_hash.update(tokens.data)
+            size += tokens.size
+
+        try:
+            yield append
+        except BaseException:
+            self._bin.seek(start)
+            self._bin.truncate()
+            self._bin_hash = digest
+            raise
+        self._lengths.write(np.array([size], LENGTH).tobytes())
+        self.documents += 1
+        self.tokens += size
 
     def mark(self) -> dict[str, int]:
         """Bring everything to the disk; the bytes that a successor needs, by file."""

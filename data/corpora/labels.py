@@ -1,10 +1,12 @@
 """Texts with the name of the source that they belong to."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from moetron.data.chunks import FileChunk, Reject
+from moetron.data.chunks import FileChunk, LongChunk, Reject
 from moetron.data.inputs import read_chunks
+from moetron.data.long_rows import LongText, Unreadable
 
 
 def labelled_texts(paths: Sequence[Path], text_key: str) -> Iterator[tuple[str, str]]:
@@ -15,6 +17,15 @@ def labelled_texts(paths: Sequence[Path], text_key: str) -> Iterator[tuple[str, 
     for chunk in read_chunks(paths, columns=[text_key]):
         files = isinstance(chunk, FileChunk)
         source = Path(chunk.files[0][0]).parent.name if files else Path(chunk.file).stem
+        if isinstance(chunk, LongChunk):
+            yield from ((source, text) for text in _parts(chunk, text_key))
+            continue
         for document in chunk.documents(text_key):
             if not isinstance(document, Reject):
                 yield source, document[0]
+
+
+def _parts(chunk: LongChunk, text_key: str) -> Iterator[str]:
+    """A text that is too long to hold, as far as it can be read."""
+    with suppress(Unreadable):
+        yield from LongText(chunk, text_key).blocks()

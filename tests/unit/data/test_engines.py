@@ -1,10 +1,13 @@
 """Preprocessing with a fast engine, and with texts too long for one call."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moetron.data import encode as encode_module
 from moetron.data import engine, long_text
@@ -49,11 +52,23 @@ def test_a_fast_engine_that_differs_is_given_up(
 def test_pieces_of_a_long_text_are_cut_where_ids_allow(monkeypatch) -> None:
     monkeypatch.setattr(long_text, "PIECE_CHARACTERS", 50)
     text = "some words\nand 漢字 more, " * 40
-    found = list(long_text.pieces(text, ByteTokenizer()))
+    found = list(long_text.pieces([text], ByteTokenizer()))
     assert "".join(found) == text
     assert len(found) > 10 and all(50 <= len(piece) < 70 for piece in found[:-1])
     assert all(piece[0].isspace() and not piece[-1].isspace() for piece in found[1:-1])
-    assert list(long_text.pieces("x" * 200, ByteTokenizer())) == ["x" * 200]
+
+
+@given(sizes=st.lists(st.integers(0, 700), max_size=20), letters=st.sampled_from(["x", "ab c\n"]))
+def test_pieces_do_not_depend_on_how_a_text_comes(sizes: list[int], letters: str) -> None:
+    text = letters * 400
+    ends = [0, *sorted(min(size, len(text)) for size in sizes), len(text)]
+    parts = [text[start:end] for start, end in pairwise(ends)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(long_text, "PIECE_CHARACTERS", 50)
+        patch.setattr(long_text, "CONTEXT_CHARACTERS", 30)
+        whole = list(long_text.pieces([text], ByteTokenizer()))
+        assert list(long_text.pieces(parts, ByteTokenizer())) == whole
+    assert "".join(whole) == text
 
 
 class Prefixed(ByteTokenizer):
@@ -63,9 +78,11 @@ class Prefixed(ByteTokenizer):
         return [[0, *ids] for ids in super().encode_batch(texts)]
 
 
-def test_a_text_that_cannot_be_cut_stays_whole(monkeypatch) -> None:
+def test_a_text_without_a_safe_place_is_cut_at_the_bound(monkeypatch) -> None:
     monkeypatch.setattr(long_text, "PIECE_CHARACTERS", 50)
-    assert list(long_text.pieces("some words " * 40, Prefixed())) == ["some words " * 40]
+    found = list(long_text.pieces(["some words " * 40], Prefixed()))
+    assert [len(piece) for piece in found] == [200, 200, 40]
+    assert list(map(len, long_text.pieces(["x" * 150], ByteTokenizer()))) == [150]
 
 
 def test_long_documents_are_encoded_like_short_ones(tmp_path: Path, monkeypatch) -> None:
