@@ -82,7 +82,8 @@ def watch_run(given: argparse.Namespace) -> study.Result:
     record = checkpoint_folder.read(given.model).record
     settings, step = checkpoint_folder.one_rank_settings(record), record.progress.step
     length = given.seq_length or settings.model.seq_length
-    sources = named_sources(given.data or settings.data.valid_data_path or [], length)
+    held_out = settings.data.rooted(settings.data.valid_data_path or [])
+    sources = named_sources(given.data or held_out, length)
     path = given.tokenizer_model or settings.data.tokenizer_model
     if path is None:
         raise UserError("the run names no tokenizer (mock data?): give --tokenizer-model")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Plan a recipe of examples/ without data, weights or GPUs: parameters, memory, FLOPs, schedule.
 
-    python tools/plan.py --list                      # every recipe with its parameters
+    python tools/plan.py --list                      # every recipe: size, memory, cost
     python tools/plan.py olmoe_1b_7b                 # on the fewest ranks that its layout fills
     python tools/plan.py deepseek_v3 --world-size 2048 --rank 17 [-- --flag value ...]
 
@@ -14,14 +14,20 @@ import sys
 from pathlib import Path
 
 from moetron.moe.config import recipe
-from moetron.moe.config.derived import smallest_world_size
+from moetron.moe.config.derived import smallest_world_size, total_samples
 from moetron.moe.config.errors import UserError
 from moetron.moe.config.load import Command, load
 from moetron.moe.config.parallel import ParallelSettings
+from moetron.moe.plan.flops import flops_per_token
+from moetron.moe.plan.hardware import PEAK_BF16_TFLOPS_PER_S
+from moetron.moe.plan.memory import memory_per_rank
 from moetron.moe.plan.parameters import count_parameters
 from moetron.moe.plan.render import render
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+UTILISATION = 0.2
+"""Share of the peak that the table's days assume: OLMoE's 256 H100 for 10 days come to 0.18."""
+H100_FLOPS_PER_DAY = UTILISATION * PEAK_BF16_TFLOPS_PER_S["H100"] * 1e12 * 86_400
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("recipe", nargs="?", metavar="RECIPE", help="a folder of examples/, or a YAML file")
-    add("--list", action="store_true", help="name every recipe")
+    add("--list", action="store_true", help="every recipe, as examples/README.md")
     add("--world-size", type=int, metavar="N", help="ranks (default: the fewest)")
     add("--rank", type=int, default=0, metavar="R", help="whose memory (default: 0)")
     add("flags", nargs="*", metavar="-- FLAGS", help="of pretrain_moe.py")
@@ -67,14 +73,26 @@ def planned(path: Path, world_size: int | None, rank: int, flags: list[str]) -> 
 
 
 def table() -> str:
-    """Every recipe in a line: parameters without token prediction, active ones, fewest ranks."""
-    lines = [f"{'recipe':<20}{'total':>18}{'active':>18}{'ranks':>7}"]
+    """Every recipe in a line of Markdown, on the fewest ranks that its layout fills.
+
+    GiB is the fullest rank's memory there; days, one H100's for the model FLOPs of the whole run.
+    """
+    names = "| recipe | total | active | ranks | GiB a rank | tokens | H100 days |"
+    lines = [names, "|---" + 6 * "|--:" + "|"]
     for name in recipe_names():
         command = planned(find(name), None, 0, [])
-        size = command.settings.model.vocab_size
+        settings, ranks = command.settings, command.world_size
+        size = settings.model.vocab_size
         assert size is not None
-        count = count_parameters(command.settings, size)
-        lines.append(f"{name:<20}{count.main:>18,}{count.active:>18,}{command.world_size:>7,}")
+        count = count_parameters(settings, size)
+        stages = range(settings.parallel.pipeline_model_parallel_size)
+        fullest = max(memory_per_rank(settings, size, ranks, stage).total for stage in stages)
+        tokens = total_samples(settings) * settings.model.seq_length
+        days = flops_per_token(settings, size) * tokens / H100_FLOPS_PER_DAY
+        lines.append(
+            f"| {name} | {count.main:,} | {count.active:,} | {ranks:,} "
+            f"| {fullest / 2**30:,.0f} | {tokens / 1e9:,.0f} B | {days:,.0f} |"
+        )
     return "\n".join(lines)
 
 

@@ -147,6 +147,13 @@ def test_huggingface(name: str) -> None:
     assert _count(name).main == theirs
 
 
+def test_every_recipe_has_a_page_that_the_table_names() -> None:
+    page = (PLAN.EXAMPLES / "README.md").read_text(encoding="utf-8")
+    for name in PLAN.recipe_names():
+        assert f"[{name}]({name}/README.md)" in page
+        assert (PLAN.EXAMPLES / name / "README.md").read_text(encoding="utf-8").startswith("# ")
+
+
 def test_decoders_by_hand() -> None:
     """L x 4 H A + FFNs + routers + embeddings + norms of the decoder-only adaptations."""
     switch = 12 * 4 * 768 * 768 + 6 * 3 * 768 * 2048 * (1 + 128) + 6 * 768 * 128
@@ -170,7 +177,9 @@ def test_list_and_errors() -> None:
 
     listed = run("--list")
     assert listed.returncode == 0, listed.stderr
-    assert [line.split()[0] for line in listed.stdout.splitlines()[1:]] == PLAN.recipe_names()
+    assert [line.split()[1] for line in listed.stdout.splitlines()[2:]] == PLAN.recipe_names()
     assert "6,919,161,856" in listed.stdout
+    page = (PLAN.EXAMPLES / "README.md").read_text(encoding="utf-8")
+    assert listed.stdout in page, "paste `python tools/plan.py --list` into examples/README.md"
     unknown = run("olmoe")
     assert unknown.returncode == 2 and "olmoe_1b_7b" in unknown.stderr

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# OpenMoE's whole life in small, in one command: text, tokenizer, shards, UL2 on half code, causal language modelling
+# on little code in the same run, and the report that shows the change. A few minutes on two cores.
+#   bash examples/openmoe_8b/life.sh [DIR]     # default runs/openmoe_life
+set -euo pipefail
+out="$(realpath -m "${1:-"$(dirname "${BASH_SOURCE[0]}")/../../runs/openmoe_life"}")"
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore
+bash examples/tiny_corpus.sh "$out/data"
+
+python="${MOETRON_VENV:-.venv}/bin/python"
+RANKS=2 bash examples/train.sh openmoe_8b/tiny --config examples/openmoe_8b/life.yaml \
+  --data-root "$out/data" --tokenizer-model "$out/data/umt5.model" --save "$out/run" --load "$out/run"
+"$python" tools/analyze_routing.py "$out/run"
+"$python" tools/report.py "$out/run"

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Code and prose that this machine has anyway, as token shards: what the tiny lives of the recipes train on.
+#   bash examples/tiny_corpus.sh DIR
+# Leaves DIR/umt5.model and the shards DIR/code and DIR/prose, each with a twentieth held out (DIR/code.valid,
+# DIR/prose.valid). The code is Python's standard library; the prose is how installed packages describe and license
+# themselves. Run again, it finds its work done.
+set -euo pipefail
+out="$(realpath -m "${1:?which folder}")"
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash tools/setup_env.sh
+python="${MOETRON_VENV:-.venv}/bin/python"
+folder() { "$python" -c "import sysconfig; print(sysconfig.get_path('$1'))"; }
+code=("$(folder stdlib)/*.py")
+prose=("$(folder purelib)/*.dist-info/METADATA" "$(folder purelib)/*.dist-info/**/*LICENSE*")
+
+"$python" tools/train_tokenizer.py --input "${code[@]}" "${prose[@]}" --vocab-size 2048 --sample-mb 1 --output "$out/umt5"
+shards() { # NAME INPUT...
+  "$python" tools/preprocess_corpus.py --input "${@:2}" --tokenizer "$out/umt5.model" --append-eod --deduplicate \
+    --output-prefix "$out/$1" --holdout-fraction 0.05 --holdout-prefix "$out/$1.valid"
+}
+shards code "${code[@]}"
+shards prose "${prose[@]}"
