@@ -20,7 +20,8 @@ from moetron.data.objectives.objective import Made, Objective
 from moetron.data.repetition import RepetitionFilter
 
 ADDRESS_BLOCK = 256
-"""Addresses are computed this many at a time, because numpy charges by the call."""
+"""Addresses are computed this many at a time, because numpy charges by the call; the first that is
+asked for among so many, alone, because samples in no order have no neighbours."""
 
 
 def training_stream(
@@ -88,7 +89,7 @@ class TokenStream:
         self.bytes_per_token = [self._bytes_per_token(source) for source in blend.sources]
         self.addresses = addresses
         self._eods = [_eod(source) for source in blend.sources] if eod_mask_loss else None
-        self._block = -1
+        self._block = self._touched_block = -1
         self._block_addresses: tuple[list[int], list[int]] = ([], [])
 
     def __len__(self) -> int:
@@ -163,12 +164,20 @@ class TokenStream:
             raise IndexError(f"sample {n} of a stream of {len(self)}")
         block, place = divmod(int(n), ADDRESS_BLOCK)
         if block != self._block:
-            first = block * ADDRESS_BLOCK
-            numbers = np.arange(first, min(first + ADDRESS_BLOCK, len(self)))
-            sources, windows = self.addresses.locate(numbers)
-            self._block, self._block_addresses = block, (sources.tolist(), windows.tolist())
-        sources_list, windows_list = self._block_addresses
-        return sources_list[place], windows_list[place]
+            if block != self._touched_block:
+                self._touched_block = block
+                (source,), (window,) = self._locate(int(n), 1)
+                return source, window
+            self._block_addresses = self._locate(block * ADDRESS_BLOCK, ADDRESS_BLOCK)
+            self._block = block
+        sources, windows = self._block_addresses
+        return sources[place], windows[place]
+
+    def _locate(self, first: int, count: int) -> tuple[list[int], list[int]]:
+        """Sources and windows of so many samples, fewer at the end of the stream."""
+        numbers = np.arange(first, min(first + count, len(self)))
+        sources, windows = self.addresses.locate(numbers)
+        return sources.tolist(), windows.tolist()
 
 
 def _eod(source: Source) -> int:

@@ -4,8 +4,8 @@
 
 Loader: causal and UL2 samples in random order from several sources, one core, page cache warm: our
 stream one by one and in batches, beside megatron-core's blended GPT datasets on the same shards.
-Start-up: time and memory to the first sample of 1e9 and of 1e12 tokens (sparse files), in fresh
-processes.
+Start-up: time and memory to the first batch, libraries imported, in fresh processes, over sparse
+files of 1e7, 1e8 and 1e9 tokens, and ours over 1e12; documents are of 1,000 tokens up to 1e9.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
@@ -49,27 +50,27 @@ def make_shards(folder: Path, sources: int, tokens: int) -> list[str]:
     return prefixes
 
 
-def make_sparse_shard(prefix: Path, tokens: int) -> str:
-    """A shard of zeros that takes no room on the disk; ``tokens`` is a multiple of 2^30."""
-    documents = tokens // SPARSE_DOCUMENT_TOKENS
-    pointers = np.arange(documents, dtype=POINTER) * SPARSE_DOCUMENT_TOKENS * 2
+def make_sparse_shard(prefix: Path, tokens: int, document_tokens: int) -> str:
+    """A shard of zeros that takes no room on the disk; ``tokens`` rounded down to documents."""
+    documents = tokens // document_tokens
+    pointers = np.arange(documents, dtype=POINTER) * document_tokens * 2
     with prefix.with_suffix(".idx").open("wb") as file:
         file.write(HEADER.pack(MAGIC, VERSION, 8, documents, documents + 1))
-        file.write(np.full(documents, SPARSE_DOCUMENT_TOKENS, LENGTH).tobytes())
+        file.write(np.full(documents, document_tokens, LENGTH).tobytes())
         file.write(pointers.tobytes())
         file.write(np.arange(documents + 1, dtype=POINTER).tobytes())
     with prefix.with_suffix(".bin").open("wb") as file:
-        file.truncate(tokens * 2)
+        file.truncate(documents * document_tokens * 2)
     return str(prefix)
 
 
 def rate(read: Callable[[int], object], numbers: Iterable[int], tokens_a_call: int) -> float:
-    """Millions of tokens a second over about ``SECONDS``."""
-    start, calls = time.perf_counter(), 0
+    """Millions of tokens a second of one core's time, over about ``SECONDS``."""
+    start, calls = time.process_time(), 0
     for number in numbers:
         read(number)
         calls += 1
-        if (seconds := time.perf_counter() - start) > SECONDS:
+        if (seconds := time.process_time() - start) > SECONDS:
             break
     return calls * tokens_a_call / seconds / 1e6
 
@@ -112,14 +113,13 @@ def touch(stream: TokenStream) -> None:
         source.shards[0].tokens[::1024].sum()
 
 
-def bench_megatron(prefixes: list[str], seq_length: int) -> None:
+def megatron_dataset(prefixes: list[str], seq_length: int) -> Any:
     """The same shards through BlendedMegatronDatasetBuilder and GPTDataset."""
     from megatron.core.datasets.blended_megatron_dataset_builder import (
         BlendedMegatronDatasetBuilder,
     )
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
-    start = time.perf_counter()
     config = GPTDatasetConfig(
         random_seed=1,
         sequence_length=seq_length,
@@ -133,37 +133,47 @@ def bench_megatron(prefixes: list[str], seq_length: int) -> None:
         mid_level_dataset_surplus=0.005,
     )
     builder = BlendedMegatronDatasetBuilder(GPTDataset, [None, None, None], lambda: True, config)
-    dataset = builder.build()[0]
-    dataset[0]
-    first_s = time.perf_counter() - start
+    return builder.build()[0]
+
+
+def bench_megatron(prefixes: list[str], seq_length: int) -> None:
+    """Its samples in the run's order."""
+    dataset = megatron_dataset(prefixes, seq_length)
     speed = rate(dataset.__getitem__, range(len(dataset)), seq_length)
-    print(
-        f"S={seq_length}: megatron-core's blend {speed:.1f} Mtokens/s, first sample {first_s:.2f} s"
-    )
+    print(f"S={seq_length}: megatron-core's blend {speed:.1f} Mtokens/s")
 
 
-FIRST_SAMPLE = r"""
-import json, re, sys, time
-from pathlib import Path
-import numpy, orjson, pydantic
-def peak():
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-before, start = peak(), time.perf_counter()
-from moetron.data.stream import training_stream
-training_stream([sys.argv[1]], 4096, seed=1)[12345]
-seconds = time.perf_counter() - start
-print(json.dumps([seconds, peak() - before]))
-"""
+def first_batch(loader: str, prefixes: list[str]) -> None:
+    """Print seconds and MiB that the first batch takes in this process."""
+    import megatron.core.datasets.gpt_dataset  # noqa: F401 - imports do not count
+
+    def peak_mib() -> float:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    before_mib, start = peak_mib(), time.perf_counter()
+    if loader == "ours":
+        training_stream(prefixes, 4096, seed=1).batch(range(BATCH))
+    else:
+        dataset = megatron_dataset(prefixes, 4096)
+        np.stack([dataset[number]["tokens"] for number in range(BATCH)])
+    print(json.dumps([time.perf_counter() - start, peak_mib() - before_mib]))
 
 
-def bench_start(folder: Path) -> None:
-    """Time and memory to the first sample, libraries already imported."""
-    for tokens in (1 << 30, 1 << 40):
-        prefix = make_sparse_shard(folder / f"sparse{tokens}", tokens)
-        command = [sys.executable, "-c", FIRST_SAMPLE, prefix]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-        seconds, kibibytes = json.loads(done.stdout)
-        print(f"{tokens:.1e} tokens: first sample {seconds:.3f} s, {kibibytes / 1024:.1f} MiB more")
+def bench_start(folder: Path, sources: int) -> None:
+    """Time and memory to the first batch, ours and megatron-core's, by tokens."""
+    print(f"first batch of {BATCH} x 4,096, {sources} sources: seconds, MiB more")
+    for tokens in (10**7, 10**8, 10**9, 10**12):
+        huge = tokens > 10**9
+        length = SPARSE_DOCUMENT_TOKENS if huge else DOCUMENT_TOKENS
+        prefixes = [
+            make_sparse_shard(folder / f"sparse{tokens}-{source}", tokens // sources, length)
+            for source in range(sources)
+        ]
+        for loader in ("ours",) if huge else ("ours", "megatron"):
+            command = [sys.executable, __file__, "first", loader, *prefixes]
+            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+            seconds, mebibytes = json.loads(done.stdout.splitlines()[-1])
+            print(f"{tokens:.0e} tokens, {loader}: {seconds:.3f} s, {mebibytes:.1f}", flush=True)
 
 
 def main() -> None:
@@ -173,7 +183,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=100_000_000)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        bench_start(Path(folder))
+        bench_start(Path(folder), arguments.sources)
         prefixes = make_shards(Path(folder), arguments.sources, arguments.tokens)
         for seq_length in SEQ_LENGTHS:
             bench_ours(prefixes, seq_length)
@@ -183,4 +193,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["first"]:
+        first_batch(sys.argv[2], sys.argv[3:])
+    else:
+        main()
