@@ -5,7 +5,8 @@
 # DIR/prose.valid). The code is Python's standard library; the prose is how installed packages describe and license
 # themselves. Run again, it finds its work done.
 set -euo pipefail
-out="$(realpath -m "${1:?which folder}")"
+case "${1:-}" in "" | -*) sed -n '2,6s/^# //p' "${BASH_SOURCE[0]}" >&2; exit 2 ;; esac
+out="$(realpath -m "$1")"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash tools/setup_env.sh
 python="${MOETRON_VENV:-.venv}/bin/python"

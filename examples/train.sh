@@ -7,11 +7,9 @@
 # PRINT=1 prints the command that would run, and does not run it.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-usage() { sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
-
 recipe="${1:-}"
 case "$recipe" in
-  "" | -h | --help) usage; [ -n "$recipe" ] && exit 0; exit 2 ;;
+  "" | -*) sed -n '2,7s/^# //p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
   */*) ;;
   *) recipe="$recipe/pretrain" ;;
 esac

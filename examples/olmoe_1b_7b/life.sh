@@ -3,6 +3,7 @@
 # export, and transformers' loss on the held-out text beside ours. A few minutes on two cores.
 #   bash examples/olmoe_1b_7b/life.sh [DIR]     # default runs/olmoe_life
 set -euo pipefail
+case "${1:-}" in -*) sed -n '2,4s/^# //p' "${BASH_SOURCE[0]}" >&2; exit 2 ;; esac
 out="$(realpath -m "${1:-"$(dirname "${BASH_SOURCE[0]}")/../../runs/olmoe_life"}")"
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore HF_HUB_OFFLINE=1

@@ -3,6 +3,7 @@
 # on little code in the same run, and the report that shows the change. A few minutes on two cores.
 #   bash examples/openmoe_8b/life.sh [DIR]     # default runs/openmoe_life
 set -euo pipefail
+case "${1:-}" in -*) sed -n '2,4s/^# //p' "${BASH_SOURCE[0]}" >&2; exit 2 ;; esac
 out="$(realpath -m "${1:-"$(dirname "${BASH_SOURCE[0]}")/../../runs/openmoe_life"}")"
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore

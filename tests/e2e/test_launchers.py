@@ -78,7 +78,10 @@ def test_many_nodes_meet_at_the_first_and_go_on_from_save(tmp_path: Path) -> Non
     ("script", "words", "environment", "message"),
     [
         ("train.sh", ["olmoe"], {}, "no examples/olmoe/pretrain.yaml"),
-        ("train.sh", [], {}, ""),
+        ("train.sh", [], {}, "Train a recipe on this node"),
+        ("openmoe_8b/life.sh", ["--help"], {}, "bash examples/openmoe_8b/life.sh [DIR]"),
+        ("olmoe_1b_7b/life.sh", ["--help"], {}, "bash examples/olmoe_1b_7b/life.sh [DIR]"),
+        ("tiny_corpus.sh", [], {}, "bash examples/tiny_corpus.sh DIR"),
         ("slurm/pretrain.sh", ["olmoe"], SLURM, "olmoe/pretrain.yaml; submit from the checkout"),
         ("slurm/pretrain.sh", ["olmoe_1b_7b"], {}, "submit it with sbatch"),
         ("slurm/pretrain.sh", [], SLURM, "which recipe"),

@@ -32,6 +32,14 @@ ROUTINGS: dict[str, Case] = {
         },
         micro_batch_size=2,
     ),
+    "capacity of a sequence, first choices first": Case(
+        moe={
+            **LIMITED,
+            "moe_capacity_scope": "sequence",
+            "moe_token_drop_policy": "choice",
+        },
+        micro_batch_size=2,
+    ),
     "counts of the previous step": Case(
         moe={
             "moe_router_load_balancing_type": "global_aux_loss",

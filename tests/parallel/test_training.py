@@ -179,6 +179,8 @@ def test_losses_by_source_and_objective_and_prefixes_equal_in_every_layout(
                 assert theirs[name] == pytest.approx(ours[name], rel=2e-6)
                 assert min(ours[name].values()) < ours["lm_loss"] < max(ours[name].values())
             assert theirs["lm_loss"] == pytest.approx(ours["lm_loss"], rel=2e-6)
+            assert theirs["source_tokens"] == ours["source_tokens"]
+            assert sum(ours["source_tokens"].values()) == ours["loss_tokens"]
             assert theirs["loss_tokens"] == ours["loss_tokens"] < 16 * 64
             assert theirs["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-4)
 
