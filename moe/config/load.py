@@ -11,7 +11,7 @@ from moetron.moe.config import checks, flags, recipe
 from moetron.moe.config.errors import ConfigError
 from moetron.moe.config.field import flag_name
 from moetron.moe.config.settings import Settings
-from moetron.moe.config.validate import validate
+from moetron.moe.config.validate import Tree, validate
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,23 @@ def load(argv: Sequence[str]) -> Command:
         tree = read_recipes(config)
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from error
-    settings, invalid, faulty = validate(_merge(tree, given.settings))
+    settings, found = check(merge(tree, given.settings), world_size, dry_run)
     valueless = {line.split()[0] for line in given.problems if line.startswith("--")}
-    problems += [line for line in invalid if line.split()[0] not in valueless]
-    if settings is not None:
-        problems += _without(faulty, _cross_checks(settings, world_size, dry_run))
+    problems += [line for line in found if line.split()[0] not in valueless]
     if problems or settings is None:
         raise ConfigError(problems)
     return Command(settings, config, dry_run, build, world_size, rank)
+
+
+def check(tree: Tree, world_size: int, dry_run: bool) -> tuple[Settings | None, list[str]]:
+    """Settings of a tree, and all that is wrong with their values and with them together.
+
+    Settings are None where a required field is missing or faulty. A dry run needs no inputs.
+    """
+    settings, problems, faulty = validate(tree)
+    if settings is not None:
+        problems += _without(faulty, _cross_checks(settings, world_size, dry_run))
+    return settings, problems
 
 
 def read_recipes(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
@@ -80,13 +89,11 @@ def read_recipes(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
     """
     tree: dict[str, dict[str, Any]] = {}
     for path in paths:
-        tree = _merge(tree, recipe.read(path))
+        tree = merge(tree, recipe.read(path))
     return tree
 
 
-def _merge(
-    first: Mapping[str, Mapping[str, Any]], second: Mapping[str, Mapping[str, Any]]
-) -> dict[str, dict[str, Any]]:
+def merge(first: Tree, second: Tree) -> dict[str, dict[str, Any]]:
     """The second wins: flags over recipes, a later recipe over an earlier one."""
     groups = [*first, *(group for group in second if group not in first)]
     return {group: {**first.get(group, {}), **second.get(group, {})} for group in groups}

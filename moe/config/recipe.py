@@ -29,8 +29,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read(path: Path) -> dict[str, dict[str, Any]]:
-    """Group -> field -> value, unchecked beyond YAML itself.
+def read(path: Path, source: str = "--config ") -> dict[str, dict[str, Any]]:
+    """Group -> field -> value, unchecked beyond YAML itself; ``source`` is said before the path.
 
     Raises ConfigError, with the line where there is one, for a file that cannot be read or is not a
     mapping of mappings.
@@ -45,7 +45,7 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
         problems = [_yaml_problem(error)]
     except ConfigError as error:
         problems = error.problems
-    raise ConfigError([f"--config {path}: {problem}" for problem in problems])
+    raise ConfigError([f"{source}{path}: {problem}" for problem in problems])
 
 
 def loads(text: str) -> dict[str, dict[str, Any]]:

@@ -1,0 +1,1 @@
+"""Ablations: variants of a recipe, each with several seeds, side by side."""

@@ -1,0 +1,134 @@
+"""Run a sweep's runs, side by side or one alone; what was finished is not run again."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from moetron.moe.analysis.ablation.sweep import Run, Sweep
+from moetron.moe.config import recipe
+from moetron.moe.config.errors import UserError
+from moetron.moe.training import checkpoint_folder
+from moetron.moe.training.resilience import EXIT_STOPPED
+
+RECIPE = "recipe.yaml"
+LOG = "log.txt"
+_UPCYCLED = "upcycled"
+_POLL_S = 0.2
+
+
+def finished(run: Run, output: Path) -> bool:
+    """Whether the run's last step is saved."""
+    return checkpoint_folder.latest_step(output / run.name) == run.settings.training.train_iters
+
+
+def prepare(run: Run, output: Path) -> Path:
+    """The run's folder, with its recipe.
+
+    Raises:
+        UserError: it holds a run with other settings.
+    """
+    folder = output / run.name
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / RECIPE
+    if not path.exists():
+        recipe.write(run.settings, path)
+    elif path.read_text(encoding="utf-8") != recipe.dump(run.settings):
+        raise UserError(f"{folder}: holds a run with other settings; name another --output")
+    return folder
+
+
+def training_command(sweep: Sweep, run: Run, output: Path, script: Path, threads: int) -> list[str]:
+    """What trains a run to its end from wherever it is; makes its upcycled start.
+
+    Losses that are not finite do not end it: it is to be counted, not mended.
+
+    Raises:
+        UserError: other settings in the folder, or the run that it starts from is not finished.
+    """
+    folder = prepare(run, output)
+    source = sweep.source(run)
+    load = [str(folder)]
+    if source is not None and checkpoint_folder.latest_step(folder) is None:
+        if not finished(source, output):
+            raise UserError(f"{run.name} starts from {source.name}, which is not finished")
+        load = [str(_upcycled(run, output / source.name, folder / _UPCYCLED)), "--finetune"]
+    python = [sys.executable]
+    if sweep.ranks > 1:
+        launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", str(sweep.ranks))
+        python += ["-m", *launcher]
+    words = ["--config", str(folder / RECIPE), "--save", str(folder), "--load", *load]
+    if run.settings.parallel.cpu_threads == 0:
+        words += ["--cpu-threads", str(threads)]
+    return [*python, str(script), *words, "--no-check-for-nan-in-loss-and-grad"]
+
+
+def _upcycled(run: Run, source: Path, target: Path) -> Path:
+    raise NotImplementedError(source, target)
+
+
+def run_side_by_side(
+    sweep: Sweep,
+    output: Path,
+    at_once: int,
+    command: Callable[[int], list[str]],
+    stop_requested: Callable[[], bool],
+) -> dict[Run, int]:
+    """Exit codes of the runs that were not finished; those that start from others come after them.
+
+    Args:
+        sweep: its runs are numbered from 0.
+        output: the sweep's folder; a run's output goes to its ``log.txt``.
+        at_once: runs at a time.
+        command: of a run's number.
+        stop_requested: asked again and again; then runs get SIGTERM, save, and end.
+    """
+    waiting = [run for run in sweep.runs if not finished(run, output)]
+    running: dict[Run, subprocess.Popen[bytes]] = {}
+    codes: dict[Run, int] = {}
+    stopping = False
+    while waiting or running:
+        if stop_requested() and not stopping:
+            stopping, waiting = True, []
+            for process in running.values():
+                process.terminate()
+        for run in _ready(sweep, waiting, output)[: at_once - len(running)]:
+            waiting.remove(run)
+            running[run] = _start(prepare(run, output), command(sweep.runs.index(run)))
+            print(f"{run.name}: started", flush=True)
+        for run, process in list(running.items()):
+            if (code := process.poll()) is not None:
+                del running[run]
+                codes[run] = code
+                print(f"{run.name}: {_ending(code)}", flush=True)
+        if not running and waiting and not _ready(sweep, waiting, output):
+            codes.update(dict.fromkeys(waiting, 1))  # what they start from failed
+            waiting = []
+        time.sleep(_POLL_S)
+    return codes
+
+
+def _ready(sweep: Sweep, waiting: Sequence[Run], output: Path) -> list[Run]:
+    """Runs that need not wait for another one."""
+    sources = [(run, sweep.source(run)) for run in waiting]
+    return [run for run, source in sources if source is None or finished(source, output)]
+
+
+def _start(folder: Path, command: list[str]) -> subprocess.Popen[bytes]:
+    """Start a run in a session of its own, so that a terminal's Ctrl-C comes by us alone."""
+    with (folder / LOG).open("ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+
+def _ending(code: int) -> str:
+    if code == EXIT_STOPPED:
+        return "stopped; the same command goes on"
+    return "finished" if code == 0 else f"failed with exit code {code}: see {LOG}"
+
+
+def become(command: list[str]) -> None:
+    """Let a command take this process's place: signals and exit code are its own."""
+    sys.stdout.flush()
+    os.execv(command[0], command)
