@@ -14,7 +14,6 @@ what is there, DIR/table.md and table.png. docs/ablations.md says what counts as
 
 import argparse
 import os
-import shlex
 import sys
 from pathlib import Path
 
@@ -35,7 +34,13 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("sweep", metavar="SWEEP", help="a file, or a name in examples/ablations")
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder of all runs")
     parser.add_argument("--jobs", type=int, help="runs at a time (default: one a core)")
-    parser.add_argument("--run", type=int, metavar="N", help="one run alone, as --dry-run counts")
+    parser.add_argument(
+        "--run",
+        nargs="?",
+        const=os.environ.get("SLURM_ARRAY_TASK_ID", "-1"),
+        metavar="N",
+        help="one run alone, as --dry-run counts (default: SLURM_ARRAY_TASK_ID)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="check and list the runs")
     parser.add_argument("--slurm", action="store_true", help="print a script that submits arrays")
     parser.add_argument("--table-only", action="store_true", help="of the runs that are finished")
@@ -57,6 +62,17 @@ def listing(runs: list[sweep.Run]) -> str:
     return "\n".join(f"{n:4}  {run.name}{starts[n]}" for n, run in enumerate(runs))
 
 
+def alone(plan: sweep.Sweep, number: int, output: Path, threads: int) -> None:
+    """Become one run's training, unless it is finished."""
+    if not 0 <= number < len(plan.runs):
+        raise UserError(f"--run {number}: the runs are 0 to {len(plan.runs) - 1}")
+    run = plan.runs[number]
+    if execute.finished(run, output):
+        print(f"{run.name} is finished")
+        return
+    execute.run_alone(plan, run, output, ROOT / "pretrain_moe.py", threads)
+
+
 def main() -> int:
     """Run what the command line asks for; the exit code."""
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
@@ -73,22 +89,18 @@ def main() -> int:
     if options.output is None:
         raise UserError("--output is missing: the folder of all runs")
     cores = len(os.sched_getaffinity(0))
-    jobs = options.jobs or max(1, cores // plan.ranks)
+    jobs = options.jobs or (1 if options.slurm else max(1, cores // plan.ranks))
 
-    def command(run: int | str) -> list[str]:
-        own = (str(path), "--output", str(options.output), "--jobs", str(jobs), "--run", str(run))
-        return [sys.executable, str(Path(__file__).resolve()), *own, "--", *words]
+    def command(*number: str) -> list[str]:
+        own = ("--output", str(options.output), "--jobs", str(jobs), "--run", *number)
+        return [sys.executable, str(Path(__file__).resolve()), str(path), *own, "--", *words]
 
     if options.slurm:
-        print(execute.slurm_script(plan, shlex.join(command("RUN"))))
+        print(execute.slurm_script(plan, command()))
         return 0
     if options.run is not None:
-        threads = max(1, cores // jobs // plan.ranks)
-        script = ROOT / "pretrain_moe.py"
-        chosen = plan.runs[options.run]
-        execute.become(
-            execute.training_command(plan, chosen, options.output, script, threads)
-        )
+        alone(plan, int(options.run), options.output, max(1, cores // jobs // plan.ranks))
+        return 0
     codes = dict[sweep.Run, int]()
     if not options.table_only:
         with StopSignal() as stop:

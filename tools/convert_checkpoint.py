@@ -74,8 +74,8 @@ def to_hf(arguments: argparse.Namespace) -> None:
 
 def from_hf(arguments: argparse.Namespace) -> None:
     """Import a folder with its tokenizer."""
-    from moetron.moe.convert.from_huggingface import MODEL_FILE
     from moetron.moe.convert.from_huggingface import from_hf as load
+    from moetron.moe.convert.start import MODEL_FILE
 
     tokenizer: Tokenizer | None = None
     try:

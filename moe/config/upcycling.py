@@ -1,12 +1,29 @@
-"""How a dense model becomes a mixture of experts."""
+"""How a dense model becomes a mixture of experts: options, and what fits together.
+
+A dense FFN of width F is cut into g = F / f parts of the experts' width f (g, the granularity, is 1
+where experts are whole copies); E / g copies of the parts make the E experts.
+"""
+
+from collections.abc import Iterator
 
 from pydantic import Field, NonNegativeInt, PositiveFloat
 
-from moetron.moe.config.field import Group
+from moetron.moe.config import derived
+from moetron.moe.config.experts import MoESettings
+from moetron.moe.config.field import Group, flag_name
+from moetron.moe.config.settings import Settings
+
+_MADE_ELSEWHERE = (
+    "moe_shared_expert_intermediate_size",
+    "moe_sequential_ffn_hidden_size",
+    "moe_expert_multiplicative_bias",
+    "moe_router_enable_expert_bias",
+)
+_ROUTERS = ("topk", "expert_choice", "random_second", "straight_through")
 
 
 class UpcyclingSettings(Group):
-    """Sparse upcycling; moe/convert/upcycle.py says what each does."""
+    """Sparse upcycling; moe/convert/upcycle.py has the sources."""
 
     router_init_std: PositiveFloat = 0.02
     """Standard deviation of the router's first weights, drawn from a normal."""
@@ -18,3 +35,63 @@ class UpcyclingSettings(Group):
     """Standard deviation of those, drawn from a normal."""
     seed: NonNegativeInt = 1234
     """Of the router and the noise."""
+
+
+def granularity(settings: Settings) -> int:
+    """Parts that a dense FFN is cut into."""
+    return derived.dense_ffn_size(settings.model) // derived.expert_ffn_size(settings)
+
+
+def output_scale(settings: Settings) -> float:
+    """What experts' outputs are multiplied by so that a token's weighted sum is the dense output.
+
+    A token visits all g parts of k / g copies. Its k weights sum to 1, or to about k / E where a
+    softmax over all experts is not renormalised (He et al., arXiv 2410.07524).
+    """
+    moe = settings.moe
+    assert moe.num_experts is not None
+    scale = granularity(settings) / (moe.moe_router_topk_scaling_factor or 1.0)
+    if moe.moe_router_pre_softmax or moe.moe_router_type == "expert_choice":
+        scale *= moe.num_experts / moe.moe_router_topk
+    return scale
+
+
+def upcycling_problems(dense: Settings, sparse: Settings) -> list[str]:
+    """Why a model with settings ``dense`` cannot become one with ``sparse``; empty if it can."""
+    if dense.moe.num_experts is not None:
+        return [f"--num-experts {dense.moe.num_experts}: the model to start from has experts"]
+    if not any(derived.moe_layers(sparse)):
+        return ["--num-experts: no layer gets experts"]
+    return [*_made_elsewhere(sparse), *_sizes(sparse)]
+
+
+def _made_elsewhere(settings: Settings) -> Iterator[str]:
+    moe, defaults = settings.moe, MoESettings()
+    for name in _MADE_ELSEWHERE:
+        if (value := getattr(moe, name)) != getattr(defaults, name):
+            yield f"{flag_name(name)} {value}: a dense model has nothing to start it from"
+    if moe.moe_router_type not in _ROUTERS:
+        yield f"--moe-router-type {moe.moe_router_type}: only {', '.join(_ROUTERS)} start from one"
+    if moe.moe_router_score_function == "sigmoid" and moe.moe_router_topk == 1:
+        yield "--moe-router-score-function sigmoid: needs --moe-router-topk 2 or more"
+    if settings.model.mtp_num_layers is not None:
+        yield "--mtp-num-layers: multi-token prediction is not upcycled"
+    if derived.ffn_type(settings.model) == "double_gated":
+        yield "--ffn-type double_gated is not upcycled"
+    if settings.model.add_bias_linear:
+        yield "--add-bias-linear: experts have no biases"
+
+
+def _sizes(settings: Settings) -> Iterator[str]:
+    width, moe = derived.dense_ffn_size(settings.model), settings.moe
+    expert = derived.expert_ffn_size(settings)
+    if width % expert:
+        yield f"--moe-ffn-hidden-size {expert} must divide the dense FFN's width {width}"
+        return
+    parts = granularity(settings)
+    for name in ("num_experts", "moe_router_topk"):
+        if getattr(moe, name) % parts:
+            yield (
+                f"{flag_name(name)} {getattr(moe, name)} must be a multiple of the {parts} parts "
+                f"that --moe-ffn-hidden-size {expert} cuts the dense FFN ({width}) into"
+            )

@@ -1,6 +1,8 @@
 """Run a sweep's runs, side by side or one alone; what was finished is not run again."""
 
+import fcntl
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ from moetron.moe.training.resilience import EXIT_STOPPED
 RECIPE = "recipe.yaml"
 LOG = "log.txt"
 _UPCYCLED = "upcycled"
+_LOCK = ".lock"
 _POLL_S = 0.2
 
 
@@ -41,14 +44,14 @@ def prepare(run: Run, output: Path) -> Path:
 
 
 def training_command(sweep: Sweep, run: Run, output: Path, script: Path, threads: int) -> list[str]:
-    """What trains a run to its end from wherever it is; makes its upcycled start.
+    """What trains a prepared run to its end from wherever it is; makes its upcycled start.
 
     Losses that are not finite do not end it: it is to be counted, not mended.
 
     Raises:
-        UserError: other settings in the folder, or the run that it starts from is not finished.
+        UserError: the run that it starts from is not finished.
     """
-    folder = prepare(run, output)
+    folder = output / run.name
     source = sweep.source(run)
     load = [str(folder)]
     if source is not None and checkpoint_folder.latest_step(folder) is None:
@@ -66,14 +69,20 @@ def training_command(sweep: Sweep, run: Run, output: Path, script: Path, threads
 
 
 def _upcycled(run: Run, source: Path, target: Path) -> Path:
-    raise NotImplementedError(source, target)
+    """The start of a run from the end of another one."""
+    from moetron.moe.convert.upcycle import dense_run, upcycle  # torch: seconds
+
+    assert run.upcycle is not None
+    if checkpoint_folder.latest_step(target) is None:
+        upcycle(dense_run(source), target, run.settings.moe, run.upcycle)
+    return target
 
 
 def run_side_by_side(
     sweep: Sweep,
     output: Path,
     at_once: int,
-    command: Callable[[int], list[str]],
+    command: Callable[[str], Sequence[str]],
     stop_requested: Callable[[], bool],
 ) -> dict[Run, int]:
     """Exit codes of the runs that were not finished; those that start from others come after them.
@@ -96,7 +105,7 @@ def run_side_by_side(
                 process.terminate()
         for run in _ready(sweep, waiting, output)[: at_once - len(running)]:
             waiting.remove(run)
-            running[run] = _start(prepare(run, output), command(sweep.runs.index(run)))
+            running[run] = _start(prepare(run, output), command(str(sweep.runs.index(run))))
             print(f"{run.name}: started", flush=True)
         for run, process in list(running.items()):
             if (code := process.poll()) is not None:
@@ -110,13 +119,38 @@ def run_side_by_side(
     return codes
 
 
+def slurm_script(sweep: Sweep, command: Sequence[str]) -> str:
+    """A shell script that submits all runs as SLURM arrays.
+
+    Runs that start from others are an array of their own, which waits for the first one.
+
+    Args:
+        sweep: its runs are numbered from 0.
+        command: takes the run's number from ``SLURM_ARRAY_TASK_ID``.
+    """
+    first = sum(run.upcycle is None for run in sweep.runs)
+    submit = f"sbatch --parsable --job-name {sweep.name} --requeue --signal B:TERM@300"
+    lines = [
+        "#!/usr/bin/env bash",
+        f"# Submits {len(sweep.runs)} runs; run it again, and finished ones end at once.",
+        "# SBATCH_PARTITION, SBATCH_GPUS, SBATCH_TIMELIMIT and the like are sbatch's own.",
+        "set -euo pipefail",
+        f"run={shlex.quote('exec ' + shlex.join(command))}",
+        f'runs="$({submit} --array 0-{first - 1} --wrap "$run")"',
+    ]
+    if first < len(sweep.runs):
+        after = f'--array {first}-{len(sweep.runs) - 1} --dependency "afterany:${{runs%%;*}}"'
+        lines.append(f'{submit} {after} --wrap "$run"')
+    return "\n".join(lines)
+
+
 def _ready(sweep: Sweep, waiting: Sequence[Run], output: Path) -> list[Run]:
     """Runs that need not wait for another one."""
     sources = [(run, sweep.source(run)) for run in waiting]
     return [run for run, source in sources if source is None or finished(source, output)]
 
 
-def _start(folder: Path, command: list[str]) -> subprocess.Popen[bytes]:
+def _start(folder: Path, command: Sequence[str]) -> subprocess.Popen[bytes]:
     """Start a run in a session of its own, so that a terminal's Ctrl-C comes by us alone."""
     with (folder / LOG).open("ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
@@ -128,7 +162,18 @@ def _ending(code: int) -> str:
     return "finished" if code == 0 else f"failed with exit code {code}: see {LOG}"
 
 
-def become(command: list[str]) -> None:
-    """Let a command take this process's place: signals and exit code are its own."""
+def run_alone(sweep: Sweep, run: Run, output: Path, script: Path, threads: int) -> None:
+    """Let a run's training take this process's place: signals and exit code are its own.
+
+    Raises:
+        UserError: another process trains it, or `training_command` refuses.
+    """
+    lock = os.open(prepare(run, output) / _LOCK, os.O_CREAT | os.O_WRONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"{output / run.name}: another process trains it") from error
+    os.set_inheritable(lock, True)  # held until that program ends
+    command = training_command(sweep, run, output, script, threads)
     sys.stdout.flush()
     os.execv(command[0], command)

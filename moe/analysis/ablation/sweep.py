@@ -1,16 +1,16 @@
 """Sweep files: a base recipe, variants of it, and seeds.
 
-    sweep:
-      base: ../olmoe_1b_7b/tiny.yaml   # or a list; relative to the file
-      seeds: [1, 2, 3]
-    overrides:                         # sections of a recipe, for every variant
-      training: {train_iters: 200}
-    variants:                          # the first is the baseline
-      olmoe: {}
-      no_z_loss:
-        moe: {moe_z_loss_coeff: null}
-      upcycled:
-        upcycle: {variant: dense}      # starts from that variant's run of the same seed
+sweep:
+  base: ../olmoe_1b_7b/tiny.yaml   # or a list; relative to the file
+  seeds: [1, 2, 3]
+overrides:                         # sections of a recipe, for every variant
+  training: {train_iters: 200}
+variants:                          # the first is the baseline
+  olmoe: {}
+  no_z_loss:
+    moe: {moe_z_loss_coeff: null}
+  upcycled:
+    upcycle: {variant: dense}      # starts from that variant's run of the same seed
 """
 
 import re
@@ -23,12 +23,13 @@ from pydantic import NonNegativeInt, PositiveInt, ValidationError, field_validat
 
 from moetron.moe.config import recipe
 from moetron.moe.config.errors import ConfigError, UserError
-from moetron.moe.config.field import Group
+from moetron.moe.config.field import Group, flag_name
 from moetron.moe.config.load import check, merge, read_recipes
 from moetron.moe.config.names import nearest
 from moetron.moe.config.settings import Settings
-from moetron.moe.config.upcycling import UpcyclingSettings
+from moetron.moe.config.upcycling import UpcyclingSettings, upcycling_problems
 from moetron.moe.config.validate import Tree
+from moetron.moe.training.compatibility import SHAPE
 
 _SECTIONS = ("sweep", "overrides", "variants")
 _NAME = re.compile(r"[\w.-]+")
@@ -172,15 +173,24 @@ def _upcycling_problems(run: Run, runs: list[Run]) -> list[str]:
     """What is wrong with a run's start."""
     if run.upcycle is None:
         return []
-    sources = [other for other in runs if other.variant == run.upcycle.variant]
-    if not sources or sources[0].upcycle is not None:
-        reason = "starts from another one itself" if sources else "is no variant"
-        return [f"{run.variant}: upcycle: `{run.upcycle.variant}` {reason}"]
-    return []
+    wanted = run.upcycle.variant, run.seed
+    source = next((other for other in runs if (other.variant, other.seed) == wanted), None)
+    if source is None or source.upcycle is not None:
+        reason = "is no variant" if source is None else "starts from another one itself"
+        return [f"{run.variant}: upcycle: `{wanted[0]}` {reason}"]
+    differing = [
+        f"{flag_name(name)} differs from that of {source.variant}, which it starts from"
+        for group in ("model", "attention")
+        for name in SHAPE[group]
+        if getattr(getattr(run.settings, group), name)
+        != getattr(getattr(source.settings, group), name)
+    ]
+    found = differing + upcycling_problems(source.settings, run.settings)
+    return [f"{run.variant}: {problem}" for problem in found]
 
 
 def _text(where: str, error: ValidationError) -> str:
-    """pydantic's findings, one a line."""
+    """Pydantic's findings, one a line."""
     return "\n".join(
         f"{where}: {'.'.join(map(str, detail['loc']))}: {detail['msg']}"
         for detail in error.errors(include_url=False)

@@ -1,0 +1,213 @@
+"""Sparse upcycling: a trained dense model becomes the start of a mixture of experts.
+
+Every expert is a copy of the dense FFN (Komatsuzaki et al., arXiv 2212.05055), or a part of one
+(granular upcycling: He et al., arXiv 2410.07524); all other weights stay, the router is drawn
+anew, optimizer and data start afresh (as in OLMoE's ablation, arXiv 2409.02060, section 4.1).
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moetron.moe.config import derived
+from moetron.moe.config.errors import ConfigError
+from moetron.moe.config.experts import MoESettings
+from moetron.moe.config.settings import Settings
+from moetron.moe.config.upcycling import (
+    UpcyclingSettings,
+    granularity,
+    output_scale,
+    upcycling_problems,
+)
+from moetron.moe.convert.blocks import our_layer
+from moetron.moe.convert.checkpoint_tensors import CheckpointTensors
+from moetron.moe.convert.family import CONFIG, OTHER_GROUPS
+from moetron.moe.convert.from_huggingface import HuggingFaceModel
+from moetron.moe.convert.start import Weights, write_start
+from moetron.moe.training import checkpoint_folder
+from moetron.moe.training.compatibility import tokenizer_fingerprints
+
+
+@dataclass(frozen=True)
+class DenseModel:
+    """What to start from."""
+
+    weights: Weights
+    settings: Settings
+    fingerprint: str | None
+    """Its tokenizer's."""
+
+
+def is_huggingface(path: Path) -> bool:
+    """Whether a folder is HuggingFace's, not a run's."""
+    return (path / CONFIG).is_file()
+
+
+def dense_run(path: Path) -> DenseModel:
+    """A checkpoint of ours, of any layout: a run's folder (its latest) or one step folder.
+
+    Raises:
+        UserError: nothing there, or damaged.
+    """
+    checkpoint = checkpoint_folder.read(path)
+    checkpoint_folder.verify(checkpoint.folder)
+    fingerprints = tokenizer_fingerprints(checkpoint.record.stream)
+    return DenseModel(
+        CheckpointTensors(checkpoint.folder),
+        checkpoint_folder.one_rank_settings(checkpoint.record),
+        fingerprints[0] if fingerprints else None,
+    )
+
+
+def dense_folder(path: Path, tokenizer: str | None, fingerprint: str | None) -> DenseModel:
+    """A folder of HuggingFace's; ``tokenizer`` and its fingerprint as in `from_hf`.
+
+    Raises:
+        UserError: another architecture, or tensors too many or too few.
+    """
+    model = HuggingFaceModel(path, tokenizer)
+    return DenseModel(model, model.settings, fingerprint)
+
+
+def upcycle(
+    dense: DenseModel, output: Path, moe: MoESettings, options: UpcyclingSettings
+) -> Settings:
+    """Write the mixture that starts from ``dense`` as a run folder (`write_start`).
+
+    Args:
+        dense: what to start from.
+        output: a run folder without checkpoints; made where it is missing.
+        moe: number, width and place of the experts, and how they are chosen.
+        options: router, scaling, noise.
+
+    Returns:
+        The mixture's settings.
+
+    Raises:
+        UserError: the dense model cannot become that mixture; all reasons at once.
+    """
+    settings = dense.settings.model_copy(update={"moe": moe})
+    if problems := upcycling_problems(dense.settings, settings):
+        raise ConfigError(problems)
+    weights = UpcycledWeights(dense.weights, settings, options)
+    write_start(output, weights, settings, _model_sections(settings), dense.fingerprint)
+    return settings
+
+
+def _model_sections(settings: Settings) -> dict[str, dict[str, Any]]:
+    """The sections of a recipe that describe the model and its tokenizer."""
+    tree = settings.model_dump(mode="json", exclude_defaults=True)
+    kept = {group: section for group, section in tree.items() if group not in OTHER_GROUPS}
+    kept["precision"] = {"bf16": settings.precision.bf16}
+    if settings.data.tokenizer_model is not None:
+        kept["data"] = {"tokenizer_model": settings.data.tokenizer_model}
+    return kept
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    empty: Tensor
+    make: Callable[[], Tensor]
+
+
+class UpcycledWeights:
+    """The mixture's weights, made one at a time; expert i is part i mod g of copy i // g.
+
+    The g experts of a copy share their first router row, so that a token's best k experts are
+    all parts of its best k / g copies (He et al.); they differ after one step.
+
+    Args:
+        dense: weights of the dense model.
+        settings: the mixture's.
+        options: router, scaling, noise.
+    """
+
+    def __init__(self, dense: Weights, settings: Settings, options: UpcyclingSettings) -> None:
+        assert settings.moe.num_experts is not None
+        self._experts = settings.moe.num_experts
+        self._parts = granularity(settings)
+        self._matrices = derived.ffn_inner_matrices(settings.model)
+        scale = output_scale(settings) if options.weight_scaling else 1.0
+        # Scaled is what the output is proportional to: not the gate, nor what gelu is taken of.
+        both = derived.ffn_type(settings.model) != "gelu"
+        self._up_scale = math.sqrt(scale) if both else 1.0
+        self._down_scale = scale / self._up_scale
+        self._options = options
+        self._dense = dense
+        self._tensors = {name: self._kept(name) for name in dense.names()}
+        for layer, sparse in enumerate(derived.moe_layers(settings)):
+            if sparse:
+                self._replace_ffn(our_layer(layer))
+
+    def names(self) -> list[str]:
+        """Names of all weights."""
+        return list(self._tensors)
+
+    def empty(self, name: str) -> Tensor:
+        """A meta tensor of that shape and type."""
+        return self._tensors[name].empty
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor."""
+        return self._tensors[name].make()
+
+    def _kept(self, name: str) -> _Tensor:
+        return _Tensor(self._dense.empty(name), lambda: self._dense.read(name))
+
+    def _replace_ffn(self, layer: str) -> None:
+        """Experts, router and norm of a layer, by the prefix of its names, for its dense FFN."""
+        prefix, norm = f"{layer}mlp.linear_fc", f"{layer}mlp.linear_fc1.layer_norm_"
+        for part in ("weight", "bias"):
+            if kept := self._tensors.pop(norm + part, None):
+                self._tensors[f"{layer}pre_mlp_layernorm.{part}"] = kept
+        for which, cut in ((1, self._cut_fc1), (2, self._cut_fc2)):
+            dense, ours = f"{prefix}{which}.weight", f"{layer}mlp.experts.experts.linear_fc{which}"
+            self._tensors[f"{ours}.weight"] = self._stack(dense, f"{ours}.weight", cut)
+            del self._tensors[dense]
+        fc1, router = self._dense.empty(f"{prefix}1.weight"), f"{layer}mlp.router.weight"
+        rows = fc1.new_empty(self._experts, fc1.shape[1])
+        self._tensors[router] = _Tensor(rows, lambda: self._router(router, rows))
+
+    def _stack(self, dense: str, ours: str, cut: Callable[[Tensor], Tensor]) -> _Tensor:
+        """All experts' share of one dense matrix."""
+        whole = self._dense.empty(dense)
+        empty = whole.new_empty(self._experts, *cut(whole).shape[1:])
+        return _Tensor(empty, lambda: self._all_experts(ours, cut(self._dense.read(dense))))
+
+    def _cut_fc1(self, fc1: Tensor) -> Tensor:
+        """[m F, H] -> [g, m f, H]: a part has the same rows of each of the m matrices."""
+        parts = fc1.unflatten(0, (self._matrices, self._parts, -1)).transpose(0, 1).clone()
+        parts[:, -1] *= self._up_scale
+        return parts.flatten(1, 2)
+
+    def _cut_fc2(self, fc2: Tensor) -> Tensor:
+        """[H, F] -> [g, H, f]."""
+        return fc2.unflatten(1, (self._parts, -1)).transpose(0, 1) * self._down_scale
+
+    def _all_experts(self, name: str, parts: Tensor) -> Tensor:
+        """[g, ...] -> [E, ...], some of the values drawn anew."""
+        experts = parts.repeat(self._experts // self._parts, *[1] * (parts.dim() - 1))
+        if self._options.noise_fraction:
+            random = self._generator(name)
+            for expert in experts:
+                chosen = torch.rand(expert.shape, generator=random) < self._options.noise_fraction
+                noise = torch.randn(expert.shape, generator=random) * self._options.noise_std
+                expert[chosen] = noise[chosen].to(expert.dtype)
+        return experts
+
+    def _router(self, name: str, empty: Tensor) -> Tensor:
+        """[E, H], a row for each copy, repeated for its parts."""
+        shape = (self._experts // self._parts, empty.shape[1])
+        rows = torch.randn(shape, generator=self._generator(name)) * self._options.router_init_std
+        return rows.repeat_interleave(self._parts, dim=0).to(empty.dtype)
+
+    def _generator(self, name: str) -> torch.Generator:
+        """Random numbers of a tensor, whatever others are made before it."""
+        digest = hashlib.sha256(f"{self._options.seed} {name}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
