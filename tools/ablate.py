@@ -101,16 +101,15 @@ def main() -> int:
     if options.run is not None:
         alone(plan, int(options.run), options.output, max(1, cores // jobs // plan.ranks))
         return 0
-    codes = dict[sweep.Run, int]()
+    code = 0
     if not options.table_only:
         with StopSignal() as stop:
             codes = execute.run_side_by_side(plan, options.output, jobs, command, stop)
+            code = EXIT_STOPPED if stop() else int(any(codes.values()))
     from moetron.moe.analysis.ablation.table import write  # a second of imports
 
     print(write(plan, options.output), end="")
-    if EXIT_STOPPED in codes.values():
-        return EXIT_STOPPED
-    return int(any(codes.values()))
+    return code
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ class ModelSettings(Group):
     normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
     """Kind of normalisation."""
     norm_affine: bool = True
-    """Norms have weights; off: they only normalise (LayerNorm alone; OLMo-1B)."""
+    """Norms have weights; off: they only normalise (OLMo-1B, a trial of ST-MoE)."""
     norm_epsilon: PositiveFloat = 1e-5
     """Epsilon of every normalisation."""
     qk_layernorm: bool = False

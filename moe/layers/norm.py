@@ -75,14 +75,26 @@ def rms_norm(
     return result
 
 
+def _is_affine(config: TransformerConfig) -> bool:
+    """Whether norms have weights: a setting of ours, of which megatron-core knows nothing."""
+    return getattr(config, "norm_affine", True)
+
+
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm with a weight (Zhang & Sennrich 2019), built from a layer spec."""
+    """Root-mean-square norm (Zhang & Sennrich 2019), built from a layer spec.
+
+    ``norm_affine`` says whether it has a weight (ST-MoE's trial, arXiv 2202.08906, table 4: none).
+    """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
         assert not config.layernorm_zero_centered_gamma
         self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        ones = torch.ones(hidden_size, dtype=config.params_dtype)
+        if not _is_affine(config):
+            self.register_buffer("weight", ones, persistent=False)
+            return
+        self.weight = torch.nn.Parameter(ones)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -94,8 +106,7 @@ class LayerNorm(torch.nn.LayerNorm):
     """torch's LayerNorm, built from a layer spec."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
-        affine = getattr(config, "norm_affine", True)  # ours; megatron-core knows no norm without
-        super().__init__(hidden_size, eps, affine, dtype=config.params_dtype)
+        super().__init__(hidden_size, eps, _is_affine(config), dtype=config.params_dtype)
         assert not config.layernorm_zero_centered_gamma
         for parameter in self.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

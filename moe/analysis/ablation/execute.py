@@ -12,6 +12,7 @@ from pathlib import Path
 from moetron.moe.analysis.ablation.sweep import Run, Sweep
 from moetron.moe.config import recipe
 from moetron.moe.config.errors import UserError
+from moetron.moe.config.validate import validate
 from moetron.moe.training import checkpoint_folder
 from moetron.moe.training.resilience import EXIT_STOPPED
 
@@ -38,7 +39,7 @@ def prepare(run: Run, output: Path) -> Path:
     path = folder / RECIPE
     if not path.exists():
         recipe.write(run.settings, path)
-    elif path.read_text(encoding="utf-8") != recipe.dump(run.settings):
+    elif validate(recipe.read(path))[0] != run.settings:
         raise UserError(f"{folder}: holds a run with other settings; name another --output")
     return folder
 
@@ -94,6 +95,8 @@ def run_side_by_side(
         command: of a run's number.
         stop_requested: asked again and again; then runs get SIGTERM, save, and end.
     """
+    if at_once < 1:
+        raise UserError(f"--jobs {at_once}: must be at least 1")
     waiting = [run for run in sweep.runs if not finished(run, output)]
     running: dict[Run, subprocess.Popen[bytes]] = {}
     codes: dict[Run, int] = {}
@@ -111,7 +114,7 @@ def run_side_by_side(
             if (code := process.poll()) is not None:
                 del running[run]
                 codes[run] = code
-                print(f"{run.name}: {_ending(code)}", flush=True)
+                print(f"{run.name}: {_ending(code, stopping)}", flush=True)
         if not running and waiting and not _ready(sweep, waiting, output):
             codes.update(dict.fromkeys(waiting, 1))  # what they start from failed
             waiting = []
@@ -156,10 +159,12 @@ def _start(folder: Path, command: Sequence[str]) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
 
-def _ending(code: int) -> str:
-    if code == EXIT_STOPPED:
+def _ending(code: int, stopping: bool) -> str:
+    if code == 0:
+        return "finished"
+    if stopping or code == EXIT_STOPPED:
         return "stopped; the same command goes on"
-    return "finished" if code == 0 else f"failed with exit code {code}: see {LOG}"
+    return f"failed with exit code {code}: see {LOG}"
 
 
 def run_alone(sweep: Sweep, run: Run, output: Path, script: Path, threads: int) -> None:

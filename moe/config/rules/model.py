@@ -31,8 +31,8 @@ def shape(case: Case) -> Iterator[str]:
         yield "--qk-layernorm-scope full does nothing without --qk-layernorm: add it"
     if model.qk_layernorm_scope == "full" and model.normalization != "RMSNorm":
         yield "--qk-layernorm-scope full is an RMSNorm: use it with --normalization RMSNorm"
-    if not model.norm_affine and model.normalization != "LayerNorm":
-        yield "--no-norm-affine needs --normalization LayerNorm"
+    if not model.norm_affine and model.qk_layernorm_scope == "full":
+        yield "--no-norm-affine: a norm with --qk-layernorm-scope full has weights; leave one out"
     if not model.norm_affine and not case.local:
         yield "--no-norm-affine needs --transformer-impl local"
 

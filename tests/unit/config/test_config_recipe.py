@@ -52,6 +52,13 @@ def test_unreadable_files(tmp_path: Path) -> None:
             recipe.read(path)
 
 
+def test_a_mapping_merges_another_one() -> None:
+    tree = recipe.loads("model: &m {lr: 1, min_lr: 2}\nmoe:\n  <<: *m\n  lr: 3\n")
+    assert tree["moe"] == {"lr": 3, "min_lr": 2}
+    with pytest.raises(recipe.yaml.MarkedYAMLError, match="twice"):
+        recipe.loads("model: &m {lr: 1}\nmoe:\n  <<: *m\n  lr: 3\n  lr: 4\n")
+
+
 def test_an_empty_section_is_an_empty_group(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("model:\n  num_layers: 2\nmoe:\n")

@@ -37,6 +37,10 @@ TP2 = {"world_size": 2, "tensor_model_parallel_size": 2}
         ),
         ({"add_bias_linear": True}, "--add-bias-linear: experts have no biases"),
         (
+            {"qk_layernorm": True, "qk_layernorm_scope": "full", "norm_affine": False},
+            "--no-norm-affine: a norm with --qk-layernorm-scope full has weights",
+        ),
+        (
             {"qk_layernorm": True, "qk_layernorm_scope": "full", "normalization": "LayerNorm"},
             "--qk-layernorm-scope full is an RMSNorm",
         ),

@@ -172,8 +172,15 @@ def test_variance_scaling_counts_the_inputs_of_all_tensor_ranks() -> None:
     assert float(config.embedding_init_method(whole).std()) == pytest.approx(1.0, rel=0.05)
 
 
-def test_norms_without_weights() -> None:
-    layer = _layer({"normalization": "LayerNorm", "norm_affine": False}, {})
+@pytest.mark.parametrize("kind", ["LayerNorm", "RMSNorm"])
+def test_norms_without_weights(kind: str) -> None:
+    layer = _layer({"normalization": kind, "norm_affine": False}, {})
+    assert not [name for name in layer.state_dict() if "norm" in name]
     assert not [name for name, _ in layer.named_parameters() if "norm" in name]
-    x = torch.randn(3, 1, HIDDEN)
-    torch.testing.assert_close(layer.input_layernorm(x), F.layer_norm(x, (HIDDEN,)))
+    x, ours = (torch.ones(3, 1, HIDDEN).cumsum(2).requires_grad_() for _ in "12")
+    theirs = F.layer_norm if kind == "LayerNorm" else F.rms_norm
+    expected, out = theirs(x, (HIDDEN,), eps=1e-5), layer.input_layernorm(ours)
+    torch.testing.assert_close(out, expected)
+    (out**3).sum().backward()
+    (expected**3).sum().backward()
+    torch.testing.assert_close(ours.grad, x.grad, rtol=1e-4, atol=1e-6)
