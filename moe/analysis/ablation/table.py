@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from moetron.moe.analysis.ablation.outcome import Outcome, outcome
 from moetron.moe.analysis.ablation.sweep import Sweep
@@ -106,6 +107,7 @@ def draw(found: Outcomes) -> Figure:
     left.invert_yaxis()
     left.set(xlabel="final loss, nats per token", title="Each seed")
     right.set(xlabel="tokens trained on", ylabel="training loss", title="Mean of stable seeds")
+    right.xaxis.set_major_formatter(EngFormatter())
     right.legend(frameon=False, fontsize=7)
     for axes in (left, right):
         axes.grid(alpha=0.3)

@@ -45,13 +45,13 @@ def test_shipped_sweeps(path: Path) -> None:
 
 def test_overrides_variants_flags_and_seeds(tmp_path: Path) -> None:
     path = write_sweep(tmp_path, {"base": None, "k2": {"moe": {"moe_router_topk": 2}}})
-    sweep = read(path, {"training": {"train_iters": "7"}})
+    sweep = read(path, {"training": {"train_iters": "70"}})
     assert [run.name for run in sweep.runs] == [
         f"{variant}/seed_{seed}" for variant in ("base", "k2") for seed in (1, 2)
     ]
     last = sweep.runs[-1].settings
     assert (last.moe.moe_router_topk, last.moe.num_experts) == (2, 16)
-    assert (last.training.seed, last.training.train_iters) == (2, 7)
+    assert (last.training.seed, last.training.train_iters) == (2, 70)
 
 
 def test_all_problems_of_all_variants_at_once(tmp_path: Path) -> None:

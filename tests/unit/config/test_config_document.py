@@ -16,7 +16,7 @@ RECIPES = sorted(
     path
     for path in (ROOT / "examples").rglob("*.yaml")
     if path.name not in ("data.yaml", "life.yaml")  # parts of recipes
-    and path.parent.name != "evaluation"  # tasks
+    and path.parent.name not in ("ablations", "evaluation")  # sweeps, tasks
 )
 
 
