@@ -17,7 +17,7 @@ LONGEST_PIECES = 4
 CONTEXT_CHARACTERS = 256
 """Text on either side of a cut that must be encoded to the same ids with the cut and without."""
 CANDIDATES = 32
-_CANDIDATE = re.compile(r"\w(?=\s\w)")
+_CANDIDATE = re.compile(r"\S(?=\s)")
 
 
 def blocks(text: str) -> Iterator[str]:

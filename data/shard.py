@@ -76,6 +76,9 @@ class Shard:
                 *problems,
                 f"{self.prefix}.json: no manifest, so nothing to compare hashes with",
             ]
+        said, found = self.manifest, (self.tokens.dtype.name, len(self), len(self.tokens))
+        if (said.dtype, said.documents, said.tokens) != found:
+            problems.append(f"{self.prefix}.json: dtype, documents or tokens are not the shard's")
         for path, record in self._files(self.manifest):
             if _sha256(path) != record.sha256:
                 problems.append(f"{path}: its SHA-256 is not the manifest's")

@@ -125,6 +125,19 @@ def test_verify_finds_any_changed_byte(make_shard) -> None:
     assert Shard(prefix).verify() == []
 
 
+@pytest.mark.parametrize(
+    ("said", "instead"),
+    [('"documents": 3', '"documents": 4'), ('"tokens": 11', '"tokens": 12'), ("uint16", "int32")],
+)
+def test_verify_compares_counts(make_shard, said: str, instead: str) -> None:
+    path = Path(make_shard("a", DOCUMENTS) + ".json")
+    assert said in path.read_text()
+    path.write_text(path.read_text().replace(said, instead))
+    assert Shard(path.with_suffix("")).verify() == [
+        f"{path}: dtype, documents or tokens are not the shard's"
+    ]
+
+
 def test_refuses_a_broken_manifest(make_shard) -> None:
     prefix = make_shard("a", DOCUMENTS)
     Path(prefix + ".json").write_text("{}")

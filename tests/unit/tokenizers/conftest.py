@@ -5,7 +5,10 @@ import keyword
 from pathlib import Path
 
 import pytest
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from moetron.tokenizers.huggingface import HuggingFaceTokenizer
 from moetron.tokenizers.train import TrainingOptions, train
 from moetron.tokenizers.umt5 import SentencePieceTokenizer
 
@@ -35,3 +38,23 @@ def model_path(model: bytes, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(model_path: Path) -> SentencePieceTokenizer:
     return SentencePieceTokenizer(model_path)
+
+
+@pytest.fixture(scope="session")
+def reference(corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> HuggingFaceTokenizer:
+    """NeoX's kind: byte level, NFC, an end token, runs of spaces as added tokens."""
+    model = tokenizers.Tokenizer(models.BPE())
+    model.normalizer = normalizers.NFC()
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    model.train_from_iterator(corpus[:2], trainer)
+    model.add_tokens([tokenizers.AddedToken(" " * n, normalized=True) for n in range(2, 9)])
+    path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
+    model.save(str(path))
+    return HuggingFaceTokenizer(path)

@@ -6,6 +6,7 @@ import pytest
 
 from moetron.tokenizers.byte_level import ByteTokenizer
 from moetron.tokenizers.export import export
+from moetron.tokenizers.huggingface import HuggingFaceTokenizer
 from moetron.tokenizers.interface import Tokenizer, TokenizerError
 from moetron.tokenizers.load import load_tokenizer
 from moetron.tokenizers.umt5 import SentencePieceTokenizer
@@ -29,6 +30,18 @@ def test_a_sentencepiece_model_gives_the_same_ids(
     for text in corpus[:3]:
         assert theirs.encode(text, add_special_tokens=False) == tokenizer.encode(text)
     assert load_tokenizer(tmp_path).fingerprint == tokenizer.fingerprint
+
+
+def test_a_tokenizer_json_gives_the_same_ids(
+    reference: HuggingFaceTokenizer, corpus: list[str], tmp_path: Path
+) -> None:
+    theirs, ids = loaded(reference, tmp_path)
+    assert ids == reference.encode_batch(TEXTS)
+    for text in corpus:
+        assert theirs.encode(text, add_special_tokens=False) == reference.encode(text)
+    again = load_tokenizer(tmp_path)
+    assert (again.eod, again.pad) == (reference.eod, reference.pad)
+    assert again.encode_batch(TEXTS) == ids
 
 
 def test_bytes_have_no_counterpart(tmp_path: Path) -> None:

@@ -1,14 +1,11 @@
 """The fast engine against HuggingFace's library, on a BPE trained here."""
 
 import importlib.util
-from pathlib import Path
 
 import numpy as np
 import pytest
-import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from moetron.tokenizers import fast_bpe
 from moetron.tokenizers.byte_level import ByteTokenizer
@@ -18,27 +15,6 @@ from moetron.tokenizers.huggingface import HuggingFaceTokenizer
 needs_gigatoken = pytest.mark.skipif(
     importlib.util.find_spec("gigatoken") is None, reason="the extra `fast` is not installed"
 )
-SOURCE = Path(fast_bpe.__file__).read_text()
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory) -> HuggingFaceTokenizer:
-    """NeoX's kind: byte level, NFC, an end token, runs of spaces as added tokens."""
-    model = tokenizers.Tokenizer(models.BPE())
-    model.normalizer = normalizers.NFC()
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    model.train_from_iterator([SOURCE], trainer)
-    model.add_tokens([tokenizers.AddedToken(" " * n, normalized=True) for n in range(2, 9)])
-    path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
-    model.save(str(path))
-    return HuggingFaceTokenizer(path)
 
 
 @needs_gigatoken

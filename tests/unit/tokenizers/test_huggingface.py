@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from moetron.tokenizers.huggingface import HuggingFaceTokenizer
@@ -34,6 +36,14 @@ def test_ids_are_the_librarys_own(corpus: list[str], tmp_path: Path) -> None:
     assert [ours.decode(ours.encode(text)) for text in corpus] == corpus
     assert (ours.eod, ours.pad, ours.vocab_size) == (0, 1, 400)
     assert ours.decode([*ours.encode("a"), ours.eod]) == "a"
+
+
+@settings(deadline=None)
+@given(data=st.binary())
+def test_any_bytes_come_back(reference: HuggingFaceTokenizer, data: bytes) -> None:
+    """As the characters of those numbers: none of them is changed by NFC."""
+    ids = reference.encode(data.decode("latin-1"))
+    assert reference.decode(ids).encode("latin-1") == data
 
 
 def test_config_beside_it_names_the_end(corpus: list[str], tmp_path: Path) -> None:
