@@ -72,12 +72,16 @@ class OwnModel:
         return Routed(ranked(torch.stack(scores)), torch.stack(kept).cpu().numpy(), predicted_T)
 
     def weights(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """For each layer the router's rows [E, H] and all weights of each expert [E, n]."""
+        """For each layer the router's rows [E, H] and all weights of each expert [E, n].
+
+        Hash routing has no matrix: rows of zeros.
+        """
         rows = []
         for layer in self.layers:
             mlp = self._model.decoder.layers[layer].mlp
             experts_En = _expert_rows(mlp.experts, self.num_experts)
-            rows.append((_numpy(mlp.router.weight), experts_En))
+            matrix, none = mlp.router.weight, np.zeros((self.num_experts, 1))
+            rows.append((none if matrix is None else _numpy(matrix), experts_En))
         return rows
 
     def _watch(self, layer: int, router: Router, inputs: Any, output: Any) -> None:

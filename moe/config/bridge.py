@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from moetron.moe.config import derived, pipeline_split
 from moetron.moe.config.attention import AttentionSettings
+from moetron.moe.config.experts import EVEN_WEIGHTS
 from moetron.moe.config.model import ModelSettings
 from moetron.moe.config.precision import PrecisionSettings
 from moetron.moe.config.settings import Settings
@@ -46,6 +47,7 @@ class ModelConfig(TransformerConfig):
     moe_router_final_temperature: float = 0.1
     moe_router_anneal_samples: int | None = None
     routing_seed: int = 0
+    output_z_loss_coeff: float | None = None
 
 
 @dataclass
@@ -145,6 +147,7 @@ def _blocks(model: ModelSettings) -> dict[str, Any]:
         "add_bias_linear": model.add_bias_linear,
         "mtp_num_layers": model.mtp_num_layers,
         "mtp_loss_scaling_factor": model.mtp_loss_scaling_factor,
+        "output_z_loss_coeff": model.output_z_loss_coeff,
         "hidden_dropout": model.hidden_dropout,
         "attention_dropout": model.attention_dropout,
         "attention_backend": (
@@ -178,7 +181,6 @@ def _experts(settings: Settings) -> dict[str, Any]:
     noisy_load = balance == "noisy_load"
     same_name = (
         "moe_router_topk",
-        "moe_router_pre_softmax",
         "moe_router_score_function",
         "moe_router_topk_scaling_factor",
         "moe_router_num_groups",
@@ -215,6 +217,8 @@ def _experts(settings: Settings) -> dict[str, Any]:
         "num_moe_experts": moe.num_experts,
         "moe_layer_freq": [int(has_experts) for has_experts in derived.moe_layers(settings)],
         "moe_ffn_hidden_size": derived.expert_ffn_size(settings),
+        # megatron-core refuses a softmax over one winner, which these do not take.
+        "moe_router_pre_softmax": moe.moe_router_pre_softmax or moe.moe_router_type in EVEN_WEIGHTS,
         # megatron-core does not know noisy top-k's own losses.
         "moe_router_load_balancing_type": "none" if noisy_load else balance,
         "moe_noisy_load_loss": noisy_load,
@@ -289,10 +293,11 @@ def transformer_config(settings: Settings, transformer_engine: bool = False) -> 
 def optimizer_config(settings: Settings) -> OptimizerConfig:
     """megatron-core's optimizer configuration, without per-parameter overrides of the decay.
 
-    It knows no Adafactor: SGD without momentum, which keeps nothing, holds its place.
+    It knows no Adafactor, and Muon only with a package that PyPI does not have: SGD without
+    momentum, which keeps nothing, holds their place.
     """
     optimizer = settings.optimizer
-    is_ours = optimizer.optimizer == "adafactor"
+    is_ours = optimizer.optimizer in ("adafactor", "muon")
     return OptimizerConfig(
         optimizer="sgd" if is_ours else optimizer.optimizer,
         lr=settings.learning_rate.lr,

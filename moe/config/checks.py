@@ -10,6 +10,7 @@ from moetron.moe.config.rules import (
     inputs,
     layout,
     model,
+    optimizer,
     pipeline,
     precision,
     routers,
@@ -26,7 +27,18 @@ def problems(settings: Settings, world_size: int, *, device: str, te: bool) -> l
     file: see ``input_problems``.
     """
     case = Case(settings, world_size, device, te)
-    subjects = (model, attention, experts, routers, pipeline, layout, precision, data, run)
+    subjects = (
+        model,
+        attention,
+        experts,
+        routers,
+        pipeline,
+        layout,
+        optimizer,
+        precision,
+        data,
+        run,
+    )
     rules = [rule for subject in subjects for rule in subject.RULES]
     return [problem for rule in rules for problem in rule(case)]
 

@@ -188,3 +188,19 @@ def schedule_lengths(settings: Settings) -> ScheduleLengths:
     return ScheduleLengths(
         "steps", run, rate.lr_warmup_iters or 0, end or run, rate.lr_wsd_decay_iters
     )
+
+
+def looks_ahead(settings: Settings) -> list[str]:
+    """Flags by which a token's experts depend on later tokens in training."""
+    moe = settings.moe
+    found = []
+    if moe.num_experts is None:
+        return found
+    if moe.moe_router_type in ("expert_choice", "base"):
+        found.append(f"--moe-router-type {moe.moe_router_type}")
+    if moe.moe_router_load_balancing_type == "sinkhorn":
+        found.append("--moe-router-load-balancing-type sinkhorn")
+    limited = moe.moe_expert_capacity_factor is not None and moe.moe_router_type != "expert_choice"
+    if limited and moe.moe_token_drop_policy in ("probs", "batch_prioritized"):
+        found.append(f"--moe-token-drop-policy {moe.moe_token_drop_policy}")
+    return found

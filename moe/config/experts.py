@@ -14,6 +14,9 @@ from pydantic import (
 from moetron.moe.config.field import Group
 from moetron.moe.config.layer_pattern import layer_pattern
 
+EVEN_WEIGHTS = ("hash", "reinforce")
+"""Values of --moe-router-type that give every chosen expert weight 1 / k, without a softmax."""
+
 
 class MoESettings(Group):
     """Experts, routing and balance."""
@@ -44,6 +47,8 @@ class MoESettings(Group):
         "straight_through",
         "gumbel",
         "relaxed_topk",
+        "reinforce",
+        "hash",
     ] = "topk"
     """Who chooses whom, and what gradient weights have; docs/routers.md says what each trades."""
     moe_expert_choice_eval: Literal["expert_choice", "topk"] = "expert_choice"

@@ -77,6 +77,9 @@ class ModelSettings(Group):
     section 2.2): a projection and a layer of the last layer's kind; unset: none."""
     mtp_loss_scaling_factor: PositiveFloat = 0.1
     """Weight of the mean of these modules' losses."""
+    output_z_loss_coeff: PositiveFloat | None = None
+    """Coefficient of the z-loss on the output: each token adds coefficient x (log Z)^2, Z the sum
+    of exp over its logits (PaLM, T5X's z_loss, OpenMoE: 1e-4); unset: none."""
     hidden_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on residual branches."""
     attention_dropout: float = Field(default=0.0, ge=0, lt=1)

@@ -31,9 +31,16 @@ class TrainingSettings(Group):
 class OptimizerSettings(Group):
     """The optimizer."""
 
-    optimizer: Literal["adam", "sgd", "adafactor"] = "adam"
+    optimizer: Literal["adam", "sgd", "adafactor", "muon"] = "adam"
     """Kind of optimizer; adam is AdamW (decoupled weight decay); adafactor has factored moments,
-    no momentum, and steps relative to a parameter's size (T5, ST-MoE, OpenMoE)."""
+    no momentum, and steps relative to a parameter's size (T5, ST-MoE, OpenMoE); muon moves hidden
+    matrices by orthogonal updates, vocabulary matrices and vectors by AdamW (Moonlight)."""
+    muon_momentum: float = Field(default=0.95, ge=0, lt=1)
+    """muon: momentum (Nesterov's)."""
+    muon_num_ns_steps: PositiveInt = 5
+    """muon: Newton-Schulz iterations that orthogonalise an update."""
+    muon_extra_scale_factor: PositiveFloat = 0.2
+    """muon: multiplies updates, beside the root of the longer side (0.2: as large as AdamW's)."""
     adafactor_decay_rate: PositiveFloat = 0.8
     """adafactor: the second moment's decay at step t is 1 - t^-rate."""
     adafactor_clip_threshold: PositiveFloat = 1.0
@@ -53,6 +60,14 @@ class OptimizerSettings(Group):
     """Decoupled weight decay."""
     decay_norms_and_biases: bool = False
     """Decay one-dimensional parameters too (OLMoE does; Megatron does not)."""
+    router_lr_mult: NonNegativeFloat = 1.0
+    """Multiplies the learning rate of routers; 0 freezes them."""
+    router_wd_mult: NonNegativeFloat = 1.0
+    """Multiplies the weight decay of routers."""
+    expert_lr_mult: NonNegativeFloat = 1.0
+    """Multiplies the learning rate of routed experts; 0 freezes them."""
+    expert_wd_mult: NonNegativeFloat = 1.0
+    """Multiplies the weight decay of routed experts."""
     clip_grad: NonNegativeFloat = 1.0
     """Clip the global gradient norm to this; 0: never."""
 

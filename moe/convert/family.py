@@ -38,6 +38,7 @@ TRAINING_ONLY = {
         "transformer_impl",
         "attention_backend",
         "mtp_loss_scaling_factor",
+        "output_z_loss_coeff",
     },
     "moe": {
         "moe_router_dtype",

@@ -2,7 +2,6 @@
 
 import math
 
-from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -11,7 +10,9 @@ from moetron.moe.config import derived
 from moetron.moe.config.bridge import ModelConfig
 from moetron.moe.config.settings import Settings
 from moetron.moe.layers.experts import mark_gradient_ranks
+from moetron.moe.layers.language_model import LanguageModel
 from moetron.moe.layers.specs import block_spec, prediction_spec
+from moetron.moe.routing.hash import HashRouter
 
 
 def build_model(
@@ -21,7 +22,7 @@ def build_model(
     pre_process: bool = True,
     post_process: bool = True,
     vp_stage: int | None = None,
-) -> GPTModel:
+) -> LanguageModel:
     """One pipeline stage (or virtual stage) of the model, weights drawn.
 
     megatron's parallel state and random states must be up (and `adapt_host` called on a host).
@@ -39,7 +40,7 @@ def build_model(
     """
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = settings.model
-    built = GPTModel(
+    built = LanguageModel(
         config=config,
         transformer_layer_spec=block_spec(settings, config, groups, vp_stage),
         vocab_size=derived.padded_vocab_size(vocab_size, settings),
@@ -60,6 +61,8 @@ def build_model(
     for module in built.modules():
         if isinstance(module, MoELayer):
             mark_gradient_ranks(module.experts, groups)
+            if isinstance(module.router, HashRouter):
+                module.router.draw_table(derived.padded_vocab_size(vocab_size, settings))
             if config.moe_pad_expert_input_to_capacity:
                 module.router.padded_dispatcher = module.token_dispatcher
         if isinstance(module, SelfAttention) and model.query_init_folds_scale:

@@ -30,8 +30,11 @@ def _number_bytes(settings: Settings) -> int:
 
 
 def _optimizer_bytes_per_parameter(settings: Settings) -> int:
-    """fp32 moments (Adafactor's rows and columns left out), and main parameters in bf16."""
-    kept = {"adam": 2, "sgd": int(settings.optimizer.sgd_momentum > 0), "adafactor": 0}
+    """fp32 moments (without Adafactor's rows and columns), and main parameters in bf16.
+
+    Muon's are counted as AdamW's, which vocabulary matrices and vectors have: too many.
+    """
+    kept = {"adam": 2, "sgd": int(settings.optimizer.sgd_momentum > 0), "adafactor": 0, "muon": 2}
     moments = kept[settings.optimizer.optimizer]
     return 4 * (moments + int(settings.precision.bf16))
 

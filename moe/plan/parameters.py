@@ -138,7 +138,7 @@ def layer(settings: Settings, has_experts: bool) -> Iterator[Tensors]:
         yield from _ffn(settings, "dense_ffn", derived.dense_ffn_size(model))
         return
     assert moe.num_experts is not None
-    matrices = 2 if moe.moe_router_type == "noisy_topk" else 1
+    matrices = {"noisy_topk": 2, "hash": 0}.get(moe.moe_router_type, 1)
     yield Tensors("router", matrices * moe.num_experts * model.hidden_size, "none")
     yield from _ffn(
         settings, "experts", derived.expert_ffn_size(settings), moe.num_experts, "expert"

@@ -12,6 +12,12 @@ from torch.distributed import ProcessGroup
 from moetron.moe.routing.token_group import TokenGroup
 
 
+def derived_seed(*parts: object) -> int:
+    """A seed that depends on all of ``parts``, far from that of any other."""
+    digest = hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=7).digest()
+    return int.from_bytes(digest, "little")
+
+
 class Draws(torch.nn.Module):
     """A router's source of random numbers.
 
@@ -48,9 +54,7 @@ class Draws(torch.nn.Module):
         else:
             self.number += self._dp_size * self._ahead
             self._ahead += 1
-        text = f"{self._seed} {layer} {self.number}".encode()
-        digest = hashlib.blake2b(text, digest_size=7).digest()
-        self._generator.manual_seed(int.from_bytes(digest, "little"))
+        self._generator.manual_seed(derived_seed(self._seed, layer, self.number))
 
     def uniform(self, like_sbX: torch.Tensor) -> torch.Tensor:
         """From U(0, 1), fp32, for this rank's rows of a micro-batch [S, b, X]."""

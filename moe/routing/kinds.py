@@ -18,7 +18,9 @@ from megatron.core.transformer.moe.moe_utils import (
 
 from moetron.moe.config.bridge import ModelConfig
 from moetron.moe.routing.assignment import linear_assignment
+from moetron.moe.routing.hash import HashRouter
 from moetron.moe.routing.noisy_load import cv_squared, win_probability
+from moetron.moe.routing.reinforce import ReinforceRouter
 from moetron.moe.routing.relaxations import (
     annealed,
     relaxed_topk,
@@ -252,6 +254,8 @@ KINDS: dict[str, type[Router]] = {
     "straight_through": StraightThroughRouter,
     "gumbel": GumbelRouter,
     "relaxed_topk": RelaxedTopKRouter,
+    "reinforce": ReinforceRouter,
+    "hash": HashRouter,
 }
 
 

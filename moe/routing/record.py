@@ -76,7 +76,8 @@ class RoutingRecorder:
         flags = derived.routed_layers(settings)
         self._row = {layer: row for row, layer in enumerate(i for i, f in enumerate(flags) if f)}
         routers = [m for chunk in model for m in chunk.modules() if isinstance(m, Router)]
-        device = routers[0].weight.device if routers else torch.device("cpu")
+        found = (parameter.device for chunk in model for parameter in chunk.parameters())
+        device = next(found, torch.device("cpu"))
         self._experts = experts
         shape = (2, len(self._row), experts + POSITION_BUCKETS)  # by expert, then by position
         self._counts = torch.zeros(shape, dtype=torch.int64, device=device)

@@ -66,5 +66,9 @@ class TokenGroup:
             return whole
         return whole[self.positions(len(whole) // self.group.size()).to(whole.device)]
 
+    def of_context_rank(self, rows_sX: torch.Tensor) -> torch.Tensor:
+        """Rows that this rank holds of its context rank's [S / C, ...]."""
+        return rows_sX.chunk(self._tensor_ranks)[self.group.rank() % self._tensor_ranks]
+
     def _all_positions(self, rows: int) -> torch.Tensor:
         return positions_of_ranks(rows * self.group.size(), self._tensor_ranks, self._context_ranks)

@@ -2,25 +2,18 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moetron.moe.training.cuts import Cut
+
 EPSILON_SQUARE = 1e-30
 EPSILON_SCALE = 1e-3
 FACTOR_AXIS = {"exp_avg_sq_row": -1, "exp_avg_sq_col": -2}
 """Axis of length 1 of a factored moment."""
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How a parameter is cut: its axis, from the end, and the ranks that share it."""
-
-    axis: int
-    group: dist.ProcessGroup
 
 
 class Adafactor(torch.optim.Optimizer):

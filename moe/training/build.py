@@ -1,8 +1,10 @@
 """Put the parts of a run together on one rank."""
 
+import logging
 from pathlib import Path
 
 from moetron.moe.config.bridge import transformer_config
+from moetron.moe.config.derived import looks_ahead
 from moetron.moe.config.settings import Settings
 from moetron.moe.layers.specs import uses_transformer_engine
 from moetron.moe.routing.record import RoutingRecorder
@@ -18,9 +20,13 @@ from moetron.moe.training.runtime import Runtime
 from moetron.moe.training.step import Trainer
 from moetron.moe.training.stream import Streams
 
+logger = logging.getLogger(__name__)
+
 
 def build_trainer(settings: Settings, runtime: Runtime, vocab_size: int) -> Trainer:
-    """The model, freshly drawn, and its optimizer."""
+    """The model, freshly drawn, and its optimizer; warns of routers that look ahead."""
+    for flag in looks_ahead(settings) if runtime.is_main else ():
+        logger.warning("%s looks at later tokens: losses flatter the model", flag)
     config = transformer_config(settings, uses_transformer_engine(settings))
     chunks = build_chunks(settings, config, vocab_size, runtime)
     optimizer = build_optimizer(settings, chunks, runtime)

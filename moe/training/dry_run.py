@@ -23,6 +23,7 @@ from moetron.moe.plan.render import gib, section
 from moetron.moe.training.adafactor import Adafactor
 from moetron.moe.training.build import build_trainer
 from moetron.moe.training.model import ModelChunks
+from moetron.moe.training.muon import Muon
 from moetron.moe.training.optimizer_state import MOMENTS, leaves
 from moetron.moe.training.runtime import Runtime, divide
 
@@ -134,7 +135,7 @@ def _state_bytes(leaf: MegatronOptimizer, settings: Settings) -> int:
     """Bytes beside the model's parameters once ``leaf`` has stepped, from the tensors it steps."""
     chosen = settings.optimizer
     mains = [main for group in leaf.optimizer.param_groups for main in group["params"]]
-    if isinstance(leaf.optimizer, Adafactor):
+    if isinstance(leaf.optimizer, Adafactor | Muon):
         main_copies = sum(main.nbytes for main in mains) * int(settings.precision.bf16)
         return main_copies + 4 * sum(map(leaf.optimizer.state_numel, mains))
     moments = len(MOMENTS[chosen.optimizer])

@@ -80,6 +80,10 @@ def set_training(chunks: ModelChunks, training: bool) -> None:
 
 
 def needs_samples(chunk: DistributedDataParallel, settings: Settings) -> bool:
-    """Whether a chunk reads tokens or labels (the pipeline's first and last), or samples' masks."""
-    model = unwrap_model(chunk)
-    return bool(model.pre_process or model.post_process or settings.data.bidirectional_prefix)
+    """Whether a chunk reads tokens or labels (the pipeline's first and last), or all chunks do.
+
+    Every rank reads its samples itself, so that masks and token ids need not travel along.
+    """
+    model, hashed = unwrap_model(chunk), settings.moe.moe_router_type == "hash"
+    ends = model.pre_process or model.post_process
+    return bool(ends or hashed or settings.data.bidirectional_prefix)

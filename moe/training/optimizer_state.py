@@ -6,7 +6,7 @@ Here every moment and every fp32 main parameter becomes a sharded tensor that ta
 its parameter's entry in the model's sharded state dict. Keys, for a parameter NAME:
 
 - ``optimizer.state.exp_avg.NAME`` and ``optimizer.state.exp_avg_sq.NAME`` (Adam), or
-  ``optimizer.state.momentum_buffer.NAME`` (SGD);
+  ``optimizer.state.momentum_buffer.NAME`` (SGD, Muon's matrices);
 - ``optimizer.state.fp32_param.NAME``, unless the model's parameter is fp32 itself;
 - ``optimizer.step``, once.
 
@@ -44,6 +44,7 @@ from megatron.core.optimizer import (
 from torch import Tensor
 
 from moetron.moe.training.adafactor import FACTOR_AXIS, Adafactor
+from moetron.moe.training.muon import Muon
 
 Entry: TypeAlias = ShardedTensor | ShardedTensorFactory
 
@@ -200,12 +201,15 @@ def optimizer_step(optimizer: MegatronOptimizer) -> int:
 def _set_step(leaf: MegatronOptimizer, step: int) -> None:
     if isinstance(leaf.optimizer, torch.optim.SGD):  # which counts nothing
         return
-    by_parameter = type(leaf.optimizer).__module__.startswith("torch.optim")
+    inner = leaf.optimizer
+    by_parameter = isinstance(inner, torch.optim.Adam | torch.optim.AdamW)
     for group in leaf.optimizer.param_groups:
         if not by_parameter:
             group["step"] = step
             continue
         for main in group["params"]:
+            if isinstance(inner, Muon) and "exp_avg" not in inner.moments(main):
+                continue
             on_device = group.get("fused") or group.get("capturable")
             leaf.optimizer.state[main]["step"] = torch.tensor(
                 float(step), device=main.device if on_device else "cpu"
@@ -224,7 +228,7 @@ def _slots(leaf: MegatronOptimizer, entries: dict[int, Entry]) -> Iterator[Slot]
     inner = leaf.optimizer
     for parameter, main, span in mains(leaf):
         assert id(parameter) in entries, "a trained parameter is not in the model's sharded state"
-        kept = inner.moments(main) if isinstance(inner, Adafactor) else moments
+        kept = inner.moments(main) if isinstance(inner, Adafactor | Muon) else moments
         yield Slot(entries[id(parameter)], main, inner.state[main], kept, span)
 
 

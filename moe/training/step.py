@@ -11,7 +11,7 @@ import torch
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
-from megatron.core.utils import get_batch_on_this_cp_rank
+from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model
 
 from moetron.moe.config.bridge import ModelConfig
 from moetron.moe.config.derived import routed_layers
@@ -98,11 +98,29 @@ def train_step(
     torch.distributed.all_reduce(total)
     losses = tally.read(total[:-1].view_as(local))
     routing, loads = routing_figures(trainer, num_microbatches)
-    besides = {**prediction_figures(trainer, num_microbatches), **routing}
+    ahead = prediction_figures(trainer, num_microbatches)
+    besides = {**output_figures(trainer), **ahead, **routing}
     figures = StepFigures(losses, float(grad_norm), besides, loads, bool(total[-1] > 0))
     if trainer.settings.training.check_for_nan_in_loss_and_grad:
         _refuse_non_finite(figures, local[0].sum())
     return figures
+
+
+def output_figures(trainer: Trainer) -> dict[str, float]:
+    """``output_z_loss`` since the last call (collective), if it has a coefficient: mean (log Z)^2.
+
+    Over the tokens that count of the global batch, without the coefficient.
+    """
+    if trainer.settings.model.output_z_loss_coeff is None:
+        return {}
+    runtime = trainer.runtime
+    sums = torch.zeros(2, dtype=torch.float64, device=runtime.device)
+    for model in unwrap_model(trainer.chunks):
+        noted = model.take_squared_log_z()
+        sums += noted.to(sums.device) if runtime.holds_loss else 0
+    torch.distributed.all_reduce(sums)
+    total, tokens = sums.tolist()
+    return {"output_z_loss": total / max(tokens, 1.0)}
 
 
 def prediction_figures(trainer: Trainer, num_microbatches: int) -> dict[str, Any]:
@@ -194,7 +212,7 @@ def _forward(
     if settings.data.bidirectional_prefix:
         mask = prefix_mask(per_sample["prefix"], settings.model.seq_length)
     batch = get_batch_on_this_cp_rank(batch, cp_group=runtime.groups.cp)
-    names = ("labels", "loss_mask")  # the mask is for multi-token prediction alone
+    names = ("labels", "loss_mask")  # the mask is for what the model makes of its own losses
     words = {name: batch.get(name) for name in names}
     output = chunk(batch.get("tokens"), batch.get("position_ids"), mask, **words)
     return output, partial(loss, {**batch, **per_sample})

@@ -77,18 +77,31 @@ ADAFACTOR: Groups = {
 }
 
 
-def test_adafactor_resumes_and_is_the_same_on_cut_matrices(tmp_path: Path) -> None:
+MUON: Groups = {
+    "model": {"hidden_dropout": 0.0},
+    "moe": {"moe_shared_expert_intermediate_size": 8},
+    "optimizer": {"optimizer": "muon", "router_lr_mult": 0.5},
+    "learning_rate": {"lr": 0.01, "lr_warmup_iters": 0},
+}
+
+
+@pytest.mark.parametrize(
+    ("groups", "moment"), [(ADAFACTOR, "exp_avg_sq_row"), (MUON, "momentum_buffer")]
+)
+def test_an_optimizer_of_ours_resumes_and_is_the_same_on_cut_matrices(
+    tmp_path: Path, groups: Groups, moment: str
+) -> None:
     """From one rank's first half, one rank and two tensor and expert ranks go on alike."""
-    half = {**ADAFACTOR, "training": {"exit_interval": 3}}
+    half = {**groups, "training": {"exit_interval": 3}}
     run_ranks(_run_once, 1, "dp", half, {"save": str(tmp_path / "half")})
     for layout, ranks in (("dp", 1), ("tp2", 2), ("ep2", 2)):
         folders = {"load": str(tmp_path / "half"), "save": str(tmp_path / layout)}
-        run_ranks(_run_once, ranks, layout, ADAFACTOR, folders)
-    run_ranks(_run_once, 1, "dp", ADAFACTOR, {"save": str(tmp_path / "straight")})
+        run_ranks(_run_once, ranks, layout, groups, folders)
+    run_ranks(_run_once, 1, "dp", groups, {"save": str(tmp_path / "straight")})
     straight = metrics(tmp_path / "straight")
     assert metrics(tmp_path / "dp") == straight[3:]
     saved = tensors(tmp_path / "straight" / "step_0000006")
-    assert any(".exp_avg_sq_row." in key and tensor.any() for key, tensor in saved.items())
+    assert any(f".{moment}." in key and tensor.any() for key, tensor in saved.items())
     for layout in ("tp2", "ep2"):
         losses = [row["lm_loss"] for row in metrics(tmp_path / layout)]
         assert losses == pytest.approx([row["lm_loss"] for row in straight[3:]], rel=1e-5)
@@ -130,6 +143,24 @@ def test_any_layout_loads_any_other(tmp_path: Path, writer: str, reader: str, bf
     tolerance = 2e-3 if bf16 else 1e-5 if "tp" in writer + reader else 1e-6
     assert again["lm_loss"] == pytest.approx(third["lm_loss"], rel=tolerance)
     assert again["grad_norm"] == pytest.approx(third["grad_norm"], rel=100 * tolerance)
+
+
+def test_stages_of_a_pipeline_know_token_ids_and_checkpoints_their_table(tmp_path: Path) -> None:
+    """Hash routing: another layout and another seed go on with the same experts for each id."""
+    hashed: Groups = {
+        "model": {"hidden_dropout": 0.0},
+        "moe": {"moe_router_type": "hash", "moe_aux_loss_coeff": 0.0},
+        "training": {"train_iters": 3},
+    }
+    written, read = tmp_path / "written", tmp_path / "read"
+    run_ranks(write, 1, str(written), "dp", hashed)
+    source = str(written / "step_0000002")
+    run_ranks(read_and_go_on, 2, source, str(read), "pp2", hashed)
+    assert_identical(tensors(written / "step_0000002"), tensors(read / "step_0000002"))
+    assert "decoder.layers.0.mlp.router.table_seed" in tensors(read / "step_0000002")
+    third, [again] = metrics(written)[2], metrics(read)
+    assert again["lm_loss"] == pytest.approx(third["lm_loss"], rel=2e-3)
+    assert again["expert_load"] == third["expert_load"]
 
 
 def test_precisions_load_each_other(tmp_path: Path) -> None:

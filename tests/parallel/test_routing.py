@@ -88,6 +88,22 @@ ROUTINGS: dict[str, Case] = {
         },
         steps=2,
     ),
+    "REINFORCE": Case(
+        moe={"moe_router_type": "reinforce", "moe_router_pre_softmax": False},
+        micro_batch_size=2,
+        steps=2,
+    ),
+    "hash": Case(
+        moe={
+            "moe_router_type": "hash",
+            "moe_router_pre_softmax": False,
+            "moe_aux_loss_coeff": 0.0,
+            "moe_z_loss_coeff": None,
+        },
+    ),
+    "output z-loss and a token further ahead": Case(
+        model={"output_z_loss_coeff": 0.05, "mtp_num_layers": 1}, micro_batch_size=2
+    ),
     "relaxed top-k": Case(moe={"moe_router_type": "relaxed_topk"}),
 }
 if importlib.util.find_spec("scipy"):
@@ -124,10 +140,18 @@ def test_routing_is_the_same_in_every_layout(
         assert (result["kept"].sum() < result["chosen"].sum()) == limited
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_recomputation_routes_alike(ranks: int) -> None:
-    """A random router in one process, and in a pipeline that runs ahead before it recomputes."""
-    case = ROUTINGS["Gumbel"]
+@pytest.mark.parametrize(
+    ("kind", "ranks"),
+    [
+        ("Gumbel", 1),
+        ("hash", 2),
+        pytest.param("Gumbel", 2, marks=pytest.mark.slow),
+        pytest.param("REINFORCE", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_recomputation_routes_alike(kind: str, ranks: int) -> None:
+    """Draws and token ids, in one process and in a pipeline that runs ahead and recomputes."""
+    case = ROUTINGS[kind]
     alone = run(1, case)
     recompute = {
         "recompute_granularity": "full",

@@ -4,7 +4,7 @@ import importlib.util
 from collections.abc import Iterator
 
 from moetron.moe.config.derived import moe_layers
-from moetron.moe.config.experts import MoESettings
+from moetron.moe.config.experts import EVEN_WEIGHTS, MoESettings
 from moetron.moe.config.field import flag_name
 from moetron.moe.config.rules.case import Case, nearest_divisors, not_multiple
 
@@ -89,8 +89,8 @@ def scores(case: Case) -> Iterator[str]:
     )
     if moe.num_experts is None:
         return
-    one = moe.moe_router_topk == 1 and softmax and balance != "sinkhorn"
-    if one and not moe.moe_router_pre_softmax:
+    weighed = balance != "sinkhorn" and moe.moe_router_type not in EVEN_WEIGHTS
+    if moe.moe_router_topk == 1 and softmax and weighed and not moe.moe_router_pre_softmax:
         yield (
             "--moe-router-topk 1 needs --moe-router-pre-softmax: the softmax over one winner is 1 "
             "and gives the router no gradient"

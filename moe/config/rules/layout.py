@@ -153,17 +153,4 @@ def _interleaved(case: Case, microbatches: int) -> Iterator[str]:
         )
 
 
-def optimizer(case: Case) -> Iterator[str]:
-    """The distributed optimizer, and communication that runs beside computation."""
-    parallel = case.settings.parallel
-    if parallel.use_distributed_optimizer and case.settings.optimizer.optimizer != "adam":
-        yield f"--use-distributed-optimizer needs --optimizer adam, not {case.said('optimizer')}"
-    if parallel.overlap_param_gather and not parallel.use_distributed_optimizer:
-        yield "--overlap-param-gather needs --use-distributed-optimizer"
-    if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
-        yield "--overlap-param-gather needs --overlap-grad-reduce"
-    if parallel.ddp_bucket_size is not None and not parallel.overlap_grad_reduce:
-        yield f"{case.said('ddp_bucket_size')} does nothing without --overlap-grad-reduce: add it"
-
-
-RULES = (tensor, sequence, world, batch, optimizer)
+RULES = (tensor, sequence, world, batch)

@@ -2,13 +2,23 @@
 
 import importlib.util
 from collections.abc import Iterator
+from functools import partial
 
+from moetron.moe.config.experts import EVEN_WEIGHTS
 from moetron.moe.config.field import flag_name
 from moetron.moe.config.rules.case import Case
 
 _EVEN = ("expert_choice", "base")  # exactly balanced, without a loss
 _TOKENS_CHOOSE = ("topk", "random_second", "noisy_topk")  # through megatron-core's own top-k
 _SOFTMAX_OVER_ALL = ("expert_choice", "straight_through", "gumbel")
+_NEEDS_LOGITS = (
+    "moe_aux_loss_coeff",
+    "moe_z_loss_coeff",
+    "moe_input_jitter_eps",
+    "moe_router_init_method_std",
+    "moe_router_enable_expert_bias",
+)
+"""What hash routing, which has no logits, cannot use."""
 _READERS = {
     "moe_expert_choice_eval": ("expert_choice",),
     "moe_second_expert_threshold": ("random_second",),
@@ -53,6 +63,10 @@ def kinds(case: Case) -> Iterator[str]:
         for name in ("moe_router_num_groups", "moe_router_topk_scaling_factor"):
             if getattr(moe, name) is not None:
                 yield f"{case.said(name)} cannot go with {said}: leave it out"
+    if kind in EVEN_WEIGHTS and moe.moe_router_pre_softmax:
+        yield f"{said} gives every expert weight 1 / k: drop --moe-router-pre-softmax"
+    if kind in EVEN_WEIGHTS and case.settings.model.mtp_num_layers is not None:
+        yield f"{said} knows only the main model's tokens: drop --mtp-num-layers"
     if kind in _SOFTMAX_OVER_ALL and not moe.moe_router_pre_softmax:
         yield f"{said} weighs by a softmax over all experts: add --moe-router-pre-softmax"
     wanted = "sigmoid" if kind == "base" else "softmax"
@@ -79,6 +93,14 @@ def _particular(case: Case, said: str) -> Iterator[str]:
             yield f"{said} needs --moe-token-dispatcher-type alltoall or allgather"
     if kind == "expert_choice" and moe.moe_token_drop_policy != "probs":
         yield f"{case.said('moe_token_drop_policy')} cannot go with {said}: leave it out"
+    if kind == "hash":
+        for name in filter(partial(getattr, moe), _NEEDS_LOGITS):
+            yield f"{case.said(name)} cannot go with {said}, which learns nothing: leave it out"
+    if kind == "reinforce" and case.settings.parallel.pipeline_model_parallel_size > 1:
+        yield (
+            f"{said} rewards with losses, which only the last pipeline stage knows: use "
+            "--pipeline-model-parallel-size 1"
+        )
     if kind == "base" and moe.moe_router_enable_expert_bias:
         yield f"{flag_name('moe_router_enable_expert_bias')} cannot go with {said}: leave it out"
 

@@ -87,7 +87,7 @@ def test_every_kind_of_problem_in_one_message(tmp_path: Path) -> None:
         "key `seed` belongs under `training:`, not `moe:`",
         "unknown section `modle:`; did you mean model?",
         "--moe-layer-freq 0 2: must be integer > 0 or list of (integer >= 0, <= 1)",
-        "--optimizer adm: must be one of adam, sgd, adafactor; did you mean adam?",
+        "--optimizer adm: must be one of adam, sgd, adafactor, muon; did you mean adam?",
         "--adam-eps nan: must be number > 0",
         "--clip-grad -1: must be number >= 0",
         "--num-workers 1.5: must be integer >= 0",

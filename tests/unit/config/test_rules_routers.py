@@ -16,6 +16,8 @@ NEEDS: dict[str, dict[str, Any]] = {
     "straight_through": {"moe_router_pre_softmax": True},
     "gumbel": {"moe_router_pre_softmax": True},
     "relaxed_topk": {},
+    "reinforce": {"moe_router_topk": 1},
+    "hash": {"moe_router_topk": 1},
 }
 
 
@@ -68,6 +70,13 @@ def test_every_router_can_be_had() -> None:
         (
             _kind("relaxed_topk", moe_router_score_function="sigmoid"),
             "relaxed_topk needs --moe-router-score-function softmax",
+        ),
+        (_kind("hash", moe_aux_loss_coeff=0.1), "--moe-aux-loss-coeff 0.1 cannot go with"),
+        (_kind("hash", moe_router_pre_softmax=True), "drop --moe-router-pre-softmax"),
+        (_kind("hash", mtp_num_layers=1), "drop --mtp-num-layers"),
+        (
+            _kind("reinforce", pipeline_model_parallel_size=2, world_size=2),
+            "use --pipeline-model-parallel-size 1",
         ),
         (_kind("base", moe_router_topk=2), "use --moe-router-topk 1"),
         (_kind("base", moe_router_enable_expert_bias=True), "cannot go with"),

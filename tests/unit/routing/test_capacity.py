@@ -23,6 +23,7 @@ from moetron.moe.routing.capacity import (
     ("capacity", "training", "expected"),
     [
         (Capacity(1.25), True, 320),  # 1.25 x 2 x 4096 / 32
+        (Capacity(0.625), True, 160),
         (Capacity(1.25, includes_topk=False), True, 160),
         (Capacity(1.25, eval_factor=2.0, includes_topk=False), False, 256),
         (Capacity(1.25, eval_factor=2.0, includes_topk=False), True, 160),

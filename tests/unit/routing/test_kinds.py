@@ -1,20 +1,13 @@
 """Routers as modules: gradients against dense formulas, training against evaluation."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
+from router_cases import BATCH, EXPERTS, HIDDEN, LENGTH, TOKENS, hidden_states, make_router
+from router_cases import parallel_state as parallel_state
 
-from moetron.moe.config.bridge import transformer_config
-from moetron.moe.config.settings import Settings
-from moetron.moe.routing.kinds import router_class
-from moetron.moe.routing.router import Router
-from tests.parallel.harness import model_parallel
-
-EXPERTS, LENGTH, BATCH, HIDDEN = 6, 12, 2, 8
-TOKENS = LENGTH * BATCH
 PRE = {"moe_router_pre_softmax": True}
 BASE = {
     "moe_router_type": "base",
@@ -22,39 +15,6 @@ BASE = {
     "moe_router_score_function": "sigmoid",
 }
 CHOICE = {"moe_router_type": "expert_choice", "moe_expert_capacity_factor": 1.0, **PRE}
-
-
-@pytest.fixture(autouse=True)
-def _parallel_state() -> Iterator[None]:
-    with model_parallel():
-        yield
-
-
-def _router(**moe: Any) -> Router:
-    settings = Settings.model_validate(
-        {
-            "model": {
-                "num_layers": 1,
-                "hidden_size": HIDDEN,
-                "num_attention_heads": 2,
-                "seq_length": LENGTH,
-                "init_method_std": 1.0,
-            },
-            "moe": {"num_experts": EXPERTS, "moe_ffn_hidden_size": 8, **moe},
-            "precision": {"bf16": False},
-            "training": {"train_iters": 1, "micro_batch_size": BATCH, "global_batch_size": BATCH},
-            "learning_rate": {"lr": 1e-3},
-        }
-    )
-    config = transformer_config(settings)
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    router = router_class(config)(config, pg_collection=groups)
-    router.set_layer_number(1)
-    return router
-
-
-def _hidden() -> torch.Tensor:
-    return torch.randn(LENGTH, BATCH, HIDDEN, generator=torch.Generator().manual_seed(4))
 
 
 def _relaxed(logits: torch.Tensor) -> torch.Tensor:
@@ -89,9 +49,9 @@ def test_gradients_are_those_of_the_dense_formula(name: str) -> None:
     moe, dense = DENSE[name]
     if name == "BASE":
         pytest.importorskip("scipy")
-    router = _router(**moe)
+    router = make_router(**moe)
     outputs = torch.randn(TOKENS, EXPERTS, generator=torch.Generator().manual_seed(6))
-    hidden = _hidden().requires_grad_()
+    hidden = hidden_states().requires_grad_()
     probs, chosen = router(hidden)
     (probs * outputs).sum().backward()
     again = hidden.detach().clone().requires_grad_()
@@ -105,8 +65,8 @@ def test_gradients_are_those_of_the_dense_formula(name: str) -> None:
 
 
 def test_experts_choose_equally_many_tokens() -> None:
-    router = _router(**CHOICE, moe_capacity_scope="sequence")
-    _, chosen = router(_hidden())
+    router = make_router(**CHOICE, moe_capacity_scope="sequence")
+    _, chosen = router(hidden_states())
     per_sequence = chosen.view(LENGTH, BATCH, EXPERTS).sum(0)
     assert (per_sequence == 2 * LENGTH // EXPERTS).all()
     assert chosen.sum(1).unique().numel() > 1  # tokens get more or fewer experts
@@ -115,12 +75,12 @@ def test_experts_choose_equally_many_tokens() -> None:
 def test_experts_look_ahead_and_evaluation_need_not() -> None:
     """Whether an early token's choice changes with a later token."""
     half = LENGTH // 2
-    changed = _hidden()
+    changed = hidden_states()
     changed[half:] *= 50
     for mode, looks_ahead in (("expert_choice", True), ("topk", False)):
-        router = _router(**CHOICE, moe_expert_choice_eval=mode).eval()
+        router = make_router(**CHOICE, moe_expert_choice_eval=mode).eval()
         torch.nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(2))
-        first, second = (router(x)[1][: half * BATCH] for x in (_hidden(), changed))
+        first, second = (router(x)[1][: half * BATCH] for x in (hidden_states(), changed))
         assert torch.equal(first, second) is not looks_ahead
 
 
@@ -131,21 +91,21 @@ def test_randomness_is_for_training(kind: str) -> None:
         moe.update(PRE)
     if kind == "random_second":
         moe.update(moe_expert_capacity_factor=4.0, moe_second_expert_threshold=0.9)
-    router = _router(**moe)
-    first, second = router(_hidden())[1], router(_hidden())[1]
+    router = make_router(**moe)
+    first, second = router(hidden_states())[1], router(hidden_states())[1]
     assert not torch.equal(first, second)
     assert router.draws is not None and int(router.draws.micro_batches) == 2
     router.eval()
-    assert torch.equal(router(_hidden())[1], router(_hidden())[1])
-    assert (router(_hidden())[1].sum(1) == 2).all()
+    assert torch.equal(router(hidden_states())[1], router(hidden_states())[1])
+    assert (router(hidden_states())[1].sum(1) == 2).all()
 
 
 def test_recomputed_pass_draws_the_same() -> None:
     """Pipelines run several micro-batches ahead before they recompute the first."""
-    router = _router(moe_router_type="gumbel", **PRE)
+    router = make_router(moe_router_type="gumbel", **PRE)
     with torch.no_grad():
-        ahead = [router(_hidden())[0] for _ in range(3)]
-    again = [router(_hidden())[0] for _ in range(3)]
+        ahead = [router(hidden_states())[0] for _ in range(3)]
+    again = [router(hidden_states())[0] for _ in range(3)]
     for first, second in zip(ahead, again, strict=True):
         assert torch.equal(first, second)
     assert not torch.equal(ahead[0], ahead[1])
@@ -153,7 +113,7 @@ def test_recomputed_pass_draws_the_same() -> None:
 
 def test_further_experts_are_visited_as_often_as_they_weigh() -> None:
     """P(second) = min(1, g / 0.5); the best is always visited."""
-    router = _router(
+    router = make_router(
         moe_router_type="random_second",
         moe_expert_capacity_factor=9.0,
         moe_second_expert_threshold=0.5,
@@ -174,12 +134,12 @@ def test_further_experts_are_visited_as_often_as_they_weigh() -> None:
 
 
 def test_noise_starts_at_softplus_of_zero_and_learns() -> None:
-    router = _router(
+    router = make_router(
         moe_router_type="noisy_topk",
         moe_router_load_balancing_type="noisy_load",
         moe_aux_loss_coeff=0.1,
     )
-    probs, _ = router(_hidden())
+    probs, _ = router(hidden_states())
     assert float(router._spread_TE[0, 0]) == pytest.approx(0.6931472)
     probs.sum().mul(0).backward()  # the balance loss alone
     assert float(router.noise_weight.grad.abs().max()) > 0
@@ -187,7 +147,7 @@ def test_noise_starts_at_softplus_of_zero_and_learns() -> None:
 
 
 def test_temperature_falls_with_the_samples() -> None:
-    router = _router(
+    router = make_router(
         moe_router_type="gumbel",
         moe_router_temperature=4.0,
         moe_router_final_temperature=1.0,
@@ -196,6 +156,6 @@ def test_temperature_falls_with_the_samples() -> None:
     )
     found = []
     for _ in range(6):
-        router(_hidden())
+        router(hidden_states())
         found.append(router._temperature(BATCH))
     assert found == pytest.approx([4, 4 / 4**0.25, 2, 4 / 4**0.75, 1, 1])

@@ -1,0 +1,94 @@
+"""Hash routing: experts by token id, from a fixed table (Roller et al., arXiv 2106.04426)."""
+
+from collections import deque
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from moetron.moe.config.bridge import ModelConfig
+from moetron.moe.routing.draws import derived_seed
+from moetron.moe.routing.router import Router
+
+
+def hash_table(ids: int, experts: int, topk: int, seed: int) -> torch.Tensor:
+    """``topk`` different experts for each token id: int64 [ids, topk].
+
+    Every E ids in a row meet every expert equally often, in an order drawn anew for each such
+    block. Tokenizers number their pieces from frequent to rare, roughly, so that experts get
+    tokens of like frequency too. A longer table begins with the shorter one.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shape = (-(-ids // experts), experts)
+    drawn = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
+    order = drawn.argsort(dim=1)  # [blocks, E]
+    shifted = [order.roll(-place, dims=1) for place in range(topk)]
+    return torch.stack(shifted, dim=2).flatten(0, 1)[:ids]
+
+
+class HashRouter(Router):
+    """Experts by token id; each of the k has weight 1 / k, and there is nothing to learn.
+
+    Section 3.1 of the paper, "balanced" by ids instead of counted tokens. Even load as far as the
+    text's tokens allow, the same choice wherever a token stands, no router matrix, no loss; but a
+    choice cannot follow the context. Layers have tables of their own, drawn from the run's seed,
+    which checkpoints keep.
+
+    `LanguageModel` hands in the ids before a micro-batch passes. Where activations are recomputed
+    a micro-batch passes twice, first without gradient, and others may pass in between: ids of such
+    first passes wait in line.
+    """
+
+    table_seed: torch.Tensor
+    """int64 [1]: the run's seed when the model was drawn."""
+    table: torch.Tensor
+    """int64 [token ids, k]."""
+
+    def __init__(
+        self, config: ModelConfig, pg_collection: ProcessGroupCollection | None = None
+    ) -> None:
+        super().__init__(config, pg_collection)
+        self.register_parameter("weight", None)
+        device = torch.cuda.current_device()
+        seed = torch.full((1,), config.routing_seed, dtype=torch.int64, device=device)
+        self.register_buffer("table_seed", seed)
+        self.register_buffer("table", torch.empty(0, self.topk, dtype=torch.int64), False)
+        self.register_load_state_dict_post_hook(lambda *_: self._draw(int(self.table_seed)))
+        self._rows = 0
+        self._ids_sb = torch.empty(0)
+        self._waiting: deque[torch.Tensor] = deque()
+
+    def draw_table(self, ids: int) -> None:
+        """Draw the table for token ids below ``ids``; the layer's number must be known."""
+        self._rows = ids
+        self._draw(self.config.routing_seed)
+
+    def _draw(self, seed: int) -> None:
+        layer_seed = derived_seed(seed, "hash", self.layer_number)
+        table = hash_table(self._rows, self.num_experts, self.topk, layer_seed)
+        self.table = table.to(self.table_seed.device)
+
+    def read(self, ids_bs: torch.Tensor) -> None:
+        """Take the token ids [b, s] of this context rank's part of the next micro-batch."""
+        self._ids_sb = self.tokens.of_context_rank(ids_bs.transpose(0, 1))
+
+    def forward(
+        self, input: torch.Tensor, padding_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights and map of the tokens ``input`` [s, b, H], which are not looked at."""
+        logits_TE = self.gating(input).flatten(0, 1)
+        self.chosen = logits_TE > 0
+        return self.limit(logits_TE / self.topk, self.chosen, input.shape[1])
+
+    def gating(self, input: torch.Tensor) -> torch.Tensor:
+        """1 for the experts of each token, 0 for the others: fp32 [s, b, E]."""
+        ids_sb = self._ids()
+        assert ids_sb.shape == input.shape[:2]
+        zeros = torch.zeros(*ids_sb.shape, self.num_experts, device=input.device)
+        return zeros.scatter_(2, self.table[ids_sb], 1.0)
+
+    def _ids(self) -> torch.Tensor:
+        if self.training and not torch.is_grad_enabled():
+            self._waiting.append(self._ids_sb)
+        elif self.training and self._waiting:
+            return self._waiting.popleft()
+        return self._ids_sb

@@ -1,0 +1,137 @@
+"""Train every router on the same text for some steps; print losses and loads as a Markdown table.
+
+    python tests/bench/bench_routers.py [--only NAME ...] [--steps 200] [--flag value ...]
+
+Flags are those of pretrain_moe.py: --data-path, --valid-data-path and --tokenizer-model name the
+text; without them samples are synthetic. The model is examples/olmoe_1b_7b/tiny.yaml. Losses are
+nats per token: the mean of the last 20 training steps, and of the first 64 validation samples,
+where routers choose as a generating model can. Load, dead experts and drops are those of the last
+20 steps: the busiest and the idlest expert of a layer over the mean, averaged over layers; experts
+of all layers with less than a hundredth of the mean; choices that found no slot. Cost is the median
+CPU time of a step over that of the first row.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moetron.data.mock import MockStream
+from moetron.data.plan import open_training, open_validation
+from moetron.moe.config.load import load
+from moetron.moe.routing.record import RoutingRecorder
+from moetron.moe.training import runtime
+from moetron.moe.training.build import build_trainer
+from moetron.moe.training.evaluate import evaluate
+from moetron.moe.training.loop import Loop
+from moetron.moe.training.progress import Progress
+from moetron.moe.training.report import Row
+from moetron.moe.training.stream import Streams
+from moetron.tokenizers.load import load_tokenizer
+
+RECIPE = Path(__file__).parents[2] / "examples" / "olmoe_1b_7b" / "tiny.yaml"
+LAST = 20
+NO_LOSS = "--moe-aux-loss-coeff 0"
+SIGMOID = f"--no-moe-router-pre-softmax --moe-router-score-function sigmoid {NO_LOSS}"
+BIAS = f"{SIGMOID} --moe-router-enable-expert-bias"
+SLOTS = "--moe-expert-capacity-factor 1.25"
+CHOICE = f"--moe-router-type expert_choice --moe-expert-capacity-factor 1 {NO_LOSS}"
+EVAL = "--moe-expert-choice-eval topk"
+KINDS = {
+    "top-k": "",
+    "top-k, no balance loss": NO_LOSS,
+    "top-k, renormalised": "--no-moe-router-pre-softmax",
+    "top-k, sigmoid and bias": BIAS,
+    "the same in 2 of 4 groups": f"{BIAS} --moe-router-num-groups 4 --moe-router-group-topk 2",
+    "top-k, 1.25 slots, first choices first": f"{SLOTS} --moe-token-drop-policy choice",
+    "top-k, 1.25 slots, BPR": f"{SLOTS} --moe-token-drop-policy batch_prioritized",
+    "Sinkhorn": f"--moe-router-load-balancing-type sinkhorn {NO_LOSS}",
+    "expert choice in a sequence": f"{CHOICE} {EVAL} --moe-capacity-scope sequence",
+    "expert choice in a micro-batch": f"{CHOICE} {EVAL}",
+    "random second": f"--moe-router-type random_second --no-moe-router-pre-softmax {SLOTS}",
+    "noisy top-k": "--moe-router-type noisy_topk --moe-router-load-balancing-type noisy_load",
+    "straight through": "--moe-router-type straight_through",
+    "Gumbel": "--moe-router-type gumbel --moe-router-temperature 2 "
+    "--moe-router-final-temperature 0.5 --moe-router-anneal-samples 2400",
+    "relaxed top-k": "--moe-router-type relaxed_topk",
+    "REINFORCE": "--moe-router-type reinforce --no-moe-router-pre-softmax",
+    "hash": f"--moe-router-type hash --no-moe-router-pre-softmax {NO_LOSS} --moe-z-loss-coeff none",
+    "top-1": "--moe-router-topk 1",
+    "BASE, k = 1": f"--moe-router-type base --moe-router-topk 1 {SIGMOID}",
+}
+
+
+class Rows:
+    """What the loop reports, kept."""
+
+    def __init__(self) -> None:
+        self.steps: list[Row] = []
+
+    def step(self, row: Row) -> None:
+        """Keep a step's row."""
+        self.steps.append(row)
+
+    def validation(self, row: Row) -> None:
+        """None comes: the loop is not run to its end."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def train(flags: list[str], steps: int) -> tuple[list[float], float]:
+    """The figures of one row after its name, and the CPU seconds of a step."""
+    settings = load(["--config", str(RECIPE), "--train-iters", str(steps), *flags]).settings
+    data, length = settings.data, settings.model.seq_length
+    vocab_size = settings.model.vocab_size or 512
+    mock = MockStream(1, vocab_size, length)
+    streams = Streams(mock, MockStream(2, vocab_size, length))
+    if data.tokenizer_model is not None and data.valid_data_path is not None:
+        tokenizer = load_tokenizer(data.tokenizer_model)
+        vocab_size = tokenizer.vocab_size
+        training = open_training(data, length, settings.training.seed, tokenizer)
+        held_out = open_validation(data, data.valid_data_path, length, tokenizer)
+        streams = Streams(training, held_out)
+    assert streams.validation is not None
+    with runtime.running(settings) as ranks:
+        trainer = build_trainer(settings, ranks, vocab_size)
+        rows, seconds = Rows(), []
+        loop = Loop(trainer, streams, Progress(), [rows], None)
+        batches = loop.batches()
+        with RoutingRecorder(trainer.chunks, settings) as recorder:
+            for step in range(steps):
+                if step == steps - LAST:
+                    recorder.reset()
+                start = time.process_time()
+                loop.step(batches, lambda: False)
+                seconds.append(time.process_time() - start)
+            routed = recorder.summary()
+        held_out_loss = evaluate(trainer, streams.validation).loss
+    share_LE = routed.chosen.double() / routed.chosen.double().mean(1, keepdim=True)
+    loss = float(np.mean([row["lm_loss"] for row in rows.steps[-LAST:]]))
+    busiest, idlest = share_LE.amax(1).mean().item(), share_LE.amin(1).mean().item()
+    dead, dropped = (share_LE < 0.01).sum().item(), routed.dropped_fraction
+    return [loss, held_out_loss, busiest, idlest, dead, dropped], float(np.median(seconds))
+
+
+def main() -> None:
+    """Train and print row by row."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", nargs="+", choices=list(KINDS), default=list(KINDS))
+    parser.add_argument("--steps", type=int, default=200)
+    options, flags = parser.parse_known_args()
+    names = ["router", "training loss", "validation loss", "busiest", "idlest", "dead", "dropped"]
+    print(f"| {' | '.join([*names, 'cost'])} |\n|{'---|' * (len(names) + 1)}", flush=True)
+    first: Any = None
+    for name in options.only:
+        figures, seconds = train([*flags, *KINDS[name].split()], options.steps)
+        first = first or seconds
+        loss, held_out, busiest, idlest, dead, dropped = figures
+        cells = [f"{loss:.3f}", f"{held_out:.3f}", f"{busiest:.2f}", f"{idlest:.2f}"]
+        cells += [f"{dead:.0f}", f"{100 * dropped:.1f} %", f"{seconds / first:.2f}"]
+        print(f"| {' | '.join([name, *cells])} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

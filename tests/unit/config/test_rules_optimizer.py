@@ -1,0 +1,54 @@
+"""Optimizers, parameter groups, and what is said of routers that look ahead."""
+
+from typing import Any
+
+import pytest
+from config_cases import found, make
+
+from moetron.moe.config.derived import looks_ahead
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"optimizer": "muon", "use_distributed_optimizer": True, "world_size": 2},
+            "needs --optimizer adam, not --optimizer muon",
+        ),
+        ({"router_lr_mult": 0.5, "num_experts": None}, "--router-lr-mult 0.5 needs --num-experts"),
+        ({"expert_wd_mult": 0.0, "num_experts": None}, "--expert-wd-mult 0.0 needs --num-experts"),
+        (
+            {"router_lr_mult": 2.0, "moe_router_type": "hash"},
+            "--moe-router-type hash learns nothing",
+        ),
+    ],
+)
+def test_refused(changes: dict[str, Any], expected: str) -> None:
+    (problem,) = found(**changes)
+    assert expected in problem
+
+
+def test_allowed() -> None:
+    assert found(optimizer="muon", router_lr_mult=0.5, expert_wd_mult=0.0) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, []),
+        ({"num_experts": None}, []),
+        ({"moe_expert_capacity_factor": 1.0}, ["--moe-token-drop-policy probs"]),
+        ({"moe_expert_capacity_factor": 1.0, "moe_token_drop_policy": "choice"}, []),
+        ({"moe_router_type": "base"}, ["--moe-router-type base"]),
+        (
+            {"moe_router_type": "expert_choice", "moe_expert_capacity_factor": 1.0},
+            ["--moe-router-type expert_choice"],
+        ),
+        (
+            {"moe_router_load_balancing_type": "sinkhorn"},
+            ["--moe-router-load-balancing-type sinkhorn"],
+        ),
+    ],
+)
+def test_looks_ahead(changes: dict[str, Any], expected: list[str]) -> None:
+    assert looks_ahead(make(**changes)) == expected
