@@ -3,9 +3,9 @@
     python tests/bench/bench_routers.py [--only NAME ...] [--steps 200] [--flag value ...]
 
 Flags are those of pretrain_moe.py: --data-path, --valid-data-path and --tokenizer-model name the
-text; without them samples are synthetic. The model is examples/olmoe_1b_7b/tiny.yaml. Losses are
-nats per token: the mean of the last 20 training steps, and of the first 64 validation samples,
-where routers choose as a generating model can. Load, dead experts and drops are those of the last
+text; without them samples are synthetic. The model is examples/olmoe_1b_7b/tiny.yaml, a batch 8
+samples of 128 tokens. Losses are nats per token: the mean of the last 20 training steps, and of
+--eval-iters batches of validation, where routers choose as a generating model can. Load, dead experts and drops are those of the last
 20 steps: the busiest and the idlest expert of a layer over the mean, averaged over layers; experts
 of all layers with less than a hundredth of the mean; choices that found no slot. Cost is the median
 CPU time of a step over that of the first row.
@@ -54,7 +54,7 @@ KINDS = {
     "noisy top-k": "--moe-router-type noisy_topk --moe-router-load-balancing-type noisy_load",
     "straight through": "--moe-router-type straight_through",
     "Gumbel": "--moe-router-type gumbel --moe-router-temperature 2 "
-    "--moe-router-final-temperature 0.5 --moe-router-anneal-samples 2400",
+    "--moe-router-final-temperature 0.5 --moe-router-anneal-samples 1200",
     "relaxed top-k": "--moe-router-type relaxed_topk",
     "REINFORCE": "--moe-router-type reinforce --no-moe-router-pre-softmax",
     "hash": f"--moe-router-type hash --no-moe-router-pre-softmax {NO_LOSS} --moe-z-loss-coeff none",
@@ -82,7 +82,9 @@ class Rows:
 
 def train(flags: list[str], steps: int) -> tuple[list[float], float]:
     """The figures of one row after its name, and the CPU seconds of a step."""
-    settings = load(["--config", str(RECIPE), "--train-iters", str(steps), *flags]).settings
+    fixed = ["--config", str(RECIPE), "--train-iters", str(steps)]
+    fixed += ["--micro-batch-size", "8", "--global-batch-size", "8"]
+    settings = load([*fixed, *flags]).settings
     data, length = settings.data, settings.model.seq_length
     vocab_size = settings.model.vocab_size or 512
     mock = MockStream(1, vocab_size, length)
