@@ -5,10 +5,10 @@
 Flags are those of pretrain_moe.py: --data-path, --valid-data-path and --tokenizer-model name the
 text; without them samples are synthetic. The model is examples/olmoe_1b_7b/tiny.yaml, a batch 8
 samples of 128 tokens. Losses are nats per token: the mean of the last 20 training steps, and of
---eval-iters batches of validation, where routers choose as a generating model can. Load, dead experts and drops are those of the last
-20 steps: the busiest and the idlest expert of a layer over the mean, averaged over layers; experts
-of all layers with less than a hundredth of the mean; choices that found no slot. Cost is the median
-CPU time of a step over that of the first row.
+--eval-iters batches of validation, where only BPR still looks ahead. Load, dead experts and drops
+are those of the last 20 steps: the busiest and the idlest expert of a layer over the mean, averaged
+over layers; experts of all layers with less than a hundredth of the mean; choices that found no
+slot. Cost is the median CPU time of a step over that of the first row.
 """
 
 import argparse

@@ -122,6 +122,7 @@ def model_parallel(seed: int = 1234, **sizes: int | None) -> Iterator[None]:
     parallel_state.initialize_model_parallel(**sizes)
     # Process-wide, and a backward pass without a schedule leaves one of another shape behind.
     moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    moe_utils.get_moe_layer_wise_logging_tracker().clear()  # of another model's layers
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     try:
         yield

@@ -1,5 +1,6 @@
 """Routers as modules: gradients against dense formulas, training against evaluation."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 from router_cases import BATCH, EXPERTS, HIDDEN, LENGTH, TOKENS, hidden_states, make_router
 from router_cases import parallel_state as parallel_state
+
+from moetron.moe.routing.relaxations import top_choices
 
 PRE = {"moe_router_pre_softmax": True}
 BASE = {
@@ -28,20 +31,46 @@ def _relaxed(logits: torch.Tensor) -> torch.Tensor:
     return (logits - shift).sigmoid()
 
 
-DENSE: dict[str, tuple[dict[str, Any], Callable[[torch.Tensor], torch.Tensor]]] = {
-    "expert choice": (CHOICE, lambda x: x.softmax(1)),
-    "BASE": (BASE, torch.sigmoid),
+NOISE = torch.randn(TOKENS, EXPERTS, generator=torch.Generator().manual_seed(8))
+
+
+def _over(x: torch.Tensor, map_TE: torch.Tensor) -> torch.Tensor:
+    return x.masked_fill(~map_TE, -torch.inf).softmax(1)
+
+
+def _sigmoids(x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    return x.sigmoid() / (x.sigmoid() * chosen).sum(1, keepdim=True)
+
+
+DENSE: dict[str, tuple[dict[str, Any], Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]] = {
+    "raw softmax": (PRE, lambda x, chosen: x.softmax(1)),
+    "renormalised": ({}, _over),
+    "sigmoid": ({"moe_router_score_function": "sigmoid"}, _sigmoids),
+    "expert choice": (CHOICE, lambda x, chosen: x.softmax(1)),
+    "BASE": (BASE, lambda x, chosen: x.sigmoid()),
     "Sinkhorn": (
         {"moe_router_load_balancing_type": "sinkhorn"},
-        lambda x: x.softmax(1),
+        lambda x, chosen: x.softmax(1),
+    ),
+    "random second": (
+        {"moe_router_type": "random_second", "moe_expert_capacity_factor": 9.0},
+        lambda x, chosen: _over(x, top_choices(x, 2)),
+    ),
+    "noisy": (
+        {"moe_router_type": "noisy_topk"},
+        lambda x, chosen: _over(x + NOISE * math.log(2), chosen),
+    ),
+    "Gumbel": (
+        {"moe_router_type": "gumbel", "moe_router_temperature": 2.0, **PRE},
+        lambda x, chosen: ((x + NOISE) / 2).softmax(1),
     ),
     "straight through": (
         {"moe_router_type": "straight_through", **PRE},
-        lambda x: 0.5 + x.softmax(1) - x.softmax(1).detach(),
+        lambda x, chosen: 0.5 + x.softmax(1) - x.softmax(1).detach(),
     ),
-    "relaxed": ({"moe_router_type": "relaxed_topk"}, lambda x: _relaxed(x) / 2),
+    "relaxed": ({"moe_router_type": "relaxed_topk"}, lambda x, chosen: _relaxed(x) / 2),
 }
-"""Settings, and the weight of every expert if a token visited all, k = 2 (BASE: 1)."""
+"""Settings, and every expert's weight if a token visited all, given the choices; k = 2, BASE 1."""
 
 
 @pytest.mark.parametrize("name", DENSE)
@@ -50,13 +79,15 @@ def test_gradients_are_those_of_the_dense_formula(name: str) -> None:
     if name == "BASE":
         pytest.importorskip("scipy")
     router = make_router(**moe)
+    if name in ("noisy", "Gumbel"):
+        router.draws.normal = router.draws.gumbel = NOISE.view_as  # type: ignore[method-assign, union-attr]
     outputs = torch.randn(TOKENS, EXPERTS, generator=torch.Generator().manual_seed(6))
     hidden = hidden_states().requires_grad_()
     probs, chosen = router(hidden)
     (probs * outputs).sum().backward()
     again = hidden.detach().clone().requires_grad_()
     weight = router.weight.detach().clone().requires_grad_()
-    weights = dense(again.view(TOKENS, HIDDEN) @ weight.T)
+    weights = dense(again.view(TOKENS, HIDDEN) @ weight.T, chosen)
     (weights * chosen * outputs).sum().backward()
     torch.testing.assert_close(probs, weights.detach() * chosen, rtol=1e-4, atol=1e-5)
     assert weight.grad is not None and float(weight.grad.abs().max()) > 0.01
