@@ -193,7 +193,7 @@ def schedule_lengths(settings: Settings) -> ScheduleLengths:
 def looks_ahead(settings: Settings) -> list[str]:
     """Flags by which a token's experts depend on later tokens in training."""
     moe = settings.moe
-    found = []
+    found: list[str] = []
     if moe.num_experts is None:
         return found
     if moe.moe_router_type in ("expert_choice", "base"):

@@ -8,7 +8,7 @@ samples of 128 tokens. Losses are nats per token: the mean of the last 20 traini
 --eval-iters batches of validation, where only BPR still looks ahead. Load, dead experts and drops
 are those of the last 20 steps: the busiest and the idlest expert of a layer over the mean, averaged
 over layers; experts of all layers with less than a hundredth of the mean; choices that found no
-slot. Cost is the median CPU time of a step over that of the first row.
+slot. Cost is the median CPU time of a step, on one thread, over that of the first row.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from moetron.moe.training.build import build_trainer
 from moetron.moe.training.evaluate import evaluate
 from moetron.moe.training.loop import Loop
 from moetron.moe.training.progress import Progress
-from moetron.moe.training.report import Row
+from moetron.moe.training.report import Loads, Row
 from moetron.moe.training.stream import Streams
 from moetron.tokenizers.load import load_tokenizer
 
@@ -76,6 +76,9 @@ class Rows:
     def validation(self, row: Row) -> None:
         """None comes: the loop is not run to its end."""
 
+    def expert_load(self, step: int, loads: Loads) -> None:
+        """Not kept: the recorder has them."""
+
     def close(self) -> None:
         """Nothing to close."""
 
@@ -83,7 +86,7 @@ class Rows:
 def train(flags: list[str], steps: int) -> tuple[list[float], float]:
     """The figures of one row after its name, and the CPU seconds of a step."""
     fixed = ["--config", str(RECIPE), "--train-iters", str(steps)]
-    fixed += ["--micro-batch-size", "8", "--global-batch-size", "8"]
+    fixed += ["--micro-batch-size", "8", "--global-batch-size", "8", "--cpu-threads", "1"]
     settings = load([*fixed, *flags]).settings
     data, length = settings.data, settings.model.seq_length
     vocab_size = settings.model.vocab_size or 512
