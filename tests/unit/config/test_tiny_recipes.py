@@ -13,7 +13,8 @@ from moetron.moe.config.settings import Settings
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 TINY = sorted(EXAMPLES.glob("*/tiny.yaml"))
 BLOCK = ("model", "attention", "moe", "optimizer")
-COEFFICIENTS = ("moe_aux_loss_coeff", "moe_z_loss_coeff")  # some depend on the number of layers
+COEFFICIENTS = ("moe_aux_loss_coeff", "moe_z_loss_coeff", "output_z_loss_coeff")
+"""Of losses beside the model's: the first two depend on layers, the third is not for the small."""
 
 
 def settings(*names: str, flags: tuple[str, ...] = ()) -> Settings:
