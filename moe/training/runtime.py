@@ -16,6 +16,7 @@ from moetron.moe.config.pipeline_split import virtual_pipeline_size
 from moetron.moe.config.settings import Settings
 from moetron.moe.host.adapt import adapt_host
 from moetron.moe.host.device import backend_for, cpu_threads, resolve_device
+from moetron.moe.host.memory import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def running(settings: Settings) -> Iterator[Runtime]:
     else:
         ranks_on_host = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(cpu_threads(settings.parallel.cpu_threads, ranks_on_host))
+        keep_freed_memory()
     _join(settings, backend_for(device))
     try:
         yield divide(settings, device)

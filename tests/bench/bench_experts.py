@@ -3,14 +3,16 @@
     python -m tests.bench.bench_experts [--rounds 7] [--threads 2]
 
 Rounds alternate between the two, so that a noisy machine slows both; the ratio is that of medians
-of forward plus backward passes. Loads are Dirichlet-skewed, as routers' are.
+of forward plus backward passes, in wall time and in this process's CPU time, which other programs
+on the machine disturb less. Freed memory is kept, as in a run (--no-keep-memory: as without one).
+Loads are Dirichlet-skewed, as routers' are.
 """
 
 import argparse
-import statistics
 import time
 from itertools import product
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -19,11 +21,13 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from moetron.moe.host.memory import keep_freed_memory
 from moetron.moe.layers.experts import GroupedExperts
 from tests.parallel.harness import model_parallel
 
 SHAPES = ((512, 256, 16, 4), (256, 128, 64, 8))  # H, F, experts, top-k
 TOKENS = 4096
+WARM_UP = 2
 
 
 def _config(
@@ -52,17 +56,21 @@ def _skewed_counts(experts: int, rows: int) -> torch.Tensor:
     return counts
 
 
-def _one_round(module: torch.nn.Module, x: torch.Tensor, counts: torch.Tensor) -> float:
-    """Seconds of one forward and backward pass."""
+def _one_round(module: torch.nn.Module, x: torch.Tensor, counts: torch.Tensor) -> np.ndarray:
+    """[wall, CPU] seconds of one forward and backward pass."""
     probs = torch.rand(len(x), requires_grad=True)
     grad = torch.randn_like(x)
-    start = time.perf_counter()
+    start = _clocks()
     out, _ = module(x, counts, probs)
     out.backward(grad)
-    elapsed = time.perf_counter() - start
+    elapsed = _clocks() - start
     x.grad = None
     module.zero_grad()
     return elapsed
+
+
+def _clocks() -> np.ndarray:
+    return np.array([time.perf_counter(), time.process_time()])
 
 
 def _compare(shape: tuple[int, int, int, int], dtype: torch.dtype, rounds: int) -> None:
@@ -74,26 +82,29 @@ def _compare(shape: tuple[int, int, int, int], dtype: torch.dtype, rounds: int) 
     sequential = SequentialMLP(experts, config, linear, pg_collection=groups)
     x = torch.randn(TOKENS * topk, hidden, dtype=dtype, requires_grad=True)
     counts = _skewed_counts(experts, len(x))
-    times: dict[str, list[float]] = {"grouped": [], "sequential": []}
-    for _ in range(rounds + 2):
-        times["grouped"].append(_one_round(grouped, x, counts))
-        times["sequential"].append(_one_round(sequential, x, counts))
-    median = {name: statistics.median(values[2:]) for name, values in times.items()}
-    print(
-        f"H{shape[0]} F{shape[1]} E{experts} top{topk} {str(dtype).removeprefix('torch.')}: "
-        f"grouped {median['grouped'] * 1e3:.0f} ms, "
-        f"sequential {median['sequential'] * 1e3:.0f} ms, "
-        f"sequential / grouped {median['sequential'] / median['grouped']:.2f}"
-    )
+    pairs = [
+        (_one_round(grouped, x, counts), _one_round(sequential, x, counts))
+        for _ in range(WARM_UP + rounds)
+    ]
+    ours, theirs = np.median(pairs[WARM_UP:], axis=0)
+    name = f"H{shape[0]} F{shape[1]} E{experts} top{topk} {str(dtype).removeprefix('torch.')}"
+    for clock, mine, other in zip(("wall", "CPU"), ours, theirs, strict=True):
+        print(
+            f"{name}, {clock}: grouped {mine * 1e3:.0f} ms, sequential {other * 1e3:.0f} ms, "
+            f"sequential / grouped {other / mine:.2f}"
+        )
 
 
 def main() -> None:
-    """Print one line for each shape and number format."""
+    """Print two lines for each shape and number format."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-keep-memory", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if not options.no_keep_memory:
+        keep_freed_memory()
     with model_parallel():
         for shape, dtype in product(SHAPES, (torch.float32, torch.bfloat16)):
             _compare(shape, dtype, options.rounds)

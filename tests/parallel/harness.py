@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from megatron.core import parallel_state
@@ -189,7 +190,8 @@ def _rank_main(
                 world_size=world_size,
                 timeout=timedelta(seconds=timeout_s + 30),  # the parent speaks first
             )
-            message = {"result": function(*args)}
+            with patch.dict(os.environ):  # megatron-core writes NVTE_*, which the next call refuses
+                message = {"result": function(*args)}
             torch.distributed.barrier()
             parallel_state.destroy_model_parallel()
             moe_utils.get_moe_layer_wise_logging_tracker().clear()  # of another model's layers
