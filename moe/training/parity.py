@@ -10,8 +10,9 @@ import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader, load
@@ -37,6 +38,14 @@ class Result:
     """Of each step, before clipping."""
     gradients: dict[str, torch.Tensor]
     """Global tensors fp32 of the first step by parameter, all times one positive factor."""
+    step_times_s: list[float] = field(default_factory=list)
+    """Wall time of each step; nothing is compared."""
+
+    @property
+    def step_ms(self) -> float:
+        """Median over the steps, without the first where there are more; nan: none was timed."""
+        times_s = self.step_times_s[1:] or self.step_times_s
+        return 1e3 * median(times_s) if times_s else math.nan
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,8 @@ class Difference:
     """Worst norm of a parameter's difference over the norm of its gradient."""
     parameter: str
     """Where the worst one is."""
+    step_ms: float
+    """Of a step of the run (see `Result`)."""
 
     def within(self, tolerance: "Tolerance") -> bool:
         """Whether nothing differs by more than ``tolerance``; what is not a number is too much."""
@@ -92,6 +103,7 @@ def read_result(folder: Path, settings: Settings) -> Result:
         [row["lm_loss"] for row in rows],
         [row["grad_norm"] for row in rows],
         {key.removeprefix(moment): tensor for key, tensor in tensors.items()},
+        [row["step_time_s"] for row in rows],
     )
 
 
@@ -114,6 +126,7 @@ def compare(reference: Result, other: Result) -> Difference:
         _relative(reference.grad_norms, other.grad_norms),
         worst,
         parameter,
+        other.step_ms,
     )
 
 
@@ -132,8 +145,9 @@ def table(
     lines = [
         f"one rank: loss {reference.losses[0]:.6f} to {reference.losses[-1]:.6f}, gradient norm "
         f"{reference.grad_norms[0]:.6f} to {reference.grad_norms[-1]:.6f}, "
-        f"{len(reference.losses)} steps",
-        f"{'layout':<{width}}  {'loss':>8}  {'norm':>8}  {'gradient':>8}        worst parameter",
+        f"{len(reference.losses)} steps of {reference.step_ms:.1f} ms",
+        f"{'layout':<{width}}  {'loss':>8}  {'norm':>8}  {'gradient':>8}  {'ms/step':>8}  "
+        f"{'':<7}  worst parameter",
     ]
     lines += [line(f"{name:<{width}}", found, tolerance) for name, found in differences.items()]
     bounds = f"{tolerance.loss:8.1e}  {tolerance.grad_norm:8.1e}  {tolerance.gradient:8.1e}"
@@ -145,14 +159,24 @@ def line(name: str, found: Difference, tolerance: Tolerance) -> str:
     verdict = "same" if found.within(tolerance) else "DIFFERS"
     return (
         f"{name}  {found.loss:8.1e}  {found.grad_norm:8.1e}  {found.gradient:8.1e}  "
-        f"{verdict:<7}  {found.parameter}"
+        f"{found.step_ms:8.1f}  {verdict:<7}  {found.parameter}"
     )
+
+
+@dataclass(frozen=True)
+class Dependence:
+    """A setting in use whose meaning follows the layout."""
+
+    setting: str
+    effect: str
+    instead: list[str]
+    """Flags of a form that does not follow it; empty: there is none."""
 
 
 def layout_dependent(
     settings: Settings, vocab_size: int, tensor_sizes: Sequence[int]
-) -> list[tuple[str, str]]:
-    """(setting, what it costs) of every setting in use whose meaning follows the layout.
+) -> list[Dependence]:
+    """Every setting in use whose meaning follows the layout.
 
     Args:
         settings: as run.
@@ -160,42 +184,45 @@ def layout_dependent(
         tensor_sizes: tensor-parallel sizes of the layouts compared.
     """
     moe, model = settings.moe, settings.model
-    rows = {
-        padded_vocab_size(
-            vocab_size,
-            settings.model_copy(
-                update={
-                    "parallel": settings.parallel.model_copy(
-                        update={"tensor_model_parallel_size": size}
-                    )
-                }
-            ),
-        )
-        for size in tensor_sizes
-    }
+    rows = sorted({_padded_rows(settings, vocab_size, size) for size in tensor_sizes})
+    unpadded = ["--no-moe-pad-expert-input-to-capacity"] * moe.moe_pad_expert_input_to_capacity
     cases = [
         (
-            "--moe-capacity-scope rank",
             moe.moe_expert_capacity_factor is not None and moe.moe_capacity_scope == "rank",
-            "capacity counts one rank's tokens: TP and CP drop others; micro_batch does not",
+            "--moe-capacity-scope rank",
+            "capacity counts one rank's tokens: TP and CP drop others",
+            ["--moe-capacity-scope=micro_batch", *unpadded],
         ),
         (
-            "--moe-global-aux-loss-counts running",
             moe.moe_router_load_balancing_type == "global_aux_loss"
             and moe.moe_global_aux_loss_counts == "running",
-            "shares run over the micro-batches that a rank saw; previous_step counts all ranks'",
+            "--moe-global-aux-loss-counts running",
+            "shares run over the micro-batches that a rank saw",
+            ["--moe-global-aux-loss-counts=previous_step"],
         ),
         (
-            "--hidden-dropout, --attention-dropout",
             model.hidden_dropout > 0 or model.attention_dropout > 0,
+            "--hidden-dropout, --attention-dropout",
             "ranks draw their own masks: losses differ as between two seeds",
+            ["--hidden-dropout=0", "--attention-dropout=0"],
         ),
         (
-            "--make-vocab-size-divisible-by",
             len(rows) > 1,
-            f"the vocabulary is padded to {' or '.join(f'{n:,}' for n in sorted(rows))} rows, "
+            "--make-vocab-size-divisible-by",
+            f"the vocabulary is padded to {' or '.join(f'{n:,}' for n in rows)} rows, "
             "which share the softmax: choose it so that all are equal",
+            [],
         ),
-        ("--bf16", settings.precision.bf16, "rounds to 2^-9: losses agree to about 1e-3"),
+        (
+            settings.precision.bf16,
+            "--bf16",
+            "rounds to 2^-9: losses agree to about 1e-3",
+            ["--fp32"],
+        ),
     ]
-    return [(name, cost) for name, used, cost in cases if used]
+    return [Dependence(*described) for used, *described in cases if used]
+
+
+def _padded_rows(settings: Settings, vocab_size: int, tensor_ranks: int) -> int:
+    parallel = settings.parallel.model_copy(update={"tensor_model_parallel_size": tensor_ranks})
+    return padded_vocab_size(vocab_size, settings.model_copy(update={"parallel": parallel}))

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moetron.moe.config.errors import ConfigError
@@ -55,6 +55,10 @@ class Runs:
     timeout_s: float
     """Of one run."""
 
+    def changed(self, flags: list[str]) -> "Runs":
+        """The same runs with ``flags``, which win."""
+        return replace(self, flags=[*self.flags, *flags])
+
     def write_start(self) -> Path:
         """Train one step on one rank; returns the run's folder, whose weights the others take."""
         start = self.folder / "start"
@@ -98,16 +102,13 @@ class Runs:
 
 
 def train_all(
-    runs: Runs, layouts: Iterable[Layout], load_from: Path | None
+    runs: Runs, layouts: Iterable[Layout], start: Path
 ) -> tuple[Result, dict[str, Difference]]:
-    """One rank's result, and by name how far each layout is from it.
-
-    ``load_from`` is the run whose weights all take; None: one that one rank writes first.
+    """One rank's result, and by name how far each layout is from it, all from ``start``'s weights.
 
     Raises:
         RunFailed: with the layout named.
     """
-    start = load_from or runs.write_start()
     reference = runs.train(Layout(), start)
     found = {}
     for layout in layouts:

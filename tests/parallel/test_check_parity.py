@@ -95,3 +95,13 @@ def test_the_command_reports_a_difference() -> None:
     done = _check("--layouts", "ep2", "--steps", "1", "--gradient-tolerance", "0", "--", *SMALL)
     assert done.returncode == 1, done.stderr + done.stdout
     assert "DIFFERS" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_command_shows_what_a_setting_that_follows_the_layout_costs() -> None:
+    scope = ["--moe-expert-capacity-factor", "0.5", "--moe-capacity-scope", "rank"]
+    done = _check("--layouts", "tp2", "--steps", "2", "--", *SMALL, *scope)
+    assert done.returncode == 1, done.stderr + done.stdout
+    by_rank, by_batch = done.stdout.split("with --moe-capacity-scope=micro_batch")
+    assert "depends on the layout: --moe-capacity-scope rank" in by_rank and "DIFFERS" in by_rank
+    assert "same" in by_batch and "DIFFERS" not in by_batch

@@ -66,8 +66,9 @@ def _real(recipe: str, world_size: int, flags: list[str]) -> dict[str, Any]:
     [
         ["--bf16", "--expert-model-parallel-size", "2", "--use-distributed-optimizer"],
         ["--pipeline-model-parallel-size", "2", "--optimizer", "sgd"],
+        ["--pipeline-model-parallel-size", "2", "--pipeline-model-parallel-layout", "Et|t*3L"],
     ],
-    ids=["ep2-zero1-bf16", "pp2-sgd"],
+    ids=["ep2-zero1-bf16", "pp2-sgd", "uneven-pp2"],
 )
 def test_an_imagined_rank_holds_what_a_real_one_does(flags: list[str]) -> None:
     real = run_ranks(_real, 2, "tiny.yaml", 2, flags)

@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from moetron.moe.config.load import load
-from moetron.moe.training.parity import Result, Tolerance, compare, layout_dependent, table
+from moetron.moe.training.parity import (
+    Dependence,
+    Result,
+    Tolerance,
+    compare,
+    layout_dependent,
+    table,
+)
 
 TINY = str(Path(__file__).parents[3] / "examples" / "olmoe_1b_7b" / "tiny.yaml")
 REFERENCE = Result([4.0, 2.0], [1.0, 0.5], {"a": torch.tensor([3.0, 4.0]), "b": torch.zeros(2)})
@@ -80,4 +87,34 @@ def test_settings_that_follow_the_layout(flags: list[str], names: list[str]) -> 
     assert settings.model.vocab_size is not None
     found = layout_dependent(settings, settings.model.vocab_size, [1, 2])
     assert len(found) == len(names)
-    assert all(one[0].startswith(name) for one, name in zip(found, names, strict=True))
+    assert all(one.setting.startswith(name) for one, name in zip(found, names, strict=True))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--moe-expert-capacity-factor=1", "--moe-capacity-scope=rank", "--hidden-dropout=0.1"],
+        ["--moe-router-load-balancing-type=global_aux_loss", "--attention-dropout=0.1", "--bf16"],
+        [
+            *("--moe-expert-capacity-factor=1", "--moe-capacity-scope=rank"),
+            "--moe-pad-expert-input-to-capacity",
+        ],
+    ],
+)
+def test_what_to_use_instead_does_not_follow_the_layout(flags: list[str]) -> None:
+    def dependent(*instead: str) -> list[Dependence]:
+        tensor_ranks = ["--world-size=2", "--dry-run", "--tensor-model-parallel-size=2"]
+        layout = tensor_ranks if instead else []
+        return layout_dependent(load(["--config", TINY, *flags, *instead, *layout]).settings, 1, [])
+
+    found = dependent()
+    assert found
+    assert dependent(*(flag for one in found for flag in one.instead)) == []
+
+
+def test_the_time_of_a_step_leaves_out_the_first() -> None:
+    timed = replace(REFERENCE, step_times_s=[9.0, 0.1, 0.2, 0.6])
+    found = compare(REFERENCE, timed)
+    assert found.step_ms == pytest.approx(200)
+    assert "   200.0  same" in table(REFERENCE, {"ep2": found}, Tolerance())[2]
+    assert replace(timed, step_times_s=[9.0]).step_ms == pytest.approx(9000)
