@@ -19,6 +19,7 @@ from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from moetron.moe.config.derived import padded_vocab_size
+from moetron.moe.config.experts import MoESettings
 from moetron.moe.config.settings import Settings
 from moetron.moe.training import checkpoint_folder
 from moetron.moe.training.optimizer_state import MOMENTS, PREFIX
@@ -169,8 +170,8 @@ class Dependence:
 
     setting: str
     effect: str
-    instead: list[str]
-    """Flags of a form that does not follow it; empty: there is none."""
+    instead: Sequence[str] = ()
+    """Flags of a form that does not follow it, where there is one."""
 
 
 def layout_dependent(
@@ -183,44 +184,55 @@ def layout_dependent(
         vocab_size: before padding.
         tensor_sizes: tensor-parallel sizes of the layouts compared.
     """
-    moe, model = settings.moe, settings.model
+    model = settings.model
     rows = sorted({_padded_rows(settings, vocab_size, size) for size in tensor_sizes})
+    cases = [
+        (
+            model.hidden_dropout > 0 or model.attention_dropout > 0,
+            Dependence(
+                "--hidden-dropout, --attention-dropout",
+                "ranks draw their own masks: losses differ as between two seeds",
+                ["--hidden-dropout=0", "--attention-dropout=0"],
+            ),
+        ),
+        (
+            len(rows) > 1,
+            Dependence(
+                "--make-vocab-size-divisible-by",
+                f"the vocabulary is padded to {' or '.join(f'{n:,}' for n in rows)} rows, "
+                "which share the softmax: choose it so that all are equal",
+            ),
+        ),
+        (
+            settings.precision.bf16,
+            Dependence("--bf16", "rounds to 2^-9: losses agree to about 1e-3", ["--fp32"]),
+        ),
+    ]
+    return _of_routing(settings.moe) + [dependence for used, dependence in cases if used]
+
+
+def _of_routing(moe: MoESettings) -> list[Dependence]:
     unpadded = ["--no-moe-pad-expert-input-to-capacity"] * moe.moe_pad_expert_input_to_capacity
     cases = [
         (
             moe.moe_expert_capacity_factor is not None and moe.moe_capacity_scope == "rank",
-            "--moe-capacity-scope rank",
-            "capacity counts one rank's tokens: TP and CP drop others",
-            ["--moe-capacity-scope=micro_batch", *unpadded],
+            Dependence(
+                "--moe-capacity-scope rank",
+                "capacity counts one rank's tokens: TP and CP drop others",
+                ["--moe-capacity-scope=micro_batch", *unpadded],
+            ),
         ),
         (
             moe.moe_router_load_balancing_type == "global_aux_loss"
             and moe.moe_global_aux_loss_counts == "running",
-            "--moe-global-aux-loss-counts running",
-            "shares run over the micro-batches that a rank saw",
-            ["--moe-global-aux-loss-counts=previous_step"],
-        ),
-        (
-            model.hidden_dropout > 0 or model.attention_dropout > 0,
-            "--hidden-dropout, --attention-dropout",
-            "ranks draw their own masks: losses differ as between two seeds",
-            ["--hidden-dropout=0", "--attention-dropout=0"],
-        ),
-        (
-            len(rows) > 1,
-            "--make-vocab-size-divisible-by",
-            f"the vocabulary is padded to {' or '.join(f'{n:,}' for n in rows)} rows, "
-            "which share the softmax: choose it so that all are equal",
-            [],
-        ),
-        (
-            settings.precision.bf16,
-            "--bf16",
-            "rounds to 2^-9: losses agree to about 1e-3",
-            ["--fp32"],
+            Dependence(
+                "--moe-global-aux-loss-counts running",
+                "shares run over the micro-batches that a rank saw",
+                ["--moe-global-aux-loss-counts=previous_step"],
+            ),
         ),
     ]
-    return [Dependence(*described) for used, *described in cases if used]
+    return [dependence for used, dependence in cases if used]
 
 
 def _padded_rows(settings: Settings, vocab_size: int, tensor_ranks: int) -> int:
