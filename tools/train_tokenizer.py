@@ -1,7 +1,8 @@
 """Train an umT5-style tokenizer (SentencePiece unigram, byte fallback) on JSONL.
 
-Writes PREFIX.model and PREFIX.json (options, inputs, fingerprint, fertility by source). Run again
-on the same inputs with the same options, it finds them current and does nothing.
+Writes PREFIX.model, PREFIX.json (options, inputs, fingerprint, fertility by source) and
+PREFIX.fertility.png. Run again on the same inputs with the same options, it finds them current and
+does nothing.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from typing import Any
 from moetron.data.corpora.labels import labelled_texts
 from moetron.data.files import atomic_file, beside
 from moetron.data.inputs import find_files
-from moetron.tokenizers.fertility import measure, table
+from moetron.tokenizers.fertility import draw, measure, table
 from moetron.tokenizers.sampling import sample_sources
 from moetron.tokenizers.train import TrainingOptions, train
 from moetron.tokenizers.umt5 import SentencePieceTokenizer
@@ -89,6 +90,8 @@ def main(arguments: list[str] | None = None) -> int:
         file.write(model)
     tokenizer = SentencePieceTokenizer(model_path)
     fertility = {source: measure(tokenizer, found) for source, found in sample.items()}
+    with atomic_file(beside(args.output, ".fertility.png")) as file:
+        draw(fertility, file)
     sidecar = {
         "kind": tokenizer.kind,
         "fingerprint": tokenizer.fingerprint,

@@ -2,17 +2,18 @@
 
     python tests/bench/bench_preprocess.py --input 'corpus/*.jsonl' --tokenizer T [--dolma BIN]
 
-One run measures, on the same text with the same tokenizer file and ``--workers``:
+One run measures, in turns, with the same tokenizer file and ``--workers``, and prints a table:
 
 library   the tokenizer library's own batch call on texts in memory: one thread's speed times the
-          workers, for gigatoken on all threads at once (cold, as a fresh process has it)
+          workers, for gigatoken on all threads at once; in a fresh process, so with cold caches
 ours      tools/preprocess_corpus.py
 megatron  Megatron-LM's algorithm: a document a task through a pool of processes, written with
           megatron-core's IndexedDatasetBuilder
 dolma     ``dolma tokens`` of the command BIN, for a HuggingFace tokenizer
 
 MB are 1e6 bytes of UTF-8 text. Speeds are net: the time of one document (start-up) is subtracted.
-CPU seconds are of all processes; memory is the largest process's peak.
+The slower tools get ``--others-mb`` of the text. CPU seconds are of all processes; memory is the
+largest process's peak, the library's with all texts in memory. Medians.
 """
 
 import argparse
@@ -20,17 +21,21 @@ import gzip
 import json
 import multiprocessing
 import os
+import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from moetron.data.chunks import Reject
 from moetron.data.inputs import find_files, read_chunks
+from moetron.data.report import table
 from moetron.tokenizers.fast_bpe import open_fast
 from moetron.tokenizers.interface import Tokenizer
 from moetron.tokenizers.load import load_tokenizer
@@ -48,16 +53,20 @@ class Run:
     peak_mb: float
 
 
-def measured(command: Sequence[str]) -> Run:
-    """Run a command to its end."""
+def measured(command: Sequence[str]) -> tuple[Run, str]:
+    """Run a command to its end; what it took, and the last line that it printed."""
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert process.stdout is not None
+    said = process.stdout.read().strip().rpartition("\n")[2]
     _, status, usage = os.wait4(process.pid, 0)
     wall_s = time.perf_counter() - start
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)}: exit code {process.returncode}")
-    return Run(wall_s, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1e3)
+    return Run(wall_s, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1e3), said
 
 
 def texts_of(inputs: Sequence[str]) -> Iterator[str]:
@@ -66,18 +75,16 @@ def texts_of(inputs: Sequence[str]) -> Iterator[str]:
         yield from (found[0] for found in chunk.documents("text") if not isinstance(found, Reject))
 
 
-def library_run(texts: list[str], source: str, workers: int) -> Run:
-    """The library alone on ``workers`` cores: batch calls, texts in memory."""
+def library(source: str, rows: str, workers: int) -> None:
+    """Print what the library alone takes for the texts, and the tokens that they are."""
+    texts = list(texts_of([rows]))
     reference = load_tokenizer(source)
     fast = open_fast(reference, workers)
+    batches = [texts] if fast else [texts[i : i + BATCH] for i in range(0, len(texts), BATCH)]
     start, start_cpu = time.perf_counter(), time.process_time()
-    if fast is not None:
-        fast.encode_flat(texts)
-    else:
-        for first in range(0, len(texts), BATCH):
-            reference.encode_flat(texts[first : first + BATCH])
+    tokens = sum((fast or reference).encode_flat(batch)[0].size for batch in batches)
     wall_s, cpu_s = time.perf_counter() - start, time.process_time() - start_cpu
-    return Run(wall_s / (1 if fast else workers), cpu_s, 0.0)
+    print(json.dumps([wall_s / (1 if fast else workers), cpu_s, tokens]))
 
 
 _tokenizer: Tokenizer
@@ -112,7 +119,8 @@ def commands(source: str, rows: Path, out: str, workers: int, dolma: str) -> dic
     python = [sys.executable]
     ours = [*python, str(ROOT / "tools" / "preprocess_corpus.py"), "--input", str(rows)]
     ours += ["--tokenizer", source, "--output-prefix", f"{out}/ours", "--append-eod"]
-    found = {"ours": [*ours, "--workers", str(workers)]}
+    found = {"library": [*python, __file__, "library", source, str(rows), str(workers)]}
+    found["ours"] = [*ours, "--workers", str(workers)]
     found["megatron"] = [*python, __file__, "megatron", source, str(rows), f"{out}/m", str(workers)]
     if dolma and source.endswith(".json"):
         tokenizer = load_tokenizer(source)
@@ -132,19 +140,66 @@ def write_rows(path: Path, texts: Sequence[str]) -> None:
         packed.writelines(rows)
 
 
-def report(name: str, one: list[Run], all_: list[Run], megabytes: float, library: Run) -> None:
-    """Print medians, what one document takes subtracted."""
-    start_s = statistics.median(run.wall_s for run in one)
-    start_cpu_s = statistics.median(run.cpu_s for run in one)
-    whole_s = statistics.median(run.wall_s for run in all_)
-    net_s, net_cpu_s = whole_s - start_s, statistics.median(r.cpu_s for r in all_) - start_cpu_s
-    print(
-        f"{name}: {megabytes / net_s:.1f} MB/s ({megabytes / whole_s:.1f} with start-up), "
-        f"{megabytes / net_cpu_s:.1f} MB a CPU second; start-up {start_s:.2f} s "
-        f"({start_cpu_s:.2f} CPU); peak {max(run.peak_mb for run in all_):.0f} MB; of the library "
-        f"{library.wall_s / net_s:.2f} (CPU {library.cpu_s / net_cpu_s:.2f})",
-        flush=True,
-    )
+class Bench:
+    """What each tool took for one document and for many, repeat by repeat."""
+
+    def __init__(self, folder: Path, texts: Sequence[str], others_mb: float) -> None:
+        ends = list(accumulate(len(text.encode()) for text in texts))
+        few = max(1, bisect_right(ends, others_mb * 1e6))
+        self.megabytes = {"one": ends[0] / 1e6, "few": ends[few - 1] / 1e6, "all": ends[-1] / 1e6}
+        self.rows = {name: folder / f"{name}.jsonl" for name in self.megabytes}
+        for name, count in {"one": 1, "few": few, "all": len(texts)}.items():
+            write_rows(self.rows[name], texts[:count])
+        self.runs: dict[tuple[str, str], list[Run]] = {}
+        self.tokens = 0
+
+    def size(self, tool: str) -> str:
+        """Which text a tool gets."""
+        return "all" if tool in ("library", "ours") else "few"
+
+    def measure(self, tool: str, source: str, workers: int, dolma: str) -> None:
+        """Run a tool on one document and on many."""
+        for size in ("one", self.size(tool)):
+            with tempfile.TemporaryDirectory(dir=self.rows[size].parent) as out:
+                words = commands(source, self.rows[size], out, workers, dolma).get(tool)
+                if words is None:
+                    return
+                run, said = measured(words)
+            if tool == "library":
+                run.wall_s, run.cpu_s, self.tokens = json.loads(said)
+            self.runs.setdefault((tool, size), []).append(run)
+
+    def row(self, tool: str) -> list[str]:
+        """A tool's line of the table."""
+        size = self.size(tool)
+        megabytes = self.megabytes[size]
+        one, whole = self.median(tool, "one"), self.median(tool, size)
+        if tool == "library":  # it measures itself, without start-up
+            one = Run(0.0, 0.0, 0.0)
+        base = self.median("library", "all")
+        net_s, net_cpu_s = whole.wall_s - one.wall_s, whole.cpu_s - one.cpu_s
+        speed, cpu_speed = megabytes / net_s, megabytes / net_cpu_s
+        return [
+            tool,
+            f"{megabytes:.1f}",
+            f"{speed:.1f}",
+            f"{speed * self.tokens / self.megabytes['all'] / 1e6:.2f}",
+            f"{megabytes / whole.wall_s:.1f}",
+            f"{cpu_speed:.1f}",
+            f"{one.wall_s:.2f}",
+            f"{whole.peak_mb:.0f}",
+            f"{speed * base.wall_s / self.megabytes['all']:.2f}",
+            f"{cpu_speed * base.cpu_s / self.megabytes['all']:.2f}",
+        ]
+
+    def median(self, tool: str, size: str) -> Run:
+        """The repeats in one."""
+        runs = self.runs[tool, size]
+        columns = ("wall_s", "cpu_s", "peak_mb")
+        return Run(*(statistics.median(getattr(run, name) for run in runs) for name in columns))
+
+
+COLUMNS = ("tool", "MB", "MB/s", "Mtokens/s", "MB/s all in", "MB/CPU s", "start-up s", "peak MB")
 
 
 def main() -> None:
@@ -156,36 +211,25 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tools", nargs="+", default=["ours", "megatron", "dolma"])
     parser.add_argument("--dolma", default="", metavar="BIN")
+    parser.add_argument("--others-mb", type=float, default=10)
     args = parser.parse_args()
-    texts = list(texts_of(args.input))
-    megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    library = library_run(texts, args.tokenizer, args.workers)
-    print(
-        f"{len(texts)} documents, {megabytes:.1f} MB; "
-        f"library {megabytes / library.wall_s:.1f} MB/s, "
-        f"{megabytes / library.cpu_s:.1f} MB a CPU second",
-        flush=True,
-    )
     with tempfile.TemporaryDirectory() as folder:
-        rows, one = Path(folder, "all.jsonl"), Path(folder, "one.jsonl")
-        write_rows(rows, texts)
-        write_rows(one, texts[:1])
+        texts = list(texts_of(args.input))
+        random.Random(0).shuffle(texts)
+        bench = Bench(Path(folder), texts, args.others_mb)
         del texts
-        for name in args.tools:
-            runs: dict[Path, list[Run]] = {one: [], rows: []}
-            for _ in range(args.repeats):
-                for source, found in runs.items():
-                    with tempfile.TemporaryDirectory(dir=folder) as out:
-                        tools = commands(args.tokenizer, source, out, args.workers, args.dolma)
-                        if name in tools:
-                            found.append(measured(tools[name]))
-            if not runs[rows]:
-                continue
-            report(name, runs[one], runs[rows], megabytes, library)
+        tools = ["library", *args.tools]
+        for _ in range(args.repeats):
+            for tool in tools:
+                bench.measure(tool, args.tokenizer, args.workers, args.dolma)
+        rows = [bench.row(tool) for tool in tools if (tool, "one") in bench.runs]
+    print(table([[*COLUMNS, "of library", "of library, CPU"], *rows]))
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["megatron"]:
         megatron(*sys.argv[2:5], int(sys.argv[5]))
+    elif sys.argv[1:2] == ["library"]:
+        library(*sys.argv[2:4], int(sys.argv[4]))
     else:
         main()

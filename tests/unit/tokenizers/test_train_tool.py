@@ -44,6 +44,7 @@ def test_it_trains_once_and_says_from_what(
     assert said["fingerprint"] == tokenizer.fingerprint
     assert said["vocab_size"] == tokenizer.vocab_size == 1024
     assert said["fertility_on_training_text"]["code"]["bytes_per_token"] > 1.5
+    assert (tmp_path / "out" / "tok.v1.fertility.png").read_bytes().startswith(b"\x89PNG")
     written = path.stat().st_mtime_ns
     assert tool.main(arguments) == 0
     assert capsys.readouterr().out == f"{path} is current\n"
