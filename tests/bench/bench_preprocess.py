@@ -140,16 +140,25 @@ def write_rows(path: Path, texts: Sequence[str]) -> None:
         packed.writelines(rows)
 
 
+def prepare(rows: dict[str, Path], inputs: Sequence[str], others_mb: float) -> dict[str, float]:
+    """Write one, few and all texts, shuffled; their MB."""
+    texts = list(texts_of(inputs))
+    random.Random(0).shuffle(texts)
+    ends = list(accumulate(len(text.encode()) for text in texts))
+    counts = {"one": 1, "few": max(1, bisect_right(ends, others_mb * 1e6)), "all": len(texts)}
+    for name, count in counts.items():
+        write_rows(rows[name], texts[:count])
+    return {name: ends[count - 1] / 1e6 for name, count in counts.items()}
+
+
 class Bench:
     """What each tool took for one document and for many, repeat by repeat."""
 
-    def __init__(self, folder: Path, texts: Sequence[str], others_mb: float) -> None:
-        ends = list(accumulate(len(text.encode()) for text in texts))
-        few = max(1, bisect_right(ends, others_mb * 1e6))
-        self.megabytes = {"one": ends[0] / 1e6, "few": ends[few - 1] / 1e6, "all": ends[-1] / 1e6}
-        self.rows = {name: folder / f"{name}.jsonl" for name in self.megabytes}
-        for name, count in {"one": 1, "few": few, "all": len(texts)}.items():
-            write_rows(self.rows[name], texts[:count])
+    def __init__(self, folder: Path, inputs: Sequence[str], others_mb: float) -> None:
+        self.rows = {name: folder / f"{name}.jsonl" for name in ("one", "few", "all")}
+        # In a process of its own: what it holds would count as its children's peak.
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            self.megabytes = pool.apply(prepare, (self.rows, inputs, others_mb))
         self.runs: dict[tuple[str, str], list[Run]] = {}
         self.tokens = 0
 
@@ -214,10 +223,7 @@ def main() -> None:
     parser.add_argument("--others-mb", type=float, default=10)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        texts = list(texts_of(args.input))
-        random.Random(0).shuffle(texts)
-        bench = Bench(Path(folder), texts, args.others_mb)
-        del texts
+        bench = Bench(Path(folder), args.input, args.others_mb)
         tools = ["library", *args.tools]
         for _ in range(args.repeats):
             for tool in tools:
