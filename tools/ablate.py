@@ -67,7 +67,7 @@ def alone(plan: sweep.Sweep, number: int, output: Path, threads: int) -> None:
     if not 0 <= number < len(plan.runs):
         raise UserError(f"--run {number}: the runs are 0 to {len(plan.runs) - 1}")
     run = plan.runs[number]
-    if execute.finished(run, output):
+    if execute.ended(run, output):
         print(f"{run.name} is finished")
         return
     execute.run_alone(plan, run, output, ROOT / "pretrain_moe.py", threads)

@@ -104,6 +104,7 @@ def _model_sections(settings: Settings) -> dict[str, dict[str, Any]]:
     """The sections of a recipe that describe the model and its tokenizer."""
     tree = settings.model_dump(mode="json", exclude_defaults=True)
     kept = {group: section for group, section in tree.items() if group not in OTHER_GROUPS}
+    kept["moe"] |= {"moe_router_topk": settings.moe.moe_router_topk}  # said, default or not
     kept["precision"] = {"bf16": settings.precision.bf16}
     if settings.data.tokenizer_model is not None:
         kept["data"] = {"tokenizer_model": settings.data.tokenizer_model}

@@ -1,6 +1,7 @@
 """Run a sweep's runs, side by side or one alone; what was finished is not run again."""
 
 import fcntl
+import math
 import os
 import shlex
 import subprocess
@@ -26,6 +27,19 @@ _POLL_S = 0.2
 def finished(run: Run, output: Path) -> bool:
     """Whether the run's last step is saved."""
     return checkpoint_folder.latest_step(output / run.name) == run.settings.training.train_iters
+
+
+def ended(run: Run, output: Path) -> bool:
+    """Whether the run is finished, or was cut after its loss was no longer finite.
+
+    A checkpoint of such a run cannot be loaded.
+    """
+    if finished(run, output):
+        return True
+    from moetron.moe.analysis.curves import read_rows  # matplotlib: a second
+
+    rows = read_rows(output / run.name / "metrics.jsonl")
+    return bool(rows) and not math.isfinite(rows[-1]["lm_loss"])
 
 
 def prepare(run: Run, output: Path) -> Path:
@@ -97,7 +111,7 @@ def run_side_by_side(
     """
     if at_once < 1:
         raise UserError(f"--jobs {at_once}: must be at least 1")
-    waiting = [run for run in sweep.runs if not finished(run, output)]
+    waiting = [run for run in sweep.runs if not ended(run, output)]
     running: dict[Run, subprocess.Popen[bytes]] = {}
     codes: dict[Run, int] = {}
     stopping = False

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from moetron.moe.analysis.ablation.execute import finished
+from moetron.moe.analysis.ablation.execute import ended
 from moetron.moe.analysis.ablation.sweep import Run
 from moetron.moe.analysis.curves import read_rows
 
@@ -18,7 +18,7 @@ TAIL = 0.1
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished run."""
+    """A run that has ended."""
 
     run: Run
     stable: bool
@@ -35,8 +35,8 @@ class Outcome:
 
 
 def outcome(run: Run, output: Path) -> Outcome | None:
-    """What ``run`` below ``output`` came to; None while it is not finished."""
-    if not finished(run, output):
+    """What ``run`` below ``output`` came to; None while it has not ended."""
+    if not ended(run, output):
         return None
     metrics = read_rows(output / run.name / "metrics.jsonl")
     validation = read_rows(output / run.name / "validation.jsonl")

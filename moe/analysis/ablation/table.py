@@ -98,11 +98,12 @@ def draw(found: Outcomes) -> Figure:
         for run in runs:
             fill = colour if run.stable else "none"
             left.plot(run.loss, place, "o", color=colour, markerfacecolor=fill)
-        losses = [run.losses for run in runs if run.stable]
-        if losses:
+        stable = [run for run in runs if run.stable]
+        losses = [run.losses for run in stable]
+        if stable:
             width = max(1, round(_SMOOTHING * len(losses[0])))
             curve = np.convolve(np.mean(losses, axis=0), np.ones(width) / width, mode="valid")
-            right.plot(runs[0].tokens[width - 1 :], curve, style, color=colour, label=variant)
+            right.plot(stable[0].tokens[width - 1 :], curve, style, color=colour, label=variant)
     left.set_yticks(range(len(found)), found)
     left.invert_yaxis()
     left.set(xlabel="final loss, nats per token", title="Each seed")

@@ -229,6 +229,7 @@ def test_the_table(tmp_path: Path) -> None:
         leave_run(output / f"base/seed_{seed}", [4.0] * 100, loss, 1000 * seed)
     leave_run(output / "dense/seed_1", [4.0] * 100, 3.5, 3000)
     leave_run(output / "dense/seed_2", [4.0] * 60 + [float("nan")] * 40, float("nan"), 3000)
+    (output / "dense/seed_2/latest").write_text("step_0000070\n")  # cut after it diverged
     leave_run(output / "half_run/seed_1", [4.0] * 50 + [6.0] * 50, 6.0, 500)
     text = write(sweep, output)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
