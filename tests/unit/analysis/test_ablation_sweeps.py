@@ -94,7 +94,6 @@ def test_seeds_must_be_numbers_each_once(tmp_path: Path, seeds: list[Any]) -> No
         ([4.0] * 50 + [5.0] * 50, False),
         ([4.0 + 0.02 * n for n in range(100)], False),  # never a jump
         ([8.0 - 0.05 * n for n in range(100)], True),
-        ([6.0] * 20 + [4.0] * 10 + [5.95] * 5, True),  # 5 before them, 4.95 with them
         ([4.0] * 50 + [float("nan")] * 50, False),
         ([4.0, float("inf")], False),
         ([4.0, 9.0], True),  # too short to say
