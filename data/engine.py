@@ -18,7 +18,7 @@ FAST_CHUNKS = 16
 PARSERS = 2
 """Threads that feed the fast engine: one parses while the other waits for the engine."""
 FAST_THREADS = 8
-"""Above, two threads parse too slowly for the engine's."""
+"""Above, processes: Python's part of the work is one thread's."""
 
 
 def encoded_chunks(
@@ -36,20 +36,21 @@ def encoded_chunks(
     Raises EnginesDiffer where the fast engine does not give the reference's ids.
     """
     local = engine == "local"
-    here_fast = local and encoding.fast and workers <= FAST_THREADS
-    fast = open_fast(tokenizer, workers) if here_fast else None
-    threads = fast is not None and workers > 1
-    chunk_bytes = inputs.CHUNK_BYTES * (FAST_CHUNKS if threads else 1)
+    few = local and workers <= FAST_THREADS
+    fast = open_fast(tokenizer, workers) if few and encoding.fast else None
+    threads = few and workers > 1 and (fast is not None or tokenizer.concurrent)
+    fed = threads and fast is not None
+    chunk_bytes = inputs.CHUNK_BYTES * (FAST_CHUNKS if fed else 1)
     columns = (encoding.text_key, *encoding.filters.row_keys)
     chunks = inputs.read_chunks(files, start, chunk_bytes, columns)
-    here = fast or (tokenizer if local and workers == 1 else None)
+    here = fast or (tokenizer if threads or (local and workers == 1) else None)
 
     def weigh(chunk: Chunk) -> float:
         return max(1.0, chunk.size_bytes / chunk_bytes)
 
     encode = partial(encode_chunk, encoding, tokenizer=here)
     results = (
-        ordered_map(encode, chunks, PARSERS if threads else workers, weigh, threads)
+        ordered_map(encode, chunks, PARSERS if fed else workers, weigh, threads)
         if local
         else ray_map(encode, chunks, workers, weigh)
     )

@@ -31,6 +31,8 @@ class Tokenizer(ABC):
     """Id that fills up a sample; equal to ``eod`` where the file names none."""
     sentinels: tuple[int, ...]
     """Ids of ``<extra_id_0>``, ``<extra_id_1>``, ... in this order; empty where there are none."""
+    concurrent = False
+    """Whether threads can encode at the same time: its library lets go of Python's lock."""
     fingerprint: str
     """64 hexadecimal digits: equal fingerprints give equal ids."""
 

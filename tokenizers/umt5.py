@@ -25,6 +25,7 @@ class SentencePieceTokenizer(Tokenizer):
     """
 
     kind = "sentencepiece"
+    concurrent = True
 
     def __init__(self, path: Path) -> None:
         content = path.read_bytes()

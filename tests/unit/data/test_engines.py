@@ -49,6 +49,19 @@ def test_a_fast_engine_that_differs_is_given_up(
     assert ("beginning again with the reference" in caplog.text) == (wrong is not None)
 
 
+def test_threads_of_a_concurrent_tokenizer_give_the_same_bytes(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("moetron.data.inputs.CHUNK_BYTES", 1)
+    monkeypatch.setattr(ByteTokenizer, "concurrent", True)
+    monkeypatch.setattr("moetron.data.parallel._processes", None)  # would fail if it were called
+    for number in range(40):
+        (tmp_path / f"{number:02}.txt").write_text("text " * (number % 7 + 1))
+    for workers in (1, 3):
+        inputs, prefix = [str(tmp_path / "*.txt")], str(tmp_path / f"p{workers}")
+        preprocess(Options(inputs, "bytes", prefix, append_eod=True, workers=workers))
+    assert (tmp_path / "p1.bin").read_bytes() == (tmp_path / "p3.bin").read_bytes()
+    assert (tmp_path / "p1.idx").read_bytes() == (tmp_path / "p3.idx").read_bytes()
+
+
 def test_pieces_of_a_long_text_are_cut_where_ids_allow(monkeypatch) -> None:
     monkeypatch.setattr(long_text, "PIECE_CHARACTERS", 50)
     text = "some words\nand 漢字 more, " * 40
