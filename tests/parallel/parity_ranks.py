@@ -29,15 +29,19 @@ FIGURES = ("lm_loss", "grad_norm", "aux_loss", "z_loss", "dropped_fraction", "lo
 class MaskedStream(MockStream):
     """Mock samples of which the last n modulo 7 tokens have no loss: ranks count differently.
 
-    Their first token occurs nowhere else. Two equal tokens at the start of a sequence would have
-    equal hidden states, and rounding would say which of them a full expert drops.
+    Their first token is another one than that of the samples before, and occurs nowhere else. Two
+    equal tokens at the start of sequences, or of one, would have equal hidden states, and rounding
+    would say which of them a full expert drops.
     """
+
+    _FIRST_TOKENS = 8
+    """More than a micro-batch has samples."""
 
     def __getitem__(self, n: int) -> dict[str, Any]:
         sample = super().__getitem__(n)
         sample["loss_mask"][self.seq_length - n % 7 :] = 0
-        sample["tokens"] %= self.vocab_size - 1
-        sample["tokens"][0] = self.vocab_size - 1
+        sample["tokens"] %= self.vocab_size - self._FIRST_TOKENS
+        sample["tokens"][0] = self.vocab_size - 1 - n % self._FIRST_TOKENS
         return sample
 
 
