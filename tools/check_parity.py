@@ -56,7 +56,13 @@ def refuse(options: argparse.Namespace, settings: Settings) -> None:
         problems.append(f"--steps {options.steps}: must be 1 to --train-iters of the recipe")
     if options.ranks is not None and options.ranks < 1:
         problems.append(f"--ranks {options.ranks}: must be at least 1")
-    if settings.optimizer.optimizer == "sgd" and settings.optimizer.sgd_momentum == 0:
+    chosen = settings.optimizer.optimizer
+    if chosen not in ("adam", "sgd"):
+        problems.append(
+            f"--optimizer {chosen}: gradients are read from the first moment, which only adam and "
+            "sgd keep unchanged; add --optimizer adam after --"
+        )
+    if chosen == "sgd" and settings.optimizer.sgd_momentum == 0:
         problems.append("--sgd-momentum 0: gradients are read from the momentum; give it one")
     if problems:
         raise UserError("\n".join(problems))

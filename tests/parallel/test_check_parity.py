@@ -82,6 +82,12 @@ def test_mistakes_are_answered_before_anything_runs() -> None:
     assert "training in" not in done.stderr
 
 
+def test_optimizers_that_keep_no_gradient_are_refused() -> None:
+    done = _check("--layouts", "ep2", "--", *SMALL, "--optimizer", "adafactor")
+    assert done.returncode == 2, done.stderr
+    assert "add --optimizer adam after --" in done.stderr
+
+
 @pytest.mark.slow
 def test_the_command_on_several_layouts() -> None:
     done = _check("--layouts", "ep2,pp2,tp2ep2etp1", "--steps", "2", "--", *SMALL)
