@@ -58,7 +58,10 @@ def open_text(sources: Sources, tokenizer: Tokenizer, tokens: int) -> study.Text
     rows = {name: spread_windows(source, tokens) for name, source in sources.items()}
     known = tokenizer.vocab_size
     return study.Text(
-        [Windows(name, row[:, :-1], row[:, 1:]) for name, row in rows.items()],
+        [
+            Windows(name.removesuffix(".valid"), row[:, :-1], row[:, 1:])
+            for name, row in rows.items()
+        ],
         lambda token: tokenizer.decode([token]) if token < known else f"<{token}>",
     )
 

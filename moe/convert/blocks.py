@@ -111,7 +111,7 @@ def experts(
     """Norm, router and experts; HuggingFace's ``module`` holds ``gate`` and ``experts.N.NAME``."""
     ours, theirs = our_layer(layer), their_layer(layer) + module
     count = values["moe.num_experts"]
-    gate, up, down = (f"{name}.weight" for name in names)
+    *inner, down = (f"{name}.weight" for name in names)
 
     def of_all(*parts: str) -> tuple[str, ...]:
         return tuple(f"{theirs}.experts.{e}.{part}" for e in range(count) for part in parts)
@@ -120,7 +120,7 @@ def experts(
     return [
         Rule(f"{ours}pre_mlp_layernorm.weight", (_mlp_norm(layer),)),
         Rule(f"{ours}mlp.router.weight", (f"{theirs}.gate.weight",)),
-        Rule(f"{stack}1.weight", of_all(gate, up), PerExpert(count, GateUp())),
+        Rule(f"{stack}1.weight", of_all(*inner), PerExpert(count, GateUp(len(inner)))),
         Rule(f"{stack}2.weight", of_all(down), PerExpert(count, Whole())),
     ]
 
@@ -129,12 +129,13 @@ def decoder(
     values: Values,
     attention: Callable[[int], list[Rule]],
     sparse: Callable[[int], list[Rule]],
+    dense: Callable[[int], list[Rule]] = dense_ffn,
 ) -> list[Rule]:
-    """All tensors of a decoder, from the rules of one layer's attention and experts."""
+    """All tensors of a decoder, from the rules of one layer's attention, experts, dense FFN."""
     rules = ends(values)
     pattern = values.get("moe.moe_layer_freq") or [0] * values["model.num_layers"]
     for layer, has_experts in enumerate(pattern):
-        rules += [*attention(layer), *(sparse(layer) if has_experts else dense_ffn(layer))]
+        rules += [*attention(layer), *(sparse(layer) if has_experts else dense(layer))]
     if not values["model.norm_affine"]:
         rules = [rule for rule in rules if not rule.ours.endswith(_NORM_WEIGHTS)]
     return rules

@@ -37,6 +37,7 @@ TRAINING_ONLY = {
         "make_vocab_size_divisible_by",
         "transformer_impl",
         "attention_backend",
+        "mtp_num_layers",
         "mtp_loss_scaling_factor",
         "output_z_loss_coeff",
     },
@@ -86,6 +87,9 @@ class Family:
     """Keys that must say this (or be absent) for our modules to be the same function."""
     rules: Callable[[Values], list[Rule]]
     """The tensors, from the settings that `function_of` gives."""
+    code: str | None = None
+    """A file of convert/families that goes into the folder: the model, where transformers has none.
+    It is loaded with ``trust_remote_code=True``."""
 
     def config(self, values: Values) -> dict[str, Any]:
         """``config.json`` of a model with these settings."""
@@ -153,6 +157,10 @@ def function_of(settings: Settings) -> dict[str, Any]:
         if group not in OTHER_GROUPS and name not in TRAINING_ONLY.get(group, set())
     }
     del values["moe.moe_layer_position"], values["moe.first_k_dense_replace"]
+    del values["model.swiglu"]
+    values["model.ffn_type"] = derived.ffn_type(model)
+    if settings.moe.moe_router_load_balancing_type == "sinkhorn":  # weighs its choices otherwise
+        values["moe.moe_router_load_balancing_type"] = "sinkhorn"
     sparse = derived.moe_layers(settings)
     values["moe.moe_layer_freq"] = [int(flag) for flag in sparse]
     values["model.num_query_groups"] = derived.query_groups(model)

@@ -1,6 +1,7 @@
 """Folders of HuggingFace's to checkpoints that ``--load`` takes, one tensor at a time."""
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from moetron.moe.convert.rules import Rule
 from moetron.moe.convert.safetensors_folder import TensorFolder
 from moetron.moe.convert.start import write_start
 
+logger = logging.getLogger(__name__)
 _DERIVED = ("rotary_emb.inv_freq",)
 """Ends of names that some files hold although they follow from the configuration."""
 
@@ -61,7 +63,7 @@ class HuggingFaceModel:
         self._rules = {rule.ours: rule for rule in self.family.rules(function_of(self.settings))}
         self._source = TensorFolder(folder)
         expected = [name for rule in self._rules.values() for name in rule.theirs]
-        found = _parameters(self._source, self.settings)
+        found = _without_prediction(_parameters(self._source, self.settings), config)
         require_same(found, expected, f"{folder}", self.family)
 
     def names(self) -> list[str]:
@@ -110,6 +112,16 @@ def _parameters(source: TensorFolder, settings: Settings) -> list[str]:
         for name in source.names()
         if not name.endswith(_DERIVED) and (untied or name != "lm_head.weight")
     ]
+
+
+def _without_prediction(names: list[str], config: Mapping[str, Any]) -> list[str]:
+    """Without DeepSeek-V3's modules of multi-token prediction, layers after the last."""
+    first, count = config["num_hidden_layers"], config.get("num_nextn_predict_layers") or 0
+    ahead = tuple(f"model.layers.{layer}." for layer in range(first, first + count))
+    kept = [name for name in names if not name.startswith(ahead)]
+    if len(kept) < len(names):
+        logger.warning("modules of multi-token prediction are left out: %s", ", ".join(ahead))
+    return kept
 
 
 def _join(rule: Rule, theirs: list[Tensor]) -> Tensor:

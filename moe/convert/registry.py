@@ -6,6 +6,7 @@ from moetron.moe.convert.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from moetron.moe.convert.families.dense import LLAMA, OLMO, QWEN2, QWEN3
 from moetron.moe.convert.families.mixtral import MIXTRAL
 from moetron.moe.convert.families.olmoe import OLMOE
+from moetron.moe.convert.families.openmoe import OPENMOE
 from moetron.moe.convert.families.qwen2_moe import QWEN2_MOE
 from moetron.moe.convert.families.qwen3_moe import QWEN3_MOE
 from moetron.moe.convert.family import Family
@@ -18,6 +19,7 @@ _ALL = (
     QWEN3_MOE,
     DEEPSEEK_V2,
     DEEPSEEK_V3,
+    OPENMOE,
     LLAMA,
     OLMO,
     QWEN2,

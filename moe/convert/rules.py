@@ -82,11 +82,13 @@ class QueryKeyValue:
 
 @dataclass(frozen=True)
 class GateUp:
-    """A gated FFN's first matrix: gate above up."""
+    """A gated FFN's first matrix: gate above up, and above linear where there are three parts."""
+
+    parts: int = 2
 
     def split(self, ours: Tensor) -> list[Tensor]:
-        """[2F, ...] -> gate [F, ...], up [F, ...]."""
-        return list(ours.chunk(2))
+        """[parts F, ...] -> gate [F, ...], up [F, ...], ..."""
+        return list(ours.chunk(self.parts))
 
     def join(self, theirs: Sequence[Tensor]) -> Tensor:
         """The inverse."""

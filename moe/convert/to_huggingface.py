@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moetron.moe.config.errors import UserError
+from moetron.moe.convert import families
 from moetron.moe.convert.checkpoint_tensors import CheckpointTensors
 from moetron.moe.convert.family import CONFIG, Family, function_of, require_same
 from moetron.moe.convert.registry import family_named, family_of
@@ -22,6 +23,8 @@ from moetron.moe.training import checkpoint_folder
 from moetron.moe.training.atomic import rename, sync_folder, write_text
 
 logger = logging.getLogger(__name__)
+PREDICTION = "mtp."
+"""What names of multi-token prediction's tensors begin with: transformers has none to load them."""
 SHARD_BYTES = 5 * 10**9
 
 
@@ -71,7 +74,8 @@ def to_hf(
     dtype = options.dtype or (torch.bfloat16 if settings.precision.bf16 else torch.float32)
     source = CheckpointTensors(checkpoint.folder, exact=dtype == torch.float32)
     rules = family.rules(values)
-    require_same(source.names(), [rule.ours for rule in rules], f"{path}", family)
+    found = [name for name in source.names() if not name.startswith(PREDICTION)]
+    require_same(found, [rule.ours for rule in rules], f"{path}", family)
     plan = {
         name: part for rule in rules for name, part in _split(rule, source.empty(rule.ours), dtype)
     }
@@ -81,8 +85,12 @@ def to_hf(
         write_folder(folder, shards(plan, options.shard_bytes), tensors)
         _write_json(folder / CONFIG, config)
         _write_json(folder / "generation_config.json", dict(special_ids))
+        if family.code is not None:
+            shutil.copyfile(Path(families.__path__[0]) / family.code, folder / family.code)
         for name, content in companions.items():
             (folder / name).write_bytes(content)
+    if len(found) < len(source.names()):
+        logger.warning("modules of multi-token prediction stay behind")
     if settings.moe.moe_expert_capacity_factor is not None:
         logger.warning("trained with limited capacity; HuggingFace's model drops no tokens")
     return family

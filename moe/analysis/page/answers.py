@@ -1,5 +1,6 @@
 """What a reader asks of a run, answered in words with the figure and the rule behind each."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -110,14 +111,24 @@ def _frozen(run: Run) -> Answer:
     return Answer("When did routing freeze?", "finding", text, rule)
 
 
+def _families(domains: Sequence[str]) -> dict[str, list[int]]:
+    """Texts by the first part of their names (``code.python`` is of ``code``) if there are two."""
+    first: dict[str, list[int]] = {}
+    for number, domain in enumerate(domains):
+        first.setdefault(domain.split(".")[0], []).append(number)
+    return first if len(first) > 1 else {domain: [n] for n, domain in enumerate(domains)}
+
+
 def _specialists(run: Run) -> list[Answer]:
-    """For each class of text, the expert that it visits most beyond chance."""
+    """For each family of texts, the experts that it visits most beyond the others."""
     assert run.analysis is not None
     analysis, chance = run.analysis, run.analysis["chance"]["k"]
-    shares = np.array(analysis["domain_specialization"]["k"])  # [L, C, E]
+    shares_LCE = np.array(analysis["domain_specialization"]["k"])
+    families = _families(analysis["domains"])
+    shares = np.stack([shares_LCE[:, of].mean(1) for of in families.values()], axis=1)  # [L, F, E]
     others = (shares.sum(1, keepdims=True) - shares) / max(shares.shape[1] - 1, 1)
     answers = []
-    for number, domain in enumerate(analysis["domains"]):
+    for number, family in enumerate(families):
         lead = shares[:, number] - others[:, number]  # [L, E]
         best = np.argsort(-lead, axis=None, kind="stable")[:3]
         texts = []
@@ -129,7 +140,7 @@ def _specialists(run: Run) -> list[Answer]:
                 f"({100 * here:.0f} % of its tokens, {100 * there:.0f} % elsewhere)"
             )
         rule = f"largest lead over the mean of the other texts; chance {100 * chance:.0f} %"
-        question = f"Which experts specialise in {domain}?"
+        question = f"Which experts specialise in {family}?"
         answers.append(Answer(question, "finding", "; ".join(texts), rule))
     return answers
 

@@ -52,7 +52,7 @@ def _content(runs: Sequence[Run]) -> dict[str, Any]:
                 "figures": _html([*over_tokens(runs), *stages.of_stages(runs)]),
             },
             *(
-                {"title": f"Routing of {run.name}", "figures": _html(of_routing(run.name, found))}
+                {"title": f"Routing of {run.name}", "figures": _html(of_routing(found))}
                 for run, found in analysed
             ),
         ],
@@ -112,7 +112,7 @@ def _html(figures: Sequence[go.Figure]) -> list[str]:
         figure.to_html(
             full_html=False,
             include_plotlyjs=False,
-            config={"responsive": True, "displaylogo": False},
+            config={"responsive": True, "displayModeBar": False},
             default_width="100%",
         )
         for figure in figures

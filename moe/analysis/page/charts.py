@@ -1,5 +1,6 @@
 """The charts of a run over its tokens: losses, rate, speed, balance, drops, stages."""
 
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,6 +8,8 @@ import plotly.graph_objects as go
 
 from moetron.moe.analysis.page.runs import Run, thinned
 
+TITLE_WIDTH = 42
+"""Letters of a title's line: what fits on a phone."""
 STAGE_COLOURS = ("rgba(31,119,180,0.10)", "rgba(255,127,14,0.12)", "rgba(44,160,44,0.12)")
 
 
@@ -90,10 +93,11 @@ def heat(run: Run, name: str, title: str, floor: float) -> go.Figure | None:
 def framed(title: str, y_title: str, x_title: str = "tokens") -> go.Figure:
     """An empty chart in the page's style."""
     figure = go.Figure()
+    lines = textwrap.wrap(title, TITLE_WIDTH)
     figure.update_layout(
         template="plotly_white",
-        title={"text": title, "font": {"size": 15}},
-        margin={"l": 50, "r": 12, "t": 46, "b": 44},
+        title={"text": "<br>".join(lines), "font": {"size": 15}},
+        margin={"l": 50, "r": 12, "t": 28 + 18 * len(lines), "b": 44},
         height=340,
         legend={"orientation": "h", "y": -0.22, "font": {"size": 11}},
         xaxis={"title": x_title},

@@ -9,33 +9,29 @@ import plotly.graph_objects as go
 from moetron.moe.analysis.page.charts import framed
 
 
-def of_routing(name: str, analysis: dict[str, Any]) -> list[go.Figure]:
-    """Every chart that the analysis of run ``name`` has something for."""
+def of_routing(analysis: dict[str, Any]) -> list[go.Figure]:
+    """Every chart that an analysis has something for; the section that holds them names the run."""
     layers = [f"layer {layer}" for layer in analysis["layers"]]
     figures = []
     if len(analysis.get("checkpoints") or ()) > 1:
-        figures += [_saturation(name, analysis, layers, top) for top in ("k", "1")]
-        figures += [_load(name, analysis, place) for place in range(len(layers))]
-    figures += [_domains(name, analysis, place) for place in range(len(layers))]
-    figures += [_coactivation(name, analysis, place) for place in range(len(layers))]
+        figures += [_saturation(analysis, layers, top) for top in ("k", "1")]
+        figures += [_load(analysis, place) for place in range(len(layers))]
+    figures += [_domains(analysis, place) for place in range(len(layers))]
+    figures += [_coactivation(analysis, place) for place in range(len(layers))]
     figures.append(
-        _by_layer(
-            f"Vocabulary specialisation, {name}", layers, analysis["vocabulary_specialization"]
-        )
+        _by_layer("Vocabulary specialisation", layers, analysis["vocabulary_specialization"])
     )
     entropy = dict(zip(analysis["domains"], np.array(analysis["domain_entropy"]).T, strict=True))
-    figures.append(_by_layer(f"Routing entropy, nats, {name}", layers, entropy))
-    figures.append(
-        _by_layer(f"Mean cosine between experts, {name}", layers, analysis["similarity"])
-    )
+    figures.append(_by_layer("Routing entropy, nats", layers, entropy))
+    figures.append(_by_layer("Mean cosine between experts", layers, analysis["similarity"]))
     if np.any(analysis["dropped_by_position"]):
-        figures.append(_drops(name, analysis, layers))
+        figures.append(_drops(analysis, layers))
     return figures
 
 
-def _saturation(name: str, analysis: dict[str, Any], layers: list[str], top: str) -> go.Figure:
+def _saturation(analysis: dict[str, Any], layers: list[str], top: str) -> go.Figure:
     shown = str(analysis["topk"]) if top == "k" else "1"
-    figure = framed(f"Router saturation, top {shown}, {name}", "share of final experts", "step")
+    figure = framed(f"Router saturation, top {shown}", "share of final experts", "step")
     rows = analysis["checkpoints"]
     for place, layer in enumerate(layers):
         shares = [row["saturation"][top][place] for row in rows]
@@ -46,9 +42,9 @@ def _saturation(name: str, analysis: dict[str, Any], layers: list[str], top: str
     return figure
 
 
-def _load(name: str, analysis: dict[str, Any], place: int) -> go.Figure:
+def _load(analysis: dict[str, Any], place: int) -> go.Figure:
     rows = analysis["checkpoints"]
-    title = f"Load of every expert, layer {analysis['layers'][place]}, {name}; 1 is an even share"
+    title = f"Load of every expert, layer {analysis['layers'][place]}; 1 is an even share"
     figure = framed(title, "expert", "step")
     loads_EC = np.array([row["load"][place] for row in rows]).T
     steps = [str(row["step"]) for row in rows]
@@ -57,9 +53,9 @@ def _load(name: str, analysis: dict[str, Any], place: int) -> go.Figure:
     return figure
 
 
-def _domains(name: str, analysis: dict[str, Any], place: int) -> go.Figure:
+def _domains(analysis: dict[str, Any], place: int) -> go.Figure:
     title = f"Share of a text's tokens that visit an expert, layer {analysis['layers'][place]}"
-    figure = framed(f"{title}, {name}", "", "expert")
+    figure = framed(f"{title}", "", "expert")
     shares_CE = np.array(analysis["domain_specialization"]["k"])[place]
     middle = analysis["chance"]["k"]
     figure.add_heatmap(y=analysis["domains"], z=shares_CE, zmin=0, zmid=middle, colorscale="RdBu_r")
@@ -67,15 +63,15 @@ def _domains(name: str, analysis: dict[str, Any], place: int) -> go.Figure:
     return figure
 
 
-def _coactivation(name: str, analysis: dict[str, Any], place: int) -> go.Figure:
-    title = f"Co-activation, layer {analysis['layers'][place]}, {name}"
+def _coactivation(analysis: dict[str, Any], place: int) -> go.Figure:
+    title = f"Co-activation, layer {analysis['layers'][place]}"
     figure = framed(title, "expert i", "expert j")
     figure.add_heatmap(z=np.array(analysis["coactivation"][place]), zmin=0, colorscale="Magma")
     return figure
 
 
-def _drops(name: str, analysis: dict[str, Any], layers: list[str]) -> go.Figure:
-    figure = framed(f"Dropped choices by position, {name}", "share dropped", "position")
+def _drops(analysis: dict[str, Any], layers: list[str]) -> go.Figure:
+    figure = framed("Dropped choices by position", "share dropped", "position")
     for layer, row in zip(layers, analysis["dropped_by_position"], strict=True):
         places = (np.arange(len(row)) + 0.5) / len(row) * analysis["seq_length"]
         figure.add_scatter(x=places, y=row, name=layer, mode="lines+markers")

@@ -32,6 +32,7 @@ class Run:
     """One run."""
 
     name: str
+    """Its folder and the one above: ``quickstart/run``."""
     metrics: list[Row]
     """One row a step, as in metrics.jsonl."""
     validation: list[Row]
@@ -77,7 +78,7 @@ def read(folder: Path) -> Run:
     steps = checkpoint_folder.saved_steps(folder)
     latest = checkpoint_folder.step_folder(folder, steps[-1]) if steps else None
     return Run(
-        folder.resolve().name,
+        "/".join(folder.resolve().parts[-2:]),
         metrics,
         read_rows(folder / "validation.jsonl"),
         checkpoint_folder.read_record(latest).settings if latest else {},

@@ -1,6 +1,6 @@
 """DeepSeek-V2 and V3: latent attention, shared experts, dense first layers.
 
-arXiv 2405.04434 and 2412.19437. Modules for multi-token prediction have no place in transformers.
+arXiv 2405.04434 and 2412.19437.
 """
 
 from moetron.moe.config.errors import UserError
@@ -83,6 +83,16 @@ class _Groups:
         return {"moe.moe_router_num_groups": groups, "moe.moe_router_group_topk": kept}
 
 
+class _NoPrediction:
+    """Modules of multi-token prediction stay behind; without the key transformers expects one."""
+
+    def to_hf(self, values: Values) -> dict[str, object]:
+        return {"num_nextn_predict_layers": 0}
+
+    def from_hf(self, config: Values) -> dict[str, object]:
+        return {}
+
+
 def _attention(layer: int, values: Values) -> list[Rule]:
     ours, theirs = our_layer(layer), their_layer(layer)
     names = {
@@ -142,7 +152,7 @@ DEEPSEEK_V3 = Family(
     model_type="deepseek_v3",
     architecture="DeepseekV3ForCausalLM",
     experts=True,
-    keys=(*_KEYS, _Groups()),
+    keys=(*_KEYS, _Groups(), _NoPrediction()),
     fixed={
         **_FIXED,
         "moe.moe_router_score_function": "sigmoid",

@@ -109,6 +109,22 @@ def test_routing_answers_name_experts_steps_and_places() -> None:
     )
 
 
+def test_texts_of_one_family_are_asked_about_together() -> None:
+    """Half of code's two texts goes to expert 2 of layer 1 less often than the other half."""
+    found = analysis()
+    found["domains"] = ["code.c", "code.python", "prose.books"]
+    shares = np.array(found["domain_specialization"]["k"])  # [L, code and prose, E]
+    weaker = shares[:, :1].copy()
+    weaker[1, 0, 2] = 0.75
+    parts = np.concatenate([shares[:, :1], weaker, shares[:, 1:]], axis=1)
+    found["domain_specialization"]["k"] = parts.tolist()
+    given = answers.routing(Run("tiny", metrics(), [], {}, [100, 200], found))
+    text = {answer.question: answer.text for answer in given}
+    code = text["Which experts specialise in code?"]
+    assert code.startswith("expert 2 in layer 1 (85 % of its tokens, 5 % elsewhere)")
+    assert "Which experts specialise in prose?" in text and len(text) == 4
+
+
 def test_stages_become_bands_up_to_where_the_run_is() -> None:
     stages = [{"objective": "ul2", "until_tokens": 5_000}, {"objective": "causal"}]
     staged = Run("tiny", metrics(), [], {"data": {"stages": stages}}, [], None)

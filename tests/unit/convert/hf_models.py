@@ -6,6 +6,10 @@ from typing import Any
 import torch
 import transformers
 
+from moetron.moe.convert.families.modeling_openmoe import OpenMoeConfig, OpenMoeForCausalLM
+
+transformers.AutoConfig.register("openmoe", OpenMoeConfig)
+transformers.AutoModelForCausalLM.register(OpenMoeConfig, OpenMoeForCausalLM)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
@@ -84,6 +88,16 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
         "qk_nope_head_dim": 8,
         "qk_rope_head_dim": 4,
         "v_head_dim": 8,
+    },
+    "openmoe": {
+        "intermediate_size": 40,
+        "head_dim": 12,
+        "attention_scale": 0.5,
+        "moe_layers": [0, 1, 0],
+        "num_experts": 8,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 16,
+        "extra_intermediate_size": 20,
     },
     "llama": {
         "intermediate_size": 40,

@@ -64,7 +64,8 @@ def test_what_only_training_shows_makes_no_difference() -> None:
         "moe_expert_capacity_factor": 1.25,
         "moe_aux_loss_coeff": 0.1,
     }
-    assert values(OLMOE, moe=changed) == values(OLMOE)
+    shape = {"ffn_type": "swiglu", "mtp_num_layers": 1}
+    assert values(OLMOE, moe=changed, model=shape) == values(OLMOE)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +73,17 @@ def test_what_only_training_shows_makes_no_difference() -> None:
     [
         ("model", {"qk_layernorm_scope": "head"}, "--qk-layernorm-scope head"),
         ("model", {"rotary_percent": 0.5}, "--rotary-percent 0.5"),
-        ("model", {"swiglu": False}, "--swiglu false"),
+        ("model", {"swiglu": False}, "--ffn-type gelu"),
+        ("model", {"ffn_type": "double_gated"}, "--ffn-type double_gated"),
+        ("model", {"norm_affine": False}, "--norm-affine false"),
+        ("model", {"position_embedding_type": "none"}, "--position-embedding-type none"),
+        ("attention", {"softmax_scale": 1.0}, "--softmax-scale 1.0"),
+        ("attention", {"rope_type": "llama3"}, "--rope-type llama3"),
+        ("moe", {"moe_router_type": "expert_choice"}, "--moe-router-type expert_choice"),
+        ("moe", {"moe_router_load_balancing_type": "sinkhorn"}, "--moe-router-load-balancing-"),
+        ("moe", {"moe_router_num_groups": 2}, "--moe-router-num-groups 2"),
+        ("moe", {"moe_sequential_ffn_hidden_size": 8}, "--moe-sequential-ffn-hidden-size 8"),
+        ("moe", {"moe_expert_multiplicative_bias": True}, "--moe-expert-multiplicative-bias"),
         ("model", {"normalization": "LayerNorm"}, "--normalization layernorm"),
         ("moe", {"moe_router_score_function": "sigmoid"}, "--moe-router-score-function sigmoid"),
         ("moe", {"moe_layer_freq": 2}, "--moe-layer-freq 1 0"),

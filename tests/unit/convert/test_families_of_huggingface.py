@@ -1,5 +1,6 @@
 """Folders of transformers become checkpoints and come back, with the same logits on the way."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,13 +11,15 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from moetron.moe.config.errors import UserError
 from moetron.moe.convert.from_huggingface import from_hf
 from moetron.moe.convert.to_huggingface import Export, to_hf
 from moetron.moe.training import checkpoint_folder
 from moetron.moe.training.generate import load_model
 from moetron.moe.training.runtime import Runtime
+from tests.parallel import checkpoint_runs
 from tests.parallel.harness import model_parallel
 
 pytest.importorskip("transformers")
@@ -81,3 +84,45 @@ def test_import_computes_the_same_and_comes_back(tmp_path: Path, model_type: str
     assert all(torch.equal(before[name], after[name]) for name in before)
     with torch.no_grad():
         assert torch.equal(hf_models.loaded(tmp_path / "back")(tokens[:50]).logits, expected[:50])
+
+
+def test_modules_that_predict_further_ahead_stay_behind(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    chosen = checkpoint_runs.settings(
+        "dp",
+        model={"mtp_num_layers": 1},
+        training={"train_iters": 1},
+        checkpoint={"save": str(tmp_path / "run")},
+    )
+    with checkpoint_runs.parallel_of(chosen):
+        checkpoint_runs.start(chosen).run(lambda: False)
+    to_hf(tmp_path / "run", tmp_path / "hf", Export(), checkpoint_runs.VOCABULARY, NO_IDS, {})
+    assert "multi-token prediction stay behind" in caplog.text
+    tokens = sequences()[:10] % checkpoint_runs.VOCABULARY
+    with our_model(tmp_path / "run") as model, torch.no_grad():
+        positions = torch.arange(LENGTH)[None].expand_as(tokens)
+        ours = model(tokens, positions, None)[..., : checkpoint_runs.VOCABULARY]
+        assert (hf_models.loaded(tmp_path / "hf")(tokens).logits - ours).abs().max() <= 1e-5
+
+
+def test_deepseeks_layers_behind_the_last_are_left_out_where_its_key_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "hf"
+    hf_models.saved(folder, "deepseek_v3")
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {**weights, "model.layers.3.enorm.weight": torch.ones(32)}, folder / "model.safetensors"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    for layers in (0, 1):
+        (folder / "config.json").write_text(
+            json.dumps({**config, "num_nextn_predict_layers": layers})
+        )
+        if layers:
+            from_hf(folder, tmp_path / "run", None, None)
+        else:
+            with pytest.raises(UserError, match=r"1 tensors have no place in .*layers\.3\.enorm"):
+                from_hf(folder, tmp_path / "run", None, None)
+    assert "left out: model.layers.3." in caplog.text
