@@ -55,13 +55,11 @@ def open_tokenizer(path: str | Path, sources: Sources) -> Tokenizer:
 
 def open_text(sources: Sources, tokenizer: Tokenizer, tokens: int) -> study.Text:
     """Windows of every class, and how ids are shown; a model may have ids that no piece uses."""
-    rows = {name: spread_windows(source, tokens) for name, source in sources.items()}
+    pairs = [(name.removesuffix(".valid"), source) for name, source in sources.items()]
+    rows = [(name, spread_windows(source, tokens)) for name, source in pairs]
     known = tokenizer.vocab_size
     return study.Text(
-        [
-            Windows(name.removesuffix(".valid"), row[:, :-1], row[:, 1:])
-            for name, row in rows.items()
-        ],
+        [Windows(name, row[:, :-1], row[:, 1:]) for name, row in rows],
         lambda token: tokenizer.decode([token]) if token < known else f"<{token}>",
     )
 
