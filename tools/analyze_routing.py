@@ -55,8 +55,7 @@ def open_tokenizer(path: str | Path, sources: Sources) -> Tokenizer:
 
 def open_text(sources: Sources, tokenizer: Tokenizer, tokens: int) -> study.Text:
     """Windows of every class, and how ids are shown; a model may have ids that no piece uses."""
-    pairs = [(name.removesuffix(".valid"), source) for name, source in sources.items()]
-    rows = [(name, spread_windows(source, tokens)) for name, source in pairs]
+    rows = [(name.removesuffix(".valid"), spread_windows(s, tokens)) for name, s in sources.items()]
     known = tokenizer.vocab_size
     return study.Text(
         [Windows(name, row[:, :-1], row[:, 1:]) for name, row in rows],
