@@ -32,8 +32,8 @@ class HuggingFaceModel:
         self.vocab_size = int(config.vocab_size)
         self.layers: list[int] = watched(self._sparse(), layers)
 
-    def route(self, tokens_BS: np.ndarray) -> Routed:
-        """Run the model over windows int64 [B, S] in evaluation mode."""
+    def route(self, tokens_BS: np.ndarray, predict: bool = True) -> Routed:
+        """Run the model over windows int64 [B, S] in evaluation mode; it predicts in any case."""
         with torch.no_grad():
             output = self._model(
                 torch.from_numpy(tokens_BS), output_router_logits=True, use_cache=False

@@ -58,13 +58,17 @@ class OwnModel:
                 load_weights(checkpoint_folder.step_folder(run, step), [self._model])
                 yield step
 
-    def route(self, tokens_BS: np.ndarray) -> Routed:
+    def route(self, tokens_BS: np.ndarray, predict: bool = True) -> Routed:
         """Run the model over windows int64 [B, S] in evaluation mode."""
         tokens = torch.from_numpy(tokens_BS).to(next(self._model.parameters()).device)
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        self._model.post_process = predict  # without it a model ends with its hidden states
         with torch.no_grad():
-            logits_BSV = self._model(tokens, positions, None)
-        predicted_T = logits_BSV[..., : self.vocab_size].argmax(-1).flatten().cpu().numpy()
+            output = self._model(tokens, positions, None)
+        self._model.post_process = True  # checkpoints are read into it
+        predicted_T = np.full(tokens_BS.size, -1)
+        if predict:
+            predicted_T = output[..., : self.vocab_size].argmax(-1).flatten().cpu().numpy()
         batch = len(tokens_BS)
         scores = [_batch_major(self._seen[layer][0], batch) for layer in self.layers]
         kept = [_batch_major(self._seen[layer][1], batch) for layer in self.layers]

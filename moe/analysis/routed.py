@@ -19,7 +19,7 @@ class Routed:
     kept_LTE: np.ndarray
     """Choices that an expert served: bool [L, T, E]; others were dropped for want of capacity."""
     predicted_T: np.ndarray
-    """The token id that the model holds likeliest to come next: int64 [T]."""
+    """The token id that the model holds likeliest to come next: int64 [T]; -1 where not asked."""
 
     def chosen_LTE(self, top: int | None = None) -> np.ndarray:
         """Whether a token counts an expert among its best ``top`` (None: all): bool [L, T, E]."""
@@ -56,8 +56,11 @@ class RoutedModel(Protocol):
     vocab_size: int
     """Ids that it can read and predict."""
 
-    def route(self, tokens_BS: np.ndarray) -> Routed:
-        """Run the model over windows int64 [B, S] in evaluation mode; T = B x S, row by row."""
+    def route(self, tokens_BS: np.ndarray, predict: bool = True) -> Routed:
+        """Run the model over windows int64 [B, S] in evaluation mode; T = B x S, row by row.
+
+        Without ``predict`` nothing is predicted, which spares the vocabulary's matrix.
+        """
         ...
 
     def weights(self) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -22,7 +22,7 @@ from moetron.moe.analysis.specialization import (
 Result = dict[str, Any]
 """What goes into a JSON file; arrays as nested lists."""
 FORMAT = 1
-WINDOWS_AT_ONCE = 8
+TOKENS_AT_ONCE = 8192
 IDS = ("input", "predicted", "next")
 POSITION_BUCKETS = 16
 
@@ -45,8 +45,9 @@ class Text:
         classes = np.repeat(np.arange(len(counts)), counts)
         tokens_BS = np.concatenate([part.tokens_BS for part in self.windows])
         labels_BS = np.concatenate([part.labels_BS for part in self.windows])
-        for start in range(0, len(classes), WINDOWS_AT_ONCE):
-            rows = slice(start, start + WINDOWS_AT_ONCE)
+        at_once = max(1, TOKENS_AT_ONCE // self.seq_length)
+        for start in range(0, len(classes), at_once):
+            rows = slice(start, start + at_once)
             classes_T = np.repeat(classes[rows], self.seq_length)
             yield classes_T, tokens_BS[rows], labels_BS[rows]
 
@@ -102,7 +103,7 @@ def compare(
         load = ClassCounts(len(model.layers), 1, model.num_experts)
         tokens = 0
         for (_, tokens_BS, _), final_LTK in zip(text.batches(), final, strict=True):
-            routed = model.route(tokens_BS)
+            routed = model.route(tokens_BS, predict=False)
             for name, top in tops.items():
                 share = saturation(routed.ranked_LTK, final_LTK, model.num_experts, top)
                 sums[name] += share * tokens_BS.size

@@ -54,6 +54,11 @@ def own_imports(path: Path) -> Iterator[list[str]]:
             yield parts[1:]
 
 
+def test_files_of_tests_have_names_of_their_own() -> None:
+    names = [path.name for path in modules("tests") if path.name != "conftest.py"]
+    assert not {name for name in names if names.count(name) > 1}, "pytest imports by name"
+
+
 def layer(folder: str) -> int:
     return next(index for index, folders in enumerate(LAYERS) if folder in folders)
 
