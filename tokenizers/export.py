@@ -40,6 +40,9 @@ def export(tokenizer: Tokenizer, folder: Path) -> None:
     else:
         raise TokenizerError(f"tokenizer {tokenizer.name}: AutoTokenizer knows nothing like it")
     config["eos_token"] = tokenizer.piece(tokenizer.eod)
+    # As in training, a document follows another's end. The class's own <s> was never trained, and
+    # lm-evaluation-harness would put it before every text.
+    config["bos_token"] = config["eos_token"]
     config["pad_token"] = tokenizer.piece(tokenizer.pad)
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")

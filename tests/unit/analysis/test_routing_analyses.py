@@ -22,10 +22,12 @@ from moetron.moe.analysis.specialization import (
 LAYERS, TOKENS, K, EXPERTS, CLASSES = 2, 60, 3, 8, 4
 
 
-def random_choices(seed: int, tokens: int = TOKENS) -> np.ndarray:
+def random_choices(
+    seed: int, tokens: int = TOKENS, experts: int = EXPERTS, topk: int = K
+) -> np.ndarray:
     """Ranked choices int16 [L, T, K] without repetition."""
-    scores = np.random.default_rng(seed).random((LAYERS, tokens, EXPERTS))
-    return np.argsort(scores, axis=2)[:, :, :K].astype(np.int16)
+    scores = np.random.default_rng(seed).random((LAYERS, tokens, experts))
+    return np.argsort(scores, axis=2)[:, :, :topk].astype(np.int16)
 
 
 def routed(ranked_LTK: np.ndarray, kept_LTE: np.ndarray | None = None) -> Routed:
@@ -54,6 +56,15 @@ def test_saturation_of_identical_routing_is_one_and_of_chance_topk_over_experts(
     assert saturation(random_choices(0), random_choices(0), EXPERTS, K).tolist() == [1.0, 1.0]
     many = saturation(random_choices(2, 20_000), random_choices(3, 20_000), EXPERTS, K)
     np.testing.assert_allclose(many, K / EXPERTS, atol=0.01)
+
+
+def test_chance_for_olmoes_64_experts_of_which_a_token_takes_8() -> None:
+    one, two = (random_choices(seed, 20_000, experts=64, topk=8) for seed in (9, 10))
+    np.testing.assert_allclose(saturation(one, two, 64, 1), 0.0156, atol=0.003)
+    np.testing.assert_allclose(saturation(one, two, 64, 8), 0.125, atol=0.003)
+    counts = ClassCounts(LAYERS, 2, 64)
+    counts.add(np.arange(20_000) % 2, Routed(one, chosen(one, 64), np.zeros(20_000, np.int64)))
+    np.testing.assert_allclose(counts.shares(), 0.125, atol=0.015)
 
 
 @pytest.mark.parametrize("adjacent", [False, True])

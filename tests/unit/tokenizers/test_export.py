@@ -18,7 +18,8 @@ TEXTS = ["", " ", "a  b\n\n\tc" + " " * 39 + "d", "naïve 漢字 \x00 😀", "<e
 def loaded(tokenizer: Tokenizer, folder: Path) -> tuple[object, list[list[int]]]:
     export(tokenizer, folder)
     theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    assert theirs.eos_token_id == tokenizer.eod and theirs.pad_token_id == tokenizer.pad
+    assert theirs.bos_token_id == theirs.eos_token_id == tokenizer.eod
+    assert theirs.pad_token_id == tokenizer.pad
     return theirs, [theirs.encode(text, add_special_tokens=False) for text in TEXTS]
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moetron.tokenizers.interface import TokenizerError
-from moetron.tokenizers.train import TrainingOptions, append_pieces, train
+from moetron.tokenizers.train import TrainingOptions, append_pieces, model_pb2, train
 from moetron.tokenizers.umt5 import SentencePieceTokenizer
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
@@ -48,13 +48,18 @@ def test_ids_are_where_umt5_has_them(tokenizer: SentencePieceTokenizer, model: b
     assert all(pieces.is_control(i) for i in range(1000, 1024))
 
 
-def test_three_hundred_sentinels_sit_on_top_of_the_pieces(corpus: list[str]) -> None:
-    """umT5: 256,000 pieces, extra_id_299 at 256,000, 256,384 rows; here 1,000 pieces."""
-    bare = train(corpus, TrainingOptions(1000, sentinels=0, padding_multiple=1))
-    grown = sentencepiece.SentencePieceProcessor(model_proto=append_pieces(bare, 300, 128))
-    assert grown.piece_to_id("<extra_id_299>") == 1000
-    assert grown.piece_to_id("<extra_id_0>") == 1299
-    assert grown.get_piece_size() == 1408
+def test_three_hundred_sentinels_sit_on_top_of_256_000_pieces(corpus: list[str]) -> None:
+    """umT5: <extra_id_0> is 256,299, <extra_id_299> is 256,000, and there are 256,384 rows."""
+    proto = model_pb2.ModelProto.FromString(
+        train(corpus, TrainingOptions(900, sentinels=0, padding_multiple=1))
+    )
+    for number in range(256_000 - len(proto.pieces)):
+        proto.pieces.add(piece=f"word{number}", score=-99.0)
+    grown = append_pieces(proto.SerializeToString(), 300, 128)
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=grown)
+    ids = [pieces.piece_to_id(f"<extra_id_{number}>") for number in (0, 1, 299)]
+    assert ids == [256_299, 256_298, 256_000]
+    assert pieces.get_piece_size() == 256_384
 
 
 @pytest.mark.parametrize(
@@ -102,7 +107,7 @@ def test_fingerprint_follows_the_content(
 ) -> None:
     same, other = tmp_path / "same.model", tmp_path / "other.model"
     same.write_bytes(model)
-    other.write_bytes(train(corpus, TrainingOptions(900, sentinels=0)))
+    other.write_bytes(train(corpus, TrainingOptions(900, sentinels=0, padding_multiple=1)))
     fingerprint = SentencePieceTokenizer(model_path).fingerprint
     assert SentencePieceTokenizer(same).fingerprint == fingerprint
     assert SentencePieceTokenizer(other).fingerprint != fingerprint
