@@ -16,7 +16,7 @@ from pathlib import Path
 
 from moetron.data.errors import DataError
 from moetron.data.windows import Sources, named_sources, spread_windows
-from moetron.moe.analysis import figures, study
+from moetron.moe.analysis import figures, specialization, study
 from moetron.moe.analysis.routed import Windows
 from moetron.moe.config.errors import UserError
 from moetron.moe.training import checkpoint_folder
@@ -27,15 +27,15 @@ from moetron.tokenizers.load import load_tokenizer
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     add = parser.add_argument
     add("model", type=Path, metavar="RUN|HF_FOLDER", help="a run's folder or a HuggingFace model")
     add("--data", nargs="+", metavar="NAME=PREFIX", help="default: the run's validation shards")
     add("--checkpoints", choices=("all", "latest"), default="all", help="to compare (default: all)")
-    add("--tokens-per-class", type=int, default=16_384, help="default: 16384")
+    add("--tokens-per-class", dest="tokens", type=int, default=16_384, help="default: 16384")
     add("--seq-length", type=int, help="tokens of a window; default: the run's, else 1024")
+    add("--token-class", nargs="+", default=[], metavar="NAME=REGEX", help="default: words, ...")
     add("--layers", type=int, nargs="+", help="to watch, from 0; default: all with experts")
     add("--adjacent-pairs", action="store_true", help="count co-activation as OLMoE's script did")
     add("--tokenizer-model", metavar="PATH", help="default: the run's, or the folder's")
@@ -53,13 +53,13 @@ def open_tokenizer(path: str | Path, sources: Sources) -> Tokenizer:
     return tokenizer
 
 
-def open_text(sources: Sources, tokenizer: Tokenizer, tokens: int) -> study.Text:
+def open_text(sources: Sources, tokenizer: Tokenizer, given: argparse.Namespace) -> study.Text:
     """Windows of every class, and how ids are shown; a model may have ids that no piece uses."""
-    rows = [(name.removesuffix(".valid"), spread_windows(s, tokens)) for name, s in sources.items()]
-    known = tokenizer.vocab_size
+    rows = [(n.removesuffix(".valid"), spread_windows(s, given.tokens)) for n, s in sources.items()]
     return study.Text(
         [Windows(name, row[:, :-1], row[:, 1:]) for name, row in rows],
-        lambda token: tokenizer.decode([token]) if token < known else f"<{token}>",
+        lambda id: tokenizer.decode([id]) if id < tokenizer.vocab_size else f"<{id}>",
+        specialization.token_classes(given.token_class) or study.TOKEN_CLASSES,
     )
 
 
@@ -69,7 +69,7 @@ def watch_folder(given: argparse.Namespace) -> study.Result:
 
     sources = named_sources(given.data or [], given.seq_length or 1024)
     tokenizer = open_tokenizer(given.tokenizer_model or given.model, sources)
-    text = open_text(sources, tokenizer, given.tokens_per_class)
+    text = open_text(sources, tokenizer, given)
     model = HuggingFaceModel(given.model, given.layers)
     return study.summary(model, text) | study.study(model, text, given.adjacent_pairs)[0]
 
@@ -88,7 +88,7 @@ def watch_run(given: argparse.Namespace) -> study.Result:
     if path is None:
         raise UserError("the run names no tokenizer (mock data?): give --tokenizer-model")
     tokenizer = open_tokenizer(path, sources)
-    text = open_text(sources, tokenizer, given.tokens_per_class)
+    text = open_text(sources, tokenizer, given)
     vocab_size = settings.model.vocab_size or tokenizer.vocab_size
     with runtime.running(settings) as ranks:
         model = OwnModel(given.model, settings, vocab_size, ranks, given.layers)

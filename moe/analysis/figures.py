@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
+from moetron.moe.analysis.specialization import token_class_entropy
 from moetron.moe.analysis.study import Result
 from moetron.moe.training.atomic import write_text
 
@@ -92,13 +93,16 @@ def _vocabulary(result: Result) -> Figure:
 
 
 def _entropy(result: Result) -> Figure:
-    """The entropies of ST-MoE's Table 14, here by domain."""
-    figure, (axes,) = _columns(1, height=3.4)
+    """The entropies of ST-MoE's Table 14: by domain, and by class of token."""
+    figure, (left, right) = _columns(2, height=3.4)
     by_domain = np.array(result["domain_entropy"]).T
-    _lines(axes, result["layers"], dict(zip(result["domains"], by_domain, strict=True)))
-    axes.axhline(result["chance"]["entropy"], color="black", linestyle=":", label="uniform")
-    axes.set(title="Routing entropy", xlabel="layer", ylabel="nats")
-    axes.legend(frameon=False, fontsize=7)
+    _lines(left, result["layers"], dict(zip(result["domains"], by_domain, strict=True)))
+    left.set(title="Routing entropy of a text's choices", xlabel="layer", ylabel="nats")
+    _lines(right, result["layers"], token_class_entropy(result))
+    right.set(title="of a token class's first choices", xlabel="layer")
+    for axes in (left, right):
+        axes.axhline(result["chance"]["entropy"], color="black", linestyle=":", label="uniform")
+        axes.legend(frameon=False, fontsize=7)
     return figure
 
 

@@ -4,9 +4,14 @@ A class is anything that a token has one of: the domain, language or task of its
 its id, the id that the model predicts or the one that really follows.
 """
 
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
 import numpy as np
 
 from moetron.moe.analysis.routed import Routed
+from moetron.moe.config.errors import UserError
 
 
 class ClassCounts:
@@ -42,6 +47,44 @@ class ClassCounts:
         """Share of a class's choices that an expert holds; adds up to 1: float64 [L, C, E]."""
         total = self.counts.sum(2, keepdims=True, dtype=np.int64)
         return self.counts / np.maximum(total, 1)
+
+
+def token_classes(named: Sequence[str]) -> dict[str, str]:
+    """Patterns by name, from ``NAME=REGEX``.
+
+    Raises:
+        UserError: one has no name, or is no regular expression.
+    """
+    found = {}
+    for one in named:
+        name, equals, pattern = one.partition("=")
+        if not (name and equals):
+            raise UserError(f"--token-class {one}: give NAME=REGEX, such as digits=[0-9]+")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"--token-class {one}: not a regular expression: {error}") from error
+        found[name] = pattern
+    return found
+
+
+def by_token_class(
+    by_id: ClassCounts, show: Callable[[int], str], patterns: Mapping[str, str]
+) -> ClassCounts:
+    """Counts of token ids added up by class: the first pattern that is all of an id's text.
+
+    The last class, one more than ``patterns``, is of ids that none fits.
+    """
+    layers, _, experts = by_id.counts.shape
+    found = ClassCounts(layers, len(patterns) + 1, experts)
+    seen = np.flatnonzero(by_id.tokens)
+    rules = [re.compile(pattern) for pattern in patterns.values()]
+    for token in seen.tolist():
+        text = show(token)
+        which = next((n for n, rule in enumerate(rules) if rule.fullmatch(text)), len(rules))
+        found.counts[:, which] += by_id.counts[:, token]
+        found.tokens[which] += by_id.tokens[token]
+    return found
 
 
 def vocabulary_specialization(counts: ClassCounts, min_tokens: int = 10) -> np.ndarray:
@@ -88,3 +131,16 @@ def top_classes(
         [(int(seen[c]), float(shares_CE[c, e])) for c in best[:, e] if shares_CE[c, e] > 0]
         for e in range(shares_CE.shape[1])
     ]
+
+
+def token_class_entropy(result: dict[str, Any], min_tokens: int = 1000) -> dict[str, np.ndarray]:
+    """Entropy by layer [L] of each class of ``result["token_classes"]``; rare ones left out.
+
+    Few tokens cannot visit many experts, so that their entropy is low by chance. Empty for results
+    of a version that did not count classes.
+    """
+    if (classes := result.get("token_classes")) is None:
+        return {}
+    by_class = np.array(classes["entropy"]).T
+    rows = zip(classes["names"], classes["tokens"], by_class, strict=True)
+    return {name: entropy for name, tokens, entropy in rows if tokens >= min_tokens}

@@ -1,7 +1,7 @@
 """All analyses of one model, or of the checkpoints of a run, over the same windows of text."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from moetron.moe.analysis.saturation import saturation
 from moetron.moe.analysis.similarity import mean_similarity
 from moetron.moe.analysis.specialization import (
     ClassCounts,
+    by_token_class,
     routing_entropy,
     spread,
     top_classes,
@@ -25,6 +26,14 @@ FORMAT = 1
 TOKENS_AT_ONCE = 8192
 IDS = ("input", "predicted", "next")
 POSITION_BUCKETS = 16
+TOKEN_CLASSES = {
+    "sentinels": r"<extra_id_\d+>",
+    "white space": r"\s+",
+    "numbers": r"\s*\d+",
+    "punctuation": r"\s*[^\w\s]+",
+    "words": r"\s*[^\W\d_]+",
+}
+"""Regular expressions that must fit all of a token's text; others are "other"."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,8 @@ class Text:
 
     windows: Sequence[Windows]
     show: Callable[[int], str]
+    token_classes: Mapping[str, str] = field(default_factory=TOKEN_CLASSES.copy)
+    """Regular expressions by name, see ``TOKEN_CLASSES``."""
 
     @property
     def seq_length(self) -> int:
@@ -153,7 +164,13 @@ def _of_ids(text: Text, ids: dict[str, ClassCounts], positions: ClassCounts) -> 
         return [[[text.show(token), share] for token, share in expert] for expert in best]
 
     layers = range(len(positions.counts))
+    classes = by_token_class(ids["input"], text.show, text.token_classes)
     return {
+        "token_classes": {
+            "names": [*text.token_classes, "other"],
+            "tokens": classes.tokens.tolist(),
+            "entropy": routing_entropy(classes).tolist(),
+        },
         "vocabulary_specialization": {
             kind: vocabulary_specialization(counts).tolist() for kind, counts in ids.items()
         },

@@ -7,6 +7,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from moetron.moe.analysis.page.charts import framed
+from moetron.moe.analysis.specialization import token_class_entropy
 
 
 def of_routing(analysis: dict[str, Any]) -> list[go.Figure]:
@@ -23,6 +24,8 @@ def of_routing(analysis: dict[str, Any]) -> list[go.Figure]:
     )
     entropy = dict(zip(analysis["domains"], np.array(analysis["domain_entropy"]).T, strict=True))
     figures.append(_by_layer("Routing entropy, nats", layers, entropy))
+    if entropy := token_class_entropy(analysis):
+        figures.append(_by_layer("Entropy of token classes' first choices, nats", layers, entropy))
     figures.append(_by_layer("Mean cosine between experts", layers, analysis["similarity"]))
     if np.any(analysis["dropped_by_position"]):
         figures.append(_drops(analysis, layers))

@@ -54,6 +54,11 @@ def analysis() -> dict[str, Any]:
         "domains": ["code", "prose"],
         "domain_specialization": {"k": shares.tolist(), "1": shares.tolist()},
         "domain_entropy": [[1.0, 1.1], [0.9, 1.2]],
+        "token_classes": {
+            "names": ["words", "other"],
+            "tokens": [5000, 3],
+            "entropy": [[1.0, 0.1], [0.9, 0.2]],
+        },
         "load": [[1.0] * 4] * 2,
         "checkpoints": [
             {

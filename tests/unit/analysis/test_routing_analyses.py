@@ -13,11 +13,15 @@ from moetron.moe.analysis.saturation import saturation
 from moetron.moe.analysis.similarity import mean_similarity
 from moetron.moe.analysis.specialization import (
     ClassCounts,
+    by_token_class,
     routing_entropy,
     spread,
+    token_class_entropy,
+    token_classes,
     top_classes,
     vocabulary_specialization,
 )
+from moetron.moe.config.errors import UserError
 
 LAYERS, TOKENS, K, EXPERTS, CLASSES = 2, 60, 3, 8, 4
 
@@ -144,3 +148,26 @@ def test_similarity_of_copies_is_one_and_of_opposites_minus_one() -> None:
     assert mean_similarity(np.array([[1.0, 2.0]] * 3)) == pytest.approx(1.0)
     assert mean_similarity(np.array([[1.0, 0.0], [-2.0, 0.0]])) == pytest.approx(-1.0)
     assert abs(mean_similarity(np.random.default_rng(0).normal(size=(8, 4_000)))) < 0.02
+
+
+def test_entropy_of_token_classes() -> None:
+    """Numbers go to one expert, words to two evenly; of what fits no class there is one token."""
+    show = ["7", " 12", "cat", "Dog", "<x>"].__getitem__
+    by_id = ClassCounts(LAYERS, 5, EXPERTS, top=1)
+    ids = np.array([0, 1, 1, 2, 2, 3, 3, 4])
+    experts = np.array([3, 3, 3, 5, 6, 5, 6, 7], dtype=np.int16)
+    by_id.add(ids, routed(np.broadcast_to(experts[None, :, None], (LAYERS, 8, 1))))
+    patterns = token_classes([r"numbers=\s*\d+", "words=[A-Za-z]+"])
+    classes = by_token_class(by_id, show, patterns)
+    assert classes.tokens.tolist() == [3, 4, 1]
+    entropy = routing_entropy(classes)
+    np.testing.assert_allclose(entropy, [[0.0, np.log(2), 0.0]] * LAYERS, atol=1e-12)
+    result = {"names": [*patterns, "other"], "tokens": [3, 4, 1], "entropy": entropy.tolist()}
+    kept = token_class_entropy({"token_classes": result}, min_tokens=3)
+    assert list(kept) == ["numbers", "words"] and kept["words"].shape == (LAYERS,)
+
+
+@pytest.mark.parametrize("wrong", ["digits", "=x", "digits=["])
+def test_token_classes_that_say_nothing_are_refused(wrong: str) -> None:
+    with pytest.raises(UserError, match="--token-class"):
+        token_classes([wrong])
