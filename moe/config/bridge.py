@@ -264,7 +264,8 @@ def _fp8(precision: PrecisionSettings) -> dict[str, Any]:
         "num_layers_at_end_in_bf16",
     )
     shared = {name: getattr(precision, name) for name in same_name}
-    return {"fp8": precision.fp8_format, **shared}
+    kept = precision.fp8_param_gather
+    return {"fp8": precision.fp8_format, "fp8_param": kept, **shared}
 
 
 def transformer_config(settings: Settings, transformer_engine: bool = False) -> ModelConfig:
@@ -313,6 +314,7 @@ def optimizer_config(settings: Settings) -> OptimizerConfig:
         params_dtype=params_dtype(settings),
         use_distributed_optimizer=settings.parallel.use_distributed_optimizer,
         overlap_param_gather=settings.parallel.overlap_param_gather,
+        fp8_recipe=settings.precision.fp8_recipe if settings.precision.fp8_param_gather else None,
     )
 
 
@@ -324,5 +326,6 @@ def ddp_config(settings: Settings) -> DistributedDataParallelConfig:
         overlap_param_gather=settings.parallel.overlap_param_gather,
         bucket_size=settings.parallel.ddp_bucket_size,
         use_distributed_optimizer=settings.parallel.use_distributed_optimizer,
+        fp8_param_gather=settings.precision.fp8_param_gather,
         check_for_nan_in_grad=False,
     )

@@ -26,6 +26,8 @@ class PrecisionSettings(Group):
     """Delayed scaling: amaxes that are remembered."""
     fp8_amax_compute_algo: Literal["most_recent", "max"] = "most_recent"
     """Delayed scaling: which remembered amax makes the scale."""
+    fp8_param_gather: bool = False
+    """Keep Transformer Engine's weights in FP8 and gather them so; main parameters stay fp32."""
     first_last_layers_bf16: bool = False
     """Keep the first and last layers out of FP8."""
     num_layers_at_start_in_bf16: NonNegativeInt = 1

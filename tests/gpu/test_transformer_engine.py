@@ -52,3 +52,22 @@ def test_bf16(tmp_path: Path, grouped: bool) -> None:
 def test_fp8(tmp_path: Path, recipe: str) -> None:
     found = _difference(tmp_path, fp8_format="hybrid", fp8_recipe=recipe)
     assert found.within(Tolerance(loss=2e-2, grad_norm=0.1, gradient=0.5)), found
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param("delayed", marks=needs(1, (8, 9))),
+        pytest.param("tensorwise", marks=needs(1, (8, 9))),
+        pytest.param("blockwise", marks=needs(1, (9, 0))),
+    ],
+)
+def test_parameters_in_fp8(tmp_path: Path, recipe: str) -> None:
+    found = _difference(
+        tmp_path,
+        fp8_format="hybrid",
+        fp8_recipe=recipe,
+        fp8_param_gather=True,
+        use_distributed_optimizer=True,
+    )
+    assert found.within(Tolerance(loss=2e-2, grad_norm=0.1, gradient=0.5)), found

@@ -41,6 +41,27 @@ def fp8(case: Case) -> Iterator[str]:
             )
 
 
+def parameters(case: Case) -> Iterator[str]:
+    """Parameters kept in FP8 (arguments.py of Megatron-LM)."""
+    settings, flag = case.settings, "--fp8-param-gather"
+    if not settings.precision.fp8_param_gather or settings.precision.fp8_format is None:
+        return
+    if case.local:
+        yield (
+            f"{flag} needs Transformer Engine's layers on a GPU: leave it out, emulated products "
+            "round the same weights"
+        )
+    if not settings.parallel.use_distributed_optimizer:
+        yield f"{flag} needs --use-distributed-optimizer: add it"
+    if not settings.precision.bf16:
+        yield f"{flag} needs --bf16: add it"
+    if settings.precision.fp8_recipe == "mxfp8":
+        yield (
+            f"{flag} with --fp8-recipe mxfp8 needs gradient buffers to be used twice, which our "
+            "step does not do: use tensorwise or blockwise"
+        )
+
+
 def recomputed(case: Case) -> Iterator[str]:
     """A layer that is run again must find the scales that it ran with first."""
     precision, parallel = case.settings.precision, case.settings.parallel
@@ -61,4 +82,4 @@ def recomputed(case: Case) -> Iterator[str]:
         )
 
 
-RULES = (fp8, recomputed)
+RULES = (fp8, parameters, recomputed)

@@ -10,6 +10,14 @@ from moetron.moe.config.derived import fp8_layers
 
 DELAYED = {"fp8_format": "hybrid"}
 MXFP8 = {"fp8_format": "e4m3", "fp8_recipe": "mxfp8"}
+GATHERED = {
+    **DELAYED,
+    "fp8_param_gather": True,
+    "use_distributed_optimizer": True,
+    "bf16": True,
+    "device": "cuda",
+    "te": True,
+}
 PIPELINE = {"pipeline_model_parallel_size": 2, "world_size": 2}
 
 
@@ -38,6 +46,14 @@ PIPELINE = {"pipeline_model_parallel_size": 2, "world_size": 2}
             },
             "cannot recompute linear layers in a pipeline",
         ),
+        ({"fp8_param_gather": True}, "--fp8-param-gather does nothing without --fp8-format"),
+        ({**GATHERED, "device": "cpu"}, "--fp8-param-gather needs Transformer Engine's layers"),
+        (
+            {**GATHERED, "use_distributed_optimizer": False},
+            "--fp8-param-gather needs --use-distributed-optimizer",
+        ),
+        ({**GATHERED, "bf16": False}, "--fp8-param-gather needs --bf16"),
+        ({**GATHERED, "fp8_recipe": "mxfp8"}, "gradient buffers to be used twice"),
     ],
 )
 def test_a_rule_fires_alone(changes: dict[str, Any], expected: str) -> None:
@@ -83,3 +99,15 @@ def test_megatron_core_learns_of_fp8_only_with_transformer_engine(
     assert config.first_last_layers_bf16
     assert (config.num_layers_at_start_in_bf16, config.num_layers_at_end_in_bf16) == (2, 1)
     assert bridge.transformer_config(make(), transformer_engine=True).fp8 is None
+
+
+def test_parameters_in_fp8_reach_all_of_megatron_core() -> None:
+    assert not found(**GATHERED)
+    values = {name: value for name, value in GATHERED.items() if name not in ("device", "te")}
+    settings = make(**values)
+    assert bridge.transformer_config(settings, transformer_engine=True).fp8_param
+    assert bridge.ddp_config(settings).fp8_param_gather
+    assert bridge.optimizer_config(settings).fp8_recipe == "delayed"
+    without = make()
+    assert not bridge.transformer_config(without, transformer_engine=True).fp8_param
+    assert bridge.optimizer_config(without).fp8_recipe is None
