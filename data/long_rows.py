@@ -167,3 +167,5 @@ def _decoded(blocks: Iterable[bytes]) -> Iterator[str]:
         decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         raise Unreadable(f"not UTF-8 (byte {position - pending + error.start})") from None
+    if decoder.getstate()[0]:  # Python keeps the beginning of a byte order mark back for ever
+        raise Unreadable(f"not UTF-8 (byte {position - pending})")
