@@ -22,7 +22,7 @@ from moetron.moe.config.errors import UserError
 from moetron.moe.training import checkpoint_folder
 from moetron.moe.training.quiet import quieten_libraries
 from moetron.tokenizers.interface import Tokenizer, TokenizerError
-from moetron.tokenizers.load import load_tokenizer
+from moetron.tokenizers.load import load_known_tokenizer, load_tokenizer
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,14 +43,12 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def open_tokenizer(path: str | Path, sources: Sources) -> Tokenizer:
-    """The model's tokenizer, which must be that of the texts."""
-    tokenizer = load_tokenizer(path)
+def require_one(tokenizer: Tokenizer, sources: Sources) -> None:
+    """Refuse texts of another tokenizer than the model's."""
     for name, source in sources.items():
         for manifest in filter(None, (shard.manifest for shard in source.shards)):
             if manifest.tokenizer.fingerprint != tokenizer.fingerprint:
-                raise UserError(f"{name}, {source.prefix}: of another tokenizer than {path}")
-    return tokenizer
+                raise UserError(f"{name}, {source.prefix}: of another tokenizer than the model's")
 
 
 def open_text(sources: Sources, tokenizer: Tokenizer, given: argparse.Namespace) -> study.Text:
@@ -68,7 +66,8 @@ def watch_folder(given: argparse.Namespace) -> study.Result:
     from moetron.moe.analysis.huggingface import HuggingFaceModel
 
     sources = named_sources(given.data or [], given.seq_length or 1024)
-    tokenizer = open_tokenizer(given.tokenizer_model or given.model, sources)
+    tokenizer = load_tokenizer(given.tokenizer_model or given.model)
+    require_one(tokenizer, sources)
     text = open_text(sources, tokenizer, given)
     model = HuggingFaceModel(given.model, given.layers)
     return study.summary(model, text) | study.study(model, text, given.adjacent_pairs)[0]
@@ -78,6 +77,7 @@ def watch_run(given: argparse.Namespace) -> study.Result:
     """The analyses of a run's latest checkpoint, and how the earlier ones differ from it."""
     from moetron.moe.analysis.own_model import OwnModel
     from moetron.moe.training import runtime
+    from moetron.moe.training.compatibility import tokenizer_fingerprints
 
     record = checkpoint_folder.read(given.model).record
     settings, step = checkpoint_folder.one_rank_settings(record), record.progress.step
@@ -85,9 +85,8 @@ def watch_run(given: argparse.Namespace) -> study.Result:
     held_out = settings.data.rooted(settings.data.valid_data_path or [])
     sources = named_sources(given.data or held_out, length)
     path = given.tokenizer_model or settings.data.tokenizer_model
-    if path is None:
-        raise UserError("the run names no tokenizer (mock data?): give --tokenizer-model")
-    tokenizer = open_tokenizer(path, sources)
+    tokenizer = load_known_tokenizer(path, tokenizer_fingerprints(record.stream))
+    require_one(tokenizer, sources)
     text = open_text(sources, tokenizer, given)
     vocab_size = settings.model.vocab_size or tokenizer.vocab_size
     with runtime.running(settings) as ranks:

@@ -1,7 +1,9 @@
 """From a short run with a capacity to its analysis and its page, as a user would."""
 
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +15,9 @@ ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "examples" / "olmoe_1b_7b" / "tiny.yaml")
 
 
-def _python(*arguments: str) -> str:
+def _done(*arguments: str) -> subprocess.CompletedProcess[str]:
     inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, *arguments],
         env={**inherited, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -23,8 +25,11 @@ def _python(*arguments: str) -> str:
         timeout=200,
         check=False,
     )
+
+
+def _python(*arguments: str) -> None:
+    done = _done(*arguments)
     assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +48,21 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             *("--tokenizer", "bytes", "--workers", "1", "--output-prefix", str(folder / name)),
         )
     return folder / "run"
+
+
+def test_another_tokenizer_than_the_runs_is_refused(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    record, sums = (copy / "step_0000004" / name for name in ("run.json", "SHA256SUMS"))
+    before, told = record.read_bytes(), json.loads(record.read_text())
+    told["stream"]["sources"] = [{"tokenizer": "f" * 64}]
+    record.write_text(json.dumps(told))
+    old, new = (hashlib.sha256(content).hexdigest() for content in (before, record.read_bytes()))
+    sums.write_text(sums.read_text().replace(old, new))
+    tool = str(ROOT / "tools" / "analyze_routing.py")
+    shard = f"code={run.parent / 'code'}"
+    done = _done(tool, str(copy), "--tokenizer-model", "bytes", "--data", shard)
+    assert done.returncode == 2, done.stderr
+    assert "not the tokenizer that the run was trained with" in done.stderr
 
 
 def test_analysis_and_page_of_a_run(run: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import orjson
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moetron.data import inputs, long_rows, long_text
@@ -166,6 +166,7 @@ def test_any_row_is_read_as_a_parser_reads_it(
 
 
 @given(content=st.binary(min_size=1, max_size=40), block_bytes=st.integers(1, 9))
+@example(content=b"\xef", block_bytes=1)  # the beginning of a byte order mark
 def test_any_file_is_decoded_or_refused(tmp_path_factory, content: bytes, block_bytes: int) -> None:
     parts = [content[a:b] for a, b in pairwise([*range(0, len(content), block_bytes), None])]
     try:
