@@ -151,8 +151,8 @@ def test_similarity_of_copies_is_one_and_of_opposites_minus_one() -> None:
 
 
 def test_entropy_of_token_classes() -> None:
-    """Numbers go to one expert, words to two evenly; of what fits no class there is one token."""
-    show = ["7", " 12", "cat", "Dog", "<x>"].__getitem__
+    """Numbers go to one expert, words to two evenly; one token begins as a number and is none."""
+    show = ["7", " 12", "cat", "Dog", "12th"].__getitem__
     by_id = ClassCounts(LAYERS, 5, EXPERTS, top=1)
     ids = np.array([0, 1, 1, 2, 2, 3, 3, 4])
     experts = np.array([3, 3, 3, 5, 6, 5, 6, 7], dtype=np.int16)
