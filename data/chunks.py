@@ -40,7 +40,9 @@ class RowChunk:
     file: str
     first_line: int
     """Number of the first line, from 1."""
-    data: bytes | bytearray
+    data: bytes
+    rest: bytes
+    """The end of the last line, which ``data`` may only begin."""
     read_bytes: int
     """Bytes of the input file that went into this chunk (fewer than ``data`` if compressed)."""
     end: Cursor
@@ -49,14 +51,14 @@ class RowChunk:
     @property
     def size_bytes(self) -> int:
         """Memory that the chunk takes."""
-        return len(self.data)
+        return len(self.data) + len(self.rest)
 
     def documents(self, text_key: str) -> Iterator[Document | Reject]:
         """The text of each row; blank lines are passed over."""
-        view, start = memoryview(self.data), 0  # a view: a row may be a gigabyte
+        view, start = memoryview(self.data), 0
         for number in count(self.first_line):
             end = self.data.find(b"\n", start)
-            line = view[start : end if end >= 0 else None]
+            line = view[start:end] if end >= 0 else self.data[start:] + self.rest
             try:
                 row = orjson.loads(line)
             except orjson.JSONDecodeError as error:

@@ -17,9 +17,10 @@ from moetron.tokenizers.fast_bpe import FastBPE, first_difference, open_fast
 from moetron.tokenizers.interface import Tokenizer
 from moetron.tokenizers.load import load_tokenizer
 
-COMPARED_CHARACTERS = 500
-"""Of one document in each ``COMPARED_BYTES`` of text, which the reference encodes too."""
-COMPARED_BYTES = 1 << 22
+COMPARED_SHARE = 1 / 8192
+"""Of the text, which the reference encodes too: a piece of one document of each chunk."""
+COMPARED_CHARACTERS = 100
+"""The least that such a piece has, if its document is as long."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def encode_chunk(
             text = document[0]
             sides[is_held_out(text, encoding.holdout_fraction)].append(text)
     if isinstance(tokenizer, FastBPE):
-        compare_engines(tokenizer, sides[0] or sides[1], chunk.size_bytes // COMPARED_BYTES + 1)
+        compare_engines(tokenizer, sides[0] or sides[1], chunk.size_bytes)
     training, held_out = (_encode(tokenizer, texts, encoding, left_out) for texts in sides)
     return Encoded((training, held_out), rejects, left_out, chunk.read_bytes, chunk.end)
 
@@ -133,13 +134,25 @@ def _encode(
         tokens, lengths = tokens[np.repeat(stays, lengths)], lengths[stays]
         text_bytes = text_bytes[stays]
     if encoding.append_eod:
-        tokens = np.insert(tokens, np.cumsum(lengths), tokenizer.eod)
-        lengths += 1
-    return Documents(tokens, lengths, text_bytes)
+        tokens, lengths = _with_eod(tokens, lengths, tokenizer.eod, dtype)
+    return Documents(tokens.astype(dtype, copy=False), lengths, text_bytes)
+
+
+def _with_eod(
+    tokens: np.ndarray, lengths: np.ndarray, eod: int, dtype: np.dtype
+) -> tuple[np.ndarray, np.ndarray]:
+    """Documents with ``eod`` after each."""
+    ends = np.cumsum(lengths) + np.arange(lengths.size)
+    ended = np.empty(tokens.size + lengths.size, dtype)
+    is_text = np.ones(ended.size, bool)
+    is_text[ends] = False
+    ended[is_text] = tokens
+    ended[ends] = eod
+    return ended, lengths + 1
 
 
 def _joined(arrays: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
-    """One after the other; a single one as it is."""
+    """One after the other; a single one as it is, of whatever dtype."""
     return arrays[0] if len(arrays) == 1 else np.concatenate([np.empty(0, dtype), *arrays])
 
 
@@ -158,23 +171,27 @@ def _parts(texts: Sequence[str]) -> Iterator[Sequence[str]]:
 def _encode_part(
     tokenizer: Tokenizer, texts: Sequence[str], dtype: np.dtype
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, lengths) of one long text or of several others."""
+    """(tokens, lengths) of one long text, or of several others as the tokenizer gives them."""
     if len(texts[0]) <= PIECE_CHARACTERS:
-        ids, lengths = tokenizer.encode_flat(texts)
-        return ids.astype(dtype), lengths
+        return tokenizer.encode_flat(texts)
     cut = pieces(blocks(texts[0]), tokenizer)
     ids = [tokenizer.encode_flat([piece])[0].astype(dtype) for piece in cut]
     tokens = np.concatenate(ids)
     return tokens, np.array([tokens.size])
 
 
-def compare_engines(fast: FastBPE, texts: Sequence[str], samples: int) -> None:
-    """Encode the beginnings of some texts of the chunk, ever others, by the reference too."""
-    step = -(-len(texts) // samples) or 1
-    first = len(texts[0]) % min(step, len(texts)) if texts else 0
-    beginnings = [text[:COMPARED_CHARACTERS] for text in texts[first::step]]
-    if (text := first_difference(fast, beginnings)) is not None:
-        raise EnginesDiffer(f"{fast.name}: the fast engine encodes {text[:80]!r}... otherwise")
+def compare_engines(fast: FastBPE, texts: Sequence[str], size_bytes: int) -> None:
+    """Encode the middle of one of the texts of a chunk, ever another, by the reference too.
+
+    Raises EnginesDiffer.
+    """
+    if not texts:
+        return
+    text = texts[len(texts[0]) % len(texts)]
+    characters = max(COMPARED_CHARACTERS, int(size_bytes * COMPARED_SHARE))
+    start = max(0, len(text) - characters) // 2
+    if (piece := first_difference(fast, [text[start : start + characters]])) is not None:
+        raise EnginesDiffer(f"{fast.name}: the fast engine encodes {piece[:80]!r}... otherwise")
 
 
 def open_tokenizer(encoding: Encoding) -> Tokenizer:

@@ -13,10 +13,8 @@ from moetron.data.ray_engine import ray_map
 from moetron.tokenizers.fast_bpe import open_fast
 from moetron.tokenizers.interface import Tokenizer
 
-FAST_CHUNKS = 16
-"""Usual chunks in one for the fast engine's threads, which share only a large batch."""
-PARSERS = 2
-"""Threads that feed the fast engine: one parses while the other waits for the engine."""
+FAST_CHUNKS = 4
+"""Usual chunks in one for the fast engine, so quick that its calls themselves would count."""
 FAST_THREADS = 8
 """Above, processes: Python's part of the work is one thread's."""
 
@@ -38,24 +36,24 @@ def encoded_chunks(
     local = engine == "local"
     few = local and workers <= FAST_THREADS
     fast = open_fast(tokenizer, workers) if few and encoding.fast else None
-    threads = few and workers > 1 and (fast is not None or tokenizer.concurrent)
-    fed = threads and fast is not None
-    chunk_bytes = inputs.CHUNK_BYTES * (FAST_CHUNKS if fed else 1)
+    here = fast or tokenizer
+    threads = few and workers > 1 and here.concurrent
+    known = here if threads or (local and workers == 1) else None
+    chunk_bytes = inputs.CHUNK_BYTES * (FAST_CHUNKS if fast else 1)
     columns = (encoding.text_key, *encoding.filters.row_keys)
     chunks = inputs.read_chunks(files, start, chunk_bytes, columns)
-    here = fast or (tokenizer if threads or (local and workers == 1) else None)
 
     def weigh(chunk: Chunk) -> float:
         return max(1.0, chunk.size_bytes / chunk_bytes)
 
-    encode = partial(encode_chunk, encoding, tokenizer=here)
+    encode = partial(encode_chunk, encoding, tokenizer=known)
     results = (
-        ordered_map(encode, chunks, PARSERS if fed else workers, weigh, threads)
+        ordered_map(encode, chunks, workers, weigh, threads)
         if local
         else ray_map(encode, chunks, workers, weigh)
     )
     for made in results:
         if isinstance(made, LongChunk):
-            yield LongDocument(encoding, made, here or open_tokenizer(encoding))
+            yield LongDocument(encoding, made, known or open_tokenizer(encoding))
         else:
             yield made

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
+import numpy as np
+
 from moetron.data.chunks import Chunk, Cursor, FileChunk, LongChunk, RowChunk
 from moetron.data.errors import DataError
 from moetron.data.tables import TABLE_SUFFIXES, table_chunks
@@ -107,20 +109,21 @@ def _row_chunks(file: Path, start: Cursor, chunk_bytes: int) -> Iterator[RowChun
     with content(file) as (raw, stream):
         skip(stream, offset)
         before = raw.tell()
-        while data := _block(stream, chunk_bytes):
-            data += stream.readline(LONG_BYTES + 1)
-            long_at = data.rfind(b"\n") + 1
-            tail_bytes = len(data) - long_at
-            is_long = tail_bytes > LONG_BYTES
+        while data := stream.read(chunk_bytes):
+            rest = stream.readline(LONG_BYTES + 1)
+            last_line = data.rfind(b"\n") + 1
+            last_bytes = len(data) - last_line + len(rest)
+            is_long = last_bytes > LONG_BYTES and not rest.endswith(b"\n")
             if is_long:
-                del data[long_at:]
-            end = Cursor(start.file, offset + len(data), line + data.count(b"\n"))
+                data, rest = data[:last_line], b""
+            lines = _newlines(data) + rest.count(b"\n")
+            end = Cursor(start.file, offset + len(data) + len(rest), line + lines)
             if data:
                 position = raw.tell()
-                yield RowChunk(str(file), line, data, position - before, end)
+                yield RowChunk(str(file), line, data, rest, position - before, end)
                 before = position
             if is_long:
-                begin, length = end, tail_bytes + _rest_of_line(stream)
+                begin, length = end, last_bytes + _rest_of_line(stream)
                 end = Cursor(start.file, begin.offset_bytes + length, begin.line + 1)
                 position = raw.tell()
                 yield LongChunk(
@@ -130,11 +133,9 @@ def _row_chunks(file: Path, start: Cursor, chunk_bytes: int) -> Iterator[RowChun
             offset, line = end.offset_bytes, end.line
 
 
-def _block(stream: BinaryIO, size_bytes: int) -> bytearray:
-    """The next bytes of a stream, at most so many; none at its end."""
-    data = bytearray(size_bytes)
-    del data[stream.readinto(data) :]  # type: ignore[attr-defined]
-    return data
+def _newlines(data: bytes) -> int:
+    """How many lines end here; numpy counts several times as fast as ``bytes.count``."""
+    return int(np.count_nonzero(np.frombuffer(data, np.uint8) == ord("\n")))
 
 
 def _rest_of_line(stream: BinaryIO) -> int:

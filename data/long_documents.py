@@ -6,17 +6,16 @@ from collections.abc import Iterator
 import numpy as np
 
 from moetron.data.chunks import LongChunk
-from moetron.data.encode import COMPARED_BYTES, Encoding, compare_engines, is_held_out
+from moetron.data.encode import Encoding, compare_engines, is_held_out
 from moetron.data.filters import MAX_PERIOD, Filters, are_frequent
 from moetron.data.indexed_format import LENGTH, token_dtype
 from moetron.data.long_rows import LongText
-from moetron.data.long_text import PIECE_CHARACTERS, pieces
+from moetron.data.long_text import pieces
 from moetron.tokenizers.fast_bpe import FastBPE
 from moetron.tokenizers.interface import Tokenizer
 
 MAX_BYTES = np.iinfo(LENGTH).max - (1 << 20)
 """Text whose tokens an index can count; a tokenizer may add a few to them."""
-COMPARED_PIECES = max(1, COMPARED_BYTES // PIECE_CHARACTERS)
 
 
 class LeftOut(Exception):
@@ -50,9 +49,9 @@ class LongDocument:
         assert self._text is not None, "side() comes first"
         dtype = token_dtype(self._tokenizer.vocab_size)
         rules = _Rules(self._encoding.filters)
-        for number, piece in enumerate(pieces(self._text.blocks(), self._tokenizer)):
-            if isinstance(self._tokenizer, FastBPE) and number % COMPARED_PIECES == 0:
-                compare_engines(self._tokenizer, [piece], 1)
+        for piece in pieces(self._text.blocks(), self._tokenizer):
+            if isinstance(self._tokenizer, FastBPE):
+                compare_engines(self._tokenizer, [piece], len(piece))
             self.text_bytes += len(piece.encode())
             if self.text_bytes > MAX_BYTES:
                 raise LeftOut("too long for an index")

@@ -8,7 +8,7 @@ from types import TracebackType
 
 import numpy as np
 
-from moetron.data.files import beside, open_at, replace, sync
+from moetron.data.files import begin_sync, beside, open_at, replace, sync
 from moetron.data.indexed_format import (
     HEADER,
     LENGTH,
@@ -50,12 +50,14 @@ class ShardWriter:
         self._lengths = open_at(self._lengths_path, documents * LENGTH.itemsize)
         self._bin_hash = hashlib.sha256()
         self._hash_kept_tokens()
+        self._begun_bytes = tokens * self.dtype.itemsize
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
         """Append documents: ``tokens`` [sum(lengths)] of the shard's dtype, ``lengths`` [N]."""
         assert tokens.dtype == self.dtype and int(lengths.sum()) == tokens.size
         payload = np.ascontiguousarray(tokens).data
         self._bin.write(payload)
+        self._begun_bytes = begin_sync(self._bin, self._begun_bytes)
         self._bin_hash.update(payload)
         self._lengths.write(lengths.astype(LENGTH).tobytes())
         self.documents += lengths.size

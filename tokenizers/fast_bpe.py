@@ -5,9 +5,10 @@ the reference: an engine that differs from it on one of the probes is not used, 
 corpus compares the two on a sample of it (``first_difference``).
 """
 
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
+from typing import Any
 
 import numpy as np
 
@@ -28,44 +29,56 @@ PROBES = (
 
 
 class FastBPE(Tokenizer):
-    """A HuggingFace tokenizer whose ids gigatoken computes."""
+    """A HuggingFace tokenizer whose ids gigatoken computes.
+
+    Threads may encode at the same time, each with an engine of its own: an engine remembers the
+    words that it has seen, behind a lock.
+    """
 
     kind = HuggingFaceTokenizer.kind
+    concurrent = True
 
     def __init__(self, reference: HuggingFaceTokenizer, threads: int = 1) -> None:
-        """``threads`` share the batches of megabytes; RAYON_NUM_THREADS, if set, is their number.
+        """Make the engines of so many threads; a further thread waits for its own to be made.
 
         Raises whatever gigatoken raises for a tokenizer that it does not know.
         """
-        import gigatoken
-
-        if threads > 1:
-            os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
-        self._parallel = threads > 1
-
         self.reference = reference
         self.name, self.fingerprint = reference.name, reference.fingerprint
         self.vocab_size, self.sentinels = reference.vocab_size, reference.sentinels
         self.eod, self.pad = reference.eod, reference.pad
-        self._engine = gigatoken.Tokenizer.from_json(reference.definition)
+        definition = reference.definition
+        self._idle = [_make_engine(definition) for _ in range(threads)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text."""
         require_encodable(texts)
-        lists: list[list[int]] = self._engine.encode_batch_list(
-            list(texts), parallel=self._parallel
-        )
+        with self._engine() as engine:
+            lists: list[list[int]] = engine.encode_batch_list(list(texts), parallel=False)
         return lists
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all texts one after the other, uint32, and their lengths."""
         try:
-            rows = self._engine.encode_batch(list(texts), parallel=self._parallel).layout
+            with self._engine() as engine:
+                rows = engine.encode_batch(list(texts), parallel=False).layout
         except TypeError:
             require_encodable(texts)
             raise
         offsets = np.asarray(rows.offsets.data, np.int64)
         return np.asarray(rows.content.data)[offsets[0] : offsets[-1]], np.diff(offsets)
+
+    @contextmanager
+    def _engine(self) -> Iterator[Any]:
+        """An engine that no other thread uses."""
+        try:
+            engine = self._idle.pop()
+        except IndexError:
+            engine = _make_engine(self.reference.definition)
+        try:
+            yield engine
+        finally:
+            self._idle.append(engine)
 
     def id_of(self, token: str) -> int | None:
         """The reference's."""
@@ -91,6 +104,13 @@ def first_difference(fast: FastBPE, texts: Sequence[str]) -> str | None:
     """The first text that the engine and the reference encode differently."""
     pairs = zip(fast.encode_batch(texts), fast.reference.encode_batch(texts), strict=True)
     return next((text for text, (a, b) in zip(texts, pairs, strict=True) if a != b), None)
+
+
+def _make_engine(definition: str) -> Any:
+    """One of gigatoken's tokenizers, from a ``tokenizer.json``."""
+    import gigatoken
+
+    return gigatoken.Tokenizer.from_json(definition)
 
 
 def _installed() -> bool:

@@ -5,7 +5,8 @@
 One run measures, in turns, with the same tokenizer file and ``--workers``, and prints a table:
 
 library   the tokenizer library's own batch call on texts in memory: one thread's speed times the
-          workers, for gigatoken on all threads at once; in a fresh process, so with cold caches
+          workers, for gigatoken on its own threads; in a fresh process, so with cold caches
+one core  the same on one thread
 ours      tools/preprocess_corpus.py
 megatron  Megatron-LM's algorithm: a document a task through a pool of processes, written with
           megatron-core's IndexedDatasetBuilder
@@ -33,15 +34,20 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
+import gigatoken
+
 from moetron.data.chunks import Reject
 from moetron.data.inputs import find_files, read_chunks
 from moetron.data.report import table
 from moetron.tokenizers.fast_bpe import open_fast
+from moetron.tokenizers.huggingface import HuggingFaceTokenizer
 from moetron.tokenizers.interface import Tokenizer
 from moetron.tokenizers.load import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 BATCH = 400
+ALONE = ("library", "one core")
+"""What measures itself, with all texts in memory."""
 
 
 @dataclass
@@ -79,10 +85,18 @@ def library(source: str, rows: str, workers: int) -> None:
     """Print what the library alone takes for the texts, and the tokens that they are."""
     texts = list(texts_of([rows]))
     reference = load_tokenizer(source)
-    fast = open_fast(reference, workers)
-    batches = [texts] if fast else [texts[i : i + BATCH] for i in range(0, len(texts), BATCH)]
+    fast = open_fast(reference)
+    os.environ["RAYON_NUM_THREADS"] = str(workers)
+    if fast is None:
+        batches = [texts[i : i + BATCH] for i in range(0, len(texts), BATCH)]
+    else:
+        assert isinstance(reference, HuggingFaceTokenizer)
+        engine = gigatoken.Tokenizer.from_json(reference.definition)
     start, start_cpu = time.perf_counter(), time.process_time()
-    tokens = sum((fast or reference).encode_flat(batch)[0].size for batch in batches)
+    if fast is None:
+        tokens = sum(reference.encode_flat(batch)[0].size for batch in batches)
+    else:
+        tokens = engine.encode_batch(texts, parallel=workers > 1).layout.content.length
     wall_s, cpu_s = time.perf_counter() - start, time.process_time() - start_cpu
     print(json.dumps([wall_s / (1 if fast else workers), cpu_s, tokens]))
 
@@ -119,7 +133,8 @@ def commands(source: str, rows: Path, out: str, workers: int, dolma: str) -> dic
     python = [sys.executable]
     ours = [*python, str(ROOT / "tools" / "preprocess_corpus.py"), "--input", str(rows)]
     ours += ["--tokenizer", source, "--output-prefix", f"{out}/ours", "--append-eod"]
-    found = {"library": [*python, __file__, "library", source, str(rows), str(workers)]}
+    alone = [*python, __file__, "library", source, str(rows)]
+    found = {"library": [*alone, str(workers)], "one core": [*alone, "1"]}
     found["ours"] = [*ours, "--workers", str(workers)]
     found["megatron"] = [*python, __file__, "megatron", source, str(rows), f"{out}/m", str(workers)]
     if dolma and source.endswith(".json"):
@@ -164,7 +179,7 @@ class Bench:
 
     def size(self, tool: str) -> str:
         """Which text a tool gets."""
-        return "all" if tool in ("library", "ours") else "few"
+        return "all" if tool in (*ALONE, "ours") else "few"
 
     def measure(self, tool: str, source: str, workers: int, dolma: str) -> None:
         """Run a tool on one document and on many."""
@@ -174,7 +189,7 @@ class Bench:
                 if words is None:
                     return
                 run, said = measured(words)
-            if tool == "library":
+            if tool in ALONE:
                 run.wall_s, run.cpu_s, self.tokens = json.loads(said)
             self.runs.setdefault((tool, size), []).append(run)
 
@@ -183,7 +198,7 @@ class Bench:
         size = self.size(tool)
         megabytes = self.megabytes[size]
         one, whole = self.median(tool, "one"), self.median(tool, size)
-        if tool == "library":  # it measures itself, without start-up
+        if tool in ALONE:  # it measures itself, without start-up
             one = Run(0.0, 0.0, 0.0)
         base = self.median("library", "all")
         net_s, net_cpu_s = whole.wall_s - one.wall_s, whole.cpu_s - one.cpu_s
@@ -224,7 +239,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), args.input, args.others_mb)
-        tools = ["library", *args.tools]
+        tools = [*ALONE, *args.tools]
         for _ in range(args.repeats):
             for tool in tools:
                 bench.measure(tool, args.tokenizer, args.workers, args.dolma)

@@ -38,7 +38,6 @@ def test_a_fast_engine_that_differs_is_given_up(
     tmp_path: Path, monkeypatch, caplog, wrong, workers: int
 ) -> None:
     monkeypatch.setattr("moetron.data.inputs.CHUNK_BYTES", 1)
-    monkeypatch.setattr(engine, "FAST_CHUNKS", 1)
     monkeypatch.setattr(engine, "open_fast", lambda tokenizer, _: WrongAfter(tokenizer, wrong))
     names = [f"{letter}.txt" for letter in "abcd"]
     for name in names:

@@ -4,14 +4,17 @@ import gzip
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moetron.data import inputs as inputs_module
 from moetron.data import tables
-from moetron.data.chunks import Cursor, Reject
+from moetron.data.chunks import Cursor, LongChunk, Reject
 from moetron.data.errors import DataError
 from moetron.data.filters import Filters
 from moetron.data.inputs import find_files, read_chunks
@@ -48,6 +51,49 @@ def write_tables(folder: Path, texts: list) -> None:
     for name, new in (("b.arrow", ipc.new_file), ("c.arrow", ipc.new_stream)):
         with new(str(folder / name), table.schema) as writer:
             writer.write_table(table, max_chunksize=17)
+
+
+ROW = st.sampled_from(['{"text": "%s"}' % ("word " * n) for n in (0, 1, 9)] + ["", "not JSON"])
+
+
+@given(
+    lines=st.lists(ROW, max_size=12),
+    ended=st.booleans(),
+    chunk_bytes=st.integers(1, 90),
+    long_bytes=st.integers(20, 60),
+)
+def test_rows_do_not_depend_on_how_a_file_is_cut(
+    tmp_path_factory, lines: list[str], ended: bool, chunk_bytes: int, long_bytes: int
+) -> None:
+    file = tmp_path_factory.getbasetemp() / "cut.jsonl"
+    text = "\n".join(lines) + "\n" * ended
+    expected = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line]
+
+    def rows(start: Cursor) -> Iterator[tuple[Cursor, list[tuple[int, str]]]]:
+        """Of each task: where the next begins, and (number, row) as they stand in the file."""
+        for chunk in read_chunks([file], start, chunk_bytes):
+            numbers = range(start.line, chunk.end.line + 1)
+            inside = text.encode()[start.offset_bytes : chunk.end.offset_bytes].decode()
+            found = [pair for pair in zip(numbers, inside.split("\n"), strict=False) if pair[1]]
+            if isinstance(chunk, LongChunk):
+                assert [(chunk.line, chunk.length_bytes)] == [(found[0][0], len(inside))]
+            else:
+                documents = list(chunk.documents("text"))
+                bad = [row.line for row in documents if isinstance(row, Reject)]
+                assert bad == [number for number, row in found if row == "not JSON"]
+                good = [row[0] for row in documents if not isinstance(row, Reject)]
+                assert good == [json.loads(row)["text"] for _, row in found if row != "not JSON"]
+            start = chunk.end
+            yield start, found
+
+    file.write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inputs_module, "LONG_BYTES", long_bytes)
+        tasks = list(rows(Cursor()))
+        assert [pair for _, found in tasks for pair in found] == expected
+        for number, (end, _) in enumerate(tasks, 1):
+            rest = [pair for _, found in tasks[number:] for pair in found]
+            assert [pair for _, found in rows(end) for pair in found] == rest
 
 
 def test_reads_tables(options: Options) -> None:

@@ -1,6 +1,7 @@
 """The fast engine against HuggingFace's library, on a BPE trained here."""
 
 import importlib.util
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -29,6 +30,16 @@ def test_any_text_has_the_same_ids(reference: HuggingFaceTokenizer, texts: list[
     assert ids.tolist() == [i for document in expected for i in document]
     assert lengths.tolist() == list(map(len, expected))
     assert [fast.decode(document) for document in expected] == list(map(reference.decode, expected))
+
+
+@needs_gigatoken
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_that_encode_at_the_same_time_get_their_own_ids(reference, threads: int) -> None:
+    fast = FastBPE(reference, threads)
+    batches = [[f"batch {number} of words, {'ever longer ' * number}"] for number in range(60)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(fast.encode_batch, batches))
+    assert found == [reference.encode_batch(batch) for batch in batches]
 
 
 @needs_gigatoken
