@@ -94,8 +94,7 @@ def open_streams(settings: Settings, vocab_size: int, tokenizer: Tokenizer | Non
         return Streams(mock, StreamFrom(mock, ENDLESS // 2) if wanted else None)
     assert tokenizer is not None, "checks refuse shards without it"
     training = open_training(data, length, seed, tokenizer)
-    if data.max_epochs is not None:
-        refuse_repetition(training, total_samples(settings), data.max_epochs)
+    refuse_repetition(training, total_samples(settings), data.max_epochs, data.epoch_caps())
     validation = None
     if wanted and data.valid_data_path is not None:
         validation = open_validation(data, data.valid_data_path, length, tokenizer)

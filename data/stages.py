@@ -6,9 +6,10 @@ cut in the same way goes on where the stage before it stopped, whatever the weig
 windows are shuffled anew (OLMoE's annealing).
 """
 
+import math
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import Any
@@ -158,19 +159,35 @@ class StagedStream:
         return {"sources": list(sources.values()), "starts": self.starts, "stages": states}
 
 
-def refuse_repetition(stream: StagedStream, samples: int, max_epochs: float) -> None:
-    """DataError, with a table, if a run takes a source more than ``max_epochs`` times, all told."""
-    uses = stream.uses(samples)
-    totals = [0.0] * len(stream.source_names)
-    for use in uses:
-        totals[use.source] += use.epochs
+def refuse_repetition(
+    stream: StagedStream,
+    samples: int,
+    max_epochs: float | None,
+    of_sources: Mapping[str, float] | None = None,
+) -> None:
+    """DataError, with a table, if a run takes a source more often than its cap, over all stages.
+
+    ``of_sources``: caps by name; ``max_epochs``: of the others, None: as often as they are drawn.
+    """
+    caps = of_sources or {}
+    if unknown := caps.keys() - set(stream.source_names):
+        raise DataError(
+            f"--source-max-epochs: no source is named {', '.join(sorted(unknown))}; "
+            f"there are {', '.join(stream.source_names)}"
+        )
+    epochs = [0.0] * len(stream.source_names)
+    for use in stream.uses(samples):
+        epochs[use.source] += use.epochs
+    default = math.inf if max_epochs is None else max_epochs
     over = [
-        name for name, total in zip(stream.source_names, totals, strict=True) if total > max_epochs
+        f"{name} {times:.3f} times (at most {cap:g})"
+        for name, times in zip(stream.source_names, epochs, strict=True)
+        if times > (cap := caps.get(name, default))
     ]
     if over:
         raise DataError(
-            f"--max-epochs {max_epochs:g}: the run of {samples * stream.seq_length:,} tokens would "
-            f"repeat {', '.join(over)} more often; change weights or stages, or shorten the run\n"
+            f"--max-epochs: the run of {samples * stream.seq_length:,} tokens would go through "
+            f"{', '.join(over)}; change weights or stages, or shorten the run\n"
             + use_table(stream, samples)
         )
 

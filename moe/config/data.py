@@ -11,6 +11,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
@@ -91,6 +92,9 @@ class DataSettings(Group):
     learning rate from a number of tokens on."""
     max_epochs: PositiveFloat | None = None
     """Refuse a run that would go through a source more often than this, over all stages."""
+    source_max_epochs: list[Word] | None = None
+    """The same of single sources, in place of --max-epochs: NAME EPOCHS NAME EPOCHS ...; a name is
+    a prefix without its folders."""
     valid_data_path: list[Word] | None = None
     """Validation shards, written the same way."""
     mock_data: bool = False
@@ -102,6 +106,21 @@ class DataSettings(Group):
     """Processes that load samples beside each rank; 0: the rank itself."""
     eod_mask_loss: bool = False
     """No loss on end-of-document tokens."""
+
+    @field_validator("source_max_epochs")
+    @classmethod
+    def _names_and_numbers(cls, words: list[str] | None) -> list[str] | None:
+        """Refuse another form."""
+        numbers = [number_or_none(word) for word in (words or [])[1::2]]
+        positive = all(number is not None and number > 0 for number in numbers)
+        if words is not None and (len(words) != 2 * len(numbers) or not positive):
+            raise ValueError("give NAME EPOCHS NAME EPOCHS ..., with numbers above 0")
+        return words
+
+    def epoch_caps(self) -> dict[str, float]:
+        """``source_max_epochs`` by name."""
+        words = self.source_max_epochs or []
+        return dict(zip(words[::2], map(float, words[1::2]), strict=True))
 
     def planned_stages(self) -> list[StageSettings]:
         """The stages; a run without them is one stage, or none where it has no shards."""

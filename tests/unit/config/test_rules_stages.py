@@ -34,6 +34,18 @@ def test_weights_in_a_recipe_are_numbers() -> None:
     assert make(valid_data_path=[0.25, "a", 1, "b"]).data.valid_data_path == ["0.25", "a", "1", "b"]
 
 
+def test_caps_of_single_sources_are_names_and_numbers() -> None:
+    assert make(source_max_epochs=["code", 4, "web", 1.5]).data.epoch_caps() == {
+        "code": 4.0,
+        "web": 1.5,
+    }
+    assert make().data.epoch_caps() == {}
+    for wrong in (["code"], ["4", "code"], ["code", "0"], ["code", "nan"], ["a", "1", "b"]):
+        _, problems, faulty = validate({"data": {"source_max_epochs": wrong}})
+        assert "source_max_epochs" in faulty
+        assert any("--source-max-epochs" in text and "NAME EPOCHS" in text for text in problems)
+
+
 @pytest.mark.parametrize("stage", [{"until_tokens": 5}, {"data_path": ["a"], "typo": 1}, "a: ["])
 def test_a_stage_of_another_form_is_refused(stage: Any) -> None:
     _, problems, faulty = validate({"data": {"stages": [stage]}})

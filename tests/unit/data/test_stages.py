@@ -92,7 +92,8 @@ def test_epochs_are_counted_over_all_stages_and_capped(two) -> None:
     assert sum(use.epochs for use in stream.uses(50) if use.source == 0) == 1.0
     assert [use.samples for use in stream.uses(10)][2:] == [0, 0]  # never gets to stage 2
     refuse_repetition(stream, 50, 1.0)
-    with pytest.raises(DataError, match=r"--max-epochs 1: .* repeat a more often") as caught:
+    over = r"--max-epochs: .* 208 tokens .* go through a 1\.033 times \(at most 1\); change"
+    with pytest.raises(DataError, match=over) as caught:
         refuse_repetition(stream, 52, 1.0)
     assert use_table(stream, 52) in str(caught.value)
     assert use_table(stream, 52).splitlines()[3].split() == [
@@ -103,6 +104,21 @@ def test_epochs_are_counted_over_all_stages_and_capped(two) -> None:
         "124",
         "1.033",
     ]
+
+
+def test_a_source_may_have_a_cap_of_its_own(two) -> None:
+    stream = StagedStream(stages(two), S)
+    epochs = {"a": 0.0, "b": 0.0}
+    for use in stream.uses(52):
+        epochs[stream.source_names[use.source]] += use.epochs
+    refuse_repetition(stream, 52, None)
+    refuse_repetition(stream, 52, None, {"b": epochs["b"]})
+    refuse_repetition(stream, 52, 1.0, {"a": epochs["a"]})
+    for default, caps in ((None, {"b": 0.1}), (1.0, {"b": 0.1, "a": 2.0})):
+        with pytest.raises(DataError, match=r"go through b [.0-9]+ times \(at most 0\.1\); change"):
+            refuse_repetition(stream, 52, default, caps)
+    with pytest.raises(DataError, match="no source is named c, d; there are a, b"):
+        refuse_repetition(stream, 52, 1.0, {"d": 1.0, "c": 2.0, "a": 9.0})
 
 
 @pytest.mark.parametrize(
