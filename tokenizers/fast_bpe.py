@@ -28,11 +28,18 @@ PROBES = (
 )
 
 
+PROCESS_BYTES = 1 << 29
+"""Memory of the process, for each thread that encodes, above which engines are replaced."""
+REPLACED_CHARACTERS = 1 << 26
+"""Text that an engine encodes at least before it is replaced: a new one has all words to learn."""
+
+
 class FastBPE(Tokenizer):
     """A HuggingFace tokenizer whose ids gigatoken computes.
 
     Threads may encode at the same time, each with an engine of its own: an engine remembers the
-    words that it has seen, behind a lock.
+    words that it has seen, behind a lock and without bound, up to ten bytes for one of text. So one
+    that has grown too large is thrown away.
     """
 
     kind = HuggingFaceTokenizer.kind
@@ -47,20 +54,20 @@ class FastBPE(Tokenizer):
         self.name, self.fingerprint = reference.name, reference.fingerprint
         self.vocab_size, self.sentinels = reference.vocab_size, reference.sentinels
         self.eod, self.pad = reference.eod, reference.pad
-        definition = reference.definition
-        self._idle = [_make_engine(definition) for _ in range(threads)]
+        self._definition, self._threads = reference.definition, threads
+        self._idle = [_Engine(self._definition) for _ in range(threads)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text."""
         require_encodable(texts)
-        with self._engine() as engine:
+        with self._engine(texts) as engine:
             lists: list[list[int]] = engine.encode_batch_list(list(texts), parallel=False)
         return lists
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all texts one after the other, uint32, and their lengths."""
         try:
-            with self._engine() as engine:
+            with self._engine(texts) as engine:
                 rows = engine.encode_batch(list(texts), parallel=False).layout
         except TypeError:
             require_encodable(texts)
@@ -69,16 +76,24 @@ class FastBPE(Tokenizer):
         return np.asarray(rows.content.data)[offsets[0] : offsets[-1]], np.diff(offsets)
 
     @contextmanager
-    def _engine(self) -> Iterator[Any]:
-        """An engine that no other thread uses."""
+    def _engine(self, texts: Sequence[str]) -> Iterator[Any]:
+        """What encodes these texts, and nothing else meanwhile."""
         try:
             engine = self._idle.pop()
         except IndexError:
-            engine = _make_engine(self.reference.definition)
+            engine = _Engine(self._definition)
         try:
-            yield engine
+            yield engine.tokenizer
         finally:
-            self._idle.append(engine)
+            engine.characters += sum(map(len, texts))
+            if engine.characters < REPLACED_CHARACTERS or not self._too_large():
+                self._idle.append(engine)
+
+    def _too_large(self) -> bool:
+        """Whether the process takes more memory than it should."""
+        import psutil  # here, since few runs need it and it is slow to load
+
+        return psutil.Process().memory_info().rss > self._threads * PROCESS_BYTES
 
     def id_of(self, token: str) -> int | None:
         """The reference's."""
@@ -106,11 +121,15 @@ def first_difference(fast: FastBPE, texts: Sequence[str]) -> str | None:
     return next((text for text, (a, b) in zip(texts, pairs, strict=True) if a != b), None)
 
 
-def _make_engine(definition: str) -> Any:
-    """One of gigatoken's tokenizers, from a ``tokenizer.json``."""
-    import gigatoken
+class _Engine:
+    """One of gigatoken's tokenizers, and how much it has encoded."""
 
-    return gigatoken.Tokenizer.from_json(definition)
+    def __init__(self, definition: str) -> None:
+        """From a ``tokenizer.json``."""
+        import gigatoken
+
+        self.tokenizer: Any = gigatoken.Tokenizer.from_json(definition)
+        self.characters = 0
 
 
 def _installed() -> bool:

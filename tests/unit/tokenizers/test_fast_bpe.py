@@ -43,6 +43,28 @@ def test_threads_that_encode_at_the_same_time_get_their_own_ids(reference, threa
 
 
 @needs_gigatoken
+@pytest.mark.parametrize(("process_bytes", "made"), [(1 << 50, 2), (0, 3)])
+def test_an_engine_that_has_grown_too_large_is_replaced(
+    reference, monkeypatch, process_bytes: int, made: int
+) -> None:
+    monkeypatch.setattr(fast_bpe, "PROCESS_BYTES", process_bytes)
+    monkeypatch.setattr(fast_bpe, "REPLACED_CHARACTERS", 20)
+    engines: list[str] = []
+    make = fast_bpe._Engine.__init__
+    monkeypatch.setattr(
+        fast_bpe._Engine,
+        "__init__",
+        lambda self, definition: engines.append(definition) or make(self, definition),
+    )
+    fast = FastBPE(reference, threads=2)
+    text = "nine char"
+    for _ in range(7):  # each engine is good for three calls
+        ids, _ = fast.encode_flat([text])
+        assert ids.tolist() == reference.encode(text)
+    assert len(engines) == made
+
+
+@needs_gigatoken
 def test_only_a_known_tokenizer_that_agrees_is_fast(reference, monkeypatch) -> None:
     assert isinstance(open_fast(reference), FastBPE)
     assert open_fast(ByteTokenizer()) is None
