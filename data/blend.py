@@ -1,7 +1,7 @@
 """Which sources a run reads and in what proportions: Megatron's ``--data-path``."""
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -35,7 +35,7 @@ class Source:
     @property
     def name(self) -> str:
         """The prefix without its folders."""
-        return Path(self.prefix).name
+        return source_name(self.prefix)
 
     @property
     def tokens(self) -> int:
@@ -69,7 +69,10 @@ class Blend:
 
 
 def open_blend(
-    data_path: Sequence[str], cutting: Cutting | int, expected_fingerprint: str | None = None
+    data_path: Sequence[str],
+    cutting: Cutting | int,
+    expected_fingerprint: str | None = None,
+    own_cuttings: Mapping[str, Cutting] | None = None,
 ) -> Blend:
     """Open ``[PREFIX]``, ``[PREFIX, PREFIX, ...]`` (by size) or ``[WEIGHT, PREFIX, ...]``.
 
@@ -79,6 +82,7 @@ def open_blend(
         data_path: Megatron's ``--data-path``.
         cutting: How shards are cut into samples; an int is the sequence length of causal samples.
         expected_fingerprint: The tokenizer that all shards must be made with.
+        own_cuttings: By name, those of sources that are cut in another way.
 
     Raises:
         DataError: the list has another form, a shard cannot be used, or the tokenizer of one is not
@@ -87,14 +91,24 @@ def open_blend(
     weights, prefixes = split_data_path(data_path)
     if isinstance(cutting, int):
         cutting = Cutting((cutting,), overlap=1)
+    own_cuttings = own_cuttings or {}
     sources = tuple(
-        Source(prefix, tuple(Shard(name) for name in members(prefix)), cutting)
+        Source(
+            prefix,
+            tuple(Shard(name) for name in members(prefix)),
+            own_cuttings.get(source_name(prefix), cutting),
+        )
         for prefix in prefixes
     )
     if expected_fingerprint is not None:
         _check_fingerprints(sources, expected_fingerprint)
     by_size = tuple(float(source.windows) for source in sources)
     return Blend(sources, tuple(weights) if weights else by_size)
+
+
+def source_name(prefix: str) -> str:
+    """The prefix without its folders."""
+    return Path(prefix).name
 
 
 def split_data_path(data_path: Sequence[str]) -> tuple[list[float] | None, list[str]]:

@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+from moetron.data.blend import source_name, split_data_path
+from moetron.data.errors import DataError
 from moetron.data.objectives.build import ObjectiveName, ObjectivePlan, build_objective
+from moetron.data.objectives.objective import Objective
 from moetron.data.repetition import RepetitionFilter
 from moetron.data.stages import Stage, StagedStream
 from moetron.data.stream import TokenStream, validation_stream
@@ -22,6 +25,7 @@ class StagePlan(Protocol):
 class DataPlan(ObjectivePlan, Protocol):
     """What settings say about data; see ``--help``."""
 
+    fim_sources: list[str] | None
     eod_mask_loss: bool
     repetition_max_count: int | None
     repetition_max_period: int
@@ -39,17 +43,16 @@ def open_training(plan: DataPlan, seq_length: int, seed: int, tokenizer: Tokeniz
     """The stages of a run one after the other.
 
     Raises:
-        DataError: a shard cannot be used, or an objective does not fit tokenizer or length.
+        DataError: a shard cannot be used, an objective does not fit tokenizer or length, or
+            ``fim_sources`` names a source that no stage with that objective has.
     """
-    stages = [
-        Stage(
-            plan.rooted(stage.data_path),
-            build_objective(stage.objective, seq_length, tokenizer, plan),
-            seed if stage.seed is None else stage.seed,
-            stage.until_tokens,
-        )
-        for stage in plan.planned_stages()
-    ]
+    _refuse_unknown_fim_sources(plan)
+    stages = []
+    for stage in plan.planned_stages():
+        objective, own = _objectives(plan, stage.objective, seq_length, tokenizer)
+        stage_seed = seed if stage.seed is None else stage.seed
+        path = plan.rooted(stage.data_path)
+        stages.append(Stage(path, objective, stage_seed, stage.until_tokens, own))
     count, period = plan.repetition_max_count, plan.repetition_max_period
     repetition = None if count is None else RepetitionFilter(count, period)
     return StagedStream(stages, seq_length, plan.eod_mask_loss, tokenizer.fingerprint, repetition)
@@ -58,12 +61,36 @@ def open_training(plan: DataPlan, seq_length: int, seed: int, tokenizer: Tokeniz
 def open_validation(
     plan: DataPlan, data_path: Sequence[str], seq_length: int, tokenizer: Tokenizer
 ) -> TokenStream:
-    """Every window of the validation shards once, with the objective of the last stage."""
+    """Every window of the validation shards once, as the last stage would have sources so named."""
     last = plan.planned_stages()[-1].objective
+    objective, own = _objectives(plan, last, seq_length, tokenizer)
     return validation_stream(
         plan.rooted(data_path),
         seq_length,
         plan.eod_mask_loss,
         tokenizer.fingerprint,
-        build_objective(last, seq_length, tokenizer, plan),
+        objective,
+        own,
     )
+
+
+def _objectives(
+    plan: DataPlan, name: ObjectiveName, seq_length: int, tokenizer: Tokenizer
+) -> tuple[Objective, dict[str, Objective]]:
+    """A stage's objective, and by source those that differ from it."""
+    objective = build_objective(name, seq_length, tokenizer, plan)
+    if name != "fim" or plan.fim_sources is None:
+        return objective, {}
+    rest = build_objective("causal", seq_length, tokenizer, plan)
+    return rest, dict.fromkeys(plan.fim_sources, objective)
+
+
+def _refuse_unknown_fim_sources(plan: DataPlan) -> None:
+    """DataError for names that no stage with infilling reads."""
+    paths = [stage.data_path for stage in plan.planned_stages() if stage.objective == "fim"]
+    known = dict.fromkeys(source_name(p) for path in paths for p in split_data_path(path)[1])
+    if unknown := [name for name in plan.fim_sources or [] if name not in known]:
+        raise DataError(
+            f"--fim-sources {' '.join(unknown)}: no stage with the objective fim has a source of "
+            f"that name; such sources are {', '.join(known)}"
+        )

@@ -10,18 +10,17 @@ import math
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from typing import Any
 
 from moetron.data.addresses import ShuffledAddresses
-from moetron.data.blend import open_blend
 from moetron.data.cutting import Cutting
 from moetron.data.errors import DataError
 from moetron.data.objectives.objective import Objective
 from moetron.data.repetition import RepetitionFilter
 from moetron.data.report import table
-from moetron.data.stream import TokenStream
+from moetron.data.stream import TokenStream, open_sources
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,8 @@ class Stage:
     seed: int
     until_tokens: int | None = None
     """Tokens of the run at which it ends; None: never (the last stage)."""
+    own_objectives: Mapping[str, Objective] = field(default_factory=dict)
+    """By name, those of sources that have another than ``objective``."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,13 @@ class StagedStream:
         """
         self.starts = _starts([stage.until_tokens for stage in stages], seq_length)
         self.seq_length = seq_length
-        self._blends = [
-            open_blend(stage.data_path, stage.objective.cutting, expected_fingerprint)
+        opened = [
+            open_sources(
+                stage.data_path, stage.objective, stage.own_objectives, expected_fingerprint
+            )
             for stage in stages
         ]
+        self._blends = [blend for blend, _ in opened]
         sources = [source for blend in self._blends for source in blend.sources]
         self._prefixes = list(dict.fromkeys(source.prefix for source in sources))
         names = {source.prefix: source.name for source in sources}
@@ -82,17 +86,15 @@ class StagedStream:
             [self._prefixes.index(source.prefix) for source in blend.sources]
             for blend in self._blends
         ]
-        kinds = [stage.objective.kinds for stage in stages]
-        self.objective_names = list(dict.fromkeys(chain.from_iterable(kinds)))
-        self._kinds = [[self.objective_names.index(kind) for kind in mine] for mine in kinds]
         self._streams = [
-            TokenStream(
-                blend, addresses, stage.objective, seq_length, key, eod_mask_loss, repetition
-            )
-            for stage, blend, addresses, key in zip(
-                stages, self._blends, self._orders(stages), self._keys(stages), strict=True
+            TokenStream(blend, addresses, objectives, seq_length, key, eod_mask_loss, repetition)
+            for (blend, objectives), addresses, key in zip(
+                opened, self._orders(stages), self._keys(stages), strict=True
             )
         ]
+        kinds = [stream.objective_names for stream in self._streams]
+        self.objective_names = list(dict.fromkeys(chain.from_iterable(kinds)))
+        self._kinds = [[self.objective_names.index(kind) for kind in mine] for mine in kinds]
 
     def _orders(self, stages: Sequence[Stage]) -> Iterator[ShuffledAddresses]:
         """The order of each stage's samples, after what earlier stages took of its sources."""
@@ -100,7 +102,8 @@ class StagedStream:
         for i, stage in enumerate(stages):
             if len(set(self._numbers[i])) < len(self._numbers[i]):
                 raise DataError(f"{' '.join(stage.data_path)}: names a source twice")
-            places = [(n, stage.seed, stage.objective.cutting) for n in self._numbers[i]]
+            cuttings = [source.cutting for source in self._blends[i].sources]
+            places = [(n, stage.seed, c) for n, c in zip(self._numbers[i], cuttings, strict=True)]
             taken = [begun.get(place, 0) for place in places]
             addresses = ShuffledAddresses(self._blends[i], stage.seed, self._numbers[i], taken)
             yield addresses

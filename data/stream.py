@@ -6,8 +6,9 @@ the objective makes the sample of them. Start-up time, memory and the state of a
 with the data.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -45,10 +46,11 @@ def training_stream(
     Raises:
         DataError: A shard cannot be used, or the list has another form.
     """
-    objective = objective or Causal(seq_length)
-    blend = open_blend(data_path, objective.cutting, expected_fingerprint)
+    blend, objectives = open_sources(
+        data_path, objective or Causal(seq_length), {}, expected_fingerprint
+    )
     addresses = ShuffledAddresses(blend, seed)
-    return TokenStream(blend, addresses, objective, seq_length, f"seed {seed}", eod_mask_loss)
+    return TokenStream(blend, addresses, objectives, seq_length, f"seed {seed}", eod_mask_loss)
 
 
 def validation_stream(
@@ -57,12 +59,39 @@ def validation_stream(
     eod_mask_loss: bool = False,
     expected_fingerprint: str | None = None,
     objective: Objective | None = None,
+    own_objectives: Mapping[str, Objective] | None = None,
 ) -> "TokenStream":
-    """Every window of every source once, in file order; arguments as for ``training_stream``."""
-    objective = objective or Causal(seq_length)
-    blend = open_blend(data_path, objective.cutting, expected_fingerprint)
+    """Every window of every source once, in file order; arguments as for ``training_stream``.
+
+    ``own_objectives``: by name, those of sources that have another than ``objective``.
+    """
+    blend, objectives = open_sources(
+        data_path, objective or Causal(seq_length), own_objectives or {}, expected_fingerprint
+    )
     addresses = FileOrderAddresses(blend)
-    return TokenStream(blend, addresses, objective, seq_length, "validation", eod_mask_loss)
+    return TokenStream(blend, addresses, objectives, seq_length, "validation", eod_mask_loss)
+
+
+def open_sources(
+    data_path: Sequence[str],
+    objective: Objective,
+    own_objectives: Mapping[str, Objective],
+    expected_fingerprint: str | None,
+) -> tuple[Blend, list[Objective]]:
+    """A blend whose sources are cut as their objectives ask, and the objective of each.
+
+    Args:
+        data_path: As for ``training_stream``.
+        objective: Of the sources that ``own_objectives`` does not name.
+        own_objectives: By the names of sources.
+        expected_fingerprint: As for ``training_stream``.
+
+    Raises:
+        DataError: As ``training_stream``.
+    """
+    cuttings = {name: own.cutting for name, own in own_objectives.items()}
+    blend = open_blend(data_path, objective.cutting, expected_fingerprint, cuttings)
+    return blend, [own_objectives.get(source.name, objective) for source in blend.sources]
 
 
 class TokenStream:
@@ -72,21 +101,26 @@ class TokenStream:
         self,
         blend: Blend,
         addresses: Addresses,
-        objective: Objective,
+        objectives: Sequence[Objective],
         seq_length: int,
         key: str,
         eod_mask_loss: bool,
         repetition: RepetitionFilter | None = None,
     ) -> None:
-        """``key`` names the stream to what is random in the objective."""
+        """One objective a source; ``key`` names the stream to what is random in them."""
         self.sources = blend.sources
-        self.objective = objective
+        self.objectives = list(objectives)
         self.seq_length = seq_length
         self.key = key
         self.repetition = repetition
         self.source_names = [source.name for source in blend.sources]
-        self.objective_names = list(objective.kinds)
-        self.bytes_per_token = [self._bytes_per_token(source) for source in blend.sources]
+        kinds = [objective.kinds for objective in objectives]
+        self.objective_names = list(dict.fromkeys(chain.from_iterable(kinds)))
+        self._kinds = [[self.objective_names.index(kind) for kind in mine] for mine in kinds]
+        self.bytes_per_token = [
+            _bytes_per_token(source) if isinstance(objective, Causal) else None
+            for source, objective in zip(blend.sources, objectives, strict=True)
+        ]
         self.addresses = addresses
         self._eods = [_eod(source) for source in blend.sources] if eod_mask_loss else None
         self._block = self._touched_block = -1
@@ -110,7 +144,7 @@ class TokenStream:
             "labels": row[1:],
             "loss_mask": mask,
             "source": source,
-            "objective": made.kind,
+            "objective": self._kinds[source][made.kind],
             "prefix": made.prefix,
             "filtered": int(filtered),
         }
@@ -132,31 +166,30 @@ class TokenStream:
         return {
             "sources": [_source_state(source) for source in self.sources],
             "order": self.addresses.state(),
-            "objective": self.objective.state(),
+            "objective": self._objective_state(),
             "seq_length": self.seq_length,
             "eod_mask_loss": self._eods is not None,
             "repetition": None if self.repetition is None else asdict(self.repetition),
         }
 
+    def _objective_state(self) -> dict[str, Any]:
+        """What identifies the objective of all sources, or that of each by its name."""
+        states = [objective.state() for objective in self.objectives]
+        if all(state == states[0] for state in states):
+            return states[0]
+        return {"by_source": dict(zip(self.source_names, states, strict=True))}
+
     def _read(self, n: int, row: np.ndarray, mask: np.ndarray) -> tuple[int, Made, bool]:
         """Make sample ``n`` in ``row`` [S + 1] and ``mask`` [S]; its source, and is it filtered."""
         source, window = self._address(n)
         slot, raw = self.sources[source].read(window)
-        made = self.objective.fill(raw, slot, f"{self.key} sample {n}", row, mask)
+        made = self.objectives[source].fill(raw, slot, f"{self.key} sample {n}", row, mask)
         if self._eods is not None:
             mask[row[:-1] == self._eods[source]] = 0.0
         filtered = self.repetition is not None and self.repetition.masks(raw)
         if filtered:
             mask[:] = 0.0
         return source, made, filtered
-
-    def _bytes_per_token(self, source: Source) -> float | None:
-        """Bytes of text that a token of a causal sample stands for, if the manifest says so."""
-        manifests = [shard.manifest for shard in source.shards]
-        size = sum(manifest.text_bytes for manifest in manifests if manifest is not None)
-        if None in manifests or not size or not isinstance(self.objective, Causal):
-            return None
-        return size / source.tokens
 
     def _address(self, n: int) -> tuple[int, int]:
         """(source, window) of sample ``n``."""
@@ -178,6 +211,13 @@ class TokenStream:
         numbers = np.arange(first, min(first + count, len(self)))
         sources, windows = self.addresses.locate(numbers)
         return sources.tolist(), windows.tolist()
+
+
+def _bytes_per_token(source: Source) -> float | None:
+    """Bytes of text that a token stands for, if the manifests say so."""
+    manifests = [shard.manifest for shard in source.shards]
+    size = sum(manifest.text_bytes for manifest in manifests if manifest is not None)
+    return size / source.tokens if size and None not in manifests else None
 
 
 def _eod(source: Source) -> int:

@@ -82,6 +82,9 @@ class DataSettings(Group):
     """fim: token before the middle."""
     fim_suffix_token: str = "<fim_suffix>"
     """fim: token before the suffix."""
+    fim_sources: list[Word] | None = None
+    """fim: only the sources of these names (prefixes without their folders), in every fim stage;
+    the others give causal samples. Unset: all."""
     repetition_max_count: int | None = Field(default=None, ge=5)
     """Mask the loss of a sample in which an n-gram stands this many times in a row (OLMoE: 32)."""
     repetition_max_period: PositiveInt = 13

@@ -18,6 +18,7 @@ def data(case: Case) -> Iterator[str]:
         yield from _blend(flag_name(name), getattr(source, name))
     if source.stages is not None:
         yield from _stages(case, source.stages)
+    yield from _fim_sources(case)
 
 
 def _stages(case: Case, stages: list[StageSettings]) -> Iterator[str]:
@@ -40,6 +41,16 @@ def _stages(case: Case, stages: list[StageSettings]) -> Iterator[str]:
             if end - last_end < case.settings.model.seq_length:
                 yield f"--stages, stage {number}: until_tokens {end} leaves it no sample"
             last_end = end
+
+
+def _fim_sources(case: Case) -> Iterator[str]:
+    """Sources for infilling, and a stage that infills."""
+    data = case.settings.data
+    objectives = {stage.objective for stage in data.planned_stages()}
+    if data.fim_sources == []:
+        yield "--fim-sources is empty: name sources, or leave it out for all of them"
+    elif data.fim_sources and not data.mock_data and "fim" not in objectives:
+        yield f"{case.said('fim_sources')} needs --objective fim (in a stage, at least)"
 
 
 def _blend(flag: str, items: list[str] | None) -> Iterator[str]:

@@ -112,3 +112,13 @@ def test_a_bidirectional_prefix_needs_a_prefix_and_a_mask() -> None:
     assert "use --attention-backend sdpa" in line
     (line,) = problems(objective="ul2", context_parallel_size=2, world_size=2)
     assert "use --context-parallel-size 1" in line
+
+
+def test_fim_sources_need_a_name_and_a_fim_stage() -> None:
+    (line,) = with_stages(FIRST, LAST, fim_sources=["a", "b"])
+    assert line == "--fim-sources a b needs --objective fim (in a stage, at least)"
+    assert with_stages({**FIRST, "objective": "fim"}, LAST, fim_sources=["a"]) == []
+    assert found(fim_sources=["a"]) == []  # mock data take the place of all stages
+    (line,) = with_stages({**LAST, "objective": "fim"}, fim_sources=[])
+    assert line.startswith("--fim-sources is empty: name sources")
+    assert flags.parse(["--fim-sources", "a", "b"]).settings["data"]["fim_sources"] == ["a", "b"]

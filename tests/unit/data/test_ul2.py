@@ -105,7 +105,7 @@ def test_no_raw_token_is_wasted(make_shard) -> None:
     prefix = make_shard("a", [[300 + token for token in tokens]], 4000)
     stream = training_stream([prefix], seq_length, seed=1, objective=ul2(seq_length))
     count = stream.sources[0].windows
-    tail = len(tokens) - sum(stream.objective.cutting.advances[i % 10] for i in range(count))
+    tail = len(tokens) - sum(stream.sources[0].cutting.advances[i % 10] for i in range(count))
     assert 0 <= tail < seq_length
     for epoch in range(epochs):
         seen: Counter[int] = Counter()
