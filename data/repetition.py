@@ -11,10 +11,7 @@ from functools import lru_cache
 import numpy as np
 
 from moetron.data.errors import DataError
-from moetron.data.filters import MAX_PERIOD, repetitive
-
-PROBES = 4
-"""Equal pairs that must follow one another before a sample is looked at closely."""
+from moetron.data.filters import MAX_PERIOD, PROBES, repetitive
 
 
 @dataclass(frozen=True)

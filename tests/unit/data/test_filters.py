@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moetron.data.errors import DataError
@@ -35,6 +35,32 @@ def test_repetitive_is_its_definition(documents, repetitions: int, max_period: i
     lengths = np.array(list(map(len, documents)), np.int64)
     expected = [repeats(document, repetitions, max_period) for document in documents]
     assert repetitive(tokens, lengths, repetitions, max_period).tolist() == expected
+
+
+@settings(max_examples=60)
+@given(
+    planted=st.lists(
+        st.tuples(
+            st.lists(st.integers(0, 3), min_size=1, max_size=13),
+            st.integers(1, 40),
+            st.lists(st.integers(0, 3), max_size=40),
+            st.lists(st.integers(0, 3), max_size=40),
+        ),
+        max_size=5,
+    ),
+    repetitions=st.integers(5, 34),
+)
+def test_no_repetition_hides_from_the_look_at_some_places(planted, repetitions: int) -> None:
+    documents = [before + ngram * times + after for ngram, times, before, after in planted]
+    tokens = np.array([token for document in documents for token in document], np.int32)
+    lengths = np.array(list(map(len, documents)), np.int64)
+    expected = [repeats(document, repetitions, 13) for document in documents]
+    assert repetitive(tokens, lengths, repetitions).tolist() == expected
+
+
+def test_a_repetition_that_begins_its_document_is_that_documents() -> None:
+    tokens = np.array([*range(8), *[9] * 33])  # the first of the places looked at is its first
+    assert repetitive(tokens, np.array([8, 33]), 33).tolist() == [False, True]
 
 
 @pytest.mark.parametrize(
