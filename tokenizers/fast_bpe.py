@@ -28,7 +28,7 @@ PROBES = (
 )
 
 
-PROCESS_BYTES = 1 << 29
+PROCESS_BYTES = 1 << 30
 """Memory of the process, for each thread that encodes, above which engines are replaced."""
 REPLACED_CHARACTERS = 1 << 26
 """Text that an engine encodes at least before it is replaced: a new one has all words to learn."""
