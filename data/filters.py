@@ -85,7 +85,8 @@ def repetitive(
     found = _suspects(tokens, lengths, repetitions, max_period)
     if not found.any():
         return found
-    tokens, lengths = tokens[np.repeat(found, lengths)], lengths[found]
+    ends, lengths = np.cumsum(lengths)[found], lengths[found]
+    tokens = np.concatenate([tokens[e - n : e] for e, n in zip(ends, lengths, strict=True)])
     document = np.repeat(np.flatnonzero(found), lengths)
     found[:] = False
     for period in range(1, max_period + 1):
