@@ -134,7 +134,7 @@ def _row_chunks(file: Path, start: Cursor, chunk_bytes: int) -> Iterator[RowChun
 
 
 def _newlines(data: bytes) -> int:
-    """How many lines end here; numpy counts several times as fast as ``bytes.count``."""
+    """How many lines end here; numpy counts twice as fast as ``bytes.count``."""
     return int(np.count_nonzero(np.frombuffer(data, np.uint8) == ord("\n")))
 
 

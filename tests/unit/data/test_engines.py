@@ -48,6 +48,17 @@ def test_a_fast_engine_that_differs_is_given_up(
     assert ("beginning again with the reference" in caplog.text) == (wrong is not None)
 
 
+@pytest.mark.parametrize(("texts", "at"), [(1, 450), (2, 900), (3, 0)])
+def test_beginning_middle_or_end_of_a_long_text_is_compared(texts: int, at: int) -> None:
+    text = "".join(chr(0x4E00 + i) for i in range(1000))
+    batch, characters = [text] * texts, encode_module.COMPARED_CHARACTERS
+    piece = text[at : at + characters]
+    assert len(piece) == characters
+    with pytest.raises(encode_module.EnginesDiffer):
+        encode_module.compare_engines(WrongAfter(ByteTokenizer(), piece), batch, 1)
+    encode_module.compare_engines(WrongAfter(ByteTokenizer(), "another"), batch, 1)
+
+
 def test_threads_of_a_concurrent_tokenizer_give_the_same_bytes(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("moetron.data.inputs.CHUNK_BYTES", 1)
     monkeypatch.setattr(ByteTokenizer, "concurrent", True)
