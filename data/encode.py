@@ -1,6 +1,7 @@
 """One task of preprocessing: raw rows to token ids."""
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -201,5 +202,7 @@ def open_tokenizer(encoding: Encoding) -> Tokenizer:
 
 @lru_cache(maxsize=2)
 def _tokenizer(source: str, fast: bool) -> Tokenizer:
+    # Workers are as many as cores: threads of HuggingFace's own would only be in their way.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     reference = load_tokenizer(source)
     return (open_fast(reference) if fast else None) or reference

@@ -5,7 +5,8 @@
 One run measures, in turns, with the same tokenizer file and ``--workers``, and prints a table:
 
 library   the tokenizer library's own batch call on texts in memory: one thread's speed times the
-          workers, for gigatoken on its own threads; in a fresh process, so with cold caches
+          workers, for gigatoken on its own threads; in a fresh process, so with cold caches.
+          BPE is gigatoken's where it knows the tokenizer; ``--no-fast``: HuggingFace's
 one core  the same on one thread
 ours      tools/preprocess_corpus.py
 megatron  Megatron-LM's algorithm: a document a task through a pool of processes, written with
@@ -81,12 +82,12 @@ def texts_of(inputs: Sequence[str]) -> Iterator[str]:
         yield from (found[0] for found in chunk.documents("text") if not isinstance(found, Reject))
 
 
-def library(source: str, rows: str, workers: int) -> None:
+def library(source: str, rows: str, workers: int, try_fast: bool) -> None:
     """Print what the library alone takes for the texts, and the tokens that they are."""
     texts = list(texts_of([rows]))
     reference = load_tokenizer(source)
-    fast = open_fast(reference)
-    os.environ["RAYON_NUM_THREADS"] = str(workers)
+    fast = open_fast(reference) if try_fast else None
+    os.environ["RAYON_NUM_THREADS"] = str(workers if fast else 1)
     if fast is None:
         batches = [texts[i : i + BATCH] for i in range(0, len(texts), BATCH)]
     else:
@@ -128,14 +129,17 @@ def megatron(source: str, rows: str, prefix: str, workers: int) -> None:
     builder.finalize(f"{prefix}.idx")
 
 
-def commands(source: str, rows: Path, out: str, workers: int, dolma: str) -> dict[str, list[str]]:
+def commands(
+    source: str, rows: Path, out: str, workers: int, dolma: str, fast: bool
+) -> dict[str, list[str]]:
     """The command of each tool."""
     python = [sys.executable]
     ours = [*python, str(ROOT / "tools" / "preprocess_corpus.py"), "--input", str(rows)]
     ours += ["--tokenizer", source, "--output-prefix", f"{out}/ours", "--append-eod"]
     alone = [*python, __file__, "library", source, str(rows)]
-    found = {"library": [*alone, str(workers)], "one core": [*alone, "1"]}
-    found["ours"] = [*ours, "--workers", str(workers)]
+    engine = str(int(fast))
+    found = {"library": [*alone, str(workers), engine], "one core": [*alone, "1", engine]}
+    found["ours"] = [*ours, "--workers", str(workers), *([] if fast else ["--no-fast"])]
     found["megatron"] = [*python, __file__, "megatron", source, str(rows), f"{out}/m", str(workers)]
     if dolma and source.endswith(".json"):
         tokenizer = load_tokenizer(source)
@@ -181,11 +185,11 @@ class Bench:
         """Which text a tool gets."""
         return "all" if tool in (*ALONE, "ours") else "few"
 
-    def measure(self, tool: str, source: str, workers: int, dolma: str) -> None:
+    def measure(self, tool: str, source: str, workers: int, dolma: str, fast: bool) -> None:
         """Run a tool on one document and on many."""
         for size in ("one", self.size(tool)):
             with tempfile.TemporaryDirectory(dir=self.rows[size].parent) as out:
-                words = commands(source, self.rows[size], out, workers, dolma).get(tool)
+                words = commands(source, self.rows[size], out, workers, dolma, fast).get(tool)
                 if words is None:
                     return
                 run, said = measured(words)
@@ -236,13 +240,14 @@ def main() -> None:
     parser.add_argument("--tools", nargs="+", default=["ours", "megatron", "dolma"])
     parser.add_argument("--dolma", default="", metavar="BIN")
     parser.add_argument("--others-mb", type=float, default=10)
+    parser.add_argument("--no-fast", action="store_true", help="HuggingFace's library for BPE")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), args.input, args.others_mb)
         tools = [*ALONE, *args.tools]
         for _ in range(args.repeats):
             for tool in tools:
-                bench.measure(tool, args.tokenizer, args.workers, args.dolma)
+                bench.measure(tool, args.tokenizer, args.workers, args.dolma, not args.no_fast)
         rows = [bench.row(tool) for tool in tools if (tool, "one") in bench.runs]
     print(table([[*COLUMNS, "of library", "of library, CPU"], *rows]))
 
@@ -251,6 +256,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["megatron"]:
         megatron(*sys.argv[2:5], int(sys.argv[5]))
     elif sys.argv[1:2] == ["library"]:
-        library(*sys.argv[2:4], int(sys.argv[4]))
+        library(*sys.argv[2:4], int(sys.argv[4]), sys.argv[5] == "1")
     else:
         main()
