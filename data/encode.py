@@ -121,6 +121,9 @@ def _encode(
     tokenizer: Tokenizer, texts: Sequence[str], encoding: Encoding, left_out: Counter[str]
 ) -> Documents:
     """Token ids of the texts that stay; the others are counted in ``left_out``."""
+    for name, caught in encoding.filters.by_words(texts):
+        left_out[name] += int(np.count_nonzero(caught))
+        texts = [text for text, leave in zip(texts, caught, strict=True) if not leave]
     dtype = token_dtype(tokenizer.vocab_size)
     parts = [_encode_part(tokenizer, part, dtype) for part in _parts(texts)]
     tokens = _joined([tokens for tokens, _ in parts], dtype)

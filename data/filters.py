@@ -1,17 +1,17 @@
 """Which documents are left out: pure functions of a document's row, text and tokens."""
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from moetron.data.words import frequent_words
+
 MAX_PERIOD = 13
 """Longest n-gram whose repetition counts, in tokens (OLMoE, section 2 and appendix)."""
 PROBES = 4
 """Equal pairs at places apart that must follow one another before tokens are looked at closely."""
-FIRST_WORD_SHARE, TWO_WORDS_SHARE = 0.3, 0.5
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,13 @@ class Filters:
         return "few stars" if few else None
 
     def by_text(self, text: str, row: Mapping[str, Any]) -> str | None:
-        """The name of a rule that leaves a document out for its text or row, if one does."""
-        if not text:
-            return "empty"
-        if (rule := self.by_row(row)) is not None:
-            return rule
-        if self.frequent_words and has_frequent_words(text):
-            return "frequent words"
-        return None
+        """The name of a rule that leaves a document out at first sight, if one does."""
+        return self.by_row(row) if text else "empty"
+
+    def by_words(self, texts: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
+        """(name, documents to leave out: bool [documents]) of each rule that looks at words."""
+        if self.frequent_words:
+            yield "frequent words", frequent_words(texts)
 
     def by_tokens(
         self, tokens: np.ndarray, lengths: np.ndarray
@@ -121,14 +120,3 @@ def stars(row: Mapping[str, Any], key: str) -> float:
     metadata = row.get("metadata")
     value = row.get(key, metadata.get(key) if isinstance(metadata, Mapping) else None)
     return value if isinstance(value, int | float) else 0
-
-
-def has_frequent_words(text: str) -> bool:
-    """Whether one word makes more than 30 % of a text, or two words more than 50 %."""
-    return are_frequent(Counter(text.split()))
-
-
-def are_frequent(counts: Counter[str]) -> bool:
-    """``has_frequent_words`` of a text whose words were counted."""
-    shares = [count / counts.total() for _, count in counts.most_common(2)]
-    return bool(shares) and (shares[0] > FIRST_WORD_SHARE or sum(shares) > TWO_WORDS_SHARE)

@@ -7,10 +7,11 @@ import numpy as np
 
 from moetron.data.chunks import LongChunk
 from moetron.data.encode import Encoding, compare_engines, is_held_out
-from moetron.data.filters import MAX_PERIOD, Filters, are_frequent
+from moetron.data.filters import MAX_PERIOD, Filters
 from moetron.data.indexed_format import LENGTH, token_dtype
 from moetron.data.long_rows import LongText
 from moetron.data.long_text import pieces
+from moetron.data.words import are_frequent
 from moetron.tokenizers.fast_bpe import FastBPE
 from moetron.tokenizers.interface import Tokenizer
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moetron.data.errors import DataError
-from moetron.data.filters import Filters, has_frequent_words, repetitive
+from moetron.data.filters import Filters, repetitive
 from moetron.data.options import Options
 from moetron.data.preprocess import preprocess
 from moetron.data.shard import Shard
@@ -61,20 +61,6 @@ def test_no_repetition_hides_from_the_look_at_some_places(planted, repetitions: 
 def test_a_repetition_that_begins_its_document_is_that_documents() -> None:
     tokens = np.array([*range(8), *[9] * 33])  # the first of the places looked at is its first
     assert repetitive(tokens, np.array([8, 33]), 33).tolist() == [False, True]
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("", False),
-        ("a a a b c d e f g h", False),  # 30 % exactly
-        ("a a a a b c d e f g", True),
-        ("a a a b b c d e f g", False),  # 50 % exactly
-        ("a a a b b b c d e f", True),
-    ],
-)
-def test_frequent_words(text: str, expected: bool) -> None:
-    assert has_frequent_words(text) == expected
 
 
 def test_the_manifest_counts_what_is_left_out(tmp_path: Path) -> None:
