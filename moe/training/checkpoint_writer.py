@@ -85,15 +85,23 @@ def _copy(part: Any) -> Any:
 
 
 class _SummingFile(io.FileIO):
-    """A file that is written from start to end, and its SHA-256."""
+    """A file that is written from start to end, and its SHA-256.
 
-    def __init__(self, path: PathLike[str] | str) -> None:
+    What the disk answers is noted in ``failures``: torch tells of a broken archive instead.
+    """
+
+    def __init__(self, path: PathLike[str] | str, failures: list[Exception]) -> None:
         super().__init__(path, "wb")
         self.digest = hashlib.sha256()
+        self._failures = failures
 
     def write(self, data: Any) -> int:
         """Write bytes; the sum takes in what the file took."""
-        count = super().write(data)
+        try:
+            count = super().write(data)
+        except OSError as error:
+            self._failures.append(error)
+            raise
         self.digest.update(memoryview(data).cast("B")[:count])
         return count
 
@@ -104,7 +112,7 @@ class _SummingFileSystem(FileSystem):
     def __init__(self) -> None:
         self.sums: dict[str, str] = {}
         self.failures: list[Exception] = []
-        """What writing met, on whatever thread."""
+        """What writing met, on whatever thread, the cause first."""
 
     @contextmanager
     def create_stream(self, path: str | PathLike[str], mode: str) -> Iterator[Any]:
@@ -114,7 +122,7 @@ class _SummingFileSystem(FileSystem):
                 yield stream
             return
         try:
-            file = _SummingFile(path)
+            file = _SummingFile(path, self.failures)
             with io.BufferedWriter(file) as stream:
                 yield stream
         except Exception as error:
@@ -134,7 +142,11 @@ class _Writer(FileSystemWriter):
         self, plan: SavePlan, planner: SavePlanner
     ) -> torch.futures.Future[list[WriteResult]]:
         """Write this rank's share, or raise what any thread met: all ranks then hear of it."""
-        written = super().write_data(plan, planner)
-        if self._files.failures:
+        written = None
+        try:
+            written = super().write_data(plan, planner)
+        except Exception as error:
+            self._files.failures.append(error)
+        if written is None or self._files.failures:
             raise self._files.failures[0]
         return written
