@@ -197,6 +197,12 @@ BROKEN = {
     f"{GENERATE} --load nothing": "nothing: holds no checkpoint",
     f"{GENERATE} --load run --temperature -1": "temperature",
     "tools/inspect_data.py absent": "absent",
+    "tools/upcycle.py --load run --output up --num-experts 2 --router-init-std -1": (
+        "--router-init-std -1.0: Input should be greater than 0\n"
+    ),
+    "tools/check_parity.py --config good.yaml --layouts ep2 --load absent": (
+        "--load absent: no such folder"
+    ),
     "tools/plan.py parallel.yaml": "`tensor_parallel` under `parallel:`",
     "tools/plan.py good.yaml --world-size 0": "--world-size 0: must be an integer >= 1",
     "tools/inspect_data.py cut": "cut",
@@ -225,7 +231,9 @@ def test_a_port_in_use(world: Path) -> None:
 def test_a_loss_that_is_not_finite_names_the_step(world: Path) -> None:
     code, message = run(world, f"{MOCK} --lr 1e30 --clip-grad 0 --no-tensorboard")
     assert code == 1, message
-    assert re.search(r"^rank 0: NotFiniteError: lm_loss is .*norm nan in step \d; checkpoints", message)
+    assert re.search(
+        r"^rank 0: NotFiniteError: lm_loss is .*norm nan in step \d; checkpoints", message
+    )
     assert "Traceback" not in message
 
 
