@@ -20,6 +20,7 @@ from moetron.moe.config.load import Command, load
 from moetron.moe.config.settings import Settings
 from moetron.moe.plan.render import render
 from moetron.moe.training.compatibility import check_folders
+from moetron.moe.training.opening import announce
 from moetron.moe.training.quiet import quieten_libraries
 from moetron.moe.training.stream import StreamFrom, Streams
 from moetron.tokenizers.interface import Tokenizer, TokenizerError
@@ -38,6 +39,7 @@ def main() -> int:
     except (DataError, TokenizerError) as error:
         raise UserError(str(error)) from error
     check_folders(command.settings, streams.training.state())
+    announce(command.settings)
     return pretrain(command.settings, vocab_size, streams)
 
 
@@ -62,7 +64,7 @@ def pretrain(settings: Settings, vocab_size: int, streams: Streams) -> int:
         loop = build.build_loop(trainer, streams)
         with resilience.StopSignal() as stop:
             stopped = loop.run(stop)
-    return resilience.EXIT_STOPPED if stopped else 0
+    return resilience.stopped(settings.checkpoint.save) if stopped else 0
 
 
 def open_tokenizer(settings: Settings) -> Tokenizer | None:

@@ -21,6 +21,8 @@ python="${PYTHON:-${MOETRON_VENV:-$root/.venv}/bin/python}"
 gpus="$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)"
 ranks="${RANKS:-$((gpus > 0 ? gpus : 1))}"
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
+# What a step and a save may take after a signal; torchrun kills ranks after 30 s otherwise.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
 command=("$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" "$root/pretrain_moe.py")
 case " $* " in # of two --world-size the last counts
   *" --dry-run "*) command=("$python" "$root/pretrain_moe.py" --world-size "$ranks") ;;

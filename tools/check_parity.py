@@ -23,6 +23,7 @@ from moetron.moe.config.errors import UserError
 from moetron.moe.config.load import load
 from moetron.moe.config.settings import Settings
 from moetron.moe.plan.named_layouts import layouts_of, parse
+from moetron.moe.training import checkpoint_folder
 from moetron.moe.training.quiet import quieten_libraries
 from moetron.tokenizers.load import load_tokenizer
 
@@ -54,6 +55,8 @@ def refuse(options: argparse.Namespace, settings: Settings) -> None:
     problems = []
     if not 1 <= options.steps <= settings.training.train_iters:
         problems.append(f"--steps {options.steps}: must be 1 to --train-iters of the recipe")
+    if options.load is not None:
+        checkpoint_folder.find(options.load)
     if options.ranks is not None and options.ranks < 1:
         problems.append(f"--ranks {options.ranks}: must be at least 1")
     chosen = settings.optimizer.optimizer
@@ -107,9 +110,8 @@ def check(options: argparse.Namespace, folder: Path) -> int:
 
 def main() -> int:
     """Check what the command line names; the exit code."""
-    options = parser().parse_args()
     with tempfile.TemporaryDirectory(prefix="parity-") as folder:
-        return check(options, Path(folder))
+        return check(parser().parse_args(), Path(folder))
 
 
 if __name__ == "__main__":

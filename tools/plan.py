@@ -16,13 +16,15 @@ from pathlib import Path
 from moetron.moe.config import recipe
 from moetron.moe.config.derived import smallest_world_size, total_samples
 from moetron.moe.config.errors import UserError
-from moetron.moe.config.load import Command, load
-from moetron.moe.config.parallel import ParallelSettings
+from moetron.moe.config.flags import parse
+from moetron.moe.config.load import Command, load, merge
+from moetron.moe.config.validate import validate
 from moetron.moe.plan.flops import flops_per_token
 from moetron.moe.plan.hardware import PEAK_BF16_TFLOPS_PER_S
 from moetron.moe.plan.memory import memory_per_rank
 from moetron.moe.plan.parameters import count_parameters
 from moetron.moe.plan.render import render
+from moetron.moe.training.resilience import run_guarded
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 UTILISATION = 0.2
@@ -66,8 +68,10 @@ def find(name: str) -> Path:
 
 def planned(path: Path, world_size: int | None, rank: int, flags: list[str]) -> Command:
     """A recipe as a dry run on GPUs reads it."""
-    parallel = ParallelSettings.model_validate(recipe.read(path).get("parallel", {}))
-    ranks = world_size or smallest_world_size(parallel)
+    settings, _, _ = validate(merge(recipe.read(path), parse(flags).settings))
+    ranks = world_size
+    if ranks is None:  # load() says what is wrong with the settings
+        ranks = smallest_world_size(settings.parallel) if settings else 1
     argv = ["--config", str(path), "--dry-run", "--world-size", str(ranks), "--rank", str(rank)]
     return load([*argv, "--device", "cuda", *flags])
 
@@ -113,8 +117,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_guarded(main))

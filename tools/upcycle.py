@@ -16,8 +16,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from moetron.moe.config import flags
-from moetron.moe.config.errors import ConfigError, UserError
+from moetron.moe.config.errors import ConfigError
 from moetron.moe.config.field import flag_name
 from moetron.moe.config.load import check, merge
 from moetron.moe.config.upcycling import UpcyclingSettings
@@ -80,8 +82,11 @@ def main() -> int:
         options = UpcyclingSettings.model_validate(
             {name: getattr(own, name) for name in UpcyclingSettings.model_fields}
         )
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    except ValidationError as error:
+        wrong = [
+            (flag_name(str(one["loc"][0])), one["input"], one["msg"]) for one in error.errors()
+        ]
+        raise ConfigError([f"{flag} {value}: {said}" for flag, value, said in wrong]) from error
     quieten_libraries()
     from moetron.moe.convert.start import MODEL_FILE  # torch: seconds
     from moetron.moe.convert.upcycle import dense_folder, dense_run, is_huggingface, upcycle

@@ -24,10 +24,13 @@ resume=()
 previous=""
 for word in "$@"; do
   if [ "$previous" = --save ]; then resume=(--load "$word"); fi
+  case "$word" in --save=*) resume=(--load "${word#--save=}") ;; esac
   previous="$word"
 done
 head_node="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 export CUDA_DEVICE_MAX_CONNECTIONS=1
+# Of the 300 s that SLURM gives, what a step and a save may take; torchrun kills ranks after 30 s otherwise.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-270}"
 exec srun "${PYTHON:-$root/.venv/bin/python}" -m torch.distributed.run \
   --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "${RANKS:-${SLURM_GPUS_ON_NODE:-8}}" \
   --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$head_node:${MASTER_PORT:-29500}" \

@@ -1,10 +1,14 @@
-"""Errors that are the user's to mend."""
+"""Errors that are a message, not a traceback."""
 
 from collections.abc import Sequence
 
 
 class UserError(ValueError):
     """Something that the user must change: printed without a traceback, exit code 2."""
+
+
+class RunError(RuntimeError):
+    """What ends a run without being anybody's bug: printed without a traceback, exit code 1."""
 
 
 class ConfigError(UserError):

@@ -187,9 +187,12 @@ def parse(argv: Sequence[str]) -> Given:
 
 
 def _plain(value: Any, setting: FieldInfo) -> Any:
-    """``none`` as None for an optional setting; one text as a scalar where a field takes both."""
+    """``none``, or YAML's ``null``, as None for an optional setting.
+
+    One text becomes a scalar where a field takes both.
+    """
     alone = value[0] if isinstance(value, list) and len(value) == 1 else value
-    if is_optional(setting) and isinstance(alone, str) and alone.lower() == "none":
+    if is_optional(setting) and isinstance(alone, str) and alone.lower() in ("none", "null"):
         return None
     takes_scalar = int in choices(setting)
     return alone if isinstance(value, list) and takes_scalar else value

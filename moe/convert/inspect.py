@@ -39,6 +39,7 @@ def describe(path: Path, verify: bool = False) -> str:
         f"on disk      {len(record.files)} files, {size / 1e9:.3f} GB",
         f"weights      {len(shapes)} tensors, {parameters:,} parameters",
         f"HuggingFace  {fit}",
+        *(["verified     every file is as its SHA-256 says"] if verify else []),
         "",
     ]
     width = max(map(len, shapes))

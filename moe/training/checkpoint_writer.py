@@ -9,12 +9,17 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 from torch.distributed.checkpoint import save as save_tensors
 from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+
+from moetron.moe.config.errors import RunError
 
 THREADS = 2
 """Files that a rank writes at once."""
@@ -49,15 +54,27 @@ class Contents(torch_strategy.TorchDistSaveShardedStrategy):
 
         Returns:
             SHA-256 of the files that this rank wrote, taken on their way to the disk.
+
+        Raises:
+            RunError: on every rank, where one of them could not write.
         """
-        writer = FileSystemWriter(folder, thread_count=THREADS, sync_files=True)
-        writer.fs = files = _SummingFileSystem()
+        files = _SummingFileSystem()
+        writer = _Writer(folder, files)
         planner = torch_strategy.MCoreSavePlanner(flatten_state_dict=False)
         try:
             save_tensors(self._tensors, storage_writer=writer, planner=planner, process_group=group)
         except CheckpointException as error:  # not an Exception, for torch
-            raise RuntimeError(f"cannot write {folder}: {error}") from error
+            raise _readable(folder, error) from error
         return files.sums
+
+
+def _readable(folder: Path, error: CheckpointException) -> Exception:
+    """What a save met, without torch's tracebacks where it is the disk's fault."""
+    causes = {rank: cause for rank, (cause, _) in sorted(error.failures.items())}
+    if not all(isinstance(cause, OSError) for cause in causes.values()):
+        return RuntimeError(f"cannot write {folder}: {error}")
+    said = "; ".join(f"rank {rank}: {cause}" for rank, cause in causes.items())
+    return RunError(f"cannot write {folder}: {said}; checkpoints before it are untouched")
 
 
 def _copy(part: Any) -> Any:
@@ -68,15 +85,23 @@ def _copy(part: Any) -> Any:
 
 
 class _SummingFile(io.FileIO):
-    """A file that is written from start to end, and its SHA-256."""
+    """A file that is written from start to end, and its SHA-256.
 
-    def __init__(self, path: PathLike[str] | str) -> None:
+    What the disk answers is noted in ``failures``: torch tells of a broken archive instead.
+    """
+
+    def __init__(self, path: PathLike[str] | str, failures: list[Exception]) -> None:
         super().__init__(path, "wb")
         self.digest = hashlib.sha256()
+        self._failures = failures
 
     def write(self, data: Any) -> int:
         """Write bytes; the sum takes in what the file took."""
-        count = super().write(data)
+        try:
+            count = super().write(data)
+        except OSError as error:
+            self._failures.append(error)
+            raise
         self.digest.update(memoryview(data).cast("B")[:count])
         return count
 
@@ -86,6 +111,8 @@ class _SummingFileSystem(FileSystem):
 
     def __init__(self) -> None:
         self.sums: dict[str, str] = {}
+        self.failures: list[Exception] = []
+        """What writing met, on whatever thread, the cause first."""
 
     @contextmanager
     def create_stream(self, path: str | PathLike[str], mode: str) -> Iterator[Any]:
@@ -94,7 +121,32 @@ class _SummingFileSystem(FileSystem):
             with super().create_stream(path, mode) as stream:
                 yield stream
             return
-        file = _SummingFile(path)
-        with io.BufferedWriter(file) as stream:
-            yield stream
+        try:
+            file = _SummingFile(path, self.failures)
+            with io.BufferedWriter(file) as stream:
+                yield stream
+        except Exception as error:
+            self.failures.append(error)
+            raise
         self.sums[Path(path).name] = file.digest.hexdigest()
+
+
+class _Writer(FileSystemWriter):
+    """torch's, which loses what its helper threads meet: a file cut short would pass for whole."""
+
+    def __init__(self, folder: Path, files: _SummingFileSystem) -> None:
+        super().__init__(folder, thread_count=THREADS, sync_files=True)
+        self.fs = self._files = files
+
+    def write_data(
+        self, plan: SavePlan, planner: SavePlanner
+    ) -> torch.futures.Future[list[WriteResult]]:
+        """Write this rank's share, or raise what any thread met: all ranks then hear of it."""
+        written = None
+        try:
+            written = super().write_data(plan, planner)
+        except Exception as error:
+            self._files.failures.append(error)
+        if written is None or self._files.failures:
+            raise self._files.failures[0]
+        return written

@@ -13,9 +13,20 @@ from moetron.moe.training.progress import Progress
 from moetron.moe.training.report import Row, Sink
 from moetron.moe.training.saver import Saver
 from moetron.moe.training.schedule import LearningRate
-from moetron.moe.training.step import BatchIterators, StepFigures, Trainer, train_step
+from moetron.moe.training.step import (
+    BatchIterators,
+    NotFiniteError,
+    StepFigures,
+    Trainer,
+    train_step,
+)
 from moetron.moe.training.stream import Streams
 from moetron.moe.training.tally import Losses, Tally
+
+_WAY_ON = (
+    "checkpoints are from before it: go on from one with a lower --lr or --clip-grad, say, or with "
+    "--no-check-for-nan-in-loss-and-grad to look on"
+)
 
 
 class Loop:
@@ -99,9 +110,12 @@ class Loop:
         count = samples // (settings.training.micro_batch_size * runtime.dp_size)
         learning_rate = self._rate.at(self.progress)
         start_s = time.perf_counter()
-        figures = train_step(
-            self.trainer, batches, count, learning_rate, stop_requested, self._tally
-        )
+        try:
+            figures = train_step(
+                self.trainer, batches, count, learning_rate, stop_requested, self._tally
+            )
+        except NotFiniteError as error:
+            raise NotFiniteError(f"{error} in step {self.progress.step + 1}; {_WAY_ON}") from error
         step_time_s = time.perf_counter() - start_s
         self.progress = self.progress.after(samples, settings.model.seq_length)
         if self.sinks:

@@ -2,9 +2,10 @@
 
 import importlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import numpy as np
 
@@ -49,29 +50,40 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, last_step: int) -> None:
-        if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if _step(line, last_step) <= last_step]
-            if kept != lines:
-                write_text(path, "".join(kept))
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        self._file = self._without(lambda step: step > last_step)
 
     def write(self, row: Row) -> None:
         """Append a line and hand it to the operating system."""
         self._file.write(json.dumps(dict(row)) + "\n")
         self._file.flush()
 
+    def rewrite(self, row: Row) -> None:
+        """Write a line in place of its step's: an evaluation that a finished run repeats."""
+        self._file.close()
+        self._file = self._without(lambda step: step == row["step"])
+        self.write(row)
+
+    def _without(self, dropped: Callable[[float], bool]) -> TextIO:
+        """The file, open to append, without the lines of some steps."""
+        if self._path.exists():
+            lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if not dropped(_step(line))]
+            if kept != lines:
+                write_text(self._path, "".join(kept))
+        return self._path.open("a", encoding="utf-8")
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
 
-def _step(line: str, last_step: int) -> int:
+def _step(line: str) -> float:
     """The step of a line; a line that a crash cut short lies after every step."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return last_step + 1
+        return math.inf
 
 
 class LineFiles:
@@ -94,8 +106,8 @@ class LineFiles:
         self._metrics.write(row)
 
     def validation(self, row: Row) -> None:
-        """A line in validation.jsonl."""
-        self._validation.write(row)
+        """A line in validation.jsonl, one for a step."""
+        self._validation.rewrite(row)
 
     def expert_load(self, step: int, loads: Loads) -> None:
         """Each layer's maximum is in the step's line; the rest would be most of the file."""

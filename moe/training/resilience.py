@@ -9,8 +9,10 @@ Under torchrun a rank that ends takes the others with it. What torchrun itself d
   and cause stand in its closing table.
 """
 
+import errno
 import json
 import os
+import select
 import signal
 import sys
 import time
@@ -20,7 +22,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from moetron.moe.config.errors import UserError
+from moetron.moe.config.errors import RunError, UserError
 
 EXIT_FAILED = 1
 EXIT_USER = 2
@@ -33,6 +35,9 @@ REPEAT_S = 2.0
 itself."""
 YIELD_S = 3.0
 """How long a rank that is not the cause waits for torchrun to end it before it speaks."""
+_STDOUT = 1
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
+"""What a disk or a file system has to answer for, wherever it is met."""
 _PEER_GONE = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -46,9 +51,10 @@ _PEER_GONE = (
 def run_guarded(main: Callable[[], int]) -> int:
     """Run ``main`` and return its exit code, or say once what went wrong and return that.
 
-    A ``UserError`` is its message alone and code 2. Anything else is a traceback, a last line with
-    rank and cause, and code 1. Where several ranks fail together, one speaks: ranks other than 0
-    that meet a user's error, and ranks whose neighbour vanished, wait first; torchrun ends them.
+    A ``UserError`` is its message alone and code 2, a ``RunError`` or a disk's failure its message
+    and code 1. Anything else is a traceback, a last line with rank and cause, and code 1. Where
+    several ranks fail together, one speaks: ranks other than 0 that meet a user's error, and ranks
+    whose neighbour vanished, wait first; torchrun ends them.
 
     A rank that fails inside a job of several leaves by ``os._exit``, without waiting for process
     groups: its connections close, so that ranks that wait for it fail instead of hanging.
@@ -56,8 +62,7 @@ def run_guarded(main: Callable[[], int]) -> int:
     rank = int(os.environ.get("RANK", "0"))
     try:
         code = main()
-        if code == EXIT_STOPPED:
-            _tell_torchrun("stopped by a signal after a save; --load goes on")
+        sys.stdout.flush()
         return code
     except KeyboardInterrupt:
         code, text = 128 + signal.SIGINT, "interrupted"
@@ -67,11 +72,14 @@ def run_guarded(main: Callable[[], int]) -> int:
         code, text = EXIT_USER, str(error)
         _tell_torchrun(text)
     except Exception as error:
-        if _is_echo(error):
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            text = "stopped: nobody reads standard output any more"
+        elif _is_echo(error):
             time.sleep(YIELD_S)
             text = f"rank {rank}: another rank ended: {_one_line(error)}"
         else:
-            traceback.print_exc()
+            if not _needs_no_traceback(error):
+                traceback.print_exc()
             text = f"rank {rank}: {_one_line(error)}"
             _tell_torchrun(text)
         code = EXIT_FAILED
@@ -81,6 +89,17 @@ def run_guarded(main: Callable[[], int]) -> int:
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+def stopped(save: str | None) -> int:
+    """Say what a signal left behind in ``save``; the exit code."""
+    kept = save is not None
+    text = f"saved in {save}; --load {save} goes on" if kept else "nothing is kept: no --save"
+    text = f"stopped by a signal; {text}"
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
+    _tell_torchrun(text)
+    return EXIT_STOPPED if kept else EXIT_FAILED
 
 
 class StopSignal:
@@ -123,6 +142,21 @@ class StopSignal:
         elif time.monotonic() - self._since > REPEAT_S:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
+
+
+def _needs_no_traceback(error: Exception) -> bool:
+    """Whether an error's own words say all."""
+    return isinstance(error, RunError) or (isinstance(error, OSError) and error.errno in _DISK)
+
+
+def _reader_is_gone() -> bool:
+    """Whether standard output is a pipe that was closed (``| head``); it leads nowhere then."""
+    poller = select.poll()
+    poller.register(_STDOUT, select.POLLOUT)
+    gone = any(event & select.POLLERR for _, event in poller.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)  # the interpreter flushes it at its end
+    return gone
 
 
 def _is_echo(error: Exception) -> bool:

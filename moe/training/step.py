@@ -15,6 +15,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model
 
 from moetron.moe.config.bridge import ModelConfig
 from moetron.moe.config.derived import routed_layers
+from moetron.moe.config.errors import RunError
 from moetron.moe.config.settings import Settings
 from moetron.moe.layers.attention import prefix_mask
 from moetron.moe.routing.losses import read_auxiliary_losses
@@ -29,7 +30,7 @@ BatchIterators = Sequence[Iterator[Batch] | None]
 """For each model chunk of this rank its micro-batches, None for a chunk that needs no samples."""
 
 
-class NotFiniteError(RuntimeError):
+class NotFiniteError(RunError):
     """A loss or gradient norm that is infinite or not a number."""
 
 

@@ -65,6 +65,7 @@ def _files() -> dict[str, str]:
         "bad.yaml": "model: {num_layers: 2",
         "list.yaml": "- model\n- moe\n",
         "key.yaml": yaml.safe_dump({**mock, "moe": {"num_expert": 4}}),
+        "parallel.yaml": yaml.safe_dump({**mock, "parallel": {"tensor_parallel": 2}}),
         "section.yaml": yaml.safe_dump({**mock, "modle": {"num_layers": 2}}),
         "twice.yaml": "model:\n  num_layers: 2\n  num_layers: 3\n",
         "dense.yaml": yaml.safe_dump({**mock, "moe": {}}),
@@ -196,6 +197,14 @@ BROKEN = {
     f"{GENERATE} --load nothing": "nothing: holds no checkpoint",
     f"{GENERATE} --load run --temperature -1": "temperature",
     "tools/inspect_data.py absent": "absent",
+    "tools/upcycle.py --load run --output up --num-experts 2 --router-init-std -1": (
+        "--router-init-std -1.0: Input should be greater than 0\n"
+    ),
+    "tools/check_parity.py --config good.yaml --layouts ep2 --load absent": (
+        "--load absent: no such folder"
+    ),
+    "tools/plan.py parallel.yaml": "`tensor_parallel` under `parallel:`",
+    "tools/plan.py good.yaml --world-size 0": "--world-size 0: must be an integer >= 1",
     "tools/inspect_data.py cut": "cut",
     f"{NGRAM} --train-data-path ok --valid-data-path absent --seq-length 8": "absent",
 }
@@ -216,6 +225,15 @@ def test_a_port_in_use(world: Path) -> None:
     code, message = _timed(world, MOCK, **rank)
     assert code == 2, message
     assert f"MASTER_PORT={port}: another program" in message
+    assert "Traceback" not in message
+
+
+def test_a_loss_that_is_not_finite_names_the_step(world: Path) -> None:
+    code, message = run(world, f"{MOCK} --lr 1e30 --clip-grad 0 --no-tensorboard")
+    assert code == 1, message
+    assert re.search(
+        r"^rank 0: NotFiniteError: lm_loss is .*norm nan in step \d; checkpoints", message
+    )
     assert "Traceback" not in message
 
 

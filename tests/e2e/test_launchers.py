@@ -63,6 +63,18 @@ def test_a_dry_run_plans_for_as_many_ranks_in_one_process() -> None:
     assert "ranks          64" in wider.stdout, wider.stderr
 
 
+def test_ranks_have_time_to_save_and_a_flag_may_have_an_equals_sign(tmp_path: Path) -> None:
+    """Ranks are killed after 30 s unless torchrun is told otherwise; SLURM gives 300."""
+    environment = slurm(tmp_path, 'echo "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT $*"')
+    words = ("slurm/pretrain.sh", "olmoe_1b_7b/tiny", "--save=a run")
+    printed = launch(*words, **environment)
+    seconds, *command = printed.stdout.split()
+    assert 200 < int(seconds) < 300
+    assert " ".join(command).endswith("--load a run --save=a run")
+    own = launch(*words, **environment, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="60")
+    assert own.stdout.startswith("60 ")
+
+
 def test_many_nodes_meet_at_the_first_and_go_on_from_save(tmp_path: Path) -> None:
     environment = slurm(tmp_path, 'printf "%q " "$@"')
     environment |= {"SLURM_JOB_NUM_NODES": "32", "SLURM_GPUS_ON_NODE": "8"}

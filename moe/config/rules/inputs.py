@@ -1,6 +1,7 @@
 """What a real run needs beyond a consistent recipe: data, folders, and that they are there."""
 
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 from moetron.moe.config.data import number_or_none
@@ -44,6 +45,8 @@ def folders(case: Case) -> Iterator[str]:
         "save_interval": wanted.save_interval,
         "keep_last": wanted.keep_last,
         "exit_interval": case.settings.training.exit_interval,
+        "async_save": wanted.async_save or None,
+        "tensorboard_dir": case.settings.logging.tensorboard_dir,
         "wandb_project": case.settings.logging.wandb_project,
     }
     for name, value in needs_save.items():
@@ -59,4 +62,13 @@ def folders(case: Case) -> Iterator[str]:
         yield f"{case.said('save')} is a file: name a folder"
 
 
-RULES = (data, folders)
+def packages(case: Case) -> Iterator[str]:
+    """Optional packages that a setting needs."""
+    if case.settings.logging.wandb_project is not None:
+        try:
+            metadata.version("wandb")
+        except metadata.PackageNotFoundError:
+            yield f"{case.said('wandb_project')} needs the package wandb: install moetron[log]"
+
+
+RULES = (data, folders, packages)

@@ -1,5 +1,6 @@
 """All cross-checks together; each rule by itself is in test_rules_*.py."""
 
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,26 @@ def test_saving_needs_a_folder(name: str, tmp_path: Path) -> None:
     (line,) = inputs(**{name: 3})
     assert line == f"--{name.replace('_', '-')} 3 needs --save FOLDER"
     assert inputs(**{name: 3}, save=str(tmp_path / "new")) == []
+
+
+def test_what_would_be_written_nowhere_is_refused() -> None:
+    assert inputs(async_save=True) == ["--async-save needs --save FOLDER"]
+    assert inputs(tensorboard_dir="tb") == ["--tensorboard-dir tb needs --save FOLDER"]
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_wandb_is_looked_for_before_anything_starts(
+    installed: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def version(name: str) -> str:
+        if not installed:
+            raise PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setattr("moetron.moe.config.rules.inputs.metadata.version", version)
+    missing = ["--wandb-project p needs the package wandb: install moetron[log]"]
+    found = inputs(wandb_project="p", save=str(tmp_path))
+    assert found == ([] if installed else missing)
 
 
 @pytest.mark.parametrize("name", ["finetune", "reset_progress", "no_load_optim", "no_load_rng"])

@@ -41,12 +41,14 @@ def problems(*argv: object) -> list[str]:
 
 def test_flags_win_over_the_recipe(path: Path) -> None:
     argv = ["--config", str(path), "--lr", "2e-3", "--bf16", "--moe-z-loss-coeff", "none"]
+    argv += ["--eval-interval", "null"]  # as recipes write it
     command = load(argv)
     assert command.config == [path] and not command.dry_run
     assert (command.world_size, command.rank) == (1, 0)
     assert command.settings.learning_rate.lr == 2e-3
     assert command.settings.precision.bf16 is True
     assert command.settings.moe.moe_z_loss_coeff is None
+    assert command.settings.validation.eval_interval is None
     assert command.settings.moe.num_experts == 4
 
 

@@ -170,6 +170,12 @@ def test_decoders_by_hand() -> None:
         assert _count(name).main == dense + sparse + ends
 
 
+def test_flags_count_among_the_fewest_ranks() -> None:
+    path = PLAN.find("olmoe_1b_7b")
+    assert PLAN.planned(path, None, 0, []).world_size == 8
+    assert PLAN.planned(path, None, 0, ["--pipeline-model-parallel-size", "2"]).world_size == 16
+
+
 def test_list_and_errors() -> None:
     def run(*argv: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(TOOL), *argv]

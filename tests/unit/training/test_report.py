@@ -38,6 +38,16 @@ def test_a_resume_drops_the_steps_that_it_takes_again(tmp_path: Path) -> None:
     assert _steps(path) == [1, 2, 3]
 
 
+def test_a_finished_run_that_evaluates_again_leaves_one_line_a_step(tmp_path: Path) -> None:
+    for loss in (2.0, 1.5):
+        files = LineFiles(tmp_path, 8)
+        for step in (4, 8):
+            files.validation({"step": step, "validation_loss": loss})
+        files.close()
+    rows = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["validation_loss"]) for row in rows] == [(4, 1.5), (8, 1.5)]
+
+
 def test_a_fresh_run_drops_everything(tmp_path: Path) -> None:
     (tmp_path / "validation.jsonl").write_text('{"step": 7}\n')
     LineFiles(tmp_path, 0).close()

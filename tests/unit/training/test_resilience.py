@@ -1,13 +1,16 @@
 """Exit codes, the cause as the last line, and stopping by signal."""
 
+import errno
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from moetron.moe.config.errors import UserError
+from moetron.moe.config.errors import RunError, UserError
 from moetron.moe.training import resilience
 from moetron.moe.training.resilience import StopSignal, run_guarded
 
@@ -45,6 +48,44 @@ def test_anything_else_ends_with_rank_and_cause(
     told = json.loads((tmp_path / "error.json").read_text())["message"]
     assert told["message"] == "rank 3: ArithmeticError: seven times eight"
     assert int(told["extraInfo"]["timestamp"]) > 0
+
+
+@pytest.mark.parametrize("error", [RunError("loss is nan"), OSError(errno.ENOSPC, "disk full")])
+def test_what_its_own_words_explain_has_no_traceback(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_guarded(lambda: _raising(error)) == 1
+    assert capsys.readouterr().err == f"rank 0: {type(error).__name__}: {error}\n"
+
+
+def test_a_reader_that_goes_away_gets_no_traceback() -> None:
+    endless = (
+        "import sys\nfrom moetron.moe.training.resilience import run_guarded\n"
+        "def main():\n  while True: print('line')\nsys.exit(run_guarded(main))"
+    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", endless], text=True, **pipes) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == "stopped: nobody reads standard output any more\n"
+        assert process.wait(60) == 1
+
+
+def test_a_broken_pipe_of_another_kind_keeps_its_traceback(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run_guarded(lambda: _raising(BrokenPipeError(errno.EPIPE, "worker gone"))) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_stop_promises_a_checkpoint_only_where_there_is_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert resilience.stopped("runs/a") == 75
+    assert "saved in runs/a; --load runs/a goes on" in capsys.readouterr().err
+    assert resilience.stopped(None) == 1
+    assert "nothing is kept" in capsys.readouterr().err
 
 
 def test_an_echo_waits_for_the_cause_and_has_no_traceback(
