@@ -14,7 +14,7 @@ from moetron.data.errors import DataError
 from moetron.data.mock import ENDLESS, MockStream
 from moetron.data.plan import open_training, open_validation
 from moetron.data.stages import refuse_repetition
-from moetron.moe.config.derived import total_samples
+from moetron.moe.config.derived import total_samples, with_vocabulary
 from moetron.moe.config.errors import UserError
 from moetron.moe.config.load import Command, load
 from moetron.moe.config.settings import Settings
@@ -38,9 +38,10 @@ def main() -> int:
         streams = open_streams(command.settings, vocab_size, tokenizer)
     except (DataError, TokenizerError) as error:
         raise UserError(str(error)) from error
-    check_folders(command.settings, streams.training.state())
-    announce(command.settings)
-    return pretrain(command.settings, vocab_size, streams)
+    settings = with_vocabulary(command.settings, vocab_size)  # so that checkpoints tell it
+    check_folders(settings, streams.training.state())
+    announce(settings)
+    return pretrain(settings, vocab_size, streams)
 
 
 def plan(command: Command, vocab_size: int) -> int:

@@ -78,6 +78,7 @@ def watch_run(given: argparse.Namespace) -> study.Result:
     from moetron.moe.analysis.own_model import OwnModel
     from moetron.moe.training import runtime
     from moetron.moe.training.compatibility import tokenizer_fingerprints
+    from moetron.moe.training.vocabulary import vocabulary_of
 
     record = checkpoint_folder.read(given.model).record
     settings, step = checkpoint_folder.one_rank_settings(record), record.progress.step
@@ -88,7 +89,7 @@ def watch_run(given: argparse.Namespace) -> study.Result:
     tokenizer = load_known_tokenizer(path, tokenizer_fingerprints(record.stream))
     require_one(tokenizer, sources)
     text = open_text(sources, tokenizer, given)
-    vocab_size = settings.model.vocab_size or tokenizer.vocab_size
+    vocab_size = vocabulary_of(given.model, settings, tokenizer.vocab_size)
     with runtime.running(settings) as ranks:
         model = OwnModel(given.model, settings, vocab_size, ranks, given.layers)
         found, choices = study.study(model, text, given.adjacent_pairs)

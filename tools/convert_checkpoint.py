@@ -17,6 +17,7 @@ from pathlib import Path
 from moetron.moe.config.errors import UserError
 from moetron.moe.training import checkpoint_folder
 from moetron.moe.training.quiet import quieten_libraries
+from moetron.moe.training.vocabulary import vocabulary_of
 from moetron.tokenizers.export import exported
 from moetron.tokenizers.interface import Tokenizer, TokenizerError
 from moetron.tokenizers.load import load_tokenizer
@@ -44,6 +45,9 @@ def parser() -> argparse.ArgumentParser:
         "--max-shard-bytes", type=int, default=5 * 10**9, help="of one file (default: 5e9)"
     )
     export.add_argument("--tokenizer-model", metavar="PATH", help="the run's tokenizer, if moved")
+    export.add_argument(
+        "--as-causal", action="store_true", help="export a --bidirectional-prefix model, too"
+    )
     return parser
 
 
@@ -58,14 +62,12 @@ def to_hf(arguments: argparse.Namespace) -> None:
     settings = checkpoint_folder.one_rank_settings(record)
     source = arguments.tokenizer_model or settings.data.tokenizer_model
     tokenizer = None if source is None else open_tokenizer(source)
-    vocab_size = settings.model.vocab_size or (tokenizer and tokenizer.vocab_size)
-    if vocab_size is None:
-        raise UserError("the run names no tokenizer: give --tokenizer-model")
+    vocab_size = vocabulary_of(arguments.load, settings, tokenizer and tokenizer.vocab_size)
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
     family = export(
         arguments.load,
         arguments.output,
-        Export(arguments.model_type, dtype, arguments.max_shard_bytes),
+        Export(arguments.model_type, dtype, arguments.max_shard_bytes, arguments.as_causal),
         vocab_size,
         *exported(tokenizer),
     )

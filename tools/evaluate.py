@@ -21,6 +21,7 @@ from moetron.moe.training import checkpoint_folder
 from moetron.moe.training.atomic import write_text
 from moetron.moe.training.compatibility import tokenizer_fingerprints
 from moetron.moe.training.quiet import quieten_libraries
+from moetron.moe.training.vocabulary import vocabulary_of
 from moetron.tokenizers.interface import Tokenizer, TokenizerError
 from moetron.tokenizers.load import load_known_tokenizer
 
@@ -96,8 +97,8 @@ def main() -> int:
     from moetron.moe.analysis.harness import HarnessModel
     from moetron.moe.training import generate, runtime
 
+    vocab_size = vocabulary_of(arguments.load, settings, tokenizer.vocab_size)
     with runtime.running(settings) as ranks:
-        vocab_size = settings.model.vocab_size or tokenizer.vocab_size
         model = generate.load_model(arguments.load, settings, vocab_size, ranks)
         batch_size = 1 if limited else arguments.batch_size
         results = run(arguments, HarnessModel(model, tokenizer, batch_size))

@@ -24,6 +24,7 @@ from moetron.moe.training import checkpoint_folder
 from moetron.moe.training.compatibility import tokenizer_fingerprints
 from moetron.moe.training.quiet import quieten_libraries
 from moetron.moe.training.sampling import Sampling
+from moetron.moe.training.vocabulary import vocabulary_of
 from moetron.tokenizers.interface import Tokenizer, TokenizerError
 from moetron.tokenizers.load import load_known_tokenizer
 
@@ -95,15 +96,16 @@ def main() -> int:
         prompts = [prompt_ids(text, arguments.mode, tokenizer) for text in texts]
     except (DataError, TokenizerError) as error:
         raise UserError(str(error)) from error
-    vocab_size = settings.model.vocab_size or tokenizer.vocab_size
-    real = min(vocab_size, tokenizer.vocab_size)
+    vocab_size = vocabulary_of(arguments.load, settings, tokenizer.vocab_size)
     from moetron.moe.training import generate, runtime  # torch: seconds, after the checks
 
     with runtime.running(settings) as ranks:
         model = generate.load_model(arguments.load, settings, vocab_size, ranks)
         started, count = time.perf_counter(), 0
         for text, prompt in zip(texts, prompts, strict=True):
-            ids = generate.continuation(model, prompt, real, sampling, not arguments.no_cache)
+            ids = generate.continuation(
+                model, prompt, tokenizer.vocab_size, sampling, not arguments.no_cache
+            )
             document = itertools.takewhile(lambda token: token != tokenizer.eod, ids)
             count += show(text, itertools.islice(document, arguments.max_new_tokens), tokenizer)
         seconds = time.perf_counter() - started

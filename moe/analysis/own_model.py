@@ -55,7 +55,8 @@ class OwnModel:
         """Take the weights of every checkpoint of a run up to ``last_step``; yields its step."""
         for step in checkpoint_folder.saved_steps(run):
             if step <= last_step:
-                load_weights(checkpoint_folder.step_folder(run, step), [self._model])
+                folder = checkpoint_folder.step_folder(run, step)
+                load_weights(folder, [self._model], self.vocab_size)
                 yield step
 
     def route(self, tokens_BS: np.ndarray, predict: bool = True) -> Routed:

@@ -126,7 +126,18 @@ def padded_vocab_size(vocab_size: int, settings: Settings) -> int:
     multiple = (
         settings.model.make_vocab_size_divisible_by * settings.parallel.tensor_model_parallel_size
     )
-    return -(-vocab_size // multiple) * multiple
+    return padded_to(multiple, vocab_size)
+
+
+def padded_to(multiple: int, number: int) -> int:
+    """The least multiple that is not below ``number``."""
+    return -(-number // multiple) * multiple
+
+
+def with_vocabulary(settings: Settings, vocab_size: int) -> Settings:
+    """The settings with the size of the vocabulary said, where it was the tokenizer's."""
+    model = settings.model.model_copy(update={"vocab_size": vocab_size})
+    return settings.model_copy(update={"model": model})
 
 
 def global_batch_size_at(settings: Settings, consumed_samples: int) -> int:

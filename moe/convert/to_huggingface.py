@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moetron.moe.config import derived
 from moetron.moe.config.errors import UserError
 from moetron.moe.convert import families
+from moetron.moe.convert.card import CARD, card, differences, refuse_two_way_reading
 from moetron.moe.convert.checkpoint_tensors import CheckpointTensors
 from moetron.moe.convert.family import CONFIG, Family, function_of, require_same
 from moetron.moe.convert.registry import family_named, family_of
@@ -21,6 +23,7 @@ from moetron.moe.convert.rules import Rule
 from moetron.moe.convert.safetensors_folder import shards, write_folder
 from moetron.moe.training import checkpoint_folder
 from moetron.moe.training.atomic import rename, sync_folder, write_text
+from moetron.moe.training.vocabulary import require_vocabulary
 
 logger = logging.getLogger(__name__)
 PREDICTION = "mtp."
@@ -39,6 +42,8 @@ class Export:
     where the checkpoint has them."""
     shard_bytes: int = SHARD_BYTES
     """Largest size of one file."""
+    as_causal: bool = False
+    """Export even a model that read part of its samples both ways."""
 
 
 def to_hf(
@@ -57,25 +62,30 @@ def to_hf(
         path: a run's folder (its latest checkpoint) or one step folder, of any layout.
         output: must not exist; whole or not there.
         options: see `Export`.
-        vocab_size: the tokenizer's, before padding.
+        vocab_size: the model's, before padding.
         special_ids: ``bos_token_id``, ``eos_token_id``, ``pad_token_id``.
         companions: further files of the folder: the tokenizer's.
 
     Raises:
-        UserError: the checkpoint is damaged, or its model is not exactly one of the family.
+        UserError: the checkpoint is damaged or of another vocabulary, or its model is not exactly
+            one of the family (`Export.as_causal` lets one difference pass).
     """
     checkpoint = checkpoint_folder.read(path)
+    require_vocabulary(checkpoint, vocab_size)
     checkpoint_folder.verify(checkpoint.folder)
     settings = checkpoint_folder.one_rank_settings(checkpoint.record)
-    model = settings.model.model_copy(update={"vocab_size": vocab_size})
-    settings = settings.model_copy(update={"model": model})
+    settings = derived.with_vocabulary(settings, vocab_size)
+    if not options.as_causal:
+        refuse_two_way_reading(settings)
     values = function_of(settings)
     family = _fitting(options.model_type, values)
     dtype = options.dtype or (torch.bfloat16 if settings.precision.bf16 else torch.float32)
     source = CheckpointTensors(checkpoint.folder, exact=dtype == torch.float32)
     rules = family.rules(values)
-    found = [name for name in source.names() if not name.startswith(PREDICTION)]
-    require_same(found, [rule.ours for rule in rules], f"{path}", family)
+    ahead = [name for name in source.names() if name.startswith(PREDICTION)]
+    kept = set(source.names()).difference(ahead)
+    require_same(kept, [rule.ours for rule in rules], f"{path}", family)
+    lost = differences(settings, ahead)
     plan = {
         name: part for rule in rules for name, part in _split(rule, source.empty(rule.ours), dtype)
     }
@@ -89,10 +99,10 @@ def to_hf(
             shutil.copyfile(Path(families.__path__[0]) / family.code, folder / family.code)
         for name, content in companions.items():
             (folder / name).write_bytes(content)
-    if len(found) < len(source.names()):
-        logger.warning("modules of multi-token prediction stay behind")
-    if settings.moe.moe_expert_capacity_factor is not None:
-        logger.warning("trained with limited capacity; HuggingFace's model drops no tokens")
+        if lost:
+            write_text(folder / CARD, card(family.architecture, checkpoint.record, lost))
+    for sentence in lost:
+        logger.warning("%s", sentence)
     return family
 
 

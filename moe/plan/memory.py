@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from moetron.moe.config import derived
 from moetron.moe.config.pipeline_split import stage_chunks, virtual_pipeline_size
 from moetron.moe.config.settings import Settings
-from moetron.moe.plan.parameters import per_rank
+from moetron.moe.plan.parameters import hidden_matrices, per_rank
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,18 @@ def _number_bytes(settings: Settings) -> int:
     return 2 if settings.precision.bf16 else 4
 
 
-def _optimizer_bytes_per_parameter(settings: Settings) -> int:
+def _optimizer_bytes(settings: Settings, parameters: int, matrices: int) -> int:
     """fp32 moments (without Adafactor's rows and columns), and main parameters in bf16.
 
-    Muon's are counted as AdamW's, which vocabulary matrices and vectors have: too many.
+    Args:
+        settings: the run's.
+        parameters: those whose state a rank keeps.
+        matrices: how many of them Muon would move, which keeps one moment where AdamW keeps two.
     """
     kept = {"adam": 2, "sgd": int(settings.optimizer.sgd_momentum > 0), "adafactor": 0, "muon": 2}
-    moments = kept[settings.optimizer.optimizer]
-    return 4 * (moments + int(settings.precision.bf16))
+    chosen = settings.optimizer.optimizer
+    numbers = parameters * (kept[chosen] + int(settings.precision.bf16))
+    return 4 * (numbers - matrices if chosen == "muon" else numbers)
 
 
 def _tokens(settings: Settings) -> int:
@@ -152,9 +156,9 @@ def _activation_bytes(settings: Settings, stage: int, microbatches: int) -> int:
 def memory_per_rank(settings: Settings, vocab_size: int, world_size: int, stage: int) -> Memory:
     """What a rank of pipeline stage ``stage`` holds at the peak of a step, in bytes.
 
-    bf16 parameters 2 bytes, else 4; gradients 4, or 2 in bf16 without fp32 accumulation; Adam 8,
-    and 4 of main parameters in bf16, both shared by data-parallel ranks under the distributed
-    optimizer (experts by theirs); fp32 logits and their gradient on the last stage.
+    bf16 parameters 2 bytes, else 4; gradients 4, or 2 in bf16 without fp32 accumulation; Adam 8
+    (Muon's matrices 4), and 4 of main parameters in bf16, both shared by data-parallel ranks under
+    the distributed optimizer (experts by theirs); fp32 logits and their gradient on the last stage.
     """
     parallel, training = settings.parallel, settings.training
     held = per_rank(settings, vocab_size, stage)
@@ -176,8 +180,11 @@ def memory_per_rank(settings: Settings, vocab_size: int, world_size: int, stage:
     return Memory(
         parameters=count * _number_bytes(settings),
         gradients=count * (4 if fp32_gradients else _number_bytes(settings)),
-        optimizer=_optimizer_bytes_per_parameter(settings)
-        * (held.dense // dense_share + held.expert // expert_share),
+        optimizer=_optimizer_bytes(
+            settings,
+            held.dense // dense_share + held.expert // expert_share,
+            hidden_matrices(settings, vocab_size, stage),
+        ),
         activations=_activation_bytes(settings, stage, microbatches),
         logits=logits,
     )

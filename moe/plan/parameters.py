@@ -33,6 +33,13 @@ class Tensors:
     cut: Cut
     is_expert: bool = False
     """Whether its gradients are reduced over the expert-data-parallel group."""
+    is_vector: bool = False
+    """Whether it is a vector, or one for each expert, in whatever shape."""
+
+    @property
+    def is_hidden_matrix(self) -> bool:
+        """Whether Muon moves it (moe/training/optimizer.py); AdamW moves the others."""
+        return not self.is_vector and self.part not in ("embedding", "output", "norms")
 
 
 @dataclass(frozen=True)
@@ -87,9 +94,9 @@ def _attention(settings: Settings) -> Iterator[Tensors]:
     queries, keys = model.num_attention_heads * head, derived.query_groups(model) * head
     yield Tensors("attention", width * (queries + 2 * keys) + queries * width, "tensor")
     if model.add_bias_linear or settings.attention.add_qkv_bias:
-        yield Tensors("attention", queries + 2 * keys, "tensor")
+        yield Tensors("attention", queries + 2 * keys, "tensor", is_vector=True)
     if model.add_bias_linear:
-        yield Tensors("attention", width, "none")
+        yield Tensors("attention", width, "none", is_vector=True)
     if model.qk_layernorm and model.qk_layernorm_scope == "full":
         yield Tensors("norms", _norm(settings, queries + keys), "tensor")
     elif model.qk_layernorm:
@@ -124,9 +131,10 @@ def _ffn(
     matrices = model.hidden_size * (inner + ffn_size)
     yield Tensors(part, copies * matrices, cut, is_expert)
     if model.add_bias_linear:
-        yield Tensors(part, copies * inner, cut, is_expert)
+        yield Tensors(part, copies * inner, cut, is_expert, is_vector=True)
         # Experts have biases only where ETP is 1, so that theirs are cut over EP alone.
-        yield Tensors(part, copies * model.hidden_size, cut if is_expert else "none", is_expert)
+        output_cut: Cut = cut if is_expert else "none"
+        yield Tensors(part, copies * model.hidden_size, output_cut, is_expert, is_vector=True)
 
 
 def layer(settings: Settings, has_experts: bool) -> Iterator[Tensors]:
@@ -145,14 +153,14 @@ def layer(settings: Settings, has_experts: bool) -> Iterator[Tensors]:
     )
     if moe.moe_expert_multiplicative_bias:
         scales = moe.num_experts * derived.expert_ffn_size(settings)
-        yield Tensors("experts", scales, "expert", is_expert=True)
+        yield Tensors("experts", scales, "expert", is_expert=True, is_vector=True)
     if moe.moe_sequential_ffn_hidden_size is not None:
         yield Tensors("norms", _norm(settings, model.hidden_size), "none")
         yield from _ffn(settings, "dense_ffn", moe.moe_sequential_ffn_hidden_size)
     if moe.moe_shared_expert_intermediate_size is not None:
         yield from _ffn(settings, "shared_experts", moe.moe_shared_expert_intermediate_size)
         if moe.moe_shared_expert_gate:
-            yield Tensors("shared_experts", model.hidden_size, "none")
+            yield Tensors("shared_experts", model.hidden_size, "none", is_vector=True)
 
 
 def _prediction(settings: Settings) -> Iterator[Tensors]:
@@ -212,6 +220,21 @@ def _met(settings: Settings, tensors: list[Tensors]) -> int:
 
 def per_rank(settings: Settings, vocab_size: int, stage: int) -> RankParameters:
     """Parameters that a rank of pipeline stage ``stage`` holds under the settings' layout."""
+    held = _held(settings, vocab_size, stage)
+    return RankParameters(
+        dense=sum(elements for tensor, elements in held if not tensor.is_expert),
+        expert=sum(elements for tensor, elements in held if tensor.is_expert),
+    )
+
+
+def hidden_matrices(settings: Settings, vocab_size: int, stage: int) -> int:
+    """Those of them that are in matrices which Muon moves."""
+    held = _held(settings, vocab_size, stage)
+    return sum(elements for tensor, elements in held if tensor.is_hidden_matrix)
+
+
+def _held(settings: Settings, vocab_size: int, stage: int) -> list[tuple[Tensors, int]]:
+    """Tensors of a stage, and how many of their elements one of its ranks holds."""
     parallel = settings.parallel
     divisor: dict[Cut, int] = {
         "none": 1,
@@ -226,8 +249,4 @@ def per_rank(settings: Settings, vocab_size: int, stage: int) -> RankParameters:
         tensors += layer(settings, pattern[index])
     if last:
         tensors += _ahead(settings)
-    held = [(tensor.elements // divisor[tensor.cut], tensor.is_expert) for tensor in tensors]
-    return RankParameters(
-        dense=sum(elements for elements, is_expert in held if not is_expert),
-        expert=sum(elements for elements, is_expert in held if is_expert),
-    )
+    return [(tensor, tensor.elements // divisor[tensor.cut]) for tensor in tensors]

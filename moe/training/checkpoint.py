@@ -40,6 +40,7 @@ from moetron.moe.training.compatibility import require_fit
 from moetron.moe.training.fp8_state import fp8_entries, restore_fp8
 from moetron.moe.training.progress import Progress
 from moetron.moe.training.rng import reseed, restore_rng, rng_entries
+from moetron.moe.training.vocabulary import require_vocabulary
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -149,7 +150,8 @@ def load_checkpoint(
     and goes on with it.
 
     Raises:
-        UserError: nothing there, incomplete or damaged, or of another architecture or tokenizer.
+        UserError: nothing there, incomplete or damaged, or of another architecture, vocabulary or
+            tokenizer.
     """
     checkpoint = _on_rank_0(lambda: _read_compatible(path, settings, stream_state))
     if checkpoint is None:
@@ -168,13 +170,19 @@ def load_checkpoint(
     return record.progress
 
 
-def load_weights(path: Path, model: Sequence[torch.nn.Module]) -> None:
+def load_weights(path: Path, model: Sequence[torch.nn.Module], vocab_size: int) -> None:
     """Load the weights alone, into any layout, without an optimizer: to run a model, not train it.
 
+    Args:
+        path: a run's folder (its latest checkpoint) or one step folder.
+        model: the model's chunks on this rank.
+        vocab_size: the model's, before padding.
+
     Raises:
-        UserError: nothing there, incomplete or damaged, or of another architecture.
+        UserError: nothing there, incomplete or damaged, or of another architecture or vocabulary.
     """
     checkpoint = _on_rank_0(lambda: checkpoint_folder.read(path))
+    require_vocabulary(checkpoint, vocab_size)
     _verify(checkpoint)
     _load_model(checkpoint, model, same_layout=False)
 
@@ -186,7 +194,8 @@ def _read_compatible(
     if begins and checkpoint_folder.latest_step(path) is None:
         return None
     checkpoint = checkpoint_folder.read(path)
-    require_fit(checkpoint.folder, checkpoint.record, settings, stream_state)
+    rows = checkpoint.embedding_rows
+    require_fit(checkpoint.folder, checkpoint.record, settings, stream_state, rows)
     return checkpoint
 
 

@@ -28,6 +28,7 @@ from moetron.moe.training.progress import Progress
 FORMAT = 1
 RECORD = "run.json"
 METADATA = ".metadata"
+EMBEDDING = "embedding.word_embeddings.weight"
 LATEST = "latest"
 _NAME = re.compile(r"step_(\d{7,})")
 _SAFE_MODULES = (
@@ -63,6 +64,8 @@ class Checkpoint:
     record: Record
     keys: frozenset[str]
     """Names of the tensors that it holds."""
+    embedding_rows: int | None
+    """Ids of the vocabulary and their padding; None: it holds no embedding."""
 
 
 def one_rank_settings(record: Record) -> Settings:
@@ -131,7 +134,9 @@ def read(path: Path) -> Checkpoint:
     record = read_record(folder)
     verify_files(folder, record)
     _refuse_changes(folder, [METADATA])
-    return Checkpoint(folder, record, frozenset(read_index(folder).state_dict_metadata))
+    tensors = read_index(folder).state_dict_metadata
+    rows = tensors[EMBEDDING].size[0] if EMBEDDING in tensors else None
+    return Checkpoint(folder, record, frozenset(tensors), rows)
 
 
 def verify(folder: Path, share: int = 0, shares: int = 1) -> int:

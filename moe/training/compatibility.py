@@ -19,6 +19,7 @@ from moetron.moe.training.checkpoint_folder import (
     refuse_to_rewrite,
     verify_files,
 )
+from moetron.moe.training.vocabulary import vocabulary_problem
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,6 @@ SHAPE = {
         "add_bias_linear",
         "untie_embeddings_and_output_weights",
         "mtp_num_layers",
-        "vocab_size",
     ),
     "attention": (
         "add_qkv_bias",
@@ -65,7 +65,7 @@ SHAPE = {
         "moe_expert_multiplicative_bias",
     ),
 }
-"""Settings that say which tensors there are."""
+"""Settings that say which tensors there are, beside the vocabulary's size."""
 FUNCTION = {
     "model": ("position_embedding_type", "rotary_base", "rotary_percent", "norm_epsilon"),
     "attention": (
@@ -115,16 +115,28 @@ def check_folders(settings: Settings, stream_state: Mapping[str, Any]) -> None:
 
 
 def require_fit(
-    folder: Path, record: Record, settings: Settings, stream_state: Mapping[str, Any]
+    folder: Path,
+    record: Record,
+    settings: Settings,
+    stream_state: Mapping[str, Any],
+    embedding_rows: int | None = None,
 ) -> None:
     """``UserError`` with every difference between a checkpoint and the settings that load it."""
-    problems = differences(record, settings, stream_state)
+    problems = differences(record, settings, stream_state, embedding_rows)
     if problems:
         raise UserError("\n".join([f"--load {folder}: does not fit:", *problems]))
 
 
-def differences(record: Record, settings: Settings, stream_state: Mapping[str, Any]) -> list[str]:
-    """One line for each difference that forbids loading; other changes of data are logged."""
+def differences(
+    record: Record,
+    settings: Settings,
+    stream_state: Mapping[str, Any],
+    embedding_rows: int | None = None,
+) -> list[str]:
+    """One line for each difference that forbids loading; other changes of data are logged.
+
+    ``embedding_rows``: the checkpoint's, where its tensors have been looked at.
+    """
     options = settings.checkpoint
     checked = [(group, name) for group, names in SHAPE.items() for name in names]
     if not options.finetune:
@@ -138,6 +150,9 @@ def differences(record: Record, settings: Settings, stream_state: Mapping[str, A
         if (theirs := record.settings.get(group, {}).get(name, ours[group][name]))
         != ours[group][name]
     ]
+    vocab_size = settings.model.vocab_size
+    if vocab_size and (problem := vocabulary_problem(record, vocab_size, embedding_rows)):
+        problems.append(f"  - {problem}")
     return problems + _stream_differences(
         record, stream_state, options.finetune or options.reset_progress
     )

@@ -1,5 +1,6 @@
 """Continue sequences of tokens with a trained model, on one rank."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from moetron.moe.training.checkpoint import load_weights
 from moetron.moe.training.runtime import Runtime
 from moetron.moe.training.sampling import Sampling
 
+logger = logging.getLogger(__name__)
+
 
 def load_model(path: Path, settings: Settings, vocab_size: int, runtime: Runtime) -> GPTModel:
     """The model of the checkpoint at ``path``, ready to be asked.
@@ -26,7 +29,9 @@ def load_model(path: Path, settings: Settings, vocab_size: int, runtime: Runtime
     settings = settings.model_copy(update={"model": shape})
     config = transformer_config(settings, uses_transformer_engine(settings))
     model = build_model(settings, config, vocab_size).to(runtime.device, config.params_dtype)
-    load_weights(path, [model])
+    load_weights(path, [model], vocab_size)
+    if settings.data.bidirectional_prefix:
+        logger.warning("trained with --bidirectional-prefix; here prompts are read causally")
     return model.eval()
 
 

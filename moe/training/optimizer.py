@@ -104,7 +104,10 @@ def _key(label: str, part: str, spares: bool) -> ParamKey:
 
 
 def _matrices(chunks: ModelChunks) -> list[torch.nn.Parameter]:
-    """What Muon moves: hidden matrices, experts' in stacks, the router's; not the vocabulary's."""
+    """What Muon moves: hidden matrices, experts' in stacks, the router's; not the vocabulary's.
+
+    The last stage's copy of the embedding, for multi-token prediction, is only marked as shared.
+    """
     return [
         parameter
         for chunk in chunks
@@ -112,6 +115,7 @@ def _matrices(chunks: ModelChunks) -> list[torch.nn.Parameter]:
         if parameter.dim() >= 2
         and min(parameter.shape[-2:]) > 1
         and not getattr(parameter, "is_embedding_or_output_parameter", False)
+        and not getattr(parameter, "shared_embedding", False)
         and not name.endswith(".inner_scale")  # one vector for each expert
     ]
 

@@ -180,6 +180,9 @@ BROKEN = {
     f"{MOCK} --load absent": "--load absent",
     f"{MOCK} --load nothing": "--load nothing: holds no checkpoint",
     f"{MOCK} --load run --hidden-size 32": "--hidden-size 32: the checkpoint has 16",
+    f"{MOCK} --load run --vocab-size 300": (
+        r"--vocab-size 300.*\(384 rows.*checkpoint has 256 \(256 rows\).*--vocab-size 256"
+    ),
     f"{MOCK} --load torn": "data.distcp has 2 bytes instead of 3",
     # tools
     f"{PREPROCESS} --input absent.jsonl --tokenizer bytes --output-prefix out": "absent.jsonl",

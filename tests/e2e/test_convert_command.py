@@ -51,8 +51,10 @@ def test_a_trained_openmoe_goes_out_and_comes_back(tmp_path: Path) -> None:
     run(CONVERT, "to-hf", "--load", folder, "--output", tmp_path / "out")
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {
-        *("config.json", "generation_config.json", "model.safetensors", "modeling_openmoe.py")
+        *("config.json", "generation_config.json", "model.safetensors", "modeling_openmoe.py"),
+        "README.md",
     }
+    assert "limited capacity" in (tmp_path / "out" / "README.md").read_text()
     alone = {"PYTHONPATH": "", "HF_MODULES_CACHE": str(tmp_path / "modules")}
     run("-c", LOAD, tmp_path / "out", tmp_path / "logits.pt", **alone)
     logits = torch.load(tmp_path / "logits.pt", weights_only=True)

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from moetron.moe.training.resilience import EXIT_STOPPED, EXIT_USER
 
@@ -131,6 +133,29 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(flags: list[str]) -
     done = _python(str(ROOT / "pretrain_moe.py"), *flags, "--vocab-size", "100")
     assert done.returncode == EXIT_USER
     assert "--vocab-size 100" in done.stderr
+
+
+def test_mock_data_do_not_hide_another_vocabulary(tmp_path: Path) -> None:
+    """No shard tells a tokenizer's fingerprint here, and no flag a vocabulary's size."""
+    letters = tmp_path / "letters.json"
+    pieces = {piece: number for number, piece in enumerate(["<|endoftext|>", *"abcdefgh"])}
+    Tokenizer(BPE(vocab=pieces, merges=[])).save(str(letters))
+    program, folder = str(ROOT / "pretrain_moe.py"), str(tmp_path / "run")
+    sizes = ("--seq-length", "16", "--lr-warmup-iters", "0", "--eval-iters", "0", "--cpu-threads")
+    flags = ("--config", TINY, "--vocab-size", "none", *sizes, "1", "--no-tensorboard")
+    known = (*flags, "--tokenizer-model", "bytes")
+    first = _python(program, *known, "--train-iters", "1", "--save", folder)
+    assert first.returncode == 0, first.stderr
+    other = (*flags, "--tokenizer-model", str(letters), "--train-iters", "2", "--load", folder)
+    for options in ((), ("--finetune",)):
+        done = _python(program, *other, *options)
+        assert done.returncode == EXIT_USER, done.stderr
+        assert "--vocab-size 9, given or the tokenizer's (128 rows" in done.stderr
+        assert "checkpoint has 384 (384 rows)" in done.stderr
+        assert "--tokenizer-model bytes" in done.stderr
+    again = _python(program, *known, "--train-iters", "2", "--load", folder)
+    assert again.returncode == 0, again.stderr
+    assert "step 2/2" in again.stdout
 
 
 def test_dry_run_and_mistakes_are_answered_without_torch() -> None:

@@ -22,6 +22,7 @@ from tests.parallel.harness import RankFailed, run_ranks
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "olmoe_1b_7b"
 VOCABULARY = 512
+SHARED = ["--moe-shared-expert-intermediate-size", "32", "--moe-shared-expert-gate"]
 
 
 def _settings(recipe: str, world_size: int, flags: list[str]) -> Settings:
@@ -76,6 +77,27 @@ def test_an_imagined_rank_holds_what_a_real_one_does(flags: list[str]) -> None:
         (share,) = run_ranks(_share, 1, "tiny.yaml", 2, rank, flags)
         assert sum(share.pop("parameters").values()) == real[rank].pop("parameters")
         assert share == real[rank]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags"),
+    [
+        (1, ["--add-qkv-bias"]),
+        (1, ["--moe-router-type", "noisy_topk", "--moe-expert-multiplicative-bias"]),
+        (2, ["--tensor-model-parallel-size", "2", *SHARED, "--bf16"]),
+        (2, ["--pipeline-model-parallel-size", "2", "--mtp-num-layers", "1"]),
+    ],
+    ids=["biases", "scales", "tp2-shared-bf16", "pp2-mtp"],
+)
+def test_muons_states_are_the_plans(ranks: int, flags: list[str]) -> None:
+    """One moment for matrices, two for what is none, though it may have two axes."""
+    flags = [*flags, "--optimizer", "muon"]
+    for rank, real in enumerate(run_ranks(_real, ranks, "tiny.yaml", ranks, flags)):
+        settings = _settings("tiny.yaml", ranks, flags)
+        stage = position(settings, ranks, rank).pipeline
+        planned = memory_per_rank(settings, VOCABULARY, ranks, stage)
+        assert real["optimizer_bytes"] == planned.optimizer
+        assert real["parameters"] * (2 if settings.precision.bf16 else 4) == planned.parameters
 
 
 def test_a_large_layout_is_the_plans() -> None:

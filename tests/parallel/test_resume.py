@@ -9,9 +9,11 @@ from tests.parallel.checkpoint_runs import (
     Groups,
     assert_identical,
     metrics,
+    parallel_of,
     read_and_go_on,
     run,
     settings,
+    start,
     tensors,
     write,
 )
@@ -212,6 +214,26 @@ def test_a_parameter_over_three_flat_shards(tmp_path: Path) -> None:
     first, middle, back = (tensors(Path(source)) for source in sources)
     assert_identical(first, middle)
     assert_identical(first, back)
+
+
+def _copies_of_the_embedding(groups: Groups) -> torch.Tensor:
+    chosen = settings("pp2", **groups)
+    with parallel_of(chosen):
+        loop = start(chosen)
+        loop.run(lambda: False)
+        named = dict(loop.trainer.chunks[0].named_parameters())
+        return named["module.embedding.word_embeddings.weight"].detach().clone()
+
+
+def test_muon_leaves_both_copies_of_the_embedding_to_adamw() -> None:
+    """The last stage looks words up for multi-token prediction; megatron-core marks only one."""
+    groups: Groups = {
+        "model": {"mtp_num_layers": 1},
+        "optimizer": {"optimizer": "muon"},
+        "training": {"train_iters": 3},
+    }
+    first, last = run_ranks(_copies_of_the_embedding, 2, groups)
+    assert torch.equal(first, last)
 
 
 def test_padding_of_the_vocabulary_may_differ(tmp_path: Path) -> None:

@@ -98,12 +98,49 @@ def test_modules_that_predict_further_ahead_stay_behind(
     with checkpoint_runs.parallel_of(chosen):
         checkpoint_runs.start(chosen).run(lambda: False)
     to_hf(tmp_path / "run", tmp_path / "hf", Export(), checkpoint_runs.VOCABULARY, NO_IDS, {})
-    assert "multi-token prediction stay behind" in caplog.text
+    for said in (caplog.text, (tmp_path / "hf" / "README.md").read_text()):
+        assert "multi-token prediction stay behind (1, in " in said
+        assert "bidirectional" not in said and "capacity" not in said
     tokens = sequences()[:10] % checkpoint_runs.VOCABULARY
     with our_model(tmp_path / "run") as model, torch.no_grad():
         positions = torch.arange(LENGTH)[None].expand_as(tokens)
         ours = model(tokens, positions, None)[..., : checkpoint_runs.VOCABULARY]
         assert (hf_models.loaded(tmp_path / "hf")(tokens).logits - ours).abs().max() <= 1e-5
+
+
+def test_what_training_did_otherwise_is_refused_or_written_down(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    chosen = checkpoint_runs.settings(
+        "dp",
+        data={"bidirectional_prefix": True},
+        moe={"moe_expert_capacity_factor": 1.25, "moe_eval_capacity_factor": 2.0},
+        training={"train_iters": 1},
+        checkpoint={"save": str(tmp_path / "run")},
+    )
+    with checkpoint_runs.parallel_of(chosen):
+        checkpoint_runs.start(chosen).run(lambda: False)
+    arguments = (checkpoint_runs.VOCABULARY, NO_IDS, {})
+    with pytest.raises(UserError, match=r"--bidirectional-prefix: .* --as-causal exports"):
+        to_hf(tmp_path / "run", tmp_path / "hf", Export(), *arguments)
+    assert not (tmp_path / "hf").exists()
+    to_hf(tmp_path / "run", tmp_path / "hf", Export(as_causal=True), *arguments)
+    for said in (caplog.text, (tmp_path / "hf" / "README.md").read_text()):
+        assert "Trained with --bidirectional-prefix" in said
+        assert "--moe-expert-capacity-factor 1.25 (in evaluation 2)" in said
+        assert "multi-token" not in said
+    assert "after step 1 (64 tokens)" in (tmp_path / "hf" / "README.md").read_text()
+
+
+def test_a_vocabulary_that_the_checkpoint_has_not_is_not_exported(tmp_path: Path) -> None:
+    """One row too few would be cut off, and one too many be missing, without a word."""
+    hf_models.saved(tmp_path / "hf", "olmoe")
+    from_hf(tmp_path / "hf", tmp_path / "run", None, None)
+    for ids in (VOCABULARY - 1, VOCABULARY + 1):
+        with pytest.raises(UserError, match=f"--vocab-size {ids}, .*checkpoint has {VOCABULARY}"):
+            to_hf(tmp_path / "run", tmp_path / "back", Export(), ids, NO_IDS, {})
+    export(tmp_path / "run", tmp_path / "back")
+    assert not (tmp_path / "back" / "README.md").exists(), "nothing differs"
 
 
 def test_deepseeks_layers_behind_the_last_are_left_out_where_its_key_says_so(

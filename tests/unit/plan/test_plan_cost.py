@@ -57,6 +57,20 @@ def test_bytes_of_the_states(
     assert memory.total == sum(states) + memory.activations + memory.logits
 
 
+def test_muon_keeps_one_moment_of_hidden_matrices() -> None:
+    moe = {"num_experts": 4, "moe_ffn_hidden_size": 5}
+    plain = settings({"add_bias_linear": True, "untie_embeddings_and_output_weights": True}, moe)
+    tree = {**plain.model_dump(), "optimizer": {"optimizer": "muon"}}
+    chosen = Settings.model_validate(tree)
+    # Per layer: 4 of 8x8 in attention, the router's 4x8, 4 experts with 3 of 8x5.
+    matrices = 2 * (4 * 64 + 32 + 4 * 3 * 40)
+    total = count_parameters(chosen, 16).total
+    assert memory_per_rank(chosen, 16, 1, 0).optimizer == 4 * (2 * total - matrices)
+    tree["precision"] = {"bf16": True}
+    with_mains = Settings.model_validate(tree)
+    assert memory_per_rank(with_mains, 16, 1, 0).optimizer == 4 * (3 * total - matrices)
+
+
 def test_the_distributed_optimizer_shares_dense_and_expert_states_apart() -> None:
     layout = {"expert_model_parallel_size": 4, "use_distributed_optimizer": True}
     chosen = settings({}, {"num_experts": 4}, **layout)

@@ -41,6 +41,7 @@ FREE = {
 
 def test_every_setting_of_the_model_is_held_or_free() -> None:
     held = {(group, name) for part in (SHAPE, FUNCTION) for group in part for name in part[group]}
+    held.add(("model", "vocab_size"))  # vocabulary.py's
     groups = ("model", "attention", "moe")
     free = {name for group, name, _ in fields() if group in groups and (group, name) not in held}
     assert free == FREE
@@ -76,6 +77,21 @@ def test_another_architecture_does_not_fit(group: str, change: dict[str, Any], f
 def test_all_differences_at_once() -> None:
     changed = settings(model={"num_layers": 2, "hidden_size": 16})
     assert len(differences(record(settings()), changed, STREAM)) == 2
+
+
+@pytest.mark.parametrize("finetune", [False, True])
+def test_another_vocabulary_does_not_fit(finetune: bool) -> None:
+    """Nor may it grow in fine-tuning: megatron-core would add rows of zeros without a word."""
+    saved = record(settings(model={"vocab_size": 90}))
+    grown = settings(model={"vocab_size": 200}, checkpoint={"finetune": finetune})
+    [problem] = differences(saved, grown, STREAM)
+    assert "--vocab-size 200, given or the tokenizer's (256 rows" in problem
+    assert "the checkpoint has 90 (128 rows); give what its run had: --vocab-size 90" in problem
+    padded_otherwise = settings(
+        model={"vocab_size": 90, "make_vocab_size_divisible_by": 8},
+        parallel={"tensor_model_parallel_size": 4},
+    )
+    assert differences(saved, padded_otherwise, STREAM, embedding_rows=128) == []
 
 
 def test_what_a_run_may_change_half_way() -> None:

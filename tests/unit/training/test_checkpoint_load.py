@@ -23,7 +23,7 @@ from moetron.moe.training.integrity import SUMS, write_sums
 from moetron.moe.training.loop import Loop
 from moetron.moe.training.optimizer_state import leaves, optimizer_step
 from moetron.moe.training.progress import Progress
-from tests.parallel.checkpoint_runs import parallel_of, settings, start
+from tests.parallel.checkpoint_runs import VOCABULARY, parallel_of, settings, start
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +163,27 @@ def test_a_parameter_of_another_shape_is_refused(saved: Path, tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("alone")
+def test_an_embedding_of_another_height_is_refused(saved: Path, tmp_path: Path) -> None:
+    """As if an older version had written it, whose record does not tell the vocabulary's size."""
+
+    def forget(record: Any) -> None:
+        record["settings"]["model"]["vocab_size"] = None
+        record["stream"] = {}
+
+    copy = _edited(saved, tmp_path, forget)
+    start(bf16(load=str(copy)))
+    wide = settings(
+        "dp", precision={"bf16": True}, model={"vocab_size": 200}, checkpoint={"load": str(copy)}
+    )
+    expected = r"--vocab-size 200, .* \(200 rows of the embedding\): the checkpoint has 96 rows"
+    with pytest.raises(UserError, match=expected):
+        start(wide)
+    chunks = start(bf16()).trainer.chunks
+    with pytest.raises(UserError, match=expected):
+        load_weights(copy, chunks, 200)
+
+
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("what", ["weights", "moments"])
 def test_nan_is_never_loaded_in_silence(tmp_path: Path, what: str) -> None:
     loop = start(bf16())
@@ -247,5 +268,5 @@ def test_states_that_layers_keep_beside_tensors(
 def test_weights_alone(saved: Path) -> None:
     resumed, other = start(bf16(load=str(saved))), start(bf16(training={"seed": 5}))
     assert not same(weights(resumed), weights(other))
-    load_weights(saved, other.trainer.chunks)
+    load_weights(saved, other.trainer.chunks, VOCABULARY)
     assert same(weights(resumed), weights(other))
