@@ -6,10 +6,13 @@ pieces, then the sentinels of which ``<extra_id_0>`` is the highest, then unused
 multiple of 128 (umT5: 256,000 pieces + 300 sentinels = 256,300, padded to 256,384).
 """
 
+import hashlib
 import importlib
 import io
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import sentencepiece
@@ -113,6 +116,18 @@ def append_pieces(model: bytes, sentinels: int, multiple: int) -> bytes:
         proto.pieces.add(piece=f"<unused_{number}>", score=0.0, type=kinds.CONTROL)
     proto.trainer_spec.vocab_size = len(proto.pieces)
     return proto.SerializeToString(deterministic=True)
+
+
+def is_current(model: Path, sidecar: Path, made_from: Mapping[str, Any]) -> bool:
+    """Whether ``model`` was made by this recipe, as ``sidecar`` (JSON) says, and is intact."""
+    if not (model.is_file() and sidecar.is_file()):
+        return False
+    try:
+        said = json.loads(sidecar.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    intact = said.get("sha256") == hashlib.sha256(model.read_bytes()).hexdigest()
+    return intact and said.get("made_from") == made_from
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
