@@ -54,14 +54,14 @@ class TrainingOptions:
         least = 4 + 256 + len(WHITE_SPACE) + self.sentinels + 100
         found = []
         if self.sentinels < 0:
-            found.append(f"sentinels {self.sentinels}: give 0 or more")
+            found.append(f"--sentinels {self.sentinels}: give 0 or more")
         if self.vocab_size < least:
             found.append(
-                f"vocab_size {self.vocab_size}: bytes, white space and {self.sentinels} sentinels "
-                f"leave too few pieces to learn; give at least {least}"
+                f"--vocab-size {self.vocab_size}: bytes, white space and "
+                f"{self.sentinels} sentinels leave too few pieces to learn; give at least {least}"
             )
         if not 0.9 <= self.character_coverage <= 1:
-            found.append(f"character_coverage {self.character_coverage}: give 0.9 to 1")
+            found.append(f"--character-coverage {self.character_coverage}: give 0.9 to 1")
         return found
 
 
@@ -100,7 +100,7 @@ def train(texts: Iterable[str], options: TrainingOptions) -> bytes:
         )
     except RuntimeError as error:
         raise TokenizerError(
-            f"SentencePiece cannot train vocab_size {options.vocab_size} on this text; give more "
+            f"SentencePiece cannot train --vocab-size {options.vocab_size} on this text; give more "
             f"text or a smaller vocabulary ({str(error).strip()})"
         ) from None
     return append_pieces(model.getvalue(), options.sentinels, options.padding_multiple)

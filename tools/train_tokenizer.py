@@ -79,6 +79,10 @@ def main(arguments: list[str] | None = None) -> int:
         lambda: labelled_texts(paths, args.text_key), budget, args.unimax, args.seed
     )
     drawn = sum(len(block) for found in sample.values() for block in found)
+    if drawn == 0:
+        raise ValueError(
+            f"--input: {len(paths)} files, but no text under --text-key {args.text_key}"
+        )
     print(f"training {options.vocab_size} pieces on {drawn / 1e6:.1f} M characters ...", flush=True)
     model = train((block for found in sample.values() for block in found), options)
     with atomic_file(model_path) as file:

@@ -25,8 +25,8 @@ TOOL = Path(__file__).parents[3] / "tools" / "preprocess_corpus.py"
 @pytest.fixture
 def options(tmp_path: Path) -> Options:
     (tmp_path / "in").mkdir()
-    rows = [json.dumps({"text": f"{n} " * 50}) for n in range(4000)]
-    for name in "abcd":
+    rows = [json.dumps({"text": f"{n} " * 50}) for n in range(500)]
+    for name in "abcdefgh":
         (tmp_path / "in" / f"{name}.jsonl").write_text("\n".join(rows))
     return Options([str(tmp_path / "in")], "bytes", str(tmp_path / "out" / "p"))
 
@@ -98,7 +98,7 @@ def test_a_signal_keeps_what_was_done(options: Options, tmp_path: Path, number: 
     expected = tmp_path / "expected"
     preprocess(replace(options, output_prefix=str(expected)))
     slow = "import sys, time, runpy; from moetron.data import output as o; take = o.Output.take\n"
-    slow += "def late(self, *given): time.sleep(0.3); take(self, *given)\n"
+    slow += "def late(self, *given): time.sleep(0.5); take(self, *given)\n"
     slow += "o.Output.take = late; sys.argv = sys.argv[1:]\n"
     slow += "runpy.run_path(sys.argv[0], run_name='__main__')"
     command = [sys.executable, "-c", slow, *arguments(options)[1:]]
@@ -113,13 +113,13 @@ def test_a_signal_keeps_what_was_done(options: Options, tmp_path: Path, number: 
     assert "preprocess_corpus: stopped; run the same command to go on" in said
     assert "Traceback" not in said
     journal = json.loads(Path(options.output_prefix + ".progress.json").read_bytes())
-    assert 0 < journal["rows"] < 16_000
+    assert 0 < journal["rows"] < 4_000
     taken: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
         take = output_module.Output.take
         patch.setattr(output_module.Output, "take", lambda o, e: (taken.append(e.rows), take(o, e)))
         preprocess(options)
-    assert sum(taken) == 16_000 - journal["rows"]
+    assert sum(taken) == 4_000 - journal["rows"]
     for suffix in (".bin", ".idx"):
         made = Path(options.output_prefix + suffix).read_bytes()
         assert made == Path(f"{expected}{suffix}").read_bytes()
@@ -158,7 +158,7 @@ def test_beginning_anew_is_said(options: Options, tmp_path: Path, monkeypatch, c
 
 
 def test_what_was_left_out_is_told(options: Options, tmp_path: Path) -> None:
-    (tmp_path / "in" / "e.jsonl").write_text("no JSON\n")
+    (tmp_path / "in" / "z.jsonl").write_text("no JSON\n")
     run = subprocess.run(arguments(options, "--deduplicate"), capture_output=True, text=True)
     assert run.returncode == 0
-    assert "left out: rejected 1, duplicate 12000" in run.stdout
+    assert "left out: rejected 1, duplicate 3500" in run.stdout
