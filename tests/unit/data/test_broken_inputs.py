@@ -67,6 +67,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_row(
     options: Options, tmp_path: Path, monkeypatch, long_bytes: int
 ) -> None:
     monkeypatch.setattr("moetron.data.inputs.LONG_BYTES", long_bytes)
+    monkeypatch.setattr("moetron.data.inputs.CHUNK_BYTES", 8)
     (tmp_path / "in" / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + TEXT[:1000].rpartition(b"\n")[0])
     (manifest,) = preprocess(options).manifests.values()
     assert manifest.filters["rejected"] == 0

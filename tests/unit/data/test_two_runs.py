@@ -37,6 +37,13 @@ def arguments(options: Options, *more: str) -> list[str]:
     return [sys.executable, str(TOOL), *inputs, *prefix, *more]
 
 
+def after(change: str, command: list[str]) -> list[str]:
+    """The command with a change to ``moetron.data.output``, there called ``o``."""
+    begin = f"import sys, runpy; from moetron.data import output as o\n{change}\n"
+    run = "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    return [command[0], "-c", begin + run, *command[1:]]
+
+
 def test_a_second_run_with_the_same_output_is_refused(options: Options, tmp_path: Path) -> None:
     holdout = {"holdout_fraction": 0.5, "holdout_prefix": str(tmp_path / "out" / "v")}
     for prefix in (options.output_prefix, holdout["holdout_prefix"]):
@@ -97,11 +104,10 @@ def test_shards_beside_an_older_single_one_are_refused(options: Options) -> None
 def test_a_signal_keeps_what_was_done(options: Options, tmp_path: Path, number: int) -> None:
     expected = tmp_path / "expected"
     preprocess(replace(options, output_prefix=str(expected)))
-    slow = "import sys, time, runpy; from moetron.data import output as o; take = o.Output.take\n"
+    slow = "import time; take = o.Output.take\n"
     slow += "def late(self, *given): time.sleep(0.5); take(self, *given)\n"
-    slow += "o.Output.take = late; sys.argv = sys.argv[1:]\n"
-    slow += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    command = [sys.executable, "-c", slow, *arguments(options)[1:]]
+    slow += "o.Output.take = late"
+    command = after(slow, arguments(options))
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     begun = Path(options.output_prefix + ".bin.tmp")
     while not (begun.exists() and begun.stat().st_size):
@@ -140,6 +146,20 @@ def test_a_full_disk_is_named_with_the_output_and_costs_nothing(
     assert subprocess.run(command, check=False).returncode == 0
     left = {path.suffix for path in Path(options.output_prefix).parent.iterdir()}
     assert left == {".bin", ".idx", ".json"}
+
+
+def test_a_disk_that_is_full_for_the_digests_is_named_too(options: Options) -> None:
+    """SQLite has errors of its own; documents of a word are shorter than their digests."""
+    words = "\n".join(json.dumps({"text": str(n)}) for n in range(5000))
+    (Path(options.inputs[0]) / "0.jsonl").write_text(words)
+
+    def little_room() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+    command = after("o.JOURNAL_INTERVAL_S = 0.0", arguments(options, "--deduplicate"))
+    run = subprocess.run(command, preexec_fn=little_room, capture_output=True, text=True)
+    assert run.returncode == 2 and "Traceback" not in run.stderr
+    assert f"--output-prefix {options.output_prefix}: d" in run.stderr  # database or disk is full
 
 
 def test_beginning_anew_is_said(options: Options, tmp_path: Path, monkeypatch, caplog) -> None:
