@@ -1,5 +1,6 @@
 """Which sources a run reads and in what proportions: Megatron's ``--data-path``."""
 
+import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -124,7 +125,14 @@ def split_data_path(data_path: Sequence[str]) -> tuple[list[float] | None, list[
             f"--data-path {' '.join(data_path)}: weights and prefixes must alternate: "
             "WEIGHT PREFIX WEIGHT PREFIX ..."
         )
-    return [weight for weight in weights if weight is not None], prefixes
+    found = [weight for weight in weights if weight is not None]
+    for weight, prefix in zip(found, prefixes, strict=True):
+        if not 0 < weight < math.inf:
+            raise DataError(
+                f"--data-path: the weight {weight:g} of {prefix} must be a number above 0; "
+                "leave out sources that give nothing"
+            )
+    return found, prefixes
 
 
 def _number(word: str) -> float | None:

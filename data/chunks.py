@@ -7,6 +7,8 @@ from typing import Any
 
 import orjson
 
+BOM = b"\xef\xbb\xbf"
+"""What some editors write before UTF-8; it is no part of the text."""
 Document = tuple[str, dict[str, Any]]
 """The text of a row, and the row (empty where a file is a document)."""
 
@@ -55,7 +57,9 @@ class RowChunk:
 
     def documents(self, text_key: str) -> Iterator[Document | Reject]:
         """The text of each row; blank lines are passed over."""
-        view, start = memoryview(self.data), 0
+        view = memoryview(self.data)
+        marked = self.first_line == 1 and self.data.startswith(BOM)
+        start = len(BOM) if marked else 0
         for number in count(self.first_line):
             end = self.data.find(b"\n", start)
             line = view[start:end] if end >= 0 else self.data[start:] + self.rest
@@ -113,8 +117,24 @@ class TableChunk:
 
     def documents(self, text_key: str) -> Iterator[Document | Reject]:
         """The text of each row."""
-        for number, row in enumerate(self.batch.to_pylist(), self.first_row):
-            yield document_of(row, text_key, self.file, number)
+        for number, row in enumerate(self._rows(), self.first_row):
+            if isinstance(row, str):
+                yield Reject(self.file, number, row)
+            else:
+                yield document_of(row, text_key, self.file, number)
+
+    def _rows(self) -> Iterator[dict[str, Any] | str]:
+        """The rows; for one that Python cannot hold, the reason: pyarrow checks no text."""
+        try:
+            yield from self.batch.to_pylist()
+        except (ValueError, OverflowError):
+            for number in range(self.batch.num_rows):
+                try:
+                    yield self.batch.slice(number, 1).to_pylist()[0]
+                except UnicodeDecodeError as error:
+                    yield f"not UTF-8 (byte {error.start})"
+                except (ValueError, OverflowError) as error:
+                    yield f"cannot be read ({error})"
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,11 @@ from moetron.data.files import beside
 from moetron.data.manifest import read_manifest
 
 DIGITS = 5
+_WRITTEN = re.compile(
+    rf"(\.share-\d+-of-\d+(\.text-bytes)?|_\d{{{DIGITS}}})?"
+    r"(\.(bin|idx|json|lengths|seen|rejects\.jsonl|progress\.json)(\.tmp(-journal)?)?"
+    r"|\.lock|\.stdin\.jsonl)"
+)
 
 
 def member(prefix: str, number: int) -> str:
@@ -35,6 +40,14 @@ def members(prefix: str) -> list[str]:
         missing = sorted(set(names) - set(found)) or sorted(set(found) - set(names))
         raise DataError(f"{prefix}: {expected} shards, but not as found: {', '.join(missing)}")
     return found
+
+
+def is_written_with(file: Path, prefix: str | Path) -> bool:
+    """Whether runs with this prefix, or shares of them, write a file of this name."""
+    path = Path(prefix)
+    if not file.name.startswith(path.name) or file.parent.resolve() != path.parent.resolve():
+        return False
+    return _WRITTEN.fullmatch(file.name[len(path.name) :]) is not None
 
 
 def numbered(prefix: str | Path, suffix: str) -> list[str]:

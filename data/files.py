@@ -6,10 +6,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from moetron.data.errors import DataError
+
+
+def is_utf8(name: str) -> bool:
+    """Whether the name of a file is text; others come with stand-ins for bytes (PEP 383)."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
 
 def beside(prefix: str | Path, suffix: str) -> Path:
-    """The file ``prefix`` + ``suffix``; the prefix may hold dots."""
+    """The file ``prefix`` + ``suffix``; the prefix may hold dots. DataError if it has no name."""
     path = Path(prefix)
+    if path.name in ("", ".."):
+        raise DataError(f"{str(prefix)!r} is a folder; give the beginning of names in it")
     return path.with_name(path.name + suffix)
 
 
@@ -51,6 +64,14 @@ def open_at(path: Path, size_bytes: int) -> BinaryIO:
     file.truncate(size_bytes)
     file.seek(size_bytes)
     return file
+
+
+def require_writable(prefix: str | Path) -> None:
+    """Make the folder of ``prefix``, and raise OSError if no file can be written there."""
+    trial = beside(prefix, ".trial")
+    trial.parent.mkdir(parents=True, exist_ok=True)
+    trial.touch()
+    trial.unlink()
 
 
 @contextmanager

@@ -1,8 +1,6 @@
 """Raw text from files: rows of JSON or of a table, or a document a file; plain or compressed."""
 
-import glob
 import gzip
-import importlib.util
 import io
 import zlib
 from collections.abc import Iterator, Sequence
@@ -15,6 +13,7 @@ import numpy as np
 from moetron.data.chunks import Chunk, Cursor, FileChunk, LongChunk, RowChunk
 from moetron.data.errors import DataError
 from moetron.data.tables import TABLE_SUFFIXES, table_chunks
+from moetron.data.zstd_frames import ends_whole
 
 CHUNK_BYTES = 1 << 20
 """Text that one task holds; a longer row or file makes a longer task."""
@@ -22,28 +21,6 @@ LONG_BYTES = 1 << 24
 """A row or file of more is not held: it is read while it is encoded."""
 ROW_SUFFIXES = {".jsonl", ".json", ".ndjson"}
 COMPRESSED_SUFFIXES = {".gz", ".zst"}
-FOREIGN_SUFFIXES = {".bin", ".idx", ".npy", ".npz", ".zip", ".tar", ".xz"}
-DATASET_NOTES = {"dataset_info.json", "dataset_dict.json", "state.json"}
-"""What HuggingFace's ``save_to_disk`` writes beside its Arrow files."""
-PACKAGES = {".zst": ("zstandard", "zstd"), ".parquet": ("pyarrow", "arrow")}
-PACKAGES[".arrow"] = PACKAGES[".parquet"]
-
-
-def find_files(patterns: Sequence[str]) -> list[Path]:
-    """The files that paths, folders (with what is below them) and globs name, sorted, each once.
-
-    Raises DataError, all problems at once: nothing matches, or a file is of a kind not read here.
-    """
-    problems, found = [], set()
-    for pattern in patterns:
-        files = _match(pattern)
-        if not files:
-            problems.append(f"--input {pattern}: no such file, nor a folder or glob with files")
-        found.update(files)
-    problems += [f"{file}: {problem}" for file in sorted(found) if (problem := _unreadable(file))]
-    if problems:
-        raise DataError("\n".join(problems))
-    return sorted(found)
 
 
 def read_chunks(
@@ -61,7 +38,7 @@ def read_chunks(
     chunk_bytes = chunk_bytes or CHUNK_BYTES
     whole = _WholeFiles(chunk_bytes)
     for number, file in list(enumerate(files))[start.file :]:
-        suffix = _text_suffix(file)
+        suffix = text_suffix(file)
         if suffix not in ROW_SUFFIXES | TABLE_SUFFIXES:
             yield from whole.take(file, number)
             continue
@@ -80,7 +57,7 @@ class _WholeFiles:
     def __init__(self, chunk_bytes: int) -> None:
         self._chunk_bytes = chunk_bytes
         self._waiting: list[tuple[str, bytes]] = []
-        self._read_bytes = 0
+        self._read_bytes = self._held_bytes = 0
 
     def take(self, file: Path, number: int) -> Iterator[Chunk]:
         """Read a file; the tasks that are full with it."""
@@ -93,14 +70,15 @@ class _WholeFiles:
             return
         self._waiting.append((str(file), data))
         self._read_bytes += size
-        if sum(len(data) for _, data in self._waiting) >= self._chunk_bytes:
+        self._held_bytes += len(data)
+        if self._held_bytes >= self._chunk_bytes:
             yield from self.rest(number + 1)
 
     def rest(self, number: int) -> Iterator[FileChunk]:
         """A task of the files before this number that wait."""
         if self._waiting:
             yield FileChunk(tuple(self._waiting), self._read_bytes, Cursor(number))
-            self._waiting, self._read_bytes = [], 0
+            self._waiting, self._read_bytes, self._held_bytes = [], 0, 0
 
 
 def _row_chunks(file: Path, start: Cursor, chunk_bytes: int) -> Iterator[RowChunk | LongChunk]:
@@ -157,66 +135,37 @@ def skip(stream: BinaryIO, size_bytes: int) -> None:
         size_bytes -= len(stream.read(min(size_bytes, CHUNK_BYTES)))
 
 
-def _match(pattern: str) -> list[Path]:
-    """Files that one pattern names."""
-    path = Path(pattern).expanduser()
-    if path.is_dir():
-        return _below(path)
-    names = glob.glob(str(path), recursive=True)  # noqa: PTH207 - Path.glob refuses absolute ones
-    return [Path(name) for name in names if Path(name).is_file()]
-
-
-def _below(folder: Path) -> list[Path]:
-    """Files with documents below a folder.
-
-    Hidden files are passed over, and so are a saved dataset's notes (HuggingFace) and the
-    attributes of documents (Dolma: ``attributes`` beside ``documents``).
-    """
-    files = [file for file in folder.rglob("*") if file.is_file()]
-    if any(file.suffix == ".arrow" for file in files):
-        files = [file for file in files if file.name not in DATASET_NOTES]
-    found = []
-    for file in files:
-        parts = file.relative_to(folder).parts
-        inside = parts.index("attributes") if "attributes" in parts[:-1] else None
-        beside = inside is not None and folder.joinpath(*parts[:inside], "documents").is_dir()
-        if not beside and not any(part.startswith(".") for part in parts):
-            found.append(file)
-    return found
-
-
-def _unreadable(file: Path) -> str | None:
-    """Why a file cannot be an input, if so."""
-    suffix = _text_suffix(file)
-    if suffix in FOREIGN_SUFFIXES or (suffix in TABLE_SUFFIXES and suffix != file.suffix):
-        kind = "".join(file.suffixes[-2:]) if suffix != file.suffix else suffix
-        return f"{kind} files are not read; convert it to JSONL, one document a line"
-    package, extra = PACKAGES.get(file.suffix, (None, None))
-    if package is not None and importlib.util.find_spec(package) is None:
-        return f"needs the package {package} (pip install 'moetron[{extra}]')"
-    return None
-
-
-def _text_suffix(file: Path) -> str:
-    """The suffix that tells the format, without that of the compression."""
-    return Path(file.stem).suffix if file.suffix in COMPRESSED_SUFFIXES else file.suffix
+def text_suffix(file: Path) -> str:
+    """The suffix that tells the format, without that of the compression, in small letters."""
+    packed = file.suffix.lower() in COMPRESSED_SUFFIXES
+    return (Path(file.stem).suffix if packed else file.suffix).lower()
 
 
 @contextmanager
 def content(file: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """(the file as it is, its decompressed content); DataError if it cannot be read."""
+    """(the file as it is, its decompressed content); DataError if it cannot be read.
+
+    A compressed file that was read to its end must end as its format says: a copy that broke off
+    would pass for a shorter corpus. Python's gzip and zstandard do not see each of these cases.
+    """
     errors: list[type[Exception]] = [OSError, EOFError, zlib.error]
+    suffix = file.suffix.lower()
     try:
         with file.open("rb") as raw:
-            if file.suffix == ".gz":
-                yield raw, cast(BinaryIO, gzip.GzipFile(fileobj=raw, mode="rb"))
-            elif file.suffix == ".zst":
+            if suffix == ".gz":
+                stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw, mode="rb"))
+            elif suffix == ".zst":
                 import zstandard
 
                 errors.append(zstandard.ZstdError)
                 reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-                yield raw, io.BufferedReader(reader)
+                stream = cast(BinaryIO, io.BufferedReader(reader))
             else:
-                yield raw, raw
+                stream = raw
+            yield raw, stream
+            if stream is not raw and not stream.read(1):
+                whole = raw.seek(0, io.SEEK_END) > 0 and (suffix == ".gz" or ends_whole(raw))
+                if not whole:
+                    raise EOFError("it breaks off: the file is not whole")
     except tuple(errors) as error:
         raise DataError(f"{file}: cannot be read ({error})") from None

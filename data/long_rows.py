@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from moetron.data.chunks import LongChunk, Reject, document_of
+from moetron.data.chunks import BOM, LongChunk, Reject, document_of
 from moetron.data.errors import DataError
 from moetron.data.inputs import LONG_BYTES, content, skip
 
@@ -62,7 +62,7 @@ class LongText:
         chunk = self._chunk
         outline, self._spans = _outline(self._raw(0, chunk.length_bytes))
         try:
-            row = orjson.loads(outline)
+            row = orjson.loads(outline.removeprefix(BOM) if chunk.line == 1 else outline)
         except orjson.JSONDecodeError as error:
             raise Unreadable(f"not JSON ({error.msg})") from None
         document = document_of(row, text_key, chunk.file, chunk.line or 0)

@@ -4,7 +4,9 @@ import argparse
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
+from moetron.data.files import is_utf8
 from moetron.data.filters import Filters
 
 
@@ -43,7 +45,15 @@ class Options:
             found.append(f"--holdout-fraction {self.holdout_fraction}: must be in [0, 1)")
         if (self.holdout_fraction > 0) != (self.holdout_prefix is not None):
             found.append("--holdout-fraction and --holdout-prefix need each other")
-        if self.holdout_prefix == self.output_prefix:
+        for flag, prefix in (
+            ("--output-prefix", self.output_prefix),
+            ("--holdout-prefix", self.holdout_prefix),
+        ):
+            if prefix is not None and (problem := _prefix_problem(prefix)):
+                found.append(f"{flag} {prefix!a}: {problem}")
+        if self.holdout_prefix and (
+            os.path.realpath(self.holdout_prefix) == os.path.realpath(self.output_prefix)
+        ):
             found.append(
                 f"--holdout-prefix {self.holdout_prefix}: must differ from --output-prefix"
             )
@@ -53,6 +63,14 @@ class Options:
             found.append(f"--shard-size-tokens {self.shard_size_tokens}: must be at least 1")
         if self.merge_shares is not None and self.merge_shares < 1:
             found.append(f"--merge-shares {self.merge_shares}: must be at least 1")
+        if self.shard_size_tokens is not None:
+            for prefix in filter(None, (self.output_prefix, self.holdout_prefix)):
+                if is_utf8(prefix) and Path(f"{prefix}.idx").exists():
+                    found.append(
+                        f"--shard-size-tokens {self.shard_size_tokens}: {prefix}.idx is there from "
+                        f"a run without it, and --data-path {prefix} would go on meaning that; "
+                        "remove that shard or choose another prefix"
+                    )
         if self.share is not None and self.merge_shares is not None:
             found.append("--share makes a share and --merge-shares puts them together: give one")
         if (self.share or self.merge_shares) and "-" in self.inputs:
@@ -147,6 +165,15 @@ def _add_filters(group: argparse._ArgumentGroup) -> None:
     )
     add("--min-tokens", type=int, default=0, help="shorter documents")
     add("--max-tokens", type=int, help="longer documents")
+
+
+def _prefix_problem(prefix: str) -> str | None:
+    """What is wrong with where an output shall go."""
+    if not is_utf8(prefix):
+        return "the name is not UTF-8; choose another"
+    if prefix.endswith(("/", os.sep)) or Path(prefix).name in ("", ".."):
+        return "names a folder; add the beginning of the files' names, such as 'train'"
+    return None
 
 
 def _cores() -> int:

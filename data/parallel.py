@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -57,6 +58,7 @@ def _processes(workers: int) -> Executor:
 
 def _end_with_parent() -> None:
     """End this process when its parent does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all: the parent decides
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -1,5 +1,6 @@
 """From what the settings say about data to the streams of a run."""
 
+import re
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -11,6 +12,9 @@ from moetron.data.repetition import RepetitionFilter
 from moetron.data.stages import Stage, StagedStream
 from moetron.data.stream import TokenStream, validation_stream
 from moetron.tokenizers.interface import Tokenizer
+
+_HELD_OUT = re.compile(r"[._-](valid|validation|val|heldout|holdout|test)$")
+"""What names of validation shards add to the name of their source."""
 
 
 class StagePlan(Protocol):
@@ -61,9 +65,17 @@ def open_training(plan: DataPlan, seq_length: int, seed: int, tokenizer: Tokeniz
 def open_validation(
     plan: DataPlan, data_path: Sequence[str], seq_length: int, tokenizer: Tokenizer
 ) -> TokenStream:
-    """Every window of the validation shards once, as the last stage would have sources so named."""
+    """Every window of the validation shards once, as the last stage would have sources so named.
+
+    ``code.valid``, ``code_valid`` and the like are named as ``code``, unless training has them.
+    """
     last = plan.planned_stages()[-1].objective
     objective, own = _objectives(plan, last, seq_length, tokenizer)
+    trained = {n for stage in plan.planned_stages() for n in _names(stage.data_path)}
+    for name in _names(data_path):
+        belongs_to = _HELD_OUT.sub("", name)
+        if name not in trained and belongs_to in own:
+            own[name] = own[belongs_to]
     return validation_stream(
         plan.rooted(data_path),
         seq_length,
@@ -72,6 +84,11 @@ def open_validation(
         objective,
         own,
     )
+
+
+def _names(data_path: Sequence[str]) -> list[str]:
+    """Of the sources of a data path."""
+    return [source_name(prefix) for prefix in split_data_path(data_path)[1]]
 
 
 def _objectives(
@@ -88,7 +105,9 @@ def _objectives(
 def _refuse_unknown_fim_sources(plan: DataPlan) -> None:
     """DataError for names that no stage with infilling reads."""
     paths = [stage.data_path for stage in plan.planned_stages() if stage.objective == "fim"]
-    known = dict.fromkeys(source_name(p) for path in paths for p in split_data_path(path)[1])
+    if plan.fim_sources and not paths:
+        raise DataError(f"--fim-sources {' '.join(plan.fim_sources)}: needs --objective fim")
+    known = dict.fromkeys(name for path in paths for name in _names(path))
     if unknown := [name for name in plan.fim_sources or [] if name not in known]:
         raise DataError(
             f"--fim-sources {' '.join(unknown)}: no stage with the objective fim has a source of "

@@ -2,7 +2,8 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,14 +12,15 @@ from typing import Any
 import orjson
 
 from moetron.data import standard_input
-from moetron.data.encode import Encoding, EnginesDiffer
+from moetron.data.encode import Encoded, Encoding, EnginesDiffer
 from moetron.data.engine import encoded_chunks
 from moetron.data.errors import DataError
 from moetron.data.family import family
 from moetron.data.family_writer import FamilyWriter
 from moetron.data.files import beside
-from moetron.data.inputs import find_files
-from moetron.data.journal import Side, State, read_state
+from moetron.data.find import find_files
+from moetron.data.journal import Side, State, journal_path, read_state
+from moetron.data.lock import held
 from moetron.data.long_documents import LongDocument
 from moetron.data.manifest import Manifest, TokenizerRecord, read_manifest, write_manifest
 from moetron.data.options import Options
@@ -33,6 +35,7 @@ from moetron.data.shares import (
     sizes_prefix,
     with_sizes,
 )
+from moetron.data.stopping import stop_requests
 from moetron.tokenizers.interface import Tokenizer
 from moetron.tokenizers.load import load_tokenizer
 
@@ -58,7 +61,9 @@ def preprocess(options: Options) -> Outcome:
     how often the work was killed: the same call goes on from the journal, ``PREFIX.progress.json``.
 
     Raises:
-        DataError: options or inputs are wrong, more rows are bad than allowed, or nothing is left.
+        DataError: options or inputs are wrong, inputs change meanwhile, another run writes the
+            same output, more rows are bad than allowed, or nothing is left.
+        KeyboardInterrupt: a signal came; what was done is kept for the same call.
         TokenizerError: the tokenizer cannot be loaded.
         OSError: a file cannot be written.
     """
@@ -67,8 +72,13 @@ def preprocess(options: Options) -> Outcome:
     if options.engine == "ray":
         require_ray()
     share = None if options.share is None else Share.parse(options.share)
-    with standard_input.kept(options.inputs, options.output_prefix) as inputs:
-        run = _Run(options, find_files(inputs), load_tokenizer(options.tokenizer), share)
+    outputs = [prefix for prefix in (options.output_prefix, options.holdout_prefix) if prefix]
+    mine = outputs if share is None else [share.prefix(output) for output in outputs]
+    if named := [name for name in options.inputs if name != standard_input.NAME]:
+        find_files(named, outputs)  # a mistake here leaves not even a folder behind
+    with held(mine), standard_input.kept(options.inputs, options.output_prefix) as inputs:
+        files = find_files(inputs, outputs)
+        run = _Run(options, files, load_tokenizer(options.tokenizer), share)
         if current := run.current():
             discard(run.prefixes)
             return Outcome(current, True, "the inputs and settings are those of the last run")
@@ -110,10 +120,9 @@ class _Run:
             )
         }
         self.settings["filters"] = asdict(options.filters)
-        stats = [(str(file.resolve()), file.stat()) for file in self.files]
-        self.input_bytes = sum(stat.st_size for _, stat in stats)
-        listing = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-        identity = [listing, self.settings, self.prefixes, self.record.model_dump()]
+        self.listing = _listing(self.files)
+        self.input_bytes = sum(size for _, size, _ in self.listing)
+        identity = [self.listing, self.settings, self.prefixes, self.record.model_dump()]
         self.key = hashlib.sha256(orjson.dumps(identity)).hexdigest()
 
     def current(self) -> dict[str, Manifest]:
@@ -138,6 +147,7 @@ class _Run:
                 return self._go_on(state)
             except EnginesDiffer as error:
                 logger.warning("%s; beginning again with the reference", error)
+                discard(self.prefixes)
                 return self._go_on(self._begin(fast=False))
         except DataError:
             discard(self.prefixes)
@@ -170,6 +180,12 @@ class _Run:
 
     def _begin(self, fast: bool) -> State:
         """The state of a run that has done nothing, with nothing of another's left."""
+        if journal_path(self.prefixes[0]).exists():
+            logger.warning(
+                "%s: an unfinished run had other inputs, settings or tokenizer, or its files are "
+                "not all there; beginning anew",
+                self.prefixes[0],
+            )
         discard(self.prefixes)
         return State(key=self.key, fast=fast, sides=[Side() for _ in self.prefixes])
 
@@ -207,24 +223,41 @@ class _Run:
             options.filters,
             output.state.fast and options.fast,
         )
-        for encoded in encoded_chunks(
+        chunks = encoded_chunks(
             self.files,
             output.state.cursor,
             encoding,
             self.tokenizer,
             options.workers,
             options.engine,
-        ):
-            if isinstance(encoded, LongDocument):
-                output.take_long(encoded, len(self.outputs))
-                progress.update(encoded.chunk.read_bytes, encoded.encoded_tokens)
-                continue
-            output.take(with_sizes(encoded, len(self.outputs)) if self.share else encoded)
-            progress.update(encoded.read_bytes, sum(side.tokens.size for side in encoded.sides))
+        )
+        with stop_requests() as stopping:
+            try:
+                for encoded in chunks:
+                    self._take(encoded, output, progress)
+                    if stopping():
+                        break
+            except BrokenExecutor:
+                if not stopping():  # the signal went to the workers too
+                    raise
+            if stopping():
+                output.mark()
+                raise KeyboardInterrupt
+
+    def _take(self, encoded: Encoded | LongDocument, output: Output, progress: Progress) -> None:
+        """Bring one chunk's documents to their shards."""
+        if isinstance(encoded, LongDocument):
+            output.take_long(encoded, len(self.outputs))
+            progress.update(encoded.chunk.read_bytes, encoded.encoded_tokens)
+            return
+        output.take(with_sizes(encoded, len(self.outputs)) if self.share else encoded)
+        progress.update(encoded.read_bytes, sum(side.tokens.size for side in encoded.sides))
 
     def _finish(self, output: Output) -> dict[str, Manifest]:
         """Give all files their names and vouch for them."""
         state = output.state
+        if changed := sorted({name for name, *_ in set(self.listing) ^ set(_listing(self.files))}):
+            raise DataError(f"{', '.join(changed)}: changed while it was read; run again")
         output.finish_rejects()
         if self.share is None:
             self._check(output)
@@ -281,6 +314,12 @@ class _Run:
             f"{state.rejected} of {state.rows} rows are bad, more than --max-bad-fraction "
             f"{self.options.max_bad_fraction} allows; all are listed in {rejects_path}:{examples}"
         )
+
+
+def _listing(files: Iterable[Path]) -> list[tuple[str, int, int]]:
+    """(name, bytes, modification time) of each file: what identifies an input."""
+    stats = [(str(file.resolve()), file.stat()) for file in files]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
 
 def _sizes_fit(prefix: str, manifest: Manifest) -> bool:

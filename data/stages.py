@@ -183,14 +183,15 @@ def refuse_repetition(
         epochs[use.source] += use.epochs
     default = math.inf if max_epochs is None else max_epochs
     over = [
-        f"{name} {times:.3f} times (at most {cap:g})"
+        (name, f"{name} {times:.3f} times (at most {cap:g})")
         for name, times in zip(stream.source_names, epochs, strict=True)
         if times > (cap := caps.get(name, default))
     ]
     if over:
+        flag = "--source-max-epochs" if all(name in caps for name, _ in over) else "--max-epochs"
         raise DataError(
-            f"--max-epochs: the run of {samples * stream.seq_length:,} tokens would go through "
-            f"{', '.join(over)}; change weights or stages, or shorten the run\n"
+            f"{flag}: the run of {samples * stream.seq_length:,} tokens would go through "
+            f"{', '.join(text for _, text in over)}; change weights or stages, or shorten the run\n"
             + use_table(stream, samples)
         )
 

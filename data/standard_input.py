@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from moetron.data.errors import DataError
 from moetron.data.files import beside
 
 NAME = "-"
@@ -35,7 +36,7 @@ def kept(inputs: Sequence[str], prefix: str) -> Iterator[list[str]]:
     if NAME not in inputs:
         yield list(inputs)
         return
-    copy = beside(prefix, ".stdin.jsonl")
+    copy = copy_path(prefix)
     copy.parent.mkdir(parents=True, exist_ok=True)
     try:
         _copy(copy)
@@ -44,8 +45,15 @@ def kept(inputs: Sequence[str], prefix: str) -> Iterator[list[str]]:
         copy.unlink(missing_ok=True)
 
 
+def copy_path(prefix: str) -> Path:
+    """``PREFIX.stdin.jsonl``."""
+    return beside(prefix, ".stdin.jsonl")
+
+
 def _copy(path: Path) -> None:
     """Write standard input to a file."""
+    if sys.stdin is None:
+        raise DataError("--input -: standard input is closed; redirect or pipe rows to it")
     with path.open("wb") as file:
         hashing = _Hashing(file)
         shutil.copyfileobj(sys.stdin.buffer, hashing, 1 << 20)

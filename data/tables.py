@@ -30,32 +30,37 @@ def table_chunks(
             for at in range(first, batch.num_rows, step):
                 part = batch.slice(at, step)
                 end = line + at + part.num_rows
-                done_bytes = size * (end - 1) // rows
+                done_bytes = size * (end - 1) // max(rows, 1)
                 cursor = Cursor(start.file, line=end)
                 yield TableChunk(str(file), line + at, part, done_bytes - read_bytes, cursor)
                 read_bytes = done_bytes
             line += batch.num_rows
-            read_bytes = size * (line - 1) // rows
+            read_bytes = size * (line - 1) // max(rows, 1)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{file}: cannot be read ({error})") from None
 
 
 def _open(file: Path, columns: Sequence[str]) -> tuple[int, Iterator[Any]]:
     """(rows, batches of them) of a file."""
-    if file.suffix == ".parquet":
+    if file.suffix.lower() == ".parquet":
         from pyarrow import parquet
 
         table = parquet.ParquetFile(file, memory_map=True)
-        present = [name for name in columns if name in table.schema_arrow.names]
+        present = _present(file, columns, table.schema_arrow.names)
         chosen = present if columns else None
         return table.metadata.num_rows, table.iter_batches(BATCH_ROWS, columns=chosen)
     rows = sum(batch.num_rows for batch in _arrow_batches(file))
     batches = _arrow_batches(file)
     if not columns:
         return rows, batches
-    return rows, (
-        batch.select([name for name in columns if name in batch.schema.names]) for batch in batches
-    )
+    return rows, (batch.select(_present(file, columns, batch.schema.names)) for batch in batches)
+
+
+def _present(file: Path, columns: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Those of the columns that a file has; DataError if it has one twice."""
+    if twice := [name for name in columns if names.count(name) > 1]:
+        raise DataError(f"{file}: has the column {twice[0]!r} twice; rename one")
+    return [name for name in columns if name in names]
 
 
 def _arrow_batches(file: Path) -> Iterator[Any]:

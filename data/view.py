@@ -7,9 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from moetron.data.errors import DataError
 from moetron.data.files import atomic_file
+from moetron.data.shard import Shard
 from moetron.data.stages import StagedStream
 from moetron.tokenizers.interface import Tokenizer
+from moetron.tokenizers.load import load_tokenizer
+
+PREVIEW_CHARACTERS = 400
 
 GIVEN, LOSS, MARKER, RESET = "\x1b[2m", "\x1b[32m", "\x1b[33m", "\x1b[0m"
 LEGEND = {
@@ -59,6 +64,22 @@ def sample_text(sample: Mapping[str, Any], tokenizer: Tokenizer, colour: bool) -
         else:
             parts.append(f"\u00ab{text}\u00bb" if counted else text)
     return "".join(parts).replace("\u00bb\u00ab", "")
+
+
+def documents(shard: Shard, tokenizer_path: str, count: int) -> str:
+    """The beginnings of ``count`` documents, evenly spread over a shard.
+
+    Raises DataError if it was made with another tokenizer.
+    """
+    tokenizer = load_tokenizer(tokenizer_path)
+    if shard.manifest and shard.manifest.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise DataError(f"{shard.prefix}: not made with the tokenizer {tokenizer_path}")
+    lines = []
+    for number in range(0, len(shard), max(1, len(shard) // max(count, 1)))[:count]:
+        ids = shard.document(number)
+        text = tokenizer.decode(ids[:PREVIEW_CHARACTERS].tolist())[:PREVIEW_CHARACTERS]
+        lines.append(f"  document {number}, {len(ids)} tokens: {text!r}")
+    return "\n".join(lines)
 
 
 def draw_lengths(lengths: Mapping[str, np.ndarray], path: Path) -> None:

@@ -1,5 +1,6 @@
 """From what ``--tokenizer-model`` says to a tokenizer."""
 
+import os
 from collections.abc import Collection
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def tokenizer_file(source: str | Path) -> Path:
     Raises:
         TokenizerError: nothing is there.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))  # noqa: PTH111 - Path's raises for ~nobody
     if path.is_dir():
         path = _file_of(path)
     if not path.is_file():

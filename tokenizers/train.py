@@ -6,10 +6,13 @@ pieces, then the sentinels of which ``<extra_id_0>`` is the highest, then unused
 multiple of 128 (umT5: 256,000 pieces + 300 sentinels = 256,300, padded to 256,384).
 """
 
+import hashlib
 import importlib
 import io
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import sentencepiece
@@ -51,14 +54,14 @@ class TrainingOptions:
         least = 4 + 256 + len(WHITE_SPACE) + self.sentinels + 100
         found = []
         if self.sentinels < 0:
-            found.append(f"sentinels {self.sentinels}: give 0 or more")
+            found.append(f"--sentinels {self.sentinels}: give 0 or more")
         if self.vocab_size < least:
             found.append(
-                f"vocab_size {self.vocab_size}: bytes, white space and {self.sentinels} sentinels "
-                f"leave too few pieces to learn; give at least {least}"
+                f"--vocab-size {self.vocab_size}: bytes, white space and "
+                f"{self.sentinels} sentinels leave too few pieces to learn; give at least {least}"
             )
         if not 0.9 <= self.character_coverage <= 1:
-            found.append(f"character_coverage {self.character_coverage}: give 0.9 to 1")
+            found.append(f"--character-coverage {self.character_coverage}: give 0.9 to 1")
         return found
 
 
@@ -97,7 +100,7 @@ def train(texts: Iterable[str], options: TrainingOptions) -> bytes:
         )
     except RuntimeError as error:
         raise TokenizerError(
-            f"SentencePiece cannot train vocab_size {options.vocab_size} on this text; give more "
+            f"SentencePiece cannot train --vocab-size {options.vocab_size} on this text; give more "
             f"text or a smaller vocabulary ({str(error).strip()})"
         ) from None
     return append_pieces(model.getvalue(), options.sentinels, options.padding_multiple)
@@ -113,6 +116,18 @@ def append_pieces(model: bytes, sentinels: int, multiple: int) -> bytes:
         proto.pieces.add(piece=f"<unused_{number}>", score=0.0, type=kinds.CONTROL)
     proto.trainer_spec.vocab_size = len(proto.pieces)
     return proto.SerializeToString(deterministic=True)
+
+
+def is_current(model: Path, sidecar: Path, made_from: Mapping[str, Any]) -> bool:
+    """Whether ``model`` was made by this recipe, as ``sidecar`` (JSON) says, and is intact."""
+    if not (model.is_file() and sidecar.is_file()):
+        return False
+    try:
+        said = json.loads(sidecar.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    intact = said.get("sha256") == hashlib.sha256(model.read_bytes()).hexdigest()
+    return intact and said.get("made_from") == made_from
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:

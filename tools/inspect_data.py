@@ -17,18 +17,17 @@ from pathlib import Path
 from moetron.data.blend import open_blend, split_data_path
 from moetron.data.errors import DataError
 from moetron.data.family import members
+from moetron.data.flags import whole_number
 from moetron.data.plan import open_training
 from moetron.data.report import blend_table, length_histogram, shard_summary
 from moetron.data.shard import Shard
 from moetron.data.stages import use_table
-from moetron.data.view import draw_lengths, stage_samples
+from moetron.data.view import documents, draw_lengths, stage_samples
 from moetron.moe.config.derived import total_samples
 from moetron.moe.config.errors import ConfigError
 from moetron.moe.config.load import read_recipes
 from moetron.moe.config.validate import validate
 from moetron.tokenizers.load import load_tokenizer
-
-PREVIEW_CHARACTERS = 400
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,33 +35,27 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
+    add, count, size = parser.add_argument, whole_number(0), whole_number(1)
     add("data_path", nargs="*", metavar="[WEIGHT] PREFIX", help="shards, as --data-path takes them")
     add("--tokenizer", metavar="PATH", help="decode with this tokenizer (default: the recipe's)")
-    add("--documents", type=int, default=2, help="documents to decode, evenly spread (default: 2)")
+    add("--documents", type=count, default=2, help="documents to decode (default: 2)")
     add("--verify", action="store_true", help="read everything and compare hashes")
     add("--png", type=Path, metavar="FILE", help="draw the document lengths")
-    add("--seq-length", type=int, help="show the blend of samples of this many tokens")
-    add("--samples", type=int, help="length of the run that is shown (default: the recipe's)")
+    add("--seq-length", type=size, help="show the blend of samples of this many tokens")
+    add("--samples", type=size, help="length of the run (default: the recipe's)")
     add("--config", action="append", type=Path, help="a recipe; the later one wins key by key")
     add("--data-root", help="where the recipe's relative prefixes start")
-    add("--show", type=int, default=1, help="samples to decode from each stage (default: 1)")
+    add("--show", type=count, default=1, help="samples a stage to decode (default: 1)")
     return parser
-
-
-def show_documents(shard: Shard, tokenizer_path: str, count: int) -> None:
-    """Print the beginnings of ``count`` documents, evenly spread over the shard."""
-    tokenizer = load_tokenizer(tokenizer_path)
-    if shard.manifest and shard.manifest.tokenizer.fingerprint != tokenizer.fingerprint:
-        raise DataError(f"{shard.prefix}: not made with the tokenizer {tokenizer_path}")
-    for number in range(0, len(shard), max(1, len(shard) // max(count, 1)))[:count]:
-        ids = shard.document(number)
-        text = tokenizer.decode(ids[:PREVIEW_CHARACTERS].tolist())[:PREVIEW_CHARACTERS]
-        print(f"  document {number}, {len(ids)} tokens: {text!r}")
 
 
 def show_recipes(arguments: argparse.Namespace) -> None:
     """Print the stages of the recipes that the command line names."""
+    given = {"--verify": arguments.verify, "--png": arguments.png, "a prefix": arguments.data_path}
+    if unused := [name for name, value in given.items() if value]:
+        raise DataError(
+            f"--config shows stages; {', '.join(unused)} goes without it, with prefixes"
+        )
     settings, problems, _ = validate(read_recipes(arguments.config))
     if settings is None or problems:
         raise ConfigError(problems)
@@ -87,7 +80,7 @@ def show_shards(arguments: argparse.Namespace) -> bool:
         print(shard_summary(shard))
         print(length_histogram(shard.document_lengths))
         if arguments.tokenizer:
-            show_documents(shard, arguments.tokenizer, arguments.documents)
+            print(documents(shard, arguments.tokenizer, arguments.documents))
     if arguments.png:
         draw_lengths({Path(s.prefix).name: s.document_lengths for s in shards}, arguments.png)
     if arguments.seq_length:

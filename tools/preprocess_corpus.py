@@ -8,11 +8,13 @@ Inputs are JSONL (.jsonl, .json, also with .gz or .zst), Parquet or Arrow (Huggi
 disk) with the text under --text-key, or any other file as one plain-text document; folders are
 searched; - is JSONL on standard input. Run again with the same inputs and settings, it finds its
 work done, or goes on where it was killed. Exit codes: 0 done, 2 something to mend, named in one
-message, 1 a worker died.
+message, 1 a worker died, 75 stopped by a signal (SIGINT, SIGTERM): run it again to go on.
 """
 
 import argparse
 import gc
+import signal
+import sqlite3
 import sys
 from concurrent.futures import BrokenExecutor
 
@@ -26,6 +28,10 @@ WORKER_DIED = (
     "command again to go on, with fewer --workers"
 )
 
+NOT_WRITTEN = (
+    "preprocess_corpus: --output-prefix {}: {}; mend this and run the same command to go on"
+)
+
 
 def main() -> int:
     """Preprocess as the command line says; the exit code."""
@@ -34,11 +40,19 @@ def main() -> int:
     )
     add_flags(parser)
     options = Options.of(parser.parse_args())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         outcome = preprocess(options)
-    except (DataError, TokenizerError, OSError) as error:
+    except (DataError, TokenizerError) as error:
         print(f"preprocess_corpus: {error}", file=sys.stderr)
         return 2
+    except (OSError, sqlite3.Error) as error:
+        what = f"{error}" if getattr(error, "filename", None) else f"{error}, as it was written"
+        print(NOT_WRITTEN.format(options.output_prefix, what), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("preprocess_corpus: stopped; run the same command to go on", file=sys.stderr)
+        return 75
     except BrokenExecutor:
         print(WORKER_DIED, file=sys.stderr)
         return 1
@@ -48,6 +62,8 @@ def main() -> int:
             f"{prefix}: {manifest.documents} documents, {manifest.tokens} tokens "
             f"({manifest.dtype}), {manifest.text_bytes / max(manifest.tokens, 1):.2f} bytes a token"
         )
+    if left_out := [f"{name} {count}" for name, count in manifest.filters.items() if count]:
+        print(f"left out: {', '.join(left_out)}")
     return 0
 
 

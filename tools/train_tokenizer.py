@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from moetron.data.corpora.labels import labelled_texts
-from moetron.data.files import atomic_file, beside
-from moetron.data.inputs import find_files
+from moetron.data.files import atomic_file, beside, require_writable
+from moetron.data.find import find_files
+from moetron.data.flags import positive_number
 from moetron.tokenizers.fertility import draw, measure, table
 from moetron.tokenizers.sampling import sample_sources
-from moetron.tokenizers.train import TrainingOptions, train
+from moetron.tokenizers.train import TrainingOptions, is_current, train
 from moetron.tokenizers.umt5 import SentencePieceTokenizer
 
 
@@ -36,8 +37,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--character-coverage", type=float, default=0.9995, help="default: %(default)s")
     add("--split-digits", action="store_true", help="every digit is a piece of its own")
     add("--pieces-span-words", action="store_true", help="pieces may run over spaces (umT5)")
-    add("--sample-mb", type=float, default=10, help="million characters to train on")
-    add("--unimax", type=float, metavar="N", help="even out sources, none above N epochs")
+    add("--sample-mb", type=positive_number, default=10, help="million characters to train on")
+    add("--unimax", type=positive_number, metavar="N", help="even out sources, none above N epochs")
     add("--seed", type=int, default=1234, help="of the sample (default: %(default)s)")
     return parser.parse_args(arguments)
 
@@ -56,36 +57,34 @@ def recipe(args: argparse.Namespace, options: TrainingOptions, paths: list[Path]
     }
 
 
-def is_current(prefix: Path, made_from: dict[str, Any]) -> bool:
-    """Whether PREFIX.model was made by this recipe and is intact."""
-    model, sidecar = beside(prefix, ".model"), beside(prefix, ".json")
-    if not (model.is_file() and sidecar.is_file()):
-        return False
-    said = json.loads(sidecar.read_text(encoding="utf-8"))
-    intact = said.get("sha256") == hashlib.sha256(model.read_bytes()).hexdigest()
-    return intact and said.get("made_from") == made_from
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Sample, train, measure, write."""
     args = parse(arguments)
     fields = {field.name for field in dataclasses.fields(TrainingOptions)}
     options = TrainingOptions(**{k: v for k, v in vars(args).items() if k in fields})
     paths = find_files(args.input)
+    model_path, sidecar_path = beside(args.output, ".model"), beside(args.output, ".json")
+    if problems := options.problems():
+        raise ValueError("\n".join(problems))
+    if sidecar_path.resolve() in {path.resolve() for path in paths}:
+        raise ValueError(f"--output {args.output}: would write over the input {sidecar_path}")
     made_from = recipe(args, options, paths)
-    model_path = beside(args.output, ".model")
-    if is_current(args.output, made_from):
+    if is_current(model_path, sidecar_path, made_from):
         print(f"{model_path} is current")
         return 0
+    require_writable(args.output)  # now rather than after hours of training
     started = time.monotonic()
     budget = round(args.sample_mb * 1e6)
     sample = sample_sources(
         lambda: labelled_texts(paths, args.text_key), budget, args.unimax, args.seed
     )
     drawn = sum(len(block) for found in sample.values() for block in found)
+    if drawn == 0:
+        raise ValueError(
+            f"--input: {len(paths)} files, but no text under --text-key {args.text_key}"
+        )
     print(f"training {options.vocab_size} pieces on {drawn / 1e6:.1f} M characters ...", flush=True)
     model = train((block for found in sample.values() for block in found), options)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(model_path) as file:
         file.write(model)
     tokenizer = SentencePieceTokenizer(model_path)
@@ -100,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
         "made_from": made_from,
         "fertility_on_training_text": {k: dataclasses.asdict(v) for k, v in fertility.items()},
     }
-    with atomic_file(beside(args.output, ".json")) as file:
+    with atomic_file(sidecar_path) as file:
         file.write(json.dumps(sidecar, indent=2, ensure_ascii=False).encode())
     print(table(fertility))
     print(f"{model_path}: {tokenizer.vocab_size} ids, {time.monotonic() - started:.0f} s")
@@ -113,3 +112,6 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         print(f"train_tokenizer: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("train_tokenizer: stopped; nothing was kept", file=sys.stderr)
+        sys.exit(130)

@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from moetron.moe.config.field import Group
+from moetron.moe.config.field import Group, Rule
 
 Word = Annotated[str, Field(coerce_numbers_to_str=True)]
 """Part of a data path; a recipe may write weights as numbers."""
@@ -84,7 +84,8 @@ class DataSettings(Group):
     """fim: token before the suffix."""
     fim_sources: list[Word] | None = None
     """fim: only the sources of these names (prefixes without their folders), in every fim stage;
-    the others give causal samples. Unset: all."""
+    the others give causal samples. Validation shards NAME.valid, NAME_val and the like count as
+    NAME. Unset: all."""
     repetition_max_count: int | None = Field(default=None, ge=5)
     """Mask the loss of a sample in which an n-gram stands this many times in a row (OLMoE: 32)."""
     repetition_max_period: PositiveInt = 13
@@ -114,10 +115,17 @@ class DataSettings(Group):
     @classmethod
     def _names_and_numbers(cls, words: list[str] | None) -> list[str] | None:
         """Refuse another form."""
-        numbers = [number_or_none(word) for word in (words or [])[1::2]]
-        positive = all(number is not None and number > 0 for number in numbers)
-        if words is not None and (len(words) != 2 * len(numbers) or not positive):
-            raise ValueError("give NAME EPOCHS NAME EPOCHS ..., with numbers above 0")
+        if words is None:
+            return None
+        form = "give NAME EPOCHS NAME EPOCHS ..., such as code 4 web 1.5"
+        if len(words) % 2:
+            raise Rule(f"{words[-1]!r} stands alone; {form}")
+        for name, word in zip(words[::2], words[1::2], strict=True):
+            number = number_or_none(word)
+            if number is None or not number > 0:
+                raise Rule(f"{word!r}, the epochs of {name!r}, is no number above 0; {form}")
+        if twice := [name for name in words[::2] if words[::2].count(name) > 1]:
+            raise Rule(f"{twice[0]!r} stands there twice; {form}")
         return words
 
     def epoch_caps(self) -> dict[str, float]:

@@ -12,6 +12,10 @@ _BOUNDS = {Gt: ("gt", ">"), Ge: ("ge", ">="), Lt: ("lt", "<"), Le: ("le", "<=")}
 _NAMES = {bool: "switch", int: "integer", float: "number", str: "text"}
 
 
+class Rule(ValueError):
+    """What a validator says in place of the field's type: the rule and the remedy."""
+
+
 class Group(BaseModel):
     """A group of settings: frozen, strict about unknown keys, documented by field docstrings."""
 

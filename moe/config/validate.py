@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from moetron.moe.config.field import flag_name, is_optional, literals, type_text
+from moetron.moe.config.field import Rule, flag_name, is_optional, literals, type_text
 from moetron.moe.config.names import nearest
 from moetron.moe.config.settings import Settings, fields
 
@@ -57,6 +57,8 @@ def _problem(
     flag = flag_name(name)
     if missing:
         return f"{flag} is missing ({field.description}); or `{name}` under `{group}:` in a recipe"
+    if isinstance(error, Rule):
+        return f"{flag} {_value_text(value)}: {error}"
     unset = ", or null" if is_optional(field) else ""
     hint = nearest(value, literals(field)) if isinstance(value, str) else ""
     reason = f": {error}" if error else ""

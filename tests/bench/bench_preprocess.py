@@ -38,7 +38,8 @@ from pathlib import Path
 import gigatoken
 
 from moetron.data.chunks import Reject
-from moetron.data.inputs import find_files, read_chunks
+from moetron.data.find import find_files
+from moetron.data.inputs import read_chunks
 from moetron.data.report import table
 from moetron.tokenizers.fast_bpe import open_fast
 from moetron.tokenizers.huggingface import HuggingFaceTokenizer

@@ -40,10 +40,18 @@ def test_caps_of_single_sources_are_names_and_numbers() -> None:
         "web": 1.5,
     }
     assert make().data.epoch_caps() == {}
-    for wrong in (["code"], ["4", "code"], ["code", "0"], ["code", "nan"], ["a", "1", "b"]):
+    for wrong, rule in (
+        (["code"], "'code' stands alone"),
+        (["4", "code"], "'code', the epochs of '4', is no number above 0"),
+        (["code", "0"], "'0', the epochs of 'code', is no number above 0"),
+        (["code", "nan"], "'nan', the epochs of 'code', is no number above 0"),
+        (["a", "1", "b"], "'b' stands alone"),
+        (["a", "1", "a", "2"], "'a' stands there twice"),
+    ):
         _, problems, faulty = validate({"data": {"source_max_epochs": wrong}})
         assert "source_max_epochs" in faulty
-        assert any("--source-max-epochs" in text and "NAME EPOCHS" in text for text in problems)
+        form = "give NAME EPOCHS NAME EPOCHS ..., such as code 4 web 1.5"
+        assert f"--source-max-epochs {' '.join(wrong)}: {rule}; {form}" in problems
 
 
 @pytest.mark.parametrize("stage", [{"until_tokens": 5}, {"data_path": ["a"], "typo": 1}, "a: ["])

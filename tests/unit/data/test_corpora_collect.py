@@ -13,7 +13,7 @@ from moetron.data.corpora.collect import MANIFEST, Task, documents_of, is_curren
 from moetron.data.corpora.formats import plain
 from moetron.data.corpora.labels import labelled_texts
 from moetron.data.errors import DataError
-from moetron.data.inputs import find_files
+from moetron.data.find import find_files
 
 ROOT = Path(__file__).resolve().parents[3]
 

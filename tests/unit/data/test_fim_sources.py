@@ -31,10 +31,10 @@ FIM = {"name": "fim", "rate": 1.0, "spm_rate": 0.0, "prefix": PRE, "middle": MID
 
 @pytest.fixture
 def two(make_shard, tmp_path: Path) -> dict[str, str]:
-    """Prefixes of code and prose by name, and of valid/code and code_valid."""
+    """Prefixes of code and prose by name, and of validation shards of code and of another name."""
     (tmp_path / "valid").mkdir()
     found = {}
-    for number, name in enumerate(("code", "prose", "valid/code", "code_valid")):
+    for number, name in enumerate(("code", "prose", "valid/code", "code.valid", "code.x")):
         chance = np.random.default_rng(number)
         documents = [[*chance.integers(32, 127, 49).tolist(), TOKENIZER.eod] for _ in range(40)]
         found[name] = make_shard(name, documents, 384, TOKENIZER.fingerprint)
@@ -150,14 +150,26 @@ def test_validation_is_infilled_by_the_same_names(two) -> None:
         manifest = Shard(prefix).manifest
         assert manifest is not None
         write_manifest(prefix, manifest.model_copy(update={"text_bytes": 1960}))
-    path = [two["valid/code"], two["code_valid"]]
+    path = [two["valid/code"], two["code.valid"], two["code.x"]]
     fim = {"objective": "fim", "data_path": [two["code"]]}
     stream = open_validation(plan([fim], ["code"]), path, S, TOKENIZER)
     infilled, causal = 2000 // RAW, (2000 - 1) // S
     kinds = [stream.objective_names[stream[n]["objective"]] for n in range(len(stream))]
-    assert kinds == ["fim"] * infilled + ["causal"] * causal
-    assert stream.bytes_per_token == [None, 1960 / 2000]  # bits per byte of plain text alone
-    assert restored(stream[1]) == Shard(path[0]).tokens[RAW : 2 * RAW].tolist()
+    assert kinds == ["fim"] * 2 * infilled + ["causal"] * causal
+    assert stream.bytes_per_token == [None, None, 1960 / 2000]  # bits per byte of plain text alone
+    for n, prefix in ((1, path[0]), (infilled + 1, path[1])):
+        assert restored(stream[n]) == Shard(prefix).tokens[RAW : 2 * RAW].tolist()
     stages = [{**fim, "until_tokens": 5 * S}, {"data_path": [two["code"]]}]
     stream = open_validation(plan(stages, ["code"]), path, S, TOKENIZER)
-    assert stream.objective_names == ["causal"] and len(stream) == 2 * causal
+    assert stream.objective_names == ["causal"] and len(stream) == 3 * causal
+
+
+def test_a_training_source_is_not_taken_for_anothers_validation(two) -> None:
+    fim = {"objective": "fim", "data_path": [two["code"], two["code.valid"]]}
+    stream = open_validation(plan([fim], ["code"]), [two["code.valid"]], S, TOKENIZER)
+    assert stream.objective_names == ["causal"]
+
+
+def test_names_without_any_stage_of_infilling_are_refused(two) -> None:
+    with pytest.raises(DataError, match=r"^--fim-sources code: needs --objective fim$"):
+        open_training(plan([{"data_path": [two["code"]]}], ["code"]), S, 5, TOKENIZER)

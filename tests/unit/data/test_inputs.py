@@ -17,7 +17,8 @@ from moetron.data import tables
 from moetron.data.chunks import Cursor, LongChunk, Reject
 from moetron.data.errors import DataError
 from moetron.data.filters import Filters
-from moetron.data.inputs import find_files, read_chunks
+from moetron.data.find import find_files
+from moetron.data.inputs import read_chunks
 from moetron.data.options import Options
 from moetron.data.preprocess import preprocess
 from moetron.data.shard import Shard

@@ -114,3 +114,27 @@ def test_the_command_names_a_users_mistake(make_shard) -> None:
         done = run_tool(*arguments)
         assert done.returncode == 2 and message in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_numbers_without_meaning_are_refused(make_shard) -> None:
+    prefix = make_shard("p", [[1, 2, 3]])
+    for flag, value in (("--seq-length", "0"), ("--samples", "-5"), ("--documents", "-1")):
+        run = run_tool(prefix, flag, value)
+        assert run.returncode == 2
+        assert f"argument {flag}: {value}: give a whole number, at least" in run.stderr
+
+
+def test_flags_that_a_recipe_would_pass_over_are_refused(make_shard, tmp_path: Path) -> None:
+    """``--verify`` beside ``--config`` read nothing, and the exit code said that all was sound."""
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("data: {mock_data: true}\n")
+    for more, name in ((["--verify"], "--verify"), ([make_shard("p", [[1, 2]])], "a prefix")):
+        run = run_tool("--config", str(recipe), *more)
+        assert run.returncode == 2
+        assert f"--config shows stages; {name} goes without it" in run.stderr
+
+
+def test_a_prefix_without_a_name_is_refused() -> None:
+    run = run_tool("")
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
+    assert "is a folder; give the beginning of names in it" in run.stderr

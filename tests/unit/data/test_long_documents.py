@@ -16,7 +16,8 @@ from moetron.data import writer as writer_module
 from moetron.data.chunks import Cursor, LongChunk
 from moetron.data.corpora.labels import labelled_texts
 from moetron.data.filters import Filters
-from moetron.data.inputs import find_files, read_chunks
+from moetron.data.find import find_files
+from moetron.data.inputs import read_chunks
 from moetron.data.long_rows import LongText
 from moetron.data.options import Options
 from moetron.data.preprocess import preprocess

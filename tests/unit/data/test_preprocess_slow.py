@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from moetron.data.chunks import Reject
-from moetron.data.inputs import find_files, read_chunks
+from moetron.data.find import find_files
+from moetron.data.inputs import read_chunks
 from moetron.data.shard import Shard
 from moetron.tokenizers.fast_bpe import first_difference, open_fast
 from moetron.tokenizers.load import load_tokenizer

@@ -115,7 +115,8 @@ def test_a_source_may_have_a_cap_of_its_own(two) -> None:
     refuse_repetition(stream, 52, None, {"b": epochs["b"]})
     refuse_repetition(stream, 52, 1.0, {"a": epochs["a"]})
     for default, caps in ((None, {"b": 0.1}), (1.0, {"b": 0.1, "a": 2.0})):
-        with pytest.raises(DataError, match=r"go through b [.0-9]+ times \(at most 0\.1\); change"):
+        rule = r"^--source-max-epochs: the run .* through b [.0-9]+ times \(at most 0\.1\); change"
+        with pytest.raises(DataError, match=rule):
             refuse_repetition(stream, 52, default, caps)
     with pytest.raises(DataError, match="no source is named c, d; there are a, b"):
         refuse_repetition(stream, 52, 1.0, {"d": 1.0, "c": 2.0, "a": 9.0})

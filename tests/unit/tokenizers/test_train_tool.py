@@ -69,3 +69,60 @@ def test_mistakes_exit_with_2_and_one_message(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "*.jsonl" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "rule"),
+    [
+        ("--sample-mb", "nan", "give a number above 0"),
+        ("--unimax", "-1", "give a number above 0"),
+        ("--vocab-size", "5", "leave too few pieces to learn; give at least"),
+    ],
+)
+def test_flags_are_checked_before_the_corpus_is_read(
+    tmp_path: Path, flag: str, value: str, rule: str
+) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(b"cannot be read")
+    command = [sys.executable, str(TOOL), "--input", str(tmp_path / "a.jsonl.gz")]
+    output = ["--output", str(tmp_path / "out" / "tok"), flag, value]
+    run = subprocess.run([*command, *output], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert flag in run.stderr and value in run.stderr and rule in run.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_input_is_not_written_over(tool: ModuleType, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.json"
+    corpus.write_text('{"text": "a text"}\n')
+    with pytest.raises(ValueError, match=r"--output .*: would write over the input .*corpus\.json"):
+        tool.main(["--input", str(corpus), "--output", str(tmp_path / "corpus")])
+    assert corpus.read_text() == '{"text": "a text"}\n'
+
+
+def test_an_output_that_cannot_be_written_is_known_before_training(
+    tool: ModuleType, corpus: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_corpus(tmp_path / "in", corpus)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        tool.main(["--input", folder, "--output", str(tmp_path / "file" / "tok")])
+    assert "training" not in capsys.readouterr().out
+
+
+def test_a_corpus_without_text_is_a_users_mistake(
+    tool: ModuleType, corpus: list[str], tmp_path: Path
+) -> None:
+    folder = write_corpus(tmp_path / "in", corpus)
+    with pytest.raises(ValueError, match="no text under --text-key body"):
+        tool.main(["--input", folder, "--output", str(tmp_path / "t"), "--text-key", "body"])
+
+
+def test_a_damaged_sidecar_is_made_again(
+    tool: ModuleType, corpus: list[str], tmp_path: Path
+) -> None:
+    folder = write_corpus(tmp_path / "in", corpus)
+    arguments = ["--input", folder, "--output", str(tmp_path / "t"), "--vocab-size", "1000"]
+    tool.main(arguments)
+    (tmp_path / "t.json").write_text('{"kind": ')
+    assert tool.main(arguments) == 0
+    assert json.loads((tmp_path / "t.json").read_text())["vocab_size"] == 1024

@@ -93,7 +93,7 @@ def test_lone_surrogate_is_refused(tokenizer: SentencePieceTokenizer) -> None:
 
 
 def test_wrong_options_are_all_named() -> None:
-    with pytest.raises(TokenizerError, match=r"vocab_size 300.*character_coverage 0\.5"):
+    with pytest.raises(TokenizerError, match=r"--vocab-size 300.*--character-coverage 0\.5"):
         train(["text"], TrainingOptions(vocab_size=300, character_coverage=0.5))
 
 
