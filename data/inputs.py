@@ -11,7 +11,7 @@ from typing import BinaryIO, cast
 import numpy as np
 
 from moetron.data.chunks import Chunk, Cursor, FileChunk, LongChunk, RowChunk
-from moetron.data.errors import DataError
+from moetron.data.errors import unreadable
 from moetron.data.tables import TABLE_SUFFIXES, table_chunks
 from moetron.data.zstd_frames import ends_whole
 
@@ -168,4 +168,4 @@ def content(file: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
                 if not whole:
                     raise EOFError("it breaks off: the file is not whole")
     except tuple(errors) as error:
-        raise DataError(f"{file}: cannot be read ({error})") from None
+        raise unreadable(file, error) from None

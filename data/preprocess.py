@@ -14,7 +14,7 @@ import orjson
 from moetron.data import standard_input
 from moetron.data.encode import Encoded, Encoding, EnginesDiffer
 from moetron.data.engine import encoded_chunks
-from moetron.data.errors import DataError
+from moetron.data.errors import DataError, ReadFailed
 from moetron.data.family import family
 from moetron.data.family_writer import FamilyWriter
 from moetron.data.files import beside
@@ -149,6 +149,8 @@ class _Run:
                 logger.warning("%s; beginning again with the reference", error)
                 discard(self.prefixes)
                 return self._go_on(self._begin(fast=False))
+        except ReadFailed as error:
+            raise ReadFailed(f"{error}; mend this and run the same command to go on") from None
         except DataError:
             discard(self.prefixes)
             raise

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from moetron.data.chunks import Cursor, TableChunk
-from moetron.data.errors import DataError
+from moetron.data.errors import DataError, unreadable
 
 TABLE_SUFFIXES = {".parquet", ".arrow"}
 BATCH_ROWS = 1024
@@ -37,7 +37,7 @@ def table_chunks(
             line += batch.num_rows
             read_bytes = size * (line - 1) // max(rows, 1)
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{file}: cannot be read ({error})") from None
+        raise unreadable(file, error) from None
 
 
 def _open(file: Path, columns: Sequence[str]) -> tuple[int, Iterator[Any]]:

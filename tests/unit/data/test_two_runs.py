@@ -182,3 +182,27 @@ def test_what_was_left_out_is_told(options: Options, tmp_path: Path) -> None:
     run = subprocess.run(arguments(options, "--deduplicate"), capture_output=True, text=True)
     assert run.returncode == 0
     assert "left out: rejected 1, duplicate 3500" in run.stdout
+
+
+def test_a_disk_that_fails_while_it_is_read_loses_nothing(options: Options, tmp_path: Path) -> None:
+    reference = replace(options, output_prefix=str(tmp_path / "reference" / "p"))
+    preprocess(reference)
+    fail = """import io, pathlib
+o.JOURNAL_INTERVAL_S = 0.0
+opened = pathlib.Path.open
+class Failing(io.BytesIO):
+    def read(self, size=-1):
+        raise OSError(5, 'Input/output error')
+def open(path, *given, **named):
+    return Failing() if path.name == 'f.jsonl' else opened(path, *given, **named)
+pathlib.Path.open = open
+"""
+    done = subprocess.run(after(fail, arguments(options)), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "f.jsonl: cannot be read ([Errno 5] Input/output error); mend this" in done.stderr
+    state = json.loads(Path(options.output_prefix + ".progress.json").read_bytes())
+    assert state["cursor"]["file"] > 0
+    preprocess(options)
+    for suffix in (".bin", ".idx"):
+        first = Path(reference.output_prefix + suffix).read_bytes()
+        assert Path(options.output_prefix + suffix).read_bytes() == first
