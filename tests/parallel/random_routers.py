@@ -100,7 +100,7 @@ def capacity(rng: random.Random, layout: Values) -> Values:
         "moe_capacity_includes_topk": rng.random() < 0.7,
         "moe_minimum_capacity": rng.choice((0, 4)),
         "moe_token_drop_policy": rng.choice(("probs", "position")),
-        "moe_pad_expert_input_to_capacity": rng.random() < (0.05 if cut else 0.4),
+        "moe_pad_expert_input_to_capacity": rng.random() < (0.15 if cut else 0.4),
     }
 
 
