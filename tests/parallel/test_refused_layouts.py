@@ -1,4 +1,4 @@
-"""What our checks refuse fails or trains another model: nothing is refused for no reason.
+"""What our checks refuse fails, hangs or trains another model: nothing is refused for no reason.
 
 The checks stand between the command line and the settings (moe/config/load.py); here the trainer is
 built from settings that they refuse. A draw that breaks one rule is evidence about that rule, one
@@ -19,7 +19,7 @@ from tests.parallel.parity_ranks import Run
 from tests.parallel.random_layouts import Draw, draw
 from tests.parallel.random_runs import TOLERANCE, Attempt, attempts, title
 
-SEEDS, TIME_LIMIT_S = 2000, 100
+SEEDS, TIME_LIMIT_S = 2000, 60
 CLEARLY = Tolerance(loss=1e-4, grad_norm=1e-2, gradient=1e-2)
 """What is between this and TOLERANCE is neither the same nor another model."""
 
@@ -58,9 +58,6 @@ WORKS: dict[str, Works] = {
     "--hidden-size # is not a multiple of --num-attention-heads #": Works(
         "heads would be narrower than they should, rounded down in silence"
     ),
-    "--moe-pad-expert-input-to-capacity with .* needs slots for each rank": Works(
-        "right only where there is a slot for every token: nothing is dropped, all is padding"
-    ),
     "--recompute-modules moe_act needs Transformer Engine's grouped experts": Works(
         "nothing is recomputed: no memory is saved"
     ),
@@ -70,6 +67,9 @@ WORKS: dict[str, Works] = {
     r"--\S+ #( and --\S+ #)* are different ways to cut stages": Works(_TWO_WAYS),
 }
 """By rule, as `kind` words it. A rule that is not here must refuse nothing that works."""
+
+HANGS = ("--recompute-modules mlp hangs with --add-bias-linear",)
+"""Rules against what never ends; any other run may be late because the machine is slow."""
 
 
 def kind(problem: str) -> str:
@@ -101,8 +101,7 @@ def verdict(reference: Attempt, result: Attempt) -> tuple[str, str]:
             return "same", text
         return "unclear" if found.within(CLEARLY) else "differs", text
     text = str(result).strip().splitlines()[-1]
-    # A slow machine is late as well: time alone condemns nothing.
-    return "unclear" if "running at the timeout" in text else "fails", text
+    return "late" if "running at the timeout" in text else "fails", text
 
 
 def test_a_verdict_needs_a_clear_difference() -> None:
@@ -161,7 +160,8 @@ def test_what_is_refused_does_not_train_as_one_process_does(tmp_path: Path) -> N
             said = f"{title(draws[rule])}: {rule}: {word}: {text}"
             print(said, flush=True)
             counts[word] += 1
-            if word == "unclear" or (word == "same" and exception(rule) is None):
+            allowed = {"same": exception(rule) is not None, "late": rule in HANGS, "unclear": False}
+            if not allowed.get(word, True):
                 wrong.append(said)
     print(dict(counts))
     assert not wrong, "\n".join(wrong)
