@@ -50,7 +50,8 @@ class ParallelSettings(Group):
     recompute_method: Literal["uniform", "block"] | None = None
     """Which layers full recomputation takes."""
     recompute_num_layers: PositiveInt | None = None
-    """Layers in a recomputed unit (uniform) or of each stage (block)."""
+    """Layers in a recomputed unit (uniform) or of each stage (block; the modules of
+    --mtp-num-layers stay out)."""
     recompute_modules: list[str] | None = None
     """What selective recomputation takes; unset: core_attn."""
     distributed_timeout_minutes: PositiveFloat = 10.0

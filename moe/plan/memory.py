@@ -71,8 +71,11 @@ def _attention(settings: Settings) -> float:
     """
     model, parallel = settings.model, settings.parallel
     head, value_head = derived.attention_widths(settings)
-    keys = derived.query_groups(model) * (head + value_head)
+    groups, ranks = derived.query_groups(model), parallel.tensor_model_parallel_size
+    keys = max(groups, ranks) * (head + value_head)
     kept, inside = model.num_attention_heads * (2 * head + value_head) + 2 * keys, 0
+    if groups < ranks:  # every rank gathers the projections of all, of which its value is a view
+        kept += ranks * (model.num_attention_heads + 2 * groups) * head
     gathers = model.transformer_impl != "transformer_engine" and parallel.device != "cuda"
     if gathers and parallel.context_parallel_size > 1:
         inside = keys * parallel.context_parallel_size
@@ -80,7 +83,7 @@ def _attention(settings: Settings) -> float:
         inside += 2 * model.num_attention_heads * model.seq_length
     if "core_attn" in _recomputed(settings):
         inside = 0
-    return (kept + inside) / parallel.tensor_model_parallel_size
+    return (kept + inside) / ranks
 
 
 def _expert_visits(settings: Settings) -> float:
@@ -134,7 +137,9 @@ def _chunk_activations(settings: Settings, chunk: range) -> tuple[int, int]:
         return sum(layers), 0
     unit, one_input = parallel.recompute_num_layers or 1, _tokens(settings) * _residual(settings)
     if parallel.recompute_method == "block":
-        return int(one_input * len(layers[:unit])) + sum(layers[unit:]), max(layers[:unit])
+        unit = min(unit, sum(layer < settings.model.num_layers for layer in chunk))  # no predictor
+        again = max(layers[:unit], default=0)
+        return int(one_input * unit) + sum(layers[unit:]), again
     units = [layers[start : start + unit] for start in range(0, len(layers), unit)]
     return int(one_input * len(units)), max(map(sum, units))
 

@@ -188,13 +188,22 @@ class StraightThroughRouter(Router):
     """The k best, each with weight 1 / k; backward as if weighted by its softmax probability.
 
     See relaxations.py. Outputs do not shrink where the router is unsure; the gradient is biased.
+    Weights are all alike, so that full experts rank choices by probability.
     """
+
+    _scores_TE: torch.Tensor
+    """Probabilities of the pass under way."""
 
     def choose(self, logits_TE: torch.Tensor, batch: int) -> Choice:
         """See the class."""
         probs_TE = _softmax(logits_TE)
+        self._scores_TE = probs_TE.detach()
         chosen_TE = top_choices(probs_TE, self.topk)
         return straight_through(probs_TE, self.topk) * chosen_TE, chosen_TE
+
+    def merit(self, probs_TE: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        return self._scores_TE
 
 
 class GumbelRouter(Router):

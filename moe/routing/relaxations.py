@@ -16,7 +16,7 @@ def straight_through(probs_TE: torch.Tensor, topk: int) -> torch.Tensor:
 
     Bengio et al. (arXiv 1308.3432, section 4). The output does not say how sure the router is.
     """
-    return 1 / topk + probs_TE - probs_TE.detach()
+    return 1 / topk + (probs_TE - probs_TE.detach())  # the difference first: exactly 0
 
 
 def annealed(start: float, end: float, done: float) -> float:

@@ -174,9 +174,13 @@ class Router(TopKRouter):
         """Weights and map of the choices that experts with a capacity serve."""
         if self.capacity is None:
             return probs_TE, chosen_TE
-        merit_TE = probs_TE.detach().masked_fill(~chosen_TE, NOT_CHOSEN)
+        merit_TE = self.merit(probs_TE).masked_fill(~chosen_TE, NOT_CHOSEN)
         kept_TE = self.serve(merit_TE, batch)
         return probs_TE * kept_TE, kept_TE
+
+    def merit(self, probs_TE: torch.Tensor) -> torch.Tensor:
+        """By what full experts rank choices, [s x b, experts]: the weights."""
+        return probs_TE.detach()
 
     def serve(self, merit_TE: torch.Tensor, batch: int) -> torch.Tensor:
         """The choices that find a slot, bool [s x b, experts]; ``merit_TE`` as in capacity.py.

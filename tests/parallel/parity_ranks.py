@@ -96,17 +96,22 @@ def train(run: Run, steps: int, device: str) -> dict[str, Any]:
 
 
 def results_of(
-    runs: Mapping[str, Run], world_size: int, steps: int, device: str = "cpu"
+    runs: Mapping[str, Run],
+    world_size: int,
+    steps: int,
+    device: str = "cpu",
+    timeout_s: float = 120,
 ) -> Iterator[tuple[str, Result, list[Row]]]:
     """(name, result, rows) of each run, all on the same ``world_size`` processes.
+
+    ``timeout_s`` is that of one run.
 
     Raises:
         RankFailed: of the first run that is not among the results.
         AssertionError: so too, where its ranks disagree on a gradient or hold it in part only.
     """
-    ranks = run_each(
-        train, world_size, [(run, steps, device) for run in runs.values()], device=device
-    )
+    calls = [(run, steps, device) for run in runs.values()]
+    ranks = run_each(train, world_size, calls, timeout_s, device)
     for name, results in zip(runs, ranks, strict=True):
         rows = results[0]["rows"]
         gradients = assemble(result["moments"] for result in results)

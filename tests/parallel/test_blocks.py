@@ -46,7 +46,14 @@ OPENMOE = Case(
         "moe_expert_multiplicative_bias": True,
     },
 )
-FAMILIES = {"deepseek": DEEPSEEK, "qwen": QWEN, "openmoe": OPENMOE}
+ONE_KEY = Case(
+    model={"num_query_groups": 1, "qk_layernorm_scope": "head"}, attention={"add_qkv_bias": True}
+)
+TWO_KEYS = replace(ONE_KEY, model={**ONE_KEY.model, "num_query_groups": 2})
+FAMILIES = {
+    **{"deepseek": DEEPSEEK, "qwen": QWEN, "openmoe": OPENMOE},
+    **{"one key": ONE_KEY, "two keys": TWO_KEYS},
+}
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +70,10 @@ def alone() -> dict[str, dict[str, Any]]:
         pytest.param("qwen", 2, {TP: 2, ETP: 1}, id="qwen TP2"),
         pytest.param("openmoe", 2, {TP: 2}, id="openmoe TP2 ETP2"),
         pytest.param("openmoe", 2, {EP: 2}, id="openmoe EP2"),
+        pytest.param("one key", 2, {TP: 2, ETP: 1}, id="one key TP2"),
+        pytest.param("one key", 4, {TP: 2, CP: 2}, id="one key TP2 CP2", marks=pytest.mark.slow),
+        pytest.param("one key", 4, {TP: 4, ETP: 1}, id="one key TP4", marks=pytest.mark.slow),
+        pytest.param("two keys", 4, {TP: 4, ETP: 1}, id="two keys TP4", marks=pytest.mark.slow),
         pytest.param("openmoe", 2, {PP: 2}, id="openmoe PP2", marks=pytest.mark.slow),
         pytest.param("qwen", 2, {EP: 2}, id="qwen EP2", marks=pytest.mark.slow),
         pytest.param("deepseek", 2, {EP: 2}, id="deepseek EP2", marks=pytest.mark.slow),

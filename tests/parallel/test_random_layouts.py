@@ -4,47 +4,18 @@ A draw is a function of its seed: any block of seeds, and any one of them, can b
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from moetron.moe.training.parity import Result, Tolerance, compare, line
-from tests.parallel.harness import RankFailed
-from tests.parallel.parity_ranks import Run, results_of
-from tests.parallel.random_layouts import Draw, draw
+from moetron.moe.config.experts import MoESettings
+from moetron.moe.training.parity import Result, compare, line
+from tests.parallel.parity_ranks import Run
+from tests.parallel.random_layouts import draw
+from tests.parallel.random_runs import TOLERANCE, attempts, title
 
-DRAWS, BLOCK, STEPS = 200, 25, 2
-TOLERANCE = Tolerance(loss=1e-5, grad_norm=1e-3, gradient=1e-4)
-
-
-def _attempts(
-    runs: Mapping[str, Run], ranks: int
-) -> Iterator[tuple[str, Result | RankFailed | AssertionError]]:
-    """What each run gives, though some fail."""
-    left = list(runs)
-    while left:
-        try:
-            for name, result, _ in results_of({name: runs[name] for name in left}, ranks, STEPS):
-                left.remove(name)
-                yield name, result
-        except (RankFailed, AssertionError) as error:
-            yield left.pop(0), error
-
-
-def _layout(one: Draw) -> str:
-    sizes = {
-        short: one.values.get(f"{name}_parallel_size") or 0
-        for short, name in (
-            ("tp", "tensor_model"),
-            ("pp", "pipeline_model"),
-            ("cp", "context"),
-            ("ep", "expert_model"),
-            ("etp", "expert_tensor"),
-        )
-    }
-    words = "".join(f"{short}{size}" for short, size in sizes.items() if size > 1)
-    return f"seed {one.seed}: {words or 'dp'} on {one.ranks}"
+DRAWS, BLOCK = 200, 25
 
 
 def test_most_draws_are_accepted_and_all_others_explained() -> None:
@@ -53,6 +24,19 @@ def test_most_draws_are_accepted_and_all_others_explained() -> None:
     assert 0.2 * DRAWS < len(refused) < 0.5 * DRAWS
     for problem in (problem for problems in refused for problem in problems):
         assert "--" in problem and len(problem) < 400 and "\n" not in problem, problem
+
+
+def test_what_is_accepted_has_every_router_and_every_way_to_cut_stages() -> None:
+    accepted = [one.settings for one in map(draw, range(DRAWS)) if not one.problems]
+    routers = {chosen.moe.moe_router_type for chosen in accepted}
+    assert routers == set(get_args(MoESettings.model_fields["moe_router_type"].annotation))
+    cuts = Counter(
+        name
+        for chosen in accepted
+        for name, value in chosen.parallel
+        if name.startswith(("decoder_", "account_", "pipeline_model_parallel_layout")) and value
+    )
+    assert len(cuts) == 5 and min(cuts.values()) >= 3, cuts
 
 
 @pytest.mark.parallel_full
@@ -65,22 +49,22 @@ def test_what_is_accepted_trains_as_one_process_does(tmp_path: Path, first: int)
     alone = {
         name: Run(one.alone, str(tmp_path / name), write=True) for name, one in accepted.items()
     }
-    references = dict(_attempts(alone, 1))
+    references = dict(attempts(alone, 1))
     by_ranks: dict[int, dict[str, Run]] = defaultdict(dict)
     for name, one in accepted.items():
         by_ranks[one.ranks][name] = Run(one.settings, str(tmp_path / name))
     wrong = []
     for ranks, runs in by_ranks.items():
-        for name, result in _attempts(runs, ranks):
-            reference, title = references[name], _layout(accepted[name])
+        for name, result in attempts(runs, ranks):
+            reference, named = references[name], title(accepted[name])
             failure = next((x for x in (reference, result) if not isinstance(x, Result)), None)
             if isinstance(reference, Result) and isinstance(result, Result):
                 found = compare(reference, result)
-                print(line(f"{title:<36}", found, TOLERANCE))
+                print(line(f"{named:<48}", found, TOLERANCE))
                 verdict = "same" if found.within(TOLERANCE) else "different"
             else:
                 found, verdict = failure, "exception"
             counts[verdict] += 1
-            wrong += [f"{title}: {found}"] if verdict != "same" else []
+            wrong += [f"{named}: {found}"] if verdict != "same" else []
     print(dict(counts))
     assert not wrong, "\n".join(wrong)

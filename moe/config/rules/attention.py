@@ -80,12 +80,11 @@ def prediction(case: Case) -> Iterator[str]:
             "--untie-embeddings-and-output-weights: megatron-core cannot save the last stage's two "
             "copies of a shared embedding"
         )
-    if parallel.recompute_granularity == "full" and (
-        parallel.recompute_method != "uniform" or parallel.recompute_num_layers != 1
-    ):
+    if parallel.recompute_method == "uniform" and parallel.recompute_num_layers not in (None, 1):
         yield (
-            "--mtp-num-layers with --recompute-granularity full needs --recompute-method uniform "
-            "--recompute-num-layers 1"
+            f"--mtp-num-layers with --recompute-method uniform and "
+            f"{case.said('recompute_num_layers')}: megatron-core recomputes its modules one at a "
+            "time; use --recompute-num-layers 1 or --recompute-method block"
         )
     if case.settings.moe.moe_sequential_ffn_hidden_size is not None:
         yield f"--mtp-num-layers does not go with {case.said('moe_sequential_ffn_hidden_size')}"

@@ -169,11 +169,13 @@ def capacity(case: Case) -> Iterator[str]:
         )
     parallel = case.settings.parallel
     shared = parallel.tensor_model_parallel_size * parallel.context_parallel_size > 1
-    if moe.moe_pad_expert_input_to_capacity and shared and moe.moe_capacity_scope != "rank":
+    # allgather sends what the map says; alltoall counts on so many slots from each rank.
+    cuts_slots = shared and moe.moe_token_dispatcher_type != "allgather"
+    if moe.moe_pad_expert_input_to_capacity and cuts_slots and moe.moe_capacity_scope != "rank":
         yield (
             "--moe-pad-expert-input-to-capacity with --tensor-model-parallel-size or "
             "--context-parallel-size above 1 needs slots for each rank: use "
-            "--moe-capacity-scope rank, or drop the padding"
+            "--moe-capacity-scope rank, --moe-token-dispatcher-type allgather, or no padding"
         )
 
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 from moetron.moe.config.derived import (
     expert_tensor_parallel_size,
+    head_dim,
     num_microbatches,
-    query_groups,
     sequence_parallel,
 )
 from moetron.moe.config.pipeline_split import virtual_pipeline_size
@@ -18,7 +18,6 @@ def tensor(case: Case) -> Iterator[str]:
     model, size = settings.model, settings.parallel.tensor_model_parallel_size
     for name, number in (
         ("num_attention_heads", model.num_attention_heads),
-        ("num_query_groups", query_groups(model)),
         ("ffn_hidden_size", model.ffn_hidden_size or size),
         ("moe_ffn_hidden_size", _expert_width(case)),
         ("moe_shared_expert_intermediate_size", settings.moe.moe_shared_expert_intermediate_size),
@@ -29,10 +28,36 @@ def tensor(case: Case) -> Iterator[str]:
             if name.startswith("moe_ffn") and settings.parallel.expert_tensor_parallel_size
             else "tensor_model_parallel_size"
         )
-        if number is not None and (name != "num_query_groups" or model.num_query_groups):
+        if number is not None:
             yield from not_multiple(case, name, number, cut_name, cut)
+    yield from _key_heads(case)
     if size == 1 and settings.parallel.sequence_parallel:
         yield "--sequence-parallel needs --tensor-model-parallel-size above 1: drop it"
+
+
+def _key_heads(case: Case) -> Iterator[str]:
+    """Key/value heads: shared out, or each held by several ranks, which then gather projections."""
+    model, ranks = case.settings.model, case.settings.parallel.tensor_model_parallel_size
+    groups, unit = model.num_query_groups, "tensor_model_parallel_size"
+    if groups is None:
+        return
+    if groups >= ranks or ranks % groups:
+        yield from not_multiple(case, "num_query_groups", groups, unit, ranks)
+        return
+    said = case.said("num_query_groups", unit)
+    if model.qk_layernorm_scope == "full":
+        yield f"{said}: ranks that hold one head together need --qk-layernorm-scope head"
+    if model.query_init_folds_scale:
+        yield (
+            f"{said}: ranks that hold one head together do not go with --query-init-folds-scale: "
+            "drop it, or use fewer tensor ranks"
+        )
+    rows = (model.num_attention_heads + 2 * groups) * head_dim(model)
+    if rows % ranks:
+        yield (
+            f"{said}: the {rows} channels of queries, keys and values are not a multiple of "
+            f"{ranks}: change --kv-channels"
+        )
 
 
 def _expert_width(case: Case) -> int | None:

@@ -106,6 +106,11 @@ def _modules(case: Case, modules: list[str]) -> Iterator[str]:
     for module in modules:
         if module not in _RECOMPUTABLE:
             yield f"--recompute-modules {module}: must be among {', '.join(_RECOMPUTABLE)}"
+    if "mlp" in modules and case.settings.model.add_bias_linear:
+        yield (
+            "--recompute-modules mlp hangs with --add-bias-linear, whose bias megatron-core passes "
+            "through the recomputed part: leave mlp out, or use --recompute-granularity full"
+        )
     if "moe_act" in modules and (case.local or not moe.moe_grouped_gemm):
         yield (
             "--recompute-modules moe_act needs Transformer Engine's grouped experts: "

@@ -33,10 +33,10 @@ LATENT: dict[str, Any] = {"multi_latent_attention": True, "kv_lora_rank": 16}
             {
                 "mtp_num_layers": 1,
                 "recompute_granularity": "full",
-                "recompute_method": "block",
-                "recompute_num_layers": 1,
+                "recompute_method": "uniform",
+                "recompute_num_layers": 2,
             },
-            "--mtp-num-layers with --recompute-granularity full needs",
+            "--mtp-num-layers with --recompute-method uniform and --recompute-num-layers 2",
         ),
         (
             {
@@ -71,6 +71,8 @@ def test_latent_attention_on_tensor_ranks(changes: dict[str, Any], rule: str) ->
 def test_what_goes_together() -> None:
     assert not found(**LATENT, hidden_size=60, rope_type="yarn", rotary_scaling_factor=4.0)
     assert not found(rope_type="llama3", rotary_scaling_factor=8.0, mtp_num_layers=2)
+    block = {"recompute_method": "block", "recompute_num_layers": 2}
+    assert not found(recompute_granularity="full", mtp_num_layers=1, **block)
 
 
 def test_bridge() -> None:

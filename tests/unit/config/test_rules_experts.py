@@ -156,3 +156,10 @@ def test_flex_where_deep_ep_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not found(world_size=2, expert_model_parallel_size=2, **flex)
     (problem,) = found(**flex)
     assert "flex needs --expert-model-parallel-size" in problem
+
+
+def test_padding_of_shared_slots_needs_a_dispatcher_that_counts_on_none() -> None:
+    padded = {"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True}
+    for layout in ({"tensor_model_parallel_size": 2}, {"context_parallel_size": 2}):
+        assert found(2, **padded, **layout)
+        assert not found(2, **padded, **layout, moe_token_dispatcher_type="allgather")

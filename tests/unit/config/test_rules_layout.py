@@ -7,6 +7,7 @@ from config_cases import found
 
 PP2 = {"world_size": 2, "pipeline_model_parallel_size": 2}
 TP2 = {"world_size": 2, "tensor_model_parallel_size": 2}
+KEYS = {"num_attention_heads": 12, "kv_channels": 5, "position_embedding_type": "none"}
 
 
 @pytest.mark.parametrize(
@@ -23,8 +24,20 @@ TP2 = {"world_size": 2, "tensor_model_parallel_size": 2}
             "--num-attention-heads 6 or 9, or --tensor-model-parallel-size 2 or 4",
         ),
         (
-            {"world_size": 4, "tensor_model_parallel_size": 4, "num_query_groups": 2},
-            "--num-query-groups 2 is not a multiple of --tensor-model-parallel-size 4",
+            {"world_size": 4, "tensor_model_parallel_size": 4, **KEYS, "num_query_groups": 6},
+            "--num-query-groups 6 is not a multiple of --tensor-model-parallel-size 4",
+        ),
+        (
+            {**TP2, "num_query_groups": 1, "qk_layernorm": True, "qk_layernorm_scope": "full"},
+            "that hold one head together need --qk-layernorm-scope head",
+        ),
+        (
+            {**TP2, "num_query_groups": 1, "query_init_folds_scale": True},
+            "that hold one head together do not go with --query-init-folds-scale",
+        ),
+        (
+            {"world_size": 4, "tensor_model_parallel_size": 4, **KEYS, "num_query_groups": 1},
+            "the 70 channels of queries, keys and values are not a multiple of 4",
         ),
         (
             {**TP2, "ffn_hidden_size": 31},
@@ -127,3 +140,9 @@ TP2 = {"world_size": 2, "tensor_model_parallel_size": 2}
 def test_rule(changes: dict[str, Any], expected: str) -> None:
     (line,) = found(**changes)
     assert expected in line
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4, 8])
+def test_tensor_ranks_share_key_heads_or_hold_one_together(groups: int) -> None:
+    layout = {"tensor_model_parallel_size": 4, "num_query_groups": groups}
+    assert not found(4, **layout)

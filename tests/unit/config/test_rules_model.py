@@ -74,6 +74,15 @@ TP2 = {"world_size": 2, "tensor_model_parallel_size": 2}
         ),
         (
             {
+                "num_experts": None,
+                "add_bias_linear": True,
+                "recompute_granularity": "selective",
+                "recompute_modules": ["mlp"],
+            },
+            "--recompute-modules mlp hangs with --add-bias-linear",
+        ),
+        (
+            {
                 "recompute_granularity": "selective",
                 "recompute_modules": ["moe_act"],
             },

@@ -152,6 +152,18 @@ def test_full_recomputation_in_units_and_blocks() -> None:
     assert full("block", 3) == 3 * one_input + layer + layer
 
 
+def test_blocks_leave_out_what_predicts_further_tokens() -> None:
+    model = {"num_layers": 2, "mtp_num_layers": 1}
+    plain, one_input = _activations({"num_layers": 2}, {}), 16 * 8
+    predictor = _activations(model, {}) - plain
+
+    def full(layers: int) -> int:
+        chosen = {"recompute_method": "block", "recompute_num_layers": layers}
+        return _activations(model, {}, recompute_granularity="full", **chosen)
+
+    assert full(2) == full(3) == 2 * one_input + plain // 2 + predictor
+
+
 def test_capacity_without_k_serves_fewer_choices() -> None:
     moe = {"num_experts": 4, "moe_router_topk": 2, "moe_expert_capacity_factor": 1.0}
     dropless = _activations({}, {"num_experts": 4, "moe_router_topk": 2})
@@ -163,6 +175,15 @@ def test_capacity_without_k_serves_fewer_choices() -> None:
     assert _activations({}, {**moe, **padded, "moe_expert_capacity_factor": 3.0}) == (
         dropless + 2 * 16 * visit
     )
+
+
+def test_ranks_that_hold_a_key_head_together_keep_the_whole_projection() -> None:
+    """16 x 2 positions of two layers: a head is 8 / 4 wide, the projection 4 + 2 of them."""
+    model = {"num_attention_heads": 4, "num_query_groups": 1}
+    alone = _activations(model, {})
+    rank = _activations(model, {}, tensor_model_parallel_size=2)
+    copied_key_and_value = 2 * 2 * 2  # of half the ranks
+    assert 2 * rank - alone == 16 * 2 * (2 * (4 + 2) * 2 + copied_key_and_value)
 
 
 def test_context_ranks_gather_keys_and_values() -> None:

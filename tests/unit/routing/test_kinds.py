@@ -95,6 +95,18 @@ def test_gradients_are_those_of_the_dense_formula(name: str) -> None:
     torch.testing.assert_close(hidden.grad, again.grad, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("policy", ["probs", "choice", "batch_prioritized"])
+def test_full_experts_rank_equal_weights_by_probability(policy: str) -> None:
+    limited = {"moe_expert_capacity_factor": 0.5, "moe_token_drop_policy": policy, **PRE}
+    plain = make_router(**limited)
+    router = make_router(moe_router_type="straight_through", **limited)
+    router.load_state_dict(plain.state_dict())
+    probs, kept = router(hidden_states())
+    assert torch.equal(kept, plain(hidden_states())[1])
+    assert kept.sum() < router.chosen.sum()
+    assert probs.unique().tolist() == [0, 0.5]
+
+
 def test_experts_choose_equally_many_tokens() -> None:
     router = make_router(**CHOICE, moe_capacity_scope="sequence")
     _, chosen = router(hidden_states())

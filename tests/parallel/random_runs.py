@@ -1,0 +1,48 @@
+"""Run random draws though some fail, and call them by their layout."""
+
+from collections.abc import Iterator, Mapping
+
+from moetron.moe.training.parity import Result, Tolerance
+from tests.parallel.harness import RankFailed
+from tests.parallel.parity_ranks import Run, results_of
+from tests.parallel.random_layouts import Draw
+
+STEPS = 2
+TOLERANCE = Tolerance(loss=1e-5, grad_norm=1e-3, gradient=1e-4)
+
+_TOGETHER = 8
+"""Runs on the same processes: each leaves some twenty of gloo's threads behind."""
+
+Attempt = Result | RankFailed | AssertionError
+
+
+def attempts(
+    runs: Mapping[str, Run], ranks: int, timeout_s: float = 120
+) -> Iterator[tuple[str, Attempt]]:
+    """What each run gives, though some fail; those have ``timeout_s`` each."""
+    left = list(runs)
+    while left:
+        try:
+            chosen = {name: runs[name] for name in left[:_TOGETHER]}
+            for name, result, _ in results_of(chosen, ranks, STEPS, timeout_s=timeout_s):
+                left.remove(name)
+                yield name, result
+        except (RankFailed, AssertionError) as error:
+            yield left.pop(0), error
+
+
+def title(one: Draw) -> str:
+    """Seed, layout, what is uncommon about it, and ranks."""
+    sizes = {
+        short: one.values.get(f"{name}_parallel_size") or 0
+        for short, name in (
+            ("tp", "tensor_model"),
+            ("pp", "pipeline_model"),
+            ("cp", "context"),
+            ("ep", "expert_model"),
+            ("etp", "expert_tensor"),
+        )
+    }
+    words = "".join(f"{short}{size}" for short, size in sizes.items() if size > 1)
+    router = one.values.get("moe_router_type", "")
+    return f"seed {one.seed}: {words or 'dp'} on {one.ranks} {router}".rstrip()
