@@ -19,6 +19,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moetron.moe.layers.experts import GroupedExperts, grouped_gemm_fits
+from moetron.moe.training.checkpoint_writer import Contents
 from tests.parallel.harness import model_parallel, run_ranks
 from tests.parallel.sharded import assemble, fill, local_shards
 
@@ -188,7 +189,11 @@ def _save_and_load(folder: str, ours_first: bool) -> None:
         source, target = pair if ours_first else reversed(pair)
         for parameter in target.parameters():
             torch.nn.init.zeros_(parameter)
-        dist_checkpointing.save(source.sharded_state_dict(prefix="mlp.experts."), folder)
+        # megatron-core's own writer would leave a server process behind.
+        contents = Contents(copied=False)
+        saved_state = source.sharded_state_dict(prefix="mlp.experts.")
+        dist_checkpointing.save(saved_state, folder, sharded_strategy=contents)
+        contents.write(Path(folder), None)
         state = dist_checkpointing.load(target.sharded_state_dict(prefix="mlp.experts."), folder)
         prefix = "mlp.experts."
         target.load_state_dict({key.removeprefix(prefix): state[key] for key in state})
