@@ -6,17 +6,14 @@ from collections.abc import Sequence
 import numpy as np
 
 FIRST_WORD_SHARE, TWO_WORDS_SHARE = 0.3, 0.5
-LENGTHS = 32
-"""Lengths of words that are told apart; the last stands for longer ones too."""
+LENGTHS = 256
+"""Lengths of words in bytes that are told apart; the last stands for longer ones too."""
 
 
 def frequent_words(texts: Sequence[str]) -> np.ndarray:
     """Texts of which one word makes more than 30 %, or two words more than 50 %: bool [texts]."""
-    found = np.zeros(len(texts), bool)
-    plain = [number for number, text in enumerate(texts) if text.isascii()]
-    looked_at = np.ones(len(texts), bool)
-    looked_at[plain] = _suspects([texts[number] for number in plain])
-    for number in np.flatnonzero(looked_at).tolist():
+    found = _suspects(texts)
+    for number in np.flatnonzero(found).tolist():
         found[number] = are_frequent(Counter(texts[number].split()))
     return found
 
@@ -28,24 +25,44 @@ def are_frequent(counts: Counter[str]) -> bool:
 
 
 def _suspects(texts: Sequence[str]) -> np.ndarray:
-    """ASCII texts that a rough look does not rule out: bool [texts].
+    """Texts that a rough look does not rule out: bool [texts].
 
     What the rule catches has a word that makes more than a quarter. So one kind of word (length,
-    first and last character) does, and among a text's kinds in order two that lie a quarter of its
+    second byte, last two) does, and among a text's kinds in order two that lie a quarter of its
     words apart are the same.
     """
-    joined = np.frombuffer("\n".join(["", *texts, ""]).encode("ascii"), np.uint8)
-    is_space = (joined - 9 <= 4) | (joined - 28 <= 4)  # of ASCII, what str.split splits at
-    edges = np.flatnonzero(np.diff(is_space))
+    parts = [text.encode() for text in texts]
+    joined = np.frombuffer(b"\n".join([b"", *parts, b"\n"]), np.uint8)
+    edges = np.flatnonzero(np.diff(_is_space(joined)))
     starts, ends = edges[::2] + 1, edges[1::2]  # of each word, both its own
-    lengths = np.minimum(ends - starts + 1, LENGTHS) - 1
-    text_ends = np.cumsum([len(text) + 1 for text in texts])
+    lengths = np.minimum(ends - starts, LENGTHS - 1)
+    text_ends = np.cumsum([len(part) + 1 for part in parts])
     words = np.diff(np.searchsorted(starts, text_ends), prepend=0)
     text = np.repeat(np.arange(len(texts)), words)
-    kinds = (text << 21) + (lengths << 16) + (joined[starts].astype(int) << 8) + joined[ends]
+    kinds = (text << 32) + (lengths << 24) + joined[ends]
+    kinds += joined[np.minimum(starts + 1, ends)].astype(int) << 16
+    kinds += joined[np.maximum(ends - 1, starts)].astype(int) << 8
     kinds.sort()
     apart = np.arange(kinds.size) + np.repeat(words // 4, words)
     same = kinds == kinds.take(apart, mode="clip")
     suspects = np.zeros(len(texts), bool)
     suspects[text[same]] = True
     return suspects
+
+
+def _is_space(utf8: np.ndarray) -> np.ndarray:
+    """Bytes of characters at which ``str.split`` splits: uint8 [bytes], at least 2 -> bool."""
+    found: np.ndarray = (utf8 - 9 <= 4) | (utf8 - 28 <= 4)
+    if utf8.max() < 0x80:
+        return found
+    a, b, c = utf8[:-2], utf8[1:-1], utf8[2:]
+    two = (a == 0xC2) & ((b == 0x85) | (b == 0xA0))
+    three = (a == 0xE2) & (b == 0x80) & ((c <= 0x8A) | (c - 0xA8 <= 1) | (c == 0xAF))
+    three |= (a == 0xE2) & (b == 0x81) & (c == 0x9F)
+    three |= (a == 0xE1) & (b == 0x9A) & (c == 0x80)
+    three |= (a == 0xE3) & (b == 0x80) & (c == 0x80)
+    found[2:] |= three
+    three |= two
+    found[:-2] |= three
+    found[1:-1] |= three
+    return found

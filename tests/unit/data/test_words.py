@@ -1,16 +1,32 @@
 """The rule of frequent words against its definition."""
 
+import sys
 from collections import Counter
 from fractions import Fraction
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetron.data.words import frequent_words
+from moetron.data.words import _is_space, frequent_words
 
-WORDS = ["a", "b", "ab", "bb", "a,b", "x" * 31, "x" * 32, "x" * 40, "\u00e4", "\u6f22\u5b57"]
-SPACES = [" ", "\n", "\t  ", "\x0b", "\x1c", "\r\n", "\u3000", "\u00a0"]
+WORDS = [
+    "a",
+    "b",
+    "ab",
+    "bb",
+    "a,b",
+    "x" * 255,
+    "x" * 256,
+    "x" * 300,
+    "\u00e4",
+    "\u6f22\u5b57",
+    "\u200b",
+    "\u3001",
+    "\u00a1",
+]
+SPACES = [" ", "\n", "\t  ", *filter(str.isspace, map(chr, range(sys.maxunicode)))]
 
 
 def by_definition(text: str) -> bool:
@@ -45,7 +61,7 @@ def texts(draw: st.DrawFn) -> str:
     words = draw(st.lists(st.sampled_from(WORDS), max_size=12))
     rare = [f"{number}" for number in range(draw(st.integers(0, 12)))]
     words = draw(st.permutations(words + rare))
-    spaces = SPACES[: draw(st.sampled_from([6, len(SPACES)]))]
+    spaces = SPACES[: draw(st.sampled_from([3, 12, len(SPACES)]))]
     between = draw(st.lists(st.sampled_from(spaces), min_size=len(words), max_size=len(words)))
     return "".join(word + space for word, space in zip(words, between, strict=True))
 
@@ -54,3 +70,10 @@ def texts(draw: st.DrawFn) -> str:
 @given(st.lists(texts(), max_size=4))
 def test_the_definition(some: list[str]) -> None:
     assert frequent_words(some).tolist() == [by_definition(text) for text in some]
+
+
+def test_every_white_space_splits_and_nothing_else() -> None:
+    for number in [*range(0xD800), *range(0xE000, 0x11000)]:
+        data = np.frombuffer(f"a{chr(number)}b\n\n".encode(), np.uint8)
+        inside = _is_space(data)[1:-3]
+        assert inside.all() == inside.any() == chr(number).isspace(), hex(number)
