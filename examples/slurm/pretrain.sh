@@ -20,13 +20,20 @@ shift
 case "$recipe" in */*) ;; *) recipe="$recipe/pretrain" ;; esac
 config="$root/examples/$recipe.yaml"
 [ -f "$config" ] || fail "no $config; submit from the checkout, or set MOETRON_ROOT"
-resume=()
+save=""
 previous=""
 for word in "$@"; do
-  if [ "$previous" = --save ]; then resume=(--load "$word"); fi
-  case "$word" in --save=*) resume=(--load "${word#--save=}") ;; esac
+  if [ "$previous" = --save ]; then save="$word"; fi
+  case "$word" in --save=*) save="${word#--save=}" ;; esac
   previous="$word"
 done
+resume=()
+again=()
+if [ -n "$save" ]; then resume=(--load "$save"); fi
+# Requeued, a run that began from another's checkpoint goes on from its own.
+if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ -n "$save" ] && [ -e "$save/latest" ]; then
+  again=(--load "$save" --no-finetune --no-reset-progress)
+fi
 head_node="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 export CUDA_DEVICE_MAX_CONNECTIONS=1
 # Of the 300 s that SLURM gives, what a step and a save may take; torchrun kills ranks after 30 s otherwise.
@@ -34,4 +41,4 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-270}"
 exec srun "${PYTHON:-$root/.venv/bin/python}" -m torch.distributed.run \
   --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "${RANKS:-${SLURM_GPUS_ON_NODE:-8}}" \
   --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$head_node:${MASTER_PORT:-29500}" \
-  "$root/pretrain_moe.py" --config "$config" "${resume[@]}" "$@"
+  "$root/pretrain_moe.py" --config "$config" "${resume[@]}" "$@" "${again[@]}"

@@ -288,7 +288,8 @@ def refuse_to_rewrite(run_folder: Path, step: int) -> None:
     if reached is not None and reached > step:
         raise UserError(
             f"--save {run_folder}: holds a run that reached step {reached}, and this one starts at "
-            f"step {step}; go on with --load {run_folder}, or name another folder"
+            f"step {step}; go on with --load {run_folder}, without --finetune and "
+            "--reset-progress, or name another folder"
         )
 
 

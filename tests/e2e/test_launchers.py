@@ -86,6 +86,24 @@ def test_many_nodes_meet_at_the_first_and_go_on_from_save(tmp_path: Path) -> Non
     ]
 
 
+def test_a_requeued_run_that_began_from_another_goes_on_from_its_own(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    environment = slurm(tmp_path, 'printf "%q " "$@"')
+    words = ["--load", "other", "--save", str(run), "--reset-progress"]
+    own = ["--load", str(run)]
+
+    def flags(**more: str) -> list[str]:
+        command = ("slurm/pretrain.sh", "olmoe_1b_7b/tiny", *words)
+        return shlex.split(launch(*command, **environment, **more).stdout.partition(CONFIG)[2])
+
+    assert flags(SLURM_RESTART_COUNT="1") == [*own, *words]  # stopped before its first save
+    (run / "latest").write_text("step_0000002")
+    assert flags() == [*own, *words]
+    wanted = [*own, *words, *own, "--no-finetune", "--no-reset-progress"]
+    assert flags(SLURM_RESTART_COUNT="1") == wanted
+
+
 @pytest.mark.parametrize(
     ("script", "words", "environment", "message"),
     [
