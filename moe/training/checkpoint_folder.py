@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from moetron.moe.config.errors import UserError
-from moetron.moe.config.parallel import ParallelSettings
 from moetron.moe.config.settings import Settings
+from moetron.moe.config.validate import validate
 from moetron.moe.training.atomic import rename, sync_folder, write_text
 from moetron.moe.training.integrity import SUMS, changed, read_sums, write_sums
 from moetron.moe.training.progress import Progress
@@ -69,9 +69,20 @@ class Checkpoint:
 
 
 def one_rank_settings(record: Record) -> Settings:
-    """The settings of a checkpoint of any layout, for a single rank."""
-    kept = ParallelSettings(cpu_threads=record.settings["parallel"].get("cpu_threads", 0))
-    return Settings.model_validate({**record.settings, "parallel": kept})
+    """The settings of a checkpoint of any layout, for a single rank.
+
+    Raises:
+        UserError: another version of Moetron wrote them, and they mean nothing here.
+    """
+    kept = {"cpu_threads": record.settings.get("parallel", {}).get("cpu_threads", 0)}
+    settings, problems, _ = validate({**record.settings, "parallel": kept})
+    if settings is None or problems:
+        version = record.versions.get("moetron", "unknown")
+        raise UserError(
+            f"the checkpoint's settings are of another Moetron (version {version}); use it, or:\n"
+            + "\n".join(f"  - {problem}" for problem in problems)
+        )
+    return settings
 
 
 def step_folder(run_folder: Path, step: int) -> Path:

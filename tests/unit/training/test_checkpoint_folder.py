@@ -19,6 +19,7 @@ from moetron.moe.training import atomic, checkpoint_folder
 from moetron.moe.training.checkpoint_folder import Record, step_folder, temporary_folder
 from moetron.moe.training.integrity import SUMS, write_sums
 from moetron.moe.training.progress import Progress
+from tests.unit.config.config_cases import make
 
 TENSORS = {"weight": torch.arange(6.0)}
 
@@ -44,6 +45,15 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
         assert found.record.progress == Progress(100, 400, 6400)
         assert found.keys == {"weight"}
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_settings_of_another_version_are_named() -> None:
+    known = make().model_dump(mode="json")
+    record = Record(Progress(1, 4, 64), known, {}, {}, {"moetron": "0.0.1"}, {})
+    assert checkpoint_folder.one_rank_settings(record).model == make().model
+    known["model"] |= {"num_heads": 4, "hidden_size": "wide"}
+    with pytest.raises(UserError, match=r"version 0\.0\.1(.|\n)*num_heads(.|\n)*--hidden-size"):
+        checkpoint_folder.one_rank_settings(record)
 
 
 class _Crash(BaseException):
