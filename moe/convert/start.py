@@ -57,7 +57,7 @@ def write_start(
         UserError: the folder holds a checkpoint of step 0 already, or cannot be written.
     """
     target = checkpoint_folder.step_folder(output, 0)
-    temporary = checkpoint_folder.prepare(target)
+    temporary = checkpoint_folder.prepare(target, "--output")
     write_tensors(temporary, {name: weights.empty(name) for name in weights.names()}, weights.read)
     write_text(output / MODEL_FILE, yaml.safe_dump(dict(tree), sort_keys=False))
     recipe.write(settings, temporary / "settings.yaml")

@@ -235,35 +235,40 @@ def file_sizes(folder: Path) -> dict[str, int]:
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
-def make_run_folder(run_folder: Path) -> None:
-    """Make a run's folder where it is missing; ``UserError`` where that cannot be done."""
+def make_run_folder(run_folder: Path, flag: str = "--save") -> None:
+    """Make a run's folder where it is missing; ``UserError`` where that cannot be done.
+
+    ``flag``: by which the user named it.
+    """
     try:
         run_folder.mkdir(parents=True, exist_ok=True)
         if not os.access(run_folder, os.W_OK | os.X_OK):
             raise PermissionError("no permission")
     except OSError as error:
-        raise UserError(f"--save {run_folder}: cannot write there: {error}") from error
+        raise UserError(f"{flag} {run_folder}: cannot write there: {error}") from error
 
 
-def prepare(folder: Path) -> Path:
+def prepare(folder: Path, flag: str = "--save") -> Path:
     """An empty temporary folder for a checkpoint; what crashes left behind is removed.
+
+    ``flag``: by which the user named the run's folder.
 
     Raises ``UserError`` where a checkpoint of that step is already the run's own: ``latest`` names
     it or a later one. A whole folder beyond ``latest`` is a crash's, and is replaced.
     """
     run_folder = folder.parent
-    make_run_folder(run_folder)
+    make_run_folder(run_folder, flag)
     try:
         pointed = latest_step(run_folder) if (run_folder / LATEST).exists() else None
         step = int(folder.name.removeprefix("step_"))
         if folder.exists() and pointed is not None and step <= pointed:
-            raise UserError(f"--save {run_folder}: {folder.name} exists and is never overwritten")
+            raise UserError(f"{flag} {run_folder}: {folder.name} exists and is never overwritten")
         for leftover in run_folder.glob("step_*.tmp"):
             shutil.rmtree(leftover)
         remove(folder)
         temporary_folder(folder).mkdir()
     except OSError as error:
-        raise UserError(f"--save {run_folder}: cannot write there: {error}") from error
+        raise UserError(f"{flag} {run_folder}: cannot write there: {error}") from error
     return temporary_folder(folder)
 
 

@@ -9,12 +9,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
 from moetron.moe.config.errors import UserError
+from moetron.moe.convert.start import write_start
 from moetron.moe.training import atomic, checkpoint_folder
 from moetron.moe.training.checkpoint_folder import Record, step_folder, temporary_folder
 from moetron.moe.training.integrity import SUMS, write_sums
@@ -121,6 +123,12 @@ def test_a_saved_step_is_never_overwritten(tmp_path: Path) -> None:
             checkpoint_folder.prepare(step_folder(tmp_path, step))
 
 
+def test_a_conversion_that_would_overwrite_names_its_own_flag(tmp_path: Path) -> None:
+    write(tmp_path, 0)
+    with pytest.raises(UserError, match=f"--output {tmp_path}: step_0000000 exists"):
+        write_start(tmp_path, Mock(), Mock(), {}, None)
+
+
 def test_a_run_does_not_start_over_a_longer_one(tmp_path: Path) -> None:
     checkpoint_folder.refuse_to_rewrite(tmp_path / "new", 0)
     write(tmp_path, 5)
@@ -215,7 +223,7 @@ def test_a_flipped_bit_of_any_file_is_found(tmp_path: Path) -> None:
         folder = tmp_path / str(number) / whole.name
         shutil.copytree(whole, folder)
         _flip(name)(folder)
-        with pytest.raises(UserError, match="" if name == SUMS else re.escape(name)):
+        with pytest.raises(UserError, match=None if name == SUMS else re.escape(name)):
             checkpoint_folder.verify(folder)
 
 
