@@ -40,7 +40,7 @@ def main() -> int:
         raise UserError(str(error)) from error
     settings = with_vocabulary(command.settings, vocab_size)  # so that checkpoints tell it
     check_folders(settings, streams.training.state())
-    announce(settings)
+    announce(settings, streams.training.state())
     return pretrain(settings, vocab_size, streams)
 
 

@@ -1,7 +1,6 @@
 """Whether a checkpoint fits the settings that are to load it."""
 
 import json
-import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,8 +19,6 @@ from moetron.moe.training.checkpoint_folder import (
     verify_files,
 )
 from moetron.moe.training.vocabulary import vocabulary_problem
-
-logger = logging.getLogger(__name__)
 
 SHAPE = {
     "model": (
@@ -133,7 +130,7 @@ def differences(
     stream_state: Mapping[str, Any],
     embedding_rows: int | None = None,
 ) -> list[str]:
-    """One line for each difference that forbids loading; other changes of data are logged.
+    """One line for each difference that forbids loading.
 
     ``embedding_rows``: the checkpoint's, where its tensors have been looked at.
     """
@@ -153,24 +150,17 @@ def differences(
     vocab_size = settings.model.vocab_size
     if vocab_size and (problem := vocabulary_problem(record, vocab_size, embedding_rows)):
         problems.append(f"  - {problem}")
-    return problems + _stream_differences(
-        record, stream_state, options.finetune or options.reset_progress
-    )
-
-
-def _stream_differences(record: Record, stream_state: Mapping[str, Any], anew: bool) -> list[str]:
-    ours, theirs = json.loads(json.dumps(stream_state)), record.stream
-    tokenizers = tokenizer_fingerprints(ours), tokenizer_fingerprints(theirs)
+    tokenizers = tokenizer_fingerprints(stream_state), tokenizer_fingerprints(record.stream)
     if all(tokenizers) and tokenizers[0] != tokenizers[1]:
-        return [f"  - tokenizer {_text(tokenizers[0])}: the checkpoint has {_text(tokenizers[1])}"]
-    changed = sorted(key for key in theirs | ours if theirs.get(key) != ours.get(key))
-    if changed and not anew:
-        logger.warning(
-            "the data differ from the checkpoint's (%s); sample %d of the new stream comes next",
-            ", ".join(changed),
-            record.progress.consumed_samples,
-        )
-    return []
+        new, old = map(_text, tokenizers)
+        problems.append(f"  - tokenizer {new}: the checkpoint has {old}")
+    return problems
+
+
+def changed_data(record: Record, stream_state: Mapping[str, Any]) -> list[str]:
+    """What differs between a checkpoint's stream of samples and this one: its parts' names."""
+    ours, theirs = json.loads(json.dumps(stream_state)), record.stream
+    return sorted(key for key in theirs | ours if theirs.get(key) != ours.get(key))
 
 
 def tokenizer_fingerprints(stream_state: Mapping[str, Any]) -> list[str]:

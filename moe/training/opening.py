@@ -1,7 +1,7 @@
 """What a run says of itself before it starts: where it begins, and what changed on the way."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from moetron.moe.config.errors import UserError
 from moetron.moe.config.field import flag_name
 from moetron.moe.config.settings import Settings
 from moetron.moe.training.checkpoint_folder import Record, find, latest_step, read_record
+from moetron.moe.training.compatibility import changed_data
 
 _OWN = ("checkpoint", "logging", "validation")
 """Groups of settings that say nothing about what is trained."""
@@ -16,20 +17,20 @@ _WIDTH = 80
 """Characters of a value that is shown."""
 
 
-def announce(settings: Settings) -> None:
+def announce(settings: Settings, stream_state: Mapping[str, Any]) -> None:
     """Print ``opening``, from rank 0; imports no torch.
 
     Raises:
         UserError: the checkpoint lies behind the last step.
     """
-    lines = opening(settings)
+    lines = opening(settings, stream_state)
     if lines and os.environ.get("RANK", "0") == "0":
         print("\n".join(lines), flush=True)
 
 
-def opening(settings: Settings) -> list[str]:
+def opening(settings: Settings, stream_state: Mapping[str, Any]) -> list[str]:
     """Where a run begins, each setting that its checkpoint was trained with otherwise, and a
-    warning where nothing will be kept.
+    warning where nothing will be kept. ``stream_state``: what identifies the samples.
 
     Raises:
         UserError: the checkpoint lies behind the last step.
@@ -46,10 +47,12 @@ def opening(settings: Settings) -> list[str]:
     if options.finetune or options.reset_progress:
         kept = "weights alone" if options.finetune else "weights and optimizer"
         return [*lines, f"starting at step 0 from {folder}: {kept}"]
-    return [*lines, *_going_on(folder, read_record(folder), settings)]
+    return [*lines, *_going_on(folder, read_record(folder), settings, stream_state)]
 
 
-def _going_on(folder: Path, record: Record, settings: Settings) -> Iterator[str]:
+def _going_on(
+    folder: Path, record: Record, settings: Settings, stream_state: Mapping[str, Any]
+) -> Iterator[str]:
     step, last = record.progress.step, settings.training.train_iters
     if step > last:
         raise UserError(
@@ -61,6 +64,9 @@ def _going_on(folder: Path, record: Record, settings: Settings) -> Iterator[str]
         yield f"nothing is left to train: --train-iters {last} is reached"
     elif step > 0:
         yield from _changes(record, settings)
+        if changed := changed_data(record, stream_state):
+            number = record.progress.consumed_samples
+            yield f"  other data ({', '.join(changed)}): sample {number:,} of them comes next"
 
 
 def _changes(record: Record, settings: Settings) -> Iterator[str]:

@@ -21,7 +21,7 @@ def run(tmp_path: Path) -> Path:
     tree = settings().model_dump(mode="json")
     del tree["optimizer"]["adam_eps"]  # of a version that did not have it
     checkpoint_folder.write_record(
-        temporary, Record(Progress(6, 48, 192), tree, {}, {}, {}, {}), {}
+        temporary, Record(Progress(6, 48, 192), tree, {}, {"seed": 1}, {}, {}), {}
     )
     checkpoint_folder.commit(folder, None)
     return tmp_path / "run"
@@ -29,13 +29,13 @@ def run(tmp_path: Path) -> Path:
 
 def said(run: Path, **groups: dict[str, Any]) -> list[str]:
     options = {"load": str(run), "save": str(run), **groups.pop("checkpoint", {})}
-    return opening(settings(checkpoint=options, **groups))
+    return opening(settings(checkpoint=options, **groups), {"seed": 1})
 
 
 def test_nothing_is_kept_without_save(capsys: pytest.CaptureFixture[str]) -> None:
-    announce(settings())
+    announce(settings(), {})
     assert capsys.readouterr().out.startswith("no --save FOLDER: nothing of this run is kept")
-    announce(settings(checkpoint={"save": "x"}))
+    announce(settings(checkpoint={"save": "x"}), {})
     assert capsys.readouterr().out == ""
 
 
@@ -43,7 +43,7 @@ def test_one_rank_speaks(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")
-    announce(settings())
+    announce(settings(), {})
     assert capsys.readouterr().out == ""
 
 
@@ -69,6 +69,12 @@ def test_every_setting_that_changed_is_named(run: Path) -> None:
         "  --lr-decay-style linear (was cosine)",
         f"  --data-path ['{'x' * 75}... (was unset)",
     ]
+
+
+def test_other_data_are_named(run: Path) -> None:
+    same = settings(checkpoint={"load": str(run), "save": str(run)})
+    _, line = opening(same, {"seed": 2, "sources": ()})
+    assert line == "  other data (seed, sources): sample 48 of them comes next"
 
 
 def test_a_fresh_start_says_what_it_takes(run: Path) -> None:
