@@ -10,20 +10,19 @@ or the machine's, 75 stopped by a signal after a good save (the same command goe
 
 import sys
 
-from moetron.data.errors import DataError
-from moetron.data.mock import ENDLESS, MockStream
-from moetron.data.plan import open_training, open_validation
-from moetron.data.stages import refuse_repetition
-from moetron.moe.config.derived import total_samples, with_vocabulary
-from moetron.moe.config.errors import UserError
-from moetron.moe.config.load import Command, load
-from moetron.moe.config.settings import Settings
+from moetron.common.errors import UserError
+from moetron.data.stream.mock_stream import ENDLESS, MockStream
+from moetron.data.stream.open_streams import open_training, open_validation
+from moetron.data.stream.stages import refuse_repetition
+from moetron.moe.checkpoint.compatibility import check_folders
+from moetron.moe.config.command import Command, load
+from moetron.moe.config.schema.derived import total_samples, with_vocabulary
+from moetron.moe.config.schema.settings import Settings
+from moetron.moe.monitoring.library_warnings import quieten_libraries
+from moetron.moe.monitoring.start_banner import announce
 from moetron.moe.plan.render import render
-from moetron.moe.training.compatibility import check_folders
-from moetron.moe.training.opening import announce
-from moetron.moe.training.quiet import quieten_libraries
-from moetron.moe.training.stream import StreamFrom, Streams
-from moetron.tokenizers.interface import Tokenizer, TokenizerError
+from moetron.moe.training.sample_stream import StreamFrom, Streams
+from moetron.tokenizers.interface import Tokenizer
 from moetron.tokenizers.load import load_tokenizer
 
 
@@ -36,7 +35,7 @@ def main() -> int:
         if command.dry_run:
             return plan(command, vocab_size)
         streams = open_streams(command.settings, vocab_size, tokenizer)
-    except (DataError, TokenizerError) as error:
+    except UserError as error:
         raise UserError(str(error)) from error
     settings = with_vocabulary(command.settings, vocab_size)  # so that checkpoints tell it
     check_folders(settings, streams.training.state())
@@ -49,7 +48,7 @@ def plan(command: Command, vocab_size: int) -> int:
     print(render(command.settings, vocab_size, command.world_size, command.rank))
     if command.build:
         quieten_libraries()
-        from moetron.moe.training.dry_run import render_share  # torch: seconds
+        from moetron.moe.verify.dry_run import render_share  # torch: seconds
 
         print(render_share(command.settings, vocab_size, command.world_size, command.rank))
     return 0
@@ -58,7 +57,8 @@ def plan(command: Command, vocab_size: int) -> int:
 def pretrain(settings: Settings, vocab_size: int, streams: Streams) -> int:
     """Start the ranks, build, load, train."""
     quieten_libraries()
-    from moetron.moe.training import build, resilience, runtime  # torch: seconds, after the checks
+    from moetron.moe.training import build_trainer as build  # torch: seconds, after the checks
+    from moetron.moe.training import resilience, runtime
 
     with runtime.running(settings) as ranks:
         trainer = build.build_trainer(settings, ranks, vocab_size)

@@ -10,8 +10,9 @@ import logging
 import tempfile
 from pathlib import Path
 
+from moetron.common.errors import UserError
 from moetron.tokenizers.huggingface import HuggingFaceTokenizer
-from moetron.tokenizers.interface import Tokenizer, TokenizerError
+from moetron.tokenizers.interface import Tokenizer
 from moetron.tokenizers.umt5 import SentencePieceTokenizer
 
 SENTENCEPIECE_CLASS = "BertGenerationTokenizer"
@@ -26,7 +27,7 @@ def export(tokenizer: Tokenizer, folder: Path) -> None:
     SentencePiece alone reads letters; U+2581 becomes a space.
 
     Raises:
-        TokenizerError: the tokenizer has no counterpart there.
+        UserError: the tokenizer has no counterpart there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config: dict[str, str | bool] = {"clean_up_tokenization_spaces": False}
@@ -38,7 +39,7 @@ def export(tokenizer: Tokenizer, folder: Path) -> None:
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
         (folder / "tokenizer.json").write_text(tokenizer.definition, encoding="utf-8")
     else:
-        raise TokenizerError(f"tokenizer {tokenizer.name}: AutoTokenizer knows nothing like it")
+        raise UserError(f"tokenizer {tokenizer.name}: AutoTokenizer knows nothing like it")
     config["eos_token"] = tokenizer.piece(tokenizer.eod)
     # As in training, a document follows another's end. The class's own <s> was never trained, and
     # lm-evaluation-harness would put it before every text.
@@ -57,6 +58,6 @@ def exported(tokenizer: Tokenizer | None) -> tuple[dict[str, int | None], dict[s
             if tokenizer is not None:
                 export(tokenizer, Path(folder))
             files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-        except TokenizerError as error:
+        except UserError as error:
             logger.warning("without a tokenizer: %s", error)
     return {"bos_token_id": None, "eos_token_id": eod, "pad_token_id": pad}, files

@@ -7,12 +7,8 @@ from typing import Any
 
 import tokenizers
 
-from moetron.tokenizers.interface import (
-    Tokenizer,
-    TokenizerError,
-    fingerprint_of,
-    require_encodable,
-)
+from moetron.common.errors import UserError
+from moetron.tokenizers.interface import Tokenizer, fingerprint_of, require_encodable
 
 END_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>")
 PAD_TOKENS = ("<pad>", "<|padding|>", "[PAD]", "<|pad|>")
@@ -31,14 +27,14 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             model = tokenizers.Tokenizer.from_buffer(path.read_bytes())
         except Exception as error:  # the library raises bare Exception
-            raise TokenizerError(f"tokenizer {path}: not a tokenizer.json ({error})") from None
+            raise UserError(f"tokenizer {path}: not a tokenizer.json ({error})") from None
         model.no_truncation()
         model.no_padding()
         config_path = path.with_name("tokenizer_config.json")
         config = _read_json(config_path) if config_path.is_file() else {}
         eod = _special(model, config, "eos_token", END_TOKENS)
         if eod is None:
-            raise TokenizerError(
+            raise UserError(
                 f"tokenizer {path}: none of {', '.join(END_TOKENS)} is in its vocabulary to end "
                 'documents with; put {"eos_token": "..."} into tokenizer_config.json beside it'
             )
@@ -84,9 +80,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise TokenizerError(f"tokenizer {path}: not JSON ({error})") from None
+        raise UserError(f"tokenizer {path}: not JSON ({error})") from None
     if not isinstance(content, dict):
-        raise TokenizerError(f"tokenizer {path}: not a JSON object")
+        raise UserError(f"tokenizer {path}: not a JSON object")
     return content
 
 

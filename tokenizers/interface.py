@@ -7,16 +7,14 @@ from itertools import chain
 
 import numpy as np
 
-
-class TokenizerError(ValueError):
-    """A tokenizer cannot be read, trained or used as asked: the user's to mend."""
+from moetron.common.errors import UserError
 
 
 class Tokenizer(ABC):
     """Text to token ids and back; no document markers are added on the way.
 
     The ids of a document are those of its text alone; who writes documents one after the other
-    appends ``eod`` to each. Text without lone surrogates is the only input (``TokenizerError``).
+    appends ``eod`` to each. Text without lone surrogates is the only input (``UserError``).
     """
 
     kind: str
@@ -76,7 +74,7 @@ def require_encodable(texts: Sequence[str]) -> None:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise TokenizerError(
+            raise UserError(
                 f"text {number} of the batch holds the lone surrogate {text[error.start]!r} at "
                 f"character {error.start}; decode its source with errors='replace'"
             ) from None

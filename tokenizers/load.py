@@ -4,9 +4,10 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
+from moetron.common.errors import UserError
 from moetron.tokenizers.byte_level import ByteTokenizer
 from moetron.tokenizers.huggingface import HuggingFaceTokenizer
-from moetron.tokenizers.interface import Tokenizer, TokenizerError
+from moetron.tokenizers.interface import Tokenizer
 from moetron.tokenizers.umt5 import SentencePieceTokenizer
 
 FOLDER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model")
@@ -17,7 +18,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     """The tokenizer of a ``.model`` file, a ``tokenizer.json``, a folder with one, or ``bytes``.
 
     Raises:
-        TokenizerError: nothing is there, or it is not what its name says.
+        UserError: nothing is there, or it is not what its name says.
     """
     if str(source) == "bytes":
         return ByteTokenizer()
@@ -26,7 +27,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
         return HuggingFaceTokenizer(path)
     if path.suffix == ".model":
         return SentencePieceTokenizer(path)
-    raise TokenizerError(f"tokenizer {source}: its name ends with {path.suffix!r}; give {FORMS}")
+    raise UserError(f"tokenizer {source}: its name ends with {path.suffix!r}; give {FORMS}")
 
 
 def load_known_tokenizer(source: str | None, fingerprints: Collection[str]) -> Tokenizer:
@@ -37,16 +38,16 @@ def load_known_tokenizer(source: str | None, fingerprints: Collection[str]) -> T
         fingerprints: of the training data's tokenizer; empty: unknown.
 
     Raises:
-        TokenizerError: it is not there, or is another one.
+        UserError: it is not there, or is another one.
     """
     if source is None:
-        raise TokenizerError("the run names no tokenizer (mock data?): give --tokenizer-model")
+        raise UserError("the run names no tokenizer (mock data?): give --tokenizer-model")
     try:
         tokenizer = load_tokenizer(source)
-    except TokenizerError as error:
-        raise TokenizerError(f"{error}; if it moved, give --tokenizer-model") from error
+    except UserError as error:
+        raise UserError(f"{error}; if it moved, give --tokenizer-model") from error
     if fingerprints and tokenizer.fingerprint not in fingerprints:
-        raise TokenizerError(
+        raise UserError(
             f"--tokenizer-model {source}: not the tokenizer that the run was trained with"
         )
     return tokenizer
@@ -56,13 +57,13 @@ def tokenizer_file(source: str | Path) -> Path:
     """The file that ``source``, a file or a folder, means.
 
     Raises:
-        TokenizerError: nothing is there.
+        UserError: nothing is there.
     """
     path = Path(os.path.expanduser(source))  # noqa: PTH111 - Path's raises for ~nobody
     if path.is_dir():
         path = _file_of(path)
     if not path.is_file():
-        raise TokenizerError(f"tokenizer {source}: no such file or folder; give {FORMS}")
+        raise UserError(f"tokenizer {source}: no such file or folder; give {FORMS}")
     return path
 
 
@@ -75,4 +76,4 @@ def _file_of(folder: Path) -> Path:
     if len(models) == 1:
         return models[0]
     found = f"{len(models)} .model files" if models else "no tokenizer"
-    raise TokenizerError(f"tokenizer folder {folder}: {found} in it; name the file: {FORMS}")
+    raise UserError(f"tokenizer folder {folder}: {found} in it; name the file: {FORMS}")

@@ -17,7 +17,7 @@ from typing import Any
 
 import sentencepiece
 
-from moetron.tokenizers.interface import TokenizerError
+from moetron.common.errors import UserError
 from moetron.tokenizers.umt5 import SPACE_MARKER
 
 model_pb2: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")  # untyped
@@ -71,10 +71,10 @@ def train(texts: Iterable[str], options: TrainingOptions) -> bytes:
     Same texts in the same order, options and library version give the same bytes.
 
     Raises:
-        TokenizerError: the options are wrong, or the text cannot fill the vocabulary.
+        UserError: the options are wrong, or the text cannot fill the vocabulary.
     """
     if problems := options.problems():
-        raise TokenizerError("; ".join(problems))
+        raise UserError("; ".join(problems))
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -99,7 +99,7 @@ def train(texts: Iterable[str], options: TrainingOptions) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise TokenizerError(
+        raise UserError(
             f"SentencePiece cannot train --vocab-size {options.vocab_size} on this text; give more "
             f"text or a smaller vocabulary ({str(error).strip()})"
         ) from None

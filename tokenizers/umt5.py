@@ -6,12 +6,8 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from moetron.tokenizers.interface import (
-    Tokenizer,
-    TokenizerError,
-    fingerprint_of,
-    require_encodable,
-)
+from moetron.common.errors import UserError
+from moetron.tokenizers.interface import Tokenizer, fingerprint_of, require_encodable
 
 SPACE_MARKER = "\u2581"
 """How a SentencePiece model writes a space, so that it cannot write this character itself."""
@@ -32,10 +28,10 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
         except RuntimeError as error:
-            raise TokenizerError(f"tokenizer {path}: not a SentencePiece model ({error})") from None
+            raise UserError(f"tokenizer {path}: not a SentencePiece model ({error})") from None
         model = self._model
         if model.eos_id() < 0:
-            raise TokenizerError(
+            raise UserError(
                 f"tokenizer {path}: it has no end-of-sentence piece to end documents with; "
                 "train it with eos_id set"
             )

@@ -17,9 +17,9 @@ import os
 import sys
 from pathlib import Path
 
+from moetron.common.errors import ConfigError, UserError
 from moetron.moe.analysis.ablation import execute, sweep
 from moetron.moe.config import flags
-from moetron.moe.config.errors import ConfigError, UserError
 from moetron.moe.training.resilience import EXIT_STOPPED, StopSignal, run_guarded
 
 ROOT = Path(__file__).resolve().parents[1]

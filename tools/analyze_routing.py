@@ -14,14 +14,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from moetron.data.errors import DataError
-from moetron.data.windows import Sources, named_sources, spread_windows
-from moetron.moe.analysis import figures, specialization, study
-from moetron.moe.analysis.routed import Windows
-from moetron.moe.config.errors import UserError
-from moetron.moe.training import checkpoint_folder
-from moetron.moe.training.quiet import quieten_libraries
-from moetron.tokenizers.interface import Tokenizer, TokenizerError
+from moetron.common.errors import UserError
+from moetron.data.inspect.even_windows import Sources, named_sources, spread_windows
+from moetron.moe.analysis import figures, specialization
+from moetron.moe.analysis import routing_study as study
+from moetron.moe.analysis.routing_trace import Windows
+from moetron.moe.checkpoint import run_folder as checkpoint_folder
+from moetron.moe.monitoring.library_warnings import quieten_libraries
+from moetron.tokenizers.interface import Tokenizer
 from moetron.tokenizers.load import load_known_tokenizer, load_tokenizer
 
 
@@ -63,7 +63,7 @@ def open_text(sources: Sources, tokenizer: Tokenizer, given: argparse.Namespace)
 
 def watch_folder(given: argparse.Namespace) -> study.Result:
     """The analyses of a HuggingFace folder."""
-    from moetron.moe.analysis.huggingface import HuggingFaceModel
+    from moetron.moe.analysis.hf_model import HuggingFaceModel
 
     sources = named_sources(given.data or [], given.seq_length or 1024)
     tokenizer = load_tokenizer(given.tokenizer_model or given.model)
@@ -76,9 +76,9 @@ def watch_folder(given: argparse.Namespace) -> study.Result:
 def watch_run(given: argparse.Namespace) -> study.Result:
     """The analyses of a run's latest checkpoint, and how the earlier ones differ from it."""
     from moetron.moe.analysis.own_model import OwnModel
+    from moetron.moe.checkpoint.compatibility import tokenizer_fingerprints
+    from moetron.moe.checkpoint.vocabulary import vocabulary_of
     from moetron.moe.training import runtime
-    from moetron.moe.training.compatibility import tokenizer_fingerprints
-    from moetron.moe.training.vocabulary import vocabulary_of
 
     record = checkpoint_folder.read(given.model).record
     settings, step = checkpoint_folder.one_rank_settings(record), record.progress.step
@@ -106,7 +106,7 @@ def main() -> int:
     folder = (arguments.model / "config.json").is_file()
     try:
         result = watch_folder(arguments) if folder else watch_run(arguments)
-    except (DataError, TokenizerError) as error:
+    except UserError as error:
         raise UserError(str(error)) from error
     output = arguments.output or arguments.model / "analysis"
     for path in figures.write(result, output):

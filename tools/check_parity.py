@@ -19,12 +19,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from moetron.moe.config.errors import UserError
-from moetron.moe.config.load import load
-from moetron.moe.config.settings import Settings
+from moetron.common.errors import UserError
+from moetron.moe.checkpoint import run_folder as checkpoint_folder
+from moetron.moe.config.command import load
+from moetron.moe.config.schema.settings import Settings
+from moetron.moe.monitoring.library_warnings import quieten_libraries
 from moetron.moe.plan.named_layouts import layouts_of, parse
-from moetron.moe.training import checkpoint_folder
-from moetron.moe.training.quiet import quieten_libraries
 from moetron.tokenizers.load import load_tokenizer
 
 PROGRAM = Path(__file__).resolve().parents[1] / "pretrain_moe.py"
@@ -79,7 +79,7 @@ def check(options: argparse.Namespace, folder: Path) -> int:
     tokenizer = settings.data.tokenizer_model
     vocab_size = settings.model.vocab_size or load_tokenizer(str(tokenizer)).vocab_size
     quieten_libraries()
-    from moetron.moe.training import parity, parity_runs  # torch: seconds, after the checks
+    from moetron.moe.verify import parity, parity_runs  # torch: seconds, after the checks
 
     if options.layouts is not None:
         named = map(parse, options.layouts.split(","))

@@ -14,12 +14,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from moetron.moe.config.errors import UserError
-from moetron.moe.training import checkpoint_folder
-from moetron.moe.training.quiet import quieten_libraries
-from moetron.moe.training.vocabulary import vocabulary_of
+from moetron.common.errors import UserError
+from moetron.moe.checkpoint import run_folder as checkpoint_folder
+from moetron.moe.checkpoint.vocabulary import vocabulary_of
+from moetron.moe.monitoring.library_warnings import quieten_libraries
 from moetron.tokenizers.export import exported
-from moetron.tokenizers.interface import Tokenizer, TokenizerError
+from moetron.tokenizers.interface import Tokenizer
 from moetron.tokenizers.load import load_tokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -77,12 +77,12 @@ def to_hf(arguments: argparse.Namespace) -> None:
 def from_hf(arguments: argparse.Namespace) -> None:
     """Import a folder with its tokenizer."""
     from moetron.moe.convert.from_huggingface import from_hf as load
-    from moetron.moe.convert.start import MODEL_FILE
+    from moetron.moe.convert.initial_checkpoint import MODEL_FILE
 
     tokenizer: Tokenizer | None = None
     try:
         tokenizer = load_tokenizer(arguments.load)
-    except TokenizerError as error:
+    except UserError as error:
         print(f"without a tokenizer: {error}", file=sys.stderr)
     source = tokenizer and str(arguments.load.resolve())
     fingerprint = tokenizer and tokenizer.fingerprint
@@ -96,7 +96,7 @@ def open_tokenizer(source: str) -> Tokenizer:
     """The tokenizer at ``source``."""
     try:
         return load_tokenizer(source)
-    except TokenizerError as error:
+    except UserError as error:
         raise UserError(f"{error}; if it moved, give --tokenizer-model") from error
 
 
@@ -105,7 +105,7 @@ def main() -> int:
     arguments = parser().parse_args()
     quieten_libraries()
     if arguments.command == "inspect":
-        from moetron.moe.convert.inspect import describe
+        from moetron.moe.convert.inspect_checkpoint import describe
 
         print(describe(arguments.load, arguments.verify))
     else:

@@ -16,13 +16,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from moetron.moe.config.errors import UserError
-from moetron.moe.training import checkpoint_folder
-from moetron.moe.training.atomic import write_text
-from moetron.moe.training.compatibility import tokenizer_fingerprints
-from moetron.moe.training.quiet import quieten_libraries
-from moetron.moe.training.vocabulary import vocabulary_of
-from moetron.tokenizers.interface import Tokenizer, TokenizerError
+from moetron.common.errors import UserError
+from moetron.common.files import write_text
+from moetron.moe.checkpoint import run_folder as checkpoint_folder
+from moetron.moe.checkpoint.compatibility import tokenizer_fingerprints
+from moetron.moe.checkpoint.vocabulary import vocabulary_of
+from moetron.moe.monitoring.library_warnings import quieten_libraries
+from moetron.tokenizers.interface import Tokenizer
 from moetron.tokenizers.load import load_known_tokenizer
 
 
@@ -79,7 +79,7 @@ def open_tokenizer(arguments: argparse.Namespace, record: checkpoint_folder.Reco
     source = arguments.tokenizer_model or record.settings["data"]["tokenizer_model"]
     try:
         return load_known_tokenizer(source, tokenizer_fingerprints(record.stream))
-    except TokenizerError as error:
+    except UserError as error:
         raise UserError(str(error)) from error
 
 
@@ -94,8 +94,9 @@ def main() -> int:
     limited = settings.moe.moe_expert_capacity_factor is not None
     from lm_eval.utils import make_table
 
-    from moetron.moe.analysis.harness import HarnessModel
-    from moetron.moe.training import generate, runtime
+    from moetron.moe.analysis.lm_eval_model import HarnessModel
+    from moetron.moe.inference import generation as generate
+    from moetron.moe.training import runtime
 
     vocab_size = vocabulary_of(arguments.load, settings, tokenizer.vocab_size)
     with runtime.running(settings) as ranks:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from moetron.data.corpora.labels import labelled_texts
-from moetron.data.find import find_files
+from moetron.data.readers.input_files import find_files
 from moetron.tokenizers.export import export
 from moetron.tokenizers.load import load_tokenizer
 

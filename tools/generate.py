@@ -17,15 +17,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
-from moetron.data.errors import DataError
+from moetron.common.errors import UserError
 from moetron.data.objectives.prompts import HOLE, Mode, filled, prompt_ids
-from moetron.moe.config.errors import UserError
-from moetron.moe.training import checkpoint_folder
-from moetron.moe.training.compatibility import tokenizer_fingerprints
-from moetron.moe.training.quiet import quieten_libraries
-from moetron.moe.training.sampling import Sampling
-from moetron.moe.training.vocabulary import vocabulary_of
-from moetron.tokenizers.interface import Tokenizer, TokenizerError
+from moetron.moe.checkpoint import run_folder as checkpoint_folder
+from moetron.moe.checkpoint.compatibility import tokenizer_fingerprints
+from moetron.moe.checkpoint.vocabulary import vocabulary_of
+from moetron.moe.inference.sampling import Sampling
+from moetron.moe.monitoring.library_warnings import quieten_libraries
+from moetron.tokenizers.interface import Tokenizer
 from moetron.tokenizers.load import load_known_tokenizer
 
 
@@ -94,10 +93,11 @@ def main() -> int:
         )
         texts = read_prompts(arguments)
         prompts = [prompt_ids(text, arguments.mode, tokenizer) for text in texts]
-    except (DataError, TokenizerError) as error:
+    except UserError as error:
         raise UserError(str(error)) from error
     vocab_size = vocabulary_of(arguments.load, settings, tokenizer.vocab_size)
-    from moetron.moe.training import generate, runtime  # torch: seconds, after the checks
+    from moetron.moe.inference import generation as generate  # torch: seconds, after the checks
+    from moetron.moe.training import runtime  # torch: seconds, after the checks
 
     with runtime.running(settings) as ranks:
         model = generate.load_model(arguments.load, settings, vocab_size, ranks)

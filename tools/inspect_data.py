@@ -14,18 +14,17 @@ import argparse
 import sys
 from pathlib import Path
 
-from moetron.data.blend import open_blend, split_data_path
-from moetron.data.errors import DataError
-from moetron.data.family import members
-from moetron.data.flags import whole_number
-from moetron.data.plan import open_training
-from moetron.data.report import blend_table, length_histogram, shard_summary
-from moetron.data.shard import Shard
-from moetron.data.stages import use_table
-from moetron.data.view import documents, draw_lengths, stage_samples
-from moetron.moe.config.derived import total_samples
-from moetron.moe.config.errors import ConfigError
-from moetron.moe.config.load import read_recipes
+from moetron.common.argument_types import whole_number
+from moetron.common.errors import ConfigError, UserError
+from moetron.data.inspect.sample_view import documents, draw_lengths, stage_samples
+from moetron.data.inspect.shard_report import blend_table, length_histogram, shard_summary
+from moetron.data.shards.shard import Shard
+from moetron.data.shards.shard_set import members
+from moetron.data.stream.blend import open_blend, split_data_path
+from moetron.data.stream.open_streams import open_training
+from moetron.data.stream.stages import use_table
+from moetron.moe.config.command import read_recipes
+from moetron.moe.config.schema.derived import total_samples
 from moetron.moe.config.validate import validate
 from moetron.tokenizers.load import load_tokenizer
 
@@ -53,7 +52,7 @@ def show_recipes(arguments: argparse.Namespace) -> None:
     """Print the stages of the recipes that the command line names."""
     given = {"--verify": arguments.verify, "--png": arguments.png, "a prefix": arguments.data_path}
     if unused := [name for name, value in given.items() if value]:
-        raise DataError(
+        raise UserError(
             f"--config shows stages; {', '.join(unused)} goes without it, with prefixes"
         )
     settings, problems, _ = validate(read_recipes(arguments.config))
@@ -64,7 +63,7 @@ def show_recipes(arguments: argparse.Namespace) -> None:
         settings = settings.model_copy(update={"data": data})
     tokenizer = arguments.tokenizer or settings.data.tokenizer_model
     if tokenizer is None or not settings.data.planned_stages():
-        raise DataError("the recipe needs data: --tokenizer PATH, and data_path or stages in it")
+        raise UserError("the recipe needs data: --tokenizer PATH, and data_path or stages in it")
     samples = arguments.samples or total_samples(settings)
     reader, seed = load_tokenizer(tokenizer), settings.training.seed
     stream = open_training(settings.data, settings.model.seq_length, seed, reader)

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from moetron.data.blend import open_blend
-from moetron.data.files import atomic_file
-from moetron.data.ngrams import NgramModels, cross_entropies
-from moetron.data.shard import Shard
-from moetron.data.stream import TokenStream, validation_stream
+from moetron.common.files import atomic_file
+from moetron.data.inspect.ngrams import NgramModels, cross_entropies
+from moetron.data.shards.shard import Shard
+from moetron.data.stream.blend import open_blend
+from moetron.data.stream.token_stream import TokenStream, validation_stream
 
 BATCH_TOKENS = 1 << 20
 

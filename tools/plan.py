@@ -13,11 +13,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from moetron.common.errors import UserError
 from moetron.moe.config import recipe
-from moetron.moe.config.derived import smallest_world_size, total_samples
-from moetron.moe.config.errors import UserError
+from moetron.moe.config.command import Command, load, merge
 from moetron.moe.config.flags import parse
-from moetron.moe.config.load import Command, load, merge
+from moetron.moe.config.schema.derived import smallest_world_size, total_samples
 from moetron.moe.config.validate import validate
 from moetron.moe.plan.flops import flops_per_token
 from moetron.moe.plan.hardware import PEAK_BF16_TFLOPS_PER_S

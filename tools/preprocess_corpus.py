@@ -18,10 +18,9 @@ import sqlite3
 import sys
 from concurrent.futures import BrokenExecutor
 
-from moetron.data.errors import DataError
-from moetron.data.options import Options, add_flags
-from moetron.data.preprocess import preprocess
-from moetron.tokenizers.interface import TokenizerError
+from moetron.common.errors import UserError
+from moetron.data.prepare.options import Options, add_flags
+from moetron.data.prepare.preprocess import preprocess
 
 WORKER_DIED = (
     "preprocess_corpus: a worker process died, most likely of too little memory; run the same "
@@ -43,7 +42,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         outcome = preprocess(options)
-    except (DataError, TokenizerError) as error:
+    except UserError as error:
         print(f"preprocess_corpus: {error}", file=sys.stderr)
         return 2
     except (OSError, sqlite3.Error) as error:

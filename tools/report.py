@@ -12,8 +12,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from moetron.common.errors import UserError
 from moetron.moe.analysis.curves import draw
-from moetron.moe.config.errors import UserError
 
 PICTURES = (".png", ".svg", ".pdf")
 
@@ -25,7 +25,7 @@ def write(runs: list[Path], output: Path) -> None:
             raise UserError(f"--output {output}: a picture shows one run; write .html for several")
         draw(runs[0], output)
     elif output.suffix == ".html":
-        from moetron.moe.analysis.page.build import write_page  # a second of imports
+        from moetron.moe.analysis.page.build_page import write_page  # a second of imports
         from moetron.moe.analysis.page.runs import read
 
         write_page([read(run) for run in runs], output)

@@ -15,13 +15,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from moetron.common.argument_types import positive_number
+from moetron.common.files import atomic_file, beside, require_writable
 from moetron.data.corpora.labels import labelled_texts
-from moetron.data.files import atomic_file, beside, require_writable
-from moetron.data.find import find_files
-from moetron.data.flags import positive_number
+from moetron.data.readers.input_files import find_files
 from moetron.tokenizers.fertility import draw, measure, table
-from moetron.tokenizers.sampling import sample_sources
 from moetron.tokenizers.train import TrainingOptions, is_current, train
+from moetron.tokenizers.training_sample import sample_sources
 from moetron.tokenizers.umt5 import SentencePieceTokenizer
 
 

@@ -18,14 +18,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from moetron.common.errors import ConfigError, UserError
 from moetron.moe.config import flags
-from moetron.moe.config.errors import ConfigError
-from moetron.moe.config.field import flag_name
-from moetron.moe.config.load import check, merge
+from moetron.moe.config.command import check, merge
+from moetron.moe.config.schema.field import flag_name
 from moetron.moe.config.upcycling import UpcyclingSettings
-from moetron.moe.training.quiet import quieten_libraries
+from moetron.moe.monitoring.library_warnings import quieten_libraries
 from moetron.moe.training.resilience import run_guarded
-from moetron.tokenizers.interface import TokenizerError
 from moetron.tokenizers.load import load_tokenizer
 
 
@@ -57,7 +56,7 @@ def tokenizer_of(folder: Path) -> tuple[str | None, str | None]:
     """Where the tokenizer of a folder of HuggingFace's lies, and its fingerprint."""
     try:
         return str(folder.resolve()), load_tokenizer(folder).fingerprint
-    except TokenizerError as error:
+    except UserError as error:
         print(f"without a tokenizer: {error}", file=sys.stderr)
         return None, None
 
@@ -88,7 +87,7 @@ def main() -> int:
         ]
         raise ConfigError([f"{flag} {value}: {said}" for flag, value, said in wrong]) from error
     quieten_libraries()
-    from moetron.moe.convert.start import MODEL_FILE  # torch: seconds
+    from moetron.moe.convert.initial_checkpoint import MODEL_FILE  # torch: seconds
     from moetron.moe.convert.upcycle import dense_folder, dense_run, is_huggingface, upcycle
 
     if is_huggingface(own.load):

@@ -15,8 +15,8 @@ from typing import Any
 
 import orjson
 
-from moetron.data.files import atomic_file
-from moetron.tokenizers.sampling import blocks, unimax
+from moetron.common.files import atomic_file
+from moetron.tokenizers.training_sample import blocks, unimax
 
 DOCUMENT_CHARACTERS = 200_000
 """A longer document is cut into documents of whole lines."""

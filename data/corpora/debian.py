@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from moetron.common.errors import UserError
 from moetron.data.corpora.collect import Task
 from moetron.data.corpora.formats import dictd, fortunes, metamath, plain
 from moetron.data.corpora.manuals import man, pod
 from moetron.data.corpora.web import html
-from moetron.data.errors import DataError
 
 COMMAND_TIMEOUT_S = 900
 HELP_LANGUAGES = ("de", "fr", "es", "ru", "ja", "zh-cn", "hi", "ko")
@@ -99,12 +99,12 @@ def _run(command: list[str], folder: Path) -> str:
             check=True,
         )
     except FileNotFoundError:
-        raise DataError(f"{command[0]} is not here: this corpus needs a Debian system") from None
+        raise UserError(f"{command[0]} is not here: this corpus needs a Debian system") from None
     except subprocess.TimeoutExpired:
-        raise DataError(f"{command[0]} took more than {COMMAND_TIMEOUT_S} s; try again") from None
+        raise UserError(f"{command[0]} took more than {COMMAND_TIMEOUT_S} s; try again") from None
     except subprocess.CalledProcessError as error:
         said = error.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise DataError(f"{' '.join(command[:6])} ... failed: {said[0]}") from None
+        raise UserError(f"{' '.join(command[:6])} ... failed: {said[0]}") from None
     return done.stdout
 
 
@@ -167,7 +167,7 @@ def gather(folder: Path, say: Callable[[str], None]) -> tuple[list[Task], dict[s
     """The files of all packages, unpacked below ``folder``, and the licence of each source.
 
     Raises:
-        DataError: apt-get or dpkg-deb is missing or fails.
+        UserError: apt-get or dpkg-deb is missing or fails.
     """
     _unpack([package.name for package in PACKAGES], folder, say)
     tasks = [task for package in PACKAGES for task in _tasks(package, folder)]

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from moetron.data.chunks import FileChunk, LongChunk, Reject
-from moetron.data.inputs import read_chunks
-from moetron.data.long_rows import LongText, Unreadable
+from moetron.data.readers.chunks import FileChunk, LongChunk, Reject
+from moetron.data.readers.long_rows import LongText, Unreadable
+from moetron.data.readers.rows import read_chunks
 
 
 def labelled_texts(paths: Sequence[Path], text_key: str) -> Iterator[tuple[str, str]]:

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from moetron.data.cutting import Cutting
+from moetron.data.addressing.windowing import Cutting
 from moetron.data.objectives.objective import Made
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from moetron.data.cutting import Cutting
-from moetron.data.errors import DataError
+from moetron.common.errors import UserError
+from moetron.data.addressing.windowing import Cutting
 from moetron.data.objectives.objective import Made
 from moetron.data.objectives.spans import draws
 
@@ -49,12 +49,12 @@ class FillInTheMiddle:
     kinds = ("causal", "fim")
 
     def __init__(self, seq_length: int, end: int, options: FimOptions) -> None:
-        """Raises DataError if the sample is too short for one document's markers."""
+        """Raises UserError if the sample is too short for one document's markers."""
         self._end, self._options = end, options
         self._documents = max(1, seq_length // (SHARE_FOR_MARKERS * MARKERS))
         room = seq_length - MARKERS * self._documents
         if room < MARKERS:
-            raise DataError(f"fim: --seq-length {seq_length} has no room for three markers")
+            raise UserError(f"fim: --seq-length {seq_length} has no room for three markers")
         self.cutting = Cutting((room,), overlap=0)
 
     def fill(self, raw: np.ndarray, slot: int, key: str, row: np.ndarray, mask: np.ndarray) -> Made:

@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from moetron.data.cutting import Cutting
-from moetron.data.errors import DataError
+from moetron.common.errors import UserError
+from moetron.data.addressing.windowing import Cutting
 from moetron.data.objectives.objective import Made
 from moetron.data.objectives.spans import draws
 
@@ -19,9 +19,9 @@ class PrefixLM:
     kinds = ("prefix_lm",)
 
     def __init__(self, seq_length: int) -> None:
-        """Raises DataError where a sample has no room for a prefix and a target."""
+        """Raises UserError where a sample has no room for a prefix and a target."""
         if seq_length < 2:
-            raise DataError(f"prefix_lm: --seq-length {seq_length} is too short; give at least 2")
+            raise UserError(f"prefix_lm: --seq-length {seq_length} is too short; give at least 2")
         self.cutting = Cutting((seq_length,), overlap=1)
 
     def fill(self, raw: np.ndarray, slot: int, key: str, row: np.ndarray, mask: np.ndarray) -> Made:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
-from moetron.data.errors import DataError
+from moetron.common.errors import UserError
 from moetron.tokenizers.interface import Tokenizer
 
 Mode = Literal["causal", "s2s", "nlu", "nlg"]
@@ -18,19 +18,19 @@ def prompt_ids(text: str, mode: Mode, tokenizer: Tokenizer) -> list[int]:
     """Tokens of a prompt; UL2's begin with the padding, end with the end (see ``ul2.UL2``).
 
     Raises:
-        DataError: holes in another mode or none in nlu and nlg, out of order, or more than the
+        UserError: holes in another mode or none in nlu and nlg, out of order, or more than the
             tokenizer has sentinels.
     """
     if mode == "causal":
         return tokenizer.encode(text) or [tokenizer.eod]
     holes = [int(number) for number in HOLE.findall(text)]
     if holes != list(range(len(holes))) or bool(holes) != (mode != "s2s"):
-        raise DataError(
+        raise UserError(
             f"mode {mode}: the prompt must mark "
             + ("nothing" if mode == "s2s" else "<extra_id_0>, <extra_id_1>, ... in this order")
         )
     if len(holes) > len(tokenizer.sentinels) or not tokenizer.sentinels:
-        raise DataError(
+        raise UserError(
             f"mode {mode}: the tokenizer {tokenizer.name} has {len(tokenizer.sentinels)} sentinels"
         )
     ids = [tokenizer.pad, *tokenizer.encode(f"[{mode.upper()}] ")]

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from moetron.data.apportion import Apportionment
-from moetron.data.cutting import Cutting
-from moetron.data.errors import DataError
+from moetron.common.errors import UserError
+from moetron.data.addressing.apportionment import Apportionment
+from moetron.data.addressing.windowing import Cutting
 from moetron.data.objectives.objective import Made
 from moetron.data.objectives.spans import corrupted_lengths, draws, random_segments, span_counts
 
@@ -77,10 +77,10 @@ class UL2:
             examples: Texts in a sample; more than one where the sentinels do not suffice for one.
 
         Raises:
-            DataError: there are too few sentinels, or the sample is too short for a denoiser.
+            UserError: there are too few sentinels, or the sample is too short for a denoiser.
         """
         if seq_length % examples:
-            raise DataError(f"UL2: {examples} examples do not divide --seq-length {seq_length}")
+            raise UserError(f"UL2: {examples} examples do not divide --seq-length {seq_length}")
         self.denoisers = tuple(denoisers)
         self.examples = examples
         self._sentinels = np.array(sentinels, np.int64)
@@ -94,7 +94,7 @@ class UL2:
         apportionment = Apportionment([denoiser.rate for denoiser in self.denoisers])
         cycle = sum(apportionment.weights)
         if cycle > MAX_CYCLE:
-            raise DataError(f"UL2: rates in {cycle} parts; give them in at most {MAX_CYCLE}")
+            raise UserError(f"UL2: rates in {cycle} parts; give them in at most {MAX_CYCLE}")
         self.kinds = tuple(_kind(denoiser) for denoiser in self.denoisers)
         self._slots = apportionment.locate(np.arange(cycle))[0].tolist()
         self.cutting = Cutting(tuple(examples * self._raw[d] for d in self._slots), overlap=0)
@@ -147,11 +147,11 @@ class UL2:
             fits = (n for n in range(room, 1, -1) if sum(corrupted_lengths(n, *shape)) <= room)
             longest = next(fits, 0)
         if longest < 2:
-            raise DataError(f"UL2: {room} tokens have no room for {denoiser}")
+            raise UserError(f"UL2: {room} tokens have no room for {denoiser}")
         if denoiser.mean_span is not None:
             spans = span_counts(longest, denoiser.noise_density, denoiser.mean_span)[1]
             if spans > self._sentinels.size:
-                raise DataError(
+                raise UserError(
                     f"UL2: {denoiser} hides {spans} spans in {longest} tokens, but the tokenizer "
                     f"has {self._sentinels.size} sentinels; put more examples into a sample"
                 )

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from moetron.data.plan import open_validation
-from moetron.data.stream import TokenStream
-from moetron.moe.training import checkpoint_folder
+from moetron.data.stream.open_streams import open_validation
+from moetron.data.stream.token_stream import TokenStream
+from moetron.moe.checkpoint import run_folder as checkpoint_folder
 from moetron.tokenizers.load import load_tokenizer
 
 TOLERANCE = 1e-4

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from moetron.moe.training.atomic import write_text
+from moetron.common.files import write_text
 
 
 def main() -> int:

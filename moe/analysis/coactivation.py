@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from moetron.moe.analysis.routed import Routed, chosen
+from moetron.moe.analysis.routing_trace import Routed, chosen
 
 
 class CoActivation:

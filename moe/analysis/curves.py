@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moetron.moe.config.errors import UserError
+from moetron.common.errors import UserError
 
 Rows = Sequence[dict[str, Any]]
 

@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
+from moetron.common.files import write_text
+from moetron.moe.analysis.routing_study import Result
 from moetron.moe.analysis.specialization import token_class_entropy
-from moetron.moe.analysis.study import Result
-from moetron.moe.training.atomic import write_text
 
 RESULT = "analysis.json"
 SHOWN_EXPERTS = 32

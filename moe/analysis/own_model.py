@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from moetron.moe.analysis.routed import Routed
-from moetron.moe.config import derived
-from moetron.moe.config.errors import UserError
-from moetron.moe.config.settings import Settings
+from moetron.common.errors import UserError
+from moetron.moe.analysis.routing_trace import Routed
+from moetron.moe.checkpoint import run_folder as checkpoint_folder
+from moetron.moe.checkpoint.save_load import load_weights
+from moetron.moe.config.schema import derived
+from moetron.moe.config.schema.settings import Settings
+from moetron.moe.inference.generation import load_model
 from moetron.moe.routing.router import Router
-from moetron.moe.training import checkpoint_folder
-from moetron.moe.training.checkpoint import load_weights
-from moetron.moe.training.generate import load_model
 from moetron.moe.training.runtime import Runtime
 
 

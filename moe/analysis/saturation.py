@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from moetron.moe.analysis.routed import chosen
+from moetron.moe.analysis.routing_trace import chosen
 
 
 def saturation(

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from moetron.moe.analysis.routed import Routed
-from moetron.moe.config.errors import UserError
+from moetron.common.errors import UserError
+from moetron.moe.analysis.routing_trace import Routed
 
 
 class ClassCounts:

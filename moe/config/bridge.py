@@ -13,12 +13,12 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from moetron.moe.config import derived, pipeline_split
-from moetron.moe.config.attention import AttentionSettings
-from moetron.moe.config.experts import EVEN_WEIGHTS
-from moetron.moe.config.model import ModelSettings
-from moetron.moe.config.precision import PrecisionSettings
-from moetron.moe.config.settings import Settings
+from moetron.moe.config.schema import derived, pipeline_split
+from moetron.moe.config.schema.attention import AttentionSettings
+from moetron.moe.config.schema.experts import EVEN_WEIGHTS
+from moetron.moe.config.schema.model import ModelSettings
+from moetron.moe.config.schema.precision import PrecisionSettings
+from moetron.moe.config.schema.settings import Settings
 
 padded_vocab_size = derived.padded_vocab_size
 

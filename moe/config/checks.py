@@ -17,7 +17,7 @@ from moetron.moe.config.rules import (
     run,
 )
 from moetron.moe.config.rules.case import Case
-from moetron.moe.config.settings import Settings
+from moetron.moe.config.schema.settings import Settings
 
 
 def problems(settings: Settings, world_size: int, *, device: str, te: bool) -> list[str]:

@@ -13,19 +13,19 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from moetron.moe.config.errors import ConfigError
-from moetron.moe.config.field import (
+from moetron.common.errors import ConfigError
+from moetron.moe.config.schema.field import (
     choices,
     flag_name,
     is_list,
     is_optional,
     is_switch,
     literals,
+    nearest,
     negative_flag_name,
     type_text,
 )
-from moetron.moe.config.names import nearest
-from moetron.moe.config.settings import Settings, fields
+from moetron.moe.config.schema.settings import Settings, fields
 
 _USAGE = "pretrain_moe.py [--config RECIPE.yaml ...] [--flag value ...]"
 _EPILOG = "Flags win over the recipe. An optional setting is unset by the value 'none'."

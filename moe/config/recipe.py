@@ -6,8 +6,8 @@ from typing import Any
 
 import yaml
 
-from moetron.moe.config.errors import ConfigError
-from moetron.moe.config.settings import Settings
+from moetron.common.errors import ConfigError
+from moetron.moe.config.schema.settings import Settings
 
 
 class _Loader(yaml.SafeLoader):

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 from pydantic import Field, NonNegativeInt, PositiveFloat
 
-from moetron.moe.config import derived
-from moetron.moe.config.experts import MoESettings
-from moetron.moe.config.field import Group, flag_name
-from moetron.moe.config.settings import Settings
+from moetron.moe.config.schema import derived
+from moetron.moe.config.schema.experts import MoESettings
+from moetron.moe.config.schema.field import Group, flag_name
+from moetron.moe.config.schema.settings import Settings
 
 _MADE_ELSEWHERE = (
     "moe_shared_expert_intermediate_size",

@@ -6,9 +6,15 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from moetron.moe.config.field import Rule, flag_name, is_optional, literals, type_text
-from moetron.moe.config.names import nearest
-from moetron.moe.config.settings import Settings, fields
+from moetron.moe.config.schema.field import (
+    Rule,
+    flag_name,
+    is_optional,
+    literals,
+    nearest,
+    type_text,
+)
+from moetron.moe.config.schema.settings import Settings, fields
 
 Tree = Mapping[str, Mapping[str, Any]]
 

@@ -15,8 +15,8 @@ from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAM
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from moetron.moe.training import checkpoint_folder
-from moetron.moe.training.optimizer_state import MAIN, PREFIX
+from moetron.moe.checkpoint import run_folder as checkpoint_folder
+from moetron.moe.checkpoint.optimizer_state import MAIN, PREFIX
 
 _NOT_WEIGHTS = ("optimizer.", "rng.")
 

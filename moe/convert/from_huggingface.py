@@ -9,13 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moetron.moe.config.errors import UserError
-from moetron.moe.config.settings import Settings
-from moetron.moe.convert.family import CONFIG, PLACEHOLDERS, Family, function_of, require_same
-from moetron.moe.convert.registry import family_named
-from moetron.moe.convert.rules import Rule
+from moetron.common.errors import UserError
+from moetron.moe.config.schema.settings import Settings
+from moetron.moe.convert.families.family import (
+    CONFIG,
+    PLACEHOLDERS,
+    Family,
+    function_of,
+    require_same,
+)
+from moetron.moe.convert.families.registry import family_named
+from moetron.moe.convert.families.tensor_rules import Rule
+from moetron.moe.convert.initial_checkpoint import write_start
 from moetron.moe.convert.safetensors_folder import TensorFolder
-from moetron.moe.convert.start import write_start
 
 logger = logging.getLogger(__name__)
 _DERIVED = ("rotary_emb.inv_freq",)

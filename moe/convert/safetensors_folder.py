@@ -15,8 +15,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from moetron.moe.config.errors import UserError
-from moetron.moe.training.atomic import write_text
+from moetron.common.errors import UserError
+from moetron.common.files import write_text
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

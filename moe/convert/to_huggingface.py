@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moetron.moe.config import derived
-from moetron.moe.config.errors import UserError
+from moetron.common.errors import UserError
+from moetron.common.files import rename, sync_folder, write_text
+from moetron.moe.checkpoint import run_folder as checkpoint_folder
+from moetron.moe.checkpoint.vocabulary import require_vocabulary
+from moetron.moe.config.schema import derived
 from moetron.moe.convert import families
-from moetron.moe.convert.card import CARD, card, differences, refuse_two_way_reading
 from moetron.moe.convert.checkpoint_tensors import CheckpointTensors
-from moetron.moe.convert.family import CONFIG, Family, function_of, require_same
-from moetron.moe.convert.registry import family_named, family_of
-from moetron.moe.convert.rules import Rule
+from moetron.moe.convert.families.family import CONFIG, Family, function_of, require_same
+from moetron.moe.convert.families.registry import family_named, family_of
+from moetron.moe.convert.families.tensor_rules import Rule
+from moetron.moe.convert.model_card import CARD, card, differences, refuse_two_way_reading
 from moetron.moe.convert.safetensors_folder import shards, write_folder
-from moetron.moe.training import checkpoint_folder
-from moetron.moe.training.atomic import rename, sync_folder, write_text
-from moetron.moe.training.vocabulary import require_vocabulary
 
 logger = logging.getLogger(__name__)
 PREDICTION = "mtp."

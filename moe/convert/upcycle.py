@@ -15,23 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moetron.moe.config import derived
-from moetron.moe.config.errors import ConfigError
-from moetron.moe.config.experts import MoESettings
-from moetron.moe.config.settings import Settings
+from moetron.common.errors import ConfigError
+from moetron.moe.checkpoint import run_folder as checkpoint_folder
+from moetron.moe.checkpoint.compatibility import tokenizer_fingerprints
+from moetron.moe.config.schema import derived
+from moetron.moe.config.schema.experts import MoESettings
+from moetron.moe.config.schema.settings import Settings
 from moetron.moe.config.upcycling import (
     UpcyclingSettings,
     granularity,
     output_scale,
     upcycling_problems,
 )
-from moetron.moe.convert.blocks import our_layer
 from moetron.moe.convert.checkpoint_tensors import CheckpointTensors
-from moetron.moe.convert.family import CONFIG, OTHER_GROUPS
+from moetron.moe.convert.families.decoder_blocks import our_layer
+from moetron.moe.convert.families.family import CONFIG, OTHER_GROUPS
 from moetron.moe.convert.from_huggingface import HuggingFaceModel
-from moetron.moe.convert.start import Weights, write_start
-from moetron.moe.training import checkpoint_folder
-from moetron.moe.training.compatibility import tokenizer_fingerprints
+from moetron.moe.convert.initial_checkpoint import Weights, write_start
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import os
 
 import torch
 
-from moetron.moe.config.errors import UserError
+from moetron.common.errors import UserError
 
 
 def resolve_device(device: str) -> torch.device:

@@ -13,7 +13,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.distributed import ProcessGroup
 
-from moetron.moe.layers.context import chunks_of_rank, gather_sequence
+from moetron.moe.host.context_parallel import chunks_of_rank, gather_sequence
 
 
 def prefix_mask(prefix_B: torch.Tensor, length: int) -> torch.Tensor:

@@ -9,9 +9,9 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
 )
 
-from moetron.moe.host.fp8 import Fp8Numerics
-from moetron.moe.host.fp8_product import Fp8Product
 from moetron.moe.layers.experts import GroupedExperts
+from moetron.moe.numerics.fp8_emulation import Fp8Numerics
+from moetron.moe.numerics.fp8_matmul import Fp8Product
 
 
 def fp8_linear(product: Fp8Product, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

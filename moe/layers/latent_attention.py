@@ -12,9 +12,9 @@ from megatron.core.transformer.multi_latent_attention import (
 )
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
-from moetron.moe.host.fp8 import Fp8Numerics
-from moetron.moe.host.fp8_product import Fp8Product
 from moetron.moe.layers.fp8_linear import fp8_linear
+from moetron.moe.numerics.fp8_emulation import Fp8Numerics
+from moetron.moe.numerics.fp8_matmul import Fp8Product
 
 
 class ReplicatedLinear(torch.nn.Module):

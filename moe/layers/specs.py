@@ -27,12 +27,11 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from moetron.moe.config import derived
+from moetron.common.errors import UserError
 from moetron.moe.config.bridge import ModelConfig
-from moetron.moe.config.errors import UserError
-from moetron.moe.config.settings import Settings
+from moetron.moe.config.schema import derived
+from moetron.moe.config.schema.settings import Settings
 from moetron.moe.host.device import has_transformer_engine
-from moetron.moe.host.fp8 import Fp8Numerics, fp8_numerics
 from moetron.moe.layers.attention import SdpaAttention
 from moetron.moe.layers.expert_variants import VariantExperts
 from moetron.moe.layers.experts import GroupedExperts, grouped_gemm_fits
@@ -44,7 +43,8 @@ from moetron.moe.layers.fp8_linear import (
 )
 from moetron.moe.layers.latent_attention import LatentAttention
 from moetron.moe.layers.norm import FullWidthRMSNorm, LayerNorm, RMSNorm
-from moetron.moe.routing.kinds import router_class
+from moetron.moe.numerics.fp8_emulation import Fp8Numerics, fp8_numerics
+from moetron.moe.routing.router_types import router_class
 
 with warnings.catch_warnings():  # "Apex is not installed": we bring norms of our own
     warnings.simplefilter("ignore")

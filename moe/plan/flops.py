@@ -1,7 +1,7 @@
 """Model FLOPs: what the mathematics of a step needs, whatever the implementation recomputes."""
 
-from moetron.moe.config import derived
-from moetron.moe.config.settings import Settings
+from moetron.moe.config.schema import derived
+from moetron.moe.config.schema.settings import Settings
 from moetron.moe.plan.parameters import count_parameters, norms_ahead
 
 

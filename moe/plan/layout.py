@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from moetron.moe.config import derived
-from moetron.moe.config.settings import Settings
+from moetron.moe.config.schema import derived
+from moetron.moe.config.schema.settings import Settings
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from moetron.moe.config import derived
-from moetron.moe.config.pipeline_split import stage_chunks, virtual_pipeline_size
-from moetron.moe.config.settings import Settings
+from moetron.moe.config.schema import derived
+from moetron.moe.config.schema.pipeline_split import stage_chunks, virtual_pipeline_size
+from moetron.moe.config.schema.settings import Settings
 from moetron.moe.plan.parameters import hidden_matrices, per_rank
 
 

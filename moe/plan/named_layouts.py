@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moetron.moe.config.errors import UserError
-from moetron.moe.config.field import flag_name
-from moetron.moe.config.settings import Settings
+from moetron.common.errors import UserError
+from moetron.moe.config.schema.field import flag_name
+from moetron.moe.config.schema.settings import Settings
 
 _SIZE = re.compile(r"(etp|ep|tp|vpp|pp|cp|dp|zero)([1-9]\d*)")
 _GRAMMAR = "sizes such as tp2, pp2, vpp2, ep2, etp1, cp2, dp2 and zero1, strung together"

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Literal, get_args
 
-from moetron.moe.config import derived
-from moetron.moe.config.pipeline_split import stage_chunks
-from moetron.moe.config.settings import Settings
+from moetron.moe.config.schema import derived
+from moetron.moe.config.schema.pipeline_split import stage_chunks
+from moetron.moe.config.schema.settings import Settings
 
 Part = Literal[
     "embedding",

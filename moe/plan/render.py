@@ -2,9 +2,9 @@
 
 from itertools import chain
 
-from moetron.moe.config import derived
-from moetron.moe.config.pipeline_split import stage_chunks
-from moetron.moe.config.settings import Settings
+from moetron.moe.config.schema import derived
+from moetron.moe.config.schema.pipeline_split import stage_chunks
+from moetron.moe.config.schema.settings import Settings
 from moetron.moe.plan.flops import flops_per_token
 from moetron.moe.plan.layout import position
 from moetron.moe.plan.memory import memory_per_rank

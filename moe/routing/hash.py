@@ -6,7 +6,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from moetron.moe.config.bridge import ModelConfig
-from moetron.moe.routing.draws import derived_seed
+from moetron.moe.routing.random_draws import derived_seed
 from moetron.moe.routing.router import Router
 
 

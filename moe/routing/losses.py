@@ -7,8 +7,8 @@ from megatron.core.transformer.moe.moe_utils import (
     get_moe_layer_wise_logging_tracker,
 )
 
-from moetron.moe.config import derived
-from moetron.moe.config.settings import Settings
+from moetron.moe.config.schema import derived
+from moetron.moe.config.schema.settings import Settings
 
 _BALANCE_LOSS = {
     "aux_loss": "load_balancing_loss",

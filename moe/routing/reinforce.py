@@ -9,7 +9,7 @@ import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch.distributed import ProcessGroup
 
-from moetron.moe.routing.relaxations import top_choices
+from moetron.moe.routing.gradient_estimators import top_choices
 from moetron.moe.routing.router import Router
 
 

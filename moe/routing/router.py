@@ -28,7 +28,7 @@ from moetron.moe.routing.capacity import (
     served,
     to_groups,
 )
-from moetron.moe.routing.draws import Draws
+from moetron.moe.routing.random_draws import Draws
 from moetron.moe.routing.token_group import TokenGroup
 
 

@@ -9,7 +9,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
-from moetron.moe.layers.context import chunks_of_rank
+from moetron.moe.host.context_parallel import chunks_of_rank
 
 
 def positions_of_ranks(length: int, tensor_ranks: int, context_ranks: int) -> torch.Tensor:

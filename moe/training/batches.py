@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from moetron.moe.config.derived import global_batch_size_at
-from moetron.moe.config.settings import Settings
-from moetron.moe.training.progress import Progress
-from moetron.moe.training.stream import SampleStream
+from moetron.moe.checkpoint.position import Progress
+from moetron.moe.config.schema.derived import global_batch_size_at
+from moetron.moe.config.schema.settings import Settings
+from moetron.moe.training.sample_stream import SampleStream
 
 Batch = dict[str, torch.Tensor]
 """tokens, labels, position_ids: int64 [b, S]; loss_mask: float32 [b, S]; PER_SAMPLE: int64 [b]."""

@@ -6,12 +6,12 @@ from functools import partial
 
 import torch
 
-from moetron.moe.config.pipeline_split import virtual_pipeline_size
+from moetron.moe.config.schema.pipeline_split import virtual_pipeline_size
 from moetron.moe.training.batches import Batch, micro_batch_numbers, micro_batches
-from moetron.moe.training.model import needs_samples, set_training, settled
+from moetron.moe.training.loss_tally import Losses, Tally
+from moetron.moe.training.model_chunks import needs_samples, set_training, settled
+from moetron.moe.training.sample_stream import SampleStream
 from moetron.moe.training.step import Trainer, run_schedule
-from moetron.moe.training.stream import SampleStream
-from moetron.moe.training.tally import Losses, Tally
 
 
 def evaluate(trainer: Trainer, stream: SampleStream) -> Losses:

@@ -4,14 +4,16 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from moetron.moe.config.derived import global_batch_size_at, stage_at
+from moetron.moe.checkpoint.background_save import Saver
+from moetron.moe.checkpoint.position import Progress
+from moetron.moe.config.schema.derived import global_batch_size_at, stage_at
+from moetron.moe.monitoring.sinks import Row, Sink
 from moetron.moe.plan.flops import flops_per_token
 from moetron.moe.training.batches import micro_batches, training_numbers
 from moetron.moe.training.evaluate import bits_per_byte, evaluate
-from moetron.moe.training.model import needs_samples, settled
-from moetron.moe.training.progress import Progress
-from moetron.moe.training.report import Row, Sink
-from moetron.moe.training.saver import Saver
+from moetron.moe.training.loss_tally import Losses, Tally
+from moetron.moe.training.model_chunks import needs_samples, settled
+from moetron.moe.training.sample_stream import Streams
 from moetron.moe.training.schedule import LearningRate
 from moetron.moe.training.step import (
     BatchIterators,
@@ -20,8 +22,6 @@ from moetron.moe.training.step import (
     Trainer,
     train_step,
 )
-from moetron.moe.training.stream import Streams
-from moetron.moe.training.tally import Losses, Tally
 
 _WAY_ON = (
     "checkpoints are from before it: go on from one with a lower --lr or --clip-grad, say, or with "

@@ -8,14 +8,14 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
+from moetron.moe.checkpoint.optimizer_state import leaves, mains
 from moetron.moe.config.bridge import optimizer_config
-from moetron.moe.config.run import OptimizerSettings
-from moetron.moe.config.settings import Settings
-from moetron.moe.training.adafactor import Adafactor
-from moetron.moe.training.cuts import cut_of
-from moetron.moe.training.model import ModelChunks
-from moetron.moe.training.muon import Muon, MuonRule
-from moetron.moe.training.optimizer_state import leaves, mains
+from moetron.moe.config.schema.run import OptimizerSettings
+from moetron.moe.config.schema.settings import Settings
+from moetron.moe.optim.adafactor import Adafactor
+from moetron.moe.optim.muon import Muon, MuonRule
+from moetron.moe.optim.tensor_shards import cut_of
+from moetron.moe.training.model_chunks import ModelChunks
 from moetron.moe.training.runtime import Runtime
 
 

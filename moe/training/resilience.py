@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from moetron.moe.config.errors import RunError, UserError
+from moetron.common.errors import RunError, UserError
 
 EXIT_FAILED = 1
 EXIT_USER = 2

@@ -11,12 +11,12 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from moetron.moe.config.errors import UserError
-from moetron.moe.config.pipeline_split import virtual_pipeline_size
-from moetron.moe.config.settings import Settings
+from moetron.common.errors import UserError
+from moetron.moe.config.schema.pipeline_split import virtual_pipeline_size
+from moetron.moe.config.schema.settings import Settings
 from moetron.moe.host.adapt import adapt_host
+from moetron.moe.host.allocator import keep_freed_memory
 from moetron.moe.host.device import backend_for, cpu_threads, resolve_device
-from moetron.moe.host.memory import keep_freed_memory
 
 
 @dataclass(frozen=True)

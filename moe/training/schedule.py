@@ -8,16 +8,16 @@ import math
 from dataclasses import dataclass
 from itertools import pairwise
 
-from moetron.moe.config.data import StageLearningRate
-from moetron.moe.config.derived import (
+from moetron.moe.checkpoint.position import Progress
+from moetron.moe.config.schema.data import StageLearningRate
+from moetron.moe.config.schema.derived import (
     ScheduleLengths,
     schedule_lengths,
     stage_starts,
     total_samples,
 )
-from moetron.moe.config.run import LearningRateSettings
-from moetron.moe.config.settings import Settings
-from moetron.moe.training.progress import Progress
+from moetron.moe.config.schema.run import LearningRateSettings
+from moetron.moe.config.schema.settings import Settings
 
 
 @dataclass(frozen=True)

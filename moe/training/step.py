@@ -13,18 +13,18 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model
 
+from moetron.common.errors import RunError
 from moetron.moe.config.bridge import ModelConfig
-from moetron.moe.config.derived import routed_layers
-from moetron.moe.config.errors import RunError
-from moetron.moe.config.settings import Settings
+from moetron.moe.config.schema.derived import routed_layers
+from moetron.moe.config.schema.settings import Settings
 from moetron.moe.layers.attention import prefix_mask
 from moetron.moe.routing.losses import read_auxiliary_losses
-from moetron.moe.routing.record import RoutingRecorder
+from moetron.moe.routing.routing_record import RoutingRecorder
 from moetron.moe.training.batches import PER_SAMPLE, Batch
-from moetron.moe.training.model import ModelChunks
+from moetron.moe.training.loss_tally import Losses, Tally
+from moetron.moe.training.model_chunks import ModelChunks
 from moetron.moe.training.optimizer import set_learning_rate
 from moetron.moe.training.runtime import Runtime
-from moetron.moe.training.tally import Losses, Tally
 
 BatchIterators = Sequence[Iterator[Batch] | None]
 """For each model chunk of this rank its micro-batches, None for a chunk that needs no samples."""

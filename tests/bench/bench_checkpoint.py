@@ -17,14 +17,15 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-from moetron.data.mock import MockStream
-from moetron.moe.config.load import load
-from moetron.moe.training import checkpoint_folder, runtime
-from moetron.moe.training.build import build_loop, build_trainer
+from moetron.data.stream.mock_stream import MockStream
+from moetron.moe.checkpoint import run_folder as checkpoint_folder
+from moetron.moe.checkpoint.background_save import Saver
+from moetron.moe.checkpoint.position import Progress
+from moetron.moe.config.command import load
+from moetron.moe.training import runtime
+from moetron.moe.training.build_trainer import build_loop, build_trainer
 from moetron.moe.training.loop import Loop
-from moetron.moe.training.progress import Progress
-from moetron.moe.training.saver import Saver
-from moetron.moe.training.stream import Streams
+from moetron.moe.training.sample_stream import Streams
 
 RECIPE = Path(__file__).parents[2] / "examples" / "olmoe_1b_7b" / "tiny.yaml"
 MODEL = ["--num-layers=4", "--hidden-size=256", "--moe-ffn-hidden-size=512", "--num-experts=16"]

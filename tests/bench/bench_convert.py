@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from moetron.moe.config.settings import Settings
-from moetron.moe.convert.family import PLACEHOLDERS, function_of
-from moetron.moe.convert.registry import FAMILIES
+from moetron.moe.config.schema.settings import Settings
+from moetron.moe.convert.families.family import PLACEHOLDERS, function_of
+from moetron.moe.convert.families.registry import FAMILIES
 from moetron.moe.convert.safetensors_folder import WHOLE, header
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_checkpoint.py"

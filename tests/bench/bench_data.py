@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from moetron.data.indexed_format import HEADER, LENGTH, MAGIC, POINTER, VERSION
 from moetron.data.objectives.ul2 import UL2
-from moetron.data.stream import TokenStream, training_stream
-from moetron.data.writer import ShardWriter
+from moetron.data.shards.indexed_format import HEADER, LENGTH, MAGIC, POINTER, VERSION
+from moetron.data.shards.shard_writer import ShardWriter
+from moetron.data.stream.token_stream import TokenStream, training_stream
 
 VOCAB_SIZE = 50_280
 DOCUMENT_TOKENS = 1000

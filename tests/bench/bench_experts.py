@@ -21,7 +21,7 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from moetron.moe.host.memory import keep_freed_memory
+from moetron.moe.host.allocator import keep_freed_memory
 from moetron.moe.layers.experts import GroupedExperts
 from tests.parallel.harness import model_parallel
 

@@ -37,10 +37,10 @@ from pathlib import Path
 
 import gigatoken
 
-from moetron.data.chunks import Reject
-from moetron.data.find import find_files
-from moetron.data.inputs import read_chunks
-from moetron.data.report import table
+from moetron.common.text_table import table
+from moetron.data.readers.chunks import Reject
+from moetron.data.readers.input_files import find_files
+from moetron.data.readers.rows import read_chunks
 from moetron.tokenizers.fast_bpe import open_fast
 from moetron.tokenizers.huggingface import HuggingFaceTokenizer
 from moetron.tokenizers.interface import Tokenizer

@@ -18,17 +18,17 @@ from typing import Any
 
 import numpy as np
 
-from moetron.data.mock import MockStream
-from moetron.data.plan import open_training, open_validation
-from moetron.moe.config.load import load
-from moetron.moe.routing.record import RoutingRecorder
+from moetron.data.stream.mock_stream import MockStream
+from moetron.data.stream.open_streams import open_training, open_validation
+from moetron.moe.checkpoint.position import Progress
+from moetron.moe.config.command import load
+from moetron.moe.monitoring.sinks import Loads, Row
+from moetron.moe.routing.routing_record import RoutingRecorder
 from moetron.moe.training import runtime
-from moetron.moe.training.build import build_trainer
+from moetron.moe.training.build_trainer import build_trainer
 from moetron.moe.training.evaluate import evaluate
 from moetron.moe.training.loop import Loop
-from moetron.moe.training.progress import Progress
-from moetron.moe.training.report import Loads, Row
-from moetron.moe.training.stream import Streams
+from moetron.moe.training.sample_stream import Streams
 from moetron.tokenizers.load import load_tokenizer
 
 RECIPE = Path(__file__).parents[2] / "examples" / "olmoe_1b_7b" / "tiny.yaml"

@@ -23,17 +23,17 @@ import numpy as np
 import torch
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
-from moetron.data.mock import MockStream
-from moetron.moe.config.derived import num_microbatches
-from moetron.moe.config.load import load
-from moetron.moe.routing.record import RoutingRecorder
+from moetron.data.stream.mock_stream import MockStream
+from moetron.moe.checkpoint.position import Progress
+from moetron.moe.config.command import load
+from moetron.moe.config.schema.derived import num_microbatches
+from moetron.moe.monitoring.sinks import open_sinks
+from moetron.moe.routing.routing_record import RoutingRecorder
 from moetron.moe.training import runtime
-from moetron.moe.training.build import build_trainer
+from moetron.moe.training.build_trainer import build_trainer
 from moetron.moe.training.loop import Loop
-from moetron.moe.training.progress import Progress
-from moetron.moe.training.report import open_sinks
+from moetron.moe.training.sample_stream import Streams
 from moetron.moe.training.step import Trainer
-from moetron.moe.training.stream import Streams
 
 RECIPE = Path(__file__).parents[2] / "examples" / "quickstart" / "pretrain.yaml"
 WARM_UP = 3

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moetron.moe.config.settings import Settings
-from moetron.moe.training import checkpoint_folder
-from moetron.moe.training.checkpoint_folder import Record
-from moetron.moe.training.progress import Progress
+from moetron.moe.checkpoint import run_folder as checkpoint_folder
+from moetron.moe.checkpoint.position import Progress
+from moetron.moe.checkpoint.run_folder import Record
+from moetron.moe.config.schema.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU_LIMIT_S = 10.0

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from moetron.moe.training import checkpoint_folder
+from moetron.moe.checkpoint import run_folder as checkpoint_folder
 from tests.parallel.checkpoint_runs import metrics, parallel_of, settings, start
 from tests.parallel.harness import RankFailed, run_ranks
 

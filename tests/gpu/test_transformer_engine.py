@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from moetron.moe.training.parity import Difference, Result, Tolerance, compare
+from moetron.moe.verify.parity import Difference, Result, Tolerance, compare
 from tests.gpu.devices import needs, needs_package
 from tests.gpu.test_layouts import BF16
 from tests.parallel.parity_cases import settings

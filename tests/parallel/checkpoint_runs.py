@@ -8,14 +8,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from moetron.data.mock import MockStream
-from moetron.moe.config.pipeline_split import virtual_pipeline_size
-from moetron.moe.config.settings import Settings
-from moetron.moe.training.build import build_loop, build_trainer
-from moetron.moe.training.checkpoint import save_checkpoint
+from moetron.data.stream.mock_stream import MockStream
+from moetron.moe.checkpoint.save_load import save_checkpoint
+from moetron.moe.config.schema.pipeline_split import virtual_pipeline_size
+from moetron.moe.config.schema.settings import Settings
+from moetron.moe.training.build_trainer import build_loop, build_trainer
 from moetron.moe.training.loop import Loop
 from moetron.moe.training.runtime import Runtime
-from moetron.moe.training.stream import Streams
+from moetron.moe.training.sample_stream import Streams
 from tests.parallel.harness import model_parallel
 
 VOCABULARY = 96

@@ -39,8 +39,8 @@ _context.set_forkserver_preload(
         "megatron.core.dist_checkpointing",
         "megatron.core.optimizer",
         "megatron.core.pipeline_parallel.schedules",
-        "moetron.data.mock",
-        "moetron.moe.training.build",
+        "moetron.data.stream.mock_stream",
+        "moetron.moe.training.build_trainer",
     ]
 )
 

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from moetron.moe.config.settings import Settings
+from moetron.moe.config.schema.settings import Settings
 from moetron.moe.plan.named_layouts import parse
-from moetron.moe.training.parity import Tolerance
+from moetron.moe.verify.parity import Tolerance
 from tests.unit.config.config_cases import found, make
 
 MODES: dict[str, dict[str, Any]] = {

@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from moetron.data.mock import MockStream
-from moetron.moe.config.settings import Settings
-from moetron.moe.training.build import build_trainer
-from moetron.moe.training.checkpoint import load_checkpoint, save_checkpoint
+from moetron.data.stream.mock_stream import MockStream
+from moetron.moe.checkpoint.position import Progress
+from moetron.moe.checkpoint.save_load import load_checkpoint, save_checkpoint
+from moetron.moe.config.schema.settings import Settings
+from moetron.moe.monitoring.sinks import Row
+from moetron.moe.training.build_trainer import build_trainer
 from moetron.moe.training.loop import Loop
-from moetron.moe.training.parity import Result
-from moetron.moe.training.progress import Progress
-from moetron.moe.training.report import Row
 from moetron.moe.training.runtime import divide
-from moetron.moe.training.stream import Streams
+from moetron.moe.training.sample_stream import Streams
+from moetron.moe.verify.parity import Result
 from tests.parallel.harness import run_each
 from tests.parallel.sharded import assemble, local_moments
 

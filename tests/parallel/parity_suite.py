@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from moetron.moe.monitoring.sinks import Row
 from moetron.moe.plan.named_layouts import parse
-from moetron.moe.training.parity import Result, Tolerance, compare, line
-from moetron.moe.training.report import Row
+from moetron.moe.verify.parity import Result, Tolerance, compare, line
 from tests.parallel.parity_cases import MODES, num_layers, settings, tolerance
 from tests.parallel.parity_ranks import Run, results_of
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moetron.moe.config.settings import Settings
+from moetron.moe.config.schema.settings import Settings
 from tests.parallel.random_routers import another_router, capacity, mostly, sound
 from tests.unit.config.config_cases import found, make
 

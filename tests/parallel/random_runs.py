@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
-from moetron.moe.training.parity import Result, Tolerance
+from moetron.moe.verify.parity import Result, Tolerance
 from tests.parallel.harness import RankFailed
 from tests.parallel.parity_ranks import Run, results_of
 from tests.parallel.random_layouts import Draw

@@ -13,8 +13,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, apply
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from megatron.core.utils import unwrap_model
 
-from moetron.moe.training.checkpoint import MODEL_METADATA
-from moetron.moe.training.optimizer_state import MOMENTS, PREFIX, sharded_optimizer_state
+from moetron.moe.checkpoint.optimizer_state import MOMENTS, PREFIX, sharded_optimizer_state
+from moetron.moe.checkpoint.save_load import MODEL_METADATA
 from moetron.moe.training.step import Trainer
 
 Read = Callable[[torch.nn.Parameter], torch.Tensor]

@@ -14,10 +14,10 @@ from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker
 from megatron.core.utils import get_batch_on_this_cp_rank
 
 from moetron.moe.config.bridge import ddp_config, transformer_config
-from moetron.moe.config.settings import Settings
-from moetron.moe.layers.build import build_model
+from moetron.moe.config.schema.settings import Settings
+from moetron.moe.layers.build_model import build_model
 from moetron.moe.routing.losses import read_auxiliary_losses
-from moetron.moe.routing.record import RoutingRecorder
+from moetron.moe.routing.routing_record import RoutingRecorder
 from tests.parallel.harness import model_parallel, run_ranks
 from tests.parallel.sharded import assemble, fill, local_shards
 

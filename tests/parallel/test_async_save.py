@@ -6,9 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from moetron.moe.config.errors import UserError
-from moetron.moe.training import checkpoint_folder, checkpoint_writer
-from moetron.moe.training.checkpoint_writer import Contents
+from moetron.common.errors import UserError
+from moetron.moe.checkpoint import (
+    run_folder as checkpoint_folder,
+)
+from moetron.moe.checkpoint import (
+    tensor_writer as checkpoint_writer,
+)
+from moetron.moe.checkpoint.tensor_writer import Contents
 from tests.parallel.checkpoint_runs import metrics, parallel_of, run, settings, start, tensors
 from tests.parallel.harness import RankFailed, run_ranks
 

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from moetron.data.mock import MockStream
-from moetron.moe.config.load import load
-from moetron.moe.config.settings import Settings
+from moetron.data.stream.mock_stream import MockStream
+from moetron.moe.config.command import load
+from moetron.moe.config.schema.settings import Settings
 from moetron.moe.plan.named_layouts import parse
-from moetron.moe.training.build import build_loop, build_trainer
-from moetron.moe.training.parity import Tolerance, compare, read_result
+from moetron.moe.training.build_trainer import build_loop, build_trainer
 from moetron.moe.training.runtime import divide
-from moetron.moe.training.stream import Streams
+from moetron.moe.training.sample_stream import Streams
+from moetron.moe.verify.parity import Tolerance, compare, read_result
 from tests.parallel.harness import run_ranks
 
 ROOT = Path(__file__).parents[2]

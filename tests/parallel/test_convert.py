@@ -6,13 +6,13 @@ import pytest
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from moetron.moe.config.settings import Settings
+from moetron.moe.checkpoint import run_folder as checkpoint_folder
+from moetron.moe.checkpoint.position import Progress
+from moetron.moe.checkpoint.save_load import load_checkpoint, save_checkpoint
+from moetron.moe.config.schema.settings import Settings
 from moetron.moe.convert.from_huggingface import from_hf
 from moetron.moe.convert.to_huggingface import Export, to_hf
-from moetron.moe.training import checkpoint_folder
-from moetron.moe.training.build import build_trainer
-from moetron.moe.training.checkpoint import load_checkpoint, save_checkpoint
-from moetron.moe.training.progress import Progress
+from moetron.moe.training.build_trainer import build_trainer
 from moetron.moe.training.runtime import Runtime
 from tests.parallel.checkpoint_runs import LAYOUTS, parallel_of
 from tests.parallel.harness import run_ranks

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from moetron.moe.config.errors import ConfigError
-from moetron.moe.config.load import load
-from moetron.moe.config.settings import Settings
+from moetron.common.errors import ConfigError
+from moetron.moe.config.command import load
+from moetron.moe.config.schema.settings import Settings
 from moetron.moe.plan.layout import position
 from moetron.moe.plan.memory import memory_per_rank
-from moetron.moe.training import dry_run
-from moetron.moe.training.build import build_trainer
+from moetron.moe.training.build_trainer import build_trainer
 from moetron.moe.training.runtime import divide
+from moetron.moe.verify import dry_run
 from tests.parallel.harness import RankFailed, run_ranks
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "olmoe_1b_7b"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moetron.moe.training.fp8_state import Place
+from moetron.moe.checkpoint.fp8_state import Place
 from tests.parallel.checkpoint_runs import Groups, metrics, read_and_go_on, tensors, write
 from tests.parallel.harness import run_ranks
 from tests.parallel.test_resume import _straight_and_resumed

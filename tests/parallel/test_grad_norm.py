@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from moetron.data.mock import MockStream
-from moetron.moe.config.load import load
+from moetron.data.stream.mock_stream import MockStream
+from moetron.moe.config.command import load
 from moetron.moe.training.batches import micro_batches
-from moetron.moe.training.build import build_trainer
-from moetron.moe.training.model import needs_samples
+from moetron.moe.training.build_trainer import build_trainer
+from moetron.moe.training.model_chunks import needs_samples
 from moetron.moe.training.runtime import divide
 from moetron.moe.training.step import run_schedule
 from tests.parallel.harness import run_ranks

@@ -9,8 +9,8 @@ from typing import get_args
 
 import pytest
 
-from moetron.moe.config.experts import MoESettings
-from moetron.moe.training.parity import Result, compare, line
+from moetron.moe.config.schema.experts import MoESettings
+from moetron.moe.verify.parity import Result, compare, line
 from tests.parallel.parity_ranks import Run
 from tests.parallel.random_layouts import draw
 from tests.parallel.random_runs import TOLERANCE, attempts, title

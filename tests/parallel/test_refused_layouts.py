@@ -1,6 +1,6 @@
 """What our checks refuse fails, hangs or trains another model: nothing is refused for no reason.
 
-The checks stand between the command line and the settings (moe/config/load.py); here the trainer is
+The checks stand between the command line and the settings; here the trainer is
 built from settings that they refuse. A draw that breaks one rule is evidence about that rule, one
 that breaks several about none.
 """
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from moetron.moe.config.checks import problems
-from moetron.moe.training.parity import Result, Tolerance, compare
+from moetron.moe.verify.parity import Result, Tolerance, compare
 from tests.parallel.parity_ranks import Run
 from tests.parallel.random_layouts import Draw, draw
 from tests.parallel.random_runs import TOLERANCE, Attempt, attempts, title

@@ -8,18 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-from moetron.data.mock import ENDLESS, MockStream
-from moetron.moe.config.load import load
-from moetron.moe.config.settings import Settings
-from moetron.moe.training.build import build_trainer
-from moetron.moe.training.checkpoint import load_checkpoint, save_checkpoint
+from moetron.data.stream.mock_stream import ENDLESS, MockStream
+from moetron.moe.checkpoint.position import Progress
+from moetron.moe.checkpoint.save_load import load_checkpoint, save_checkpoint
+from moetron.moe.config.command import load
+from moetron.moe.config.schema.settings import Settings
+from moetron.moe.monitoring.sinks import Row
+from moetron.moe.training.build_trainer import build_trainer
 from moetron.moe.training.evaluate import evaluate
 from moetron.moe.training.loop import Loop
-from moetron.moe.training.progress import Progress
-from moetron.moe.training.report import Row
 from moetron.moe.training.runtime import divide
+from moetron.moe.training.sample_stream import SampleStream, StreamFrom, Streams
 from moetron.moe.training.step import NotFiniteError, Trainer
-from moetron.moe.training.stream import SampleStream, StreamFrom, Streams
 from tests.parallel.harness import RankFailed, run_ranks
 from tests.unit.training.training_cases import CountingStream
 

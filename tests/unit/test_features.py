@@ -6,8 +6,8 @@ from typing import Any, get_args
 
 import pytest
 
-from moetron.moe.config.field import flag_name
-from moetron.moe.config.settings import fields
+from moetron.moe.config.schema.field import flag_name
+from moetron.moe.config.schema.settings import fields
 
 ROOT = Path(__file__).resolve().parents[2]
 STATUSES = {"executed", "emulated", "constructed", "absent"}

@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from moetron.common.errors import UserError
 from moetron.moe.analysis.ablation.sweep import Run, Sweep
+from moetron.moe.checkpoint import run_folder as checkpoint_folder
 from moetron.moe.config import recipe
-from moetron.moe.config.errors import UserError
 from moetron.moe.config.validate import validate
-from moetron.moe.training import checkpoint_folder
 from moetron.moe.training.resilience import EXIT_STOPPED
 
 RECIPE = "recipe.yaml"

@@ -21,15 +21,14 @@ from typing import Any
 
 from pydantic import NonNegativeInt, PositiveInt, ValidationError, field_validator
 
+from moetron.common.errors import ConfigError, UserError
+from moetron.moe.checkpoint.compatibility import SHAPE
 from moetron.moe.config import recipe
-from moetron.moe.config.errors import ConfigError, UserError
-from moetron.moe.config.field import Group, flag_name
-from moetron.moe.config.load import check, merge, read_recipes
-from moetron.moe.config.names import nearest
-from moetron.moe.config.settings import Settings
+from moetron.moe.config.command import check, merge, read_recipes
+from moetron.moe.config.schema.field import Group, flag_name, nearest
+from moetron.moe.config.schema.settings import Settings
 from moetron.moe.config.upcycling import UpcyclingSettings, upcycling_problems
 from moetron.moe.config.validate import Tree
-from moetron.moe.training.compatibility import SHAPE
 
 _SECTIONS = ("sweep", "overrides", "variants")
 _NAME = re.compile(r"[\w.-]+")

@@ -8,10 +8,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from moetron.common.files import write_text
 from moetron.moe.analysis.ablation.outcome import Outcome, outcome
 from moetron.moe.analysis.ablation.sweep import Sweep
 from moetron.moe.plan.parameters import count_parameters
-from moetron.moe.training.atomic import write_text
 
 TABLE, PICTURE = "table.md", "table.png"
 _SMOOTHING = 0.02

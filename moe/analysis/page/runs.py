@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from moetron.common.errors import UserError
 from moetron.moe.analysis.curves import read_rows
 from moetron.moe.analysis.figures import RESULT
-from moetron.moe.config.errors import UserError
-from moetron.moe.training import checkpoint_folder
+from moetron.moe.checkpoint import run_folder as checkpoint_folder
 
 Row = dict[str, Any]
 POINTS = 1_000

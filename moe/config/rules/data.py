@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
-from moetron.moe.config.data import StageSettings, number_or_none
-from moetron.moe.config.field import flag_name
 from moetron.moe.config.rules.case import Case
+from moetron.moe.config.schema.data import StageSettings, number_or_none
+from moetron.moe.config.schema.field import flag_name
 
 
 def data(case: Case) -> Iterator[str]:

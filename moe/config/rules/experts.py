@@ -3,10 +3,10 @@
 import importlib.util
 from collections.abc import Iterator
 
-from moetron.moe.config.derived import moe_layers
-from moetron.moe.config.experts import EVEN_WEIGHTS, MoESettings
-from moetron.moe.config.field import flag_name
 from moetron.moe.config.rules.case import Case, nearest_divisors, not_multiple
+from moetron.moe.config.schema.derived import moe_layers
+from moetron.moe.config.schema.experts import EVEN_WEIGHTS, MoESettings
+from moetron.moe.config.schema.field import flag_name
 
 _NEED_EXPERTS = (
     "moe_ffn_hidden_size",

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-from moetron.moe.config.data import number_or_none
-from moetron.moe.config.field import flag_name
 from moetron.moe.config.rules.case import Case
+from moetron.moe.config.schema.data import number_or_none
+from moetron.moe.config.schema.field import flag_name
 
 
 def prefixes(items: list[str]) -> list[str]:

@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator
 
-from moetron.moe.config.derived import (
+from moetron.moe.config.rules.case import Case, nearest_divisors, nearest_multiples, not_multiple
+from moetron.moe.config.schema.derived import (
     expert_tensor_parallel_size,
     head_dim,
     num_microbatches,
     sequence_parallel,
 )
-from moetron.moe.config.pipeline_split import virtual_pipeline_size
-from moetron.moe.config.rules.case import Case, nearest_divisors, nearest_multiples, not_multiple
+from moetron.moe.config.schema.pipeline_split import virtual_pipeline_size
 
 
 def tensor(case: Case) -> Iterator[str]:

@@ -3,8 +3,8 @@
 import os
 from collections.abc import Iterator
 
-from moetron.moe.config.derived import head_dim, query_groups
 from moetron.moe.config.rules.case import Case, nearest_multiples, not_multiple
+from moetron.moe.config.schema.derived import head_dim, query_groups
 
 _RECOMPUTABLE = ("core_attn", "moe_act", "layernorm", "mlp", "moe", "shared_experts")
 

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from math import gcd
 
-from moetron.moe.config.field import flag_name
-from moetron.moe.config.pipeline_split import accounted, chunk_sizes, expand
 from moetron.moe.config.rules.case import Case, nearest_divisors, nearest_multiples, not_multiple
+from moetron.moe.config.schema.field import flag_name
+from moetron.moe.config.schema.pipeline_split import accounted, chunk_sizes, expand
 
 _ENDS = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
 _ACCOUNTS = ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")

@@ -4,9 +4,9 @@ import importlib.util
 from collections.abc import Iterator
 from functools import partial
 
-from moetron.moe.config.experts import EVEN_WEIGHTS
-from moetron.moe.config.field import flag_name
 from moetron.moe.config.rules.case import Case
+from moetron.moe.config.schema.experts import EVEN_WEIGHTS
+from moetron.moe.config.schema.field import flag_name
 
 _EVEN = ("expert_choice", "base")  # exactly balanced, without a loss
 _TOKENS_CHOOSE = ("topk", "random_second", "noisy_topk")  # through megatron-core's own top-k

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from moetron.moe.config.derived import schedule_lengths
 from moetron.moe.config.rules.case import Case
+from moetron.moe.config.schema.derived import schedule_lengths
 
 
 def learning_rate(case: Case) -> Iterator[str]:

@@ -3,8 +3,17 @@
 arXiv 2405.04434 and 2412.19437.
 """
 
-from moetron.moe.config.errors import UserError
-from moetron.moe.convert.blocks import (
+from moetron.common.errors import UserError
+from moetron.moe.convert.families.config_keys import (
+    FirstDense,
+    Key,
+    OneAsUnset,
+    Rope,
+    Same,
+    SharedExperts,
+    Values,
+)
+from moetron.moe.convert.families.decoder_blocks import (
     CONSTANTS,
     DECODER,
     DENSE_WIDTH,
@@ -15,17 +24,8 @@ from moetron.moe.convert.blocks import (
     shared_experts,
     their_layer,
 )
-from moetron.moe.convert.family import Family
-from moetron.moe.convert.keys import (
-    FirstDense,
-    Key,
-    OneAsUnset,
-    Rope,
-    Same,
-    SharedExperts,
-    Values,
-)
-from moetron.moe.convert.rules import Rule
+from moetron.moe.convert.families.family import Family
+from moetron.moe.convert.families.tensor_rules import Rule
 
 _YARN = {
     "attention.rotary_scaling_factor": "factor",

@@ -1,6 +1,7 @@
 """Dense decoders: Llama, OLMo, Qwen2 and Qwen3, also as the starts of upcycling."""
 
-from moetron.moe.convert.blocks import (
+from moetron.moe.convert.families.config_keys import Rope, Same, Values
+from moetron.moe.convert.families.decoder_blocks import (
     CONSTANTS,
     DECODER,
     DENSE_WIDTH,
@@ -11,9 +12,8 @@ from moetron.moe.convert.blocks import (
     attention,
     decoder,
 )
-from moetron.moe.convert.family import Family
-from moetron.moe.convert.keys import Rope, Same, Values
-from moetron.moe.convert.rules import Rule
+from moetron.moe.convert.families.family import Family
+from moetron.moe.convert.families.tensor_rules import Rule
 
 _LLAMA3 = {"attention.rotary_scaling_factor": "factor"}
 _LLAMA3_CONSTANTS = {

@@ -1,6 +1,7 @@
 """Mixtral: experts in every layer, weights softmaxed over the winners (arXiv 2401.04088)."""
 
-from moetron.moe.convert.blocks import (
+from moetron.moe.convert.families.config_keys import Same, Values
+from moetron.moe.convert.families.decoder_blocks import (
     CONSTANTS,
     DECODER,
     FIXED,
@@ -11,9 +12,8 @@ from moetron.moe.convert.blocks import (
     decoder,
     experts,
 )
-from moetron.moe.convert.family import Family
-from moetron.moe.convert.keys import Same, Values
-from moetron.moe.convert.rules import Rule
+from moetron.moe.convert.families.family import Family
+from moetron.moe.convert.families.tensor_rules import Rule
 
 _GATED = ("w1", "w3", "w2")
 

@@ -1,6 +1,7 @@
 """OLMoE: full-width QK-norm, experts in every layer, raw softmax weights (arXiv 2409.02060)."""
 
-from moetron.moe.convert.blocks import (
+from moetron.moe.convert.families.config_keys import Not, Same, Values
+from moetron.moe.convert.families.decoder_blocks import (
     CONSTANTS,
     DECODER,
     FIXED,
@@ -10,9 +11,8 @@ from moetron.moe.convert.blocks import (
     decoder,
     experts,
 )
-from moetron.moe.convert.family import Family
-from moetron.moe.convert.keys import Not, Same, Values
-from moetron.moe.convert.rules import Rule
+from moetron.moe.convert.families.family import Family
+from moetron.moe.convert.families.tensor_rules import Rule
 
 
 def _rules(values: Values) -> list[Rule]:

@@ -4,7 +4,8 @@ arXiv 2402.01739 and its code. transformers has no such model: the folder holds 
 modeling_openmoe.py, which says what each key means.
 """
 
-from moetron.moe.convert.blocks import (
+from moetron.moe.convert.families.config_keys import Not, Same, Values
+from moetron.moe.convert.families.decoder_blocks import (
     DECODER,
     DENSE_WIDTH,
     FIXED,
@@ -19,9 +20,8 @@ from moetron.moe.convert.blocks import (
     our_layer,
     their_layer,
 )
-from moetron.moe.convert.family import Family
-from moetron.moe.convert.keys import Not, Same, Values
-from moetron.moe.convert.rules import Rule
+from moetron.moe.convert.families.family import Family
+from moetron.moe.convert.families.tensor_rules import Rule
 
 _CODE = "modeling_openmoe"
 _DOUBLE_GATED = ("gate_proj", "up_proj", "linear_proj", "down_proj")

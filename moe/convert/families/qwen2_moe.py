@@ -3,7 +3,8 @@
 arXiv 2407.10671, section 2.2.
 """
 
-from moetron.moe.convert.blocks import (
+from moetron.moe.convert.families.config_keys import Not, Same, SparseStep, Values
+from moetron.moe.convert.families.decoder_blocks import (
     CONSTANTS,
     DECODER,
     DENSE_WIDTH,
@@ -15,9 +16,8 @@ from moetron.moe.convert.blocks import (
     experts,
     shared_experts,
 )
-from moetron.moe.convert.family import Family
-from moetron.moe.convert.keys import Not, Same, SparseStep, Values
-from moetron.moe.convert.rules import Rule
+from moetron.moe.convert.families.family import Family
+from moetron.moe.convert.families.tensor_rules import Rule
 
 
 def _rules(values: Values) -> list[Rule]:

@@ -1,6 +1,7 @@
 """Qwen3-MoE: QK-norm by head, experts in all layers or some (arXiv 2505.09388)."""
 
-from moetron.moe.convert.blocks import (
+from moetron.moe.convert.families.config_keys import Not, Same, SparseStep, Values
+from moetron.moe.convert.families.decoder_blocks import (
     CONSTANTS,
     DECODER,
     DENSE_WIDTH,
@@ -12,9 +13,8 @@ from moetron.moe.convert.blocks import (
     decoder,
     experts,
 )
-from moetron.moe.convert.family import Family
-from moetron.moe.convert.keys import Not, Same, SparseStep, Values
-from moetron.moe.convert.rules import Rule
+from moetron.moe.convert.families.family import Family
+from moetron.moe.convert.families.tensor_rules import Rule
 
 
 def _rules(values: Values) -> list[Rule]:

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
+from moetron.common.errors import UserError
 from moetron.moe.analysis.ablation.execute import finished, prepare, run_side_by_side, slurm_script
 from moetron.moe.analysis.ablation.outcome import is_stable
 from moetron.moe.analysis.ablation.sweep import Sweep, read
 from moetron.moe.analysis.ablation.table import TABLE, write
-from moetron.moe.config.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
 MOCK = {"data": {"mock_data": True}, "model": {"vocab_size": 512}}

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("lm_eval", reason="pip install moetron[eval]")
 
-from moetron.moe.analysis.harness import HarnessModel
+from moetron.moe.analysis.lm_eval_model import HarnessModel
 from moetron.tokenizers.byte_level import ByteTokenizer
 
 

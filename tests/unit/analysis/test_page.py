@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moetron.moe.analysis.page import answers, stages
-from moetron.moe.analysis.page.build import write_page
+from moetron.common.errors import UserError
+from moetron.moe.analysis.page import answers
+from moetron.moe.analysis.page import stage_charts as stages
+from moetron.moe.analysis.page.build_page import write_page
 from moetron.moe.analysis.page.runs import POINTS, Run, read, thinned
-from moetron.moe.config.errors import UserError
 
 STEPS = 200
 

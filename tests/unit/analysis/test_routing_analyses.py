@@ -6,9 +6,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from moetron.common.errors import UserError
 from moetron.moe.analysis.coactivation import CoActivation
 from moetron.moe.analysis.drops import Drops
-from moetron.moe.analysis.routed import Routed, chosen
+from moetron.moe.analysis.routing_trace import Routed, chosen
 from moetron.moe.analysis.saturation import saturation
 from moetron.moe.analysis.similarity import mean_similarity
 from moetron.moe.analysis.specialization import (
@@ -21,7 +22,6 @@ from moetron.moe.analysis.specialization import (
     top_classes,
     vocabulary_specialization,
 )
-from moetron.moe.config.errors import UserError
 
 LAYERS, TOKENS, K, EXPERTS, CLASSES = 2, 60, 3, 8, 4
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from moetron.moe.analysis.huggingface import HuggingFaceModel
-from moetron.moe.config.errors import UserError
+from moetron.common.errors import UserError
+from moetron.moe.analysis.hf_model import HuggingFaceModel
 
 transformers = pytest.importorskip("transformers", reason="needs the extra [hf]")
 

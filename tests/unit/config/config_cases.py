@@ -3,7 +3,7 @@
 from typing import Any
 
 from moetron.moe.config.checks import problems
-from moetron.moe.config.settings import Settings, fields
+from moetron.moe.config.schema.settings import Settings, fields
 
 HOME = {name: group for group, name, _ in fields()}
 BASE: dict[str, Any] = {

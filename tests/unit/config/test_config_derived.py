@@ -5,7 +5,7 @@ from config_cases import make
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moetron.moe.config import derived
+from moetron.moe.config.schema import derived
 
 
 def test_unset_sizes() -> None:

@@ -4,10 +4,10 @@ import re
 
 import pytest
 
-from moetron.moe.config.errors import ConfigError
-from moetron.moe.config.field import flag_name
+from moetron.common.errors import ConfigError
 from moetron.moe.config.flags import parse, parser
-from moetron.moe.config.settings import Settings, fields
+from moetron.moe.config.schema.field import flag_name
+from moetron.moe.config.schema.settings import Settings, fields
 
 
 def test_field_names_are_unique_over_groups() -> None:

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moetron.common.errors import ConfigError
 from moetron.moe.config import recipe
-from moetron.moe.config.errors import ConfigError
-from moetron.moe.config.settings import Settings
+from moetron.moe.config.schema.settings import Settings
 
 SMALL = {
     "model": {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "seq_length": 16},

@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moetron.data.apportion import Apportionment
-from moetron.moe.config.data import StageSettings
-from moetron.moe.config.derived import stage_at, total_samples
-from moetron.moe.config.load import load
-from moetron.moe.config.settings import Settings
-from moetron.moe.training.progress import Progress
+from moetron.data.addressing.apportionment import Apportionment
+from moetron.moe.checkpoint.position import Progress
+from moetron.moe.config.command import load
+from moetron.moe.config.schema.data import StageSettings
+from moetron.moe.config.schema.derived import stage_at, total_samples
+from moetron.moe.config.schema.settings import Settings
 from moetron.moe.training.schedule import LearningRate
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"

@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from moetron.moe.config.pipeline_split import (
+from moetron.moe.config.schema.pipeline_split import (
     chunk_sizes,
     expand,
     megatron_layout,

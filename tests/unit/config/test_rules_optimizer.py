@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from config_cases import found, make
 
-from moetron.moe.config.derived import looks_ahead
+from moetron.moe.config.schema.derived import looks_ahead
 
 
 @pytest.mark.parametrize(

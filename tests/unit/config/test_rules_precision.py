@@ -6,7 +6,7 @@ import pytest
 from config_cases import found, make
 
 from moetron.moe.config import bridge
-from moetron.moe.config.derived import fp8_layers
+from moetron.moe.config.schema.derived import fp8_layers
 
 DELAYED = {"fp8_format": "hybrid"}
 MXFP8 = {"fp8_format": "e4m3", "fp8_recipe": "mxfp8"}

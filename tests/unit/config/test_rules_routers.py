@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from config_cases import found
 
-from moetron.moe.config.experts import MoESettings
+from moetron.moe.config.schema.experts import MoESettings
 
 NEEDS: dict[str, dict[str, Any]] = {
     "topk": {},

@@ -8,7 +8,7 @@ from config_cases import found, make
 
 from moetron.moe.config import flags, recipe
 from moetron.moe.config.checks import input_problems
-from moetron.moe.config.data import StageLearningRate, StageSettings
+from moetron.moe.config.schema.data import StageLearningRate, StageSettings
 from moetron.moe.config.validate import validate
 
 FIRST = {"data_path": ["1", "a", "2", "b"], "until_tokens": 64, "objective": "ul2"}

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from moetron.moe.config import recipe
-from moetron.moe.config.derived import smallest_world_size
-from moetron.moe.config.load import load
-from moetron.moe.config.parallel import ParallelSettings
-from moetron.moe.config.settings import Settings
+from moetron.moe.config.command import load
+from moetron.moe.config.schema.derived import smallest_world_size
+from moetron.moe.config.schema.parallel import ParallelSettings
+from moetron.moe.config.schema.settings import Settings
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 TINY = sorted(EXAMPLES.glob("*/tiny.yaml"))

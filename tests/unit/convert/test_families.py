@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from moetron.moe.config.errors import UserError
-from moetron.moe.config.settings import Settings
-from moetron.moe.convert.family import PLACEHOLDERS, function_of
-from moetron.moe.convert.registry import FAMILIES, family_named, family_of
+from moetron.common.errors import UserError
+from moetron.moe.config.schema.settings import Settings
+from moetron.moe.convert.families.family import PLACEHOLDERS, function_of
+from moetron.moe.convert.families.registry import FAMILIES, family_named, family_of
 
 SIZES: dict[str, Any] = {
     "num_layers": 2,

@@ -13,11 +13,11 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from safetensors.torch import load_file, save_file
 
-from moetron.moe.config.errors import UserError
+from moetron.common.errors import UserError
+from moetron.moe.checkpoint import run_folder as checkpoint_folder
 from moetron.moe.convert.from_huggingface import from_hf
 from moetron.moe.convert.to_huggingface import Export, to_hf
-from moetron.moe.training import checkpoint_folder
-from moetron.moe.training.generate import load_model
+from moetron.moe.inference.generation import load_model
 from moetron.moe.training.runtime import Runtime
 from tests.parallel import checkpoint_runs
 from tests.parallel.harness import model_parallel

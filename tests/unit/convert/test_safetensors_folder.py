@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moetron.moe.config.errors import UserError
+from moetron.common.errors import UserError
 from moetron.moe.convert.safetensors_folder import INDEX, TensorFolder, shards, write_folder
 
 TENSORS = {

@@ -10,9 +10,10 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from moetron.moe.config.errors import UserError
-from moetron.moe.config.experts import MoESettings
-from moetron.moe.config.settings import Settings
+from moetron.common.errors import UserError
+from moetron.moe.checkpoint import run_folder as checkpoint_folder
+from moetron.moe.config.schema.experts import MoESettings
+from moetron.moe.config.schema.settings import Settings
 from moetron.moe.config.upcycling import UpcyclingSettings
 from moetron.moe.convert.checkpoint_tensors import CheckpointTensors
 from moetron.moe.convert.upcycle import (
@@ -23,8 +24,7 @@ from moetron.moe.convert.upcycle import (
     is_huggingface,
     upcycle,
 )
-from moetron.moe.training import checkpoint_folder
-from moetron.moe.training.generate import load_model
+from moetron.moe.inference.generation import load_model
 from moetron.moe.training.runtime import Runtime
 from tests.parallel.checkpoint_runs import metrics, run, settings
 from tests.parallel.harness import model_parallel

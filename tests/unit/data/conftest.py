@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-from moetron.data.manifest import Manifest, TokenizerRecord, write_manifest
-from moetron.data.writer import ShardWriter
+from moetron.data.shards.manifest import Manifest, TokenizerRecord, write_manifest
+from moetron.data.shards.shard_writer import ShardWriter
 
 settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")

@@ -22,9 +22,9 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moetron.moe.config.bridge import ddp_config, optimizer_config, transformer_config
-from moetron.moe.config.settings import Settings
+from moetron.moe.config.schema.settings import Settings
 from moetron.moe.host.adapt import ADAPTATIONS, adapt_host, restore_host
-from moetron.moe.layers.build import build_model
+from moetron.moe.layers.build_model import build_model
 from tests.parallel.harness import RankFailed, model_parallel, run_ranks
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is adapted on a GPU")

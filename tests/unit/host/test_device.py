@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moetron.moe.config.errors import UserError
+from moetron.common.errors import UserError
 from moetron.moe.host import device
 
 

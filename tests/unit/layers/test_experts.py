@@ -18,8 +18,8 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from moetron.moe.checkpoint.tensor_writer import Contents
 from moetron.moe.layers.experts import GroupedExperts, grouped_gemm_fits
-from moetron.moe.training.checkpoint_writer import Contents
 from tests.parallel.harness import model_parallel, run_ranks
 from tests.parallel.sharded import assemble, fill, local_shards
 

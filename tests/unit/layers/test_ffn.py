@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from moetron.moe.config.bridge import transformer_config
-from moetron.moe.config.settings import Settings
-from moetron.moe.layers.build import build_model
+from moetron.moe.config.schema.settings import Settings
+from moetron.moe.layers.build_model import build_model
 from tests.parallel.harness import model_parallel
 
 HIDDEN, FFN, EXPERTS, HEADS = 16, 8, 4, 2

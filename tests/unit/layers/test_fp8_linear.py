@@ -11,8 +11,8 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.moe.experts import SequentialMLP
 
 from moetron.moe.config.bridge import transformer_config
-from moetron.moe.config.settings import Settings
-from moetron.moe.layers.build import build_model
+from moetron.moe.config.schema.settings import Settings
+from moetron.moe.layers.build_model import build_model
 from moetron.moe.layers.experts import GroupedExperts
 from moetron.moe.layers.fp8_linear import (
     Fp8ColumnParallelLinear,

@@ -8,7 +8,7 @@ import torch
 
 from moetron.moe.config.bridge import transformer_config
 from moetron.moe.layers import language_model
-from moetron.moe.layers.build import build_model
+from moetron.moe.layers.build_model import build_model
 from moetron.moe.layers.language_model import LanguageModel, label_logits
 from tests.parallel.checkpoint_runs import VOCABULARY, parallel_of, settings
 

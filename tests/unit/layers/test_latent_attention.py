@@ -8,8 +8,8 @@ from megatron.core.models.gpt import GPTModel
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from moetron.moe.config.bridge import transformer_config
-from moetron.moe.config.settings import Settings
-from moetron.moe.layers.build import build_model
+from moetron.moe.config.schema.settings import Settings
+from moetron.moe.layers.build_model import build_model
 from tests.parallel.harness import model_parallel
 
 YARN = {

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from moetron.moe.config.errors import UserError
-from moetron.moe.config.load import load
+from moetron.common.errors import UserError
+from moetron.moe.config.command import load
 from moetron.moe.plan.named_layouts import Layout, layouts_of, parse
 
 TINY = str(Path(__file__).parents[3] / "examples" / "olmoe_1b_7b" / "tiny.yaml")

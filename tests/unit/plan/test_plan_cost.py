@@ -7,7 +7,7 @@ import pytest
 from test_plan_parameters import OLMOE, settings
 
 from moetron.moe.config import recipe
-from moetron.moe.config.settings import Settings
+from moetron.moe.config.schema.settings import Settings
 from moetron.moe.plan.flops import flops_per_token
 from moetron.moe.plan.hardware import peak_tflops_per_s
 from moetron.moe.plan.layout import position

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from moetron.moe.config import recipe
-from moetron.moe.config.settings import Settings
+from moetron.moe.config.schema.settings import Settings
 from moetron.moe.plan.parameters import count_parameters, per_rank
 
 OLMOE = Path(__file__).resolve().parents[3] / "examples" / "olmoe_1b_7b" / "pretrain.yaml"

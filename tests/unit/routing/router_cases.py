@@ -8,9 +8,9 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from moetron.moe.config.bridge import transformer_config
-from moetron.moe.config.settings import Settings
-from moetron.moe.routing.kinds import router_class
+from moetron.moe.config.schema.settings import Settings
 from moetron.moe.routing.router import Router
+from moetron.moe.routing.router_types import router_class
 from tests.parallel.harness import model_parallel
 
 EXPERTS, LENGTH, BATCH, HIDDEN = 6, 12, 2, 8

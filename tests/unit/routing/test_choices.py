@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from moetron.moe.routing.noisy_load import cv_squared, win_probability
-from moetron.moe.routing.relaxations import (
+from moetron.moe.routing.gradient_estimators import (
     annealed,
     relaxed_topk,
     straight_through,
     top_choices,
 )
+from moetron.moe.routing.noisy_load import cv_squared, win_probability
 
 LOGITS = torch.tensor([[2.0, 0.0, 1.0, -1.0], [0.5, 3.0, -2.0, 0.0]], dtype=torch.float64)
 

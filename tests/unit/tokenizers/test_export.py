@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from moetron.common.errors import UserError
 from moetron.tokenizers.byte_level import ByteTokenizer
 from moetron.tokenizers.export import export
 from moetron.tokenizers.huggingface import HuggingFaceTokenizer
-from moetron.tokenizers.interface import Tokenizer, TokenizerError
+from moetron.tokenizers.interface import Tokenizer
 from moetron.tokenizers.load import load_tokenizer
 from moetron.tokenizers.umt5 import SentencePieceTokenizer
 
@@ -46,5 +47,5 @@ def test_a_tokenizer_json_gives_the_same_ids(
 
 
 def test_bytes_have_no_counterpart(tmp_path: Path) -> None:
-    with pytest.raises(TokenizerError, match="bytes: AutoTokenizer knows nothing"):
+    with pytest.raises(UserError, match="bytes: AutoTokenizer knows nothing"):
         export(ByteTokenizer(), tmp_path)

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from moetron.common.errors import UserError
 from moetron.tokenizers.huggingface import HuggingFaceTokenizer
-from moetron.tokenizers.interface import TokenizerError
 from moetron.tokenizers.load import load_tokenizer
 
 
@@ -69,11 +69,11 @@ def test_fingerprint_ignores_layout_and_truncation(corpus: list[str], tmp_path: 
 
 def test_no_end_token_is_the_users_to_name(corpus: list[str], tmp_path: Path) -> None:
     path = save_bpe(tmp_path, corpus, ["<stop>"])
-    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json beside it"):
+    with pytest.raises(UserError, match=r"tokenizer_config\.json beside it"):
         HuggingFaceTokenizer(path)
 
 
 def test_lone_surrogate_is_refused(corpus: list[str], tmp_path: Path) -> None:
     tokenizer = HuggingFaceTokenizer(save_bpe(tmp_path, corpus, ["</s>"]))
-    with pytest.raises(TokenizerError, match="lone surrogate"):
+    with pytest.raises(UserError, match="lone surrogate"):
         tokenizer.encode("\udfff")

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from moetron.common.errors import UserError
 from moetron.tokenizers.byte_level import ByteTokenizer
-from moetron.tokenizers.interface import TokenizerError
 from moetron.tokenizers.load import load_tokenizer
 from moetron.tokenizers.umt5 import SentencePieceTokenizer
 
@@ -34,7 +34,7 @@ def test_mistakes_name_the_path_and_what_to_give(tmp_path: Path) -> None:
         "list.json": "not a JSON object",
         "empty": "no tokenizer in it",
     }.items():
-        with pytest.raises(TokenizerError, match=said) as caught:
+        with pytest.raises(UserError, match=said) as caught:
             load_tokenizer(tmp_path / name)
         assert name in str(caught.value)
 
@@ -42,5 +42,5 @@ def test_mistakes_name_the_path_and_what_to_give(tmp_path: Path) -> None:
 def test_two_models_in_a_folder_are_not_guessed(model: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.model").write_bytes(model)
     (tmp_path / "b.model").write_bytes(model)
-    with pytest.raises(TokenizerError, match=r"2 \.model files"):
+    with pytest.raises(UserError, match=r"2 \.model files"):
         load_tokenizer(tmp_path)

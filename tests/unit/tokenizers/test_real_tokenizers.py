@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from moetron.data import long_text
-from moetron.data.options import Options
-from moetron.data.preprocess import preprocess
+from moetron.data.encoding import long_text
+from moetron.data.prepare.options import Options
+from moetron.data.prepare.preprocess import preprocess
 from moetron.tokenizers.export import export
 from moetron.tokenizers.fast_bpe import first_difference, open_fast
 from moetron.tokenizers.interface import Tokenizer

@@ -7,7 +7,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetron.tokenizers.interface import TokenizerError
+from moetron.common.errors import UserError
 from moetron.tokenizers.train import TrainingOptions, append_pieces, model_pb2, train
 from moetron.tokenizers.umt5 import SentencePieceTokenizer
 
@@ -88,17 +88,17 @@ def test_digits_can_be_split(corpus: list[str], tmp_path: Path) -> None:
 
 
 def test_lone_surrogate_is_refused(tokenizer: SentencePieceTokenizer) -> None:
-    with pytest.raises(TokenizerError, match=r"text 1 .* lone surrogate .* character 2"):
+    with pytest.raises(UserError, match=r"text 1 .* lone surrogate .* character 2"):
         tokenizer.encode_batch(["fine", "ab\ud800"])
 
 
 def test_wrong_options_are_all_named() -> None:
-    with pytest.raises(TokenizerError, match=r"--vocab-size 300.*--character-coverage 0\.5"):
+    with pytest.raises(UserError, match=r"--vocab-size 300.*--character-coverage 0\.5"):
         train(["text"], TrainingOptions(vocab_size=300, character_coverage=0.5))
 
 
 def test_too_little_text_says_so() -> None:
-    with pytest.raises(TokenizerError, match="give more text or a smaller vocabulary"):
+    with pytest.raises(UserError, match="give more text or a smaller vocabulary"):
         train(["a short text"], TrainingOptions(vocab_size=4000))
 
 

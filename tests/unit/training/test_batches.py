@@ -4,14 +4,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moetron.moe.checkpoint.position import Progress
 from moetron.moe.training.batches import (
     PADDING,
     micro_batch_numbers,
     micro_batches,
     training_numbers,
 )
-from moetron.moe.training.progress import Progress
-from moetron.moe.training.stream import StreamFrom
+from moetron.moe.training.sample_stream import StreamFrom
 from tests.unit.training.training_cases import CountingStream, settings
 
 

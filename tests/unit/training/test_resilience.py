@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moetron.moe.config.errors import RunError, UserError
+from moetron.common.errors import RunError, UserError
 from moetron.moe.training import resilience
 from moetron.moe.training.resilience import StopSignal, run_guarded
 

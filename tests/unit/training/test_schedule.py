@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moetron.moe.config.derived import stage_at
-from moetron.moe.training.progress import Progress
+from moetron.moe.checkpoint.position import Progress
+from moetron.moe.config.schema.derived import stage_at
 from moetron.moe.training.schedule import LearningRate
 from tests.unit.training.training_cases import settings
 

@@ -2,8 +2,8 @@
 
 import torch
 
+from moetron.moe.training.loss_tally import Tally
 from moetron.moe.training.step import token_loss
-from moetron.moe.training.tally import Tally
 from tests.unit.training.training_cases import CountingStream
 
 

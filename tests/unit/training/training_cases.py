@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from moetron.moe.config.settings import Settings
+from moetron.moe.config.schema.settings import Settings
 
 
 def settings(**groups: dict[str, Any]) -> Settings:

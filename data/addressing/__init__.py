@@ -1,0 +1,1 @@
+"""Arithmetic behind sample numbers: shares, orders, windows."""

@@ -1,0 +1,76 @@
+"""Which documents are left out: pure functions of a document's row, text and tokens."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moetron.data.encoding.frequent_words import frequent_words
+from moetron.data.shards.ngram_runs import repetitive
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What preprocessing leaves out; by default nothing."""
+
+    max_repetitions: int | None = None
+    """Documents in which an n-gram follows itself to make as many in a row (OLMoE: 32)."""
+    frequent_words: bool = False
+    """Documents of which one word makes more than 30 %, or two more than 50 % (OLMoE, code)."""
+    min_stars: int = 0
+    """Documents of repositories with fewer stars (OLMoE, code: 2); none stated count as 0."""
+    stars_key: str = "max_stars_count"
+    """Where a row, or its ``metadata``, states the stars (StarCoder's name)."""
+    deduplicate: bool = False
+    """Documents with the token ids of an earlier one (``moetron.data.encoding.duplicates``)."""
+    min_tokens: int = 0
+    """Documents shorter than this."""
+    max_tokens: int | None = None
+    """Documents longer than this."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with them."""
+        found = []
+        if self.max_repetitions is not None and self.max_repetitions < 2:
+            found.append(f"--max-repetitions {self.max_repetitions}: must be at least 2")
+        if self.max_tokens is not None and self.max_tokens < max(self.min_tokens, 1):
+            found.append(f"--max-tokens {self.max_tokens}: must be at least 1 and --min-tokens")
+        return found
+
+    @property
+    def row_keys(self) -> tuple[str, ...]:
+        """Keys of a row that the rules look at, besides its text."""
+        return (self.stars_key, "metadata") if self.min_stars > 0 else ()
+
+    def by_row(self, row: Mapping[str, Any]) -> str | None:
+        """The name of a rule that leaves a document out for its row, if one does."""
+        few = self.min_stars > 0 and stars(row, self.stars_key) < self.min_stars
+        return "few stars" if few else None
+
+    def by_text(self, text: str, row: Mapping[str, Any]) -> str | None:
+        """The name of a rule that leaves a document out at first sight, if one does."""
+        return self.by_row(row) if text else "empty"
+
+    def by_words(self, texts: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
+        """(name, documents to leave out: bool [documents]) of each rule that looks at words."""
+        if self.frequent_words:
+            yield "frequent words", frequent_words(texts)
+
+    def by_tokens(
+        self, tokens: np.ndarray, lengths: np.ndarray
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """(name, documents to leave out: bool [documents]) of each rule that looks at tokens."""
+        if self.min_tokens > 0:
+            yield "short", lengths < self.min_tokens
+        if self.max_tokens is not None:
+            yield "long", lengths > self.max_tokens
+        if self.max_repetitions is not None:
+            yield "repetitive", repetitive(tokens, lengths, self.max_repetitions)
+
+
+def stars(row: Mapping[str, Any], key: str) -> float:
+    """The number under ``key`` of a row or of its ``metadata``; 0 where there is none."""
+    metadata = row.get("metadata")
+    value = row.get(key, metadata.get(key) if isinstance(metadata, Mapping) else None)
+    return value if isinstance(value, int | float) else 0

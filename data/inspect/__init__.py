@@ -1,0 +1,1 @@
+"""Reports on shards and samples for people, n-gram baselines."""

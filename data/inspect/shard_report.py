@@ -1,0 +1,68 @@
+"""What a shard or a blend holds, as text for people."""
+
+import numpy as np
+
+from moetron.common.text_table import table
+from moetron.data.shards.shard import Shard
+from moetron.data.stream.addresses import ShuffledAddresses
+from moetron.data.stream.blend import Blend
+
+BAR_WIDTH = 40
+
+
+def shard_summary(shard: Shard) -> str:
+    """Counts, dtype, tokenizer and origin of a shard."""
+    documents, tokens = len(shard), len(shard.tokens)
+    lines = [
+        shard.prefix,
+        f"  {documents:,} documents, {tokens:,} tokens ({shard.tokens.dtype}), "
+        f"{tokens / max(documents, 1):.1f} tokens a document",
+    ]
+    if (manifest := shard.manifest) is None:
+        return "\n".join([*lines, "  no manifest: tokenizer and origin are unknown"])
+    tokenizer = manifest.tokenizer
+    lines += [
+        f"  tokenizer {tokenizer.name} ({tokenizer.fingerprint[:12]}), "
+        f"{tokenizer.vocab_size:,} ids, end of document {tokenizer.eod}"
+        f"{' appended' if manifest.appended_eod else ''}",
+        f"  {manifest.text_bytes:,} bytes of text, "
+        f"{manifest.text_bytes / max(tokens, 1):.2f} bytes a token",
+    ]
+    lines += [f"  from {_pairs(source)}" for source in manifest.sources]
+    return "\n".join([*lines, f"  left out: {_pairs(manifest.filters)}"])
+
+
+def length_histogram(lengths: np.ndarray) -> str:
+    """Documents by length, in powers of two: int32 [documents] -> one line a power that occurs."""
+    if lengths.size == 0:
+        return "no documents"
+    powers = np.bincount(np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64))
+    lines = []
+    for power in range(int(np.flatnonzero(powers)[0]), len(powers)):
+        bar = "█" * round(BAR_WIDTH * int(powers[power]) / int(powers.max()))
+        lines.append(f"  <= {1 << power:>12,} tokens {int(powers[power]):>12,} {bar}")
+    return "\n".join(lines)
+
+
+def blend_table(blend: Blend, samples: int) -> str:
+    """What each source gives to a run of ``samples`` samples, and how often it is repeated."""
+    addresses = ShuffledAddresses(blend, seed=0)
+    counts, epochs = addresses.apportionment.counts(samples), addresses.epochs(samples)
+    rows = [("source", "tokens", "share", "samples", "tokens drawn", "epochs")]
+    for source, count, passes in zip(blend.sources, counts, epochs, strict=True):
+        rows.append(
+            (
+                source.name,
+                f"{source.tokens:,}",
+                f"{count / max(samples, 1):.2%}",
+                f"{count:,}",
+                f"{round(count * source.cutting.mean_advance):,}",
+                f"{passes:.3f}",
+            )
+        )
+    return table(rows)
+
+
+def _pairs(mapping: dict) -> str:
+    """``key value, key value``."""
+    return ", ".join(f"{key} {value}" for key, value in mapping.items())

@@ -1,0 +1,90 @@
+"""Objectives by name, set up for a tokenizer."""
+
+from typing import Literal, Protocol
+
+from moetron.common.errors import UserError
+from moetron.data.objectives.causal import Causal
+from moetron.data.objectives.fim import FillInTheMiddle, FimOptions
+from moetron.data.objectives.objective import Objective
+from moetron.data.objectives.prefix_lm import PrefixLM
+from moetron.data.objectives.ul2 import UL2
+from moetron.tokenizers.interface import Tokenizer
+
+ObjectiveName = Literal["causal", "prefix_lm", "ul2", "fim"]
+MAX_EXAMPLES = 64
+"""Texts that one UL2 sample is cut into, at most."""
+
+
+class ObjectivePlan(Protocol):
+    """What settings say about objectives; see ``--help``."""
+
+    bidirectional_prefix: bool
+    fim_rate: float
+    fim_spm_rate: float
+    fim_prefix_token: str
+    fim_middle_token: str
+    fim_suffix_token: str
+
+
+def build_objective(
+    name: ObjectiveName, seq_length: int, tokenizer: Tokenizer, plan: ObjectivePlan
+) -> Objective:
+    """The objective of that name for samples of ``seq_length`` tokens.
+
+    Raises:
+        UserError: it does not fit the tokenizer or the length.
+    """
+    if name == "causal":
+        return Causal(seq_length)
+    if name == "prefix_lm":
+        return PrefixLM(seq_length)
+    if name == "fim":
+        return FillInTheMiddle(seq_length, tokenizer.eod, _fim_options(tokenizer, plan))
+    return _ul2(seq_length, tokenizer, plan.bidirectional_prefix)
+
+
+def _fim_options(tokenizer: Tokenizer, plan: ObjectivePlan) -> FimOptions:
+    """Rates, and the markers' ids."""
+    named = {
+        "--fim-prefix-token": plan.fim_prefix_token,
+        "--fim-middle-token": plan.fim_middle_token,
+        "--fim-suffix-token": plan.fim_suffix_token,
+    }
+    ids = {flag: i for flag, token in named.items() if (i := tokenizer.id_of(token)) is not None}
+    if absent := [f"{flag} {token}" for flag, token in named.items() if flag not in ids]:
+        raise UserError(
+            f"fim: the tokenizer {tokenizer.name} has no token for {', '.join(absent)}; "
+            "name tokens that it has, such as <extra_id_0>"
+        )
+    if len(set(ids.values())) < len(ids):
+        raise UserError(f"{', '.join(ids)}: give three different tokens")
+    return FimOptions(plan.fim_rate, plan.fim_spm_rate, *ids.values())
+
+
+def _ul2(seq_length: int, tokenizer: Tokenizer, bidirectional_prefix: bool) -> UL2:
+    """UL2 with as few texts in a sample as the sentinels suffice for."""
+    if not tokenizer.sentinels:
+        raise UserError(f"UL2 needs sentinels, and the tokenizer {tokenizer.name} has none")
+    first: UserError | None = None
+    examples = 1
+    while examples <= MAX_EXAMPLES and seq_length % examples == 0:
+        try:
+            made = UL2(
+                seq_length,
+                tokenizer.encode,
+                tokenizer.sentinels,
+                tokenizer.eod,
+                tokenizer.pad,
+                examples=examples,
+            )
+        except UserError as error:
+            first, examples = first or error, 2 * examples
+            continue
+        if bidirectional_prefix and examples > 1:
+            raise UserError(
+                f"--bidirectional-prefix: a UL2 sample of {seq_length} tokens holds {examples} "
+                f"texts for want of sentinels ({first}); use a shorter --seq-length"
+            )
+        return made
+    assert first is not None
+    raise first

@@ -1,0 +1,1 @@
+"""Preprocess a corpus: workers, journal, outputs."""

@@ -1,0 +1,67 @@
+"""Work on a Ray cluster, results in order, memory bounded: many machines for ``ordered_map``."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import BrokenExecutor
+from importlib import metadata
+from typing import Any, TypeVar
+
+from moetron.common.errors import UserError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+AHEAD = 3
+"""Tasks of usual weight, a core of the cluster, that are read before their results are taken."""
+MAX_RETRIES = 10
+"""How often a task whose worker or node dies is given to another."""
+
+
+def ray_map(
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    workers: int,
+    weigh: Callable[[Item], float] = lambda item: 1.0,
+) -> Iterator[Result]:
+    """``map`` over the Ray cluster that RAY_ADDRESS names, else over ``workers`` cores here.
+
+    This process reads and writes; texts and results travel through Ray's object store. Moetron and
+    the tokenizer's file must be on every node. The task of a worker that dies is given to another;
+    after ``MAX_RETRIES`` deaths BrokenExecutor is raised.
+    """
+    import ray
+
+    if not ray.is_initialized():
+        cores = None if "RAY_ADDRESS" in os.environ else workers
+        ray.init(num_cpus=cores, log_to_driver=False, include_dashboard=False)
+    task: Any = ray.remote(max_retries=MAX_RETRIES, num_cpus=1)(_call)
+    shared = ray.put(function)
+    waiting: deque[tuple[float, Any]] = deque()
+    load, capacity = 0.0, AHEAD * ray.cluster_resources().get("CPU", 1)
+    try:
+        for item in items:
+            weight = weigh(item)
+            while waiting and load + weight > capacity:
+                load -= waiting[0][0]
+                yield ray.get(waiting.popleft()[1])
+            waiting.append((weight, task.remote(shared, item)))
+            load += weight
+            del item  # a heavy task is not ours to keep
+        while waiting:
+            yield ray.get(waiting.popleft()[1])
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.ObjectLostError) as error:
+        raise BrokenExecutor(str(error)) from None
+
+
+def require_ray() -> None:
+    """Raise UserError if Ray is not installed."""
+    try:
+        metadata.version("ray")
+    except metadata.PackageNotFoundError:
+        raise UserError("--engine ray needs the package ray (pip install 'moetron[ray]')") from None
+
+
+def _call(function: Callable[[Item], Result], item: Item) -> Result:
+    """One task."""
+    return function(item)

@@ -1,0 +1,156 @@
+"""Write one output as one shard or several."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from moetron.common.files import beside
+from moetron.data.encoding.duplicates import Seen, begin_digest, seen_path
+from moetron.data.encoding.encode import Documents
+from moetron.data.encoding.long_documents import LeftOut, LongDocument
+from moetron.data.prepare.journal import Part, Side
+from moetron.data.shards.manifest import FileRecord
+from moetron.data.shards.shard_set import family, member, numbered
+from moetron.data.shards.shard_writer import ShardWriter, temporary_paths
+
+
+class FamilyWriter:
+    """Appends documents to the shards of one output; without a size, to the only one.
+
+    A shard ends with the document that brings it to ``shard_size_tokens``, so that the cuts follow
+    from the documents alone. Nothing bears its final name before ``finish``; what was written until
+    ``mark`` survives a crash.
+    """
+
+    def __init__(
+        self,
+        prefix: str,
+        vocab_size: int,
+        side: Side,
+        shard_size_tokens: int | None = None,
+        deduplicate: bool = False,
+    ) -> None:
+        """Go on where ``side`` says; it is kept up to date from here."""
+        self.prefix, self.side = prefix, side
+        self._vocab_size, self._size = vocab_size, shard_size_tokens
+        self._seen = Seen(prefix, side.asked) if deduplicate else None
+        self._writer = self._open(len(side.parts) - 1)
+
+    def add(self, documents: Documents) -> int:
+        """Append documents; how many were left out because they were there before."""
+        tokens, lengths, text_bytes = documents.tokens, documents.lengths, documents.text_bytes
+        duplicates = 0
+        if self._seen is not None:
+            new = self._seen.are_new(tokens, lengths)
+            duplicates = int(np.count_nonzero(~new))
+            tokens, lengths = tokens[np.repeat(new, lengths)], lengths[new]
+            text_bytes = text_bytes[new]
+        while lengths.size:
+            count = self._fitting(lengths)
+            ids = int(lengths[:count].sum())
+            self._append(Documents(tokens[:ids], lengths[:count], text_bytes[:count]))
+            tokens, lengths, text_bytes = tokens[ids:], lengths[count:], text_bytes[count:]
+        return duplicates
+
+    def add_long(self, document: LongDocument) -> None:
+        """Append a document that is encoded on the way.
+
+        Raises LeftOut or Unreadable, and leaves everything as it was, if it does not stay.
+        """
+        self._next_if_full()
+        digest = begin_digest()
+        try:
+            with self._writer.document() as append:
+                for tokens in document.tokens():
+                    append(tokens)
+                    digest.update(tokens.data)
+                if self._seen is not None and not self._seen.is_new(digest.digest()):
+                    raise LeftOut("duplicate")
+        except BaseException:
+            self._back_if_empty()
+            raise
+        part = self.side.parts[-1]
+        part.documents, part.tokens = self._writer.documents, self._writer.tokens
+        part.text_bytes += document.text_bytes
+
+    def mark(self) -> dict[str, int]:
+        """Bring everything to the disk; the bytes that a successor needs, by file."""
+        sizes = self._writer.mark()
+        if self._seen is not None:
+            self.side.asked = self._seen.mark()
+            sizes[str(self._seen.path)] = 0
+        for number, part in enumerate(self.side.parts[:-1]):
+            sizes |= self._writer.sizes(self._name(number), part.documents, part.tokens)
+        return sizes
+
+    def finish(self) -> Iterator[tuple[str, Part, FileRecord, FileRecord]]:
+        """Give each shard its files' names: (prefix, counts, records of .bin and .idx)."""
+        last = len(self.side.parts) - 1
+        for number, part in enumerate(self.side.parts):
+            with self._writer if number == last else self._open(number) as writer:
+                yield self._name(number), part, *writer.finish()
+        for prefix in family(self.prefix)[last + 1 :] if self._size is not None else ():
+            for suffix in (".json", ".idx", ".bin"):  # an earlier run made more
+                beside(prefix, suffix).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Leave the temporary files to a successor."""
+        self._writer.close()
+        if self._seen is not None:
+            self._seen.close()
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the token ids."""
+        return self._writer.dtype
+
+    def _fitting(self, lengths: np.ndarray) -> int:
+        """How many of the documents the current shard takes; if none, a new one is begun."""
+        if self._size is None:
+            return lengths.size
+        self._next_if_full()
+        room = self._size - self._writer.tokens
+        return int(np.searchsorted(np.cumsum(lengths), room)) + 1
+
+    def _next_if_full(self) -> None:
+        """Begin a new shard if the current one has its size."""
+        if self._size is not None and self._writer.tokens >= self._size:
+            self._writer.mark()
+            self._writer.close()
+            self.side.parts.append(Part())
+            self._writer = self._open(len(self.side.parts) - 1)
+
+    def _back_if_empty(self) -> None:
+        """Return to the shard before if nothing came into a new one."""
+        if len(self.side.parts) > 1 and self._writer.documents == 0:
+            self._writer.close()
+            self.side.parts.pop()
+            for path in temporary_paths(self._name(len(self.side.parts))):
+                path.unlink(missing_ok=True)
+            self._writer = self._open(len(self.side.parts) - 1)
+
+    def _append(self, documents: Documents) -> None:
+        """Append to the current shard."""
+        part = self.side.parts[-1]
+        self._writer.add(documents.tokens, documents.lengths)
+        part.documents, part.tokens = self._writer.documents, self._writer.tokens
+        part.text_bytes += int(documents.text_bytes.sum())
+
+    def _open(self, number: int) -> ShardWriter:
+        """The writer of one shard."""
+        part = self.side.parts[number]
+        return ShardWriter(self._name(number), self._vocab_size, part.documents, part.tokens)
+
+    def _name(self, number: int) -> str:
+        """The prefix of one shard."""
+        return self.prefix if self._size is None else member(self.prefix, number)
+
+
+def discard_temporary(prefix: str) -> None:
+    """Remove what an unfinished run left of an output."""
+    seen = seen_path(prefix)
+    paths = [seen, beside(seen, "-journal"), *temporary_paths(prefix)]
+    for suffix in (".bin.tmp", ".idx.tmp", ".lengths.tmp"):
+        paths += [beside(name, suffix) for name in numbered(prefix, suffix)]
+    for path in paths:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Raw text from files of every supported form, in chunks of rows."""

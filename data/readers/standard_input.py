@@ -1,0 +1,61 @@
+"""Rows on standard input: kept in a file, because a run may have to read them twice."""
+
+import hashlib
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from moetron.common.errors import UserError
+from moetron.common.files import beside
+
+NAME = "-"
+
+
+class _Hashing:
+    """A file that hashes what is written to it."""
+
+    def __init__(self, file: Any) -> None:
+        self._file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        return self._file.write(data)
+
+
+@contextmanager
+def kept(inputs: Sequence[str], prefix: str) -> Iterator[list[str]]:
+    """``inputs`` with ``PREFIX.stdin.jsonl``, a copy of standard input, in the place of ``-``.
+
+    Its modification time follows from its content: inputs are known by name, size and time, so the
+    same rows are the same input again. The copy is removed in the end.
+    """
+    if NAME not in inputs:
+        yield list(inputs)
+        return
+    copy = copy_path(prefix)
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        _copy(copy)
+        yield [str(copy) if name == NAME else name for name in inputs]
+    finally:
+        copy.unlink(missing_ok=True)
+
+
+def copy_path(prefix: str) -> Path:
+    """``PREFIX.stdin.jsonl``."""
+    return beside(prefix, ".stdin.jsonl")
+
+
+def _copy(path: Path) -> None:
+    """Write standard input to a file."""
+    if sys.stdin is None:
+        raise UserError("--input -: standard input is closed; redirect or pipe rows to it")
+    with path.open("wb") as file:
+        hashing = _Hashing(file)
+        shutil.copyfileobj(sys.stdin.buffer, hashing, 1 << 20)
+    time_ns = int.from_bytes(hashing.digest.digest()[:7], "little")
+    os.utime(path, ns=(time_ns, time_ns))

@@ -1,0 +1,91 @@
+"""``PREFIX.json``: what a token shard holds and where it came from."""
+
+from pathlib import Path
+from typing import Any
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from moetron.common.errors import UserError
+from moetron.common.files import atomic_file, beside
+
+
+class TokenizerRecord(BaseModel):
+    """The tokenizer that made the ids."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    fingerprint: str
+    """64 hexadecimal digits; equal fingerprints give equal ids."""
+    vocab_size: int
+    eod: int
+    """Id that ends a document."""
+
+
+class FileRecord(BaseModel):
+    """One of the shard's two files."""
+
+    model_config = ConfigDict(frozen=True)
+
+    bytes: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """The manifest, written after the files that it vouches for."""
+
+    model_config = ConfigDict(frozen=True)
+
+    format: int = 1
+    tokenizer: TokenizerRecord
+    dtype: str
+    """Of the token ids: ``uint16`` or ``int32``."""
+    documents: int
+    tokens: int
+    """End-of-document tokens included."""
+    text_bytes: int
+    """UTF-8 bytes of the documents' text."""
+    appended_eod: bool
+    bin: FileRecord
+    idx: FileRecord
+    shards: int = 1
+    """Number of shards that the output was split into; this is one of them."""
+    sources: list[dict[str, Any]] = Field(default_factory=list)
+    """Input files with their sizes in bytes and modification times."""
+    filters: dict[str, int] = Field(default_factory=dict)
+    """Rows that each rule left out, from all shards of the output together."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """What preprocessing was asked to do."""
+    key: str = ""
+    """SHA-256 of sources, settings and tokenizer: equal keys need no second run."""
+
+
+def manifest_path(prefix: str | Path) -> Path:
+    """``PREFIX.json``."""
+    return beside(prefix, ".json")
+
+
+def read_manifest(prefix: str | Path) -> Manifest | None:
+    """The manifest of a shard; None if it has none (shards of other tools).
+
+    Raises UserError if the file is there and is not a manifest.
+    """
+    path = manifest_path(prefix)
+    try:
+        return Manifest.model_validate(orjson.loads(path.read_bytes()))
+    except FileNotFoundError:
+        return None
+    except (orjson.JSONDecodeError, ValidationError) as error:
+        raise UserError(f"{path}: not a shard's manifest ({_first_line(error)})") from None
+
+
+def write_manifest(prefix: str | Path, manifest: Manifest) -> None:
+    """Write ``PREFIX.json`` atomically."""
+    with atomic_file(manifest_path(prefix)) as file:
+        file.write(orjson.dumps(manifest.model_dump(), option=orjson.OPT_INDENT_2) + b"\n")
+
+
+def _first_line(error: Exception) -> str:
+    """What an exception says, in one line."""
+    return str(error).splitlines()[0]

@@ -1,0 +1,151 @@
+"""Read a token shard: memory-mapped, checked when opened, the same cost at any size."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from moetron.common.errors import UserError
+from moetron.common.files import beside
+from moetron.data.shards.indexed_format import (
+    DTYPES,
+    HEADER,
+    LENGTH,
+    MAGIC,
+    POINTER,
+    VERSION,
+    index_bytes,
+)
+from moetron.data.shards.manifest import FileRecord, Manifest, read_manifest
+
+HASH_BLOCK_BYTES = 1 << 22
+
+
+class Shard:
+    """A ``.bin/.idx`` pair, ours or Megatron-LM's.
+
+    Opening checks the header, both sizes against each other and against the manifest, in constant
+    time; ``verify`` reads everything.
+    """
+
+    tokens: np.ndarray
+    """All tokens of all documents, one after the other: uint16 or int32 [T], mapped."""
+    document_lengths: np.ndarray
+    """Tokens of each document: int32 [documents], mapped."""
+    manifest: Manifest | None
+    """None for a shard of another tool."""
+
+    def __init__(self, prefix: str | Path) -> None:
+        """Raises UserError, naming the file, if the shard is missing, truncated or inconsistent."""
+        self.prefix = str(prefix)
+        self.bin_path, self.idx_path = beside(prefix, ".bin"), beside(prefix, ".idx")
+        self.manifest = read_manifest(prefix)
+        index = _map(self.idx_path, np.dtype(np.uint8))
+        dtype, sequences = _read_header(self.idx_path, index)
+        pointers_at = HEADER.size + sequences * LENGTH.itemsize
+        boundaries_at = pointers_at + sequences * POINTER.itemsize
+        self.document_lengths = index[HEADER.size : pointers_at].view(LENGTH)
+        self._pointers = index[pointers_at:boundaries_at].view(POINTER)
+        self._boundaries = index[boundaries_at:].view(POINTER)
+        self.tokens = _map(self.bin_path, dtype)
+        self._check_sizes()
+
+    def __reduce__(self) -> "tuple[type[Shard], tuple[str]]":
+        """Pickle as the prefix: loader processes map the files themselves."""
+        return Shard, (self.prefix,)
+
+    def __len__(self) -> int:
+        """Number of documents."""
+        return len(self.document_lengths)
+
+    def document(self, number: int) -> np.ndarray:
+        """Tokens of one document, its end-of-document token included."""
+        start = int(self._pointers[number]) // self.tokens.itemsize
+        return self.tokens[start : start + int(self.document_lengths[number])]
+
+    def verify(self) -> list[str]:
+        """Read everything; every problem found, none if the shard is sound."""
+        problems = []
+        lengths = self.document_lengths.astype(np.int64) * self.tokens.itemsize
+        if not np.array_equal(self._pointers, np.cumsum(lengths) - lengths):
+            problems.append(f"{self.idx_path}: documents do not follow one another")
+        if not np.array_equal(self._boundaries, np.arange(len(self) + 1)):
+            problems.append(f"{self.idx_path}: the document boundaries are not 0, 1, 2, ...")
+        if self.manifest is None:
+            return [
+                *problems,
+                f"{self.prefix}.json: no manifest, so nothing to compare hashes with",
+            ]
+        said, found = self.manifest, (self.tokens.dtype.name, len(self), len(self.tokens))
+        if (said.dtype, said.documents, said.tokens) != found:
+            problems.append(f"{self.prefix}.json: dtype, documents or tokens are not the shard's")
+        for path, record in self._files(self.manifest):
+            if _sha256(path) != record.sha256:
+                problems.append(f"{path}: its SHA-256 is not the manifest's")
+        return problems
+
+    def _check_sizes(self) -> None:
+        """Compare what index, tokens and manifest say about one another, in constant time."""
+        documents, size = len(self), self.tokens.nbytes
+        if self._boundaries[-1:].tolist() != [documents]:
+            raise UserError(f"{self.idx_path}: the last document does not end the index")
+        expected = 0
+        if documents:
+            last_bytes = int(self.document_lengths[-1]) * self.tokens.itemsize
+            expected = int(self._pointers[-1]) + last_bytes
+        if size != expected:
+            raise UserError(
+                f"{self.bin_path}: {size} bytes, but its index expects {expected}; "
+                "the shard is truncated or mixed with another: make it again"
+            )
+        for path, record in self._files(self.manifest) if self.manifest else ():
+            if path.stat().st_size != record.bytes:
+                raise UserError(
+                    f"{path}: {path.stat().st_size} bytes, but its manifest says {record.bytes}; "
+                    "the shard was changed after it was made: make it again"
+                )
+
+    def _files(self, manifest: Manifest) -> list[tuple[Path, FileRecord]]:
+        """Both files with what the manifest says about them."""
+        return [(self.bin_path, manifest.bin), (self.idx_path, manifest.idx)]
+
+
+def _map(path: Path, dtype: np.dtype) -> np.ndarray:
+    """A file as a read-only array; UserError if it cannot be read or ends inside an item."""
+    try:
+        size = path.stat().st_size
+        if size % dtype.itemsize:
+            raise UserError(f"{path}: {size} bytes do not divide into {dtype} tokens; truncated?")
+        if size == 0:
+            return np.empty(0, dtype)
+        return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: no such file; a data path is the prefix before .bin/.idx"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _read_header(path: Path, index: np.ndarray) -> tuple[np.dtype, int]:
+    """(token dtype, number of sequences) of an index file: uint8 [bytes]."""
+    if index.size < HEADER.size:
+        raise UserError(f"{path}: {index.size} bytes are too few for an index; truncated?")
+    magic, version, code, sequences, boundaries = HEADER.unpack(index[: HEADER.size].tobytes())
+    if magic != MAGIC or version != VERSION or code not in DTYPES:
+        raise UserError(f"{path}: not a Megatron index of version {VERSION} with integer tokens")
+    if index.size != index_bytes(sequences, boundaries):
+        raise UserError(
+            f"{path}: {index.size} bytes, but {sequences} sequences need "
+            f"{index_bytes(sequences, boundaries)}; truncated, or a multimodal index"
+        )
+    return DTYPES[code], sequences
+
+
+def _sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(HASH_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

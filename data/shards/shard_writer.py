@@ -1,0 +1,173 @@
+"""Write a token shard: bounded memory, atomic, hashed on the way."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from moetron.common.files import begin_sync, beside, open_at, replace, sync
+from moetron.data.shards.indexed_format import (
+    HEADER,
+    LENGTH,
+    MAGIC,
+    POINTER,
+    VERSION,
+    dtype_code,
+    token_dtype,
+)
+from moetron.data.shards.manifest import FileRecord, manifest_path
+
+BLOCK = 1 << 20  # documents whose index entries are made at once
+HASH_BLOCK_BYTES = 1 << 22
+
+
+def temporary_paths(prefix: str | Path) -> tuple[Path, Path, Path]:
+    """Where tokens, index and document lengths wait for the end of the work."""
+    return beside(prefix, ".bin.tmp"), beside(prefix, ".idx.tmp"), beside(prefix, ".lengths.tmp")
+
+
+class ShardWriter:
+    """Appends documents to ``PREFIX.bin`` and builds ``PREFIX.idx`` when told to finish.
+
+    Nothing bears its final name before ``finish``. What was written until ``mark`` survives a
+    crash: a new writer goes on from there. Document lengths wait in a file, not in memory.
+    """
+
+    def __init__(
+        self, prefix: str | Path, vocab_size: int, documents: int = 0, tokens: int = 0
+    ) -> None:
+        """``documents`` and ``tokens``: how many an earlier writer had left at its last mark."""
+        self.prefix = Path(prefix)
+        self.dtype = token_dtype(vocab_size)
+        self.documents = documents
+        self.tokens = tokens
+        self.prefix.parent.mkdir(parents=True, exist_ok=True)
+        self._bin_path, self._idx_path, self._lengths_path = temporary_paths(prefix)
+        self._bin = open_at(self._bin_path, tokens * self.dtype.itemsize)
+        self._lengths = open_at(self._lengths_path, documents * LENGTH.itemsize)
+        self._bin_hash = hashlib.sha256()
+        self._hash_kept_tokens()
+        self._begun_bytes = tokens * self.dtype.itemsize
+
+    def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Append documents: ``tokens`` [sum(lengths)] of the shard's dtype, ``lengths`` [N]."""
+        assert tokens.dtype == self.dtype and int(lengths.sum()) == tokens.size
+        payload = np.ascontiguousarray(tokens).data
+        self._bin.write(payload)
+        self._begun_bytes = begin_sync(self._bin, self._begun_bytes)
+        self._bin_hash.update(payload)
+        self._lengths.write(lengths.astype(LENGTH).tobytes())
+        self.documents += lengths.size
+        self.tokens += tokens.size
+
+    @contextmanager
+    def document(self) -> Iterator[Callable[[np.ndarray], None]]:
+        """Append one document part by part, with the function that the block gets.
+
+        If the block ends with an exception, it is as if the document had never begun.
+        """
+        start, digest, size = self._bin.tell(), self._bin_hash.copy(), 0
+
+        def append(tokens: np.ndarray) -> None:
+            nonlocal size
+            assert tokens.dtype == self.dtype
+            self._bin.write(tokens.data)
+            self._bin_hash.update(tokens.data)
+            size += tokens.size
+
+        try:
+            yield append
+        except BaseException:
+            self._bin.seek(start)
+            self._bin.truncate()
+            self._bin_hash = digest
+            raise
+        self._lengths.write(np.array([size], LENGTH).tobytes())
+        self.documents += 1
+        self.tokens += size
+
+    def mark(self) -> dict[str, int]:
+        """Bring everything to the disk; the bytes that a successor needs, by file."""
+        sync(self._bin)
+        sync(self._lengths)
+        return self.sizes(self.prefix, self.documents, self.tokens)
+
+    def sizes(self, prefix: str | Path, documents: int, tokens: int) -> dict[str, int]:
+        """Bytes of the temporary files that hold so much of a shard of this dtype."""
+        bin_path, _, lengths_path = temporary_paths(prefix)
+        return {
+            str(bin_path): tokens * self.dtype.itemsize,
+            str(lengths_path): documents * LENGTH.itemsize,
+        }
+
+    def close(self) -> None:
+        """Leave the temporary files to a successor."""
+        self._bin.close()
+        self._lengths.close()
+
+    def finish(self) -> tuple[FileRecord, FileRecord]:
+        """Write the index, sync, and give both files their names; records of .bin and .idx.
+
+        A manifest that an earlier shard left at this prefix is removed first: it must not vouch
+        for files that it does not describe. The caller writes the new one.
+        """
+        idx_hash = self._write_index()
+        sync(self._bin)
+        bin_bytes, idx_bytes = self._bin_path.stat().st_size, self._idx_path.stat().st_size
+        manifest_path(self.prefix).unlink(missing_ok=True)
+        replace(self._bin_path, beside(self.prefix, ".bin"))
+        replace(self._idx_path, beside(self.prefix, ".idx"))
+        self._lengths_path.unlink()
+        return (
+            FileRecord(bytes=bin_bytes, sha256=self._bin_hash.hexdigest()),
+            FileRecord(bytes=idx_bytes, sha256=idx_hash),
+        )
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _hash_kept_tokens(self) -> None:
+        """Take the tokens that an earlier writer left into the hash."""
+        self._bin.seek(0)
+        while block := self._bin.read(HASH_BLOCK_BYTES):
+            self._bin_hash.update(block)
+
+    def _write_index(self) -> str:
+        """Write the index beside the tokens, block by block; its SHA-256."""
+        digest = hashlib.sha256()
+        with self._idx_path.open("wb") as file:
+
+            def put(data: bytes) -> None:
+                file.write(data)
+                digest.update(data)
+
+            code, documents = dtype_code(self.dtype), self.documents
+            put(HEADER.pack(MAGIC, VERSION, code, documents, documents + 1))
+            for lengths in self._length_blocks():
+                put(lengths.tobytes())
+            start = 0
+            for lengths in self._length_blocks():
+                ends = start + np.cumsum(lengths, dtype=POINTER) * self.dtype.itemsize
+                put((ends - lengths.astype(POINTER) * self.dtype.itemsize).tobytes())
+                start = int(ends[-1])
+            for first in range(0, documents + 1, BLOCK):
+                put(np.arange(first, min(first + BLOCK, documents + 1), dtype=POINTER).tobytes())
+            sync(file)
+        return digest.hexdigest()
+
+    def _length_blocks(self) -> Iterator[np.ndarray]:
+        """The document lengths written so far, int32 [<= BLOCK] at a time."""
+        self._lengths.seek(0)
+        while block := self._lengths.read(BLOCK * LENGTH.itemsize):
+            yield np.frombuffer(block, dtype=LENGTH)

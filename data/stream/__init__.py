@@ -1,0 +1,1 @@
+"""Numbered training samples from shards: stages, blends, objectives."""

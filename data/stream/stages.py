@@ -1,0 +1,236 @@
+"""Stages of a run: other sources, weights, objective or seed from a number of tokens on.
+
+Which stage a sample belongs to follows from its number, so a run passes from one stage to the next,
+and resumes in any of them, by arithmetic. A source that the next stage reads with the same seed and
+cut in the same way goes on where the stage before it stopped, whatever the weights; otherwise its
+windows are shuffled anew (OLMoE's annealing).
+"""
+
+import math
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, pairwise
+from typing import Any
+
+from moetron.common.errors import UserError
+from moetron.common.text_table import table
+from moetron.data.addressing.windowing import Cutting
+from moetron.data.objectives.objective import Objective
+from moetron.data.stream.addresses import ShuffledAddresses
+from moetron.data.stream.repetition import RepetitionFilter
+from moetron.data.stream.token_stream import TokenStream, open_sources
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a run."""
+
+    data_path: Sequence[str]
+    """As ``--data-path``."""
+    objective: Objective
+    seed: int
+    until_tokens: int | None = None
+    """Tokens of the run at which it ends; None: never (the last stage)."""
+    own_objectives: Mapping[str, Objective] = field(default_factory=dict)
+    """By name, those of sources that have another than ``objective``."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """What one stage takes of one source."""
+
+    stage: int
+    source: int
+    """Number in ``StagedStream.source_names``."""
+    samples: int
+    tokens: int
+    """Tokens of the source that the samples use up."""
+    epochs: float
+    """The samples, in passes through the source."""
+
+
+class StagedStream:
+    """Samples of consecutive stages by number."""
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        seq_length: int,
+        eod_mask_loss: bool = False,
+        expected_fingerprint: str | None = None,
+        repetition: RepetitionFilter | None = None,
+    ) -> None:
+        """Open the sources; arguments as for ``training_stream``.
+
+        A stage ends with the first whole sample that reaches its ``until_tokens``.
+
+        Raises:
+            UserError: a shard cannot be used, or the stages do not follow one another.
+        """
+        self.starts = _starts([stage.until_tokens for stage in stages], seq_length)
+        self.seq_length = seq_length
+        opened = [
+            open_sources(
+                stage.data_path, stage.objective, stage.own_objectives, expected_fingerprint
+            )
+            for stage in stages
+        ]
+        self._blends = [blend for blend, _ in opened]
+        sources = [source for blend in self._blends for source in blend.sources]
+        self._prefixes = list(dict.fromkeys(source.prefix for source in sources))
+        names = {source.prefix: source.name for source in sources}
+        self.source_names = [names[prefix] for prefix in self._prefixes]
+        self._numbers = [
+            [self._prefixes.index(source.prefix) for source in blend.sources]
+            for blend in self._blends
+        ]
+        self._streams = [
+            TokenStream(blend, addresses, objectives, seq_length, key, eod_mask_loss, repetition)
+            for (blend, objectives), addresses, key in zip(
+                opened, self._orders(stages), self._keys(stages), strict=True
+            )
+        ]
+        kinds = [stream.objective_names for stream in self._streams]
+        self.objective_names = list(dict.fromkeys(chain.from_iterable(kinds)))
+        self._kinds = [[self.objective_names.index(kind) for kind in mine] for mine in kinds]
+
+    def _orders(self, stages: Sequence[Stage]) -> Iterator[ShuffledAddresses]:
+        """The order of each stage's samples, after what earlier stages took of its sources."""
+        begun: dict[tuple[int, int, Cutting], int] = {}
+        for i, stage in enumerate(stages):
+            if len(set(self._numbers[i])) < len(self._numbers[i]):
+                raise UserError(f"{' '.join(stage.data_path)}: names a source twice")
+            cuttings = [source.cutting for source in self._blends[i].sources]
+            places = [(n, stage.seed, c) for n, c in zip(self._numbers[i], cuttings, strict=True)]
+            taken = [begun.get(place, 0) for place in places]
+            addresses = ShuffledAddresses(self._blends[i], stage.seed, self._numbers[i], taken)
+            yield addresses
+            if stage.until_tokens is not None:
+                counts = addresses.apportionment.counts(self.starts[i + 1] - self.starts[i])
+                begun |= {p: t + c for p, t, c in zip(places, taken, counts, strict=True)}
+
+    def _keys(self, stages: Sequence[Stage]) -> list[str]:
+        """What names each stage to the chance in its objective."""
+        return [
+            f"seed {stage.seed} from {start}" if start else f"seed {stage.seed}"
+            for stage, start in zip(stages, self.starts, strict=True)
+        ]
+
+    @property
+    def bytes_per_token(self) -> list[float | None]:
+        """Unknown over several stages."""
+        return [None] * len(self.source_names)
+
+    def __len__(self) -> int:
+        """Samples that may be asked for: the last stage has no end."""
+        return self.starts[-1] + len(self._streams[-1])
+
+    def __getitem__(self, n: int) -> dict[str, Any]:
+        """Sample ``n``, as ``TokenStream`` gives it; ``source`` counts over all stages."""
+        if n < 0:
+            raise IndexError(f"sample {n}")
+        stage = self.stage(n)
+        sample = self._streams[stage][n - self.starts[stage]]
+        sample["source"] = self._numbers[stage][sample["source"]]
+        sample["objective"] = self._kinds[stage][sample["objective"]]
+        return sample
+
+    def stage(self, n: int) -> int:
+        """The stage of sample ``n``."""
+        return bisect_right(self.starts, n) - 1
+
+    def uses(self, samples: int) -> list[Use]:
+        """What each stage takes of each source in a run of so many samples."""
+        found = []
+        for stage, (start, end) in enumerate(pairwise([*self.starts, samples])):
+            blend, addresses = self._blends[stage], self._streams[stage].addresses
+            assert isinstance(addresses, ShuffledAddresses)
+            counts = addresses.apportionment.counts(max(0, min(end, samples) - start))
+            for source, number, count in zip(
+                blend.sources, self._numbers[stage], counts, strict=True
+            ):
+                tokens = round(count * source.cutting.mean_advance)
+                found.append(Use(stage, number, count, tokens, count / source.windows))
+        return found
+
+    def state(self) -> dict[str, Any]:
+        """What identifies the stream (JSON): the stages, and all their sources once."""
+        states = [stream.state() for stream in self._streams]
+        sources = {source["name"]: source for state in states for source in state.pop("sources")}
+        return {"sources": list(sources.values()), "starts": self.starts, "stages": states}
+
+
+def refuse_repetition(
+    stream: StagedStream,
+    samples: int,
+    max_epochs: float | None,
+    of_sources: Mapping[str, float] | None = None,
+) -> None:
+    """UserError, with a table, if a run takes a source more often than its cap, over all stages.
+
+    ``of_sources``: caps by name; ``max_epochs``: of the others, None: as often as they are drawn.
+    """
+    caps = of_sources or {}
+    if unknown := caps.keys() - set(stream.source_names):
+        raise UserError(
+            f"--source-max-epochs: no source is named {', '.join(sorted(unknown))}; "
+            f"there are {', '.join(stream.source_names)}"
+        )
+    epochs = [0.0] * len(stream.source_names)
+    for use in stream.uses(samples):
+        epochs[use.source] += use.epochs
+    default = math.inf if max_epochs is None else max_epochs
+    over = [
+        (name, f"{name} {times:.3f} times (at most {cap:g})")
+        for name, times in zip(stream.source_names, epochs, strict=True)
+        if times > (cap := caps.get(name, default))
+    ]
+    if over:
+        flag = "--source-max-epochs" if all(name in caps for name, _ in over) else "--max-epochs"
+        raise UserError(
+            f"{flag}: the run of {samples * stream.seq_length:,} tokens would go through "
+            f"{', '.join(text for _, text in over)}; change weights or stages, or shorten the run\n"
+            + use_table(stream, samples)
+        )
+
+
+def use_table(stream: StagedStream, samples: int) -> str:
+    """Samples, their share, tokens and epochs by stage and source, and each source's sum."""
+    rows = [("source", "stage", "samples", "share", "tokens", "epochs")]
+    uses = stream.uses(samples)
+    sums = Counter[int]()
+    for use in uses:
+        sums[use.stage] += use.samples
+    for number, name in enumerate(stream.source_names):
+        mine = [use for use in uses if use.source == number]
+        rows += [_row(name, str(use.stage + 1), [use], sums[use.stage]) for use in mine]
+        if len(mine) > 1:
+            rows.append(_row(name, "all", mine, samples))
+    return table(rows)
+
+
+def _row(
+    name: str, stage: str, uses: Sequence[Use], of_samples: int
+) -> tuple[str, str, str, str, str, str]:
+    """A row of the table: the sum of some uses, and its share of so many samples."""
+    samples, tokens = sum(use.samples for use in uses), sum(use.tokens for use in uses)
+    epochs = sum(use.epochs for use in uses)
+    share = samples / max(of_samples, 1)
+    return name, stage, f"{samples:,}", f"{share:.2%}", f"{tokens:,}", f"{epochs:.3f}"
+
+
+def _starts(until_tokens: Sequence[int | None], seq_length: int) -> list[int]:
+    """The first sample of each stage."""
+    *ends, last = until_tokens
+    if last is not None:
+        raise UserError(f"stages: until_tokens {last} of the last stage: it ends with the run")
+    starts = [0]
+    for number, end in enumerate(ends, 1):
+        if end is None:
+            raise UserError(f"stages: stage {number} needs until_tokens: another follows it")
+        starts.append(-(-end // seq_length))
+        if starts[-1] <= starts[-2]:
+            raise UserError(f"stages: until_tokens {end} of stage {number} leaves it no sample")
+    return starts

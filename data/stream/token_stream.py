@@ -1,0 +1,243 @@
+"""Samples as addresses: sample n is found by arithmetic, never looked up in a list.
+
+n -> (source, how many samples it gave before) by ``apportion``; that number -> (epoch, position) by
+division; position -> window by the epoch's ``order``; window -> tokens of the shard by ``cutting``;
+the objective makes the sample of them. Start-up time, memory and the state of a resume do not grow
+with the data.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from moetron.common.errors import UserError
+from moetron.data.objectives.causal import Causal
+from moetron.data.objectives.objective import Made, Objective
+from moetron.data.stream.addresses import Addresses, FileOrderAddresses, ShuffledAddresses
+from moetron.data.stream.blend import Blend, Source, open_blend
+from moetron.data.stream.repetition import RepetitionFilter
+
+ADDRESS_BLOCK = 256
+"""Addresses are computed this many at a time, because numpy charges by the call; the first that is
+asked for among so many, alone, because samples in no order have no neighbours."""
+
+
+def training_stream(
+    data_path: Sequence[str],
+    seq_length: int,
+    seed: int,
+    eod_mask_loss: bool = False,
+    expected_fingerprint: str | None = None,
+    objective: Objective | None = None,
+) -> "TokenStream":
+    """The blend that ``data_path`` describes, shuffled each epoch, without end.
+
+    Args:
+        data_path: ``[PREFIX, ...]`` (in proportion to size) or ``[WEIGHT, PREFIX, ...]``.
+        seq_length: Tokens a sample holds (S).
+        seed: Of the order of windows.
+        eod_mask_loss: No loss where the input is an end-of-document token (Megatron's rule).
+        expected_fingerprint: The run's tokenizer; shards of another are refused.
+        objective: What samples are made of the tokens; default: causal.
+
+    Raises:
+        UserError: A shard cannot be used, or the list has another form.
+    """
+    blend, objectives = open_sources(
+        data_path, objective or Causal(seq_length), {}, expected_fingerprint
+    )
+    addresses = ShuffledAddresses(blend, seed)
+    return TokenStream(blend, addresses, objectives, seq_length, f"seed {seed}", eod_mask_loss)
+
+
+def validation_stream(
+    data_path: Sequence[str],
+    seq_length: int,
+    eod_mask_loss: bool = False,
+    expected_fingerprint: str | None = None,
+    objective: Objective | None = None,
+    own_objectives: Mapping[str, Objective] | None = None,
+) -> "TokenStream":
+    """Every window of every source once, in file order; arguments as for ``training_stream``.
+
+    ``own_objectives``: by name, those of sources that have another than ``objective``.
+    """
+    blend, objectives = open_sources(
+        data_path, objective or Causal(seq_length), own_objectives or {}, expected_fingerprint
+    )
+    addresses = FileOrderAddresses(blend)
+    return TokenStream(blend, addresses, objectives, seq_length, "validation", eod_mask_loss)
+
+
+def open_sources(
+    data_path: Sequence[str],
+    objective: Objective,
+    own_objectives: Mapping[str, Objective],
+    expected_fingerprint: str | None,
+) -> tuple[Blend, list[Objective]]:
+    """A blend whose sources are cut as their objectives ask, and the objective of each.
+
+    Args:
+        data_path: As for ``training_stream``.
+        objective: Of the sources that ``own_objectives`` does not name.
+        own_objectives: By the names of sources.
+        expected_fingerprint: As for ``training_stream``.
+
+    Raises:
+        UserError: As ``training_stream``.
+    """
+    cuttings = {name: own.cutting for name, own in own_objectives.items()}
+    blend = open_blend(data_path, objective.cutting, expected_fingerprint, cuttings)
+    return blend, [own_objectives.get(source.name, objective) for source in blend.sources]
+
+
+class TokenStream:
+    """Samples of a blend by number."""
+
+    def __init__(
+        self,
+        blend: Blend,
+        addresses: Addresses,
+        objectives: Sequence[Objective],
+        seq_length: int,
+        key: str,
+        eod_mask_loss: bool,
+        repetition: RepetitionFilter | None = None,
+    ) -> None:
+        """One objective a source; ``key`` names the stream to what is random in them."""
+        self.sources = blend.sources
+        self.objectives = list(objectives)
+        self.seq_length = seq_length
+        self.key = key
+        self.repetition = repetition
+        self.source_names = [source.name for source in blend.sources]
+        kinds = [objective.kinds for objective in objectives]
+        self.objective_names = list(dict.fromkeys(chain.from_iterable(kinds)))
+        self._kinds = [[self.objective_names.index(kind) for kind in mine] for mine in kinds]
+        self.bytes_per_token = [
+            _bytes_per_token(source) if isinstance(objective, Causal) else None
+            for source, objective in zip(blend.sources, objectives, strict=True)
+        ]
+        self.addresses = addresses
+        self._eods = [_eod(source) for source in blend.sources] if eod_mask_loss else None
+        self._block = self._touched_block = -1
+        self._block_addresses: tuple[list[int], list[int]] = ([], [])
+
+    def __len__(self) -> int:
+        """Samples that may be asked for."""
+        return len(self.addresses)
+
+    def __getitem__(self, n: int) -> dict[str, Any]:
+        """Sample ``n``: tokens and labels int64 [S], loss_mask float32 [S], and four integers.
+
+        They are its ``source``, the ``objective`` (in ``objective_names``), the length of its
+        bidirectional ``prefix``, and whether it is ``filtered``. Tokens and labels share memory.
+        """
+        row = np.empty(self.seq_length + 1, np.int64)
+        mask = np.ones(self.seq_length, np.float32)
+        source, made, filtered = self._read(n, row, mask)
+        return {
+            "tokens": row[:-1],
+            "labels": row[1:],
+            "loss_mask": mask,
+            "source": source,
+            "objective": self._kinds[source][made.kind],
+            "prefix": made.prefix,
+            "filtered": int(filtered),
+        }
+
+    def batch(self, numbers: Sequence[int]) -> dict[str, np.ndarray]:
+        """Stacked samples: tokens, labels int64 [N, S], loss_mask float32 [N, S], source [N]."""
+        rows = np.empty((len(numbers), self.seq_length + 1), np.int64)
+        masks = np.ones((len(numbers), self.seq_length), np.float32)
+        sources = [self._read(*each)[0] for each in zip(numbers, rows, masks, strict=True)]
+        return {
+            "tokens": rows[:, :-1],
+            "labels": rows[:, 1:],
+            "loss_mask": masks,
+            "source": np.array(sources, np.int64),
+        }
+
+    def state(self) -> dict[str, Any]:
+        """What identifies the stream (JSON): sources, order, length, mask, tokenizers."""
+        return {
+            "sources": [_source_state(source) for source in self.sources],
+            "order": self.addresses.state(),
+            "objective": self._objective_state(),
+            "seq_length": self.seq_length,
+            "eod_mask_loss": self._eods is not None,
+            "repetition": None if self.repetition is None else asdict(self.repetition),
+        }
+
+    def _objective_state(self) -> dict[str, Any]:
+        """What identifies the objective of all sources, or that of each by its name."""
+        states = [objective.state() for objective in self.objectives]
+        if all(state == states[0] for state in states):
+            return states[0]
+        return {"by_source": dict(zip(self.source_names, states, strict=True))}
+
+    def _read(self, n: int, row: np.ndarray, mask: np.ndarray) -> tuple[int, Made, bool]:
+        """Make sample ``n`` in ``row`` [S + 1] and ``mask`` [S]; its source, and is it filtered."""
+        source, window = self._address(n)
+        slot, raw = self.sources[source].read(window)
+        made = self.objectives[source].fill(raw, slot, f"{self.key} sample {n}", row, mask)
+        if self._eods is not None:
+            mask[row[:-1] == self._eods[source]] = 0.0
+        filtered = self.repetition is not None and self.repetition.masks(raw)
+        if filtered:
+            mask[:] = 0.0
+        return source, made, filtered
+
+    def _address(self, n: int) -> tuple[int, int]:
+        """(source, window) of sample ``n``."""
+        if not 0 <= n < len(self):
+            raise IndexError(f"sample {n} of a stream of {len(self)}")
+        block, place = divmod(int(n), ADDRESS_BLOCK)
+        if block != self._block:
+            if block != self._touched_block:
+                self._touched_block = block
+                (source,), (window,) = self._locate(int(n), 1)
+                return source, window
+            self._block_addresses = self._locate(block * ADDRESS_BLOCK, ADDRESS_BLOCK)
+            self._block = block
+        sources, windows = self._block_addresses
+        return sources[place], windows[place]
+
+    def _locate(self, first: int, count: int) -> tuple[list[int], list[int]]:
+        """Sources and windows of so many samples, fewer at the end of the stream."""
+        numbers = np.arange(first, min(first + count, len(self)))
+        sources, windows = self.addresses.locate(numbers)
+        return sources.tolist(), windows.tolist()
+
+
+def _bytes_per_token(source: Source) -> float | None:
+    """Bytes of text that a token stands for, if the manifests say so."""
+    manifests = [shard.manifest for shard in source.shards]
+    size = sum(manifest.text_bytes for manifest in manifests if manifest is not None)
+    return size / source.tokens if size and None not in manifests else None
+
+
+def _eod(source: Source) -> int:
+    """The end-of-document id of a source's tokenizer."""
+    manifest = source.shards[0].manifest
+    if manifest is None:
+        raise UserError(
+            f"{source.prefix}: --eod-mask-loss needs the end-of-document id, and the shard "
+            "has no manifest; make it with tools/preprocess_corpus.py"
+        )
+    return manifest.tokenizer.eod
+
+
+def _source_state(source: Source) -> dict[str, Any]:
+    """What identifies a source's content."""
+    hashes = [shard.manifest.bin.sha256 if shard.manifest else None for shard in source.shards]
+    manifest = source.shards[0].manifest
+    return {
+        "name": source.name,
+        "tokens": source.tokens,
+        "sha256": hashes if len(hashes) > 1 else hashes[0],
+        "tokenizer": manifest.tokenizer.fingerprint if manifest else None,
+    }

@@ -1,0 +1,120 @@
+"""Put the page together: one HTML file with its charts, its styles and the plotting library."""
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+import yaml
+from jinja2 import Environment, StrictUndefined
+from plotly.offline import get_plotlyjs
+
+from moetron import __version__
+from moetron.common.files import write_text
+from moetron.moe.analysis.page import answers
+from moetron.moe.analysis.page import stage_charts as stages
+from moetron.moe.analysis.page.charts import over_tokens
+from moetron.moe.analysis.page.routing_charts import of_routing
+from moetron.moe.analysis.page.runs import Run
+
+SHOWN_EXPERTS = 16
+"""Experts of a layer whose token ids are listed."""
+
+
+def write_page(runs: Sequence[Run], output: Path) -> None:
+    """Write the page of one run, or of several to compare."""
+    text = resources.files(__package__).joinpath("template.html").read_text(encoding="utf-8")
+    template = Environment(autoescape=True, undefined=StrictUndefined).from_string(text)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_text(output, template.render(_content(runs)))
+
+
+def _content(runs: Sequence[Run]) -> dict[str, Any]:
+    analysed = [(run, run.analysis) for run in runs if run.analysis is not None]
+    return {
+        "title": " and ".join(run.name for run in runs),
+        "version": __version__,
+        "plotly_js": get_plotlyjs(),
+        "glance": [{"name": run.name, "figures": _glance(run)} for run in runs],
+        "answers": [
+            section
+            for run in runs
+            for section in (
+                {"title": f"Is {run.name} healthy?", "rows": answers.health(run)},
+                {"title": f"How {run.name} routes", "rows": answers.routing(run)},
+                {"title": f"How the stages of {run.name} differ", "rows": stages.answers(run)},
+            )
+            if section["rows"]
+        ],
+        "charts": [
+            {
+                "title": "Over the run",
+                "figures": _html([*over_tokens(runs), *stages.of_stages(runs)]),
+            },
+            *(
+                {"title": f"Routing of {run.name}", "figures": _html(of_routing(found))}
+                for run, found in analysed
+            ),
+        ],
+        "words": [section for run, found in analysed for section in _words(run.name, found)],
+        "events": [event for run in runs for event in _events(run)],
+        "settings": [
+            {"title": f"Settings of {run.name}", "yaml": yaml.safe_dump(run.settings)}
+            for run in runs
+            if run.settings
+        ],
+    }
+
+
+def _glance(run: Run) -> dict[str, str]:
+    last = run.metrics[-1]
+    validation = run.validation[-1]["validation_loss"] if run.validation else None
+    return {
+        "step": str(last["step"]),
+        "tokens": f"{last['tokens']:,}",
+        "training loss": f"{run.tail('lm_loss').mean():.4f}",
+        "validation loss": "none" if validation is None else f"{validation:.4f}",
+        "tokens/s": f"{run.tail('tokens_per_s').mean():,.0f}",
+        "learning rate": f"{last['lr']:.2e}",
+    }
+
+
+def _events(run: Run) -> list[dict[str, Any]]:
+    """Checkpoints, changes of stage, leaps of the loss; by step."""
+    found = [(step, "checkpoint") for step in run.checkpoints]
+    found += [(step, "the loss leaps") for step in answers.spikes(run)]
+    for number, stage in enumerate(run.stages[1:], start=2):
+        step = next(row["step"] for row in run.metrics if row["tokens"] > stage.first_token)
+        found.append((step, f"stage {number} begins: {stage.objective}"))
+    return [{"run": run.name, "step": step, "text": text} for step, text in sorted(found)]
+
+
+def _words(name: str, analysis: dict[str, Any]) -> list[dict[str, Any]]:
+    """For the last layer the token ids that each expert serves most (OLMoE, section 5.4)."""
+    place = len(analysis["layers"]) - 1
+    experts = analysis["top_ids"]["input"][place]
+    shares = [sum(share for _, share in ids) for ids in experts]
+    best = sorted(range(len(experts)), key=lambda expert: -shares[expert])[:SHOWN_EXPERTS]
+    rows = [
+        {
+            "expert": expert,
+            "ids": ", ".join(f"{text!r} {100 * share:.0f} %" for text, share in experts[expert]),
+        }
+        for expert in sorted(best)
+    ]
+    title = f"Words of the experts of layer {analysis['layers'][place]}, {name}"
+    return [{"title": title, "rows": rows}]
+
+
+def _html(figures: Sequence[go.Figure]) -> list[str]:
+    """Each chart as a piece of HTML that grows and shrinks with the page."""
+    return [
+        figure.to_html(
+            full_html=False,
+            include_plotlyjs=False,
+            config={"responsive": True, "displayModeBar": False},
+            default_width="100%",
+        )
+        for figure in figures
+    ]

@@ -1,0 +1,192 @@
+"""All analyses of one model, or of the checkpoints of a run, over the same windows of text."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from moetron.moe.analysis.coactivation import CoActivation
+from moetron.moe.analysis.drops import Drops
+from moetron.moe.analysis.routing_trace import RoutedModel, Windows
+from moetron.moe.analysis.saturation import saturation
+from moetron.moe.analysis.similarity import mean_similarity
+from moetron.moe.analysis.specialization import (
+    ClassCounts,
+    by_token_class,
+    routing_entropy,
+    spread,
+    top_classes,
+    vocabulary_specialization,
+)
+
+Result = dict[str, Any]
+"""What goes into a JSON file; arrays as nested lists."""
+FORMAT = 1
+TOKENS_AT_ONCE = 8192
+IDS = ("input", "predicted", "next")
+POSITION_BUCKETS = 16
+TOKEN_CLASSES = {
+    "sentinels": r"<extra_id_\d+>",
+    "white space": r"\s+",
+    "numbers": r"\s*\d+",
+    "punctuation": r"\s*[^\w\s]+",
+    "words": r"\s*[^\W\d_]+",
+}
+"""Regular expressions that must fit all of a token's text; others are "other"."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """What the model is watched on, and how its token ids are shown."""
+
+    windows: Sequence[Windows]
+    show: Callable[[int], str]
+    token_classes: Mapping[str, str] = field(default_factory=TOKEN_CLASSES.copy)
+    """Regular expressions by name, see ``TOKEN_CLASSES``."""
+
+    @property
+    def seq_length(self) -> int:
+        """Tokens of a window."""
+        return int(self.windows[0].tokens_BS.shape[1])
+
+    def batches(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """(class of each token [b x S], tokens [b, S], labels [b, S]) of all windows."""
+        counts = [len(part.tokens_BS) for part in self.windows]
+        classes = np.repeat(np.arange(len(counts)), counts)
+        tokens_BS = np.concatenate([part.tokens_BS for part in self.windows])
+        labels_BS = np.concatenate([part.labels_BS for part in self.windows])
+        at_once = max(1, TOKENS_AT_ONCE // self.seq_length)
+        for start in range(0, len(classes), at_once):
+            rows = slice(start, start + at_once)
+            classes_T = np.repeat(classes[rows], self.seq_length)
+            yield classes_T, tokens_BS[rows], labels_BS[rows]
+
+
+def study(model: RoutedModel, text: Text, adjacent_pairs: bool = False) -> tuple[Result, list]:
+    """Every analysis of one model; and its choices [L, t, K] of each batch, to compare others with.
+
+    Memory: counts of vocabulary x experts for each layer and kind of id (12 L V E bytes), and the
+    choices (2 L N K bytes for N tokens).
+    """
+    layers, experts = len(model.layers), model.num_experts
+    domains = [ClassCounts(layers, len(text.windows), experts, top) for top in (None, 1)]
+    ids = {kind: ClassCounts(layers, model.vocab_size, experts, 1) for kind in IDS}
+    positions = ClassCounts(layers, text.seq_length, experts, 1)
+    pairs = CoActivation(layers, experts, adjacent_pairs)
+    drops = Drops(layers, text.seq_length)
+    choices = []
+    for classes_T, tokens_BS, labels_BS in text.batches():
+        routed = model.route(tokens_BS)
+        choices.append(routed.ranked_LTK)
+        for counts in domains:
+            counts.add(classes_T, routed)
+        for kind, of in zip(IDS, (tokens_BS, routed.predicted_T, labels_BS), strict=True):
+            ids[kind].add(of.ravel(), routed)
+        positions.add(np.tile(np.arange(text.seq_length), len(tokens_BS)), routed)
+        pairs.add(routed)
+        drops.add(routed)
+    result = {
+        **_of_domains(text, *domains),
+        **_of_ids(text, ids, positions),
+        "coactivation": pairs.matrix().tolist(),
+        "dropped_by_position": drops.fractions(min(POSITION_BUCKETS, text.seq_length)).tolist(),
+        **_of_weights(model),
+    }
+    return result, choices
+
+
+def compare(
+    model: RoutedModel, text: Text, final: Sequence[np.ndarray], read: Iterable[int]
+) -> list[Result]:
+    """Saturation and expert load at each checkpoint; ``read`` puts one into ``model``, yields it.
+
+    Args:
+        model: whose weights ``read`` replaces.
+        text: as in ``study``.
+        final: the choices that ``study`` returned for the final checkpoint.
+        read: an iterator that loads a checkpoint and yields its step.
+    """
+    rows = []
+    for step in read:
+        tops = {"1": 1, "k": model.topk}
+        sums = {name: np.zeros(len(model.layers)) for name in tops}
+        load = ClassCounts(len(model.layers), 1, model.num_experts)
+        tokens = 0
+        for (_, tokens_BS, _), final_LTK in zip(text.batches(), final, strict=True):
+            routed = model.route(tokens_BS, predict=False)
+            for name, top in tops.items():
+                share = saturation(routed.ranked_LTK, final_LTK, model.num_experts, top)
+                sums[name] += share * tokens_BS.size
+            load.add(np.zeros(tokens_BS.size, dtype=np.int64), routed)
+            tokens += tokens_BS.size
+        shares = {name: (total / tokens).tolist() for name, total in sums.items()}
+        load_LE = load.distribution()[:, 0] * model.num_experts
+        rows.append({"step": step, "saturation": shares, "load": load_LE.tolist()})
+    return rows
+
+
+def summary(model: RoutedModel, text: Text) -> Result:
+    """What was watched, on what, and what chance alone would give."""
+    experts, topk = model.num_experts, model.topk
+    return {
+        "format": FORMAT,
+        "layers": model.layers,
+        "num_experts": experts,
+        "topk": topk,
+        "seq_length": text.seq_length,
+        "tokens": {part.name: int(part.tokens_BS.size) for part in text.windows},
+        "chance": {"1": 1 / experts, "k": topk / experts, "entropy": float(np.log(experts))},
+    }
+
+
+def _of_domains(text: Text, best_k: ClassCounts, best_1: ClassCounts) -> Result:
+    entropy = routing_entropy(best_k)
+    return {
+        "domains": [part.name for part in text.windows],
+        "domain_specialization": {
+            "k": best_k.shares().tolist(),
+            "1": best_1.shares().tolist(),
+        },
+        "domain_entropy": entropy.tolist(),
+        "load": (_overall(best_k) * best_k.counts.shape[2]).tolist(),
+    }
+
+
+def _overall(counts: ClassCounts) -> np.ndarray:
+    """Share of all choices that an expert holds, float64 [L, E]."""
+    total = counts.counts.sum(1, dtype=np.int64)
+    return total / np.maximum(total.sum(1, keepdims=True), 1)
+
+
+def _of_ids(text: Text, ids: dict[str, ClassCounts], positions: ClassCounts) -> Result:
+    def shown(best: list[list[tuple[int, float]]]) -> list[list[list[Any]]]:
+        return [[[text.show(token), share] for token, share in expert] for expert in best]
+
+    layers = range(len(positions.counts))
+    classes = by_token_class(ids["input"], text.show, text.token_classes)
+    return {
+        "token_classes": {
+            "names": [*text.token_classes, "other"],
+            "tokens": classes.tokens.tolist(),
+            "entropy": routing_entropy(classes).tolist(),
+        },
+        "vocabulary_specialization": {
+            kind: vocabulary_specialization(counts).tolist() for kind, counts in ids.items()
+        },
+        "spread": {
+            "token ids": spread(ids["input"]).tolist(),
+            "positions": spread(positions, min_tokens=1).tolist(),
+        },
+        "top_ids": {kind: [shown(top_classes(ids[kind], n)) for n in layers] for kind in IDS},
+    }
+
+
+def _of_weights(model: RoutedModel) -> Result:
+    pairs = model.weights()
+    return {
+        "similarity": {
+            "router": [mean_similarity(router) for router, _ in pairs],
+            "experts": [mean_similarity(experts) for _, experts in pairs],
+        }
+    }

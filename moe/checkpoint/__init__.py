@@ -1,0 +1,1 @@
+"""Save, verify and load the state of a run."""

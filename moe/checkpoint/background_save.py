@@ -1,0 +1,85 @@
+"""When checkpoints are written: at once, or on a thread while training goes on."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import MegatronOptimizer
+
+from moetron.moe.checkpoint.position import Progress
+from moetron.moe.checkpoint.save_load import save_checkpoint, take_checkpoint
+from moetron.moe.config.schema.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+CLOSE_S = 120.0
+"""How long a run that failed waits for the checkpoint that it was writing."""
+
+
+class Saver:
+    """Saves a run's checkpoints, one at a time.
+
+    With ``--async-save`` a save copies this rank's share to host memory and returns; a thread
+    writes the copy. ``latest`` moves when all ranks have theirs on disk, as in a blocking save, so
+    that whatever happens meanwhile leaves the checkpoint before.
+
+    Args:
+        settings: the run's, with ``checkpoint.save`` set if anything is to be saved.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._thread = ThreadPoolExecutor(1, "save") if settings.checkpoint.async_save else None
+        self._group: dist.ProcessGroup | None = None
+        self._writing: Future[Path] | None = None
+
+    def save(
+        self,
+        progress: Progress,
+        model: Sequence[torch.nn.Module],
+        optimizer: MegatronOptimizer,
+        stream_state: Mapping[str, Any],
+    ) -> None:
+        """Save, after the save before has ended; a collective over all ranks.
+
+        Arguments and errors are those of ``save_checkpoint``.
+        """
+        self.wait()
+        assert self._settings.checkpoint.save is not None
+        folder = Path(self._settings.checkpoint.save)
+        if self._thread is None:
+            save_checkpoint(folder, progress, model, optimizer, self._settings, stream_state)
+            return
+        if self._group is None:  # gloo, whatever trains: it must not get between NCCL's calls
+            minutes = self._settings.parallel.distributed_timeout_minutes
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=minutes))
+        write = take_checkpoint(
+            folder, progress, model, optimizer, self._settings, stream_state, self._group
+        )
+        self._writing = self._thread.submit(write)
+
+    def check(self) -> None:
+        """Raise what a save in the background met, if it has ended."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until nothing is being written; raises what the save met."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def close(self) -> None:
+        """Let a save that is under way end, within ``CLOSE_S``; for a run that has failed."""
+        if self._writing is None:
+            return
+        done, _ = wait([self._writing], CLOSE_S)
+        error = self._writing.exception() if done else TimeoutError("still being written")
+        if error is not None:
+            logger.warning("the last checkpoint was not completed: %s", error)
+        self._writing = None

@@ -1,0 +1,68 @@
+"""Contents of a checkpoint's files by SHA-256, in the list that ``sha256sum --check`` reads.
+
+A flipped bit of any file is found: of a listed one because its sum differs, of the list itself
+because it no longer agrees with the files. Nothing here talks to other ranks or imports torch.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from moetron.common.files import write_text
+
+SUMS = "SHA256SUMS"
+THREADS = 2
+"""Files that a rank reads at once."""
+_LINE = re.compile(r"([0-9a-f]{64})  (\S+)")
+_CHUNK_BYTES = 1 << 22
+
+
+def sum_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest, buffer = hashlib.sha256(), bytearray(_CHUNK_BYTES)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+    return digest.hexdigest()
+
+
+def write_sums(folder: Path, known: Mapping[str, str]) -> None:
+    """List every other file below ``folder``; ``known`` are sums taken while writing."""
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    lines = [
+        f"{known.get(name) or sum_of(folder / name)}  {name}\n" for name in sorted(names - {SUMS})
+    ]
+    write_text(folder / SUMS, "".join(lines))
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """The listed files and their sums.
+
+    Raises:
+        ValueError: the list is absent or not one.
+    """
+    try:
+        *lines, end = (folder / SUMS).read_bytes().decode("ascii").split("\n")
+    except FileNotFoundError:
+        raise ValueError(f"{SUMS} is missing") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{SUMS} cannot be read: {error}") from error
+    matches = [_LINE.fullmatch(line) for line in lines]
+    sums = {match[2]: match[1] for match in matches if match}
+    if len(sums) < len(lines) or end:
+        raise ValueError(f"{SUMS} is not a list of sums")
+    return sums
+
+
+def changed(folder: Path, names: Iterable[str]) -> list[str]:
+    """Those of ``names`` whose contents are not what was written; all of them are read.
+
+    Raises:
+        ValueError: the list is absent or not one.
+    """
+    sums, names = read_sums(folder), list(names)
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = list(pool.map(lambda name: sum_of(folder / name), names))
+    return [name for name, sum_ in zip(names, found, strict=True) if sums.get(name) != sum_]

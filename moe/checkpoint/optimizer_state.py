@@ -1,0 +1,336 @@
+"""Optimizer state as sharded tensors named after parameters, so that any layout loads any other.
+
+megatron-core 0.16.1 saves the optimizer by its own structure: one chained optimizer against two
+does not load, and the distributed optimizer's flat shards cannot be restored with torch's Adam.
+Here every moment and every fp32 main parameter becomes a sharded tensor that takes its place from
+its parameter's entry in the model's sharded state dict. Keys, for a parameter NAME:
+
+- ``optimizer.state.exp_avg.NAME`` and ``optimizer.state.exp_avg_sq.NAME`` (Adam), or
+  ``optimizer.state.momentum_buffer.NAME`` (SGD, Muon's matrices);
+- ``optimizer.state.fp32_param.NAME``, unless the model's parameter is fp32 itself;
+- ``optimizer.step``, once.
+
+Adafactor's ``exp_avg_sq_row`` and ``exp_avg_sq_col`` are written at the parameter's full shape,
+each value along its row or column, so that they are cut like the parameter.
+
+The first two kinds are also the keys of megatron-core's plain optimizer.
+
+The distributed optimizer cuts its buffers into one flat shard a data-parallel rank, blind to
+parameters. To save, the rank that holds a parameter's first element gathers the rest of it from
+its neighbours, so that no rank holds more than its shard and one parameter besides. To load, each
+rank reads the parameters that its shard touches.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedStateDict,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucket
+from megatron.core.optimizer import (
+    ChainedOptimizer,
+    DistributedOptimizer,
+    Float16OptimizerWithFloat16Params,
+    MegatronOptimizer,
+)
+from torch import Tensor
+
+from moetron.moe.optim.adafactor import FACTOR_AXIS, Adafactor
+from moetron.moe.optim.muon import Muon
+
+Entry: TypeAlias = ShardedTensor | ShardedTensorFactory
+
+PREFIX = "optimizer.state"
+STEP_KEY = "optimizer.step"
+MAIN = "fp32_param"
+MOMENTS = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
+
+
+@dataclass(frozen=True)
+class Span:
+    """The part ``[start, end)`` of a flattened parameter that this rank of ``group`` holds."""
+
+    group: dist.ProcessGroup
+    start: int
+    end: int
+    first_rank: int
+    """Rank of the group with the parameter's first element: it writes the parameter."""
+    last_rank: int
+    """Rank of the group with the parameter's last element."""
+    shard: int
+    """Elements of the buffer that a rank holds."""
+    offset: int
+    """Place of the parameter's first element in the first rank's shard."""
+
+    def numel_of(self, rank: int, numel: int) -> int:
+        """Elements of a parameter of ``numel`` elements that ``rank`` holds."""
+        low = (rank - self.first_rank) * self.shard - self.offset
+        return min(numel, low + self.shard) - max(0, low)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One parameter's optimizer state on this rank."""
+
+    entry: Entry
+    """The model's entry: the parameter, its name and its place in the global tensor."""
+    main: Tensor
+    """What the optimizer steps: fp32, the parameter's shape, or flat [end - start] with a span."""
+    state: dict[str, Tensor]
+    """The inner optimizer's live state for ``main``; empty before the first step."""
+    moments: tuple[str, ...]
+    span: Span | None
+
+    @property
+    def parameter(self) -> Tensor:
+        """The model's parameter, in the model's dtype."""
+        return self.entry.data
+
+    @property
+    def separate_main(self) -> bool:
+        """Whether the fp32 values live apart from the model's parameter."""
+        return self.parameter.dtype != torch.float32
+
+    def names(self) -> tuple[str, ...]:
+        """The tensors that a checkpoint holds for this parameter beside its weights."""
+        return (*self.moments, MAIN) if self.separate_main else self.moments
+
+    def local(self, name: str) -> Tensor:
+        """The part of a tensor to save that lies here; a moment that does not exist yet is zero."""
+        if name == MAIN:
+            return self.main
+        moment = self.state.get(name)
+        if moment is None:
+            return torch.zeros_like(self.main)
+        return moment.expand_as(self.main).contiguous()
+
+
+def is_entry(value: object) -> bool:
+    """Whether a value of a sharded state dict stands for a tensor."""
+    return isinstance(value, ShardedTensor | ShardedTensorFactory)
+
+
+def leaves(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The optimizers of a chain that step something (dense and expert parameters, mostly)."""
+    chain = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    return [leaf for leaf in chain if not leaf.is_stub_optimizer]
+
+
+def sharded_optimizer_state(
+    optimizer: MegatronOptimizer, model_state: ShardedStateDict
+) -> ShardedStateDict:
+    """Everything to save, {key: sharded tensor}; a collective over each data-parallel group.
+
+    Args:
+        optimizer: what ``get_megatron_optimizer`` returned.
+        model_state: sharded state dicts of the model's chunks, whose tensors are the parameters.
+    """
+    entries = _entries(model_state)
+    saved: ShardedStateDict = {}
+    for leaf in leaves(optimizer):
+        for slot in _slots(leaf, entries):
+            saved.update(_saved_entries(slot))
+    step = torch.tensor([optimizer_step(optimizer)])
+    return {**saved, STEP_KEY: _step_entry(step)}
+
+
+def load_request(
+    optimizer: MegatronOptimizer, model_state: ShardedStateDict, saved: Collection[str]
+) -> tuple[ShardedStateDict, Callable[[ShardedStateDict], None]]:
+    """What to read, {key: sharded tensor of NaN}, and what puts the answer into the optimizer.
+
+    Args:
+        optimizer: what ``get_megatron_optimizer`` returned, stepped or not.
+        model_state: sharded state dicts of the model's chunks.
+        saved: keys that the checkpoint holds. Main parameters come from ``fp32_param``, or from the
+            weights where it has none at all: a bf16 run loads an fp32 run's checkpoint exactly.
+    """
+    entries = _entries(model_state)
+    slots = [slot for leaf in leaves(optimizer) for slot in _slots(leaf, entries)]
+    has_mains = any(key.startswith(f"{PREFIX}.{MAIN}.") for key in saved)
+    request: ShardedStateDict = {STEP_KEY: _step_entry(torch.tensor([-1]))}
+    for slot in slots:
+        for name in slot.names():
+            blank = torch.full_like(slot.parameter, torch.nan, dtype=torch.float32)
+            entry = make_sharded_optimizer_tensor(_placed(slot), blank, f"{PREFIX}.{name}")
+            if name == MAIN and not has_mains:
+                entry = replace(entry, key=slot.entry.key)
+            request[_key(slot, name)] = entry
+
+    def restore(loaded: ShardedStateDict) -> None:
+        for slot in slots:
+            _restore_slot(slot, loaded)
+        for leaf in leaves(optimizer):
+            _set_step(leaf, int(loaded[STEP_KEY].item()))
+
+    return request, restore
+
+
+def exact_entry(entry: Entry, saved: Collection[str]) -> Entry:
+    """The model's entry, read from the saved fp32 main parameter where that is more exact."""
+    if entry.data.dtype != torch.float32:
+        return entry
+    exact = replace(entry, key=f"{PREFIX}.{MAIN}.{entry.key}")
+    return exact if is_saved(exact, saved) else entry
+
+
+def is_saved(entry: Entry, saved: Collection[str]) -> bool:
+    """Whether a checkpoint with the keys ``saved`` holds all that ``entry`` asks for."""
+    parts = entry.build() if isinstance(entry, ShardedTensorFactory) else entry
+    return all(part.key in saved for part in nested_values({"": parts}))
+
+
+def optimizer_step(optimizer: MegatronOptimizer) -> int:
+    """Steps made so far: torch's Adam counts them by parameter, Transformer Engine's by group."""
+    steps = {0}
+    for leaf in leaves(optimizer):
+        steps.update(int(group["step"]) for group in leaf.optimizer.param_groups if "step" in group)
+        states = leaf.optimizer.state.values()
+        steps.update(int(state["step"]) for state in states if "step" in state)
+    return max(steps)
+
+
+def _set_step(leaf: MegatronOptimizer, step: int) -> None:
+    if isinstance(leaf.optimizer, torch.optim.SGD):  # which counts nothing
+        return
+    inner = leaf.optimizer
+    by_parameter = isinstance(inner, torch.optim.Adam | torch.optim.AdamW)
+    for group in leaf.optimizer.param_groups:
+        if not by_parameter:
+            group["step"] = step
+            continue
+        for main in group["params"]:
+            if isinstance(inner, Muon) and "exp_avg" not in inner.moments(main):
+                continue
+            on_device = group.get("fused") or group.get("capturable")
+            leaf.optimizer.state[main]["step"] = torch.tensor(
+                float(step), device=main.device if on_device else "cpu"
+            )
+
+
+def _entries(model_state: ShardedStateDict) -> dict[int, Entry]:
+    """Model entries by the identity of the parameter they hold."""
+    return {id(entry.data): entry for entry in nested_values(model_state) if is_entry(entry)}
+
+
+def _slots(leaf: MegatronOptimizer, entries: dict[int, Entry]) -> Iterator[Slot]:
+    moments = MOMENTS[leaf.config.optimizer]
+    if leaf.config.optimizer == "sgd" and leaf.config.sgd_momentum == 0:
+        moments = ()
+    inner = leaf.optimizer
+    for parameter, main, span in mains(leaf):
+        assert id(parameter) in entries, "a trained parameter is not in the model's sharded state"
+        kept = inner.moments(main) if isinstance(inner, Adafactor | Muon) else moments
+        yield Slot(entries[id(parameter)], main, inner.state[main], kept, span)
+
+
+def mains(leaf: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor, Span | None]]:
+    """(model parameter, main parameter, span); in the same order on all ranks of a span's group."""
+    if isinstance(leaf, DistributedOptimizer):
+        shards = dict(_distributed_mains(leaf))
+        for buffer in leaf.buffers:
+            for parameter, (start, end, bucket) in buffer.param_index_map.items():
+                if parameter in shards:
+                    span = _span(leaf, buffer.buckets[bucket], start, end)
+                    yield parameter, shards[parameter], span
+    elif isinstance(leaf, Float16OptimizerWithFloat16Params):
+        for model_group, main_group in _paired(leaf.float16_groups, leaf.fp32_from_float16_groups):
+            yield model_group, main_group, None
+        for group in leaf.fp32_from_fp32_groups:
+            yield from ((parameter, parameter, None) for parameter in group)
+    else:
+        yield from ((parameter, parameter, None) for parameter in leaf.get_parameters())
+
+
+def _distributed_mains(leaf: DistributedOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
+    yield from _paired(leaf.model_fp32_groups, leaf.shard_fp32_groups)
+    yield from _paired(leaf.model_float16_groups, leaf.shard_fp32_from_float16_groups)
+
+
+def _paired(
+    left: Iterable[list[Tensor]], right: Iterable[list[Tensor]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    for left_group, right_group in zip(left, right, strict=True):
+        yield from zip(left_group, right_group, strict=True)
+
+
+def _span(leaf: DistributedOptimizer, bucket: _ParamAndGradBucket, start: int, end: int) -> Span:
+    """The span of a parameter at ``[start, end)`` of the buffer that holds ``bucket``."""
+    group = leaf.data_parallel_group
+    shard = bucket.grad_data.numel() // group.size()
+    first_rank, offset = divmod(start - bucket.offset, shard)
+    last_rank = (end - 1 - bucket.offset) // shard
+    low = (group.rank() - first_rank) * shard - offset
+    return Span(
+        group, max(0, low), min(end - start, low + shard), first_rank, last_rank, shard, offset
+    )
+
+
+def _saved_entries(slot: Slot) -> ShardedStateDict:
+    tensors = [slot.local(name) for name in slot.names()]
+    if slot.span is not None:
+        tensors = _gather(torch.stack(tensors), slot.span, slot.parameter)
+    if not tensors:
+        return {}
+    return {
+        _key(slot, name): make_sharded_optimizer_tensor(_placed(slot), tensor, f"{PREFIX}.{name}")
+        for name, tensor in zip(slot.names(), tensors, strict=True)
+    }
+
+
+def _gather(pieces: Tensor, span: Span, parameter: Tensor) -> list[Tensor]:
+    """Whole tensors on the span's first rank, none elsewhere.
+
+    Args:
+        pieces: this rank's parts, fp32 [tensors, end - start].
+        span: where they lie.
+        parameter: gives the shape of the whole.
+    """
+    if span.group.rank() != span.first_rank:
+        dist.send(pieces, dist.get_global_rank(span.group, span.first_rank), span.group)
+        return []
+    parts = [pieces]
+    for rank in range(span.first_rank + 1, span.last_rank + 1):
+        part = pieces.new_empty(len(pieces), span.numel_of(rank, parameter.numel()))
+        dist.recv(part, dist.get_global_rank(span.group, rank), span.group)
+        parts.append(part)
+    return [whole.view(parameter.shape) for whole in torch.cat(parts, dim=1).unbind()]
+
+
+def _restore_slot(slot: Slot, loaded: ShardedStateDict) -> None:
+    for name in slot.names():
+        whole = loaded[_key(slot, name)]
+        if slot.span is not None:
+            whole = whole.view(-1)[slot.span.start : slot.span.end].clone()
+        if name == MAIN:
+            slot.main.data.copy_(whole)
+        elif name in FACTOR_AXIS:
+            slot.state[name] = whole.narrow(FACTOR_AXIS[name], 0, 1).clone()
+        else:
+            slot.state[name] = whole
+
+
+def _placed(slot: Slot) -> Entry:
+    """The model's entry; with a span, its first rank is the main replica, not rank 0."""
+    if slot.span is None:
+        return slot.entry
+    replica = slot.span.group.rank() - slot.span.first_rank
+    assert len(slot.entry.replica_id) == 3, "replica ids are (pipeline, tensor, data)"
+    return replace(slot.entry, replica_id=(*slot.entry.replica_id[:-1], replica))
+
+
+def _key(slot: Slot, name: str) -> str:
+    """The entry's key in the state dict of this rank; entries of stacked tensors share ``.key``."""
+    return f"{PREFIX}.{name}.{id(slot.parameter)}"
+
+
+def _step_entry(step: Tensor) -> ShardedTensor:
+    return ShardedTensor.from_rank_offsets(STEP_KEY, step, replica_id=dist.get_rank())

@@ -1,0 +1,338 @@
+"""Checkpoint folders as files: names, what is in them, which one counts, what may be deleted.
+
+A run's folder holds ``step_0000100/`` and the like, and ``latest``, a text file with the name of
+the one to go on from. A folder holds the tensors' files, the settings, ``run.json`` (`Record`), and
+the sums of all of them (``integrity``). It is written as ``step_0000100.tmp`` and renamed when
+everything in it is on disk; ``latest`` moves after that. So a folder without ``.tmp`` is whole,
+``latest`` names a whole one, and what a crash leaves behind is a ``.tmp`` or a whole folder that
+``latest`` does not name yet. Nothing here talks to other ranks.
+"""
+
+import json
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moetron.common.errors import UserError
+from moetron.common.files import rename, sync_folder, write_text
+from moetron.moe.checkpoint.checksums import SUMS, changed, read_sums, write_sums
+from moetron.moe.checkpoint.position import Progress
+from moetron.moe.config.schema.settings import Settings
+from moetron.moe.config.validate import validate
+
+FORMAT = 1
+RECORD = "run.json"
+METADATA = ".metadata"
+EMBEDDING = "embedding.word_embeddings.weight"
+LATEST = "latest"
+_NAME = re.compile(r"step_(\d{7,})")
+_SAFE_MODULES = (
+    "torch.distributed.checkpoint.metadata",
+    "torch.distributed.checkpoint.filesystem",
+    "torch.distributed.checkpoint.planner",
+    "torch.serialization",
+)
+_SAFE_NAMES = {("torch", "Size"), ("pathlib", "PosixPath"), ("builtins", "set")}
+
+
+@dataclass(frozen=True)
+class Record:
+    """What ``run.json`` says about a checkpoint."""
+
+    progress: Progress
+    settings: dict[str, dict[str, Any]]
+    """The settings tree as JSON."""
+    layout: dict[str, Any]
+    """World size, parallel sizes, and the layers of each chunk of the pipeline."""
+    stream: dict[str, Any]
+    """What identifies the stream of samples."""
+    versions: dict[str, str]
+    files: dict[str, int]
+    """Size in bytes of every other file of the folder."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One complete checkpoint folder."""
+
+    folder: Path
+    record: Record
+    keys: frozenset[str]
+    """Names of the tensors that it holds."""
+    embedding_rows: int | None
+    """Ids of the vocabulary and their padding; None: it holds no embedding."""
+
+
+def one_rank_settings(record: Record) -> Settings:
+    """The settings of a checkpoint of any layout, for a single rank.
+
+    Raises:
+        UserError: another version of Moetron wrote them, and they mean nothing here.
+    """
+    kept = {"cpu_threads": record.settings.get("parallel", {}).get("cpu_threads", 0)}
+    settings, problems, _ = validate({**record.settings, "parallel": kept})
+    if settings is None or problems:
+        version = record.versions.get("moetron", "unknown")
+        raise UserError(
+            f"the checkpoint's settings are of another Moetron (version {version}); use it, or:\n"
+            + "\n".join(f"  - {problem}" for problem in problems)
+        )
+    return settings
+
+
+def step_folder(run_folder: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` lies."""
+    return run_folder / f"step_{step:07d}"
+
+
+def temporary_folder(folder: Path) -> Path:
+    """Where a checkpoint is written before it is whole."""
+    return folder.with_name(folder.name + ".tmp")
+
+
+def saved_steps(run_folder: Path) -> list[int]:
+    """Steps of the whole checkpoints of a run, in order."""
+    if not run_folder.is_dir():
+        return []
+    matches = (_NAME.fullmatch(path.name) for path in run_folder.iterdir())
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def latest_step(run_folder: Path) -> int | None:
+    """The step that ``latest`` names; without that file, the last whole checkpoint's."""
+    try:
+        name = (run_folder / LATEST).read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return max(saved_steps(run_folder), default=None)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{run_folder / LATEST} cannot be read: {error}") from error
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise UserError(f"{run_folder / LATEST} holds {name[:80]!r}, not the name of a checkpoint")
+    return int(match[1])
+
+
+def find(path: Path) -> Path:
+    """The checkpoint that ``--load path`` means: a step folder itself, or a run's latest."""
+    if not path.is_dir():
+        raise UserError(f"--load {path}: no such folder")
+    if _NAME.fullmatch(path.name):
+        return path
+    step = latest_step(path)
+    if step is None:
+        raise UserError(
+            f"--load {path}: holds no checkpoint (neither a `{LATEST}` file nor a step_* folder); "
+            "give a run's --save folder or one of its step_* folders"
+        )
+    folder = step_folder(path, step)
+    if not folder.is_dir():
+        raise UserError(f"--load {path}: `{LATEST}` names {folder.name}, which is not there")
+    return folder
+
+
+def read(path: Path) -> Checkpoint:
+    """Find a checkpoint and look at all of it but the tensors; ``UserError`` says what is wrong.
+
+    Looked at are the record, the presence and size of every file, and that the index names nothing
+    outside the few classes that such an index is made of (it is a pickle). ``verify`` reads all.
+    """
+    folder = find(path)
+    record = read_record(folder)
+    verify_files(folder, record)
+    _refuse_changes(folder, [METADATA])
+    tensors = read_index(folder).state_dict_metadata
+    rows = tensors[EMBEDDING].size[0] if EMBEDDING in tensors else None
+    return Checkpoint(folder, record, frozenset(tensors), rows)
+
+
+def verify(folder: Path, share: int = 0, shares: int = 1) -> int:
+    """Read every file of a step folder against its sum; returns the bytes read.
+
+    ``share`` of ``shares`` readers, who divide the files among them, reads its part alone.
+
+    Raises:
+        UserError: a file is missing or has changed since it was written; names it.
+    """
+    record = read_record(folder)
+    verify_files(folder, record)
+    largest_first = sorted(record.files, key=lambda name: (-record.files[name], name))
+    names = largest_first[share::shares]
+    _refuse_changes(folder, names)
+    return sum(record.files[name] for name in names)
+
+
+def verify_files(folder: Path, record: Record) -> None:
+    """``UserError`` where a file is missing or has not the size that it was written with."""
+    for name, size in record.files.items():
+        file = folder / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes instead of {size}"
+            raise damaged(folder, f"{name} {state}")
+    listed = read_sums(folder).keys() - {RECORD}
+    if listed != record.files.keys():
+        [name, *_] = sorted(listed ^ record.files.keys())
+        raise damaged(folder, f"{SUMS} and {RECORD} disagree about {name}")
+
+
+def _refuse_changes(folder: Path, names: Collection[str]) -> None:
+    try:
+        found = changed(folder, names)
+    except (OSError, ValueError) as error:
+        raise damaged(folder, str(error)) from error
+    if found:
+        raise damaged(folder, f"{', '.join(found)}: the contents do not match {SUMS}")
+
+
+def damaged(folder: Path, what: str) -> UserError:
+    """The error of a damaged checkpoint; it offers the one before where ``folder`` is the last."""
+    run_folder, steps = folder.parent, saved_steps(folder.parent)
+    remedy = ""
+    if len(steps) > 1 and step_folder(run_folder, steps[-1]).name == folder.name:
+        before = step_folder(run_folder, steps[-2]).name
+        remedy = f"; to go on from {before}, delete {folder.name} and `{LATEST}` in {run_folder}"
+    return UserError(f"--load {folder}: damaged: {what}{remedy}")
+
+
+def read_record(folder: Path) -> Record:
+    """What ``run.json`` of a step folder says."""
+    path = folder / RECORD
+    if not path.is_file():
+        raise UserError(f"--load {folder}: not a complete checkpoint: {RECORD} is missing")
+    _refuse_changes(folder, [RECORD])
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        if tree.pop("format") != FORMAT:
+            raise UserError(f"{path}: written by a newer Moetron; update to load it")
+        return Record(**{**tree, "progress": Progress(**tree["progress"])})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise damaged(folder, f"{RECORD}: {error}") from error
+
+
+def write_record(folder: Path, record: Record, sums: Mapping[str, str]) -> None:
+    """Write ``run.json``, then the sums of all files.
+
+    Args:
+        folder: holds everything else.
+        record: its ``files`` are all that the folder holds.
+        sums: of files whose sum is known already.
+    """
+    tree = {"format": FORMAT, **asdict(record)}
+    write_text(folder / RECORD, json.dumps(tree, indent=1, sort_keys=True) + "\n")
+    write_sums(folder, sums)
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Size in bytes of every file below ``folder``, by relative name."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def make_run_folder(run_folder: Path, flag: str = "--save") -> None:
+    """Make a run's folder where it is missing; ``UserError`` where that cannot be done.
+
+    ``flag``: by which the user named it.
+    """
+    try:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(run_folder, os.W_OK | os.X_OK):
+            raise PermissionError("no permission")
+    except OSError as error:
+        raise UserError(f"{flag} {run_folder}: cannot write there: {error}") from error
+
+
+def prepare(folder: Path, flag: str = "--save") -> Path:
+    """An empty temporary folder for a checkpoint; what crashes left behind is removed.
+
+    ``flag``: by which the user named the run's folder.
+
+    Raises ``UserError`` where a checkpoint of that step is already the run's own: ``latest`` names
+    it or a later one. A whole folder beyond ``latest`` is a crash's, and is replaced.
+    """
+    run_folder = folder.parent
+    make_run_folder(run_folder, flag)
+    try:
+        pointed = latest_step(run_folder) if (run_folder / LATEST).exists() else None
+        step = int(folder.name.removeprefix("step_"))
+        if folder.exists() and pointed is not None and step <= pointed:
+            raise UserError(f"{flag} {run_folder}: {folder.name} exists and is never overwritten")
+        for leftover in run_folder.glob("step_*.tmp"):
+            shutil.rmtree(leftover)
+        remove(folder)
+        temporary_folder(folder).mkdir()
+    except OSError as error:
+        raise UserError(f"{flag} {run_folder}: cannot write there: {error}") from error
+    return temporary_folder(folder)
+
+
+def commit(folder: Path, keep_last: int | None) -> None:
+    """Turn the temporary folder into the checkpoint, then move ``latest``, then delete old ones."""
+    sync_folder(temporary_folder(folder))
+    rename(temporary_folder(folder), folder)
+    write_text(folder.parent / LATEST, folder.name + "\n")
+    if keep_last is not None:
+        prune(folder.parent, keep_last)
+
+
+def prune(run_folder: Path, keep_last: int) -> None:
+    """Delete all but the last ``keep_last`` checkpoints up to the one that ``latest`` names."""
+    pointed = latest_step(run_folder)
+    assert pointed is not None
+    assert keep_last > 0
+    steps = [step for step in saved_steps(run_folder) if step <= pointed]
+    for step in steps[:-keep_last]:
+        remove(step_folder(run_folder, step))
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint so that a crash on the way leaves a ``.tmp``, never half a checkpoint."""
+    if folder.exists():
+        rename(folder, temporary_folder(folder))
+        shutil.rmtree(temporary_folder(folder))
+
+
+def refuse_to_rewrite(run_folder: Path, step: int) -> None:
+    """``UserError`` where a run that starts at ``step`` would write over a longer one."""
+    reached = latest_step(run_folder)
+    if reached is not None and reached > step:
+        raise UserError(
+            f"--save {run_folder}: holds a run that reached step {reached}, and this one starts at "
+            f"step {step}; go on with --load {run_folder}, without --finetune and "
+            "--reset-progress, or name another folder"
+        )
+
+
+def missing(wanted: Collection[str], checkpoint: Checkpoint) -> str:
+    """Names that are wanted and not there, the first few of them; empty when all are."""
+    names = sorted(set(wanted) - checkpoint.keys)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+class _IndexReader(pickle.Unpickler):
+    """Reads a checkpoint's index; refuses anything that could run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        import torch  # seconds; the rest of this module answers without
+
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if dtype or module in _SAFE_MODULES or (module, name) in _SAFE_NAMES:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"refers to {module}.{name}")
+
+
+def read_index(folder: Path) -> Any:
+    """The index of a step folder's tensors, torch's ``Metadata``; runs no code that it names."""
+    path = folder / METADATA
+    try:
+        with path.open("rb") as file:
+            return _IndexReader(file).load()
+    except Exception as error:  # a damaged pickle can raise anything
+        raise UserError(f"{path}: damaged, or not a checkpoint's index: {error}") from error

@@ -1,0 +1,355 @@
+"""Saving and loading a run: weights, optimizer state, position, random-number states.
+
+Tensors go through megatron-core's dist_checkpointing, so that any layout loads what any other
+wrote (for the optimizer see ``optimizer_state``); ``run.json`` and ``settings.yaml`` lie beside
+them. All functions here are collectives over all ranks.
+"""
+
+import importlib.metadata
+import logging
+import platform
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedStateDict,
+    apply_factories,
+)
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint import CheckpointException
+
+from moetron import __version__
+from moetron.common.errors import UserError
+from moetron.moe.checkpoint import optimizer_state
+from moetron.moe.checkpoint import run_folder as checkpoint_folder
+from moetron.moe.checkpoint.compatibility import require_fit
+from moetron.moe.checkpoint.fp8_state import fp8_entries, restore_fp8
+from moetron.moe.checkpoint.position import Progress
+from moetron.moe.checkpoint.random_states import reseed, restore_rng, rng_entries
+from moetron.moe.checkpoint.run_folder import Checkpoint, Record
+from moetron.moe.checkpoint.tensor_writer import Contents
+from moetron.moe.checkpoint.vocabulary import require_vocabulary
+from moetron.moe.config import recipe
+from moetron.moe.config.schema.derived import expert_tensor_parallel_size
+from moetron.moe.config.schema.pipeline_split import chunk_sizes
+from moetron.moe.config.schema.settings import Settings
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+MODEL_METADATA = {"non_homogeneous_layers": True}
+"""Each layer under its own name, whether or not all layers are alike."""
+
+
+def save_checkpoint(
+    run_folder: Path,
+    progress: Progress,
+    model: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    settings: Settings,
+    stream_state: Mapping[str, Any],
+) -> Path:
+    """Write ``run_folder/step_NNNNNNN`` and move ``latest`` to it; returns the new folder.
+
+    Args:
+        run_folder: a folder that all ranks share; made where it is missing.
+        progress: position of the run.
+        model: the model's chunks on this rank, wrapped or not.
+        optimizer: what ``get_megatron_optimizer`` returned.
+        settings: the run's; ``checkpoint.keep_last`` says what is deleted afterwards.
+        stream_state: what identifies the stream of samples (``SampleStream.state()``).
+
+    Raises:
+        UserError: the folder cannot be written, or the run has saved this step already.
+    """
+    return take_checkpoint(run_folder, progress, model, optimizer, settings, stream_state)()
+
+
+def take_checkpoint(
+    run_folder: Path,
+    progress: Progress,
+    model: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    settings: Settings,
+    stream_state: Mapping[str, Any],
+    group: dist.ProcessGroup | None = None,
+) -> Callable[[], Path]:
+    """Collect what ``save_checkpoint`` writes; the function returned writes it.
+
+    With ``group``, a group of all ranks that nothing else uses meanwhile, what is collected is a
+    copy in host memory, and every rank may call the function on a thread and go on training.
+    """
+    folder = checkpoint_folder.step_folder(run_folder, progress.step)
+    temporary = _on_rank_0(lambda: checkpoint_folder.prepare(folder))
+    weights = _model_state(model)
+    tensors = {
+        **weights,
+        "optimizer": optimizer_state.sharded_optimizer_state(optimizer, weights),
+        "rng": rng_entries(),
+        **fp8_entries(model),
+    }
+    contents = Contents(copied=group is not None)
+    with _without_future_warnings():
+        dist_checkpointing.save(tensors, str(temporary), sharded_strategy=contents)
+
+    state = dict(stream_state)
+
+    def write() -> Path:
+        sums = _merged(contents.write(temporary, group), group)
+        _on_rank_0(lambda: _complete(folder, progress, settings, state, sums), group)
+        return folder
+
+    return write
+
+
+def _complete(
+    folder: Path,
+    progress: Progress,
+    settings: Settings,
+    stream_state: dict[str, Any],
+    sums: Mapping[str, str],
+) -> None:
+    """What comes after the tensors: settings, record, and the names that make it a checkpoint."""
+    temporary = checkpoint_folder.temporary_folder(folder)
+    recipe.write(settings, temporary / "settings.yaml")
+    record = Record(
+        progress=progress,
+        settings=settings.model_dump(mode="json"),
+        layout=_layout(settings),
+        stream=stream_state,
+        versions=versions(),
+        files=checkpoint_folder.file_sizes(temporary),
+    )
+    checkpoint_folder.write_record(temporary, record, sums)
+    checkpoint_folder.commit(folder, settings.checkpoint.keep_last)
+
+
+def load_checkpoint(
+    path: Path,
+    model: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    settings: Settings,
+    stream_state: Mapping[str, Any],
+) -> Progress:
+    """Load ``path``, a run's folder (its latest checkpoint) or a step folder; returns its position.
+
+    ``settings.checkpoint`` says what is left out: ``finetune`` loads the weights alone and starts
+    at step 0, ``reset_progress`` starts there with weights and optimizer, ``no_load_optim`` leaves
+    the optimizer fresh, ``no_load_rng`` the random numbers. A checkpoint of the same layout goes on
+    bit by bit; one of another layout gets random numbers seeded anew from (seed, step).
+
+    Where --load is --save itself and holds nothing yet, the run starts: so one command begins a run
+    and goes on with it.
+
+    Raises:
+        UserError: nothing there, incomplete or damaged, or of another architecture, vocabulary or
+            tokenizer.
+    """
+    checkpoint = _on_rank_0(lambda: _read_compatible(path, settings, stream_state))
+    if checkpoint is None:
+        return Progress()
+    options, record = settings.checkpoint, checkpoint.record
+    _verify(checkpoint)
+    _load_model(checkpoint, model, record.layout == _layout(settings))
+    if options.finetune or options.no_load_optim:
+        optimizer.reload_model_params()
+    else:
+        _load_optimizer(checkpoint, optimizer, _model_state(model))
+    if options.finetune or options.reset_progress:
+        return Progress()
+    if not options.no_load_rng:
+        _load_rng(checkpoint, settings)
+    return record.progress
+
+
+def load_weights(path: Path, model: Sequence[torch.nn.Module], vocab_size: int) -> None:
+    """Load the weights alone, into any layout, without an optimizer: to run a model, not train it.
+
+    Args:
+        path: a run's folder (its latest checkpoint) or one step folder.
+        model: the model's chunks on this rank.
+        vocab_size: the model's, before padding.
+
+    Raises:
+        UserError: nothing there, incomplete or damaged, or of another architecture or vocabulary.
+    """
+    checkpoint = _on_rank_0(lambda: checkpoint_folder.read(path))
+    require_vocabulary(checkpoint, vocab_size)
+    _verify(checkpoint)
+    _load_model(checkpoint, model, same_layout=False)
+
+
+def _read_compatible(
+    path: Path, settings: Settings, stream_state: Mapping[str, Any]
+) -> Checkpoint | None:
+    begins = settings.checkpoint.load == settings.checkpoint.save
+    if begins and checkpoint_folder.latest_step(path) is None:
+        return None
+    checkpoint = checkpoint_folder.read(path)
+    rows = checkpoint.embedding_rows
+    require_fit(checkpoint.folder, checkpoint.record, settings, stream_state, rows)
+    return checkpoint
+
+
+def _verify(checkpoint: Checkpoint) -> None:
+    """Every file against its sum, dealt out to the ranks; all raise what one of them finds."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    found: list[UserError | None] = [None] * ranks
+    mine = None
+    try:
+        checkpoint_folder.verify(checkpoint.folder, rank, ranks)
+    except UserError as error:
+        mine = error
+    dist.all_gather_object(found, mine)
+    for damage in filter(None, found):
+        raise damage
+
+
+def _load_model(
+    checkpoint: Checkpoint, model: Sequence[torch.nn.Module], same_layout: bool
+) -> None:
+    """Parameters, and what FP8 scales remember."""
+    weights = _model_state(model)
+    parameters = [(entry.key, entry.data.detach()) for entry in _entries(weights)]
+    for _, data in parameters:
+        if data.is_floating_point():
+            data.fill_(torch.nan)
+    request = {
+        chunk: {
+            name: optimizer_state.exact_entry(entry, checkpoint.keys)
+            if optimizer_state.is_entry(entry)
+            else entry
+            for name, entry in entries.items()
+            if optimizer_state.is_entry(entry) or entry.unique_key in checkpoint.keys
+        }
+        for chunk, entries in weights.items()
+    }
+    loaded = _load(checkpoint, request, "give the --load of a run with the same model")
+    for chunk, module in zip(weights, unwrap_model(list(model)), strict=True):
+        module.load_state_dict(loaded[chunk], strict=False)
+    _refuse_nan(checkpoint, parameters)
+    restore_fp8(checkpoint.folder, checkpoint.keys, model, same_layout)
+
+
+def _load_optimizer(
+    checkpoint: Checkpoint, optimizer: MegatronOptimizer, weights: ShardedStateDict
+) -> None:
+    request, restore = optimizer_state.load_request(optimizer, weights, checkpoint.keys)
+    loaded = _load(checkpoint, request, "--no-load-optim starts with a fresh optimizer")
+    _refuse_nan(checkpoint, loaded.items())
+    restore(loaded)
+
+
+def _load_rng(checkpoint: Checkpoint, settings: Settings) -> None:
+    step = checkpoint.record.progress.step
+    if checkpoint.record.layout == _layout(settings):
+        restore_rng(_load(checkpoint, rng_entries(), "--no-load-rng goes on without"))
+        return
+    reseed(settings.training.seed, step)
+    if dist.get_rank() == 0:
+        logger.warning("another layout: random numbers are seeded anew from seed and step %d", step)
+
+
+def _load(checkpoint: Checkpoint, request: ShardedStateDict, remedy: str) -> ShardedStateDict:
+    """Read what ``request`` names; complains of absent names, of other shapes and of damage."""
+    built, _ = extract_matching_values(request, optimizer_state.is_entry)
+    apply_factories(built)
+    wanted = {entry.key for entry in nested_values(built)}
+    absent = checkpoint_folder.missing(wanted, checkpoint)
+    if absent:
+        raise UserError(f"--load {checkpoint.folder}: holds no {absent}; {remedy}")
+    try:
+        with _without_future_warnings():
+            return dist_checkpointing.load(request, str(checkpoint.folder))
+    except (CheckpointingException, CheckpointException) as error:
+        raise UserError(
+            f"--load {checkpoint.folder}: damaged or of another shape: {error}"
+        ) from error
+
+
+def _refuse_nan(checkpoint: Checkpoint, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Everything was NaN before it was read: what still is was never written."""
+    unwritten = [
+        name for name, tensor in tensors if tensor.is_floating_point() and tensor.isnan().any()
+    ]
+    if unwritten:
+        names = ", ".join(sorted(unwritten)[:3])
+        raise UserError(
+            f"--load {checkpoint.folder}: {len(unwritten)} tensors hold NaN or were never written "
+            f"whole (rank {dist.get_rank()}): {names}"
+        )
+
+
+def _model_state(model: Sequence[torch.nn.Module]) -> ShardedStateDict:
+    """Sharded state of each chunk, without the empty objects that layers keep for FP8's sake."""
+    return {
+        f"model{number}": {
+            name: value
+            for name, value in chunk.sharded_state_dict(metadata=dict(MODEL_METADATA)).items()
+            if optimizer_state.is_entry(value) or value.data is not None
+        }
+        for number, chunk in enumerate(unwrap_model(list(model)))
+    }
+
+
+def _entries(state: ShardedStateDict) -> list[optimizer_state.Entry]:
+    return [entry for entry in nested_values(state) if optimizer_state.is_entry(entry)]
+
+
+def _layout(settings: Settings) -> dict[str, Any]:
+    parallel = settings.parallel
+    return {
+        "world_size": dist.get_world_size(),
+        "tensor": parallel.tensor_model_parallel_size,
+        "pipeline": parallel.pipeline_model_parallel_size,
+        "pipeline_chunks": chunk_sizes(settings),
+        "expert": parallel.expert_model_parallel_size,
+        "expert_tensor": expert_tensor_parallel_size(parallel),
+        "context": parallel.context_parallel_size,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that a checkpoint depends on."""
+    packages = ("torch", "megatron-core", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return {"python": platform.python_version(), "moetron": __version__, **versions}
+
+
+def _merged(own: dict[str, str], group: dist.ProcessGroup | None) -> dict[str, str]:
+    """The dictionaries of all ranks as one, on rank 0."""
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.gather_object(own, parts if dist.get_rank() == 0 else None, dst=0, group=group)
+    return {name: value for part in parts for name, value in (part or {}).items()}
+
+
+def _on_rank_0(action: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
+    """Do something on rank 0 while the others wait; all get its result or raise its error."""
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = action()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0, group=group)
+    result, failure = outcome
+    if failure is not None:
+        raise failure
+    return result
+
+
+@contextmanager
+def _without_future_warnings() -> Iterator[None]:
+    """Torch warns about classes and functions of its own that megatron-core still calls."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield

@@ -1,0 +1,152 @@
+"""A checkpoint's tensors to files, at once or on a thread while training goes on."""
+
+import hashlib
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
+from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
+from torch.distributed.checkpoint import save as save_tensors
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+
+from moetron.common.errors import RunError
+
+THREADS = 2
+"""Files that a rank writes at once."""
+
+
+class Contents(torch_strategy.TorchDistSaveShardedStrategy):
+    """What ``dist_checkpointing.save`` hands over, kept until ``write`` puts it on disk.
+
+    megatron-core's own writer (strategies/filesystem_async.py) forks processes around a spawned
+    manager even for a blocking save: seconds of start-up, and a hang when one of them dies.
+
+    Args:
+        copied: keep copies in host memory, so that the tensors may change before they are written.
+    """
+
+    def __init__(self, copied: bool) -> None:
+        super().__init__("torch_dist", 1)
+        self._copied = copied
+        self._tensors: dict[str, Any] = {}
+
+    def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path) -> None:
+        """Keep the main replica of every tensor."""
+        grouped, _, _ = torch_strategy._replace_state_dict_keys_with_sharded_keys(
+            sharded_state_dict, keep_only_main_replica=True
+        )
+        if self._copied:
+            grouped = {key: [_copy(part) for part in parts] for key, parts in grouped.items()}
+        self._tensors = torch_strategy.mcore_to_pyt_state_dict(grouped)
+
+    def write(self, folder: Path, group: dist.ProcessGroup | None) -> dict[str, str]:
+        """Write what was kept, every file synced to disk; a collective over ``group``.
+
+        Returns:
+            SHA-256 of the files that this rank wrote, taken on their way to the disk.
+
+        Raises:
+            RunError: on every rank, where one of them could not write.
+        """
+        files = _SummingFileSystem()
+        writer = _Writer(folder, files)
+        planner = torch_strategy.MCoreSavePlanner(flatten_state_dict=False)
+        try:
+            save_tensors(self._tensors, storage_writer=writer, planner=planner, process_group=group)
+        except CheckpointException as error:  # not an Exception, for torch
+            raise _readable(folder, error) from error
+        return files.sums
+
+
+def _readable(folder: Path, error: CheckpointException) -> Exception:
+    """What a save met, without torch's tracebacks where it is the disk's fault."""
+    causes = {rank: cause for rank, (cause, _) in sorted(error.failures.items())}
+    if not all(isinstance(cause, OSError) for cause in causes.values()):
+        return RuntimeError(f"cannot write {folder}: {error}")
+    said = "; ".join(f"rank {rank}: {cause}" for rank, cause in causes.items())
+    return RunError(f"cannot write {folder}: {said}; checkpoints before it are untouched")
+
+
+def _copy(part: Any) -> Any:
+    """Objects are serialised at once and need no copy."""
+    if not isinstance(part, ShardedTensor):
+        return part
+    return replace(part, data=part.data.detach().to("cpu", copy=True))
+
+
+class _SummingFile(io.FileIO):
+    """A file that is written from start to end, and its SHA-256.
+
+    What the disk answers is noted in ``failures``: torch tells of a broken archive instead.
+    """
+
+    def __init__(self, path: PathLike[str] | str, failures: list[Exception]) -> None:
+        super().__init__(path, "wb")
+        self.digest = hashlib.sha256()
+        self._failures = failures
+
+    def write(self, data: Any) -> int:
+        """Write bytes; the sum takes in what the file took."""
+        try:
+            count = super().write(data)
+        except OSError as error:
+            self._failures.append(error)
+            raise
+        self.digest.update(memoryview(data).cast("B")[:count])
+        return count
+
+
+class _SummingFileSystem(FileSystem):
+    """Files whose sums are known as soon as they are written."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, str] = {}
+        self.failures: list[Exception] = []
+        """What writing met, on whatever thread, the cause first."""
+
+    @contextmanager
+    def create_stream(self, path: str | PathLike[str], mode: str) -> Iterator[Any]:
+        """A stream to write a file of tensors."""
+        if mode != "wb":
+            with super().create_stream(path, mode) as stream:
+                yield stream
+            return
+        try:
+            file = _SummingFile(path, self.failures)
+            with io.BufferedWriter(file) as stream:
+                yield stream
+        except Exception as error:
+            self.failures.append(error)
+            raise
+        self.sums[Path(path).name] = file.digest.hexdigest()
+
+
+class _Writer(FileSystemWriter):
+    """torch's, which loses what its helper threads meet: a file cut short would pass for whole."""
+
+    def __init__(self, folder: Path, files: _SummingFileSystem) -> None:
+        super().__init__(folder, thread_count=THREADS, sync_files=True)
+        self.fs = self._files = files
+
+    def write_data(
+        self, plan: SavePlan, planner: SavePlanner
+    ) -> torch.futures.Future[list[WriteResult]]:
+        """Write this rank's share, or raise what any thread met: all ranks then hear of it."""
+        written = None
+        try:
+            written = super().write_data(plan, planner)
+        except Exception as error:
+            self._files.failures.append(error)
+        if written is None or self._files.failures:
+            raise self._files.failures[0]
+        return written

@@ -1,0 +1,141 @@
+"""From the command line to checked settings."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from moetron.common.errors import ConfigError
+from moetron.moe.config import checks, flags, recipe
+from moetron.moe.config.schema.field import flag_name
+from moetron.moe.config.schema.settings import Settings
+from moetron.moe.config.validate import Tree, validate
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the user asked for."""
+
+    settings: Settings
+    config: list[Path]
+    """The recipes that were read."""
+    dry_run: bool
+    """Check and plan only."""
+    build: bool
+    """In a dry run: build the rank's share on the meta device too."""
+    world_size: int
+    """Ranks: --world-size in a dry run, else torchrun's, else 1."""
+    rank: int
+    """This rank: --rank in a dry run, else torchrun's, else 0."""
+
+
+def has_transformer_engine() -> bool:
+    """Whether Transformer Engine is installed, found without importing it."""
+    try:
+        metadata.version("transformer-engine")
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def has_cuda() -> bool:
+    """Whether an NVIDIA driver is loaded and not hidden, found without importing torch."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "unset").strip() in ("", "-1")
+    return Path("/proc/driver/nvidia/version").exists() and not hidden
+
+
+def load(argv: Sequence[str]) -> Command:
+    """Read flags and recipe, validate them together and check them against each other.
+
+    Raises ConfigError with all problems at once. ``--help`` prints and exits.
+    """
+    given = flags.parse(argv)
+    problems = list(given.problems)
+    dry_run = bool(given.options.get("dry_run", False))
+    build = bool(given.options.get("build", False))
+    if build and not dry_run:
+        problems.append("--build needs --dry-run: a real run builds its model anyway")
+    world_size, rank = _ranks(given.options, dry_run, problems)
+    config = [Path(name) for name in given.options.get("config", [])]
+    try:
+        tree = read_recipes(config)
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.problems]) from error
+    settings, found = check(merge(tree, given.settings), world_size, dry_run)
+    valueless = {line.split()[0] for line in given.problems if line.startswith("--")}
+    problems += [line for line in found if line.split()[0] not in valueless]
+    if problems or settings is None:
+        raise ConfigError(problems)
+    return Command(settings, config, dry_run, build, world_size, rank)
+
+
+def check(tree: Tree, world_size: int, dry_run: bool) -> tuple[Settings | None, list[str]]:
+    """Settings of a tree, and all that is wrong with their values and with them together.
+
+    Settings are None where a required field is missing or faulty. A dry run needs no inputs.
+    """
+    settings, problems, faulty = validate(tree)
+    if settings is not None:
+        problems += _without(faulty, _cross_checks(settings, world_size, dry_run))
+    return settings, problems
+
+
+def read_recipes(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """Group -> field -> value of recipes of which a later one wins over an earlier one, unchecked.
+
+    Raises ConfigError for a file that is no recipe.
+    """
+    tree: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        tree = merge(tree, recipe.read(path))
+    return tree
+
+
+def merge(first: Tree, second: Tree) -> dict[str, dict[str, Any]]:
+    """The second wins: flags over recipes, a later recipe over an earlier one."""
+    groups = [*first, *(group for group in second if group not in first)]
+    return {group: {**first.get(group, {}), **second.get(group, {})} for group in groups}
+
+
+def _ranks(options: Mapping[str, Any], dry_run: bool, problems: list[str]) -> tuple[int, int]:
+    """(world size, rank), with what is wrong about them appended to ``problems``."""
+    values = {"world_size": 1, "rank": 0}
+    environment = {} if "world_size" in options else os.environ  # a rank of another world
+    for name, lowest in (("world_size", 1), ("rank", 0)):
+        if name in options and not dry_run:
+            problems.append(f"{flag_name(name)} needs --dry-run: torchrun sets it in a real run")
+        text = str(options.get(name, environment.get(name.upper(), values[name])))
+        if text.isdecimal() and int(text) >= lowest:
+            values[name] = int(text)
+        else:
+            problems.append(f"{flag_name(name)} {text}: must be an integer >= {lowest}")
+    if values["rank"] >= values["world_size"]:
+        problems.append(
+            f"--rank {values['rank']} must be below --world-size {values['world_size']}"
+        )
+    return values["world_size"], values["rank"]
+
+
+def _cross_checks(settings: Settings, world_size: int, dry_run: bool) -> list[str]:
+    """Rules over several settings; in a real run also its inputs and this host's device."""
+    device = settings.parallel.device
+    here = "cuda" if has_cuda() else "cpu"
+    found = checks.problems(
+        settings,
+        world_size,
+        device=here if device == "auto" else device,
+        te=has_transformer_engine(),
+    )
+    if not dry_run:
+        found += checks.input_problems(settings)
+        if device == "cuda" and here == "cpu":
+            found.append("--device cuda: no CUDA device on this host; use --device cpu or auto")
+    return found
+
+
+def _without(faulty: set[str], found: list[str]) -> list[str]:
+    """Drop cross-check lines that rest on a faulty field's stand-in default."""
+    names = {flag_name(name) for name in faulty}
+    return [line for line in found if not names & set(line.replace(":", " ").split())]

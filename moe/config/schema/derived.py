@@ -1,0 +1,217 @@
+"""What follows from the settings by arithmetic: sizes left unset, layout, batches."""
+
+import math
+from bisect import bisect_right
+from dataclasses import dataclass
+from typing import Literal
+
+from moetron.moe.config.schema.model import FfnType, ModelSettings
+from moetron.moe.config.schema.parallel import ParallelSettings
+from moetron.moe.config.schema.settings import Settings
+
+
+def head_dim(model: ModelSettings) -> int:
+    """Channels of one attention head."""
+    return model.kv_channels or model.hidden_size // model.num_attention_heads
+
+
+def query_groups(model: ModelSettings) -> int:
+    """Key/value heads."""
+    return model.num_query_groups or model.num_attention_heads
+
+
+def dense_ffn_size(model: ModelSettings) -> int:
+    """Width F of a dense FFN."""
+    return model.ffn_hidden_size or 4 * model.hidden_size
+
+
+def ffn_type(model: ModelSettings) -> FfnType:
+    """Kind of every FFN."""
+    return model.ffn_type or ("swiglu" if model.swiglu else "gelu")
+
+
+def ffn_inner_matrices(model: ModelSettings) -> int:
+    """Matrices of an FFN before its inner activation."""
+    return {"swiglu": 2, "geglu": 2, "gelu": 1, "relu": 1, "double_gated": 3}[ffn_type(model)]
+
+
+def expert_ffn_size(settings: Settings) -> int:
+    """Width F of one expert's FFN."""
+    return settings.moe.moe_ffn_hidden_size or dense_ffn_size(settings.model)
+
+
+def moe_layers(settings: Settings) -> list[bool]:
+    """For each layer, whether it has experts."""
+    layers, moe = settings.model.num_layers, settings.moe
+    frequency = moe.moe_layer_freq
+    if moe.num_experts is None:
+        return [False] * layers
+    if isinstance(frequency, list):
+        return [bool(flag) for flag in frequency]
+    place = frequency - 1 if moe.moe_layer_position == "last" else 0
+    dense = moe.first_k_dense_replace
+    return [layer >= dense and layer % frequency == place for layer in range(layers)]
+
+
+def routed_layers(settings: Settings) -> list[bool]:
+    """`moe_layers`, and the same for each module of multi-token prediction, which follow them."""
+    layers = moe_layers(settings)
+    return layers + layers[-1:] * (settings.model.mtp_num_layers or 0)
+
+
+def attention_widths(settings: Settings) -> tuple[int, int]:
+    """Channels of a query (and key) head, and of a value head."""
+    latent = settings.attention
+    if latent.multi_latent_attention:
+        return latent.qk_head_dim + latent.qk_pos_emb_head_dim, latent.v_head_dim
+    return head_dim(settings.model), head_dim(settings.model)
+
+
+def fp8_layers(settings: Settings) -> list[bool]:
+    """For each layer, whether its linear layers and experts run in FP8."""
+    layers, precision = settings.model.num_layers, settings.precision
+    if precision.fp8_format is None:
+        return [False] * layers
+    kept = precision.first_last_layers_bf16
+    start = precision.num_layers_at_start_in_bf16 if kept else 0
+    end = layers - (precision.num_layers_at_end_in_bf16 if kept else 0)
+    return [start <= layer < end for layer in range(layers)]
+
+
+def sequence_parallel(parallel: ParallelSettings) -> bool:
+    """Whether norms and dropout are sharded along the sequence."""
+    if parallel.sequence_parallel is None:
+        return parallel.tensor_model_parallel_size > 1
+    return parallel.sequence_parallel
+
+
+def expert_tensor_parallel_size(parallel: ParallelSettings) -> int:
+    """Ranks that share each expert's matrices."""
+    return parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
+
+
+def data_parallel_size(parallel: ParallelSettings, world_size: int) -> int:
+    """Ranks that hold different samples (context-parallel ranks hold parts of the same one)."""
+    return world_size // (
+        parallel.tensor_model_parallel_size
+        * parallel.pipeline_model_parallel_size
+        * parallel.context_parallel_size
+    )
+
+
+def expert_data_parallel_size(parallel: ParallelSettings, world_size: int) -> int:
+    """Ranks that hold the same experts."""
+    return world_size // (
+        expert_tensor_parallel_size(parallel)
+        * parallel.expert_model_parallel_size
+        * parallel.pipeline_model_parallel_size
+    )
+
+
+def smallest_world_size(parallel: ParallelSettings) -> int:
+    """The fewest ranks that hold both the dense and the expert side of a layout."""
+    dense = parallel.tensor_model_parallel_size * parallel.context_parallel_size
+    experts = expert_tensor_parallel_size(parallel) * parallel.expert_model_parallel_size
+    return math.lcm(dense, experts) * parallel.pipeline_model_parallel_size
+
+
+def num_microbatches(settings: Settings, world_size: int) -> int:
+    """Micro-batches a data-parallel rank takes in one step at the full global batch size."""
+    ranks = data_parallel_size(settings.parallel, world_size)
+    return settings.training.global_batch_size // (settings.training.micro_batch_size * ranks)
+
+
+def padded_vocab_size(vocab_size: int, settings: Settings) -> int:
+    """Rows of the embedding: the vocabulary rounded up so that tensor ranks can share it."""
+    multiple = (
+        settings.model.make_vocab_size_divisible_by * settings.parallel.tensor_model_parallel_size
+    )
+    return padded_to(multiple, vocab_size)
+
+
+def padded_to(multiple: int, number: int) -> int:
+    """The least multiple that is not below ``number``."""
+    return -(-number // multiple) * multiple
+
+
+def with_vocabulary(settings: Settings, vocab_size: int) -> Settings:
+    """The settings with the size of the vocabulary said, where it was the tokenizer's."""
+    model = settings.model.model_copy(update={"vocab_size": vocab_size})
+    return settings.model_copy(update={"model": model})
+
+
+def global_batch_size_at(settings: Settings, consumed_samples: int) -> int:
+    """Samples of the step that follows ``consumed_samples``.
+
+    The ramp is a staircase spread evenly over its samples, as in megatron-core's
+    num_microbatches_calculator.py.
+    """
+    full = settings.training.global_batch_size
+    if settings.training.rampup_batch_size is None:
+        return full
+    start, increment, ramp_samples = settings.training.rampup_batch_size
+    stairs = max((full - start) // increment, 0)
+    return start + increment * min(consumed_samples * stairs // ramp_samples, stairs)
+
+
+def total_samples(settings: Settings) -> int:
+    """Samples of the whole run, the batch-size ramp included."""
+    full, seen, step = settings.training.global_batch_size, 0, 0
+    while step < settings.training.train_iters and global_batch_size_at(settings, seen) < full:
+        seen += global_batch_size_at(settings, seen)
+        step += 1
+    return seen + (settings.training.train_iters - step) * full
+
+
+def stage_starts(settings: Settings) -> list[int]:
+    """The first sample of each stage; a stage ends with the first that reaches until_tokens."""
+    ends = [stage.until_tokens for stage in settings.data.stages or []]
+    return [0, *(-(-end // settings.model.seq_length) for end in ends if end is not None)]
+
+
+def stage_at(settings: Settings, sample: int) -> int:
+    """Number of the stage that a sample belongs to, from 0."""
+    return bisect_right(stage_starts(settings), sample) - 1
+
+
+@dataclass(frozen=True)
+class ScheduleLengths:
+    """Lengths of the learning rate's segments, all in one unit."""
+
+    unit: Literal["steps", "tokens"]
+    run: int
+    """The whole run."""
+    warmup: int
+    end: int
+    """Where the decay has ended, counted from the start of the run."""
+    final_decay: int | None
+    """WSD's decay before ``end``."""
+
+
+def schedule_lengths(settings: Settings) -> ScheduleLengths:
+    """In tokens if any length is given in tokens, else in steps; ends with the run by default."""
+    rate = settings.learning_rate
+    tokens = (rate.lr_warmup_tokens, rate.lr_decay_tokens, rate.lr_wsd_decay_tokens)
+    if any(length is not None for length in tokens):
+        run = total_samples(settings) * settings.model.seq_length
+        return ScheduleLengths("tokens", run, tokens[0] or 0, tokens[1] or run, tokens[2])
+    run, end = settings.training.train_iters, rate.lr_decay_iters
+    return ScheduleLengths(
+        "steps", run, rate.lr_warmup_iters or 0, end or run, rate.lr_wsd_decay_iters
+    )
+
+
+def looks_ahead(settings: Settings) -> list[str]:
+    """Flags by which a token's experts depend on later tokens in training."""
+    moe = settings.moe
+    found: list[str] = []
+    if moe.num_experts is None:
+        return found
+    if moe.moe_router_type in ("expert_choice", "base"):
+        found.append(f"--moe-router-type {moe.moe_router_type}")
+    if moe.moe_router_load_balancing_type == "sinkhorn":
+        found.append("--moe-router-load-balancing-type sinkhorn")
+    limited = moe.moe_expert_capacity_factor is not None and moe.moe_router_type != "expert_choice"
+    if limited and moe.moe_token_drop_policy in ("probs", "batch_prioritized"):
+        found.append(f"--moe-token-drop-policy {moe.moe_token_drop_policy}")
+    return found

@@ -1,0 +1,128 @@
+"""The base of every settings group, and what a field can say beyond its type."""
+
+import difflib
+import types
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
+
+_BOUNDS = {Gt: ("gt", ">"), Ge: ("ge", ">="), Lt: ("lt", "<"), Le: ("le", "<=")}
+_NAMES = {bool: "switch", int: "integer", float: "number", str: "text"}
+
+
+class Rule(ValueError):
+    """What a validator says in place of the field's type: the rule and the remedy."""
+
+
+class Group(BaseModel):
+    """A group of settings: frozen, strict about unknown keys, documented by field docstrings."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_switch_for_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """``num_layers: yes`` would silently become 1."""
+        assert info.field_name is not None
+        if isinstance(value, bool) and bool not in choices(cls.model_fields[info.field_name]):
+            raise ValueError("must not be a truth value")
+        return value
+
+
+def negative_flag(default: bool, name: str) -> Any:
+    """A switch whose "off" flag is ``--name`` (Megatron's word for it) instead of ``--no-...``."""
+    return Field(default=default, json_schema_extra={"negative_flag": name})
+
+
+def flag_name(field_name: str) -> str:
+    """``num_layers`` -> ``--num-layers``."""
+    return "--" + field_name.replace("_", "-")
+
+
+def negative_flag_name(field_name: str, field: FieldInfo) -> str:
+    """The flag that turns a switch off: ``--no-...`` unless the field names another."""
+    extra = field.json_schema_extra
+    own = extra.get("negative_flag") if isinstance(extra, dict) else None
+    return f"--{own}" if own else "--no-" + field_name.replace("_", "-")
+
+
+def _branches(annotation: Any) -> Iterator[Any]:
+    """The members of a union, one level; an annotation that is no union is its only member."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        yield from get_args(annotation)
+    else:
+        yield annotation
+
+
+def _bare(annotation: Any) -> Any:
+    """An annotation without its constraints."""
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+
+
+def choices(field: FieldInfo) -> list[Any]:
+    """The types that a field takes, constraints removed: ``PositiveInt | None`` -> [int, None]."""
+    return [_bare(branch) for branch in _branches(field.annotation)]
+
+
+def literals(field: FieldInfo) -> list[str]:
+    """The words that a field takes, if it takes no others."""
+    return [word for choice in choices(field) for word in get_args(choice) if isinstance(word, str)]
+
+
+def is_optional(field: FieldInfo) -> bool:
+    """Whether a field can be unset (``null`` in YAML, ``none`` as a flag)."""
+    return type(None) in choices(field)
+
+
+def is_switch(field: FieldInfo) -> bool:
+    """Whether a field is on or off (or, with ``| None``, left open)."""
+    return bool in choices(field)
+
+
+def is_list(field: FieldInfo) -> bool:
+    """Whether a field takes several values."""
+    return any(get_origin(choice) in (list, tuple) for choice in choices(field))
+
+
+def _bounds(constraints: tuple[Any, ...]) -> str:
+    parts = []
+    for constraint in constraints:
+        if isinstance(constraint, FieldInfo):  # Annotated[int, Field(ge=0)]
+            parts.append(_bounds(tuple(constraint.metadata)))
+        if type(constraint) in _BOUNDS:
+            attribute, sign = _BOUNDS[type(constraint)]
+            parts.append(f"{sign} {getattr(constraint, attribute)}")
+    return ", ".join(parts)
+
+
+def _type_text(annotation: Any, constraints: tuple[Any, ...] = ()) -> str:
+    if get_origin(annotation) is Annotated:
+        bare, *own = get_args(annotation)
+        return _type_text(bare, (*own, *constraints))
+    if get_origin(annotation) is Literal:
+        return "one of " + ", ".join(str(value) for value in get_args(annotation))
+    if get_origin(annotation) is list:
+        return f"list of ({_type_text(get_args(annotation)[0])})"
+    if get_origin(annotation) is tuple:
+        return f"{len(get_args(annotation))} x ({_type_text(get_args(annotation)[0])})"
+    if issubclass(annotation, Group):
+        return "mapping of " + ", ".join(annotation.model_fields)
+    return f"{_NAMES[annotation]} {_bounds(constraints)}".rstrip()
+
+
+def type_text(field: FieldInfo) -> str:
+    """A field's type in words: ``integer > 0``, ``one of adam, sgd``, ``list of (text)``."""
+    branches = [branch for branch in _branches(field.annotation) if branch is not type(None)]
+    return " or ".join(_type_text(branch, tuple(field.metadata)) for branch in branches)
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """``; did you mean X?`` for the valid name that is most like ``name``, or the empty string."""
+    bare = {word.lstrip("-"): word for word in valid}  # "--" would make short flags alike
+    found = difflib.get_close_matches(name.lstrip("-"), bare, n=1, cutoff=0.6)
+    return f"; did you mean {bare[found[0]]}?" if found else ""

@@ -1,0 +1,46 @@
+"""The settings tree: every knob of a run, once."""
+
+from collections.abc import Iterator
+
+from pydantic.fields import FieldInfo
+
+from moetron.moe.config.schema.attention import AttentionSettings
+from moetron.moe.config.schema.data import DataSettings
+from moetron.moe.config.schema.experts import MoESettings
+from moetron.moe.config.schema.field import Group
+from moetron.moe.config.schema.model import ModelSettings
+from moetron.moe.config.schema.parallel import ParallelSettings
+from moetron.moe.config.schema.precision import PrecisionSettings
+from moetron.moe.config.schema.run import (
+    CheckpointSettings,
+    LearningRateSettings,
+    LoggingSettings,
+    OptimizerSettings,
+    TrainingSettings,
+    ValidationSettings,
+)
+
+
+class Settings(Group):
+    """All settings of a run, in the groups that a recipe's YAML and ``--help`` show."""
+
+    model: ModelSettings
+    attention: AttentionSettings = AttentionSettings()
+    moe: MoESettings = MoESettings()
+    parallel: ParallelSettings = ParallelSettings()
+    precision: PrecisionSettings = PrecisionSettings()
+    training: TrainingSettings
+    optimizer: OptimizerSettings = OptimizerSettings()
+    learning_rate: LearningRateSettings
+    data: DataSettings = DataSettings()
+    validation: ValidationSettings = ValidationSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    logging: LoggingSettings = LoggingSettings()
+
+
+def fields() -> Iterator[tuple[str, str, FieldInfo]]:
+    """(group, field name, field) of every knob; field names are unique over all groups."""
+    for group_name, group in Settings.model_fields.items():
+        assert group.annotation is not None
+        for name, field in group.annotation.model_fields.items():
+            yield group_name, name, field

@@ -1,0 +1,59 @@
+"""All families, and which of them a model belongs to."""
+
+from moetron.common.errors import UserError
+from moetron.moe.config.schema.field import nearest
+from moetron.moe.convert.families.config_keys import Values
+from moetron.moe.convert.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from moetron.moe.convert.families.dense import LLAMA, OLMO, QWEN2, QWEN3
+from moetron.moe.convert.families.family import Family
+from moetron.moe.convert.families.mixtral import MIXTRAL
+from moetron.moe.convert.families.olmoe import OLMOE
+from moetron.moe.convert.families.openmoe import OPENMOE
+from moetron.moe.convert.families.qwen2_moe import QWEN2_MOE
+from moetron.moe.convert.families.qwen3_moe import QWEN3_MOE
+
+_ALL = (
+    OLMOE,
+    MIXTRAL,
+    QWEN2_MOE,
+    QWEN3_MOE,
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
+    OPENMOE,
+    LLAMA,
+    OLMO,
+    QWEN2,
+    QWEN3,
+)
+FAMILIES = {family.model_type: family for family in _ALL}
+"""By HuggingFace's ``model_type``; the first that fits is taken."""
+
+
+def family_named(model_type: str) -> Family:
+    """The family of a ``model_type``.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if model_type not in FAMILIES:
+        raise UserError(
+            f"model_type `{model_type}` is not supported{nearest(model_type, FAMILIES)} "
+            f"(supported: {', '.join(FAMILIES)})"
+        )
+    return FAMILIES[model_type]
+
+
+def family_of(values: Values) -> Family:
+    """The family that is exactly a model with these settings (`function_of`).
+
+    Raises:
+        UserError: none is; says what keeps the model from the one that it comes closest to.
+    """
+    problems = {name: family.problems(values) for name, family in FAMILIES.items()}
+    closest = min(problems, key=lambda name: len(problems[name]))
+    if problems[closest]:
+        listed = "\n".join(f"  - {problem}" for problem in problems[closest])
+        raise UserError(
+            f"no architecture of HuggingFace's is exactly this; {closest} differs in\n{listed}"
+        )
+    return FAMILIES[closest]

@@ -1,0 +1,50 @@
+"""What a checkpoint holds, in words."""
+
+import math
+from pathlib import Path
+
+from moetron.common.errors import UserError
+from moetron.moe.checkpoint import run_folder as checkpoint_folder
+from moetron.moe.convert.checkpoint_tensors import CheckpointTensors
+from moetron.moe.convert.families.family import function_of
+from moetron.moe.convert.families.registry import family_of
+
+
+def describe(path: Path, verify: bool = False) -> str:
+    """Position, layout, model, weights and fitting family of a checkpoint.
+
+    Reads no values, unless ``verify`` asks for every file to be held against its sum.
+
+    Raises:
+        UserError: nothing there, incomplete or damaged.
+    """
+    checkpoint = checkpoint_folder.read(path)
+    if verify:
+        checkpoint_folder.verify(checkpoint.folder)
+    record = checkpoint.record
+    values = function_of(checkpoint_folder.one_rank_settings(record))
+    tensors = CheckpointTensors(checkpoint.folder)
+    shapes = {name: tensors.empty(name) for name in tensors.names()}
+    parameters = sum(math.prod(tensor.shape) for tensor in shapes.values())
+    size = sum(record.files.values())
+    try:
+        fit = family_of(values).architecture
+    except UserError as error:
+        fit = str(error)
+    lines = [
+        f"checkpoint   {checkpoint.folder}",
+        f"position     step {record.progress.step}, {record.progress.consumed_tokens:,} tokens",
+        f"written by   {', '.join(f'{name} {value}' for name, value in record.versions.items())}",
+        f"layout       {', '.join(f'{name} {value}' for name, value in record.layout.items())}",
+        f"on disk      {len(record.files)} files, {size / 1e9:.3f} GB",
+        f"weights      {len(shapes)} tensors, {parameters:,} parameters",
+        f"HuggingFace  {fit}",
+        *(["verified     every file is as its SHA-256 says"] if verify else []),
+        "",
+    ]
+    width = max(map(len, shapes))
+    lines += [
+        f"{name:{width}}  {str(tensor.dtype).removeprefix('torch.'):8}  {list(tensor.shape)}"
+        for name, tensor in shapes.items()
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,32 @@
+"""How the next token is drawn; imports no torch."""
+
+from dataclasses import dataclass
+
+from moetron.common.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Temperature, top-k and top-p (nucleus) sampling.
+
+    Raises:
+        UserError: values that mean nothing, all of them.
+    """
+
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the likeliest token."""
+    top_k: int = 0
+    """Choose among so many of the likeliest; 0: among all."""
+    top_p: float = 1.0
+    """Choose among the likeliest that make up this share of the probability."""
+    seed: int = 0
+    """Of the draws."""
+
+    def __post_init__(self) -> None:
+        rules = (
+            (f"--temperature {self.temperature}: must be at least 0", self.temperature >= 0),
+            (f"--top-k {self.top_k}: must be at least 0", self.top_k >= 0),
+            (f"--top-p {self.top_p}: must be above 0 and at most 1", 0 < self.top_p <= 1),
+        )
+        if problems := [problem for problem, holds in rules if not holds]:
+            raise UserError("\n".join(problems))

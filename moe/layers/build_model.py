@@ -1,0 +1,83 @@
+"""Build the model: megatron-core's GPTModel from our specs."""
+
+import math
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.moe.moe_layer import MoELayer
+
+from moetron.moe.config.bridge import ModelConfig
+from moetron.moe.config.schema import derived
+from moetron.moe.config.schema.settings import Settings
+from moetron.moe.layers.experts import mark_gradient_ranks
+from moetron.moe.layers.language_model import LanguageModel
+from moetron.moe.layers.specs import block_spec, prediction_spec
+from moetron.moe.routing.hash import HashRouter
+
+
+def build_model(
+    settings: Settings,
+    config: ModelConfig,
+    vocab_size: int,
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+) -> LanguageModel:
+    """One pipeline stage (or virtual stage) of the model, weights drawn.
+
+    megatron's parallel state and random states must be up (and `adapt_host` called on a host).
+    Logits stay split over tensor ranks along the vocabulary. Under ``torch.device("meta")`` on an
+    adapted host nothing is allocated.
+
+    Args:
+        settings: the whole tree.
+        config: ``transformer_config(settings)``.
+        vocab_size: rows of the vocabulary; padded here as ``--make-vocab-size-divisible-by`` says
+            (padding a padded size changes nothing).
+        pre_process: this stage holds the embedding.
+        post_process: this stage holds the final norm and the output layer.
+        vp_stage: virtual pipeline stage; None without interleaving.
+    """
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    model = settings.model
+    built = LanguageModel(
+        config=config,
+        transformer_layer_spec=block_spec(settings, config, groups, vp_stage),
+        vocab_size=derived.padded_vocab_size(vocab_size, settings),
+        max_sequence_length=model.seq_length,
+        pre_process=pre_process,
+        post_process=post_process,
+        parallel_output=True,
+        share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+        position_embedding_type=model.position_embedding_type,
+        rotary_percent=model.rotary_percent,
+        rotary_base=model.rotary_base,
+        rope_scaling=settings.attention.rope_type == "llama3",
+        rope_scaling_factor=settings.attention.rotary_scaling_factor,
+        mtp_block_spec=prediction_spec(settings, config, groups, vp_stage),
+        pg_collection=groups,
+        vp_stage=vp_stage,
+    )
+    for module in built.modules():
+        if isinstance(module, MoELayer):
+            mark_gradient_ranks(module.experts, groups)
+            if isinstance(module.router, HashRouter):
+                module.router.draw_table(derived.padded_vocab_size(vocab_size, settings))
+            if config.moe_pad_expert_input_to_capacity:
+                module.router.padded_dispatcher = module.token_dispatcher
+        if isinstance(module, SelfAttention) and model.query_init_folds_scale:
+            _shrink_queries(module)
+    return built
+
+
+def _shrink_queries(attention: SelfAttention) -> None:
+    """Divide query rows of ``linear_qkv`` by sqrt(head width); keys and values stay as drawn.
+
+    Rows of a query group follow each other: its queries, its key, its value.
+    """
+    width, weight = attention.hidden_size_per_attention_head, attention.linear_qkv.weight
+    queries = (
+        attention.num_attention_heads_per_partition // attention.num_query_groups_per_partition
+    )
+    groups = weight.detach().view(-1, queries + 2, width, weight.shape[1])
+    groups[:, :queries].div_(math.sqrt(width))

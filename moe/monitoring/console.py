@@ -1,0 +1,77 @@
+"""The progress of a run for eyes: a bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+from moetron.moe.monitoring.sinks import Loads, Row
+
+
+class Console:
+    """Tells how far training is, every ``interval`` steps."""
+
+    def __init__(self, first_step: int, last_step: int, interval: int) -> None:
+        self._interval = interval
+        self._first_step = first_step
+        self._last_step = last_step
+        self._start_s = time.perf_counter()
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(initial=first_step, total=last_step, unit="step", dynamic_ncols=True)
+
+    def step(self, row: Row) -> None:
+        """Advance; show the figures every ``interval`` steps and at the end."""
+        step = row["step"]
+        due = step % self._interval == 0 or step == self._last_step
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+            if due:
+                self._bar.set_postfix_str(_figures(row))
+        elif due:
+            print(f"step {step}/{self._last_step} | {_figures(row)} | ETA {self._eta(step)}")
+            sys.stdout.flush()
+
+    def expert_load(self, step: int, loads: Loads) -> None:
+        """Shown by `step` in one number."""
+
+    def validation(self, row: Row) -> None:
+        """Show an evaluation."""
+        sources = ", ".join(f"{name} {loss:.4f}" for name, loss in row["source_losses"].items())
+        by_source = f" ({sources})" if len(row["source_losses"]) > 1 else ""
+        self.say(f"step {row['step']} | validation loss {row['validation_loss']:.4f}{by_source}")
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        if self._bar is not None:
+            self._bar.write(text)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _eta(self, step: int) -> str:
+        """Time to the end at the mean speed so far, evaluations and checkpoints included."""
+        elapsed_s = time.perf_counter() - self._start_s
+        left = elapsed_s / (step - self._first_step) * (self._last_step - step)
+        return f"{left:.0f} s" if left < 120 else f"{left / 60:.0f} min"
+
+
+def _figures(row: Row) -> str:
+    """The figures of a step that matter while it runs."""
+    parts = [
+        f"loss {row['lm_loss']:.4f}",
+        f"grad norm {row['grad_norm']:.3f}",
+        f"lr {row['lr']:.2e}",
+    ]
+    if "expert_load_max_over_mean" in row:
+        parts.append(f"expert load {row['expert_load_max_over_mean']:.2f}x")
+    parts.append(f"{row['tokens_per_s']:,.0f} tokens/s")
+    parts.append(f"{row['tflops_per_s']:.3g} TFLOP/s a rank")
+    if "mfu" in row:
+        parts.append(f"MFU {row['mfu']:.0%}")
+    return " | ".join(parts)

@@ -1,0 +1,234 @@
+"""What a run writes down about itself: metrics.jsonl, validation.jsonl, TensorBoard, W&B."""
+
+import importlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+import numpy as np
+
+from moetron.common.errors import UserError
+from moetron.common.files import write_text
+from moetron.moe.config.schema.settings import Settings
+
+_CELL = 12
+"""Pixels of an expert's square in a heat map."""
+Row = Mapping[str, Any]
+"""One line: ``step`` and whatever was measured; what does not apply is left out."""
+
+
+Loads = Mapping[str, np.ndarray]
+"""For each layer with experts every expert's load over the mean load, [E]; empty if dense."""
+
+
+class Sink(Protocol):
+    """Somewhere to report to."""
+
+    def step(self, row: Row) -> None:
+        """Report a training step."""
+        ...
+
+    def validation(self, row: Row) -> None:
+        """Report an evaluation."""
+        ...
+
+    def expert_load(self, step: int, loads: Loads) -> None:
+        """Report where a step's tokens went, every --expert-load-interval steps."""
+        ...
+
+    def close(self) -> None:
+        """Nothing more will come."""
+        ...
+
+
+class JsonLines:
+    """A file of JSON objects, one a line, each with its ``step``; floats keep every bit.
+
+    Lines after ``last_step`` are of steps that a resume takes again: they are dropped, atomically.
+    """
+
+    def __init__(self, path: Path, last_step: int) -> None:
+        self._path = path
+        self._file = self._without(lambda step: step > last_step)
+
+    def write(self, row: Row) -> None:
+        """Append a line and hand it to the operating system."""
+        self._file.write(json.dumps(dict(row)) + "\n")
+        self._file.flush()
+
+    def rewrite(self, row: Row) -> None:
+        """Write a line in place of its step's: an evaluation that a finished run repeats."""
+        self._file.close()
+        self._file = self._without(lambda step: step == row["step"])
+        self.write(row)
+
+    def _without(self, dropped: Callable[[float], bool]) -> TextIO:
+        """The file, open to append, without the lines of some steps."""
+        if self._path.exists():
+            lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if not dropped(_step(line))]
+            if kept != lines:
+                write_text(self._path, "".join(kept))
+        return self._path.open("a", encoding="utf-8")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _step(line: str) -> float:
+    """The step of a line; a line that a crash cut short lies after every step."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+class LineFiles:
+    """``metrics.jsonl`` and ``validation.jsonl`` in a run's folder.
+
+    Raises:
+        UserError: when the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, last_step: int) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._metrics = JsonLines(folder / "metrics.jsonl", last_step)
+            self._validation = JsonLines(folder / "validation.jsonl", last_step)
+        except OSError as error:
+            raise UserError(f"--save {folder}: cannot write there: {error.strerror}") from error
+
+    def step(self, row: Row) -> None:
+        """A line in metrics.jsonl."""
+        self._metrics.write(row)
+
+    def validation(self, row: Row) -> None:
+        """A line in validation.jsonl, one for a step."""
+        self._validation.rewrite(row)
+
+    def expert_load(self, step: int, loads: Loads) -> None:
+        """Each layer's maximum is in the step's line; the rest would be most of the file."""
+
+    def close(self) -> None:
+        """Close both."""
+        self._metrics.close()
+        self._validation.close()
+
+
+class TensorBoard:
+    """Scalars of every step below ``train/`` and of every evaluation below ``validation/``.
+
+    Below ``expert_load/`` a histogram for each layer and a heat map of all.
+    """
+
+    def __init__(self, folder: Path, last_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # a second of imports
+
+        self._writer = SummaryWriter(str(folder), purge_step=last_step + 1)
+
+    def step(self, row: Row) -> None:
+        """One scalar for each number."""
+        self._write("train", row)
+
+    def validation(self, row: Row) -> None:
+        """One scalar for each number."""
+        self._write("validation", row)
+
+    def expert_load(self, step: int, loads: Loads) -> None:
+        """A histogram of each layer's experts, and all of them as an image."""
+        for name, load_E in loads.items():
+            self._writer.add_histogram(f"expert_load/{name}", load_E, step)
+        if loads:
+            self._writer.add_image("expert_load/all", heat_map(loads), step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        self._writer.close()
+
+    def _write(self, prefix: str, row: Row) -> None:
+        for name, value in flat(row):
+            self._writer.add_scalar(f"{prefix}/{name}", value, row["step"])
+
+
+class WandB:
+    """The same on Weights & Biases; each start of a run is one of the group of its folder.
+
+    Raises:
+        UserError: when wandb is not installed.
+    """
+
+    def __init__(self, project: str, folder: Path, settings: Settings) -> None:
+        try:
+            self._wandb: Any = importlib.import_module("wandb")
+        except ImportError as error:
+            raise UserError("--wandb-project needs `pip install moetron[log]`") from error
+        tree = settings.model_dump(mode="json")
+        group = folder.resolve().name
+        self._run = self._wandb.init(project=project, group=group, dir=str(folder), config=tree)
+
+    def step(self, row: Row) -> None:
+        """One scalar for each number."""
+        self._log("train", row)
+
+    def validation(self, row: Row) -> None:
+        """One scalar for each number."""
+        self._log("validation", row)
+
+    def expert_load(self, step: int, loads: Loads) -> None:
+        """A histogram of each layer's experts, and all of them as an image."""
+        found = {
+            f"expert_load/{name}": self._wandb.Histogram(load_E) for name, load_E in loads.items()
+        }
+        if loads:
+            found["expert_load/all"] = self._wandb.Image(heat_map(loads))
+        self._run.log(found, step=step)
+
+    def close(self) -> None:
+        """Upload what is left."""
+        self._run.finish()
+
+    def _log(self, prefix: str, row: Row) -> None:
+        self._run.log({f"{prefix}/{name}": value for name, value in flat(row)}, step=row["step"])
+
+
+def heat_map(loads: Loads) -> np.ndarray:
+    """Layers from top to bottom, experts from left to right: uint8 [rows, columns, RGB].
+
+    Blue where an expert is idle, grey at an even share, red from twice that on.
+    """
+    from matplotlib import colormaps  # half a second of imports
+
+    load_LE = np.stack(list(loads.values()))
+    colours = colormaps["coolwarm"](np.clip(load_LE / 2, 0, 1), bytes=True)[..., :3]
+    return np.kron(colours, np.ones((_CELL, _CELL, 1), dtype=np.uint8))
+
+
+def flat(row: Row) -> list[tuple[str, float]]:
+    """(name, number) of every number but the step; those of a nested object as ``outer/inner``."""
+    pairs: list[tuple[str, float]] = []
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            pairs += [(f"{name}/{inner}", number) for inner, number in flat(value)]
+        elif name != "step" and isinstance(value, int | float):
+            pairs.append((name, value))
+    return pairs
+
+
+def open_sinks(settings: Settings, last_step: int) -> list[Sink]:
+    """What --save and the logging settings ask for; ``last_step`` is the last step not redone."""
+    sinks: list[Sink] = []
+    logging, save = settings.logging, settings.checkpoint.save
+    if save is None:
+        return sinks
+    folder = Path(save)
+    sinks.append(LineFiles(folder, last_step))
+    if logging.tensorboard:
+        sinks.append(
+            TensorBoard(Path(logging.tensorboard_dir or folder / "tensorboard"), last_step)
+        )
+    if logging.wandb_project is not None:
+        sinks.append(WandB(logging.wandb_project, folder, settings))
+    return sinks

@@ -1,0 +1,279 @@
+"""Other ways to choose experts than each token's k best: what --moe-router-type names.
+
+Each class gives its rule, its source and what it trades. T tokens, E experts, k = topk, [T, E].
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
+from megatron.core.transformer.moe.moe_utils import (
+    MoEAuxLossAutoScaler,
+    router_gating_linear,
+    save_to_aux_losses_tracker,
+    sinkhorn,
+)
+
+from moetron.moe.config.bridge import ModelConfig
+from moetron.moe.routing.assignment import linear_assignment
+from moetron.moe.routing.gradient_estimators import (
+    annealed,
+    relaxed_topk,
+    straight_through,
+    top_choices,
+)
+from moetron.moe.routing.hash import HashRouter
+from moetron.moe.routing.noisy_load import cv_squared, win_probability
+from moetron.moe.routing.reinforce import ReinforceRouter
+from moetron.moe.routing.router import Router
+
+Choice = tuple[torch.Tensor, torch.Tensor]
+"""Weights and map (bool), both [T, E]."""
+
+
+class ExpertChoiceRouter(Router):
+    """Each expert takes the C tokens of a group that score highest; a token gets 0 to E experts.
+
+    Scores are a softmax over experts (Zhou et al., arXiv 2202.09368, section 3.2). The group is
+    --moe-capacity-scope, C follows --moe-expert-capacity-factor (1: k experts a token on average).
+    Load is exactly even, without a balance loss. But whether a token is taken depends on later
+    tokens of the group, so that a causal model learns from what it will not see when it writes:
+    its training and validation losses flatter it. With --moe-expert-choice-eval topk evaluation
+    lets tokens choose their k best instead, which needs no later token.
+    """
+
+    def choose(self, logits_TE: torch.Tensor, batch: int) -> Choice:
+        """See the class."""
+        scores_TE = _softmax(logits_TE)
+        if self.training or self.config.moe_expert_choice_eval == "expert_choice":
+            chosen_TE = self.serve(scores_TE, batch)
+        else:
+            chosen_TE = top_choices(scores_TE, self.topk)
+        return scores_TE * chosen_TE, chosen_TE
+
+    def limit(self, probs_TE: torch.Tensor, chosen_TE: torch.Tensor, batch: int) -> Choice:
+        """Nothing is left to limit."""
+        return probs_TE, chosen_TE
+
+
+class SinkhornRouter(Router):
+    """The k best of Sinkhorn-balanced scores in training, of plain scores in evaluation.
+
+    megatron-core's iteration, over all tokens of the micro-batch instead of the rank's (Clark et
+    al., arXiv 2202.01169, section 3). Nearly even load without a balance loss; choices depend on
+    later tokens.
+    """
+
+    def choose(self, logits_TE: torch.Tensor, batch: int) -> Choice:
+        """See the class."""
+        scores_TE = logits_TE.sigmoid() if self.topk == 1 else _softmax(logits_TE)
+        rank_TE = logits_TE.detach()
+        if self.training:
+            whole_SBE = self.tokens.gather(rank_TE.float().unflatten(0, (-1, batch)))
+            balanced = sinkhorn(whole_SBE.flatten(0, 1)).view_as(whole_SBE)
+            rank_TE = self.tokens.own(balanced).flatten(0, 1)
+        chosen_TE = top_choices(rank_TE, self.topk)
+        return scores_TE * chosen_TE, chosen_TE
+
+
+class BaseRouter(Router):
+    """One expert a token, every expert equally many: the assignment of highest total score.
+
+    See assignment.py; the weight is sigmoid(score), evaluation takes the best expert. Exactly even
+    load without a loss, at a cost that only small micro-batches bear; choices depend on later
+    tokens.
+    """
+
+    def choose(self, logits_TE: torch.Tensor, batch: int) -> Choice:
+        """See the class."""
+        if self.training:
+            whole_SBE = self.tokens.gather(logits_TE.unflatten(0, (-1, batch)))
+            chosen = linear_assignment(whole_SBE.flatten(0, 1)).view_as(whole_SBE)
+            chosen_TE = self.tokens.own(chosen).flatten(0, 1)
+        else:
+            chosen_TE = top_choices(logits_TE, 1)
+        return logits_TE.sigmoid() * chosen_TE, chosen_TE
+
+
+class RandomSecondRouter(Router):
+    """The best expert always, a further one with probability min(1, g / threshold).
+
+    g are the weights of the k best, renormalised to sum 1 (ST-MoE, arXiv 2202.08906, appendix G;
+    mesh-tensorflow's second_policy "random", threshold 0.2). Unsure second choices save capacity;
+    what is skipped is not made up for. Evaluation visits all k.
+    """
+
+    is_random = True
+
+    def choose(self, logits_TE: torch.Tensor, batch: int) -> Choice:
+        """See the class."""
+        gates_TE, chosen_TE = super().choose(logits_TE, batch)
+        if not self.training:
+            return gates_TE, chosen_TE
+        assert self.draws is not None
+        drawn_TE = self.draws.uniform(gates_TE.unflatten(0, (-1, batch))).flatten(0, 1)
+        chosen_TE = chosen_TE & self._visited(gates_TE.detach(), drawn_TE)
+        return gates_TE * chosen_TE, chosen_TE
+
+    def _visited(self, gates_TE: torch.Tensor, drawn_TE: torch.Tensor) -> torch.Tensor:
+        lucky_TE = drawn_TE * self.config.moe_second_expert_threshold < gates_TE
+        return top_choices(gates_TE, 1) | lucky_TE
+
+
+class NoisyTopKRouter(Router):
+    """The k best of noisy logits, the spread of the noise learnt; see noisy_load.py.
+
+    --moe-router-load-balancing-type noisy_load adds coefficient x (CV^2 of the experts' total
+    weights + CV^2 of their smooth loads), over the micro-batch. Explores by itself; costs a second
+    matrix and choices that differ between two passes. Evaluation draws no noise.
+    """
+
+    is_random = True
+
+    def __init__(
+        self, config: ModelConfig, pg_collection: ProcessGroupCollection | None = None
+    ) -> None:
+        super().__init__(config, pg_collection)
+        zeros = torch.zeros_like(self.weight, device=torch.cuda.current_device())
+        self.noise_weight = torch.nn.Parameter(zeros)
+        setattr(self.noise_weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010
+        self._spread_TE = self._load_TE = zeros  # of the pass under way
+
+    def gating(self, input: torch.Tensor) -> torch.Tensor:
+        """Logits [s, b, E]; keeps the spread of their noise."""
+        logits: torch.Tensor = super().gating(input)
+        spread = router_gating_linear(input, self.noise_weight, None, logits.dtype)
+        self._spread_TE = F.softplus(spread).flatten(0, 1)
+        return logits
+
+    def choose(self, logits_TE: torch.Tensor, batch: int) -> Choice:
+        """See the class."""
+        noisy_TE = logits_TE
+        if self.training:
+            assert self.draws is not None
+            noise = self.draws.normal(logits_TE.unflatten(0, (-1, batch))).flatten(0, 1)
+            noisy_TE = logits_TE + noise.to(logits_TE.dtype) * self._spread_TE
+            self._load_TE = win_probability(logits_TE, noisy_TE, self._spread_TE, self.topk)
+        return super().choose(noisy_TE, batch)
+
+    def balance(
+        self,
+        probs_TE: torch.Tensor,
+        logits_TE: torch.Tensor,
+        batch: int,
+        padding_T: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The losses of the class, or the usual ones.
+
+        Every rank computes the whole loss L from sums over the r tensor and context ranks, whose
+        gradient is that of its own terms; T L is injected (T tokens of the micro-batch) as the
+        other losses are, L / r logged.
+        """
+        if not self.config.moe_noisy_load_loss:
+            return super().balance(probs_TE, logits_TE, batch, padding_T)
+        coefficient, ranks = self.config.moe_aux_loss_coeff, self.tp_cp_group.size()
+        sums_2E = torch.stack([probs_TE.sum(0), self._load_TE.sum(0)])
+        sums_2E = reduce_from_tensor_model_parallel_region(sums_2E, self.tp_cp_group)
+        loss = cv_squared(sums_2E[0]) + cv_squared(sums_2E[1])
+        layers = self.config.num_layers + (self.config.mtp_num_layers or 0)
+        save_to_aux_losses_tracker("noisy_load_loss", loss / ranks, self.layer_number, layers)
+        weight = coefficient * (len(probs_TE) * ranks if self.calculate_per_token_loss else 1)
+        attached: torch.Tensor = MoEAuxLossAutoScaler.apply(probs_TE, loss * weight)
+        return attached
+
+
+class StraightThroughRouter(Router):
+    """The k best, each with weight 1 / k; backward as if weighted by its softmax probability.
+
+    See relaxations.py. Outputs do not shrink where the router is unsure; the gradient is biased.
+    Weights are all alike, so that full experts rank choices by probability.
+    """
+
+    _scores_TE: torch.Tensor
+    """Probabilities of the pass under way."""
+
+    def choose(self, logits_TE: torch.Tensor, batch: int) -> Choice:
+        """See the class."""
+        probs_TE = _softmax(logits_TE)
+        self._scores_TE = probs_TE.detach()
+        chosen_TE = top_choices(probs_TE, self.topk)
+        return straight_through(probs_TE, self.topk) * chosen_TE, chosen_TE
+
+    def merit(self, probs_TE: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        return self._scores_TE
+
+
+class GumbelRouter(Router):
+    """The k best of (logits + Gumbel noise) / t, weighted by their softmax over all experts.
+
+    Choices are samples without replacement from softmax(logits) (Jang et al., arXiv 1611.01144;
+    Kool et al., arXiv 1903.06059). The temperature t falls from --moe-router-temperature to
+    --moe-router-final-temperature over --moe-router-anneal-samples: high t explores with smooth
+    gradients, low t is close to a hard choice. Evaluation draws no noise.
+    """
+
+    is_random = True
+
+    def choose(self, logits_TE: torch.Tensor, batch: int) -> Choice:
+        """See the class."""
+        assert self.draws is not None
+        noisy_TE = logits_TE
+        if self.training:
+            noise = self.draws.gumbel(logits_TE.unflatten(0, (-1, batch))).flatten(0, 1)
+            noisy_TE = logits_TE + noise.to(logits_TE.dtype)
+        probs_TE = _softmax(noisy_TE / self._temperature(batch))
+        chosen_TE = top_choices(probs_TE, self.topk)
+        return probs_TE * chosen_TE, chosen_TE
+
+    def _temperature(self, batch: int) -> float:
+        config = self.config
+        assert self.draws is not None
+        start = config.moe_router_temperature
+        if config.moe_router_anneal_samples is None:
+            return start
+        number = self.draws.number if self.training else int(self.draws.micro_batches)
+        share = number * batch / config.moe_router_anneal_samples
+        return annealed(start, config.moe_router_final_temperature, share)
+
+
+class RelaxedTopKRouter(Router):
+    """The k best, weighted by 1 / k times the relaxed top-k mask of relaxations.py.
+
+    Weights of chosen experts grow towards 1 / k and do not compete as a softmax's do: one may rise
+    without another falling, unless it is near the threshold. --moe-router-temperature sets how hard
+    the mask is.
+    """
+
+    def choose(self, logits_TE: torch.Tensor, batch: int) -> Choice:
+        """See the class."""
+        chosen_TE = top_choices(logits_TE, self.topk)
+        weights_TE = relaxed_topk(logits_TE, self.topk, self.config.moe_router_temperature)
+        return weights_TE * chosen_TE / self.topk, chosen_TE
+
+
+KINDS: dict[str, type[Router]] = {
+    "topk": Router,
+    "expert_choice": ExpertChoiceRouter,
+    "base": BaseRouter,
+    "random_second": RandomSecondRouter,
+    "noisy_topk": NoisyTopKRouter,
+    "straight_through": StraightThroughRouter,
+    "gumbel": GumbelRouter,
+    "relaxed_topk": RelaxedTopKRouter,
+    "reinforce": ReinforceRouter,
+    "hash": HashRouter,
+}
+
+
+def router_class(config: Any) -> type[Router]:
+    """The router that a `ModelConfig` names; Sinkhorn's balancing is a way to choose as well."""
+    if config.moe_router_load_balancing_type == "sinkhorn":
+        return SinkhornRouter
+    return KINDS[config.moe_router_type]
+
+
+def _softmax(logits_TE: torch.Tensor) -> torch.Tensor:
+    return logits_TE.softmax(dim=-1, dtype=torch.float32).to(logits_TE.dtype)

@@ -1,0 +1,136 @@
+"""Watch where tokens go, without changing it: load of experts, what is dropped, and where."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.distributed import ProcessGroup
+
+from moetron.moe.config.schema import derived
+from moetron.moe.config.schema.settings import Settings
+from moetron.moe.routing.router import Router
+
+POSITION_BUCKETS = 16
+"""Equal parts of a sequence for which drops are counted."""
+
+
+@dataclass(frozen=True)
+class RoutingSummary:
+    """Choices of tokens since the last reset, over all ranks of the summary's group.
+
+    ``chosen`` and ``kept`` are int64 [MoE layers, experts] on the CPU: choices before and after
+    experts dropped what exceeds their capacity. ``chosen_at`` and ``kept_at`` are the same choices
+    by the token's place in its sequence, int64 [MoE layers, `POSITION_BUCKETS`]. All tokens count,
+    those without loss too.
+    """
+
+    chosen: torch.Tensor
+    kept: torch.Tensor
+    chosen_at: torch.Tensor
+    kept_at: torch.Tensor
+
+    @property
+    def dropped_fraction(self) -> float:
+        """Share of all choices that no expert served; 0 when nothing was routed."""
+        total = int(self.chosen.sum())
+        return 1.0 - int(self.kept.sum()) / total if total else 0.0
+
+    @property
+    def dropped_fractions(self) -> list[float]:
+        """The same for each layer."""
+        return _missing(self.chosen.sum(1), self.kept.sum(1))
+
+    @property
+    def dropped_by_position(self) -> list[list[float]]:
+        """For each layer the share of dropped choices in each part of the sequence."""
+        return _missing(self.chosen_at, self.kept_at)
+
+    @property
+    def load_max_over_mean(self) -> float:
+        """Load of the busiest expert over the mean load, averaged over layers; 1 is balanced."""
+        chosen_LE = self.chosen.double()  # [MoE layers, experts]
+        mean_L = chosen_LE.mean(dim=1).clamp(min=1.0)
+        return float((chosen_LE.amax(dim=1) / mean_L).mean())
+
+
+def _missing(before: torch.Tensor, after: torch.Tensor) -> Any:
+    """1 - after / before, 0 where there was nothing; as (nested) lists."""
+    return (1.0 - after.double() / before.clamp(min=1)).where(before > 0, 0.0).tolist()
+
+
+class RoutingRecorder:
+    """Counts the routers' choices in training passes (once where activations are recomputed).
+
+    Use it as a context, or call `close`.
+
+    Args:
+        model: this rank's model chunks, wrapped or not.
+        settings: which layers have experts, and how many.
+    """
+
+    def __init__(self, model: Sequence[torch.nn.Module], settings: Settings) -> None:
+        experts = settings.moe.num_experts
+        assert experts is not None
+        flags = derived.routed_layers(settings)
+        self._row = {layer: row for row, layer in enumerate(i for i, f in enumerate(flags) if f)}
+        routers = [m for chunk in model for m in chunk.modules() if isinstance(m, Router)]
+        found = (parameter.device for chunk in model for parameter in chunk.parameters())
+        device = next(found, torch.device("cpu"))
+        self._experts = experts
+        shape = (2, len(self._row), experts + POSITION_BUCKETS)  # by expert, then by position
+        self._counts = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._hooks = [router.register_forward_hook(self._count) for router in routers]
+
+    def _count(
+        self, router: Router, inputs: Any, output: tuple[torch.Tensor, torch.Tensor]
+    ) -> None:
+        if not (router.training and torch.is_grad_enabled()):
+            return
+        chosen_TE = router.chosen
+        assert chosen_TE is not None
+        # A map padded to capacity also holds tokens that did not choose the expert.
+        kept_TE = output[1] & chosen_TE
+        rows = len(inputs[0])  # of [s, b, H]
+        bucket_s = router.tokens.parts_of_sequence(rows, POSITION_BUCKETS)
+        counts = self._counts[:, self._row[router.layer_number - 1]]
+        for count, map_TE in zip(counts, (chosen_TE, kept_TE), strict=True):
+            count[: self._experts] += map_TE.sum(0)
+            at_s = map_TE.sum(1).view(rows, -1).sum(1)
+            count[self._experts :].index_add_(0, bucket_s.to(at_s.device), at_s)
+
+    def reset(self) -> None:
+        """Forget all counts."""
+        self._counts.zero_()
+
+    def summary(self, group: ProcessGroup | None = None) -> RoutingSummary:
+        """Sum over ``group`` (collective; None: all ranks).
+
+        Every rank of a model routes other tokens or other layers (tensor ranks share out a sequence
+        under sequence parallelism, which training with experts demands), so that a sum over all
+        ranks counts every token once.
+        """
+        counts = self._counts.clone()
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(counts, group=group)
+        (chosen, chosen_at), (kept, kept_at) = (
+            part.split([self._experts, POSITION_BUCKETS], dim=1) for part in counts.cpu()
+        )
+        return RoutingSummary(chosen, kept, chosen_at, kept_at)
+
+    def close(self) -> None:
+        """Stop watching."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def __enter__(self) -> "RoutingRecorder":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,51 @@
+"""Put the parts of a run together on one rank."""
+
+import logging
+from pathlib import Path
+
+from moetron.moe.checkpoint.position import Progress
+from moetron.moe.checkpoint.save_load import load_checkpoint
+from moetron.moe.config.bridge import transformer_config
+from moetron.moe.config.schema.derived import looks_ahead
+from moetron.moe.config.schema.settings import Settings
+from moetron.moe.layers.specs import uses_transformer_engine
+from moetron.moe.monitoring.console import Console
+from moetron.moe.monitoring.peak_flops import peak_of_rank
+from moetron.moe.monitoring.sinks import Sink, open_sinks
+from moetron.moe.routing.routing_record import RoutingRecorder
+from moetron.moe.training.loop import Loop
+from moetron.moe.training.model_chunks import build_chunks
+from moetron.moe.training.optimizer import build_optimizer
+from moetron.moe.training.runtime import Runtime
+from moetron.moe.training.sample_stream import Streams
+from moetron.moe.training.step import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def build_trainer(settings: Settings, runtime: Runtime, vocab_size: int) -> Trainer:
+    """The model, freshly drawn, and its optimizer; warns of routers that look ahead."""
+    for flag in looks_ahead(settings) if runtime.is_main else ():
+        logger.warning("%s looks at later tokens: losses flatter the model", flag)
+    config = transformer_config(settings, uses_transformer_engine(settings))
+    chunks = build_chunks(settings, config, vocab_size, runtime)
+    optimizer = build_optimizer(settings, chunks, runtime)
+    sparse = settings.moe.num_experts is not None
+    recorder = RoutingRecorder(chunks, settings) if sparse else None
+    return Trainer(settings, runtime, config, vocab_size, chunks, optimizer, recorder)
+
+
+def build_loop(trainer: Trainer, streams: Streams) -> Loop:
+    """The loop from the start of the run, or from where --load left it."""
+    settings, runtime = trainer.settings, trainer.runtime
+    progress = Progress()
+    if settings.checkpoint.load is not None:
+        path, state = Path(settings.checkpoint.load), streams.training.state()
+        progress = load_checkpoint(path, trainer.chunks, trainer.optimizer, settings, state)
+    peak = peak_of_rank(settings, runtime.device)
+    sinks: list[Sink] = []
+    if runtime.is_main:
+        last_step = settings.training.train_iters
+        console = Console(progress.step, last_step, settings.logging.log_interval)
+        sinks = [console, *open_sinks(settings, progress.step)]
+    return Loop(trainer, streams, progress, sinks, peak)

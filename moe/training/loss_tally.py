@@ -1,0 +1,72 @@
+"""Losses by the corpus and by the objective of their samples, exact per token."""
+
+from dataclasses import dataclass
+
+import torch
+
+from moetron.moe.training.batches import Batch
+from moetron.moe.training.sample_stream import SampleStream
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What all ranks saw of some samples: nats per token, of the language model alone."""
+
+    loss: float
+    """Sum of the losses of all tokens that count, divided by their number."""
+    tokens: int
+    """Tokens that count."""
+    by_source: dict[str, float]
+    """The same for each corpus that gave tokens."""
+    by_objective: dict[str, float]
+    tokens_by_source: dict[str, int]
+    filtered_tokens: int
+    """Tokens of samples whose loss is masked because they repeat themselves."""
+
+
+class Tally:
+    """Sums in float64 [3, sources + objectives]: losses, tokens that count, filtered tokens.
+
+    Every sample is counted in the column of its source and in that of its objective. A rank holds
+    the sums of its samples, or, with context parallelism, of its parts of them; only ranks that
+    hold a loss count, so that the sum over all ranks is that of the global batch.
+    """
+
+    def __init__(self, stream: SampleStream) -> None:
+        self._sources, self._objectives = stream.source_names, stream.objective_names
+
+    def zeros(self, device: torch.device) -> torch.Tensor:
+        """The sums of nothing."""
+        columns = len(self._sources) + len(self._objectives)
+        return torch.zeros(3, columns, dtype=torch.float64, device=device)
+
+    def count(self, batch: Batch, losses_BS: torch.Tensor) -> torch.Tensor:
+        """The sums of one micro-batch; ``losses_BS`` are this rank's, float32 [b, s]."""
+        mask_BS = batch["loss_mask"].double()
+        filtered_B = batch["filtered"].double() * losses_BS.shape[1]
+        rows_3B = torch.stack([(losses_BS.detach() * mask_BS).sum(1), mask_BS.sum(1), filtered_B])
+        sums = self.zeros(losses_BS.device)
+        sums.index_add_(1, batch["source"], rows_3B)
+        sums.index_add_(1, batch["objective"] + len(self._sources), rows_3B)
+        return sums
+
+    def read(self, sums: torch.Tensor) -> Losses:
+        """The losses that sums over all ranks amount to."""
+        count = len(self._sources)
+        losses, tokens, filtered = sums[:, :count].sum(1).tolist()
+        by_source = _means(self._sources, sums[:, :count])
+        source_tokens = sums[1, :count].long().tolist()
+        return Losses(
+            losses / max(tokens, 1.0),
+            int(tokens),
+            by_source,
+            _means(self._objectives, sums[:, count:]),
+            {name: n for name, n in zip(self._sources, source_tokens, strict=True) if n},
+            int(filtered),
+        )
+
+
+def _means(names: list[str], sums: torch.Tensor) -> dict[str, float]:
+    """Loss per token of each column [3, N] that has tokens."""
+    losses, tokens, _ = sums.tolist()
+    return {n: loss / count for n, loss, count in zip(names, losses, tokens, strict=True) if count}

@@ -1,0 +1,89 @@
+"""The model's chunks on this rank, wrapped for training by megatron-core's schedules."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_stage
+from megatron.core.transformer.module import Float16Module
+from megatron.core.utils import unwrap_model
+
+from moetron.moe.config.bridge import ModelConfig, ddp_config
+from moetron.moe.config.schema.settings import Settings
+from moetron.moe.layers.build_model import build_model
+from moetron.moe.training.runtime import Runtime
+
+ModelChunks = list[DistributedDataParallel]
+"""One chunk for each virtual pipeline stage of this rank; a single one without interleaving."""
+
+
+def build_chunks(
+    settings: Settings, config: ModelConfig, vocab_size: int, runtime: Runtime
+) -> ModelChunks:
+    """Build this rank's chunks, broadcast their parameters and tie them to the schedules.
+
+    Sets the functions through which megatron-core's schedules reach the wrapped chunks on
+    ``config``.
+    """
+    virtual_size = config.virtual_pipeline_model_parallel_size
+    chunks = []
+    for index in range(virtual_size or 1):
+        first = is_pp_first_stage(runtime.groups.pp) and index == 0
+        last = is_pp_last_stage(runtime.groups.pp) and index == (virtual_size or 1) - 1
+        vp_stage = None if virtual_size is None else index
+        module = build_model(settings, config, vocab_size, first, last, vp_stage)
+        module.to(runtime.device)
+        chunks.append(
+            DistributedDataParallel(
+                config=config,
+                ddp_config=ddp_config(settings),
+                module=Float16Module(config, module) if settings.precision.bf16 else module,
+                disable_bucketing=index > 0,
+                pg_collection=runtime.groups,
+            )
+        )
+    for chunk in chunks:
+        chunk.broadcast_params()
+    _tie_to_schedules(chunks, config, settings)
+    return chunks
+
+
+def _tie_to_schedules(chunks: ModelChunks, config: ModelConfig, settings: Settings) -> None:
+    """What megatron/training sets; no ``grad_scale_func``, since only fp16 scales its loss."""
+    config.finalize_model_grads_func = finalize_model_grads
+    if settings.parallel.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in chunks]
+        grad_sync = [chunk.start_grad_sync for chunk in chunks]
+        config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
+        config.grad_sync_func = grad_sync if len(chunks) > 1 else grad_sync[0]
+
+
+@contextmanager
+def settled(chunks: ModelChunks, settings: Settings) -> Iterator[None]:
+    """Parameters gathered and left alone: for evaluation and checkpoints between two steps."""
+    overlapped = settings.parallel.overlap_param_gather
+    if overlapped:
+        for chunk in chunks:
+            chunk.disable_forward_pre_hook(param_sync=True)
+    try:
+        yield
+    finally:
+        if overlapped:
+            for chunk in chunks:
+                chunk.enable_forward_pre_hook()
+
+
+def set_training(chunks: ModelChunks, training: bool) -> None:
+    """Switch dropout and auxiliary losses on or off."""
+    for chunk in chunks:
+        chunk.train(training)
+
+
+def needs_samples(chunk: DistributedDataParallel, settings: Settings) -> bool:
+    """Whether a chunk reads tokens or labels (the pipeline's first and last), or all chunks do.
+
+    Every rank reads its samples itself, so that masks and token ids need not travel along.
+    """
+    model, hashed = unwrap_model(chunk), settings.moe.moe_router_type == "hash"
+    ends = model.pre_process or model.post_process
+    return bool(ends or hashed or settings.data.bidirectional_prefix)

@@ -1,0 +1,1 @@
+"""Compare layouts and check a configuration without training."""

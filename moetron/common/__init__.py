@@ -1,0 +1,1 @@
+"""The ground floor: what `tokenizers`, `data` and `moe` share."""

@@ -1,0 +1,137 @@
+"""Which settings a checkpoint may be loaded with."""
+
+from typing import Any
+
+import pytest
+
+from moetron.moe.checkpoint.compatibility import FUNCTION, SHAPE, changed_data, differences
+from moetron.moe.checkpoint.position import Progress
+from moetron.moe.checkpoint.run_folder import Record
+from moetron.moe.config.schema.settings import Settings, fields
+from tests.unit.training.training_cases import settings
+
+STREAM = {
+    "sources": [{"name": "code", "tokenizer": "abc"}],
+    "order": {"seed": 1, "weights": (1, 2)},
+}
+
+FREE = {
+    *("seq_length", "make_vocab_size_divisible_by", "transformer_impl", "attention_backend"),
+    *("init_method_std", "init_method", "init_method_scale", "embedding_init_method_std"),
+    *("query_init_folds_scale", "init_method_cutoff", "scaled_output_init"),
+    *(
+        "mtp_loss_scaling_factor",
+        "output_z_loss_coeff",
+        "hidden_dropout",
+        "attention_dropout",
+        "moe_expert_dropout",
+    ),
+    *("moe_expert_choice_eval", "moe_second_expert_threshold", "moe_router_temperature"),
+    *("moe_router_final_temperature", "moe_router_anneal_samples", "moe_router_dtype"),
+    *("moe_router_bias_update_rate", "moe_router_load_balancing_type", "moe_aux_loss_coeff"),
+    *("moe_aux_loss_first_choice_only", "moe_z_loss_coeff", "moe_input_jitter_eps"),
+    *("moe_expert_capacity_factor", "moe_capacity_scope", "moe_eval_capacity_factor"),
+    *("moe_minimum_capacity", "moe_capacity_includes_topk", "moe_pad_expert_input_to_capacity"),
+    *("moe_token_drop_policy", "moe_token_dispatcher_type", "moe_grouped_gemm"),
+    *("moe_router_init_method_std", "moe_shared_expert_overlap"),
+}
+"""Settings of the model that may change half-way: how it begins, trains, drops and computes."""
+
+
+def test_every_setting_of_the_model_is_held_or_free() -> None:
+    held = {(group, name) for part in (SHAPE, FUNCTION) for group in part for name in part[group]}
+    held.add(("model", "vocab_size"))  # vocabulary.py's
+    groups = ("model", "attention", "moe")
+    free = {name for group, name, _ in fields() if group in groups and (group, name) not in held}
+    assert free == FREE
+
+
+def record(saved: Settings, **stream: Any) -> Record:
+    tree = saved.model_dump(mode="json")
+    saved_stream = {**STREAM, "order": {"seed": 1, "weights": [1, 2]}, **stream}
+    return Record(Progress(3, 24, 96), tree, {}, saved_stream, {}, {})
+
+
+def test_the_same_settings_fit() -> None:
+    assert differences(record(settings()), settings(), STREAM) == []
+
+
+@pytest.mark.parametrize(
+    ("group", "change", "flag"),
+    [
+        ("model", {"num_layers": 2}, "--num-layers 2: the checkpoint has 1"),
+        ("model", {"swiglu": False}, "--swiglu false: the checkpoint has true"),
+        ("model", {"ffn_type": "relu"}, "--ffn-type relu: the checkpoint has none"),
+        ("moe", {"num_experts": 4}, "--num-experts 4: the checkpoint has none"),
+        ("moe", {"moe_layer_freq": [0]}, "--moe-layer-freq 0: the checkpoint has 1"),
+    ],
+)
+def test_another_architecture_does_not_fit(group: str, change: dict[str, Any], flag: str) -> None:
+    changed = {"checkpoint": {"finetune": True}, group: change}
+    [problem] = differences(record(settings()), settings(**changed), STREAM)
+    assert problem == f"  - {flag}"
+
+
+def test_all_differences_at_once() -> None:
+    changed = settings(model={"num_layers": 2, "hidden_size": 16})
+    assert len(differences(record(settings()), changed, STREAM)) == 2
+
+
+@pytest.mark.parametrize("finetune", [False, True])
+def test_another_vocabulary_does_not_fit(finetune: bool) -> None:
+    """Nor may it grow in fine-tuning: megatron-core would add rows of zeros without a word."""
+    saved = record(settings(model={"vocab_size": 90}))
+    grown = settings(model={"vocab_size": 200}, checkpoint={"finetune": finetune})
+    [problem] = differences(saved, grown, STREAM)
+    assert "--vocab-size 200, given or the tokenizer's (256 rows" in problem
+    assert "the checkpoint has 90 (128 rows); give what its run had: --vocab-size 90" in problem
+    padded_otherwise = settings(
+        model={"vocab_size": 90, "make_vocab_size_divisible_by": 8},
+        parallel={"tensor_model_parallel_size": 4},
+    )
+    assert differences(saved, padded_otherwise, STREAM, embedding_rows=128) == []
+
+
+def test_what_a_run_may_change_half_way() -> None:
+    changed = settings(
+        parallel={"tensor_model_parallel_size": 2},
+        training={"global_batch_size": 16, "train_iters": 99},
+        learning_rate={"lr": 0.5},
+        precision={"bf16": True},
+    )
+    assert differences(record(settings()), changed, STREAM) == []
+
+
+def test_the_optimizer_fits_unless_it_is_left_out() -> None:
+    saved = record(settings(optimizer={"optimizer": "sgd"}))
+    [problem] = differences(saved, settings(), STREAM)
+    assert "--optimizer adam: the checkpoint has sgd" in problem
+    for option in ("no_load_optim", "finetune"):
+        assert differences(saved, settings(checkpoint={option: True}), STREAM) == []
+
+
+def test_routing_may_change_in_finetuning_alone() -> None:
+    saved, changed = record(settings()), {"moe": {"moe_router_topk": 1}}
+    assert "--moe-router-topk 1" in differences(saved, settings(**changed), STREAM)[0]
+    finetune = settings(**changed, checkpoint={"finetune": True})
+    assert differences(saved, finetune, STREAM) == []
+
+
+def test_a_setting_that_an_old_checkpoint_did_not_know_is_no_difference() -> None:
+    saved = record(settings())
+    del saved.settings["moe"]
+    del saved.settings["model"]["swiglu"]
+    assert differences(saved, settings(), STREAM) == []
+
+
+def test_another_tokenizer_never_fits() -> None:
+    saved = record(settings(), sources=[{"name": "code", "tokenizer": "xyz"}])
+    finetune = settings(checkpoint={"finetune": True})
+    assert "tokenizer abc: the checkpoint has xyz" in differences(saved, finetune, STREAM)[0]
+
+
+def test_other_data_fit_and_are_named() -> None:
+    saved = record(settings(), order={"seed": 2, "weights": [1, 2]})
+    assert differences(saved, settings(), STREAM) == []
+    assert changed_data(saved, STREAM) == ["order"]
+    assert changed_data(record(settings()), STREAM) == [], "tuples are lists in JSON"

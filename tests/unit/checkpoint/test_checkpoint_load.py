@@ -1,0 +1,273 @@
+"""What a load takes from a checkpoint, what it leaves out, and what it refuses. On one rank."""
+
+import json
+import pickle
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.tensor_parallel import RowParallelLinear, get_cuda_rng_tracker
+from torch.distributed.checkpoint import FileSystemReader
+
+from moetron.common.errors import UserError
+from moetron.moe.checkpoint import optimizer_state
+from moetron.moe.checkpoint import save_load as checkpoint
+from moetron.moe.checkpoint.checksums import SUMS, write_sums
+from moetron.moe.checkpoint.optimizer_state import leaves, optimizer_step
+from moetron.moe.checkpoint.position import Progress
+from moetron.moe.checkpoint.run_folder import file_sizes, read_record, write_record
+from moetron.moe.checkpoint.save_load import load_weights, save_checkpoint
+from moetron.moe.training.loop import Loop
+from tests.parallel.checkpoint_runs import VOCABULARY, parallel_of, settings, start
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bf16 run that was saved at step 2."""
+    folder = tmp_path_factory.mktemp("saved")
+    chosen = bf16(save=str(folder), training={"train_iters": 2})
+    with parallel_of(chosen):
+        start(chosen).run(lambda: False)
+    return folder
+
+
+def bf16(training: dict[str, Any] | None = None, **checkpoint: Any) -> Any:
+    groups = {"training": training} if training else {}
+    return settings("dp", precision={"bf16": True}, checkpoint=checkpoint, **groups)
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    with parallel_of(bf16()):
+        yield
+
+
+def weights(loop: Loop) -> list[torch.Tensor]:
+    return [parameter.detach().float() for parameter in loop.trainer.chunks[0].parameters()]
+
+
+def mains(loop: Loop) -> list[torch.Tensor]:
+    groups = [group for leaf in leaves(loop.trainer.optimizer) for group in leaf.param_groups]
+    return [main.detach() for group in groups for main in group["params"]]
+
+
+def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.usefixtures("alone")
+def test_what_each_option_takes(saved: Path) -> None:
+    path = str(saved)
+    resumed = start(bf16(load=path))
+    assert resumed.progress == Progress(2, 8, 128)
+    assert optimizer_step(resumed.trainer.optimizer) == 2
+    for option, step in (("finetune", 0), ("no_load_optim", 0), ("reset_progress", 2)):
+        loop = start(bf16(load=path, **{option: True}))
+        assert same(weights(loop), weights(resumed))
+        assert optimizer_step(loop.trainer.optimizer) == step
+        begins = option in ("finetune", "reset_progress")
+        assert loop.progress == (Progress() if begins else resumed.progress)
+        assert same(mains(loop), mains(resumed)) == (option == "reset_progress")
+        for leaf in leaves(loop.trainer.optimizer):
+            for parameter, main, _ in optimizer_state.mains(leaf):
+                assert torch.equal(parameter, main.bfloat16())
+
+
+def _draws() -> list[Any]:
+    with get_cuda_rng_tracker().fork():
+        tracked = torch.rand(3).tolist()
+    plain = torch.rand(3).tolist()
+    return [tracked, plain, random.random(), random.gauss(0, 1), np.random.rand(3).tolist()]
+
+
+@pytest.mark.usefixtures("alone")
+def test_random_numbers_go_on(tmp_path: Path) -> None:
+    chosen = bf16(load=str(tmp_path), save=str(tmp_path))
+    loop = start(chosen)
+    _draws()  # its gauss leaves a second number for the next call
+    trainer = loop.trainer
+    save_checkpoint(tmp_path, Progress(1), trainer.chunks, trainer.optimizer, chosen, {})
+    expected = _draws()
+    start(chosen)
+    assert _draws() == expected
+    start(bf16(load=str(tmp_path), no_load_rng=True))
+    assert _draws() != expected
+
+
+@pytest.mark.usefixtures("alone")
+def test_another_layout_gets_random_numbers_of_its_own(
+    saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy = _edited(saved, tmp_path, lambda record: record["layout"].update(world_size=2))
+    start(bf16(load=str(copy)))
+    first = _draws()
+    assert "another layout" in caplog.text
+    start(bf16(load=str(copy)))
+    assert _draws() == first
+
+
+def _edited(saved: Path, tmp_path: Path, change: Any) -> Path:
+    """A copy of a checkpoint, by links, with a changed record."""
+    folder = tmp_path / "step_0000002"
+    folder.mkdir()
+    for file in (saved / folder.name).iterdir():
+        (folder / file.name).hardlink_to(file)
+    record = json.loads((folder / "run.json").read_text())
+    change(record)
+    (folder / "run.json").unlink()
+    (folder / "run.json").write_text(json.dumps(record))
+    write_sums(folder, {})
+    return folder
+
+
+@pytest.mark.usefixtures("alone")
+def test_an_absent_moment_is_named(saved: Path, tmp_path: Path) -> None:
+    """As if the checkpoint had been written by an optimizer that kept other moments."""
+    sgd = {"optimizer": {"optimizer": "sgd"}}
+    copy = _edited(saved, tmp_path, lambda record: record["settings"].update(**sgd))
+    chosen = settings("dp", precision={"bf16": True}, checkpoint={"load": str(copy)}, **sgd)
+    with pytest.raises(UserError, match=r"holds no .*momentum_buffer.*--no-load-optim"):
+        start(chosen)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("kind", ["", "optimizer.state.exp_avg.", "optimizer.state.fp32_param."])
+def test_a_tensor_that_was_taken_out_is_missed(saved: Path, tmp_path: Path, kind: str) -> None:
+    """From the index, so that nothing but its absence gives it away."""
+    key = f"{kind}decoder.final_layernorm.weight"
+    copy = _edited(saved, tmp_path, lambda record: record.update(files={}))
+    index = FileSystemReader(copy).read_metadata()
+    del index.state_dict_metadata[key]
+    (copy / ".metadata").unlink()
+    (copy / ".metadata").write_bytes(pickle.dumps(index))
+    record = replace(read_record(copy), files=file_sizes(copy))
+    for name in ("run.json", SUMS):
+        del record.files[name]
+    write_record(copy, record, {})
+    with pytest.raises(UserError, match=f"holds no {re.escape(key)}"):
+        start(bf16(load=str(copy)))
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_parameter_of_another_shape_is_refused(saved: Path, tmp_path: Path) -> None:
+    model = {"hidden_size": 32}
+    copy = _edited(saved, tmp_path, lambda record: record["settings"]["model"].update(model))
+    chosen = settings("dp", precision={"bf16": True}, checkpoint={"load": str(copy)}, model=model)
+    with pytest.raises(UserError, match="of another shape"):
+        start(chosen)
+
+
+@pytest.mark.usefixtures("alone")
+def test_an_embedding_of_another_height_is_refused(saved: Path, tmp_path: Path) -> None:
+    """As if an older version had written it, whose record does not tell the vocabulary's size."""
+
+    def forget(record: Any) -> None:
+        record["settings"]["model"]["vocab_size"] = None
+        record["stream"] = {}
+
+    copy = _edited(saved, tmp_path, forget)
+    start(bf16(load=str(copy)))
+    wide = settings(
+        "dp", precision={"bf16": True}, model={"vocab_size": 200}, checkpoint={"load": str(copy)}
+    )
+    expected = r"--vocab-size 200, .* \(200 rows of the embedding\): the checkpoint has 96 rows"
+    with pytest.raises(UserError, match=expected):
+        start(wide)
+    chunks = start(bf16()).trainer.chunks
+    with pytest.raises(UserError, match=expected):
+        load_weights(copy, chunks, 200)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("what", ["weights", "moments"])
+def test_nan_is_never_loaded_in_silence(tmp_path: Path, what: str) -> None:
+    loop = start(bf16())
+    loop.run(lambda: True)
+    trainer = loop.trainer
+    if what == "weights":
+        next(iter(trainer.chunks[0].parameters())).data.view(-1)[0] = torch.nan
+    else:
+        [*_, state] = leaves(trainer.optimizer)[-1].optimizer.state.values()
+        state["exp_avg"].view(-1)[-1] = torch.nan
+    save_checkpoint(tmp_path, Progress(1), trainer.chunks, trainer.optimizer, bf16(), {})
+    with pytest.raises(UserError, match="1 tensors hold NaN or were never written"):
+        start(bf16(load=str(tmp_path)))
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("name", ["final_layernorm", "exp_avg_sq", "fp32_param"])
+def test_what_was_never_written_is_not_loaded(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """As if the reader passed one tensor over."""
+    read = checkpoint.dist_checkpointing.load
+
+    def skip_one(request: Any, folder: str) -> Any:
+        parts = request.get("model0", request)
+        kept = {key: part.data.clone() for key, part in parts.items() if name in key}
+        loaded = read(request, folder)
+        if kept:
+            key = next(iter(kept))
+            loaded.get("model0", loaded)[key].data.copy_(kept[key])
+        return loaded
+
+    monkeypatch.setattr(checkpoint.dist_checkpointing, "load", skip_one)
+    with pytest.raises(UserError, match=f"1 tensors hold NaN or were never written.*{name}"):
+        start(bf16(load=str(saved)))
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_flipped_bit_of_any_file_is_found(saved: Path, tmp_path: Path) -> None:
+    files = sorted(path.name for path in (saved / "step_0000002").iterdir())
+    assert {".metadata", "__0_0.distcp", "common.pt", "run.json", "settings.yaml", SUMS} < {*files}
+    for number, name in enumerate(files):
+        (tmp_path / str(number)).mkdir()
+        folder = _edited(saved, tmp_path / str(number), lambda record: None)
+        contents = bytearray((folder / name).read_bytes())
+        contents[-1] ^= 1
+        (folder / name).unlink()
+        (folder / name).write_bytes(contents)
+        with pytest.raises(UserError, match="damaged" if name == SUMS else re.escape(name)):
+            start(bf16(load=str(folder)))
+
+
+@pytest.mark.usefixtures("alone")
+def test_states_that_layers_keep_beside_tensors(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Transformer Engine's layers do with FP8: bytes, empty before the first step."""
+    nothing = torch.empty(0, dtype=torch.uint8)
+    layer = RowParallelLinear
+    monkeypatch.setattr(layer, "get_extra_state", lambda self: vars(self).get("amaxes", nothing))
+    monkeypatch.setattr(
+        layer, "set_extra_state", lambda self, state: setattr(self, "amaxes", state)
+    )
+
+    def layers(loop: Loop) -> list[Any]:
+        [chunk] = loop.trainer.chunks
+        return [part for part in chunk.modules() if isinstance(part, layer)]
+
+    loop = start(bf16())
+    for number, part in enumerate(layers(loop)):
+        part.amaxes = torch.full((3,), number, dtype=torch.uint8)
+    trainer = loop.trainer
+    save_checkpoint(tmp_path, Progress(1), trainer.chunks, trainer.optimizer, bf16(), {})
+    found = [part.amaxes.tolist() for part in layers(start(bf16(load=str(tmp_path))))]
+    assert found == [[number] * 3 for number in range(len(found))]
+    assert len(found) >= 2
+    without = layers(start(bf16(load=str(saved))))
+    assert [vars(part).get("amaxes") for part in without] == [None] * len(found)
+
+
+@pytest.mark.usefixtures("alone")
+def test_weights_alone(saved: Path) -> None:
+    resumed, other = start(bf16(load=str(saved))), start(bf16(training={"seed": 5}))
+    assert not same(weights(resumed), weights(other))
+    load_weights(saved, other.trainer.chunks, VOCABULARY)
+    assert same(weights(resumed), weights(other))

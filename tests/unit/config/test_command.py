@@ -1,0 +1,163 @@
+"""The whole way from a command line to settings, or to every problem at once."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moetron.common.errors import ConfigError
+from moetron.moe.config import recipe
+from moetron.moe.config.command import load
+from moetron.moe.config.schema.field import flag_name
+
+RECIPE = """\
+model: {num_layers: 2, hidden_size: 8, num_attention_heads: 2, seq_length: 16, vocab_size: 100}
+moe: {num_experts: 4, moe_z_loss_coeff: 1e-3}
+training: {train_iters: 10, micro_batch_size: 1, global_batch_size: 4}
+learning_rate: {lr: 1e-3}
+data: {mock_data: true}
+"""
+
+
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def problems(*argv: object) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load([str(item) for item in argv])
+    return caught.value.problems
+
+
+def test_flags_win_over_the_recipe(path: Path) -> None:
+    argv = ["--config", str(path), "--lr", "2e-3", "--bf16", "--moe-z-loss-coeff", "none"]
+    argv += ["--eval-interval", "null"]  # as recipes write it
+    command = load(argv)
+    assert command.config == [path] and not command.dry_run
+    assert (command.world_size, command.rank) == (1, 0)
+    assert command.settings.learning_rate.lr == 2e-3
+    assert command.settings.precision.bf16 is True
+    assert command.settings.moe.moe_z_loss_coeff is None
+    assert command.settings.validation.eval_interval is None
+    assert command.settings.moe.num_experts == 4
+
+
+def test_no_recipe_is_needed() -> None:
+    values = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "seq_length": 16}
+    values |= {"train_iters": 1, "micro_batch_size": 1, "global_batch_size": 1, "lr": 1}
+    values |= {"vocab_size": 9, "num_experts": 2, "adam_beta1": 0}
+    argv = [f"{flag_name(name)}={value}" for name, value in values.items()]
+    command = load([*argv, "--moe-layer-freq", "0", "1", "--mock-data"])
+    assert command.config == []
+    assert command.settings.moe.moe_layer_freq == [0, 1]
+    assert command.settings.optimizer.adam_beta1 == 0.0
+
+
+def test_saved_settings_are_a_recipe(path: Path, tmp_path: Path) -> None:
+    settings = load(["--config", str(path), "--rampup-batch-size", "2", "1", "8"]).settings
+    recipe.write(settings, tmp_path / "settings.yaml")
+    assert load(["--config", str(tmp_path / "settings.yaml")]).settings == settings
+
+
+def test_every_kind_of_problem_in_one_message(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        RECIPE.replace("num_experts: 4", "num_expert: 4, lr: 1, seed: true") + "modle: {}\n"
+    )
+    found = problems(
+        "--config", path, "--foo", "--optimizer", "adm", "--clip-grad", "-1", "--no-rope",
+        "--num-workers", "1.5", "--rank", "3", "--moe-layer-freq", "0", "2", "--num-query-groups",
+        "3", "--adam-eps", "nan", "--data-path", "x",
+    )  # fmt: skip
+    expected = [
+        "unknown flag --foo",
+        "unknown flag --no-rope",
+        "--rank needs --dry-run",
+        "--rank 3 must be below --world-size 1",
+        "unknown key `num_expert` under `moe:`; did you mean num_experts?",
+        "key `lr` belongs under `learning_rate:`, not `moe:`",
+        "key `seed` belongs under `training:`, not `moe:`",
+        "unknown section `modle:`; did you mean model?",
+        "--moe-layer-freq 0 2: must be integer > 0 or list of (integer >= 0, <= 1)",
+        "--optimizer adm: must be one of adam, sgd, adafactor, muon; did you mean adam?",
+        "--adam-eps nan: must be number > 0",
+        "--clip-grad -1: must be number >= 0",
+        "--num-workers 1.5: must be integer >= 0",
+        "--num-attention-heads 2 is not a multiple of --num-query-groups 3",
+        "--mock-data and --data-path exclude each other",
+    ]
+    for line in expected:
+        assert sum(problem.startswith(line) for problem in found) == 1, (line, found)
+
+
+def test_missing_required_settings_are_all_named() -> None:
+    found = problems()
+    for name in ("num-layers", "hidden-size", "seq-length", "train-iters", "lr"):
+        assert sum(line.startswith(f"--{name} is missing") for line in found) == 1
+
+
+def test_a_flag_without_its_value_is_told_once(path: Path) -> None:
+    path.write_text(path.read_text().replace("lr: 1e-3", ""))
+    assert problems("--config", path, "--lr") == ["--lr needs a value"]
+
+
+def test_a_truth_value_is_no_number(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(RECIPE.replace("num_layers: 2", "num_layers: yes"))
+    assert problems("--config", path) == [
+        "--num-layers true: must be integer > 0: must not be a truth value"
+    ]
+
+
+def test_no_cross_check_on_the_default_behind_a_faulty_value(path: Path) -> None:
+    text = path.read_text().replace("mock_data: true", "mock_data: perhaps")
+    path.write_text(text)
+    assert problems("--config", path) == ["--mock-data perhaps: must be switch"]
+
+
+def test_torchrun_sets_the_ranks(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "3")
+    command = load(["--config", str(path)])
+    assert (command.world_size, command.rank) == (4, 3)
+    simulated = load(["--config", str(path), "--dry-run", "--world-size", "2"])
+    assert simulated.world_size == 2
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5"])
+def test_bad_world_size(path: Path, value: str) -> None:
+    (problem,) = problems("--config", path, "--dry-run", f"--world-size={value}")
+    assert problem == f"--world-size {value}: must be an integer >= 1"
+
+
+def test_a_dry_run_needs_no_inputs(path: Path) -> None:
+    argv = ["--config", str(path), "--no-mock-data", "--save-interval", "5", "--load", "/nowhere"]
+    assert load([*argv, "--dry-run"]).dry_run
+    found = "\n".join(problems(*argv))
+    assert "no data" in found and "needs --save FOLDER" in found and "--load /nowhere" in found
+
+
+def test_a_missing_recipe_does_not_hide_flag_problems(tmp_path: Path) -> None:
+    found = problems("--config", tmp_path / "none.yaml", "--foo")
+    assert found[0] == "unknown flag --foo" and "No such file" in found[1]
+
+
+def test_broken_settings_are_answered_without_torch() -> None:
+    program = (
+        "import sys\nfrom moetron.moe.config.command import load\n"
+        "try: load(['--foo'])\nexcept ValueError: pass\nprint('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == "False"

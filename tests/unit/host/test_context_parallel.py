@@ -1,0 +1,37 @@
+"""Which chunks a context-parallel rank holds: what megatron-core's batches are cut into."""
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from megatron.core.utils import get_batch_on_this_cp_rank
+
+from moetron.moe.host.context_parallel import chunks_of_rank, from_rank_order, gather_sequence
+from tests.parallel.harness import model_parallel, run_ranks
+
+
+def test_two_ranks() -> None:
+    assert [chunks_of_rank(rank, 2) for rank in range(2)] == [(0, 3), (1, 2)]
+    assert from_rank_order(2) == [0, 2, 3, 1]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_order_undoes_the_cut(ranks: int) -> None:
+    held = [chunk for rank in range(ranks) for chunk in chunks_of_rank(rank, ranks)]
+    assert [held[place] for place in from_rank_order(ranks)] == list(range(2 * ranks))
+
+
+def _gather() -> tuple[torch.Tensor, torch.Tensor]:
+    positions = torch.arange(12.0).view(1, 12)
+    with model_parallel(context_parallel_size=2):
+        group = parallel_state.get_context_parallel_group()
+        local = get_batch_on_this_cp_rank({"x": positions}, group)["x"].view(6, 1).requires_grad_()
+        whole = gather_sequence(local, group)
+        (whole * positions.view(12, 1) * (group.rank() + 1)).sum().backward()
+    assert local.grad is not None
+    return whole.detach().view(12), torch.stack([local.detach(), local.grad]).view(2, 6)
+
+
+def test_gather_sums_what_every_rank_asks() -> None:
+    for whole, (local, gradient) in run_ranks(_gather, 2):
+        assert whole.tolist() == list(range(12))
+        assert torch.equal(gradient, 3 * local)

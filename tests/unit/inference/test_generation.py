@@ -1,0 +1,137 @@
+"""Choosing the next token."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch.testing import assert_close
+
+from moetron.moe.config.bridge import transformer_config
+from moetron.moe.inference.generation import GrowingSequence, continuation, draw, load_model
+from moetron.moe.inference.sampling import Sampling
+from moetron.moe.layers.build_model import build_model
+from tests.parallel import checkpoint_runs
+from tests.parallel.harness import model_parallel
+from tests.unit.training.training_cases import settings
+
+LOGITS = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()
+
+
+def _shares(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> dict[int, float]:
+    generator = torch.Generator().manual_seed(0)
+    sampling = Sampling(temperature, top_k, top_p)
+    draws = Counter(draw(LOGITS, sampling, generator) for _ in range(4000))
+    return {token: count / 4000 for token, count in draws.items()}
+
+
+def test_zero_temperature_takes_the_likeliest() -> None:
+    assert _shares(temperature=0) == {1: 1.0}
+
+
+def test_draws_follow_the_probabilities() -> None:
+    assert _shares() == pytest.approx({0: 0.1, 1: 0.5, 2: 0.15, 3: 0.25}, abs=0.03)
+
+
+def test_temperature_sharpens() -> None:
+    """At temperature 1/2 probabilities are squared: 0.01, 0.25, 0.0225, 0.0625 of 0.345."""
+    expected = {0: 0.01 / 0.345, 1: 0.25 / 0.345, 2: 0.0225 / 0.345, 3: 0.0625 / 0.345}
+    assert _shares(temperature=0.5) == pytest.approx(expected, abs=0.03)
+
+
+def test_top_k_keeps_so_many() -> None:
+    assert _shares(top_k=2) == pytest.approx({1: 2 / 3, 3: 1 / 3}, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"), [(0.01, {1}), (0.5, {1}), (0.51, {1, 3}), (0.76, {1, 3, 2})]
+)
+def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, kept: set[int]) -> None:
+    assert _shares(top_p=top_p).keys() == kept
+
+
+def _model(**groups: dict[str, Any]) -> GPTModel:
+    chosen = settings(
+        model={
+            "num_layers": 2,
+            "hidden_size": 16,
+            "num_attention_heads": 4,
+            "seq_length": 12,
+            "init_method_std": 0.2,
+            "norm_epsilon": 1e-6,
+            **groups.pop("model", {}),
+        },
+        **groups,
+    )
+    return build_model(chosen, transformer_config(chosen), 40).eval()
+
+
+LATENT = {"kv_lora_rank": 8, "qk_head_dim": 8, "qk_pos_emb_head_dim": 4, "v_head_dim": 8}
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        {"moe": {"num_experts": 4}},
+        {"model": {"num_query_groups": 2, "qk_layernorm": True, "qk_layernorm_scope": "full"}},
+        {"attention": {"multi_latent_attention": True, **LATENT}},
+    ],
+    ids=["experts", "full-width-norm", "latent-attention"],
+)
+def test_a_cache_changes_no_logits(groups: dict[str, Any]) -> None:
+    """Over a prompt, single tokens, the end of the window, and a second longer piece."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(40, (22,), generator=generator).tolist()
+    pieces = [tokens[:5], *([token] for token in tokens[5:18]), tokens[18:21], tokens[21:]]
+    with model_parallel():
+        model = _model(**groups)
+        cached, plain = GrowingSequence(model), GrowingSequence(model, cached=False)
+        for piece in pieces:
+            assert_close(cached.extend(piece), plain.extend(piece), atol=1e-5, rtol=0)
+
+
+def test_a_cache_computes_new_tokens_alone() -> None:
+    lengths = []
+    with model_parallel():
+        model = _model()
+        model.register_forward_pre_hook(lambda _, arguments: lengths.append(arguments[0].size(1)))
+        following = continuation(model, [1, 2, 3], 40, Sampling())
+        tokens = [next(following) for _ in range(12)]
+    assert len(set(tokens)) > 1
+    assert lengths == [3] + [1] * 9 + [6, 1]  # twelve are the window: half of it stays
+
+
+def test_the_same_seed_gives_the_same_text() -> None:
+    with model_parallel():
+        model = _model()
+
+        def text(seed: int, cached: bool = True) -> list[int]:
+            following = continuation(model, [1], 40, Sampling(seed=seed), cached)
+            return [next(following) for _ in range(8)]
+
+        assert text(1) == text(1) == text(1, cached=False) != text(2)
+
+
+def test_a_model_that_learned_to_predict_further_ahead_is_asked_for_the_next_token(
+    tmp_path: Path,
+) -> None:
+    chosen = checkpoint_runs.settings(
+        "dp",
+        model={"mtp_num_layers": 1},
+        training={"train_iters": 1},
+        checkpoint={"save": str(tmp_path)},
+    )
+    tokens = torch.randint(checkpoint_runs.VOCABULARY, (1, 9))
+    inputs, labels = tokens[:, :-1], tokens[:, 1:]
+    positions = torch.arange(8)[None]
+    with checkpoint_runs.parallel_of(chosen):
+        loop = checkpoint_runs.start(chosen)
+        loop.run(lambda: False)
+        model = load_model(tmp_path, chosen, checkpoint_runs.VOCABULARY, loop.trainer.runtime)
+        with torch.no_grad():
+            trained = loop.trainer.chunks[0].eval()(inputs, positions, None, labels=labels)
+            asked = model(inputs, positions, None, labels=labels)
+        assert_close(asked, trained, atol=1e-6, rtol=0)
+        assert next(continuation(model, [1], checkpoint_runs.VOCABULARY, Sampling())) >= 0

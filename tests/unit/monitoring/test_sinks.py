@@ -1,0 +1,138 @@
+"""What a run writes down: every bit of a float, nothing twice after a resume."""
+
+import io
+import json
+import math
+import sys
+from pathlib import Path
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moetron.common.errors import UserError
+from moetron.moe.monitoring.sinks import JsonLines, LineFiles, WandB, flat, heat_map, open_sinks
+from tests.unit.training.training_cases import settings
+
+LOADS = {"layer_1": np.array([0.0, 1.0, 2.0]), "layer_3": np.ones(3)}
+
+
+def _steps(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_floats_keep_every_bit_and_lines_are_there_at_once(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path / "metrics.jsonl", 0)
+    value = math.pi * 1e-7
+    lines.write({"step": 1, "lm_loss": value})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["lm_loss"] == value
+
+
+def test_a_resume_drops_the_steps_that_it_takes_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "lm_lo')
+    lines = JsonLines(path, 2)
+    assert _steps(path) == [1, 2]
+    lines.write({"step": 3})
+    assert _steps(path) == [1, 2, 3]
+
+
+def test_a_finished_run_that_evaluates_again_leaves_one_line_a_step(tmp_path: Path) -> None:
+    for loss in (2.0, 1.5):
+        files = LineFiles(tmp_path, 8)
+        for step in (4, 8):
+            files.validation({"step": step, "validation_loss": loss})
+        files.close()
+    rows = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["validation_loss"]) for row in rows] == [(4, 1.5), (8, 1.5)]
+
+
+def test_a_fresh_run_drops_everything(tmp_path: Path) -> None:
+    (tmp_path / "validation.jsonl").write_text('{"step": 7}\n')
+    LineFiles(tmp_path, 0).close()
+    assert (tmp_path / "validation.jsonl").read_text() == ""
+
+
+def test_a_folder_that_cannot_be_made_is_the_users_to_mend(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--save .*file/run: cannot write there"):
+        LineFiles(tmp_path / "file" / "run", 0)
+
+
+def test_nested_numbers_are_named_by_path() -> None:
+    row = {"step": 3, "loss": 1.5, "sources": {"code": 1, "prose": 2.0}, "note": "text"}
+    assert flat(row) == [("loss", 1.5), ("sources/code", 1), ("sources/prose", 2.0)]
+
+
+def test_tensorboard_scalars_can_be_read_back(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for sink in open_sinks(settings(checkpoint={"save": str(tmp_path)}), 0):
+        sink.step({"step": 1, "lm_loss": 2.5})
+        sink.validation({"step": 1, "validation_loss": 2.0, "source_losses": {"a": 1.0}})
+        sink.expert_load(1, LOADS)
+        sink.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    scalars = {name: events.Scalars(name)[0].value for name in events.Tags()["scalars"]}
+    assert scalars == {
+        "train/lm_loss": 2.5,
+        "validation/validation_loss": 2.0,
+        "validation/source_losses/a": 1.0,
+    }
+    assert _steps(tmp_path / "metrics.jsonl") == [1]
+    loads = {name: events.Histograms(name)[0] for name in events.Tags()["histograms"]}
+    assert {name: (load.step, load.histogram_value.min) for name, load in loads.items()} == {
+        "expert_load/layer_1": (1, 0.0),
+        "expert_load/layer_3": (1, 1.0),
+    }
+    image = events.Images("expert_load/all")[0]
+    cell = image.width // 3
+    assert (image.step, image.height, image.width) == (1, 2 * cell, 3 * cell)
+    pixels = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))
+    assert (pixels == heat_map(LOADS)).all()
+    idle, even, _ = pixels[0, ::cell]
+    assert idle[2] > idle[0] and pixels[-1, -1].tolist() == even.tolist()
+
+
+def test_wandb_gets_the_same_scalars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Mock()
+    monkeypatch.setitem(sys.modules, "wandb", Mock(init=Mock(return_value=run)))
+    run_settings = settings(
+        checkpoint={"save": str(tmp_path)}, logging={"wandb_project": "p", "tensorboard": False}
+    )
+    for sink in open_sinks(run_settings, 0):
+        sink.step({"step": 4, "lm_loss": 2.5})
+        sink.close()
+    run.log.assert_called_once_with({"train/lm_loss": 2.5}, step=4)
+    run.finish.assert_called_once()
+
+
+def test_wandb_offline_keeps_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run_settings = settings(
+        checkpoint={"save": str(tmp_path)}, logging={"wandb_project": "p", "tensorboard": False}
+    )
+    for sink in open_sinks(run_settings, 0):
+        sink.step({"step": 100, "lm_loss": 2.5})
+        sink.expert_load(100, LOADS)
+        sink.validation({"step": 100, "validation_loss": 2.0})
+        sink.close()
+    [log] = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    content = log.read_bytes()
+    for name in (b"train/lm_loss", b"expert_load/layer_1", b"expert_load/all", b"validation_loss"):
+        assert name in content
+    [image] = log.parent.glob("files/media/images/**/*.png")
+    assert (np.asarray(Image.open(image)) == heat_map(LOADS)).all()
+
+
+def test_wandb_must_be_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="--wandb-project needs"):
+        WandB("p", tmp_path, settings())
+
+
+def test_nothing_is_written_without_a_folder(tmp_path: Path) -> None:
+    assert open_sinks(settings(), 0) == []

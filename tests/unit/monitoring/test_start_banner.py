@@ -1,0 +1,91 @@
+"""What a run says before its first step."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moetron.common.errors import UserError
+from moetron.moe.checkpoint import run_folder as checkpoint_folder
+from moetron.moe.checkpoint.position import Progress
+from moetron.moe.checkpoint.run_folder import Record
+from moetron.moe.monitoring.start_banner import announce, opening
+from tests.unit.training.training_cases import settings
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run that reached step 6 of 10."""
+    folder = checkpoint_folder.step_folder(tmp_path / "run", 6)
+    temporary = checkpoint_folder.prepare(folder)
+    tree = settings().model_dump(mode="json")
+    del tree["optimizer"]["adam_eps"]  # of a version that did not have it
+    checkpoint_folder.write_record(
+        temporary, Record(Progress(6, 48, 192), tree, {}, {"seed": 1}, {}, {}), {}
+    )
+    checkpoint_folder.commit(folder, None)
+    return tmp_path / "run"
+
+
+def said(run: Path, **groups: dict[str, Any]) -> list[str]:
+    options = {"load": str(run), "save": str(run), **groups.pop("checkpoint", {})}
+    return opening(settings(checkpoint=options, **groups), {"seed": 1})
+
+
+def test_nothing_is_kept_without_save(capsys: pytest.CaptureFixture[str]) -> None:
+    announce(settings(), {})
+    assert capsys.readouterr().out.startswith("no --save FOLDER: nothing of this run is kept")
+    announce(settings(checkpoint={"save": "x"}), {})
+    assert capsys.readouterr().out == ""
+
+
+def test_one_rank_speaks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    announce(settings(), {})
+    assert capsys.readouterr().out == ""
+
+
+def test_a_run_that_begins_in_its_own_folder_says_nothing(tmp_path: Path) -> None:
+    assert said(tmp_path) == []
+
+
+def test_every_setting_that_changed_is_named(run: Path) -> None:
+    step = run / "step_0000006"
+    assert said(run) == [f"going on from {step}, 192 tokens"]
+    changed = said(
+        run,
+        training={"train_iters": 20},
+        learning_rate={"lr": 0.5, "lr_decay_style": "linear"},
+        optimizer={"adam_eps": 1e-6},
+        data={"data_path": ["x" * 100]},
+        checkpoint={"save_interval": 3},
+        logging={"log_interval": 7},
+    )
+    assert changed[1:] == [
+        "  --train-iters 20 (was 10)",
+        "  --lr 0.5 (was 1.0)",
+        "  --lr-decay-style linear (was cosine)",
+        f"  --data-path ['{'x' * 75}... (was unset)",
+    ]
+
+
+def test_other_data_are_named(run: Path) -> None:
+    same = settings(checkpoint={"load": str(run), "save": str(run)})
+    _, line = opening(same, {"seed": 2, "sources": ()})
+    assert line == "  other data (seed, sources): sample 48 of them comes next"
+
+
+def test_a_fresh_start_says_what_it_takes(run: Path) -> None:
+    taken = said(run, checkpoint={"finetune": True}, learning_rate={"lr": 0.5})
+    assert taken == [f"starting at step 0 from {run / 'step_0000006'}: weights alone"]
+    (line,) = said(run, checkpoint={"reset_progress": True})
+    assert line.endswith(": weights and optimizer")
+
+
+def test_a_finished_run_says_so_and_a_shorter_one_is_refused(run: Path) -> None:
+    assert "--train-iters 6 is reached" in said(run, training={"train_iters": 6})[-1]
+    with pytest.raises(UserError, match=r"--train-iters 5: .*step_0000006 is at step 6 already"):
+        said(run, training={"train_iters": 5})
+    assert len(said(run, training={"train_iters": 5}, checkpoint={"finetune": True})) == 1
