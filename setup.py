@@ -59,7 +59,7 @@ EXTRAS = {
 
 def packages() -> dict[str, str]:
     """Package name -> folder: ``moetron`` and every folder of code below ``FOLDERS``."""
-    found = {"moetron": "moetron"}
+    found = {"moetron": "moetron", "moetron.common": "moetron/common"}
     for folder in FOLDERS:
         for path in sorted([ROOT / folder, *(ROOT / folder).rglob("*")]):
             if path.is_dir() and any(path.glob("*.py")):

@@ -1,57 +1,52 @@
 """The rules of CONTRIBUTING.md and docs/architecture.md that a program can check."""
 
-import ast
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests import rooms
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("moe", "data", "tokenizers")
 PYTHON_ROOTS = (*FOLDERS, "moetron", "tools", "tests", "examples")
-MODULE_LINES, TOOL_LINES, ENTRY_LINES = 400, 120, 150
+MODULE_LINES, TOOL_LINES, ENTRY_LINES, ROOM_FILES = 400, 120, 150, 15
 
-MAY_IMPORT = {
-    "tokenizers": {"tokenizers"},
-    "data": {"data", "tokenizers"},
-    "moe": {"moe"},
-}
-"""Of our top-level folders."""
-LAYERS = (
-    {"config"},
-    {"plan"},
-    {"host"},
-    {"layers", "routing"},
-    {"training"},
-    {"convert", "analysis"},
+FLOORS = (
+    {"moetron/common"},
+    {"tokenizers", "data/shards", "data/addressing"},
+    {"data/readers", "data/objectives"},
+    {"data/encoding", "data/corpora", "data/stream"},
+    {"data/prepare", "data/inspect"},
+    {"moe/config/schema"},
+    {"moe/config/rules"},
+    {"moe/config"},
+    {"moe/plan", "moe/host", "moe/numerics", "moe/optim"},
+    {"moe/routing"},
+    {"moe/layers"},
+    {"moe/checkpoint"},
+    {"moe/monitoring"},
+    {"moe/training"},
+    {"moe/inference", "moe/verify", "moe/convert/families"},
+    {"moe/convert", "moe/analysis"},
+    {"moe/analysis/ablation", "moe/analysis/page"},
 )
-"""Folders of moe/, from left to right: left never imports right."""
+"""Rooms, from the ground up: a room imports rooms of lower floors alone."""
+MAY_IMPORT = {
+    "moetron": {"moetron"},
+    "tokenizers": {"tokenizers", "moetron"},
+    "data": {"data", "tokenizers", "moetron"},
+    "moe": {"moe", "moetron"},
+}
+"""Of the trees: `moe` sees samples through a protocol, never through `data`."""
+SETTINGS = ("moe.config.schema", "moe.config.rules")
+"""Settings and the rules about them are named alike."""
 
 
 def modules(*folders: str) -> list[Path]:
     return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
-
-
-def imports(path: Path) -> Iterator[str]:
-    """Dotted names of everything that a file imports, inside functions too."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (name.name for name in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            assert node.module is not None
-            yield from (f"{node.module}.{name.name}" for name in node.names)
-
-
-def own_imports(path: Path) -> Iterator[list[str]]:
-    """What a file imports of ours, without ``moetron``: ``["moe", "config", "settings", ...]``."""
-    for name in imports(path):
-        parts = name.split(".")
-        if parts[0] == "moetron":
-            yield parts[1:]
 
 
 def test_files_of_tests_have_names_of_their_own() -> None:
@@ -59,58 +54,57 @@ def test_files_of_tests_have_names_of_their_own() -> None:
     assert not {name for name in names if names.count(name) > 1}, "pytest imports by name"
 
 
-def layer(folder: str) -> int:
-    return next(index for index, folders in enumerate(LAYERS) if folder in folders)
+def floor(room: str) -> int:
+    return next(number for number, row in enumerate(FLOORS) if room in row)
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
-def test_imports_point_one_way(folder: str) -> None:
+def test_every_room_has_a_floor() -> None:
+    graph = rooms.arrows(ROOT)
+    with_modules = {
+        rooms.room_of(path, ROOT)
+        for path in rooms.modules(ROOT).values()
+        if path.name != "__init__.py"
+    }
+    assert with_modules == set().union(*FLOORS)
+    assert not [room for room in graph if room not in with_modules and graph[room]]
+
+
+def test_imports_point_to_lower_floors() -> None:
     wrong = [
-        f"{path.relative_to(ROOT)} imports moetron.{'.'.join(parts)}"
-        for path in modules(folder)
-        for parts in own_imports(path)
-        if parts[0] in FOLDERS and parts[0] not in MAY_IMPORT[folder]
+        f"{room} imports {other}"
+        for room, others in rooms.arrows(ROOT).items()
+        for other in others
+        if floor(other) >= floor(room) or other.split("/")[0] not in MAY_IMPORT[room.split("/")[0]]
     ]
     assert not wrong, "\n".join(wrong)
 
 
-def test_layers_of_the_model_point_one_way() -> None:
-    wrong = [
-        f"{path.relative_to(ROOT)} imports moetron.{'.'.join(parts)}"
-        for path in modules("moe")
-        for parts in own_imports(path)
-        if len(parts) > 1 and parts[0] == "moe" and path.parent != ROOT / "moe"
-        if layer(parts[1]) > layer(path.relative_to(ROOT / "moe").parts[0])
-    ]
-    assert not wrong, "\n".join(wrong)
+def test_rooms_are_not_crowded() -> None:
+    known = rooms.modules(ROOT).values()
+    found = [rooms.room_of(path, ROOT) for path in known if path.name != "__init__.py"]
+    crowded = {room: found.count(room) for room in found if found.count(room) > ROOM_FILES}
+    assert not crowded
 
 
-def test_every_folder_of_the_model_has_a_layer() -> None:
-    found = {path.parent.name for path in (ROOT / "moe").glob("*/*.py")}
-    assert found <= set().union(*LAYERS)
+def test_modules_have_names_of_their_own() -> None:
+    found: dict[str, list[str]] = {}
+    for name, path in rooms.modules(ROOT).items():
+        if path.name != "__init__.py":
+            found.setdefault(path.stem, []).append(name)
+    twins = {
+        stem: names
+        for stem, names in found.items()
+        if len([name for name in names if not name.startswith(SETTINGS)]) > 1
+    }
+    assert not twins
 
 
 def test_there_are_no_cycles() -> None:
     """Among our modules, lazily imported ones included."""
-    names = {module_name(path): path for path in modules(*FOLDERS)}
-    graph = {
-        name: {found for parts in own_imports(path) if (found := resolve(parts, names))} - {name}
-        for name, path in names.items()
-    }
-    done: set[str] = set()
-    while ready := [name for name in graph if name not in done and graph[name] <= done]:
-        done.update(ready)
-    assert done == set(graph), f"in or behind a cycle: {sorted(set(graph) - done)}"
-
-
-def module_name(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def resolve(parts: list[str], names: dict[str, Path]) -> str | None:
-    """The module that holds an imported name."""
-    return next((n for n in (".".join(parts), ".".join(parts[:-1])) if n in names), None)
+    known = rooms.modules(ROOT)
+    graph = {name: set(rooms.own_imports(path, known)) - {name} for name, path in known.items()}
+    _, circular = rooms.floors(graph)
+    assert not circular
 
 
 def test_bare_names_of_our_folders_are_never_imported() -> None:
@@ -118,7 +112,7 @@ def test_bare_names_of_our_folders_are_never_imported() -> None:
     wrong = [
         f"{path.relative_to(ROOT)}: {name}"
         for path in [*modules(*PYTHON_ROOTS), ROOT / "pretrain_moe.py"]
-        for name in imports(path)
+        for name in rooms.imports(path)
         if name.split(".")[0] in ("moe", "data")
     ]
     assert not wrong, "\n".join(wrong)
@@ -153,7 +147,7 @@ def test_no_type_checking_excuses() -> None:
     wrong = [
         str(path.relative_to(ROOT))
         for path in modules(*FOLDERS)
-        for name in imports(path)
+        for name in rooms.imports(path)
         if name == "typing.TYPE_CHECKING"
     ]
     assert not wrong
@@ -170,7 +164,8 @@ def test_setup_lists_every_package(monkeypatch: pytest.MonkeyPatch) -> None:
     exec(program, {"__file__": setup_file})
     folders = {path.parent.relative_to(ROOT).as_posix() for path in modules(*FOLDERS)}
     expected = {f"moetron.{folder.replace('/', '.')}": folder for folder in folders}
-    assert listed == {"moetron": "moetron", **expected}
+    common = {"moetron": "moetron", "moetron.common": "moetron/common"}
+    assert listed == {**common, **expected}
     without_init = {folder for folder in folders if not (ROOT / folder / "__init__.py").is_file()}
     assert without_init == {"tokenizers"}
 
