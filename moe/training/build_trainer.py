@@ -18,7 +18,7 @@ from moetron.moe.training.model_chunks import build_chunks
 from moetron.moe.training.optimizer import build_optimizer
 from moetron.moe.training.runtime import Runtime
 from moetron.moe.training.sample_stream import Streams
-from moetron.moe.training.step import Trainer
+from moetron.moe.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,8 @@ from moetron.moe.training.batches import Batch, micro_batch_numbers, micro_batch
 from moetron.moe.training.loss_tally import Losses, Tally
 from moetron.moe.training.model_chunks import needs_samples, set_training, settled
 from moetron.moe.training.sample_stream import SampleStream
-from moetron.moe.training.step import Trainer, run_schedule
+from moetron.moe.training.step import run_schedule
+from moetron.moe.training.trainer import Trainer
 
 
 def evaluate(trainer: Trainer, stream: SampleStream) -> Losses:

@@ -18,10 +18,10 @@ from moetron.moe.training.schedule import LearningRate
 from moetron.moe.training.step import (
     BatchIterators,
     NotFiniteError,
-    StepFigures,
-    Trainer,
     train_step,
 )
+from moetron.moe.training.step_metrics import StepMetrics
+from moetron.moe.training.trainer import Trainer
 
 _WAY_ON = (
     "checkpoints are from before it: go on from one with a lower --lr or --clip-grad, say, or with "
@@ -111,7 +111,7 @@ class Loop:
         learning_rate = self._rate.at(self.progress)
         start_s = time.perf_counter()
         try:
-            figures = train_step(
+            metrics = train_step(
                 self.trainer, batches, count, learning_rate, stop_requested, self._tally
             )
         except NotFiniteError as error:
@@ -119,16 +119,16 @@ class Loop:
         step_time_s = time.perf_counter() - start_s
         self.progress = self.progress.after(samples, settings.model.seq_length)
         if self.sinks:
-            row = self._row(figures, samples, learning_rate, step_time_s)
+            row = self._row(metrics, samples, learning_rate, step_time_s)
             for sink in self.sinks:
                 sink.step(row)
             if self.progress.step % settings.logging.expert_load_interval == 0:
                 for sink in self.sinks:
-                    sink.expert_load(self.progress.step, figures.loads)
-        return figures.stop
+                    sink.expert_load(self.progress.step, metrics.loads)
+        return metrics.stop
 
     def _row(
-        self, figures: StepFigures, samples: int, learning_rate: float, step_time_s: float
+        self, metrics: StepMetrics, samples: int, learning_rate: float, step_time_s: float
     ) -> Row:
         """The step's line in metrics.jsonl; rates of one rank where the name does not say more."""
         settings = self.trainer.settings
@@ -138,11 +138,11 @@ class Loop:
             "step": self.progress.step,
             "tokens": self.progress.consumed_tokens,
             "samples": self.progress.consumed_samples,
-            "lm_loss": figures.losses.loss,
-            "loss_tokens": figures.losses.tokens,
-            **self._loss_row(figures.losses),
-            **figures.besides,
-            "grad_norm": figures.grad_norm,
+            "lm_loss": metrics.losses.loss,
+            "loss_tokens": metrics.losses.tokens,
+            **self._loss_row(metrics.losses),
+            **metrics.extra,
+            "grad_norm": metrics.grad_norm,
             "lr": learning_rate,
             "step_time_s": step_time_s,
             "tokens_per_s": tokens_per_s,

@@ -1,30 +1,22 @@
-"""One optimizer step: forward and backward over all micro-batches, clipping, update, figures."""
+"""One optimizer step: forward and backward over all micro-batches, clip, update."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
-from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
-from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model
+from megatron.core.utils import get_batch_on_this_cp_rank
 
 from moetron.common.errors import RunError
-from moetron.moe.config.bridge import ModelConfig
-from moetron.moe.config.schema.derived import routed_layers
-from moetron.moe.config.schema.settings import Settings
 from moetron.moe.layers.attention import prefix_mask
-from moetron.moe.routing.losses import read_auxiliary_losses
-from moetron.moe.routing.routing_record import RoutingRecorder
+from moetron.moe.optim.update import clip_and_update
 from moetron.moe.training.batches import PER_SAMPLE, Batch
 from moetron.moe.training.loss_tally import Losses, Tally
-from moetron.moe.training.model_chunks import ModelChunks
 from moetron.moe.training.optimizer import set_learning_rate
-from moetron.moe.training.runtime import Runtime
+from moetron.moe.training.step_metrics import StepMetrics, read_step_metrics
+from moetron.moe.training.trainer import Trainer
 
 BatchIterators = Sequence[Iterator[Batch] | None]
 """For each model chunk of this rank its micro-batches, None for a chunk that needs no samples."""
@@ -34,36 +26,6 @@ class NotFiniteError(RunError):
     """A loss or gradient norm that is infinite or not a number."""
 
 
-@dataclass(frozen=True)
-class Trainer:
-    """What one rank trains, and with what."""
-
-    settings: Settings
-    runtime: Runtime
-    config: ModelConfig
-    vocab_size: int
-    """Before padding."""
-    chunks: ModelChunks
-    optimizer: MegatronOptimizer
-    recorder: RoutingRecorder | None
-    """Counts where tokens go; None: a dense model."""
-
-
-@dataclass(frozen=True)
-class StepFigures:
-    """What all ranks agree on after a step."""
-
-    losses: Losses
-    grad_norm: float
-    """Norm of the whole gradient before clipping."""
-    besides: dict[str, Any]
-    """``prediction_figures`` and ``routing_figures``."""
-    loads: dict[str, np.ndarray]
-    """For each layer with experts every expert's load over the mean load, float64 [E]."""
-    stop: bool
-    """Whether any rank asked to stop."""
-
-
 def train_step(
     trainer: Trainer,
     batches: BatchIterators,
@@ -71,7 +33,7 @@ def train_step(
     learning_rate: float,
     stop_requested: Callable[[], bool],
     tally: Tally,
-) -> StepFigures:
+) -> StepMetrics:
     """Take one step.
 
     Args:
@@ -83,96 +45,35 @@ def train_step(
         tally: counts the losses by corpus and objective.
 
     Raises:
-        NotFiniteError: when the loss or the gradient norm is not finite and the settings check it.
+        NotFiniteError: the loss or the gradient norm is not finite and the settings check it; no
+            weight has changed.
     """
     for chunk in trainer.chunks:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
     reports = run_schedule(trainer, batches, num_microbatches, partial(token_loss, tally))
+    losses, local_loss, stop = _agree(trainer, tally, reports, stop_requested())
     set_learning_rate(trainer.optimizer, learning_rate)
-    _, grad_norm, _ = trainer.optimizer.step()
+    check = partial(_refuse_non_finite, trainer, losses.loss, local_loss)
+    grad_norm = clip_and_update(trainer.optimizer, check)
+    return read_step_metrics(trainer, num_microbatches, losses, grad_norm, stop)
+
+
+def _agree(
+    trainer: Trainer, tally: Tally, reports: list[torch.Tensor], stop_requested: bool
+) -> tuple[Losses, torch.Tensor, bool]:
+    """Sum the losses of all ranks, and share whether one of them was asked to stop.
+
+    Returns the losses of the global batch, this rank's summed loss (float64 scalar), and whether to
+    stop.
+    """
     local = tally.zeros(trainer.runtime.device)
-    if trainer.runtime.holds_loss:
+    if trainer.runtime.holds_loss:  # one tensor rank of the last stage: nothing counts twice
         local += torch.stack(reports).sum(0)
-    stops = local.new_full((1,), stop_requested())
-    total = torch.cat([local.flatten(), stops])
+    total = torch.cat([local.flatten(), local.new_full((1,), stop_requested)])
+    # All-reduce over all ranks: data and context ranks hold parts of the batch, the others zeros.
     torch.distributed.all_reduce(total)
-    losses = tally.read(total[:-1].view_as(local))
-    routing, loads = routing_figures(trainer, num_microbatches)
-    ahead = prediction_figures(trainer, num_microbatches)
-    besides = {**output_figures(trainer), **ahead, **routing}
-    figures = StepFigures(losses, float(grad_norm), besides, loads, bool(total[-1] > 0))
-    if trainer.settings.training.check_for_nan_in_loss_and_grad:
-        _refuse_non_finite(figures, local[0].sum())
-    return figures
-
-
-def output_figures(trainer: Trainer) -> dict[str, float]:
-    """``output_z_loss`` since the last call (collective), if it has a coefficient: mean (log Z)^2.
-
-    Over the tokens that count of the global batch, without the coefficient.
-    """
-    if trainer.settings.model.output_z_loss_coeff is None:
-        return {}
-    runtime = trainer.runtime
-    sums = torch.zeros(2, dtype=torch.float64, device=runtime.device)
-    for model in unwrap_model(trainer.chunks):
-        noted = model.take_squared_log_z()
-        sums += noted.to(sums.device) if runtime.holds_loss else 0
-    torch.distributed.all_reduce(sums)
-    total, tokens = sums.tolist()
-    return {"output_z_loss": total / max(tokens, 1.0)}
-
-
-def prediction_figures(trainer: Trainer, num_microbatches: int) -> dict[str, Any]:
-    """Losses of multi-token prediction since the last call (collective); nothing without it.
-
-    ``mtp_losses``: for each module the mean over micro-batches of its mean loss, without its weight
-    (nats per token). megatron-core notes them on the ranks of the last stage.
-    """
-    modules = trainer.settings.model.mtp_num_layers
-    if modules is None:
-        return {}
-    noted, runtime = MTPLossLoggingHelper.tracker, trainer.runtime
-    sums = torch.zeros(modules + 1, dtype=torch.float64, device=runtime.device)
-    if runtime.holds_loss:
-        sums[:-1], sums[-1] = noted["values"], num_microbatches
-    if "values" in noted:
-        MTPLossLoggingHelper.clean_loss_in_tracker()
-    torch.distributed.all_reduce(sums)
-    return {"mtp_losses": (sums[:-1] / sums[-1]).tolist()}
-
-
-def routing_figures(
-    trainer: Trainer, num_microbatches: int
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What routers did since the last call, over all ranks (collective); nothing if dense.
-
-    ``aux_loss`` and ``z_loss`` without their coefficients; ``expert_load_max_over_mean``, the load
-    of a layer's busiest expert over the mean, averaged over layers, and ``expert_load``, the same
-    for each layer; where experts have a capacity ``dropped_fraction`` of choices, over all layers,
-    ``dropped_fractions``, by layer, and ``dropped_by_position``, by layer and part of the sequence.
-    And beside these the ``loads`` of `StepFigures`.
-    """
-    if trainer.recorder is None:
-        return {}, {}
-    runtime, moe = trainer.runtime, trainer.settings.moe
-    figures: dict[str, Any] = dict(
-        read_auxiliary_losses(trainer.settings, num_microbatches, runtime.groups, runtime.device)
-    )
-    summary = trainer.recorder.summary()
-    trainer.recorder.reset()
-    figures["expert_load_max_over_mean"] = summary.load_max_over_mean
-    chosen_LE = summary.chosen.double()  # [MoE layers, experts]
-    loads_LE = (chosen_LE / chosen_LE.mean(1, keepdim=True)).numpy()
-    names = [f"layer_{n}" for n, sparse in enumerate(routed_layers(trainer.settings)) if sparse]
-    loads = dict(zip(names, loads_LE, strict=True))
-    figures["expert_load"] = {name: float(load_E.max()) for name, load_E in loads.items()}
-    if moe.moe_expert_capacity_factor is not None:
-        figures["dropped_fraction"] = summary.dropped_fraction
-        figures["dropped_fractions"] = dict(zip(names, summary.dropped_fractions, strict=True))
-        figures["dropped_by_position"] = dict(zip(names, summary.dropped_by_position, strict=True))
-    return figures, loads
+    return tally.read(total[:-1].view_as(local)), local[0].sum(), bool(total[-1] > 0)
 
 
 def run_schedule(
@@ -242,12 +143,17 @@ def token_loss(
     return total, mask_BS.sum().to(torch.int), tally.count(batch, losses_BS)
 
 
-def _refuse_non_finite(figures: StepFigures, local_loss: torch.Tensor) -> None:
-    lm_loss = figures.losses.loss
-    if math.isfinite(lm_loss) and math.isfinite(figures.grad_norm):
+def _refuse_non_finite(
+    trainer: Trainer, lm_loss: float, local_loss: torch.Tensor, grad_norm: float
+) -> None:
+    """Raise NotFiniteError on all ranks alike, if the settings check the loss and gradient norm."""
+    if not trainer.settings.training.check_for_nan_in_loss_and_grad:
+        return
+    if math.isfinite(lm_loss) and math.isfinite(grad_norm):
         return
     finite: list[bool] = [True] * torch.distributed.get_world_size()
+    # All-gather over all ranks, only on the way out: the message names the ranks at fault.
     torch.distributed.all_gather_object(finite, bool(local_loss.isfinite()))
     ranks = [rank for rank, good in enumerate(finite) if not good]
     where = f" (loss of rank {', '.join(map(str, ranks))})" if ranks else ""
-    raise NotFiniteError(f"lm_loss is {lm_loss}, the gradient norm {figures.grad_norm}{where}")
+    raise NotFiniteError(f"lm_loss is {lm_loss}, the gradient norm {grad_norm}{where}")

@@ -33,7 +33,7 @@ from moetron.moe.training import runtime
 from moetron.moe.training.build_trainer import build_trainer
 from moetron.moe.training.loop import Loop
 from moetron.moe.training.sample_stream import Streams
-from moetron.moe.training.step import Trainer
+from moetron.moe.training.trainer import Trainer
 
 RECIPE = Path(__file__).parents[2] / "examples" / "quickstart" / "pretrain.yaml"
 WARM_UP = 3

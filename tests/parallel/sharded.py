@@ -15,7 +15,7 @@ from megatron.core.utils import unwrap_model
 
 from moetron.moe.checkpoint.optimizer_state import MOMENTS, PREFIX, sharded_optimizer_state
 from moetron.moe.checkpoint.save_load import MODEL_METADATA
-from moetron.moe.training.step import Trainer
+from moetron.moe.training.trainer import Trainer
 
 Read = Callable[[torch.nn.Parameter], torch.Tensor]
 

@@ -19,7 +19,8 @@ from moetron.moe.training.evaluate import evaluate
 from moetron.moe.training.loop import Loop
 from moetron.moe.training.runtime import divide
 from moetron.moe.training.sample_stream import SampleStream, StreamFrom, Streams
-from moetron.moe.training.step import NotFiniteError, Trainer
+from moetron.moe.training.step import NotFiniteError
+from moetron.moe.training.trainer import Trainer
 from tests.parallel.harness import RankFailed, run_ranks
 from tests.unit.training.training_cases import CountingStream
 
