@@ -6,11 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from moetron.moe.analysis.coactivation import CoActivation
-from moetron.moe.analysis.drops import Drops
+from moetron.moe.analysis.routing_statistics import CoActivation, Drops, mean_similarity, saturation
 from moetron.moe.analysis.routing_trace import RoutedModel, Windows
-from moetron.moe.analysis.saturation import saturation
-from moetron.moe.analysis.similarity import mean_similarity
 from moetron.moe.analysis.specialization import (
     ClassCounts,
     by_token_class,

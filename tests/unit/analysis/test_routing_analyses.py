@@ -7,11 +7,8 @@ import numpy as np
 import pytest
 
 from moetron.common.errors import UserError
-from moetron.moe.analysis.coactivation import CoActivation
-from moetron.moe.analysis.drops import Drops
+from moetron.moe.analysis.routing_statistics import CoActivation, Drops, mean_similarity, saturation
 from moetron.moe.analysis.routing_trace import Routed, chosen
-from moetron.moe.analysis.saturation import saturation
-from moetron.moe.analysis.similarity import mean_similarity
 from moetron.moe.analysis.specialization import (
     ClassCounts,
     by_token_class,
