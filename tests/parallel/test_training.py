@@ -275,3 +275,23 @@ def _spoil_and_step() -> None:
 def test_a_loss_that_is_not_finite_stops_the_run() -> None:
     with pytest.raises(RankFailed, match=f"{NotFiniteError.__name__}: lm_loss is nan.*of rank 0"):
         run_ranks(_spoil_and_step, 1)
+
+
+def _spoil_gradient_and_step() -> dict[str, Any]:
+    settings = _settings(["--train-iters", "20"])
+    trainer = _trainer(settings)
+    parameters = list(trainer.chunks[0].parameters())
+    before = [parameter.detach().clone() for parameter in parameters]
+    parameters[-1].register_hook(lambda gradient: gradient * float("inf"))
+    try:
+        Loop(trainer, _streams(settings), Progress(), [], None).run(lambda: False)
+    except NotFiniteError as error:
+        same = [torch.equal(old, new) for old, new in zip(before, parameters, strict=True)]
+        return {"message": str(error), "same": all(same)}
+    raise AssertionError("an infinite gradient was not noticed")
+
+
+def test_weights_stay_where_a_gradient_is_not_finite() -> None:
+    (found,) = run_ranks(_spoil_gradient_and_step, 1)
+    assert "gradient norm" in found["message"]
+    assert found["same"]

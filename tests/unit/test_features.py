@@ -32,12 +32,48 @@ CHOICES = (
 )
 
 
+DEFAULTS = {name: field.default for _, name, field in fields()}
+
+
 def test_every_row_has_a_status_and_a_test_that_exists() -> None:
     assert len(ROWS) > 25
     for feature, status, test in ROWS:
         assert status in STATUSES, feature
         assert (test == "") == (status == "absent"), feature
         assert not test or (ROOT / test.strip("`")).is_file(), test
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row[1] in ("executed", "emulated")])
+def test_what_is_called_executed_is_named_by_its_test(row: list[str]) -> None:
+    """Each flag and option of the row occurs in the test that is said to run it."""
+    feature, _, test = row
+    source = _source(ROOT / test.strip("`"))
+    assert "def test_" in source
+    assert "pytestmark = pytest.mark.gpu" not in source
+    words = re.findall(r"`([^`]+)`", feature)
+    for word, following in zip(words, [*words[1:], "--"], strict=False):
+        flag, *values = word.split()
+        if flag.startswith("--"):
+            name = flag.removeprefix("--").replace("-", "_")
+            default = DEFAULTS[name]
+            if following.startswith("--") and not values:  # its options are not spelled out
+                values = [name]
+        elif flag in OPTIONS:
+            values = [flag]
+        for value in values:
+            spelled = (value, f"--{value.replace('_', '-')}")
+            named = any(form in source for form in spelled)
+            assert named or value == default, f"{test} does not name {value}"
+
+
+def _source(path: Path, seen: frozenset[Path] = frozenset()) -> str:
+    """Text of a test file and of the helpers below tests/ that it imports."""
+    text = path.read_text(encoding="utf-8")
+    for module in re.findall(r"^from (tests\.[\w.]+) import", text, re.MULTILINE):
+        helper = ROOT / (module.replace(".", "/") + ".py")
+        if helper not in seen:
+            text += _source(helper, seen | {path, helper})
+    return text
 
 
 def _options(annotation: Any) -> set[str]:
@@ -47,6 +83,11 @@ def _options(annotation: Any) -> set[str]:
         for option in get_args(annotation)
         for word in ([option] if isinstance(option, str) else get_args(option))
     }
+
+
+OPTIONS = {
+    word for _, name, field in fields() if name in CHOICES for word in _options(field.annotation)
+}
 
 
 @pytest.mark.parametrize("name", CHOICES)

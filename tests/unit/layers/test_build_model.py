@@ -105,6 +105,12 @@ def test_which_layers_have_experts(frequency: Any, kinds: list[int]) -> None:
     assert [type(layer.mlp) for layer in layers] == expected
 
 
+@pytest.mark.parametrize("backend", ["auto", "sdpa"])
+def test_attention_of_torch(backend: str) -> None:
+    model = _build({**TINY, "attention_backend": backend}, {}, 100)
+    assert isinstance(model.decoder.layers[0].self_attention.core_attention, SdpaAttention)
+
+
 def test_alternatives(monkeypatch: pytest.MonkeyPatch) -> None:
     for kernel in ("FLASH", "FUSED", "UNFUSED"):  # megatron-core notes the last model's choice
         monkeypatch.delenv(f"NVTE_{kernel}_ATTN", raising=False)
