@@ -10,7 +10,6 @@ everything in it is on disk; ``latest`` moves after that. So a folder without ``
 
 import json
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Collection, Mapping
@@ -21,23 +20,16 @@ from typing import Any
 from moetron.common.errors import UserError
 from moetron.common.files import rename, sync_folder, write_text
 from moetron.moe.checkpoint.checksums import SUMS, changed, read_sums, write_sums
+from moetron.moe.checkpoint.index_reader import METADATA, read_index
 from moetron.moe.checkpoint.position import Progress
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.config.validate import validate
 
 FORMAT = 1
 RECORD = "run.json"
-METADATA = ".metadata"
 EMBEDDING = "embedding.word_embeddings.weight"
 LATEST = "latest"
 _NAME = re.compile(r"step_(\d{7,})")
-_SAFE_MODULES = (
-    "torch.distributed.checkpoint.metadata",
-    "torch.distributed.checkpoint.filesystem",
-    "torch.distributed.checkpoint.planner",
-    "torch.serialization",
-)
-_SAFE_NAMES = {("torch", "Size"), ("pathlib", "PosixPath"), ("builtins", "set")}
 
 
 @dataclass(frozen=True)
@@ -138,8 +130,8 @@ def find(path: Path) -> Path:
 def read(path: Path) -> Checkpoint:
     """Find a checkpoint and look at all of it but the tensors; ``UserError`` says what is wrong.
 
-    Looked at are the record, the presence and size of every file, and that the index names nothing
-    outside the few classes that such an index is made of (it is a pickle). ``verify`` reads all.
+    Looked at are the record, the presence and size of every file, and the index of the tensors,
+    which is read without running anything that it names. ``verify`` reads all.
     """
     folder = find(path)
     record = read_record(folder)
@@ -170,6 +162,8 @@ def verify_files(folder: Path, record: Record) -> None:
     """``UserError`` where a file is missing or has not the size that it was written with."""
     for name, size in record.files.items():
         file = folder / name
+        if file.is_symlink() or file.resolve().parent != folder.resolve():
+            raise damaged(folder, f"{name} leads out of the folder")
         found = file.stat().st_size if file.is_file() else None
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes instead of {size}"
@@ -314,25 +308,3 @@ def missing(wanted: Collection[str], checkpoint: Checkpoint) -> str:
     names = sorted(set(wanted) - checkpoint.keys)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
-
-
-class _IndexReader(pickle.Unpickler):
-    """Reads a checkpoint's index; refuses anything that could run code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        import torch  # seconds; the rest of this module answers without
-
-        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if dtype or module in _SAFE_MODULES or (module, name) in _SAFE_NAMES:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"refers to {module}.{name}")
-
-
-def read_index(folder: Path) -> Any:
-    """The index of a step folder's tensors, torch's ``Metadata``; runs no code that it names."""
-    path = folder / METADATA
-    try:
-        with path.open("rb") as file:
-            return _IndexReader(file).load()
-    except Exception as error:  # a damaged pickle can raise anything
-        raise UserError(f"{path}: damaged, or not a checkpoint's index: {error}") from error

@@ -36,6 +36,7 @@ from moetron.moe.checkpoint.fp8_state import fp8_entries, restore_fp8
 from moetron.moe.checkpoint.position import Progress
 from moetron.moe.checkpoint.random_states import reseed, restore_rng, rng_entries
 from moetron.moe.checkpoint.run_folder import Checkpoint, Record
+from moetron.moe.checkpoint.tensor_reader import load_tensors
 from moetron.moe.checkpoint.tensor_writer import Contents
 from moetron.moe.checkpoint.vocabulary import require_vocabulary
 from moetron.moe.config import recipe
@@ -269,7 +270,7 @@ def _load(checkpoint: Checkpoint, request: ShardedStateDict, remedy: str) -> Sha
         raise UserError(f"--load {checkpoint.folder}: holds no {absent}; {remedy}")
     try:
         with _without_future_warnings():
-            return dist_checkpointing.load(request, str(checkpoint.folder))
+            return load_tensors(request, checkpoint.folder)
     except (CheckpointingException, CheckpointException) as error:
         raise UserError(
             f"--load {checkpoint.folder}: damaged or of another shape: {error}"

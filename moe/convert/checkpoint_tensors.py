@@ -13,23 +13,12 @@ import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from moetron.moe.checkpoint import run_folder as checkpoint_folder
 from moetron.moe.checkpoint.optimizer_state import MAIN, PREFIX
+from moetron.moe.checkpoint.tensor_reader import IndexedReader
 
 _NOT_WEIGHTS = ("optimizer.", "rng.")
-
-
-class _Reader(dcp.FileSystemReader):
-    """Reads the index once, and safely."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.index: Metadata = checkpoint_folder.read_index(folder)
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self.index
 
 
 class CheckpointTensors:
@@ -41,7 +30,7 @@ class CheckpointTensors:
     """
 
     def __init__(self, folder: Path, exact: bool = False) -> None:
-        self._reader = _Reader(folder)
+        self._reader = IndexedReader(folder)
         entries = self._reader.index.state_dict_metadata
         self._stored = {
             name: self._best(name) if exact else name

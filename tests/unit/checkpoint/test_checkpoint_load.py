@@ -206,9 +206,9 @@ def test_what_was_never_written_is_not_loaded(
     saved: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """As if the reader passed one tensor over."""
-    read = checkpoint.dist_checkpointing.load
+    read = checkpoint.load_tensors
 
-    def skip_one(request: Any, folder: str) -> Any:
+    def skip_one(request: Any, folder: Path) -> Any:
         parts = request.get("model0", request)
         kept = {key: part.data.clone() for key, part in parts.items() if name in key}
         loaded = read(request, folder)
@@ -217,7 +217,7 @@ def test_what_was_never_written_is_not_loaded(
             loaded.get("model0", loaded)[key].data.copy_(kept[key])
         return loaded
 
-    monkeypatch.setattr(checkpoint.dist_checkpointing, "load", skip_one)
+    monkeypatch.setattr(checkpoint, "load_tensors", skip_one)
     with pytest.raises(UserError, match=f"1 tensors hold NaN or were never written.*{name}"):
         start(bf16(load=str(saved)))
 
@@ -255,11 +255,16 @@ def test_states_that_layers_keep_beside_tensors(
 
     loop = start(bf16())
     for number, part in enumerate(layers(loop)):
-        part.amaxes = torch.full((3,), number, dtype=torch.uint8)
+        data = pickle.dumps(
+            {"scale_fwd": torch.tensor([float(number)]), "extra": {"layer": number}}
+        )
+        part.amaxes = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     trainer = loop.trainer
     save_checkpoint(tmp_path, Progress(1), trainer.chunks, trainer.optimizer, bf16(), {})
-    found = [part.amaxes.tolist() for part in layers(start(bf16(load=str(tmp_path))))]
-    assert found == [[number] * 3 for number in range(len(found))]
+    loaded = [part.amaxes for part in layers(start(bf16(load=str(tmp_path))))]
+    found = [pickle.loads(state.numpy().tobytes()) for state in loaded]  # noqa: S301 - our own
+    assert [state["extra"]["layer"] for state in found] == list(range(len(found)))
+    assert [float(state["scale_fwd"]) for state in found] == list(range(len(found)))
     assert len(found) >= 2
     without = layers(start(bf16(load=str(saved))))
     assert [vars(part).get("amaxes") for part in without] == [None] * len(found)

@@ -1,0 +1,162 @@
+"""The index of a checkpoint's tensors, checked value by value and built anew.
+
+What a checkpoint may hold is what Moetron writes: tensors, and the FP8 state of Transformer
+Engine's layers. Every file that the index names lies in the checkpoint's own folder.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moetron.common.errors import UserError
+from moetron.moe.checkpoint.unpickling import Call, Dtype, Names, Record, index_names, load_inert
+
+METADATA = ".metadata"
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_LAYER_STATE = re.compile(r"[\w.]+\._extra_state/shard_[0-9._]+")
+_DIMENSIONS = 16
+"""More than any tensor of ours has."""
+
+
+class _Malformed(ValueError):
+    """The index is not one of ours."""
+
+
+def read_index(folder: Path) -> Any:
+    """Return the index of a step folder's tensors as torch's ``Metadata``.
+
+    Raises:
+        UserError: the index cannot be read, names anything but the classes of an index, declares
+            an object where Moetron writes tensors, or points outside ``folder``.
+    """
+    path = folder / METADATA
+    try:
+        with path.open("rb") as file:
+            names = index_names()
+            tree = load_inert(file, names)
+        return _Builder(folder, names).metadata(tree)
+    except Exception as error:  # a damaged pickle can raise anything
+        raise UserError(f"{path}: damaged, or not a checkpoint's index: {error}") from error
+
+
+class _Builder:
+    """Makes torch's classes from what was read."""
+
+    def __init__(self, folder: Path, names: Names) -> None:
+        self._folder = folder
+        self._kinds = {key[1]: kind for key, kind in names.items() if isinstance(kind, type)}
+        self._files: dict[str, bool] = {}
+
+    def metadata(self, tree: Any) -> Any:
+        """Build the whole index; the writer's plan is left out, as nothing reads it."""
+        from torch.distributed.checkpoint.metadata import Metadata  # seconds
+
+        state = self._fields(tree, "Metadata")
+        entries = _require(state.get("state_dict_metadata"), dict, "state_dict_metadata")
+        storage = _require(state.get("storage_data"), dict, "storage_data")
+        found = {}
+        for name, entry in entries.items():
+            found[_require(name, str, "the name of a tensor")] = self._entry(name, entry)
+        places = (self._place(key, value) for key, value in storage.items())
+        return Metadata(
+            state_dict_metadata=found,
+            storage_data={place: info for place, info in places if place.fqn in found},
+        )
+
+    def _entry(self, name: str, entry: Any) -> Any:
+        import torch
+        from torch.distributed.checkpoint.metadata import (
+            BytesStorageMetadata,
+            TensorProperties,
+            TensorStorageMetadata,
+        )
+
+        if type(entry) is self._kinds["BytesStorageMetadata"]:
+            if _LAYER_STATE.fullmatch(name) is None:
+                raise _Malformed(f"{name} is an object; a checkpoint of Moetron holds tensors")
+            return BytesStorageMetadata()
+        state = self._fields(entry, "TensorStorageMetadata")
+        size = self._size(state.get("size"))
+        chunks = _require(state.get("chunks"), list, f"the list of parts of {name}")
+        return TensorStorageMetadata(
+            TensorProperties(dtype=self._dtype(name, state.get("properties"))),
+            torch.Size(size),
+            [self._chunk(name, size, chunk) for chunk in chunks],
+        )
+
+    def _chunk(self, name: str, size: Sequence[int], chunk: Any) -> Any:
+        import torch
+        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
+        part = self._fields(chunk, "ChunkStorageMetadata")
+        offsets, sizes = self._size(part.get("offsets")), self._size(part.get("sizes"))
+        same = len(offsets) == len(sizes) == len(size)
+        if not same or any(o + s > n for o, s, n in zip(offsets, sizes, size, strict=True)):
+            raise _Malformed(f"a part of {name} lies outside of it")
+        return ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+
+    def _dtype(self, name: str, properties: Any) -> Any:
+        import torch
+
+        if type(properties) is not self._kinds["TensorProperties"]:
+            raise _Malformed(f"{name} has no properties")
+        state = properties.state
+        found = state[0] if isinstance(state, tuple) and len(state) == 5 else None
+        if not isinstance(found, Dtype):
+            raise _Malformed(f"{name} has no number format")
+        return getattr(torch, found.name)
+
+    def _place(self, key: Any, value: Any) -> tuple[Any, Any]:
+        import torch
+        from torch.distributed.checkpoint.filesystem import _StorageInfo
+        from torch.distributed.checkpoint.metadata import MetadataIndex
+
+        index, info = self._fields(key, "MetadataIndex"), self._fields(value, "_StorageInfo")
+        name = _require(index.get("fqn"), str, "the name of a tensor")
+        number, offset = index.get("index"), index.get("offset")
+        if number is not None:
+            number = _natural(number, f"the number of a part of {name}")
+        if offset is not None:
+            offset = torch.Size(self._size(offset))
+        if info.get("transform_descriptors"):
+            raise _Malformed(f"a part of {name} is transformed")
+        start, length = (_natural(info.get(field), name) for field in ("offset", "length"))
+        place = MetadataIndex(name, offset, number)
+        return place, _StorageInfo(self._file(info.get("relative_path")), start, length)
+
+    def _file(self, name: Any) -> str:
+        """The name of a file that lies in the folder itself."""
+        name = _require(name, str, "the name of a file")
+        if name not in self._files:
+            path = self._folder / name
+            plain = _FILE_NAME.fullmatch(name) is not None
+            self._files[name] = plain and path.is_file() and not path.is_symlink()
+        if not self._files[name]:
+            raise _Malformed(f"it names {name!r}, which is no file of the checkpoint")
+        return str(name)
+
+    def _size(self, value: Any) -> Sequence[int]:
+        if not isinstance(value, Call) or type(value) is not self._kinds["Size"]:
+            raise _Malformed("a size is not one")
+        numbers = _require(value.arguments[0] if value.arguments else None, tuple, "a size")
+        if len(numbers) > _DIMENSIONS:
+            raise _Malformed("a tensor has too many dimensions")
+        return [_natural(number, "a size") for number in numbers]
+
+    def _fields(self, record: Any, kind: str) -> Mapping[str, Any]:
+        if not isinstance(record, Record) or type(record) is not self._kinds[kind]:
+            raise _Malformed(f"it holds {type(record).__name__} in place of {kind}")
+        return _require(record.state, dict, kind)
+
+
+def _require(value: Any, kind: type, what: str) -> Any:
+    if type(value) is not kind:
+        raise _Malformed(f"{what} is {type(value).__name__}, not {kind.__name__}")
+    return value
+
+
+def _natural(value: Any, what: str) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise _Malformed(f"{what}: {value!r} is no size or place")
+    return value

@@ -1,0 +1,111 @@
+"""Load a checkpoint's tensors from an index that was read safely, and nothing else."""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
+from megatron.core.dist_checkpointing.strategies.base import LoadCommonStrategy
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
+from torch.futures import Future
+
+from moetron.common.errors import UserError
+from moetron.moe.checkpoint.index_reader import read_index
+from moetron.moe.checkpoint.unpickling import check_layer_state
+from moetron.moe.host.patching import Patch
+
+
+class IndexedReader(dcp.FileSystemReader):
+    """Reads tensors, and of objects, which torch unpickles freely, the FP8 state of layers."""
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__(folder)
+        self._folder = Path(folder)
+        self.index: Metadata = read_index(self._folder)
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Return the index that was read and checked."""
+        return self.index
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Hand the planner what its plan asks for; objects are checked and packed anew first."""
+        objects = [item for item in plan.items if item.type == LoadItemType.BYTE_IO]
+        for item in objects:
+            planner.load_bytes(item, self._layer_state(item.storage_index))
+        tensors = [item for item in plan.items if item.type != LoadItemType.BYTE_IO]
+        return super().read_data(replace(plan, items=tensors), planner)
+
+    def _layer_state(self, place: MetadataIndex) -> io.BytesIO:
+        """The state of one layer: uint8 tensors, each empty or a pickle that is only data."""
+        info = self.index.storage_data[place]
+        with (self._folder / info.relative_path).open("rb") as file:
+            file.seek(info.offset)
+            data = file.read(info.length)
+        try:
+            states = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            for state in states if isinstance(states, list) else [states]:
+                if not isinstance(state, torch.Tensor) or state.dtype != torch.uint8:
+                    raise TypeError(f"holds {type(state).__name__}, not a tensor of bytes")
+                if state.numel():
+                    check_layer_state(state.contiguous().numpy().tobytes())
+        except Exception as error:  # a hostile pickle can raise anything
+            raise UserError(f"{self._folder}: {place.fqn} cannot be loaded: {error}") from error
+        packed = io.BytesIO()
+        torch.save(states, packed)
+        packed.seek(0)
+        return packed
+
+
+class _NoCommonState(LoadCommonStrategy):
+    """Leaves ``common.pt`` unread: Moetron keeps nothing in it."""
+
+    def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
+        return {}
+
+    def load_sharded_objects(
+        self, sharded_objects_state_dict: ShardedStateDict, checkpoint_dir: str | Path
+    ) -> ShardedStateDict:
+        return {}
+
+    def check_backend_compatibility(self, loaded_backend: str) -> None:
+        pass
+
+    def check_version_compatibility(self, loaded_version: int) -> None:
+        pass
+
+
+@contextmanager
+def _indexed_readers() -> Iterator[None]:
+    """Let megatron-core read files through `IndexedReader` (strategies/torch.py:750 in 0.16.1)."""
+
+    def reader(checkpoint_dir: str | Path, cache_metadata: bool = False) -> IndexedReader:
+        return IndexedReader(checkpoint_dir)
+
+    undo = Patch(torch_strategy, "_get_filesystem_reader", reader).apply()
+    try:
+        yield
+    finally:
+        undo.apply()
+
+
+def load_tensors(request: ShardedStateDict, folder: Path) -> ShardedStateDict:
+    """Load what ``request`` names from a step folder into its tensors (collective over all ranks).
+
+    As megatron-core's ``dist_checkpointing.load``, with its reader of the ``torch_dist`` format,
+    whatever format the folder claims.
+    """
+    with _indexed_readers():
+        return dist_checkpointing.load(
+            request,
+            str(folder),
+            sharded_strategy=torch_strategy.TorchDistLoadShardedStrategy(),
+            common_strategy=_NoCommonState(),
+        )

@@ -1,0 +1,133 @@
+"""Unpickle without running anything that a pickle names: the only unpickling in Moetron.
+
+A pickle can name any function of any module and have it called. torch.distributed.checkpoint keeps
+the index of a checkpoint's tensors as a pickle, and layers of Transformer Engine keep their FP8
+state as one. Here every name that such a pickle may use is listed with its module, and stands for
+an inert class made for this one reading: nothing of torch, of Python or of ours is called or
+changed. What comes out is data for `index_reader` to check. See SECURITY.md.
+"""
+
+import io
+import pickle
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+DTYPES = (
+    *("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"),
+    *("int64", "int32", "int16", "int8", "uint8", "bool"),
+)
+_METADATA = "torch.distributed.checkpoint.metadata"
+_RECIPE = "transformer_engine.common.recipe"
+Names = Mapping[tuple[str, str], Any]
+"""(module, name) of a pickle -> what it stands for."""
+
+
+class _Fixed(type):
+    """Of classes that a pickle cannot change (its BUILD instruction sets attributes)."""
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        raise pickle.UnpicklingError(f"sets {cls.__name__}.{name}")
+
+
+class Record(metaclass=_Fixed):
+    """An object: the state that the pickle gave it."""
+
+    state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        """Keep the state as it is."""
+        self.__dict__["state"] = state
+
+
+class Call(metaclass=_Fixed):
+    """A call, or an object made of arguments: the arguments alone."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+        self.state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        """Keep the state as it is."""
+        self.__dict__["state"] = state
+
+
+class _Storage(Call):
+    """The bytes of a tensor, which torch reads without its own restrictions inside a pickle."""
+
+    def __init__(self, *arguments: Any) -> None:
+        import torch  # seconds
+
+        super().__init__(*arguments)
+        (data,) = arguments
+        torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+class Dtype:
+    """A number format, by its name in torch."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+def index_names() -> Names:
+    """What the names of an index stand for; the classes are made anew at each call."""
+    records = (
+        *((_METADATA, name) for name in ("Metadata", "StorageMeta", "MetadataIndex")),
+        *((_METADATA, name) for name in ("TensorStorageMetadata", "BytesStorageMetadata")),
+        *((_METADATA, name) for name in ("TensorProperties", "ChunkStorageMetadata")),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    )
+    calls = (
+        (_METADATA, "_MEM_FORMAT_ENCODING"),
+        ("torch.serialization", "_get_layout"),
+        ("torch", "Size"),
+        ("pathlib", "PosixPath"),
+        ("pathlib._local", "PosixPath"),  # Python 3.13's home of the same class
+    )
+    return _stand_ins(records, calls)
+
+
+def _layer_state_names() -> Names:
+    """What the FP8 state of a layer of Transformer Engine (2.9 to 2.11) may name."""
+    recipes = ("DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScaling")
+    parts = ("Format", "_FormatHelper", "MMParams", "QParams", "_OverrideLinearPrecision")
+    records = [(_RECIPE, name) for name in recipes]
+    calls = [(_RECIPE, name) for name in parts]
+    calls += [("torch._utils", "_rebuild_tensor_v2"), ("collections", "OrderedDict")]
+    storage = type("_load_from_bytes", (_Storage,), {})
+    return {**_stand_ins(records, calls), ("torch.storage", "_load_from_bytes"): storage}
+
+
+def _stand_ins(records: Iterable[tuple[str, str]], calls: Iterable[tuple[str, str]]) -> Names:
+    return {
+        **{key: _Fixed(key[1], (Record,), {}) for key in records},
+        **{key: _Fixed(key[1], (Call,), {}) for key in calls},
+        **{("torch", name): Dtype(name) for name in DTYPES},
+    }
+
+
+class _Unpickler(pickle.Unpickler):
+    """Looks names up in one table; persistent ids are refused, as by its base class."""
+
+    def __init__(self, file: Any, names: Names) -> None:
+        super().__init__(file)
+        self._names = names
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self._names:
+            raise pickle.UnpicklingError(f"refers to {module}.{name}")
+        return self._names[module, name]
+
+
+def load_inert(file: Any, names: Names) -> Any:
+    """Unpickle ``file`` with nothing but ``names``; any exception says that it is not data."""
+    return _Unpickler(file, names).load()
+
+
+def check_layer_state(data: bytes) -> None:
+    """Raise an exception unless ``data`` is a pickle that only FP8 recipes and tensors are in.
+
+    Transformer Engine unpickles what it is given, with the same names and nothing else then.
+    """
+    if not isinstance(load_inert(io.BytesIO(data), _layer_state_names()), dict):
+        raise pickle.UnpicklingError("the state of a layer is not a dictionary")

@@ -1,0 +1,128 @@
+"""Nothing that a checkpoint's pickles name is run, whatever they try."""
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+
+from moetron.common.errors import UserError
+from moetron.moe.checkpoint.index_reader import METADATA, read_index
+from moetron.moe.checkpoint.tensor_reader import IndexedReader
+from moetron.moe.checkpoint.unpickling import check_layer_state
+from tests.unit.checkpoint.hostile_pickles import hostile, hostile_layer_states, pwned
+
+HOSTILE = hostile()
+LAYER_STATES = hostile_layer_states()
+NAME = "decoder.weight"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint of one tensor, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    step = tmp_path / "step_0000001"
+    dcp.save({NAME: torch.arange(6.0).view(2, 3)}, checkpoint_id=step, no_dist=True)
+    return step
+
+
+def test_there_are_enough_kinds() -> None:
+    assert len(HOSTILE) + len(LAYER_STATES) >= 30
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_an_index_runs_nothing(folder: Path, kind: str) -> None:
+    (folder / METADATA).write_bytes(HOSTILE[kind])
+    with pytest.raises(UserError, match="damaged, or not a checkpoint's index"):
+        read_index(folder)
+    assert not pwned(folder.parent)
+
+
+@pytest.mark.parametrize(
+    "kind", ["reduce os.system", "text protocol", "inst opcode", "extension registry", "memo"]
+)
+def test_python_itself_would_run_them(folder: Path, kind: str) -> None:
+    """The list is not harmless by a mistake of ours."""
+    pickle.loads(HOSTILE[kind])  # noqa: S301 - that it runs is the point
+    assert pwned(folder.parent)
+
+
+@pytest.mark.parametrize("kind", LAYER_STATES)
+def test_the_state_of_a_layer_runs_nothing(folder: Path, kind: str) -> None:
+    with pytest.raises(Exception, match=r"refers to|not a dictionary|[Ww]eights.only"):
+        check_layer_state(LAYER_STATES[kind])
+    assert not pwned(folder.parent)
+
+
+def _edit(folder: Path, change: Callable[[Metadata], Any]) -> None:
+    index = pickle.loads((folder / METADATA).read_bytes())  # noqa: S301 - torch wrote it just now
+    change(index)
+    (folder / METADATA).write_bytes(pickle.dumps(index))
+
+
+@pytest.mark.parametrize("name", [NAME, "optimizer.step", "rng.torch", "x._extra_state"])
+def test_an_object_is_refused_where_a_tensor_belongs(folder: Path, name: str) -> None:
+    _edit(folder, lambda i: i.state_dict_metadata.update({name: BytesStorageMetadata()}))
+    with pytest.raises(UserError, match=f"{name} is an object"):
+        read_index(folder)
+
+
+@pytest.mark.parametrize(
+    "path", ["../secret", "/etc/hostname", "sub/../../secret", "link", "absent", "", ".", "a\0b"]
+)
+def test_no_file_outside_the_folder_is_opened(folder: Path, path: str) -> None:
+    (folder.parent / "secret").write_text("secret")
+    (folder / "link").symlink_to(folder.parent / "secret")
+
+    def lead_away(index: Metadata) -> None:
+        for info in index.storage_data.values():
+            info.relative_path = path
+
+    _edit(folder, lead_away)
+    with pytest.raises(UserError, match="no file of the checkpoint"):
+        read_index(folder)
+
+
+def _set(part: str, value: Any) -> Callable[[Metadata], None]:
+    def change(index: Metadata) -> None:
+        entry = index.state_dict_metadata[NAME]
+        if part == "offset":
+            for info in index.storage_data.values():
+                info.offset = value
+        elif part == "chunk":
+            object.__setattr__(entry.chunks[0], "sizes", value)
+        else:
+            setattr(entry, part, value)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("size", torch.Size([1] * 17)),
+        ("size", (2, 3)),
+        ("size", None),
+        ("chunk", torch.Size([2, 4])),
+        ("chunk", torch.Size([2])),
+        ("offset", -1),
+        ("offset", 1 << 80),
+        ("offset", 1.5),
+        ("properties", None),
+        ("chunks", {}),
+    ],
+)
+def test_values_of_other_kinds_are_refused(folder: Path, part: str, value: Any) -> None:
+    _edit(folder, _set(part, value))
+    with pytest.raises(UserError, match="damaged, or not a checkpoint's index"):
+        read_index(folder)
+
+
+def test_what_torch_wrote_is_read_back(folder: Path) -> None:
+    tensor = torch.zeros(2, 3)
+    dcp.load({NAME: tensor}, storage_reader=IndexedReader(folder), no_dist=True)
+    assert torch.equal(tensor, torch.arange(6.0).view(2, 3))
