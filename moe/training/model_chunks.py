@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_stage
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import unwrap_model
@@ -11,6 +11,7 @@ from megatron.core.utils import unwrap_model
 from moetron.moe.config.bridge import ModelConfig, ddp_config
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.layers.build_model import build_model
+from moetron.moe.routing.expert_bias import finalize_gradients
 from moetron.moe.training.runtime import Runtime
 
 ModelChunks = list[DistributedDataParallel]
@@ -50,7 +51,7 @@ def build_chunks(
 
 def _tie_to_schedules(chunks: ModelChunks, config: ModelConfig, settings: Settings) -> None:
     """What megatron/training sets; no ``grad_scale_func``, since only fp16 scales its loss."""
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = finalize_gradients
     if settings.parallel.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in chunks]
         grad_sync = [chunk.start_grad_sync for chunk in chunks]
