@@ -4,6 +4,7 @@ Token choice; the other routers of kinds.py build on it.
 """
 
 import copy
+from collections import deque
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -31,6 +32,30 @@ from moetron.moe.routing.random_draws import Draws
 from moetron.moe.routing.token_group import TokenGroup
 
 
+class MicroBatchValue:
+    """A tensor that each micro-batch brings along for a router's forward pass.
+
+    Where activations are recomputed a micro-batch passes twice, first without gradient, and others
+    may pass in between: values of such first passes wait in line.
+    """
+
+    def __init__(self) -> None:
+        self._value: torch.Tensor | None = None
+        self._waiting: deque[torch.Tensor | None] = deque()
+
+    def bring(self, value: torch.Tensor) -> None:
+        """Set the value of the next micro-batch."""
+        self._value = value
+
+    def take(self, training: bool) -> torch.Tensor | None:
+        """Return the value of the micro-batch that passes now; call it once in every pass."""
+        if training and not torch.is_grad_enabled():
+            self._waiting.append(self._value)
+        elif training and self._waiting:
+            return self._waiting.popleft()
+        return self._value
+
+
 class Router(TopKRouter):
     """``TopKRouter`` with corrections.
 
@@ -46,12 +71,13 @@ class Router(TopKRouter):
 
     **Auxiliary losses** are computed, attached and logged here (`attach`), each as this rank's part
     of the loss of its micro-batch; parts add up over the TP x CP ranks that share the micro-batch.
-    The gradient of a micro-batch weighs 1 / number of micro-batches of the global batch. With
-    ``calculate_per_token_loss`` megatron-core divides all gradients by N, the tokens of the global
-    batch that bear a loss, so that parts are multiplied by the tokens of the micro-batch.
-    megatron-core 0.16.1 multiplies by another number (transformer/moe/router.py:446 and 484): its
-    losses are TP x CP times too weak, seq_aux_loss besides by the micro-batch size, and without
-    ``calculate_per_token_loss`` global_aux_loss is DP times too weak.
+    The loss of a micro-batch weighs as its share n / N of the tokens that bear a language-model
+    loss, with ``calculate_per_token_loss``, and 1 / number of micro-batches otherwise; weights of
+    the global batch add up to 1. megatron-core divides by N, so that a part is multiplied by n
+    (`loss_tokens`; all tokens of the micro-batch where nothing masks). megatron-core 0.16.1
+    multiplies by another number (transformer/moe/router.py:446 and 484): its losses are TP x CP
+    times too weak, seq_aux_loss besides by the micro-batch size, and too strong by tokens / N where
+    losses are masked; without ``calculate_per_token_loss`` global_aux_loss is DP times too weak.
     """
 
     is_random = False
@@ -82,6 +108,8 @@ class Router(TopKRouter):
         draws = self.is_random or config.moe_input_jitter_eps
         self.draws = Draws(config.routing_seed, self.tokens, pg_collection.dp) if draws else None
         self._count_in_whole_numbers()
+        self.loss_tokens = MicroBatchValue()
+        self._loss_tokens: torch.Tensor | None = None  # of the pass under way
 
     def _count_in_whole_numbers(self) -> None:
         """Register int64 counters, in place of megatron-core's float ones where it has them."""
@@ -107,6 +135,7 @@ class Router(TopKRouter):
         """Choose experts for the tokens ``input`` [s, b, H]; see `routing`."""
         if self.draws is not None and self.training:
             self.draws.start(self.layer_number)
+        self._loss_tokens = self.loss_tokens.take(self.training)
         result: tuple[torch.Tensor, torch.Tensor] = super().forward(input, padding_mask)
         return result
 
@@ -187,7 +216,7 @@ class Router(TopKRouter):
         return self._summed((~padding_T).view(-1, groups).sum(0), self.tp_cp_group)
 
     def _shares(self, kind: str, counts_GE: torch.Tensor) -> torch.Tensor:
-        """Shares f for the loss ``kind``, float64 [G, E], from this rank's counts in this micro-batch.
+        """Shares f for the loss ``kind``, float64 [G, E], from this rank's counts.
 
         aux_loss and seq_aux_loss count the micro-batch, global_aux_loss all micro-batches that the
         data-parallel ranks have seen in this step (Megatron's running mean: another value for
@@ -293,11 +322,13 @@ class Router(TopKRouter):
             activation: any tensor of the pass; returned as it is.
             part: this rank's part of the loss of the micro-batch; a scalar.
             coefficient: of the loss.
-            tokens: of the micro-batch, over all ranks that share it.
+            tokens: of the micro-batch, over all ranks that share it; its weight unless
+                `loss_tokens` says how many bear a loss.
             name: in megatron-core's tracker.
         """
         layers = self.config.num_layers + (self.config.mtp_num_layers or 0)
         save_to_aux_losses_tracker(name, part, self.layer_number, layers)
-        weight = coefficient * (tokens if self.calculate_per_token_loss else 1)
+        bearing = tokens if self._loss_tokens is None else self._loss_tokens
+        weight = coefficient * (bearing if self.calculate_per_token_loss else 1)
         attached: torch.Tensor = MoEAuxLossAutoScaler.apply(activation, part * weight)
         return attached
