@@ -19,6 +19,7 @@ from moetron.moe.config.bridge import ddp_config, transformer_config
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.routing.expert_bias import finalize_gradients
 from moetron.moe.routing.losses import read_auxiliary_losses
+from moetron.moe.routing.reinforce import ReinforceRouter
 from moetron.moe.routing.router import Router
 from moetron.moe.routing.router_types import router_class
 from tests.parallel.harness import model_parallel
@@ -101,43 +102,46 @@ class _Alone(torch.nn.Module):
     def forward(self, hidden_BSH: torch.Tensor, padding_BS: torch.Tensor | None) -> torch.Tensor:
         own = self.router.tokens.own
         padding = None if padding_BS is None else own(padding_BS.transpose(0, 1))
-        probs, _ = self.router(own(hidden_BSH.transpose(0, 1)), padding)
+        probs, _ = self.router(own(hidden_BSH.transpose(0, 1)).contiguous(), padding)
         return probs.sum() * 0
 
 
 def run_router(cases: list[Case]) -> list[dict[str, Any]]:
-    """The router's gradient [E, H] and logged losses for each case, on every rank."""
-    return [_run(case) for case in cases]
+    """The router's gradient [E, H] and logged losses for each case of one layout, on every rank."""
+    assert len({case.parallel for case in cases}) == 1
+    with model_parallel(**dict(cases[0].parallel)):
+        return [_run(case) for case in cases]
 
 
 def _run(case: Case) -> dict[str, Any]:
     settings = case.settings()
     config = transformer_config(settings)
     config.finalize_model_grads_func = finalize_gradients
-    with model_parallel(**dict(case.parallel)):
-        groups = ProcessGroupCollection.use_mpu_process_groups()
-        router = router_class(config)(config, pg_collection=groups)
-        router.set_layer_number(1)
-        if case.kind == "noisy_load":
-            assert router.draws is not None
-            router.draws.normal = torch.zeros_like  # type: ignore[method-assign]
-        router.weight.data.copy_(inputs()[2])
-        model = DistributedDataParallel(config, ddp_config(settings), _Alone(router, config))
-        count = SAMPLES // groups.dp.size() // case.micro_batch_size
-        for _ in range(2 if case.previous else 1):
-            clear_aux_losses_tracker()
-            model.zero_grad_buffer()
-            get_forward_backward_func()(
-                forward_step_func=_forward,
-                data_iterator=_micro_batches(case, router),
-                model=model,
-                num_microbatches=count,
-                seq_length=SEQUENCE,
-                micro_batch_size=case.micro_batch_size,
-                forward_only=False,
-            )
-        losses = read_auxiliary_losses(settings, count, groups)
-        return {"gradient": router.weight.main_grad.clone(), **losses}
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    router = router_class(config)(config, pg_collection=groups)
+    router.set_layer_number(1)
+    if case.kind == "noisy_load":
+        assert router.draws is not None
+        router.draws.normal = torch.zeros_like  # type: ignore[method-assign]
+    if isinstance(router, ReinforceRouter):
+        router.reward(torch.zeros(case.micro_batch_size, SEQUENCE))
+    router.weight.data.copy_(inputs()[2])
+    model = DistributedDataParallel(config, ddp_config(settings), _Alone(router, config))
+    count = SAMPLES // groups.dp.size() // case.micro_batch_size
+    for _ in range(2 if case.previous else 1):
+        clear_aux_losses_tracker()
+        model.zero_grad_buffer()
+        get_forward_backward_func()(
+            forward_step_func=_forward,
+            data_iterator=_micro_batches(case, router),
+            model=model,
+            num_microbatches=count,
+            seq_length=SEQUENCE,
+            micro_batch_size=case.micro_batch_size,
+            forward_only=False,
+        )
+    losses = read_auxiliary_losses(settings, count, groups)
+    return {"gradient": router.weight.main_grad.clone(), **losses}
 
 
 def _micro_batches(case: Case, router: Router) -> Iterator[tuple[Any, ...]]:
