@@ -8,6 +8,7 @@ import pytest
 import torch
 from megatron.core.utils import unwrap_model
 
+from moetron.moe.routing import expert_bias
 from moetron.moe.routing.router import Router
 from moetron.moe.routing.routing_record import RoutingRecorder
 from moetron.moe.training.sample_stream import Streams
@@ -56,17 +57,24 @@ def _count_steps(chosen: Any) -> list[dict[str, torch.Tensor]]:
     with checkpoint_runs.parallel_of(chosen):
         loop = checkpoint_runs.start(chosen)
         routers, seen = _routers(loop.trainer.chunks), []
-        read = RoutingRecorder.summary
+        read, judge = RoutingRecorder.summary, expert_bias.surplus_signs
+        counted: list[torch.Tensor] = []
 
         def summary(self: RoutingRecorder) -> Any:
             biases = torch.stack([router.expert_bias.clone() for router in routers])
             counts = torch.stack([router.previous_choices.clone() for router in routers])
             found = read(self)
             seen.append({"chosen": found.chosen, "bias": biases, "previous": counts})
+            seen[-1]["counted"] = counted[-1]
             return found
+
+        def signs(counts_LE: torch.Tensor) -> torch.Tensor:
+            counted.append(counts_LE)
+            return judge(counts_LE)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(RoutingRecorder, "summary", summary)
+            patch.setattr(expert_bias, "surplus_signs", signs)
             loop.run(lambda: False)
         return seen
 
@@ -78,11 +86,12 @@ def test_biases_follow_the_counts_of_a_step(precision: str, tmp_path: Path) -> N
     bias_LE = torch.zeros_like(steps[0]["bias"])
     for step in steps:
         chosen_LE = step["chosen"]
+        assert torch.equal(step["counted"], chosen_LE)
         assert int(chosen_LE.sum(1).min()) == 80 * 16 * 2 and int(chosen_LE.amax()) > 512
         bias_LE = bias_LE + 0.01 * (chosen_LE.double().mean(1, keepdim=True) - chosen_LE).sign()
         torch.testing.assert_close(step["bias"], bias_LE.float())
         assert step["bias"].dtype == torch.float32
-    assert steps[0]["previous"].shape == steps[0]["chosen"].shape
+    assert torch.equal(steps[0]["previous"], steps[0]["chosen"])  # no bias led choices yet
     folder = checkpoint_runs.tensors(tmp_path / "run" / "step_0000002")
     held = [tensor for name, tensor in folder.items() if name.endswith("router.expert_bias")]
     assert held and all(tensor.dtype == torch.float32 for tensor in held)
