@@ -5,7 +5,9 @@
     python tools/evaluate.py --load RUN --tasks arc_easy,hellaswag --output results.json
 
 RUN is a run's folder (its latest checkpoint) or one step_* folder, written in any layout. Tasks are
-the harness's own, where their data are at hand, and those of --include-path. Exit codes: 0 done, 2
+the harness's own, where their data are at hand, and those of --include-path. Experts have no
+capacity: each token is served by the experts that it chooses. After --bidirectional-prefix contexts
+see all of themselves if the objective at the checkpoint was prefix_lm or ul2. Exit codes: 0 done, 2
 something for the user to change, 1 our fault.
 """
 
@@ -21,6 +23,7 @@ from moetron.common.files import write_text
 from moetron.moe.checkpoint import run_folder as checkpoint_folder
 from moetron.moe.checkpoint.compatibility import tokenizer_fingerprints
 from moetron.moe.checkpoint.vocabulary import vocabulary_of
+from moetron.moe.config.schema.derived import reads_prefix
 from moetron.moe.monitoring.library_warnings import quieten_libraries
 from moetron.tokenizers.interface import Tokenizer
 from moetron.tokenizers.load import load_known_tokenizer
@@ -91,7 +94,6 @@ def main() -> int:
     record = checkpoint_folder.read(arguments.load).record
     settings = checkpoint_folder.one_rank_settings(record)
     tokenizer = open_tokenizer(arguments, record)
-    limited = settings.moe.moe_expert_capacity_factor is not None
     from lm_eval.utils import make_table
 
     from moetron.moe.analysis.lm_eval_model import HarnessModel
@@ -99,10 +101,11 @@ def main() -> int:
     from moetron.moe.training import runtime
 
     vocab_size = vocabulary_of(arguments.load, settings, tokenizer.vocab_size)
+    both_ways = reads_prefix(settings, record.progress.consumed_samples, has_mode=False)
     with runtime.running(settings) as ranks:
         model = generate.load_model(arguments.load, settings, vocab_size, ranks)
-        batch_size = 1 if limited else arguments.batch_size
-        results = run(arguments, HarnessModel(model, tokenizer, batch_size))
+        harness = HarnessModel(model, tokenizer, arguments.batch_size, both_ways)
+        results = run(arguments, harness)
     print(make_table(results))
     if arguments.output is not None:
         kept = {name: results[name] for name in ("results", "versions", "n-shot", "n-samples")}

@@ -5,8 +5,10 @@
     python tools/generate.py --load RUN --prompts-file FILE        # one prompt a line
     python tools/generate.py --load RUN --mode nlu --prompt "for <extra_id_0> in range(3):"
 
-RUN is a run's folder (its latest checkpoint) or one step_* folder, written in any layout. Exit
-codes: 0 done, 2 something for the user to change, 1 our fault.
+RUN is a run's folder or one step_* folder. Experts have no capacity: each token is served by the
+experts that it chooses. After --bidirectional-prefix a prompt sees all of itself where the given
+part of samples did (--mode, or objective prefix_lm or ul2). Exit codes: 0 done, 2 something for the
+user to change, 1 our fault.
 """
 
 import argparse
@@ -22,6 +24,7 @@ from moetron.data.objectives.prompts import HOLE, Mode, filled, prompt_ids
 from moetron.moe.checkpoint import run_folder as checkpoint_folder
 from moetron.moe.checkpoint.compatibility import tokenizer_fingerprints
 from moetron.moe.checkpoint.vocabulary import vocabulary_of
+from moetron.moe.config.schema.derived import reads_prefix
 from moetron.moe.inference.sampling import Sampling
 from moetron.moe.monitoring.library_warnings import quieten_libraries
 from moetron.tokenizers.interface import Tokenizer
@@ -30,11 +33,16 @@ from moetron.tokenizers.load import load_known_tokenizer
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     add = parser.add_argument
-    add("--load", type=Path, required=True, metavar="RUN", help="where the checkpoint lies")
+    add(
+        "--load",
+        type=Path,
+        required=True,
+        metavar="RUN",
+        help="in any layout; a run: its latest checkpoint",
+    )
     add("--prompt", action="append", help="text to continue; may be given again (default: none)")
     add("--prompts-file", type=Path, metavar="FILE", help="more prompts, one a line")
     add("--mode", choices=get_args(Mode), default="causal", help="UL2's modes: s2s, nlu, nlg")
@@ -96,6 +104,7 @@ def main() -> int:
     except UserError as error:
         raise UserError(str(error)) from error
     vocab_size = vocabulary_of(arguments.load, settings, tokenizer.vocab_size)
+    both_ways = reads_prefix(settings, record.progress.consumed_samples, arguments.mode != "causal")
     from moetron.moe.inference import generation as generate  # torch: seconds, after the checks
     from moetron.moe.training import runtime  # torch: seconds, after the checks
 
@@ -103,9 +112,8 @@ def main() -> int:
         model = generate.load_model(arguments.load, settings, vocab_size, ranks)
         started, count = time.perf_counter(), 0
         for text, prompt in zip(texts, prompts, strict=True):
-            ids = generate.continuation(
-                model, prompt, tokenizer.vocab_size, sampling, not arguments.no_cache
-            )
+            rule = (tokenizer.vocab_size, sampling, not arguments.no_cache, both_ways)
+            ids = generate.continuation(model, prompt, *rule)
             document = itertools.takewhile(lambda token: token != tokenizer.eod, ids)
             count += show(text, itertools.islice(document, arguments.max_new_tokens), tokenizer)
         seconds = time.perf_counter() - started

@@ -6,11 +6,11 @@ from typing import Any, Protocol
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from megatron.core.models.gpt import GPTModel
 
 from moetron.moe.inference.generation import continuation
 from moetron.moe.inference.sampling import Sampling
 from moetron.moe.inference.scoring import score
+from moetron.moe.layers.language_model import LanguageModel
 
 MAX_NEW_TOKENS = 256
 """Where a task names no ``max_gen_toks``, as with the harness's own models."""
@@ -40,10 +40,14 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         model: on one rank, in evaluation mode.
         text: the run's tokenizer.
         batch_size: sequences that go through the model at once.
+        reads_prefix: whether tokens of a context see each other in both directions, as in training.
     """
 
-    def __init__(self, model: GPTModel, text: Text, batch_size: int) -> None:
+    def __init__(
+        self, model: LanguageModel, text: Text, batch_size: int, reads_prefix: bool = False
+    ) -> None:
         super().__init__()
+        self._reads_prefix = reads_prefix
         self._model = model
         self._text = text
         self._batch_size = batch_size
@@ -64,7 +68,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         pairs = [(context, continuation) for _, context, continuation in requests]
-        found = score(self._model, pairs, self._batch_size)
+        found = score(self._model, pairs, self._batch_size, self._reads_prefix)
         return [(one.log_likelihood, one.greedy) for one in found]
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
@@ -75,7 +79,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
                 self._text.encode(request.args[0]), self.prefix_token_id, self._length, 1
             )
             pairs = [make_disjoint_window(window) for window in windows]
-            found = score(self._model, pairs, self._batch_size)
+            found = score(self._model, pairs, self._batch_size, self._reads_prefix)
             totals.append(sum(one.log_likelihood for one in found))
         return totals
 
@@ -92,7 +96,13 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             temperature, int(options.get("top_k") or 0), float(options.get("top_p") or 1.0)
         )
         prompt = self._text.encode(context)[-max(self._length - wanted, 1) :] or [self._text.eod]
-        following = continuation(self._model, prompt, self._text.vocab_size, sampling)
+        following = continuation(
+            self._model,
+            prompt,
+            self._text.vocab_size,
+            sampling,
+            reads_prefix=self._reads_prefix,
+        )
         new: list[int] = []
         text = ""
         for token in islice(following, wanted):

@@ -14,7 +14,7 @@ from moetron.moe.checkpoint import run_folder as checkpoint_folder
 from moetron.moe.checkpoint.save_load import load_weights
 from moetron.moe.config.schema import derived
 from moetron.moe.config.schema.settings import Settings
-from moetron.moe.inference.generation import load_model
+from moetron.moe.inference.generation import load_model, needed_mask
 from moetron.moe.routing.router import Router
 from moetron.moe.training.runtime import Runtime
 
@@ -45,7 +45,7 @@ class OwnModel:
         assert settings.moe.num_experts is not None
         self.num_experts, self.topk = settings.moe.num_experts, settings.moe.moe_router_topk
         self.vocab_size = vocab_size
-        self._model = load_model(checkpoint, settings, vocab_size, runtime)
+        self._model = load_model(checkpoint, settings, vocab_size, runtime, limited=True)
         self._seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         routers = {m.layer_number - 1: m for m in self._model.modules() if isinstance(m, Router)}
         for layer in self.layers:
@@ -60,12 +60,16 @@ class OwnModel:
                 yield step
 
     def route(self, tokens_BS: np.ndarray, predict: bool = True) -> Routed:
-        """Run the model over windows int64 [B, S] in evaluation mode."""
+        """Run the model over windows int64 [B, S] in evaluation mode.
+
+        Experts have the evaluation's capacity, so that drops are seen; windows are read causally.
+        """
         tokens = torch.from_numpy(tokens_BS).to(next(self._model.parameters()).device)
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         self._model.post_process = predict  # without it a model ends with its hidden states
+        mask = needed_mask(self._model, tokens.new_zeros(len(tokens)), tokens.shape[1])
         with torch.no_grad():
-            output = self._model(tokens, positions, None)
+            output = self._model(tokens, positions, mask)
         self._model.post_process = True  # checkpoints are read into it
         predicted_T = np.full(tokens_BS.size, -1)
         if predict:

@@ -1,38 +1,76 @@
 """Continue sequences of tokens with a trained model, on one rank."""
 
-import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
-from megatron.core.models.gpt import GPTModel
 
 from moetron.moe.checkpoint.save_load import load_weights
 from moetron.moe.config.bridge import transformer_config
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.inference.sampling import Sampling
+from moetron.moe.layers.attention import prefix_mask
 from moetron.moe.layers.build_model import build_model
+from moetron.moe.layers.language_model import LanguageModel
 from moetron.moe.layers.specs import uses_transformer_engine
 from moetron.moe.training.runtime import Runtime
 
-logger = logging.getLogger(__name__)
 
+def dropless(settings: Settings) -> Settings:
+    """The same model without capacity: every token is served by the experts that it chooses.
 
-def load_model(path: Path, settings: Settings, vocab_size: int, runtime: Runtime) -> GPTModel:
-    """The model of the checkpoint at ``path``, ready to be asked.
-
-    Modules of multi-token prediction are left out: they serve training, and the next token's
-    logits do not depend on them.
+    Generation and scoring take this, so that a token's experts depend on nothing that comes later,
+    and on nothing beside it in a batch: slots are counted for batches of training. For the same
+    reason tokens choose their k best where experts chose tokens (--moe-router-type expert_choice).
     """
+    changes = {
+        "moe_expert_capacity_factor": None,
+        "moe_eval_capacity_factor": None,
+        "moe_minimum_capacity": 0,
+        "moe_pad_expert_input_to_capacity": False,
+        "moe_expert_choice_eval": "topk",
+    }
+    return settings.model_copy(update={"moe": settings.moe.model_copy(update=changes)})
+
+
+def load_model(
+    path: Path, settings: Settings, vocab_size: int, runtime: Runtime, limited: bool = False
+) -> LanguageModel:
+    """The model of the checkpoint at ``path``, in evaluation mode.
+
+    Modules of multi-token prediction are left out: they serve training, and the next token's logits
+    do not depend on them.
+
+    Args:
+        path: a run's folder or one step_* folder, written in any layout.
+        settings: of that checkpoint, for one rank.
+        vocab_size: before padding.
+        runtime: of one rank.
+        limited: whether experts have the capacity of evaluation during training; otherwise none,
+            see `dropless`.
+    """
+    settings = settings if limited else dropless(settings)
     shape = settings.model.model_copy(update={"mtp_num_layers": None})
     settings = settings.model_copy(update={"model": shape})
     config = transformer_config(settings, uses_transformer_engine(settings))
     model = build_model(settings, config, vocab_size).to(runtime.device, config.params_dtype)
     load_weights(path, [model], vocab_size)
-    if settings.data.bidirectional_prefix:
-        logger.warning("trained with --bidirectional-prefix; here prompts are read causally")
     return model.eval()
+
+
+def needed_mask(model: LanguageModel, prefix_B: torch.Tensor, length: int) -> torch.Tensor | None:
+    """The mask bool [b, 1, s, s] of a pass over the first ``length`` tokens of sequences.
+
+    None where samples had no part that sees all of itself: the model is causal then. Otherwise
+    attention modules expect a mask in every pass over more than one token, prefix or not.
+
+    Args:
+        model: any.
+        prefix_B: how many of each sequence's first tokens see each other, int64 [b].
+        length: s.
+    """
+    return prefix_mask(prefix_B, length) if model.bidirectional_prefix else None
 
 
 class GrowingSequence:
@@ -44,13 +82,17 @@ class GrowingSequence:
     and without a cache.
 
     Args:
-        model: on one rank.
+        model: on one rank; experts without capacity (`dropless`), or both ways differ.
         cached: whether to keep keys and values.
+        prefix: how many of the first tokens see each other; they come in one piece. More than 0
+            needs a model that was trained so.
     """
 
-    def __init__(self, model: GPTModel, cached: bool = True) -> None:
+    def __init__(self, model: LanguageModel, cached: bool = True, prefix: int = 0) -> None:
+        assert not prefix or model.bidirectional_prefix
         self._model = model
         self._cached = cached
+        self._prefix = prefix
         self._limit: int = model.max_sequence_length
         self._window: list[int] = []
         self._context: StaticInferenceContext | None = None
@@ -60,7 +102,9 @@ class GrowingSequence:
         assert tokens
         self._window += tokens
         if len(self._window) > self._limit:
-            del self._window[: -max(self._limit // 2, 1)]
+            forgotten = len(self._window) - max(self._limit // 2, 1)
+            del self._window[:forgotten]
+            self._prefix = max(self._prefix - forgotten, 0)
             self._context = None
         if not self._cached:
             return self._logits(self._window, None)
@@ -75,11 +119,14 @@ class GrowingSequence:
         device = next(self._model.parameters()).device
         first = 0 if context is None else context.sequence_len_offset
         positions = torch.arange(first, first + len(tokens), device=device)[None]
+        prefix_B = torch.tensor([self._prefix], device=device)
+        # A single token that extends a cache sees all of it, and needs no mask.
+        mask = None if first else needed_mask(self._model, prefix_B, len(tokens))
         with torch.no_grad():
             logits_BSV = self._model(
                 torch.tensor([tokens], device=device),
                 positions,
-                None,
+                mask,
                 inference_context=context,
                 runtime_gather_output=True,
             )
@@ -89,11 +136,12 @@ class GrowingSequence:
 
 
 def continuation(
-    model: GPTModel,
+    model: LanguageModel,
     prompt: Sequence[int],
     vocab_size: int,
     sampling: Sampling,
     cached: bool = True,
+    reads_prefix: bool = False,
 ) -> Iterator[int]:
     """Tokens that follow ``prompt``, without end.
 
@@ -103,9 +151,11 @@ def continuation(
         vocab_size: ids below this are real; the rows of the padding are never chosen.
         sampling: how tokens are drawn.
         cached: see `GrowingSequence`.
+        reads_prefix: whether tokens of the prompt see each other in both directions.
     """
     generator = torch.Generator().manual_seed(sampling.seed)
-    sequence, new = GrowingSequence(model, cached), list(prompt)
+    sequence = GrowingSequence(model, cached, len(prompt) if reads_prefix else 0)
+    new = list(prompt)
     while True:
         logits_V = sequence.extend(new)[:vocab_size]
         new = [draw(logits_V.float().cpu(), sampling, generator)]

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from megatron.core.models.gpt import GPTModel
+
+from moetron.moe.inference.generation import needed_mask
+from moetron.moe.layers.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -18,18 +20,21 @@ class Score:
 
 
 def score(
-    model: GPTModel, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int
+    model: LanguageModel,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    batch_size: int,
+    reads_prefix: bool = False,
 ) -> list[Score]:
     """Score continuations after their contexts.
 
-    Sequences of like length go through the model together, filled up behind their ends, where a
-    causal model does not look. Of a sequence longer than the model's, the beginning is left out.
+    Sequences of like length go through the model together, filled up behind their ends, where no
+    token before looks. Of a sequence longer than the model's, the beginning is left out.
 
     Args:
-        model: on one rank.
+        model: on one rank; experts without capacity, which fillers would use up.
         pairs: (context, continuation), neither of them empty.
-        batch_size: sequences that go through the model at once; 1 where experts have a limited
-            capacity, which fillers would use up.
+        batch_size: sequences that go through the model at once.
+        reads_prefix: whether tokens of a context see each other in both directions.
     """
     limit = model.max_sequence_length + 1
     rows = [
@@ -40,11 +45,13 @@ def score(
     for start in range(0, len(rows), batch_size):
         numbers = longest_first[start : start + batch_size]
         batch = [rows[number] for number in numbers]
-        scores.update(zip(numbers, _score_batch(model, batch), strict=True))
+        scores.update(zip(numbers, _score_batch(model, batch, reads_prefix), strict=True))
     return [scores[number] for number in range(len(rows))]
 
 
-def _score_batch(model: GPTModel, batch: Sequence[tuple[list[int], int]]) -> list[Score]:
+def _score_batch(
+    model: LanguageModel, batch: Sequence[tuple[list[int], int]], reads_prefix: bool
+) -> list[Score]:
     """Score rows of (tokens, how many of the last ones count), the longest first."""
     width = len(batch[0][0]) - 1
     device = next(model.parameters()).device
@@ -52,8 +59,10 @@ def _score_batch(model: GPTModel, batch: Sequence[tuple[list[int], int]]) -> lis
     for row_S, (tokens, _) in zip(inputs_BS, batch, strict=True):
         row_S[: len(tokens) - 1] = torch.tensor(tokens[:-1])
     positions_BS = torch.arange(width, device=device).expand_as(inputs_BS)
+    contexts = [max(len(tokens) - counted, 0) if reads_prefix else 0 for tokens, counted in batch]
+    mask = needed_mask(model, torch.tensor(contexts, device=device), width)
     with torch.no_grad():
-        logits_BSV = model(inputs_BS, positions_BS, None)
+        logits_BSV = model(inputs_BS, positions_BS, mask)
     found = []
     for logits_SV, (tokens, counted) in zip(logits_BSV, batch, strict=True):
         counted = min(counted, len(tokens) - 1)

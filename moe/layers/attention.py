@@ -29,6 +29,17 @@ def prefix_mask(prefix_B: torch.Tensor, length: int) -> torch.Tensor:
     return (ahead_SS & outside_BS[:, None, :])[:, None]
 
 
+def narrower(mask_B1SS: torch.Tensor, ahead: int) -> torch.Tensor:
+    """The mask of `prefix_mask` for prefixes that are ``ahead`` tokens shorter.
+
+    Position i of the n-th module of multi-token prediction holds token i + n as well. What sees
+    all of the given part must hold none of the tokens after it, which the module predicts.
+    """
+    shorter = torch.ones_like(mask_B1SS).triu(1)
+    shorter[..., :-ahead] &= mask_B1SS[..., ahead:]
+    return shorter
+
+
 class SdpaAttention(MegatronModule):
     """softmax(scale x q k^T + mask) v without the s x s matrix in memory.
 

@@ -58,6 +58,7 @@ def build_model(
         pg_collection=groups,
         vp_stage=vp_stage,
     )
+    built.bidirectional_prefix = settings.data.bidirectional_prefix
     for module in built.modules():
         if isinstance(module, MoELayer):
             mark_gradient_ranks(module.experts, groups)

@@ -1,5 +1,6 @@
 """megatron-core's GPTModel, with what its routers cannot see and a z-loss on its output."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,8 +8,10 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from torch.distributed import ProcessGroup
 
+from moetron.moe.layers.attention import narrower
 from moetron.moe.routing.hash import HashRouter
 from moetron.moe.routing.reinforce import ReinforceRouter, advantages
+from moetron.moe.routing.router import Router
 
 
 def label_logits(
@@ -31,6 +34,14 @@ def label_logits(
     return whole_T.view(logits_sbv.shape[:2]).transpose(0, 1)
 
 
+def _narrow_prefix(
+    ahead: int, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Give module number ``ahead`` of multi-token prediction the mask of a shorter prefix."""
+    mask = kwargs.get("attention_mask")
+    return args, {**kwargs, "attention_mask": None if mask is None else narrower(mask, ahead)}
+
+
 class LanguageModel(GPTModel):
     """GPTModel that hands token ids and losses to routers, and keeps log Z of its output near 0.
 
@@ -42,8 +53,16 @@ class LanguageModel(GPTModel):
     number a token and no second pass over the vocabulary.
     """
 
+    bidirectional_prefix = False
+    """Whether samples had a part that sees all of itself: passes then need a mask."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.mtp_process:
+            for layer in self.mtp.layers:
+                hook = partial(_narrow_prefix, layer.layer_number)
+                layer.register_forward_pre_hook(hook, with_kwargs=True)
+        self._routers = [m for m in self.modules() if isinstance(m, Router)]
         self._hashed = [m for m in self.modules() if isinstance(m, HashRouter)]
         self._reinforced = [m for m in self.modules() if isinstance(m, ReinforceRouter)]
         self._squared_log_z_bs: torch.Tensor | None = None  # of the output computed last
@@ -59,6 +78,11 @@ class LanguageModel(GPTModel):
             losses_bs = output.detach()
             self._learn(losses_bs, torch.ones_like(losses_bs) if mask_bs is None else mask_bs)
         return output
+
+    def bring_loss_tokens(self, count: torch.Tensor) -> None:
+        """Tell routers how many tokens of the next micro-batch (all its ranks) bear a loss."""
+        for router in self._routers:
+            router.loss_tokens.bring(count)
 
     def _learn(self, losses_bs: torch.Tensor, mask_bs: torch.Tensor) -> None:
         """Hand out what the losses of a micro-batch say."""

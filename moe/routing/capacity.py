@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from megatron.core.transformer.moe.moe_utils import get_capacity
+
+from moetron.moe.config.schema.derived import expert_slots
 
 Policy = Literal["probs", "position", "choice", "batch_prioritized"]
 Scope = Literal["rank", "micro_batch", "sequence"]
@@ -28,18 +29,13 @@ class Capacity:
     includes_topk: bool = True
 
     def slots(self, tokens: int, experts: int, topk: int, training: bool) -> int:
-        """C, at most T: no expert is chosen by more.
+        """C: the rule of `expert_slots`, at least 1, so that an expert can always serve.
 
-        - includes_topk: ceil(factor k T / E), megatron-core's (GShard, arXiv 2006.16668, k = 2);
-        - otherwise round(factor T / E), halves to even: flaxformer's (moe_layers.py), the
-          convention of Switch, ST-MoE and OpenMoE. With k = 2 it gives half as many slots.
+        A run's own batches have more (config/rules/experts.py); a short text may not.
         """
         factor = self.factor if training or self.eval_factor is None else self.eval_factor
-        if self.includes_topk:
-            slots: int = get_capacity(tokens * topk, experts, factor)
-        else:
-            slots = round(factor * tokens / experts)
-        return min(max(slots, self.minimum), tokens)
+        slots = expert_slots(factor, tokens, experts, topk, self.includes_topk, self.minimum)
+        return max(slots, 1)
 
 
 def served(merit_GTE: torch.Tensor, slots: int, policy: Policy) -> torch.Tensor:

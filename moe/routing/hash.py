@@ -1,13 +1,11 @@
 """Hash routing: experts by token id, from a fixed table (Roller et al., arXiv 2106.04426)."""
 
-from collections import deque
-
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from moetron.moe.config.bridge import ModelConfig
 from moetron.moe.routing.random_draws import derived_seed
-from moetron.moe.routing.router import Router
+from moetron.moe.routing.router import MicroBatchValue, Router
 
 
 def hash_table(ids: int, experts: int, topk: int, seed: int) -> torch.Tensor:
@@ -33,9 +31,7 @@ class HashRouter(Router):
     choice cannot follow the context. Layers have tables of their own, drawn from the run's seed,
     which checkpoints keep.
 
-    `LanguageModel` hands in the ids before a micro-batch passes. Where activations are recomputed
-    a micro-batch passes twice, first without gradient, and others may pass in between: ids of such
-    first passes wait in line.
+    `LanguageModel` hands in the ids before a micro-batch passes.
     """
 
     table_seed: torch.Tensor
@@ -54,8 +50,7 @@ class HashRouter(Router):
         self.register_buffer("table", torch.empty(0, self.topk, dtype=torch.int64), False)
         self.register_load_state_dict_post_hook(lambda *_: self._draw(int(self.table_seed)))
         self._rows = 0
-        self._ids_sb = torch.empty(0)
-        self._waiting: deque[torch.Tensor] = deque()
+        self._ids = MicroBatchValue()
 
     def draw_table(self, ids: int) -> None:
         """Draw the table for token ids below ``ids``; the layer's number must be known."""
@@ -69,7 +64,7 @@ class HashRouter(Router):
 
     def read(self, ids_bs: torch.Tensor) -> None:
         """Take the token ids [b, s] of this context rank's part of the next micro-batch."""
-        self._ids_sb = self.tokens.of_context_rank(ids_bs.transpose(0, 1))
+        self._ids.bring(self.tokens.of_context_rank(ids_bs.transpose(0, 1)))
 
     def forward(
         self, input: torch.Tensor, padding_mask: torch.Tensor | None = None
@@ -81,14 +76,7 @@ class HashRouter(Router):
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         """1 for the experts of each token, 0 for the others: fp32 [s, b, E]."""
-        ids_sb = self._ids()
-        assert ids_sb.shape == input.shape[:2]
+        ids_sb = self._ids.take(self.training)
+        assert ids_sb is not None and ids_sb.shape == input.shape[:2]
         zeros = torch.zeros(*ids_sb.shape, self.num_experts, device=input.device)
         return zeros.scatter_(2, self.table[ids_sb], 1.0)
-
-    def _ids(self) -> torch.Tensor:
-        if self.training and not torch.is_grad_enabled():
-            self._waiting.append(self._ids_sb)
-        elif self.training and self._waiting:
-            return self._waiting.popleft()
-        return self._ids_sb

@@ -1,10 +1,10 @@
-"""megatron-core's router: capacity of our own, auxiliary losses that weigh the same everywhere.
+"""megatron-core's router: capacity, counts and auxiliary losses of our own.
 
 Token choice; the other routers of kinds.py build on it.
 """
 
 import copy
-from typing import Any
+from collections import deque
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -13,13 +13,13 @@ from megatron.core.transformer.moe.moe_utils import (
     compute_routing_scores_for_aux_loss,
     save_to_aux_losses_tracker,
     topk_routing_with_score_function,
-    z_loss_func,
 )
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch.distributed import ProcessGroup
 
 from moetron.moe.config.bridge import ModelConfig
+from moetron.moe.routing.balance import BALANCE_LOSSES, balance_part, choice_shares, z_part
 from moetron.moe.routing.capacity import (
     NOT_CHOSEN,
     Capacity,
@@ -32,6 +32,30 @@ from moetron.moe.routing.random_draws import Draws
 from moetron.moe.routing.token_group import TokenGroup
 
 
+class MicroBatchValue:
+    """A tensor that each micro-batch brings along for a router's forward pass.
+
+    Where activations are recomputed a micro-batch passes twice, first without gradient, and others
+    may pass in between: values of such first passes wait in line.
+    """
+
+    def __init__(self) -> None:
+        self._value: torch.Tensor | None = None
+        self._waiting: deque[torch.Tensor | None] = deque()
+
+    def bring(self, value: torch.Tensor) -> None:
+        """Set the value of the next micro-batch."""
+        self._value = value
+
+    def take(self, training: bool) -> torch.Tensor | None:
+        """Return the value of the micro-batch that passes now; call it once in every pass."""
+        if training and not torch.is_grad_enabled():
+            self._waiting.append(self._value)
+        elif training and self._waiting:
+            return self._waiting.popleft()
+        return self._value
+
+
 class Router(TopKRouter):
     """``TopKRouter`` with corrections.
 
@@ -42,20 +66,18 @@ class Router(TopKRouter):
     by sequence, each from left to right, or by probability; see capacity.py. The bias of
     --moe-router-enable-expert-bias learns from choices before dropping, as balance losses do.
 
-    **Auxiliary losses** keep their coefficients under tensor and context ranks. With
-    ``calculate_per_token_loss`` all gradients are divided by N, the tokens of the global batch, so
-    that a loss of a micro-batch must be multiplied by the tokens T of that micro-batch.
-    megatron-core 0.16.1 multiplies by the tokens of the rank (transformer/moe/router.py:446 and
-    484), which share out T over tensor and context ranks: the balance and z losses act r = TP x CP
-    times too weakly (global_aux_loss: r = TP x CP x DP). With the rank's part a_r of a balance loss
-    (parts add up to the loss), and z_r the mean of its tokens' squared log-sum-exps, this router
-    injects
+    **Counts** of choices are int64. megatron-core keeps them in float buffers, which
+    ``Float16Module`` casts to bf16, where 256 + 1 is 256: biases then move the wrong way.
 
-    - T a_r on every rank, in total T times the loss;
-    - coefficient x T / r x z_r on every rank, in total T times the mean over the micro-batch.
-
-    **Counts of the global balance loss** are, on request, those of the whole previous step, see
-    `_apply_global_aux_loss`.
+    **Auxiliary losses** are computed, attached and logged here (`attach`), each as this rank's part
+    of the loss of its micro-batch; parts add up over the TP x CP ranks that share the micro-batch.
+    The loss of a micro-batch weighs as its share n / N of the tokens that bear a language-model
+    loss, with ``calculate_per_token_loss``, and 1 / number of micro-batches otherwise; weights of
+    the global batch add up to 1. megatron-core divides by N, so that a part is multiplied by n
+    (`loss_tokens`; all tokens of the micro-batch where nothing masks). megatron-core 0.16.1
+    multiplies by another number (transformer/moe/router.py:446 and 484): its losses are TP x CP
+    times too weak, seq_aux_loss besides by the micro-batch size, and too strong by tokens / N where
+    losses are masked; without ``calculate_per_token_loss`` global_aux_loss is DP times too weak.
     """
 
     is_random = False
@@ -85,14 +107,26 @@ class Router(TopKRouter):
         self.tokens = TokenGroup(pg_collection, config.sequence_parallel)
         draws = self.is_random or config.moe_input_jitter_eps
         self.draws = Draws(config.routing_seed, self.tokens, pg_collection.dp) if draws else None
-        if self._counts_previous_step:
-            device = torch.cuda.current_device()
-            empty = torch.zeros(self.num_experts, dtype=torch.int64, device=device)
-            self.register_buffer("previous_choices", empty)
-            self.register_buffer("step_choices", empty.clone(), persistent=False)
+        self._count_in_whole_numbers()
+        self.loss_tokens = MicroBatchValue()
+        self._loss_tokens: torch.Tensor | None = None  # of the pass under way
+
+    def _count_in_whole_numbers(self) -> None:
+        """Register int64 counters, in place of megatron-core's float ones where it has them."""
+        counters = {"step_choices": False, "previous_choices": True} if self._by_step else {}
+        if self.enable_expert_bias:
+            counters["local_tokens_per_expert"] = False
+        if self.global_tokens_per_expert is not None:
+            counters["global_tokens_per_expert"] = False
+        device = torch.cuda.current_device()
+        for name, persistent in counters.items():
+            zeros = torch.zeros(self.num_experts, dtype=torch.int64, device=device)
+            self.register_buffer(name, zeros, persistent)
+        self.ga_steps = None  # shares need no number of micro-batches
 
     @property
-    def _counts_previous_step(self) -> bool:
+    def _by_step(self) -> bool:
+        """Whether the global balance loss counts the choices of the previous step."""
         return bool(self.config.moe_global_aux_loss_counts == "previous_step")
 
     def forward(
@@ -101,6 +135,7 @@ class Router(TopKRouter):
         """Choose experts for the tokens ``input`` [s, b, H]; see `routing`."""
         if self.draws is not None and self.training:
             self.draws.start(self.layer_number)
+        self._loss_tokens = self.loss_tokens.take(self.training)
         result: tuple[torch.Tensor, torch.Tensor] = super().forward(input, padding_mask)
         return result
 
@@ -127,7 +162,7 @@ class Router(TopKRouter):
         probs_TE, chosen_TE = self.choose(logits_TE, batch)
         if self.training and torch.is_grad_enabled():
             probs_TE = self.balance(probs_TE, logits_TE, batch, padding_T)
-        self._apply_expert_bias(chosen_TE)
+        self._apply_expert_bias(chosen_TE, padding_T)
         self.chosen = chosen_TE
         return self.limit(probs_TE, chosen_TE, batch)
 
@@ -153,20 +188,55 @@ class Router(TopKRouter):
         batch: int,
         padding_T: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Let the balance loss ride on ``probs_TE``; it counts the k best scores, or the best."""
-        if not self.is_aux_loss_enabled():
+        """Let the balance loss ride on ``probs_TE``; it counts the k best scores, or the best.
+
+        Scores are a softmax over all experts, or sigmoids divided by their sum, in fp32 at least.
+        Collective over the ranks that share the micro-batch (running counts: data ranks too).
+        """
+        kind, coefficient = self.routing_type, self.config.moe_aux_loss_coeff
+        if kind not in BALANCE_LOSSES or not coefficient:
             return probs_TE
-        first = self.config.moe_aux_loss_first_choice_only
+        wide_TE = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
+        counted = 1 if self.config.moe_aux_loss_first_choice_only else self.topk
         map_TE, scores_TE = compute_routing_scores_for_aux_loss(
-            logits_TE, 1 if first else self.topk, self.score_function, padding_mask=padding_T
+            wide_TE, counted, self.score_function, padding_mask=padding_T
         )
-        if first:
-            map_TE = map_TE * self.topk  # upstream divides counts by k
-        masked = padding_T is not None
-        probs_TE = self._apply_aux_loss(probs_TE, scores_TE, map_TE, masked)
-        length = len(logits_TE) // batch
-        probs_TE = self._apply_seq_aux_loss(probs_TE, scores_TE, map_TE, length, batch, masked)
-        return self._apply_global_aux_loss(probs_TE, scores_TE, map_TE, masked)
+        groups = batch if kind == "seq_aux_loss" else 1
+        map_sGE, scores_sGE = (x.view(-1, groups, self.num_experts) for x in (map_TE, scores_TE))
+        tokens_G = self._tokens(len(map_sGE), groups, padding_T)
+        shares_GE = self._shares(kind, map_sGE.sum(0))
+        part = balance_part(shares_GE, scores_sGE, tokens_G)
+        return self.attach(probs_TE, part, coefficient, tokens_G.sum(), BALANCE_LOSSES[kind])
+
+    def _tokens(self, rows: int, groups: int, padding_T: torch.Tensor | None) -> torch.Tensor:
+        """Tokens of each group over all ranks of the micro-batch, without padding: int64 [G]."""
+        if padding_T is None:
+            whole = rows * self.tp_cp_group.size()
+            return torch.full((groups,), whole, device=torch.cuda.current_device())
+        return self._summed((~padding_T).view(-1, groups).sum(0), self.tp_cp_group)
+
+    def _shares(self, kind: str, counts_GE: torch.Tensor) -> torch.Tensor:
+        """Shares f for the loss ``kind``, float64 [G, E], from this rank's counts.
+
+        aux_loss and seq_aux_loss count the micro-batch, global_aux_loss all micro-batches that the
+        data-parallel ranks have seen in this step (Megatron's running mean: another value for
+        another number of ranks), or the whole previous global batch, the same in every layout
+        (before the first step: 1 / E, which gives no gradient).
+        """
+        if kind != "global_aux_loss":
+            return choice_shares(self._summed(counts_GE, self.tp_cp_group))
+        if not self._by_step:
+            self.global_tokens_per_expert += self._summed(counts_GE[0], self.tp_dp_cp_group)
+            return choice_shares(self.global_tokens_per_expert[None])
+        self.step_choices += counts_GE[0]
+        none = self.previous_choices.sum() == 0
+        return choice_shares((self.previous_choices + none)[None])
+
+    @staticmethod
+    def _summed(counts: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+        if group.size() > 1:
+            torch.distributed.all_reduce(counts, group=group)
+        return counts
 
     def limit(
         self, probs_TE: torch.Tensor, chosen_TE: torch.Tensor, batch: int
@@ -210,77 +280,22 @@ class Router(TopKRouter):
             share = tokens * self.topk / self.config.num_moe_experts
             self.padded_dispatcher.moe_expert_capacity_factor = (slots - 0.5) / share
 
-    def _apply_global_aux_loss(
-        self,
-        probs: torch.Tensor,
-        scores_for_aux_loss: torch.Tensor,
-        routing_map: torch.Tensor,
-        with_padding_mask: bool = False,
-    ) -> torch.Tensor:
-        """Let coefficient x E sum_i f_i P_i ride on ``probs`` [tokens, experts].
-
-        P_i is the mean score of expert i over the micro-batch. Upstream's f_i is a running mean
-        over the micro-batches that this rank and its data-parallel peers have seen in this step, so
-        that it depends on how many ranks share out the global batch. With counts of the
-        "previous_step", f_i is the share of all choices of the previous global batch, the same in
-        every layout (before the first step: 1 / E, which gives no gradient).
-        """
-        if not self._counts_previous_step:
-            upstream: torch.Tensor = super()._apply_global_aux_loss(
-                probs, scores_for_aux_loss, routing_map, with_padding_mask
-            )
-            return upstream
-        self.step_choices += routing_map.sum(0)
-        total = self.previous_choices.sum()
-        even = torch.full_like(scores_for_aux_loss[0], 1 / self.num_experts)
-        share_E = torch.where(total > 0, self.previous_choices / total.clamp(min=1), even)
-        tokens = len(probs) * self.tp_cp_group.size()
-        coefficient = self.get_aux_loss_coeff("global_aux_loss")
-        part = (share_E * scores_for_aux_loss.sum(0)).sum() * self.num_experts / tokens
-        return self.attach_and_log_load_balancing_loss(
-            probs, coefficient, coefficient * part, "global_load_balancing_loss", self.tp_cp_group
-        )
-
     def reset_global_aux_loss_tracker(self) -> None:
         """End a step: megatron-core calls this when gradients are final (collective)."""
-        super().reset_global_aux_loss_tracker()
-        if self._counts_previous_step:
-            torch.distributed.all_reduce(self.step_choices, group=self.tp_dp_cp_group)
-            self.previous_choices.copy_(self.step_choices)
+        if self.global_tokens_per_expert is not None:
+            self.global_tokens_per_expert.zero_()
+        if self._by_step:
+            self.previous_choices.copy_(self._summed(self.step_choices, self.tp_dp_cp_group))
             self.step_choices.zero_()
 
-    def attach_and_log_load_balancing_loss(
-        self,
-        activation: torch.Tensor,
-        aux_loss_coeff: float,
-        aux_loss: torch.Tensor,
-        aux_loss_name: str,
-        reduce_group: ProcessGroup,
-        reduce_group_has_dp: bool = False,
-        valid_token_count: int | torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """As upstream; the token count is that of all ranks which hold parts of the loss.
-
-        Args:
-            activation: [tokens, ...] of this rank; the loss rides on its gradient.
-            aux_loss_coeff: already inside ``aux_loss``; divided out for the log.
-            aux_loss: this rank's part.
-            aux_loss_name: in the tracker.
-            reduce_group: ranks whose parts add up to the loss.
-            reduce_group_has_dp: whether it spans data-parallel ranks.
-            valid_token_count: this rank's tokens; None: rows of ``activation``.
-        """
-        tokens = activation.shape[0] if valid_token_count is None else valid_token_count
-        attached: torch.Tensor = super().attach_and_log_load_balancing_loss(
-            activation,
-            aux_loss_coeff,
-            aux_loss,
-            aux_loss_name,
-            reduce_group,
-            reduce_group_has_dp,
-            valid_token_count=tokens * reduce_group.size(),
-        )
-        return attached
+    def _apply_expert_bias(
+        self, routing_map: torch.Tensor, padding_mask: torch.Tensor | None = None
+    ) -> None:
+        """Count choices (bool [tokens, experts]) of training passes, without padding."""
+        if self.enable_expert_bias and self.training and torch.is_grad_enabled():
+            if padding_mask is not None:
+                routing_map = routing_map & ~padding_mask[:, None]
+            self.local_tokens_per_expert += routing_map.sum(0)
 
     def apply_z_loss(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
@@ -289,12 +304,31 @@ class Router(TopKRouter):
         coefficient = self.config.moe_z_loss_coeff
         if not coefficient or not self.training or not torch.is_grad_enabled():
             return logits
-        mean = z_loss_func(logits, 1.0, padding_mask=padding_mask)
-        weight: Any = coefficient / self.tp_cp_group.size()
-        if self.calculate_per_token_loss:
-            tokens = logits.shape[0] if padding_mask is None else (~padding_mask).sum()
-            weight = coefficient * tokens
+        tokens = self._tokens(len(logits), 1, padding_mask)[0]
+        part = z_part(logits, padding_mask, tokens)
+        return self.attach(logits, part, coefficient, tokens, "z_loss")
+
+    def attach(
+        self,
+        activation: torch.Tensor,
+        part: torch.Tensor,
+        coefficient: float,
+        tokens: torch.Tensor,
+        name: str,
+    ) -> torch.Tensor:
+        """Let coefficient x ``part`` ride on the gradient of ``activation``, and log ``part``.
+
+        Args:
+            activation: any tensor of the pass; returned as it is.
+            part: this rank's part of the loss of the micro-batch; a scalar.
+            coefficient: of the loss.
+            tokens: of the micro-batch, over all ranks that share it; its weight unless
+                `loss_tokens` says how many bear a loss.
+            name: in megatron-core's tracker.
+        """
         layers = self.config.num_layers + (self.config.mtp_num_layers or 0)
-        save_to_aux_losses_tracker("z_loss", mean, self.layer_number, layers)
-        attached: torch.Tensor = MoEAuxLossAutoScaler.apply(logits, mean * weight)
+        save_to_aux_losses_tracker(name, part, self.layer_number, layers)
+        bearing = tokens if self._loss_tokens is None else self._loss_tokens
+        weight = coefficient * (bearing if self.calculate_per_token_loss else 1)
+        attached: torch.Tensor = MoEAuxLossAutoScaler.apply(activation, part * weight)
         return attached

@@ -10,14 +10,13 @@ import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.moe.moe_utils import (
-    MoEAuxLossAutoScaler,
     router_gating_linear,
-    save_to_aux_losses_tracker,
     sinkhorn,
 )
 
 from moetron.moe.config.bridge import ModelConfig
 from moetron.moe.routing.assignment import linear_assignment
+from moetron.moe.routing.balance import BALANCE_LOSSES
 from moetron.moe.routing.gradient_estimators import (
     annealed,
     relaxed_topk,
@@ -167,21 +166,23 @@ class NoisyTopKRouter(Router):
     ) -> torch.Tensor:
         """The losses of the class, or the usual ones.
 
-        Every rank computes the whole loss L from sums over the r tensor and context ranks, whose
-        gradient is that of its own terms; T L is injected (T tokens of the micro-batch) as the
-        other losses are, L / r logged.
+        Every rank computes the whole loss from sums over the r ranks of the micro-batch, whose
+        gradient is that of its own terms: it is attached whole, but logged as 1 / r of it.
         """
         if not self.config.moe_noisy_load_loss:
             return super().balance(probs_TE, logits_TE, batch, padding_T)
-        coefficient, ranks = self.config.moe_aux_loss_coeff, self.tp_cp_group.size()
-        sums_2E = torch.stack([probs_TE.sum(0), self._load_TE.sum(0)])
+        valid_T1 = None if padding_T is None else ~padding_T[:, None]
+        terms_TE = [
+            x.float() if valid_T1 is None else x.float() * valid_T1
+            for x in (probs_TE, self._load_TE)
+        ]
+        sums_2E = torch.stack([x.sum(0) for x in terms_TE])
         sums_2E = reduce_from_tensor_model_parallel_region(sums_2E, self.tp_cp_group)
         loss = cv_squared(sums_2E[0]) + cv_squared(sums_2E[1])
-        layers = self.config.num_layers + (self.config.mtp_num_layers or 0)
-        save_to_aux_losses_tracker("noisy_load_loss", loss / ranks, self.layer_number, layers)
-        weight = coefficient * (len(probs_TE) * ranks if self.calculate_per_token_loss else 1)
-        attached: torch.Tensor = MoEAuxLossAutoScaler.apply(probs_TE, loss * weight)
-        return attached
+        part = loss.detach() / self.tp_cp_group.size() + (loss - loss.detach())
+        tokens = self._tokens(len(probs_TE), 1, padding_T)[0]
+        name = BALANCE_LOSSES["noisy_load"]
+        return self.attach(probs_TE, part, self.config.moe_aux_loss_coeff, tokens, name)
 
 
 class StraightThroughRouter(Router):

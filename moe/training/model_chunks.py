@@ -3,14 +3,16 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_stage
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import unwrap_model
 
 from moetron.moe.config.bridge import ModelConfig, ddp_config
+from moetron.moe.config.schema import derived
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.layers.build_model import build_model
+from moetron.moe.routing.expert_bias import finalize_gradients
 from moetron.moe.training.runtime import Runtime
 
 ModelChunks = list[DistributedDataParallel]
@@ -50,7 +52,7 @@ def build_chunks(
 
 def _tie_to_schedules(chunks: ModelChunks, config: ModelConfig, settings: Settings) -> None:
     """What megatron/training sets; no ``grad_scale_func``, since only fp16 scales its loss."""
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = finalize_gradients
     if settings.parallel.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in chunks]
         grad_sync = [chunk.start_grad_sync for chunk in chunks]
@@ -82,8 +84,10 @@ def set_training(chunks: ModelChunks, training: bool) -> None:
 def needs_samples(chunk: DistributedDataParallel, settings: Settings) -> bool:
     """Whether a chunk reads tokens or labels (the pipeline's first and last), or all chunks do.
 
-    Every rank reads its samples itself, so that masks and token ids need not travel along.
+    Every rank reads its samples itself, so that masks and token ids need not travel along. Routers
+    weigh their losses by the tokens that bear a loss, where that is not all of them.
     """
     model, hashed = unwrap_model(chunk), settings.moe.moe_router_type == "hash"
     ends = model.pre_process or model.post_process
-    return bool(ends or hashed or settings.data.bidirectional_prefix)
+    weighed = derived.masks_losses(settings) and settings.training.calculate_per_token_loss
+    return bool(ends or hashed or weighed or settings.data.bidirectional_prefix)

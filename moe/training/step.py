@@ -113,6 +113,8 @@ def _forward(
     per_sample = {name: batch.pop(name) for name in PER_SAMPLE if name in batch}
     if settings.data.bidirectional_prefix:
         mask = prefix_mask(per_sample["prefix"], settings.model.seq_length)
+    if "loss_mask" in batch:  # whole: context ranks have not shared it out yet
+        unwrap_model(chunk).bring_loss_tokens(batch["loss_mask"].sum())
     batch = get_batch_on_this_cp_rank(batch, cp_group=runtime.groups.cp)
     names = ("labels", "loss_mask")  # the mask is for what the model makes of its own losses
     words = {name: batch.get(name) for name in names}

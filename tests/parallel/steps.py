@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker
@@ -16,6 +16,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from moetron.moe.config.bridge import ddp_config, transformer_config
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.layers.build_model import build_model
+from moetron.moe.routing.expert_bias import finalize_gradients
 from moetron.moe.routing.losses import read_auxiliary_losses
 from moetron.moe.routing.routing_record import RoutingRecorder
 from tests.parallel.harness import model_parallel, run_ranks
@@ -107,7 +108,7 @@ def _rank_main(cases: list[Case], weights: dict[str, torch.Tensor] | None) -> li
 def _run_case(case: Case, weights: dict[str, torch.Tensor] | None) -> dict[str, Any]:
     settings = _settings(case)
     config = transformer_config(settings)
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = finalize_gradients
     sizes = {
         name: getattr(config, name)
         for name in (

@@ -4,7 +4,7 @@ import importlib.util
 from collections.abc import Iterator
 
 from moetron.moe.config.rules.case import Case, nearest_divisors, not_multiple
-from moetron.moe.config.schema.derived import moe_layers
+from moetron.moe.config.schema.derived import expert_slots, moe_layers
 from moetron.moe.config.schema.experts import EVEN_WEIGHTS, MoESettings
 from moetron.moe.config.schema.field import flag_name
 
@@ -167,6 +167,8 @@ def capacity(case: Case) -> Iterator[str]:
             f"{case.said('moe_expert_capacity_factor')} cannot go with "
             "--moe-router-load-balancing-type sinkhorn: choose aux_loss or leave the factor out"
         )
+    if limited:
+        yield from _slots(case, moe)
     parallel = case.settings.parallel
     shared = parallel.tensor_model_parallel_size * parallel.context_parallel_size > 1
     # allgather sends what the map says; alltoall counts on so many slots from each rank.
@@ -177,6 +179,30 @@ def capacity(case: Case) -> Iterator[str]:
             "--context-parallel-size above 1 needs slots for each rank: use "
             "--moe-capacity-scope rank, --moe-token-dispatcher-type allgather, or no padding"
         )
+
+
+def _slots(case: Case, moe: MoESettings) -> Iterator[str]:
+    """A training or validation batch of which an expert may serve no token."""
+    parallel, tokens = case.settings.parallel, case.settings.model.seq_length
+    if moe.moe_capacity_scope != "sequence":
+        tokens *= case.settings.training.micro_batch_size
+    if moe.moe_capacity_scope == "rank":
+        ranks = parallel.tensor_model_parallel_size * parallel.context_parallel_size
+        tokens //= ranks
+    for name in ("moe_expert_capacity_factor", "moe_eval_capacity_factor"):
+        factor, experts = getattr(moe, name), moe.num_experts
+        if factor is None or experts is None or moe.moe_router_topk > experts:
+            continue
+        rule = moe.moe_capacity_includes_topk
+        if not expert_slots(factor, tokens, experts, moe.moe_router_topk, rule, 0) and (
+            moe.moe_minimum_capacity == 0
+        ):
+            yield (
+                f"{case.said(name)} leaves an expert no slot: round({factor} x {tokens:,} tokens "
+                f"of a {moe.moe_capacity_scope.replace('_', '-')} / {experts} experts) is 0; use a "
+                f"factor above {experts / 2 / tokens:g}, --moe-minimum-capacity 1 or more, or a "
+                "larger --micro-batch-size"
+            )
 
 
 def dispatch(case: Case) -> Iterator[str]:

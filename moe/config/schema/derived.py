@@ -174,6 +174,52 @@ def stage_at(settings: Settings, sample: int) -> int:
     return bisect_right(stage_starts(settings), sample) - 1
 
 
+def objective_at(settings: Settings, sample: int) -> str:
+    """What training sample number ``sample`` asks of the model; mock samples are causal."""
+    if settings.data.mock_data:
+        return "causal"
+    stages = settings.data.planned_stages()
+    return stages[stage_at(settings, sample)].objective if stages else settings.data.objective
+
+
+def reads_prefix(settings: Settings, consumed_samples: int, has_mode: bool) -> bool:
+    """Whether what is given sees all of itself, as the given part of samples did in training.
+
+    Args:
+        settings: of the run.
+        consumed_samples: of the checkpoint; the last of them tells the objective.
+        has_mode: the prompt has the form of one of UL2's modes; otherwise it is plain text, which
+            is read as the given part of a sample if samples had one.
+    """
+    if not settings.data.bidirectional_prefix:
+        return False
+    objective = objective_at(settings, max(consumed_samples - 1, 0))
+    return has_mode or objective in ("prefix_lm", "ul2")
+
+
+def masks_losses(settings: Settings) -> bool:
+    """Whether some tokens of training samples may bear no loss."""
+    data = settings.data
+    stages = data.planned_stages()
+    filtered = data.eod_mask_loss or data.repetition_max_count is not None
+    uneven = filtered or any(stage.objective != "causal" for stage in stages)
+    return uneven and not data.mock_data
+
+
+def expert_slots(
+    factor: float, tokens: int, experts: int, topk: int, includes_topk: bool, minimum: int
+) -> int:
+    """Tokens that an expert with a capacity serves, of a group of ``tokens``; may be 0.
+
+    - includes_topk: ceil(factor k T / E), megatron-core's (GShard, arXiv 2006.16668, k = 2);
+    - otherwise round(factor T / E), halves to even: flaxformer's (moe_layers.py), the convention
+      of Switch, ST-MoE and OpenMoE. With k = 2 it gives half as many slots.
+    """
+    even = tokens * topk / experts if includes_topk else tokens / experts
+    slots = math.ceil(even * factor) if includes_topk else round(factor * tokens / experts)
+    return min(max(slots, minimum), tokens)
+
+
 @dataclass(frozen=True)
 class ScheduleLengths:
     """Lengths of the learning rate's segments, all in one unit."""

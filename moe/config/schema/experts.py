@@ -52,8 +52,8 @@ class MoESettings(Group):
     ] = "topk"
     """Who chooses whom, and what gradient weights have; docs/routers.md says what each trades."""
     moe_expert_choice_eval: Literal["expert_choice", "topk"] = "expert_choice"
-    """Evaluation of expert choice: as in training, where experts look ahead, or each token's k
-    best."""
+    """Evaluation of expert choice during training: experts choose and look ahead, or each token
+    takes its k best, as generation and scoring always do."""
     moe_second_expert_threshold: PositiveFloat = 0.2
     """random_second: weight from which a further expert is always visited."""
     moe_router_temperature: PositiveFloat = 1.0
@@ -100,9 +100,10 @@ class MoESettings(Group):
     """Tokens that share an expert's slots: one micro-batch's, one sequence's (both the same in any
     layout), or those of the micro-batch that one rank holds (Megatron; follows TP and CP)."""
     moe_eval_capacity_factor: PositiveFloat | None = None
-    """The same in evaluation; unset: as in training."""
+    """The same in evaluation during training; unset: as in training. Generation and scoring
+    (tools/generate.py, tools/evaluate.py) have no capacity."""
     moe_minimum_capacity: NonNegativeInt = 0
-    """Slots an expert has at least (OpenMoE, ST-MoE: 4)."""
+    """Slots an expert has at least (OpenMoE, ST-MoE: 4); settings that leave none are refused."""
     moe_capacity_includes_topk: bool = True
     """An even share is k x tokens / E, slots are rounded up (Megatron); otherwise tokens / E, slots
     are rounded to the nearest (Switch, ST-MoE, OpenMoE)."""

@@ -1,5 +1,7 @@
 """Arithmetic on settings: worked examples, and megatron-core's own where it has a calculator."""
 
+from typing import Any
+
 import pytest
 from config_cases import make
 from hypothesis import given
@@ -104,3 +106,51 @@ def test_schedule_lengths() -> None:
     tokens = derived.schedule_lengths(make(lr_decay_tokens=1000, lr_wsd_decay_tokens=10))
     assert (tokens.unit, tokens.run, tokens.warmup) == ("tokens", 100 * 16 * 32, 0)
     assert (tokens.end, tokens.final_decay) == (1000, 10)
+
+
+FILES = {"mock_data": False, "vocab_size": None, "tokenizer_model": "bytes"}
+ONE = {**FILES, "data_path": ["x"]}
+STAGED = {
+    **FILES,
+    "stages": [
+        {"data_path": ["x"], "objective": "ul2", "until_tokens": 100},  # 3.1 samples of 32 tokens
+        {"data_path": ["y"]},
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sample", "objective", "masked"),
+    [
+        ({"objective": "ul2"}, 9, "causal", False),  # mock samples
+        (ONE, 9, "causal", False),
+        ({**ONE, "objective": "prefix_lm"}, 9, "prefix_lm", True),
+        ({**ONE, "eod_mask_loss": True}, 9, "causal", True),
+        ({**ONE, "repetition_max_count": 9}, 9, "causal", True),
+        (STAGED, 0, "ul2", True),
+        (STAGED, 3, "ul2", True),
+        (STAGED, 4, "causal", True),
+    ],
+)
+def test_objectives(changes: dict[str, Any], sample: int, objective: str, masked: bool) -> None:
+    settings = make(**changes)
+    assert derived.objective_at(settings, sample) == objective
+    assert derived.masks_losses(settings) is masked
+
+
+@pytest.mark.parametrize(
+    ("changes", "consumed", "has_mode", "expected"),
+    [
+        ({**ONE, "objective": "prefix_lm"}, 9, False, False),  # read causally in training
+        ({**ONE, "objective": "prefix_lm", "bidirectional_prefix": True}, 9, False, True),
+        ({**STAGED, "bidirectional_prefix": True}, 4, False, True),
+        ({**STAGED, "bidirectional_prefix": True}, 5, False, False),
+        ({**STAGED, "bidirectional_prefix": True}, 5, True, True),
+        ({**STAGED, "bidirectional_prefix": True}, 0, False, True),
+        ({"bidirectional_prefix": True}, 9, False, False),
+    ],
+)
+def test_what_prompts_are_read_as(
+    changes: dict[str, Any], consumed: int, has_mode: bool, expected: bool
+) -> None:
+    assert derived.reads_prefix(make(**changes), consumed, has_mode) is expected

@@ -83,6 +83,37 @@ SIGMOID = {"moe_router_score_function": "sigmoid"}
         ),
         ({"moe_capacity_scope": "sequence"}, "--moe-capacity-scope sequence needs --moe-expert"),
         (
+            {"moe_expert_capacity_factor": 0.06, "moe_capacity_includes_topk": False},
+            "--moe-expert-capacity-factor 0.06 leaves an expert no slot: round(0.06 x 64 tokens of "
+            "a micro-batch / 8 experts) is 0; use a factor above 0.0625",
+        ),
+        (
+            {
+                "moe_expert_capacity_factor": 0.12,
+                "moe_capacity_includes_topk": False,
+                "moe_capacity_scope": "sequence",
+            },
+            "round(0.12 x 32 tokens of a sequence / 8 experts) is 0",
+        ),
+        (
+            {
+                "world_size": 2,
+                "context_parallel_size": 2,
+                "moe_expert_capacity_factor": 0.12,
+                "moe_capacity_includes_topk": False,
+                "moe_capacity_scope": "rank",
+            },
+            "round(0.12 x 32 tokens of a rank / 8 experts) is 0",
+        ),
+        (
+            {
+                "moe_expert_capacity_factor": 1.0,
+                "moe_eval_capacity_factor": 0.06,
+                "moe_capacity_includes_topk": False,
+            },
+            "--moe-eval-capacity-factor 0.06 leaves an expert no slot",
+        ),
+        (
             {
                 "world_size": 2,
                 "context_parallel_size": 2,
@@ -163,3 +194,19 @@ def test_padding_of_shared_slots_needs_a_dispatcher_that_counts_on_none() -> Non
     for layout in ({"tensor_model_parallel_size": 2}, {"context_parallel_size": 2}):
         assert found(2, **padded, **layout)
         assert not found(2, **padded, **layout, moe_token_dispatcher_type="allgather")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"moe_expert_capacity_factor": 0.063, "moe_capacity_includes_topk": False},
+        {"moe_expert_capacity_factor": 0.001},  # rounded up
+        {
+            "moe_expert_capacity_factor": 0.01,
+            "moe_capacity_includes_topk": False,
+            "moe_minimum_capacity": 4,
+        },
+    ],
+)
+def test_a_slot_is_enough(changes: dict[str, Any]) -> None:
+    assert found(**changes) == []

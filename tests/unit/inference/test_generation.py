@@ -6,13 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.models.gpt import GPTModel
 from torch.testing import assert_close
 
 from moetron.moe.config.bridge import transformer_config
-from moetron.moe.inference.generation import GrowingSequence, continuation, draw, load_model
+from moetron.moe.inference.generation import (
+    GrowingSequence,
+    continuation,
+    draw,
+    dropless,
+    load_model,
+)
 from moetron.moe.inference.sampling import Sampling
 from moetron.moe.layers.build_model import build_model
+from moetron.moe.layers.language_model import LanguageModel
+from moetron.moe.routing.router_types import KINDS
 from tests.parallel import checkpoint_runs
 from tests.parallel.harness import model_parallel
 from tests.unit.training.training_cases import settings
@@ -52,7 +59,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, kept: set[in
     assert _shares(top_p=top_p).keys() == kept
 
 
-def _model(**groups: dict[str, Any]) -> GPTModel:
+def _model(**groups: dict[str, Any]) -> LanguageModel:
     chosen = settings(
         model={
             "num_layers": 2,
@@ -65,6 +72,7 @@ def _model(**groups: dict[str, Any]) -> GPTModel:
         },
         **groups,
     )
+    chosen = dropless(chosen)
     return build_model(chosen, transformer_config(chosen), 40).eval()
 
 
@@ -87,6 +95,49 @@ def test_a_cache_changes_no_logits(groups: dict[str, Any]) -> None:
     pieces = [tokens[:5], *([token] for token in tokens[5:18]), tokens[18:21], tokens[21:]]
     with model_parallel():
         model = _model(**groups)
+        cached, plain = GrowingSequence(model), GrowingSequence(model, cached=False)
+        for piece in pieces:
+            assert_close(cached.extend(piece), plain.extend(piece), atol=1e-5, rtol=0)
+
+
+LIMITED: dict[str, dict[str, Any]] = {
+    "topk": {},
+    "sigmoid and bias": {
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+    },
+    "sinkhorn": {"moe_router_load_balancing_type": "sinkhorn"},
+    **{
+        kind: {"moe_router_type": kind}
+        for kind in KINDS
+        if kind not in ("topk", "expert_choice", "base")
+    },
+    "expert_choice": {"moe_router_type": "expert_choice", "moe_router_pre_softmax": True},
+    "base": {
+        "moe_router_type": "base",
+        "moe_router_topk": 1,
+        "moe_router_score_function": "sigmoid",
+    },
+}
+
+
+@pytest.mark.parametrize("policy", ["probs", "position", "choice", "batch_prioritized"])
+@pytest.mark.parametrize("router", LIMITED)
+def test_a_cache_changes_no_logits_of_a_model_with_a_capacity(router: str, policy: str) -> None:
+    """Slots of training batches (none for a single token, by this rule) do not hold here."""
+    moe = {
+        "num_experts": 8,
+        "moe_expert_capacity_factor": 1.25,
+        "moe_eval_capacity_factor": 0.5,
+        "moe_capacity_includes_topk": False,
+        "moe_pad_expert_input_to_capacity": True,
+        "moe_token_drop_policy": policy,
+        **LIMITED[router],
+    }
+    tokens = torch.randint(40, (19,), generator=torch.Generator().manual_seed(1)).tolist()
+    pieces = [tokens[:1], tokens[1:8], *([token] for token in tokens[8:14]), tokens[14:17]]
+    with model_parallel():
+        model = _model(moe=moe)
         cached, plain = GrowingSequence(model), GrowingSequence(model, cached=False)
         for piece in pieces:
             assert_close(cached.extend(piece), plain.extend(piece), atol=1e-5, rtol=0)

@@ -24,9 +24,9 @@ def parallel_state() -> Iterator[None]:
         yield
 
 
-def make_router(**moe: Any) -> Router:
-    """The router that the settings name, of layer 1, k = 2 unless they say more."""
-    settings = Settings.model_validate(
+def make_settings(**moe: Any) -> Settings:
+    """Settings of one layer with experts, k = 2 unless they say more."""
+    return Settings.model_validate(
         {
             "model": {
                 "num_layers": 1,
@@ -41,6 +41,11 @@ def make_router(**moe: Any) -> Router:
             "learning_rate": {"lr": 1e-3},
         }
     )
+
+
+def make_router(**moe: Any) -> Router:
+    """The router that the settings name, of layer 1."""
+    settings = make_settings(**moe)
     config = transformer_config(settings)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     router = router_class(config)(config, pg_collection=groups)

@@ -38,6 +38,20 @@ def test_slots(capacity: Capacity, training: bool, expected: int) -> None:
     assert capacity.slots(tokens=4096, experts=32, topk=2, training=training) == expected
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 7, 13])
+@pytest.mark.parametrize("policy", get_args(Policy))
+@pytest.mark.parametrize("includes_topk", [True, False])
+def test_few_tokens_find_a_slot(tokens: int, policy: Policy, includes_topk: bool) -> None:
+    """Odd numbers of tokens, and so few that the rule alone leaves no slot."""
+    slots = Capacity(0.3, includes_topk=includes_topk).slots(tokens, 16, 2, training=False)
+    assert slots == 1
+    generator = torch.Generator().manual_seed(tokens)
+    probs = torch.rand(tokens, 16, generator=generator)
+    chosen = torch.zeros_like(probs).bool().scatter(1, probs.topk(2, dim=1).indices, True)
+    kept = served_alone(probs, chosen, slots, policy)
+    assert torch.equal(kept.sum(0), chosen.sum(0).clamp(max=1))
+
+
 CHOSEN = torch.tensor([[1, 0], [1, 1], [0, 1], [1, 1]]).bool()
 PROBS = torch.tensor([[0.2, 0.0], [0.6, 0.4], [0.0, 0.3], [0.6, 0.4]])
 

@@ -1,0 +1,64 @@
+"""Balance losses of routers as sums over the tokens of one rank.
+
+T tokens in G groups of E experts: s rows x G groups of a rank are [s, G, E]. A group is a sequence,
+or all tokens of a micro-batch (G = 1). Counts are int64, so that they are exact in any number
+format of the model and for any number of tokens.
+"""
+
+import torch
+
+BALANCE_LOSSES = {
+    "aux_loss": "load_balancing_loss",
+    "seq_aux_loss": "seq_load_balancing_loss",
+    "global_aux_loss": "global_load_balancing_loss",
+    "noisy_load": "noisy_load_loss",
+}
+"""--moe-router-load-balancing-type: name in megatron-core's tracker of auxiliary losses."""
+
+
+def choice_shares(counts_GE: torch.Tensor) -> torch.Tensor:
+    """f, each expert's share of the choices of a group: float64 [G, E], 0 in an empty group."""
+    return counts_GE.double() / counts_GE.sum(-1, keepdim=True).clamp(min=1)
+
+
+def balance_part(
+    shares_GE: torch.Tensor, scores_sGE: torch.Tensor, tokens_G: torch.Tensor
+) -> torch.Tensor:
+    r"""One rank's part of :math:`\frac{1}{G'} \sum_g E \sum_i f_{gi} P_{gi}`; parts add up.
+
+    :math:`P_{gi}` is the mean score of expert i over the tokens of group g on all ranks, G' the
+    number of groups that have tokens. Even routing gives 1, whatever k. Switch Transformer (arXiv
+    2101.03961, equations 4 to 6), with f a share of all k choices; by sequence DeepSeek-V3's
+    sequence-wise loss (arXiv 2412.19437, equations 17 to 20).
+
+    Args:
+        shares_GE: f.
+        scores_sGE: fp32 or fp64, sum to 1 over experts, 0 for padding; differentiable.
+        tokens_G: int64, tokens of each group over all ranks, without padding.
+
+    Returns:
+        A scalar in the format of the scores.
+    """
+    experts = shares_GE.shape[-1]
+    groups = (tokens_G > 0).sum().clamp(min=1)
+    weights_GE = shares_GE * experts / (tokens_G.clamp(min=1)[:, None] * groups)
+    return (weights_GE.to(scores_sGE.dtype) * scores_sGE.sum(0)).sum()
+
+
+def z_part(
+    logits_TE: torch.Tensor, is_padding_T: torch.Tensor | None, tokens: torch.Tensor | int
+) -> torch.Tensor:
+    r"""One rank's part of :math:`\frac{1}{T} \sum_t (\log \sum_j e^{x_{tj}})^2`; parts add up.
+
+    The router z-loss of ST-MoE (arXiv 2202.08906, equation 5), in fp32 at least.
+
+    Args:
+        logits_TE: x, differentiable.
+        is_padding_T: tokens that do not count.
+        tokens: T, over all ranks, without padding.
+    """
+    wide_TE = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
+    squares_T = wide_TE.logsumexp(-1).square()
+    if is_padding_T is not None:
+        squares_T = squares_T.masked_fill(is_padding_T, 0)
+    return squares_T.sum() / (tokens.clamp(min=1) if isinstance(tokens, torch.Tensor) else tokens)
