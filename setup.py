@@ -50,9 +50,9 @@ EXTRAS = {
         "zstandard>=0.22,<1",
         "pyarrow>=15,<27",
         "transformers>=5,<6",
-        "types-PyYAML",
-        "types-psutil",
-        "types-tqdm",
+        "types-PyYAML>=6,<7",
+        "types-psutil>=7,<8",
+        "types-tqdm>=4,<5",
     ],
 }
 

@@ -1,31 +1,50 @@
 #!/usr/bin/env bash
-# Sets up the environment if needed, then lint, types and the default tests.
+# Sets up the environment if needed, then lint, types and the default tests. A part that fails does not keep the others
+# from running; the last line says which failed.
 #   bash tests/run.sh                   everything that CI runs
 #   bash tests/run.sh --slow            the minutes-long tests
 #   bash tests/run.sh --parallel-full   every parallel layout
 #   bash tests/run.sh --gpu             the suite for 1 to 8 GPUs
 #   bash tests/run.sh --only ARG...     pytest with these arguments
+#   bash tests/run.sh --newest [...]    any of these in an environment of its own, .venv-newest: not the locked versions
+#                                       but the newest inside setup.py's ranges (torch stays, see tools/setup_env.sh)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash tools/setup_env.sh --dev
-bin="${MOETRON_VENV:-.venv}/bin"
+export MOETRON_VENV="${MOETRON_VENV:-.venv}"
+if [ "${1:-}" = --newest ]; then
+  shift
+  MOETRON_VENV="$MOETRON_VENV-newest"
+  bash tools/setup_env.sh --newest
+else
+  bash tools/setup_env.sh --dev
+fi
+bin="$MOETRON_VENV/bin"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-lint() {
-  "$bin/ruff" format --check --quiet .
-  "$bin/ruff" check --quiet .
-  git ls-files -z '*.sh' .ci/run | xargs -0 "$bin/shellcheck"
-  "$bin/mypy"
+failed=()
+part() { # NAME COMMAND...
+  local name="$1"
+  shift
+  "$@" || failed+=("$name")
 }
+shell_scripts() { git ls-files -z '*.sh' .ci/run | xargs -0 "$bin/shellcheck"; }
 
 case "${1:-}" in
   "")
-    lint
-    "$bin/pytest" tests -m "not slow and not parallel_full and not gpu" -n 2 --dist worksteal --durations 15
+    part format "$bin/ruff" format --check --quiet .
+    part lint "$bin/ruff" check --quiet .
+    part shellcheck shell_scripts
+    part types bash tools/typecheck.sh
+    part tests "$bin/pytest" tests -m "not slow and not parallel_full and not gpu" -n 2 --dist worksteal --durations 15
     ;;
-  --slow) "$bin/pytest" tests -m "slow and not parallel_full and not gpu" ;;
-  --parallel-full) "$bin/pytest" tests/parallel -m "parallel_full and not gpu" -s ;;
-  --gpu) "$bin/pytest" tests/gpu -m gpu ;;
-  --only) shift; "$bin/pytest" "$@" ;;
+  --slow) part tests "$bin/pytest" tests -m "slow and not parallel_full and not gpu" ;;
+  --parallel-full) part tests "$bin/pytest" tests/parallel -m "parallel_full and not gpu" -s ;;
+  --gpu) part tests "$bin/pytest" tests/gpu -m gpu ;;
+  --only) shift; part tests "$bin/pytest" "$@" ;;
   *) echo "tests/run.sh: unknown option '$1' (see the head of the file)" >&2; exit 2 ;;
 esac
+if [ ${#failed[@]} -gt 0 ]; then
+  echo "tests/run.sh: FAILED: ${failed[*]}" >&2
+  exit 1
+fi
+echo "tests/run.sh: all parts passed"

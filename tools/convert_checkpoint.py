@@ -62,7 +62,8 @@ def to_hf(arguments: argparse.Namespace) -> None:
     settings = checkpoint_folder.one_rank_settings(record)
     source = arguments.tokenizer_model or settings.data.tokenizer_model
     tokenizer = None if source is None else open_tokenizer(source)
-    vocab_size = vocabulary_of(arguments.load, settings, tokenizer and tokenizer.vocab_size)
+    ids = None if tokenizer is None else tokenizer.vocab_size
+    vocab_size = vocabulary_of(arguments.load, settings, ids)
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
     family = export(
         arguments.load,
@@ -79,13 +80,12 @@ def from_hf(arguments: argparse.Namespace) -> None:
     from moetron.moe.convert.from_huggingface import from_hf as load
     from moetron.moe.convert.initial_checkpoint import MODEL_FILE
 
-    tokenizer: Tokenizer | None = None
+    source = fingerprint = None
     try:
-        tokenizer = load_tokenizer(arguments.load)
+        fingerprint = load_tokenizer(arguments.load).fingerprint
+        source = str(arguments.load.resolve())
     except UserError as error:
         print(f"without a tokenizer: {error}", file=sys.stderr)
-    source = tokenizer and str(arguments.load.resolve())
-    fingerprint = tokenizer and tokenizer.fingerprint
     family, settings = load(arguments.load, arguments.output, source, fingerprint)
     print(f"{arguments.output}: {family.architecture}, {settings.model.num_layers} layers")
     recipe = arguments.output / MODEL_FILE

@@ -15,8 +15,10 @@ def labelled_texts(paths: Sequence[Path], text_key: str) -> Iterator[tuple[str, 
     Rows without usable text are passed over: preprocess_corpus lists and limits them.
     """
     for chunk in read_chunks(paths, columns=[text_key]):
-        files = isinstance(chunk, FileChunk)
-        source = Path(chunk.files[0][0]).parent.name if files else Path(chunk.file).stem
+        if isinstance(chunk, FileChunk):
+            source = Path(chunk.files[0][0]).parent.name
+        else:
+            source = Path(chunk.file).stem
         if isinstance(chunk, LongChunk):
             yield from ((source, text) for text in _parts(chunk, text_key))
             continue

@@ -11,7 +11,7 @@ from moetron.data.objectives.objective import Made
 class Causal:
     """Windows of S + 1 tokens that overlap by one; loss everywhere."""
 
-    kinds = ("causal",)
+    kinds: tuple[str, ...] = ("causal",)
 
     def __init__(self, seq_length: int) -> None:
         self.cutting = Cutting((seq_length,), overlap=1)

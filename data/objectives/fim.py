@@ -46,7 +46,7 @@ class FillInTheMiddle:
     without loss.
     """
 
-    kinds = ("causal", "fim")
+    kinds: tuple[str, ...] = ("causal", "fim")
 
     def __init__(self, seq_length: int, end: int, options: FimOptions) -> None:
         """Raises UserError if the sample is too short for one document's markers."""

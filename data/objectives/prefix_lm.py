@@ -16,7 +16,7 @@ class PrefixLM:
     Raffel et al. 2020 (T5), section 3.2.1. Windows keep the tokens as they are: no end, no mode.
     """
 
-    kinds = ("prefix_lm",)
+    kinds: tuple[str, ...] = ("prefix_lm",)
 
     def __init__(self, seq_length: int) -> None:
         """Raises UserError where a sample has no room for a prefix and a target."""

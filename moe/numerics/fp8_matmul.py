@@ -61,7 +61,7 @@ class Fp8Product(torch.nn.Module):
         Roles are inputs, weights and gradients; see ``DelayedScale.state``.
         """
         states = [scale.state() for scale in self._scales.values()]
-        [known, *_] = [state for state in states if len(state)] or [None]
+        known = next((state for state in states if len(state)), None)
         if known is None:
             return None
         blank = torch.cat([torch.zeros_like(known[:-1]), torch.ones_like(known[-1:])])

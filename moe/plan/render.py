@@ -110,7 +110,7 @@ def _learning_rate(settings: Settings) -> list[tuple[str, str]]:
     """Where the schedule's segments begin and end; the shape between them is its style's."""
     rate, lengths = settings.learning_rate, derived.schedule_lengths(settings)
     unit = lengths.unit.removesuffix("s")
-    points = [("style", rate.lr_decay_style)]
+    points: list[tuple[str, str]] = [("style", rate.lr_decay_style)]
     if lengths.warmup:
         points.append((f"{unit} 0", f"{rate.lr_warmup_init:g}"))
     points.append((f"{unit} {lengths.warmup:,}", f"{rate.lr:g}"))

@@ -19,8 +19,11 @@ class SampleStream(Protocol):
 
     source_names: list[str]
     objective_names: list[str]
-    bytes_per_token: list[float | None]
-    """Of each source's text; None where it is unknown, or where samples are not just text."""
+
+    @property
+    def bytes_per_token(self) -> list[float | None]:
+        """Of each source's text; None where it is unknown, or where samples are not just text."""
+        ...
 
     def __len__(self) -> int:
         """Samples that may be asked for; a training stream repeats its sources without end."""

@@ -67,7 +67,8 @@ class LearningRate:
 
     def _share(self, x: int) -> float:
         """What is left of the way from min to peak, 0 to 1."""
-        style, start, end = self.settings.lr_decay_style, self.lengths.warmup, self.lengths.end
+        style: str = self.settings.lr_decay_style
+        start, end = self.lengths.warmup, self.lengths.end
         if style == "constant":
             return 1.0
         if style == "WSD":

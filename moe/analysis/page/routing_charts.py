@@ -1,6 +1,6 @@
 """The charts of what tools/analyze_routing.py found."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,9 @@ def of_routing(analysis: dict[str, Any]) -> list[go.Figure]:
     figures.append(
         _by_layer("Vocabulary specialisation", layers, analysis["vocabulary_specialization"])
     )
-    entropy = dict(zip(analysis["domains"], np.array(analysis["domain_entropy"]).T, strict=True))
+    entropy = dict(
+        zip(analysis["domains"], np.array(analysis["domain_entropy"]).T.tolist(), strict=True)
+    )
     figures.append(_by_layer("Routing entropy, nats", layers, entropy))
     if entropy := token_class_entropy(analysis):
         figures.append(_by_layer("Entropy of token classes' first choices, nats", layers, entropy))
@@ -81,7 +83,7 @@ def _drops(analysis: dict[str, Any], layers: list[str]) -> go.Figure:
     return figure
 
 
-def _by_layer(title: str, layers: list[str], series: dict[str, Sequence[float]]) -> go.Figure:
+def _by_layer(title: str, layers: list[str], series: Mapping[str, Sequence[float]]) -> go.Figure:
     figure = framed(title, "", "")
     for name, values in series.items():
         figure.add_scatter(x=layers, y=list(values), name=name, mode="lines+markers")

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Runs mypy on the package in the form in which it is imported.
+#   bash tools/typecheck.sh            all code that ships
+#   bash tools/typecheck.sh FILE...    these files against the package
+# moetron.moe, moetron.data and moetron.tokenizers lie beside moetron/ in a checkout. A type checker does not follow
+# the search path that moetron/__init__.py sets, and would take everything imported from them for Any. Here it reads
+# a temporary folder in which they are linked into the package.
+set -euo pipefail
+targets=()
+for file in "$@"; do targets+=("$(realpath "$file")"); done
+[ $# -gt 0 ] || targets=(moetron tools examples pretrain_moe.py)
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+root="$PWD"
+mypy="$(realpath "${MOETRON_VENV:-.venv}")/bin/mypy"
+
+tree="$(mktemp -d)"
+trap 'rm -rf "$tree"' EXIT
+mkdir "$tree/moetron"
+ln -s "$root/moetron/__init__.py" "$root"/{moe,data,tokenizers} "$tree/moetron/"
+ln -s "$root"/{tools,examples,pretrain_moe.py} "$tree/"
+cd "$tree"
+"$mypy" --config-file "$root/pyproject.toml" --cache-dir "$root/.mypy_cache" "${targets[@]}" \
+  | sed -E 's#^moetron/(moe|data|tokenizers)/#\1/#'
