@@ -3,12 +3,11 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from moetron.common.errors import ConfigError
-from moetron.moe.config import checks, flags, recipe
+from moetron.moe.config import checks, flags, machine, recipe
 from moetron.moe.config.schema.field import flag_name
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.config.validate import Tree, validate
@@ -29,21 +28,6 @@ class Command:
     """Ranks: --world-size in a dry run, else torchrun's, else 1."""
     rank: int
     """This rank: --rank in a dry run, else torchrun's, else 0."""
-
-
-def has_transformer_engine() -> bool:
-    """Whether Transformer Engine is installed, found without importing it."""
-    try:
-        metadata.version("transformer-engine")
-    except metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-def has_cuda() -> bool:
-    """Whether an NVIDIA driver is loaded and not hidden, found without importing torch."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "unset").strip() in ("", "-1")
-    return Path("/proc/driver/nvidia/version").exists() and not hidden
 
 
 def load(argv: Sequence[str]) -> Command:
@@ -121,17 +105,17 @@ def _ranks(options: Mapping[str, Any], dry_run: bool, problems: list[str]) -> tu
 def _cross_checks(settings: Settings, world_size: int, dry_run: bool) -> list[str]:
     """Rules over several settings; in a real run also its inputs and this host's device."""
     device = settings.parallel.device
-    here = "cuda" if has_cuda() else "cpu"
     found = checks.problems(
         settings,
         world_size,
-        device=here if device == "auto" else device,
-        te=has_transformer_engine(),
+        device=machine.expected_device(device),
+        te=machine.transformer_engine_is_installed(),
     )
     if not dry_run:
         found += checks.input_problems(settings)
-        if device == "cuda" and here == "cpu":
-            found.append("--device cuda: no CUDA device on this host; use --device cpu or auto")
+        if device == "cuda" and machine.expected_device("auto") == "cpu":
+            why = machine.hidden_gpus() or "there is no NVIDIA driver"
+            found.append(f"--device cuda: no CUDA device here ({why}); use --device cpu or auto")
     return found
 
 

@@ -1,31 +1,101 @@
-"""Which device a rank computes on, which backend its collectives use, how many threads it takes."""
+"""Which device a rank computes on, whose layers it builds, and which backend its collectives use.
 
-import importlib.util
+The one place that decides. What the machine offers is tried in `moetron.moe.host.usable`; each
+combination has an outcome:
+
+| CUDA | --device auto | cpu | cuda |
+|---|---|---|---|
+| no driver, or every GPU hidden | CPU | CPU | refused |
+| a driver, but CUDA does not start | refused | CPU | refused |
+| usable | the rank's GPU | refused | the rank's GPU |
+
+| on a GPU, Transformer Engine | --transformer-impl auto | local | transformer_engine |
+|---|---|---|---|
+| absent or broken | local layers, said why | local | refused |
+| usable | its layers | local | its layers |
+| usable, but cannot express the model | local layers, said why | local | refused |
+
+On a CPU layers are local, and `--transformer-impl transformer_engine` is refused.
+"""
+
+import logging
 import os
 
 import torch
 
-from moetron.common.errors import UserError
+from moetron.common.errors import ConfigError, UserError
+from moetron.moe.config.checks import problems
+from moetron.moe.config.implementation import beyond_transformer_engine, is_local
+from moetron.moe.config.machine import expected_device, transformer_engine_is_installed
+from moetron.moe.config.rules.case import said
+from moetron.moe.config.schema.settings import Settings
+from moetron.moe.host.usable import cuda_fault, transformer_engine_fault
+
+logger = logging.getLogger(__name__)
+
+
+def prepare_device(settings: Settings) -> torch.device:
+    """Decide device and layers of a run, before any process group starts.
+
+    Says on rank 0 why ``--transformer-impl auto`` takes local layers on a GPU.
+
+    Raises:
+        UserError: what is asked for cannot be used.
+        ConfigError: settings that went with the expected device or layers do not go with these.
+    """
+    device = resolve_device(settings.parallel.device)
+    uses_transformer_engine(settings)
+    usable = device.type == "cuda" and transformer_engine_fault() is None
+    _check_again(settings, device, usable)
+    note = _why_local(settings) if device.type == "cuda" else None
+    if note is not None and os.environ.get("RANK", "0") == "0":
+        logger.warning("%s", note)
+    return device
 
 
 def resolve_device(device: str) -> torch.device:
     """The rank's device for ``--device auto|cpu|cuda``.
 
     Raises:
-        UserError: CUDA is asked for where there is none; or the CPU where there is a GPU, because
+        UserError: CUDA is asked for, or there is a driver, and CUDA cannot be used; the machine has
+            fewer GPUs than ranks; or the CPU is asked for where there is a GPU, because
             megatron-core takes a GPU that it sees.
     """
-    present = torch.cuda.is_available()
-    if device == "cuda" and not present:
-        raise UserError("--device cuda: no CUDA device is visible; use --device auto or cpu")
-    if device == "cpu" and present:
+    fault = cuda_fault()
+    if device == "cpu" and fault is None:
         raise UserError(
             "--device cpu: a CUDA device is visible and megatron-core would use it; "
             "hide it with CUDA_VISIBLE_DEVICES= or use --device auto"
         )
-    if not present:
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if fault is None:
+        return _started(int(os.environ.get("LOCAL_RANK", "0")), device)
+    if device == "cuda":
+        raise UserError(f"--device cuda: {fault.reason}; use --device auto or cpu")
+    if device == "auto" and fault.is_broken:
+        raise UserError(
+            f"--device auto: {fault.reason}; install a torch that fits the driver, "
+            "or give --device cpu to run on the CPU"
+        )
+    return torch.device("cpu")
+
+
+def _started(index: int, wanted: str) -> torch.device:
+    """GPU ``index``, with CUDA initialised: a driver may be too old for what it lists."""
+    try:
+        torch.cuda.init()
+        count = torch.cuda.device_count()
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        raise UserError(
+            f"--device {wanted}: CUDA does not start: {text}; install a torch that fits the "
+            "driver, or hide the GPUs with CUDA_VISIBLE_DEVICES= to run on the CPU"
+        ) from error
+    if index >= count:
+        raise UserError(
+            f"LOCAL_RANK={index}, but this machine has {count} visible CUDA device(s): start at "
+            f"most {count} rank(s) on it (torchrun: --nproc-per-node {count})"
+        )
+    return torch.device("cuda", index)
 
 
 def backend_for(device: torch.device) -> str:
@@ -49,15 +119,54 @@ def cpu_threads(requested: int, ranks_on_host: int) -> int:
     return max(1, cores // ranks_on_host)
 
 
-def has_transformer_engine() -> bool:
-    """Whether Transformer Engine can be used: a GPU is visible and its import succeeds.
+def uses_transformer_engine(settings: Settings) -> bool:
+    """Whether layers are Transformer Engine's.
 
-    Without its libraries the import raises RuntimeError or OSError instead of ImportError.
+    Raises:
+        UserError: it is asked for and cannot be used, or cannot express the model.
     """
-    if not torch.cuda.is_available() or not importlib.util.find_spec("transformer_engine"):
+    wanted = settings.model.transformer_impl
+    if wanted == "local":
         return False
-    try:
-        import transformer_engine.pytorch  # noqa: F401
-    except (ImportError, RuntimeError, OSError):
-        return False
-    return True
+    fault, beyond = transformer_engine_fault(), beyond_transformer_engine(settings)
+    if wanted == "transformer_engine" and fault is not None:
+        raise UserError(
+            f"--transformer-impl transformer_engine: {fault}; install moetron[te] where there is a "
+            "GPU, or use --transformer-impl auto"
+        )
+    if wanted == "transformer_engine" and beyond:
+        raise UserError(
+            f"--transformer-impl transformer_engine: {_lacks(settings, beyond)}; "
+            "use --transformer-impl auto"
+        )
+    return not is_local(settings, te=fault is None)
+
+
+def _why_local(settings: Settings) -> str | None:
+    """Why ``auto`` takes local layers on a GPU; None: it does not, or they were asked for."""
+    if settings.model.transformer_impl != "auto":
+        return None
+    fault, beyond = transformer_engine_fault(), beyond_transformer_engine(settings)
+    if fault is not None:
+        return f"--transformer-impl auto: local layers, without Transformer Engine: {fault}"
+    return (
+        f"--transformer-impl auto: local layers, since {_lacks(settings, beyond)}"
+        if beyond
+        else None
+    )
+
+
+def _lacks(settings: Settings, names: list[str]) -> str:
+    return f"megatron-core's Transformer Engine layers cannot express {said(settings, *names)}"
+
+
+def _check_again(settings: Settings, device: torch.device, te: bool) -> None:
+    """Refuse what only the device and layers that were expected went with."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    expected = expected_device(settings.parallel.device), transformer_engine_is_installed()
+    if expected == (device.type, te):
+        return
+    known = problems(settings, ranks, device=expected[0], te=expected[1])
+    found = problems(settings, ranks, device=device.type, te=te)
+    if new := [problem for problem in found if problem not in known]:
+        raise ConfigError(new)

@@ -1,17 +1,21 @@
 """Build the model: megatron-core's GPTModel from our specs."""
 
 import math
+from collections.abc import Iterable
 
+import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
+from moetron.common.errors import RunError
 from moetron.moe.config.bridge import ModelConfig
 from moetron.moe.config.schema import derived
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.layers.experts import mark_gradient_ranks
 from moetron.moe.layers.language_model import LanguageModel
 from moetron.moe.layers.specs import block_spec, prediction_spec
+from moetron.moe.plan.parameters import RankParameters, per_chunk
 from moetron.moe.routing.hash import HashRouter
 
 
@@ -37,6 +41,9 @@ def build_model(
         pre_process: this stage holds the embedding.
         post_process: this stage holds the final norm and the output layer.
         vp_stage: virtual pipeline stage; None without interleaving.
+
+    Raises:
+        RunError: the parameters built are not those that the settings plan (moe/plan).
     """
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = settings.model
@@ -68,7 +75,33 @@ def build_model(
                 module.router.padded_dispatcher = module.token_dispatcher
         if isinstance(module, SelfAttention) and model.query_init_folds_scale:
             _shrink_queries(module)
+    planned = per_chunk(settings, vocab_size, groups.pp.rank(), vp_stage or 0)
+    _check_parameters(planned, count_built([built]), groups.pp.rank(), vp_stage)
     return built
+
+
+def count_built(chunks: Iterable[torch.nn.Module]) -> RankParameters:
+    """Parameters that exist in the chunks of a rank, by what their gradients are reduced over."""
+    held = {False: 0, True: 0}
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            held[".experts." in name] += parameter.numel()  # shared experts: ".shared_experts."
+    return RankParameters(dense=held[False], expert=held[True])
+
+
+def _check_parameters(
+    planned: RankParameters, built: RankParameters, stage: int, vp_stage: int | None
+) -> None:
+    """Compare counts: a spec that leaves out a block of the settings trains another model."""
+    if built == planned:
+        return
+    place = f"pipeline stage {stage}" + ("" if vp_stage is None else f", chunk {vp_stage}")
+    raise RunError(
+        f"the model built is not the one that the settings describe: {place} has "
+        f"{built.dense:,} parameters and {built.expert:,} of experts on a rank, planned were "
+        f"{planned.dense:,} and {planned.expert:,}. This is a fault of Moetron or of the installed "
+        "megatron-core: please report it with the settings"
+    )
 
 
 def _shrink_queries(attention: SelfAttention) -> None:

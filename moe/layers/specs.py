@@ -27,11 +27,10 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from moetron.common.errors import UserError
 from moetron.moe.config.bridge import ModelConfig
 from moetron.moe.config.schema import derived
 from moetron.moe.config.schema.settings import Settings
-from moetron.moe.host.device import has_transformer_engine
+from moetron.moe.host.device import uses_transformer_engine
 from moetron.moe.layers.attention import SdpaAttention
 from moetron.moe.layers.expert_variants import VariantExperts
 from moetron.moe.layers.experts import GroupedExperts, grouped_gemm_fits
@@ -208,22 +207,6 @@ def _normalise_full_width(
     attention = layer.submodules.self_attention.submodules
     attention.q_layernorm = norm(config.num_attention_heads)
     attention.k_layernorm = norm(config.num_query_groups)
-
-
-def uses_transformer_engine(settings: Settings) -> bool:
-    """Whether layers are Transformer Engine's.
-
-    Raises:
-        UserError: it is asked for and cannot be used.
-    """
-    wanted = settings.model.transformer_impl
-    available = wanted != "local" and has_transformer_engine()
-    if wanted == "transformer_engine" and not available:
-        raise UserError(
-            "--transformer-impl transformer_engine: it needs a GPU and an importable "
-            "transformer_engine; install moetron[te] or use --transformer-impl local"
-        )
-    return available
 
 
 def block_spec(

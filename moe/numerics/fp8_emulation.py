@@ -160,6 +160,9 @@ class DelayedScale:
             length = self._numerics.amax_history_len
             self._history_LE = amax_E.new_zeros(length, len(amax_E))
             self._scale_E = torch.ones_like(amax_E)
+        if self._scale_E.device != amax_E.device:  # a checkpoint's state comes on the CPU
+            self._history_LE = self._history_LE.to(amax_E.device)
+            self._scale_E = self._scale_E.to(amax_E.device)
         scale_E = self._scale_E
         if record:
             self._history_LE = torch.cat([amax_E.unsqueeze(0), self._history_LE[:-1]])

@@ -183,7 +183,7 @@ def norms_ahead(settings: Settings) -> int:
 
 
 def _ends(settings: Settings, vocab_size: int, first: bool, last: bool) -> Iterator[Tensors]:
-    """What the first and the last stage hold beside layers.
+    """What the first and the last chunk of the model hold beside layers.
 
     Tied embeddings sit on both, and so do those that multi-token prediction looks up.
     """
@@ -220,7 +220,18 @@ def _met(settings: Settings, tensors: list[Tensors]) -> int:
 
 def per_rank(settings: Settings, vocab_size: int, stage: int) -> RankParameters:
     """Parameters that a rank of pipeline stage ``stage`` holds under the settings' layout."""
-    held = _held(settings, vocab_size, stage)
+    return _sums(_held(settings, vocab_size, stage))
+
+
+def per_chunk(settings: Settings, vocab_size: int, stage: int, chunk: int) -> RankParameters:
+    """Parameters of chunk ``chunk`` (virtual stage, from 0) of a rank of pipeline stage ``stage``.
+
+    The chunks of a rank add up to `per_rank`.
+    """
+    return _sums(_held_by_chunk(settings, vocab_size, stage, chunk))
+
+
+def _sums(held: list[tuple[Tensors, int]]) -> RankParameters:
     return RankParameters(
         dense=sum(elements for tensor, elements in held if not tensor.is_expert),
         expert=sum(elements for tensor, elements in held if tensor.is_expert),
@@ -228,13 +239,22 @@ def per_rank(settings: Settings, vocab_size: int, stage: int) -> RankParameters:
 
 
 def hidden_matrices(settings: Settings, vocab_size: int, stage: int) -> int:
-    """Those of them that are in matrices which Muon moves."""
+    """Parameters of a rank of pipeline stage ``stage`` that Muon updates."""
     held = _held(settings, vocab_size, stage)
     return sum(elements for tensor, elements in held if tensor.is_hidden_matrix)
 
 
 def _held(settings: Settings, vocab_size: int, stage: int) -> list[tuple[Tensors, int]]:
     """Tensors of a stage, and how many of their elements one of its ranks holds."""
+    chunks = range(len(stage_chunks(settings, stage)))
+    held = (_held_by_chunk(settings, vocab_size, stage, chunk) for chunk in chunks)
+    return list(chain.from_iterable(held))
+
+
+def _held_by_chunk(
+    settings: Settings, vocab_size: int, stage: int, chunk: int
+) -> list[tuple[Tensors, int]]:
+    """The same of one of the stage's chunks."""
     parallel = settings.parallel
     divisor: dict[Cut, int] = {
         "none": 1,
@@ -242,10 +262,11 @@ def _held(settings: Settings, vocab_size: int, stage: int) -> list[tuple[Tensors
         "expert": parallel.expert_model_parallel_size
         * derived.expert_tensor_parallel_size(parallel),
     }
-    last = stage == parallel.pipeline_model_parallel_size - 1
-    tensors = list(_ends(settings, vocab_size, first=stage == 0, last=last))
+    chunks, stages = stage_chunks(settings, stage), parallel.pipeline_model_parallel_size
+    first, last = stage == chunk == 0, stage == stages - 1 and chunk == len(chunks) - 1
+    tensors = list(_ends(settings, vocab_size, first, last))
     pattern = derived.moe_layers(settings)
-    for index in chain(*stage_chunks(settings, stage)):
+    for index in chunks[chunk]:
         tensors += layer(settings, pattern[index])
     if last:
         tensors += _ahead(settings)

@@ -8,7 +8,7 @@ from moetron.moe.checkpoint.save_load import load_checkpoint
 from moetron.moe.config.bridge import transformer_config
 from moetron.moe.config.schema.derived import looks_ahead
 from moetron.moe.config.schema.settings import Settings
-from moetron.moe.layers.specs import uses_transformer_engine
+from moetron.moe.host.device import uses_transformer_engine
 from moetron.moe.monitoring.console import Console
 from moetron.moe.monitoring.peak_flops import peak_of_rank
 from moetron.moe.monitoring.sinks import Sink, open_sinks

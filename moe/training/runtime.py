@@ -16,7 +16,7 @@ from moetron.moe.config.schema.pipeline_split import virtual_pipeline_size
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.host.adapt import adapt_host
 from moetron.moe.host.allocator import keep_freed_memory
-from moetron.moe.host.device import backend_for, cpu_threads, resolve_device
+from moetron.moe.host.device import backend_for, cpu_threads, prepare_device
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,10 @@ def running(settings: Settings) -> Iterator[Runtime]:
     Ranks come from torchrun's environment; without one there is a single rank.
 
     Raises:
-        UserError: when the port of the rendezvous is taken.
+        UserError: the device or the layers asked for cannot be used; the port of the rendezvous is
+            taken.
     """
-    device = resolve_device(settings.parallel.device)
+    device = prepare_device(settings)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:

@@ -13,6 +13,7 @@ import torch
 from moetron.common.errors import ConfigError
 from moetron.moe.config.command import load
 from moetron.moe.config.schema.settings import Settings
+from moetron.moe.layers import build_model as build
 from moetron.moe.plan.layout import position
 from moetron.moe.plan.memory import memory_per_rank
 from moetron.moe.training.build_trainer import build_trainer
@@ -155,13 +156,13 @@ def test_the_entry_point_builds_a_rank_of_4096_in_little_memory() -> None:
 
 
 def _share_with_a_wrong_plan() -> None:
-    wrong = dry_run.RankParameters(dense=1, expert=2)
-    dry_run.per_rank = lambda *_: wrong
+    wrong = build.RankParameters(dense=1, expert=2)
+    build.per_chunk = lambda *_: wrong
     _share("tiny.yaml", 2, 0, [])
 
 
 def test_a_difference_from_the_plan_is_an_error() -> None:
-    with pytest.raises(RankFailed, match=r"rank 0 has .* the plan counts .*dense=1, expert=2"):
+    with pytest.raises(RankFailed, match=r"the model built is not .* planned were 1 and 2"):
         run_ranks(_share_with_a_wrong_plan, 1)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from moetron.moe.config.implementation import is_local
 from moetron.moe.config.schema.field import flag_name
 from moetron.moe.config.schema.settings import Settings, fields
 
@@ -20,21 +21,22 @@ class Case:
     device: str
     """'cpu' or 'cuda'."""
     te: bool
-    """Whether Transformer Engine is installed."""
+    """Whether Transformer Engine can be used, as far as is known."""
 
     @property
     def local(self) -> bool:
         """Whether layers come from our own modules rather than Transformer Engine's."""
-        chosen = self.settings.model.transformer_impl
-        return chosen == "local" or (chosen == "auto" and not (self.te and self.device == "cuda"))
+        return is_local(self.settings, self.te and self.device == "cuda")
 
     def said(self, *names: str) -> str:
         """``--flag value`` of the named settings, joined by 'and'."""
-        return " and ".join(self._one(name) for name in names)
+        return said(self.settings, *names)
 
-    def _one(self, name: str) -> str:
-        value = getattr(getattr(self.settings, _HOME[name]), name)
-        return _flag_text(name, value)
+
+def said(settings: Settings, *names: str) -> str:
+    """``--flag value`` of the named settings, joined by 'and'."""
+    values = {name: getattr(getattr(settings, _HOME[name]), name) for name in names}
+    return " and ".join(_flag_text(name, value) for name, value in values.items())
 
 
 def _flag_text(name: str, value: Any) -> str:

@@ -1,13 +1,16 @@
-"""Kinds of feed-forward blocks, and what of them our own grouped experts alone have."""
+"""Kinds of feed-forward blocks, what only our own grouped experts offer, and initialisation."""
 
 from collections.abc import Iterator
 
+from moetron.moe.config.implementation import beyond_transformer_engine
 from moetron.moe.config.rules.case import Case
 from moetron.moe.config.schema import derived
 from moetron.moe.config.schema.field import flag_name
 
 _ALIGNMENT = 8
 """Widths of an expert are multiples of this on every rank: 16 bytes of bf16."""
+_GROUPED_ONLY = ("ffn_type", "moe_expert_multiplicative_bias", "moe_expert_dropout")
+"""Of the settings beyond Transformer Engine, those that shape the grouped experts."""
 
 
 def kinds(case: Case) -> Iterator[str]:
@@ -18,23 +21,20 @@ def kinds(case: Case) -> Iterator[str]:
         yield f"--no-swiglu does nothing with {case.said('ffn_type')}: drop it"
     if is_double and settings.model.add_bias_linear:
         yield "--ffn-type double_gated has no biases: use --disable-bias-linear"
-    own = {
-        "ffn_type": is_double,
-        "moe_expert_multiplicative_bias": moe.moe_expert_multiplicative_bias,
-        "moe_expert_dropout": moe.moe_expert_dropout > 0,
-        "moe_sequential_ffn_hidden_size": moe.moe_sequential_ffn_hidden_size is not None,
-    }
-    for name in (name for name, used in own.items() if used):
-        if moe.num_experts is None and name != "ffn_type":
+    for name in beyond_transformer_engine(settings):
+        if name.startswith("moe_") and moe.num_experts is None:
             yield f"{case.said(name)} needs --num-experts: add it or leave this out"
         if not case.local:
-            yield f"{case.said(name)} needs --transformer-impl local"
-        if name != "moe_sequential_ffn_hidden_size":
+            yield (
+                f"{case.said(name)} needs --transformer-impl local (or auto, which takes it): "
+                "megatron-core's Transformer Engine layers have no such block"
+            )
+        if name in _GROUPED_ONLY:
             yield from _grouped(case, name)
 
 
 def _grouped(case: Case, name: str) -> Iterator[str]:
-    """Experts that run as a grouped product alone, in high precision."""
+    """Experts that exist only as a grouped product in high precision."""
     settings = case.settings
     if settings.precision.fp8_format is not None:
         yield f"{case.said(name)} does not go with {case.said('fp8_format')}: drop one"

@@ -33,8 +33,6 @@ def shape(case: Case) -> Iterator[str]:
         yield "--qk-layernorm-scope full is an RMSNorm: use it with --normalization RMSNorm"
     if not model.norm_affine and model.qk_layernorm_scope == "full":
         yield "--no-norm-affine: a norm with --qk-layernorm-scope full has weights; leave one out"
-    if not model.norm_affine and not case.local:
-        yield "--no-norm-affine needs --transformer-impl local"
 
 
 def implementation(case: Case) -> Iterator[str]:
@@ -115,11 +113,6 @@ def _modules(case: Case, modules: list[str]) -> Iterator[str]:
         yield (
             "--recompute-modules moe_act needs Transformer Engine's grouped experts: "
             "use moe, which recomputes the whole layer"
-        )
-    if "layernorm" in modules and case.device == "cuda" and not case.te:
-        yield (
-            "--recompute-modules layernorm needs Transformer Engine (megatron-core asks for its "
-            "FP8 state): use moe or mlp, or --recompute-granularity full"
         )
     if "shared_experts" in modules and moe.moe_shared_expert_overlap:
         yield (

@@ -89,7 +89,8 @@ class ModelSettings(Group):
     make_vocab_size_divisible_by: PositiveInt = 128
     """The embedding's rows are padded to a multiple of this times the tensor-parallel size."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Layer implementation; auto: Transformer Engine on a GPU that has it, else local."""
+    """Layer implementation; auto: Transformer Engine on a GPU where it can be used and can express
+    the model, else local."""
     attention_backend: Literal["auto", "sdpa", "unfused"] = "auto"
     """Core attention of the local implementation: scaled_dot_product_attention (auto, sdpa) or
     megatron-core's own, which materialises the s x s matrix (unfused)."""

@@ -57,6 +57,7 @@ class ParallelSettings(Group):
     distributed_timeout_minutes: PositiveFloat = 10.0
     """How long a rank waits for the others."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run; auto: CUDA where there is a GPU."""
+    """Where to run; auto: CUDA where there is a GPU (a driver with which CUDA does not start is
+    refused), else the CPU."""
     cpu_threads: NonNegativeInt = 0
     """Threads a rank uses on a CPU; 0: cores / local ranks."""

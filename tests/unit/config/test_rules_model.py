@@ -88,14 +88,6 @@ TP2 = {"world_size": 2, "tensor_model_parallel_size": 2}
             },
             "moe_act needs Transformer Engine's grouped experts",
         ),
-        (
-            {
-                "recompute_granularity": "selective",
-                "recompute_modules": ["layernorm"],
-                "device": "cuda",
-            },
-            "layernorm needs Transformer Engine",
-        ),
     ],
 )
 def test_rule(changes: dict[str, Any], expected: str) -> None:

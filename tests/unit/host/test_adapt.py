@@ -15,6 +15,8 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import data as parallel_data
 from megatron.core.tensor_parallel import mappings
+from megatron.core.tensor_parallel import random as parallel_random
+from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer import utils as transformer_utils
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.router import TopKRouter
@@ -23,7 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moetron.moe.config.bridge import ddp_config, optimizer_config, transformer_config
 from moetron.moe.config.schema.settings import Settings
-from moetron.moe.host.adapt import ADAPTATIONS, adapt_host, restore_host
+from moetron.moe.host.adapt import ADAPTATIONS, EVERYWHERE, adapt_host, restore_host
 from moetron.moe.layers.build_model import build_model
 from tests.parallel.harness import RankFailed, model_parallel, run_ranks
 
@@ -312,14 +314,29 @@ def test_nothing_on_import_idempotent_and_undone() -> None:
 
 
 def _pretend_cuda() -> None:
+    """With CUDA the functions of torch and megatron-core that name it stay as they are."""
     torch.cuda.is_available = lambda: True
     before = _originals()
     adapt_host()
-    assert _originals() == before
+    after = _originals()
+    assert after[:-1] == before[:-1] and after[-1] is None
+    assert not multi_latent_attention.HAVE_TE
+    assert not tensor_parallel.CheckpointWithoutOutput().fp8
+    restore_host()
+    assert _originals() == before and multi_latent_attention.HAVE_TE
 
 
-def test_nothing_where_cuda_is_present() -> None:
+def test_bugs_of_megatron_core_are_fixed_with_cuda_too() -> None:
+    assert {"router_gemm", "latent_attention", "discarded_outputs"} == set(EVERYWHERE)
     run_ranks(_pretend_cuda, 1)
+
+
+@pytest.mark.parametrize("name", EVERYWHERE)
+def test_a_fix_leaves_transformer_engine_alone(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(parallel_random, "HAVE_TE", True)
+    monkeypatch.setattr(multi_latent_attention, "TELinear", torch.nn.Linear)
+    monkeypatch.setattr(moe_utils, "te_general_gemm", torch.mm, raising=False)
+    assert EVERYWHERE[name]() == []
 
 
 def _skip_one() -> None:

@@ -10,12 +10,14 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from moetron.common.errors import UserError
+from moetron.common.errors import RunError, UserError
 from moetron.moe.config.bridge import transformer_config
 from moetron.moe.config.schema.settings import Settings
+from moetron.moe.layers import specs
 from moetron.moe.layers.attention import SdpaAttention
-from moetron.moe.layers.build_model import build_model
+from moetron.moe.layers.build_model import build_model, count_built
 from moetron.moe.layers.experts import GroupedExperts
 from moetron.moe.layers.norm import FullWidthRMSNorm, LayerNorm, RMSNorm
 from moetron.moe.routing.router import Router
@@ -145,8 +147,36 @@ def test_widths_that_grouped_gemm_refuses_run_one_after_the_other() -> None:
 
 
 def test_transformer_engine_that_is_not_there() -> None:
-    with pytest.raises(UserError, match="--transformer-impl local"):
+    with pytest.raises(UserError, match=r"it needs a GPU, and .*use --transformer-impl auto"):
         _build({**TINY, "transformer_impl": "transformer_engine"}, {}, 100)
+
+
+OPENMOE = {"num_experts": 4, "moe_ffn_hidden_size": 8, "moe_sequential_ffn_hidden_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "missing", "missing_of_experts"),
+    [
+        ("SequentialFfnLayer", "TransformerLayer", 3 * (4 * 16 * 16 + 16), 0),
+        ("VariantExperts", "GroupedExperts", 0, 3 * 4 * 16 * 8),
+    ],
+)
+def test_a_layer_spec_that_leaves_out_a_block_ends_the_run(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, missing: int, missing_of_experts: int
+) -> None:
+    """As megatron-core's specs of Transformer Engine did with OpenMoE's blocks."""
+
+    class PlainLayer(TransformerLayer):
+        def __init__(self, *args: Any, extra_mlp: Any, ffn_hidden_size: int, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+
+    plain = {"TransformerLayer": PlainLayer, "GroupedExperts": GroupedExperts}
+    double = {**TINY, "ffn_type": "double_gated"}
+    built = count_built([_build(double, OPENMOE, 100)])
+    monkeypatch.setattr(specs, name, plain[value])
+    has = f"{built.dense - missing:,} parameters and {built.expert - missing_of_experts:,} of"
+    with pytest.raises(RunError, match=f"stage 0 has {has} .* were {built.dense:,} and"):
+        _build(double, OPENMOE, 100)
 
 
 def test_attention_is_causal_and_loss_starts_at_the_uniform_one() -> None:

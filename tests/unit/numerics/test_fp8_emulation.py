@@ -94,6 +94,14 @@ def test_delayed_scaling_uses_the_amaxes_of_earlier_calls() -> None:
     }
 
 
+def test_a_state_from_a_checkpoint_follows_the_activations_to_their_device() -> None:
+    scale = DelayedScale(Fp8Numerics("delayed", amax_history_len=2), "input")
+    scale.set_state(torch.ones(3, 4))  # read on the CPU
+    for _ in range(2):
+        assert scale.use(torch.ones(4, device="meta"), record=True).is_meta
+    assert scale.state().is_meta
+
+
 def test_delayed_scales_are_an_experts_own_and_in_the_format_of_the_role() -> None:
     scale = DelayedScale(Fp8Numerics("delayed", backward=E5M2), "gradient")
     scale.use(torch.tensor([1.0, 0.0, float("inf")]), record=True)

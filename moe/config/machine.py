@@ -1,0 +1,66 @@
+"""What a machine seems to offer, found without importing torch.
+
+Checks on settings go by this before a run starts; `moetron.moe.host.usable` then tries.
+"""
+
+import os
+import shutil
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+_PROC = Path("/proc/driver/nvidia/version")
+_DEVICE_FOLDER = Path("/dev")
+_DEVICE_FILES = "nvidia[0-9]*"
+_QUERY_TIMEOUT_S = 20
+
+
+def nvidia_driver() -> str | None:
+    """Where an NVIDIA driver shows itself; None: nowhere.
+
+    Containers may lack the entry in /proc, and WSL the device files: `nvidia-smi` is asked last.
+    """
+    if _PROC.exists():
+        return str(_PROC)
+    if found := sorted(_DEVICE_FOLDER.glob(_DEVICE_FILES)):
+        return str(found[0])
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    try:
+        listed = subprocess.run(
+            [program, "-L"], capture_output=True, text=True, timeout=_QUERY_TIMEOUT_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return program if listed.returncode == 0 and "GPU" in listed.stdout else None
+
+
+def hidden_gpus() -> str | None:
+    """The assignment to CUDA_VISIBLE_DEVICES that hides every GPU; None: they are not hidden.
+
+    CUDA ignores every entry from the first invalid one on: an empty list, -1, SLURM's NoDevFiles.
+    """
+    value = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if value is None:
+        return None
+    first = value.split(",")[0].strip()
+    is_device = first.isdecimal() or first.startswith(("GPU-", "MIG-"))
+    return None if is_device else f"CUDA_VISIBLE_DEVICES={value}"
+
+
+def expected_device(wanted: str) -> Literal["cpu", "cuda"]:
+    """Where ``--device wanted`` would run, going by the driver."""
+    if wanted == "auto":
+        return "cpu" if hidden_gpus() is not None or nvidia_driver() is None else "cuda"
+    return "cuda" if wanted == "cuda" else "cpu"
+
+
+def transformer_engine_is_installed() -> bool:
+    """Whether there is a distribution of that name; it may still fail to import."""
+    try:
+        metadata.version("transformer-engine")
+    except metadata.PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,86 @@
+"""Stand-ins for functions of ``torch.cuda`` that megatron-core calls on a host without CUDA.
+
+Only those that it calls from dozens of places. Without CUDA each of them raises, so that nothing
+that worked changes its meaning. Paths in docstrings are below ``megatron/core``.
+"""
+
+import logging
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import random as parallel_random
+
+from moetron.moe.host import streams
+from moetron.moe.host.patching import Patch
+
+
+def current_device() -> list[Patch]:
+    """``torch.cuda.current_device()`` is the default device: the CPU, or meta inside its context.
+
+    Needed by about 60 factories, among them tensor_parallel/layers.py:261, mappings.py:148,
+    transformer/moe/router.py:169, models/common/embeddings/rotary_pos_embedding.py:162.
+    """
+    return [Patch(torch.cuda, "current_device", torch.get_default_device)]
+
+
+def tensor_cuda() -> list[Patch]:
+    """``Tensor.cuda()`` keeps the tensor where it is.
+
+    Needed by tensor_parallel/data.py:84, utils.py:898,
+    models/common/language_module/language_module.py:244, dist_checkpointing/exchange_utils.py:336
+    and 499, optimizer/optimizer.py:375.
+    """
+
+    def cuda(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return tensor
+
+    return [Patch(torch.Tensor, "cuda", cuda)]
+
+
+def cuda_streams() -> list[Patch]:
+    """Streams and events whose work is done when asked.
+
+    Needed by transformer/moe/token_dispatcher.py:445 and 871 to 897 (whose copy stream must differ
+    from the current stream), transformer/moe/shared_experts.py:123, parallel_state.py:933,
+    pipeline_parallel/p2p_communication.py:398, timers.py:152,
+    distributed/distributed_data_parallel.py:230, distributed/param_and_grad_buffer.py:417 and 529,
+    dist_checkpointing/strategies/filesystem_async.py:230.
+    """
+    return [
+        Patch(torch.cuda, "Stream", streams.HostStream),
+        Patch(torch.cuda, "Event", streams.HostEvent),
+        Patch(torch.cuda, "current_stream", streams.main_stream),
+        Patch(torch.cuda, "default_stream", streams.main_stream),
+        Patch(torch.cuda, "stream", streams.on_stream),
+        Patch(torch.cuda, "synchronize", streams.synchronize),
+    ]
+
+
+def random_states() -> list[Patch]:
+    """The "CUDA" generator is the host's; its change inside a fork is no reason for a warning.
+
+    Needed by tensor_parallel/random.py:235 to 238 and 422 (seeding), 55 and 107 (states) and 262
+    (the warning). Ranks are processes, so that states remain distinct over ranks.
+    """
+
+    def not_about_the_host(record: logging.LogRecord) -> bool:
+        return "CPU RNG state changed" not in record.msg
+
+    logger = logging.getLogger(parallel_random.__name__)
+    return [
+        Patch(torch.cuda, "manual_seed", streams.manual_seed),
+        Patch(torch.cuda, "get_rng_state", streams.get_rng_state),
+        Patch(torch.cuda, "set_rng_state", streams.set_rng_state),
+        Patch(parallel_random, "_get_cuda_rng_state", streams.get_rng_state),
+        Patch(parallel_random, "_set_cuda_rng_state", streams.set_rng_state),
+        Patch(logger, "filters", [*logger.filters, not_about_the_host]),
+    ]
+
+
+CUDA_FUNCTIONS = (
+    current_device,
+    tensor_cuda,
+    cuda_streams,
+    random_states,
+)
+"""Applied without CUDA."""

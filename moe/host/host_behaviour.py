@@ -1,0 +1,100 @@
+"""What megatron-core does in a way that only CUDA and NCCL allow, done as a CPU and gloo can.
+
+Paths in docstrings are below ``megatron/core``.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from megatron.core import utils as core_utils
+from megatron.core.models.common.embeddings import (
+    rotary_pos_embedding,
+    yarn_rotary_pos_embedding,
+)
+from megatron.core.pipeline_parallel import schedules
+from megatron.core.tensor_parallel import mappings
+from megatron.core.transformer.moe import router, token_dispatcher
+from torch.distributed import ProcessGroup
+
+from moetron.moe.host.collectives import allow_uneven
+from moetron.moe.host.patching import Patch
+
+
+def rotary_chunks() -> list[Patch]:
+    """Cut rotary angles over context-parallel ranks without pinned memory.
+
+    models/common/embeddings/rope_utils.py:62, called by rotary_pos_embedding.py:204 and
+    yarn_rotary_pos_embedding.py:186.
+    """
+
+    def cut(angles: torch.Tensor, seq_dim: int, cp_group: ProcessGroup) -> torch.Tensor:
+        batch = {"angles": angles.movedim(seq_dim, 1)}
+        held: torch.Tensor = core_utils.get_batch_on_this_cp_rank(batch, cp_group)["angles"]
+        return held.movedim(1, seq_dim)
+
+    name = "get_pos_emb_on_this_cp_rank"
+    return [
+        Patch(module, name, cut) for module in (rotary_pos_embedding, yarn_rotary_pos_embedding)
+    ]
+
+
+def eager_router() -> list[Patch]:
+    """Run the router's bias bookkeeping without ``torch.compile``, which needs a C++ compiler.
+
+    transformer/moe/router.py:531, called in every forward pass.
+    """
+    compiled = router.TopKRouter._apply_expert_bias
+    return [Patch(router.TopKRouter, "_apply_expert_bias", inspect.unwrap(compiled))]
+
+
+def split_sizes() -> list[Patch]:
+    """Hand split sizes to ``all_to_all_single`` as numbers, as on a GPU, instead of a tensor.
+
+    transformer/moe/moe_utils.py:1092 converts CUDA tensors only; used by
+    transformer/moe/token_dispatcher.py:879 to 887.
+    """
+
+    def to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    return [Patch(token_dispatcher, "maybe_move_tensor_to_cpu", to_cpu)]
+
+
+def uneven_gather() -> list[Patch]:
+    """Gather unequal shapes, which gloo refuses: expert tensor parallelism with any routing.
+
+    tensor_parallel/mappings.py:150, called by transformer/moe/token_dispatcher.py:663.
+    """
+    gather = mappings._gather_along_first_dim
+    return [Patch(mappings, "_gather_along_first_dim", allow_uneven(gather))]
+
+
+def pipeline_outputs() -> list[Patch]:
+    """Keep a stage's output until its backward pass: gloo reads what it sends after isend returns.
+
+    pipeline_parallel/schedules.py:154 frees it as soon as an overlapped send of an interleaved
+    pipeline is under way, so that the next stage would receive whatever memory holds by then;
+    line 168, the backward pass of a freed output, goes with it.
+    """
+
+    def keep(out: Any, deallocate_pipeline_outputs: bool = False) -> None:
+        pass
+
+    def backward(output: torch.Tensor, grad_output: torch.Tensor | None) -> None:
+        torch.autograd.backward(output, grad_output)
+
+    return [
+        Patch(schedules, "deallocate_output_tensor", keep),
+        Patch(schedules, "custom_backward", backward),
+    ]
+
+
+HOST_BEHAVIOUR = (
+    rotary_chunks,
+    eager_router,
+    split_sizes,
+    uneven_gather,
+    pipeline_outputs,
+)
+"""Applied without CUDA."""

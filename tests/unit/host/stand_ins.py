@@ -1,0 +1,76 @@
+"""Machines that are made up: drivers, GPUs and installations of Transformer Engine."""
+
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from moetron.moe.config import machine
+from moetron.moe.host import usable
+
+TOO_OLD = "CUDA initialization: The NVIDIA driver on your system is too old (found version 11040)"
+BROKEN = ("ImportError", "RuntimeError", "OSError")
+
+
+def write_transformer_engine(folder: Path, kind: str, part: bool = False) -> None:
+    """A package on the disk that raises ``kind`` when imported; "fine": it does not.
+
+    ``part``: the package imports, its part for torch raises.
+    """
+    package = folder / "transformer_engine"
+    package.mkdir(parents=True)
+    marker = f"with open({str(folder / 'executed')!r}, 'a') as file:\n    file.write('x')\n"
+    text = "" if kind == "fine" else f"raise {kind}('libcudnn.so.9: no such file')\n"
+    (package / "__init__.py").write_text(marker + ("" if part else text), encoding="utf-8")
+    (package / "pytorch.py").write_text(text, encoding="utf-8")
+
+
+def was_executed(folder: Path) -> bool:
+    """Whether the package was run at all."""
+    return (folder / "executed").exists()
+
+
+def pretend(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, cuda: str, te: str, part: bool = False
+) -> None:
+    """A machine.
+
+    Args:
+        monkeypatch: undoes it.
+        folder: empty, for what is on the disk.
+        cuda: "no driver", "too old", "cpu build", "hidden" or "gpu" (two of them).
+        te: "absent", "fine", or the name of the error that its import raises.
+        part: see `write_transformer_engine`.
+    """
+    monkeypatch.setattr(machine, "_PROC", folder / "version")
+    monkeypatch.setattr(machine, "_DEVICE_FOLDER", folder)
+    monkeypatch.setattr(machine, "transformer_engine_is_installed", lambda: te != "absent")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    if cuda != "no driver":
+        (folder / "version").touch()
+    if cuda == "hidden":
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+    def is_available() -> bool:
+        if cuda == "too old":
+            warnings.warn(TOO_OLD, stacklevel=1)
+        return cuda == "gpu"
+
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.version, "cuda", None if cuda == "cpu build" else "13.0")
+    monkeypatch.setattr(usable, "cuda_fault", usable.cuda_fault.__wrapped__)
+    if te != "absent":
+        write_transformer_engine(folder, te, part)
+        monkeypatch.syspath_prepend(folder)
+    for name in [name for name in sys.modules if name.split(".")[0] == "transformer_engine"]:
+        monkeypatch.delitem(sys.modules, name)
+    others = [finder for finder in sys.meta_path if type(finder) is not usable._Guard]
+    monkeypatch.setattr(sys, "meta_path", others)
+    usable.guard_imports()
