@@ -3,6 +3,7 @@
 import difflib
 import types
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -10,7 +11,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from pydantic.fields import FieldInfo
 
 _BOUNDS = {Gt: ("gt", ">"), Ge: ("ge", ">="), Lt: ("lt", "<"), Le: ("le", "<=")}
-_NAMES = {bool: "switch", int: "integer", float: "number", str: "text"}
+_NAMES = {bool: "true or false", int: "integer", float: "number", str: "text"}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a text is, as help and messages call it; part of an Annotated type."""
+
+    name: str
 
 
 class Rule(ValueError):
@@ -33,6 +41,15 @@ class Group(BaseModel):
             raise ValueError("must not be a truth value")
         return value
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _split_text(cls, value: Any, info: ValidationInfo) -> Any:
+        """One text for a list of words or numbers holds them with spaces between, as in Megatron's
+        scripts."""
+        assert info.field_name is not None
+        field = cls.model_fields[info.field_name]
+        return value.split() if isinstance(value, str) and takes_words(field) else value
+
 
 def negative_flag(default: bool, name: str) -> Any:
     """A switch whose "off" flag is ``--name`` (Megatron's word for it) instead of ``--no-...``."""
@@ -45,10 +62,16 @@ def flag_name(field_name: str) -> str:
 
 
 def negative_flag_name(field_name: str, field: FieldInfo) -> str:
-    """The flag that turns a switch off: ``--no-...`` unless the field names another."""
+    """The flag that turns a switch off: ``--no-...`` unless the field names another.
+
+    ``no_load_optim`` -> ``--load-optim``.
+    """
     extra = field.json_schema_extra
     own = extra.get("negative_flag") if isinstance(extra, dict) else None
-    return f"--{own}" if own else "--no-" + field_name.replace("_", "-")
+    if own:
+        return f"--{own}"
+    positive = field_name.removeprefix("no_")
+    return flag_name(f"no_{field_name}" if positive == field_name else positive)
 
 
 def _branches(annotation: Any) -> Iterator[Any]:
@@ -89,6 +112,14 @@ def is_list(field: FieldInfo) -> bool:
     return any(get_origin(choice) in (list, tuple) for choice in choices(field))
 
 
+def takes_words(field: FieldInfo) -> bool:
+    """Whether a field takes several words or numbers, and never a single one or a mapping."""
+    kinds = [choice for choice in choices(field) if choice is not type(None)]
+    return all(
+        get_origin(kind) in (list, tuple) and _bare(get_args(kind)[0]) in _NAMES for kind in kinds
+    )
+
+
 def _bounds(constraints: tuple[Any, ...]) -> str:
     parts = []
     for constraint in constraints:
@@ -112,7 +143,8 @@ def _type_text(annotation: Any, constraints: tuple[Any, ...] = ()) -> str:
         return f"{len(get_args(annotation))} x ({_type_text(get_args(annotation)[0])})"
     if issubclass(annotation, Group):
         return "mapping of " + ", ".join(annotation.model_fields)
-    return f"{_NAMES[annotation]} {_bounds(constraints)}".rstrip()
+    kinds = [constraint.name for constraint in constraints if isinstance(constraint, Kind)]
+    return f"{kinds[0] if kinds else _NAMES[annotation]} {_bounds(constraints)}".rstrip()
 
 
 def type_text(field: FieldInfo) -> str:
