@@ -15,6 +15,7 @@ from moetron.moe.config.schema.field import (
     type_text,
 )
 from moetron.moe.config.schema.settings import Settings, fields
+from moetron.moe.config.synonyms import key_answer
 
 Tree = Mapping[str, Mapping[str, Any]]
 
@@ -29,7 +30,7 @@ def _unknown_keys(tree: Tree) -> list[str]:
             continue
         for name in section:
             if name not in home:
-                problems.append(f"unknown key `{name}` under `{group}:`{nearest(name, home)}")
+                problems.append(f"unknown key `{name}` under `{group}:`{key_answer(name, home)}")
             elif home[name] != group:
                 problems.append(f"key `{name}` belongs under `{home[name]}:`, not `{group}:`")
     return problems

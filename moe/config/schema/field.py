@@ -44,8 +44,7 @@ class Group(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _split_text(cls, value: Any, info: ValidationInfo) -> Any:
-        """One text for a list of words or numbers holds them with spaces between, as in Megatron's
-        scripts."""
+        """One text for a list of words or numbers holds them with spaces between (Megatron)."""
         assert info.field_name is not None
         field = cls.model_fields[info.field_name]
         return value.split() if isinstance(value, str) and takes_words(field) else value
@@ -154,7 +153,41 @@ def type_text(field: FieldInfo) -> str:
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """``; did you mean X?`` for the valid name that is most like ``name``, or the empty string."""
-    bare = {word.lstrip("-"): word for word in valid}  # "--" would make short flags alike
-    found = difflib.get_close_matches(name.lstrip("-"), bare, n=1, cutoff=0.6)
-    return f"; did you mean {bare[found[0]]}?" if found else ""
+    """``; did you mean X?`` for the valid name that ``name`` misspells, or the empty string.
+
+    Only a name of the same meaning counts: every word of ``name`` is, misspelt or shortened, a word
+    of the valid one, which may have one word more; and both turn something on, or both off.
+    """
+    found = [word for word in valid if _misspells(_words(name), _words(word))]
+    best = max(found, key=lambda word: _ratio(name.lstrip("-"), word.lstrip("-")), default=None)
+    return f"; did you mean {best}?" if best else ""
+
+
+def _words(name: str) -> list[str]:
+    """``--num-layers`` and ``num_layers`` -> ["num", "layers"]."""
+    return name.strip("-_").lower().replace("_", "-").split("-")
+
+
+def _ratio(first: str, second: str) -> float:
+    return difflib.SequenceMatcher(None, first, second).ratio()
+
+
+def _misspells(wrong: list[str], right: list[str]) -> bool:
+    """Whether two names mean the same."""
+    if (wrong[0] in _OFF) != (right[0] in _OFF):
+        return False
+    if "".join(wrong) == "".join(right):  # top-k, topk
+        return True
+    left = list(right)
+    for word in wrong:
+        close = max(left, key=lambda other: _closeness(word, other), default="")
+        if _closeness(word, close) <= 0.75:
+            return False
+        left.remove(close)
+    return len(left) <= 1
+
+
+def _closeness(word: str, other: str) -> float:
+    """1 for the same word, or for one that begins the other; else how alike they are."""
+    short, long = sorted((word, other), key=len)
+    return 1.0 if len(short) > 2 and long.startswith(short) else _ratio(word, other)
