@@ -22,16 +22,14 @@ from moetron.data.corpora.collect import (
     write_corpus,
     write_manifest,
 )
+from moetron.moe.config.paths import ToolParser
 
 DEFAULT_MB = {"system": 32.0, "debian": 400.0, "all": 432.0}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    assert __doc__ is not None
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(description=__doc__)
     add = parser.add_argument
     add("--output", type=Path, required=True, metavar="DIR", help="folder of the corpus")
     add("--source", choices=sorted(DEFAULT_MB), default="system", help="default: %(default)s")

@@ -24,6 +24,7 @@ from moetron.data.stream.blend import open_blend, split_data_path
 from moetron.data.stream.open_streams import open_training
 from moetron.data.stream.stages import use_table
 from moetron.moe.config.command import read_recipes
+from moetron.moe.config.paths import ToolParser
 from moetron.moe.config.schema.derived import total_samples
 from moetron.moe.config.validate import validate
 from moetron.tokenizers.load import load_tokenizer
@@ -31,9 +32,7 @@ from moetron.tokenizers.load import load_tokenizer
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(description=__doc__)
     add, count, size = parser.add_argument, whole_number(0), whole_number(1)
     add("data_path", nargs="*", metavar="[WEIGHT] PREFIX", help="shards, as --data-path takes them")
     add("--tokenizer", metavar="PATH", help="decode with this tokenizer (default: the recipe's)")

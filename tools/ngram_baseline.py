@@ -18,14 +18,14 @@ from moetron.data.inspect.ngrams import NgramModels, cross_entropies
 from moetron.data.shards.shard import Shard
 from moetron.data.stream.blend import open_blend
 from moetron.data.stream.token_stream import TokenStream, validation_stream
+from moetron.moe.config.paths import ToolParser
 
 BATCH_TOKENS = 1 << 20
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ToolParser(description=__doc__)
     add = parser.add_argument
     add("--train-data-path", nargs="+", required=True, metavar="PREFIX", help="as --data-path")
     add("--valid-data-path", nargs="+", required=True, metavar="PREFIX", help="the same")

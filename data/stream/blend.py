@@ -112,14 +112,19 @@ def source_name(prefix: str) -> str:
     return Path(prefix).name
 
 
+def bare_prefix(word: str) -> str:
+    """A prefix without the ending of one of its two files, with which it may be given."""
+    return word.removesuffix(".idx") if word.endswith(".idx") else word.removesuffix(".bin")
+
+
 def split_data_path(data_path: Sequence[str]) -> tuple[list[float] | None, list[str]]:
     """(weights or None, prefixes) of a data path."""
     if not data_path:
         raise UserError("--data-path is empty: give PREFIX or WEIGHT PREFIX WEIGHT PREFIX ...")
     if _number(data_path[0]) is None:
-        return None, list(data_path)
+        return None, [bare_prefix(word) for word in data_path]
     weights = [_number(word) for word in data_path[::2]]
-    prefixes = list(data_path[1::2])
+    prefixes = [bare_prefix(word) for word in data_path[1::2]]
     if len(weights) != len(prefixes) or None in weights:
         raise UserError(
             f"--data-path {' '.join(data_path)}: weights and prefixes must alternate: "

@@ -90,7 +90,7 @@ def check(tree: Tree, world_size: int, dry_run: bool) -> tuple[Settings | None, 
     return settings, problems
 
 
-_STAND_INS: dict[str, tuple[Any, Any]] = {
+STAND_INS: dict[str, tuple[Any, Any]] = {
     "num_layers": (5040, 10080),
     "hidden_size": (1 << 20, 1 << 21),
     "num_attention_heads": (1, 2),
@@ -111,7 +111,7 @@ def _stood_in(tree: Tree, faulty: set[str]) -> list[Settings]:
         made: dict[str, dict[str, Any]] = {}
         for group, name in required:
             if name in faulty:
-                made.setdefault(group, {})[name] = _STAND_INS[name][which]
+                made.setdefault(group, {})[name] = STAND_INS[name][which]
         settings, _, _ = validate(merge(tree, made))
         assert settings is not None, "stand-ins are valid"
         found.append(settings)

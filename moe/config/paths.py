@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
 from moetron.moe.config.schema.field import Kind, Rule
 
@@ -36,8 +36,11 @@ def local_path(text: str) -> str:
     return str(Path(text).expanduser()) if text.startswith("~") else text
 
 
-LocalPath = Annotated[str, Kind("path"), AfterValidator(local_path)]
-"""The type of every setting that names a file, a folder or a prefix of files."""
+LocalPath = Annotated[
+    str, Field(coerce_numbers_to_str=True), Kind("path"), AfterValidator(local_path)
+]
+"""The type of every setting that names a file, a folder or a prefix of files. A recipe may write a
+name, or a weight among prefixes, as a number."""
 
 
 class ToolParser(argparse.ArgumentParser):
@@ -51,6 +54,12 @@ class ToolParser(argparse.ArgumentParser):
         super().__init__(**settings)
         self.register("type", None, _checked)
         self.register("type", Path, lambda text: Path(_checked(text)))
+
+    def add_subparsers(self, **settings: Any) -> Any:
+        """As argparse's; the words of a command are checked by its own parser."""
+        commands = super().add_subparsers(**settings)
+        commands.type = str
+        return commands
 
 
 def _checked(text: str) -> str:

@@ -42,8 +42,8 @@ def data(case: Case) -> Iterator[str]:
     if tokenizer not in (None, "bytes") and not Path(str(tokenizer)).exists():
         yield (
             f"{case.said('tokenizer_model')}: there is no such file or folder; give a "
-            "SentencePiece .model, a HuggingFace tokenizer.json (or its folder), or bytes; names on "
-            "the HuggingFace hub are not looked up"
+            "SentencePiece .model, a HuggingFace tokenizer.json (or its folder), or bytes; names "
+            "on the HuggingFace hub are not looked up"
         )
 
 

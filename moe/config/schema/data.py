@@ -36,9 +36,7 @@ def _bare_prefixes(words: list[str]) -> list[str]:
 
 Word = Annotated[str, Field(coerce_numbers_to_str=True)]
 """A name or a number; a recipe may write numbers as such."""
-DataPath = Annotated[
-    list[Annotated[LocalPath, Field(coerce_numbers_to_str=True)]], AfterValidator(_bare_prefixes)
-]
+DataPath = Annotated[list[LocalPath], AfterValidator(_bare_prefixes)]
 """Prefixes of shards, or pairs of a weight and a prefix."""
 ObjectiveName = Literal["causal", "prefix_lm", "ul2", "fim"]
 
