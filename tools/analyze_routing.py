@@ -104,13 +104,13 @@ def main() -> int:
     arguments = parser().parse_args()
     quieten_libraries()
     folder = (arguments.model / "config.json").is_file()
+    if arguments.output is not None:
+        checkpoint_folder.make_run_folder(arguments.output, "--output")
     try:
         result = watch_folder(arguments) if folder else watch_run(arguments)
     except UserError as error:
         raise UserError(str(error)) from error
-    output = arguments.output or arguments.model / "analysis"
-    for path in figures.write(result, output):
-        print(path)
+    print(*figures.write(result, arguments.output or arguments.model / "analysis"), sep="\n")
     return 0
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from moetron.common.files import require_writable
 from moetron.data.corpora import debian, python_text, system_text
 from moetron.data.corpora.collect import (
     MANIFEST,
@@ -61,6 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     if is_current(args.output, made_from):
         print(f"{args.output} is current")
         return 0
+    require_writable(args.output / MANIFEST)
     (args.output / MANIFEST).unlink(missing_ok=True)
     started = time.monotonic()
     tasks, licences = gather(args.source, args.output)

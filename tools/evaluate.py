@@ -90,6 +90,8 @@ def main() -> int:
     record = checkpoint_folder.read(arguments.load).record
     settings = checkpoint_folder.one_rank_settings(record)
     tokenizer = open_tokenizer(arguments, record)
+    if arguments.output is not None:
+        checkpoint_folder.make_run_folder(arguments.output.parent, "--output")
     limited = settings.moe.moe_expert_capacity_factor is not None
     from lm_eval.utils import make_table
 

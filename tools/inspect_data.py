@@ -16,6 +16,7 @@ from pathlib import Path
 
 from moetron.common.argument_types import whole_number
 from moetron.common.errors import ConfigError, UserError
+from moetron.common.files import require_writable
 from moetron.data.inspect.sample_view import documents, draw_lengths, stage_samples
 from moetron.data.inspect.shard_report import blend_table, length_histogram, shard_summary
 from moetron.data.shards.shard import Shard
@@ -72,6 +73,8 @@ def show_recipes(arguments: argparse.Namespace) -> None:
 
 def show_shards(arguments: argparse.Namespace) -> bool:
     """Print the shards that the command line names; whether all are sound."""
+    if arguments.png:
+        require_writable(arguments.png)
     prefixes = split_data_path(arguments.data_path)[1]
     shards = [Shard(name) for prefix in prefixes for name in members(prefix)]
     for shard in shards:

@@ -22,6 +22,17 @@ from moetron.data.prepare.options import Options, add_flags
 from moetron.data.prepare.preprocess import preprocess
 from moetron.moe.config.paths import ToolParser
 
+MEGATRON = {
+    "--json-keys": "use --text-key",
+    "--tokenizer-model": "use --tokenizer",
+    "--tokenizer-type": "leave it out: the file of --tokenizer says it",
+    "--vocab-file": "give --tokenizer a tokenizer.json",
+    "--merge-file": "give --tokenizer a tokenizer.json",
+    "--partitions": "use --share I/N and --merge-shares N",
+    "--split-sentences": "not supported: a document stays whole",
+}
+"""Flags of Megatron-LM's tools/preprocess_data.py that have another name here."""
+
 WORKER_DIED = (
     "preprocess_corpus: a worker process died, most likely of too little memory; run the same "
     "command again to go on, with fewer --workers"
@@ -36,6 +47,7 @@ def main() -> int:
     """Preprocess as the command line says; the exit code."""
     parser = ToolParser(description=__doc__)
     add_flags(parser)
+    parser.add_foreign(MEGATRON)
     options = Options.of(parser.parse_args())
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

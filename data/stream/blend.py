@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from moetron.common.errors import UserError
+from moetron.common.files import bare_prefix
 from moetron.data.addressing.windowing import Cutting
 from moetron.data.shards.shard import Shard
 from moetron.data.shards.shard_set import members
@@ -110,11 +111,6 @@ def open_blend(
 def source_name(prefix: str) -> str:
     """The prefix without its folders."""
     return Path(prefix).name
-
-
-def bare_prefix(word: str) -> str:
-    """A prefix without the ending of one of its two files, with which it may be given."""
-    return word.removesuffix(".idx") if word.endswith(".idx") else word.removesuffix(".bin")
 
 
 def split_data_path(data_path: Sequence[str]) -> tuple[list[float] | None, list[str]]:

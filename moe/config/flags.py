@@ -202,16 +202,43 @@ def _unknown(extras: Sequence[str], valid: Sequence[str]) -> list[str]:
         if extra.startswith("-"):
             name = extra.split("=", 1)[0]
             problems.append(f"unknown flag {name}{flag_answer(name, valid)}")
-    if not problems:
-        problems = [f"unexpected argument {extra!r}: it follows no flag" for extra in extras]
-    return problems
+    return problems or [_stray(extra, valid) for extra in extras]
+
+
+def _stray(word: str, valid: Sequence[str]) -> str:
+    """What is wrong with a word that belongs to no flag."""
+    name, equals, value = word.partition("=")
+    flag = flag_name(name.rpartition(".")[2])
+    remedy = f"; write {flag} {value}" if equals and flag in valid else ""
+    return f"unexpected argument {word!r}: it follows no flag{remedy}"
+
+
+def _explicit(argv: Sequence[str]) -> list[str]:
+    """The command line with ``--switch=value`` for switches, which take no other word."""
+    switches = {
+        flag
+        for _, name, setting in fields()
+        if is_switch(setting)
+        for flag in (flag_name(name), negative_flag_name(name, setting))
+    }
+    switches |= {flag_name(name) for name in _OWN_SWITCHES}
+    words: list[str] = []
+    for word in argv:
+        after_switch = bool(words) and words[-1] in switches
+        if after_switch and word.lower() in (*_TRUTH, "none", "null"):
+            words[-1] += f"={word}"
+        elif after_switch and not word.startswith("-"):
+            words[-1:] = [f"{words[-1]}=true", word]
+        else:
+            words.append(word)
+    return words
 
 
 def parse(argv: Sequence[str]) -> Given:
     """Read the command line. Only ``--help`` exits; every problem is returned, none is raised."""
     made = parser()
     try:
-        namespace, extras = made.parse_known_args(list(argv))
+        namespace, extras = made.parse_known_args(_explicit(argv))
     except ConfigError as error:
         return Given(problems=error.problems)
     given = Given(problems=_unknown(extras, list(_names())))
@@ -219,6 +246,8 @@ def parse(argv: Sequence[str]) -> Given:
     for name, value in vars(namespace).items():
         if value is _MISSING or value == [] or (isinstance(value, list) and _MISSING in value):
             given.problems.append(f"{flag_name(name)} needs a value")
+            if name == "config":
+                given.options[name] = [path for path in value if path is not _MISSING]
         elif isinstance(value, _Refused):
             given.problems.append(
                 f"{value.said}: it turns off and takes no value; {flag_name(name)} turns on"

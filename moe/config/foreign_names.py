@@ -18,6 +18,17 @@ SAME: dict[str, str] = {
     "persistent_save_interval": "save_interval",
     "rope_scaling_factor": "rotary_scaling_factor",
     "train_data_path": "data_path",
+    # short names of parallel sizes
+    "cp": "context_parallel_size",
+    "cp_size": "context_parallel_size",
+    "ep": "expert_model_parallel_size",
+    "ep_size": "expert_model_parallel_size",
+    "etp": "expert_tensor_parallel_size",
+    "etp_size": "expert_tensor_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+    "pp_size": "pipeline_model_parallel_size",
+    "tp": "tensor_model_parallel_size",
+    "tp_size": "tensor_model_parallel_size",
     # config.json of HuggingFace models
     "attention_probs_dropout_prob": "attention_dropout",
     "attn_pdrop": "attention_dropout",
@@ -94,6 +105,10 @@ _LOGGED = "leave it out: metrics.jsonl has what is measured of every step"
 _FP16 = "float16 and its loss scale are not supported: use {bf16}"
 _SIGNAL = "leave it out: SIGTERM and SIGINT save, and the run ends with exit code 75"
 _ALWAYS = "leave it out: it is always so"
+_COPIES = (
+    "leave it out: it is the ranks / ({tensor_model_parallel_size} x "
+    "{pipeline_model_parallel_size} x {context_parallel_size})"
+)
 _DECOUPLED = "not supported; routers and experts have {router_lr_mult} and {expert_lr_mult}"
 _DTYPES = "the optimizer's state is fp32: leave it out"
 _TOKENIZER = "give {tokenizer_model} a tokenizer.json, a SentencePiece .model, or bytes"
@@ -109,7 +124,10 @@ _WARMUP = "give it in steps or in tokens: {lr_warmup_iters} or {lr_warmup_tokens
 DIFFERENT: dict[str, str] = {
     # Megatron-LM: parallelism and memory
     "cpu_offloading_num_layers": "activations are not offloaded: use {recompute_granularity}",
+    "data_parallel_size": _COPIES,
     "data_parallel_sharding_strategy": "FSDP is not supported: use {use_distributed_optimizer}",
+    "dp": _COPIES,
+    "dp_size": _COPIES,
     "distribute_saved_activations": "not supported: use {sequence_parallel}",
     "distributed_backend": "leave it out: NCCL on GPUs, gloo on CPUs, as {device} says",
     "distributed_timeout_seconds_after_init": "use {distributed_timeout_minutes}",

@@ -10,7 +10,10 @@ from moetron.moe.config.schema.settings import fields
 
 def flag_answer(flag: str, valid: Iterable[str]) -> str:
     """What to say after ``unknown flag --X``: with a separator, or empty."""
-    return _answer(flag.lstrip("-"), flag_name) or nearest(flag, valid)
+    name = flag.lstrip("-").rpartition(".")[2]  # --model.num-layers
+    if name != flag.lstrip("-") and f"--{name}" in (valid := list(valid)):
+        return f": use --{name}, without the group"
+    return _answer(name, flag_name) or nearest(flag, valid)
 
 
 def key_answer(key: str, valid: Iterable[str]) -> str:

@@ -117,6 +117,24 @@ def test_a_flag_without_its_value_is_told_once(path: Path) -> None:
     assert problems("--config", path, "--lr") == ["--lr needs a value"]
 
 
+def test_a_config_flag_without_its_value_hides_no_recipe(path: Path) -> None:
+    assert problems("--config", path, "--config") == ["--config needs a value"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "said"),
+    [
+        ("{data_path: [a], untill_tokens: 5}", "unknown key `untill_tokens`; did you mean until_"),
+        ("{until_tokens: 5}", "entry 1 lacks `data_path`"),
+        ("{data_path: a, until_tokens: x}", "entry 1, `until_tokens` x: Input should be a valid"),
+        ("{data_path: a, learning_rate: {rate: 1}}", "entry 1.learning_rate"),
+    ],
+)
+def test_what_is_wrong_inside_a_stage_is_named(path: Path, stage: str, said: str) -> None:
+    (problem,) = problems("--config", path, "--no-mock-data", "--dry-run", "--stages", stage)
+    assert problem.startswith(f"--stages {stage}: entry 1") and said in problem
+
+
 def test_a_truth_value_is_no_number(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(RECIPE.replace("num_layers: 2", "num_layers: yes"))

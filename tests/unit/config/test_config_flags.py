@@ -97,7 +97,7 @@ def test_problems(argv: list[str], problem: str) -> None:
         (["--no-load-optim", "on"], {"no_load_optim": True}),
         (["--load-optim"], {"no_load_optim": False}),
         (["--sequence-parallel", "none"], {"sequence_parallel": None}),
-        (["--bf16", "perhaps"], {"bf16": "perhaps"}),  # pydantic refuses it
+        (["--bf16=perhaps"], {"bf16": "perhaps"}),  # pydantic refuses it
     ],
 )
 def test_a_switch_takes_a_truth_value(argv: list[str], expected: dict[str, object]) -> None:
@@ -111,7 +111,10 @@ def test_a_switch_takes_a_truth_value(argv: list[str], expected: dict[str, objec
     [
         (["--fp32", "false"], "--fp32 false: it turns off and takes no value; --bf16 turns on"),
         (["--no-swiglu=x"], "--no-swiglu x: it turns off and takes no value; --swiglu turns on"),
-        (["--dry-run", "perhaps"], "--dry-run perhaps: must be true or false"),
+        (["--dry-run=perhaps"], "--dry-run perhaps: must be true or false"),
+        (["--bf16", "r.yaml"], "unexpected argument 'r.yaml': it follows no flag"),
+        (["--bf16", "lr=1"], "unexpected argument 'lr=1': it follows no flag; write --lr 1"),
+        (["--training.seed", "1"], "unknown flag --training.seed: use --seed, without the group"),
         (["--no-no-load-optim"], "unknown flag --no-no-load-optim"),
     ],
 )

@@ -2,6 +2,8 @@
 
 import argparse
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,6 +76,11 @@ def test_a_file_address_is_answered_with_its_path(recipe: Path) -> None:
     assert line == "--load file:///data/run: an address, not a path: give the path alone, /data/run"
 
 
+def test_an_unset_variable_of_the_shell_is_no_path(recipe: Path) -> None:
+    (line,) = problems("--config", str(recipe), "--dry-run", "--save", "")
+    assert line == "--save : empty: give a path (an unset variable of the shell?)"
+
+
 def test_what_a_shell_would_expand(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     argv = ["--config", str(recipe), "--dry-run"]
@@ -88,6 +95,7 @@ def parse(*argv: str) -> argparse.Namespace:
     parser.add_argument("--load", type=Path)
     parser.add_argument("--input", nargs="+", default=[])
     parser.add_argument("--prompt", type=str)
+    parser.add_foreign({"--checkpoint": "use --load"})
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("export").add_argument("--output", type=Path)
     return parser.parse_args(argv)
@@ -100,6 +108,10 @@ def parse(*argv: str) -> argparse.Namespace:
         (["--input", "a", "code=gs://b/c"], "argument --input: code=gs://b/c: an address"),
         (["export", "--output", "hdfs://n/x"], "argument --output: hdfs://n/x: an address"),
         (["--load", "$WORK/run"], "argument --load: $WORK/run: the variable $WORK"),
+        (["--load", ""], "argument --load: : empty: give a path"),
+        (["--lod=run"], "unknown flag --lod; did you mean --load?"),
+        (["export", "stray"], "unexpected argument 'stray': it follows no flag"),
+        (["--checkpoint", "x"], "unknown flag --checkpoint: use --load"),
     ],
 )
 def test_a_tools_arguments_are_paths(
@@ -117,6 +129,13 @@ def test_a_tools_text_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     assert given.prompt == "see https://a.org"
     assert given.load == Path("/home/me/run")
     assert given.input == ["0.5", "a"]
+
+
+def test_preprocessing_answers_megatrons_flags() -> None:
+    program = [sys.executable, str(ROOT / "tools" / "preprocess_corpus.py"), "--json-keys", "text"]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "unknown flag --json-keys: use --text-key" in done.stderr
 
 
 @pytest.mark.parametrize("tool", sorted((ROOT / "tools").glob("*.py")), ids=lambda path: path.stem)
