@@ -29,6 +29,8 @@ from moetron.tokenizers.load import load_tokenizer
 def main() -> int:
     """Parse and check, then plan or pretrain; returns the exit code."""
     command = load(sys.argv[1:])
+    for note in command.notes if command.rank == 0 or command.dry_run else []:
+        print(f"note: {note}", file=sys.stderr)
     try:
         tokenizer = open_tokenizer(command.settings)
         vocab_size = vocabulary(command.settings, tokenizer)

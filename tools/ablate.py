@@ -20,6 +20,7 @@ from pathlib import Path
 from moetron.common.errors import ConfigError, UserError
 from moetron.moe.analysis.ablation import execute, sweep
 from moetron.moe.config import flags
+from moetron.moe.config.paths import ToolParser
 from moetron.moe.training.resilience import EXIT_STOPPED, StopSignal, run_guarded
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,9 +29,7 @@ SWEEPS = ROOT / "examples" / "ablations"
 
 def parser() -> argparse.ArgumentParser:
     """The command line up to ``--``."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(description=__doc__)
     parser.add_argument("sweep", metavar="SWEEP", help="a file, or a name in examples/ablations")
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder of all runs")
     parser.add_argument("--jobs", type=int, help="runs at a time (default: one a core)")

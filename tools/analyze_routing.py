@@ -20,6 +20,7 @@ from moetron.moe.analysis import figures, specialization
 from moetron.moe.analysis import routing_study as study
 from moetron.moe.analysis.routing_trace import Windows
 from moetron.moe.checkpoint import run_folder as checkpoint_folder
+from moetron.moe.config.paths import ToolParser
 from moetron.moe.monitoring.library_warnings import quieten_libraries
 from moetron.tokenizers.interface import Tokenizer
 from moetron.tokenizers.load import load_known_tokenizer, load_tokenizer
@@ -27,15 +28,14 @@ from moetron.tokenizers.load import load_known_tokenizer, load_tokenizer
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = ToolParser(description=__doc__)
     add = parser.add_argument
     add("model", type=Path, metavar="RUN|HF_FOLDER", help="a run's folder or a HuggingFace model")
     add("--data", nargs="+", metavar="NAME=PREFIX", help="default: the run's validation shards")
     add("--checkpoints", choices=("all", "latest"), default="all", help="to compare (default: all)")
     add("--tokens-per-class", dest="tokens", type=int, default=16_384, help="default: 16384")
     add("--seq-length", type=int, help="tokens of a window; default: the run's, else 1024")
-    add("--token-class", nargs="+", default=[], metavar="NAME=REGEX", help="default: words, ...")
+    add("--token-class", type=str, nargs="+", default=[], metavar="NAME=REGEX", help="of tokens")
     add("--layers", type=int, nargs="+", help="to watch, from 0; default: all with experts")
     add("--adjacent-pairs", action="store_true", help="count co-activation as OLMoE's script did")
     add("--tokenizer-model", metavar="PATH", help="default: the run's, or the folder's")
@@ -104,13 +104,13 @@ def main() -> int:
     arguments = parser().parse_args()
     quieten_libraries()
     folder = (arguments.model / "config.json").is_file()
+    if arguments.output is not None:
+        checkpoint_folder.make_run_folder(arguments.output, "--output")
     try:
         result = watch_folder(arguments) if folder else watch_run(arguments)
     except UserError as error:
         raise UserError(str(error)) from error
-    output = arguments.output or arguments.model / "analysis"
-    for path in figures.write(result, output):
-        print(path)
+    print(*figures.write(result, arguments.output or arguments.model / "analysis"), sep="\n")
     return 0
 
 

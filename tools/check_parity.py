@@ -22,6 +22,7 @@ from pathlib import Path
 from moetron.common.errors import UserError
 from moetron.moe.checkpoint import run_folder as checkpoint_folder
 from moetron.moe.config.command import load
+from moetron.moe.config.paths import ToolParser
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.monitoring.library_warnings import quieten_libraries
 from moetron.moe.plan.named_layouts import layouts_of, parse
@@ -32,9 +33,7 @@ PROGRAM = Path(__file__).resolve().parents[1] / "pretrain_moe.py"
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(description=__doc__)
     add = parser.add_argument
     add("--config", required=True, metavar="RECIPE.yaml", help="what to train")
     which = parser.add_mutually_exclusive_group(required=True)
@@ -46,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     add("--norm-tolerance", type=float, default=1e-4, help="of gradient norms (default: 1e-4)")
     add("--gradient-tolerance", type=float, default=1e-4, help="by parameter (default: 1e-4)")
     add("--timeout-s", type=float, default=1800.0, help="longest run, in seconds (default: 1800)")
-    add("flags", nargs="*", metavar="-- FLAGS", help="of pretrain_moe.py")
+    add("flags", type=str, nargs="*", metavar="-- FLAGS", help="of pretrain_moe.py")
     return parser
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from moetron.common.files import require_writable
 from moetron.data.corpora import debian, python_text, system_text
 from moetron.data.corpora.collect import (
     MANIFEST,
@@ -22,16 +23,14 @@ from moetron.data.corpora.collect import (
     write_corpus,
     write_manifest,
 )
+from moetron.moe.config.paths import ToolParser
 
 DEFAULT_MB = {"system": 32.0, "debian": 400.0, "all": 432.0}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    assert __doc__ is not None
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(description=__doc__)
     add = parser.add_argument
     add("--output", type=Path, required=True, metavar="DIR", help="folder of the corpus")
     add("--source", choices=sorted(DEFAULT_MB), default="system", help="default: %(default)s")
@@ -63,6 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     if is_current(args.output, made_from):
         print(f"{args.output} is current")
         return 0
+    require_writable(args.output / MANIFEST)
     (args.output / MANIFEST).unlink(missing_ok=True)
     started = time.monotonic()
     tasks, licences = gather(args.source, args.output)

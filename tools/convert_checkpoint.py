@@ -17,6 +17,7 @@ from pathlib import Path
 from moetron.common.errors import UserError
 from moetron.moe.checkpoint import run_folder as checkpoint_folder
 from moetron.moe.checkpoint.vocabulary import vocabulary_of
+from moetron.moe.config.paths import ToolParser
 from moetron.moe.monitoring.library_warnings import quieten_libraries
 from moetron.tokenizers.export import exported
 from moetron.tokenizers.interface import Tokenizer
@@ -27,9 +28,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("to-hf", help="write a folder that transformers loads")
     load = commands.add_parser("from-hf", help="write a checkpoint to start from")

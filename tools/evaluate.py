@@ -23,6 +23,7 @@ from moetron.common.files import write_text
 from moetron.moe.checkpoint import run_folder as checkpoint_folder
 from moetron.moe.checkpoint.compatibility import tokenizer_fingerprints
 from moetron.moe.checkpoint.vocabulary import vocabulary_of
+from moetron.moe.config.paths import ToolParser
 from moetron.moe.config.schema.derived import reads_prefix
 from moetron.moe.monitoring.library_warnings import quieten_libraries
 from moetron.tokenizers.interface import Tokenizer
@@ -31,9 +32,7 @@ from moetron.tokenizers.load import load_known_tokenizer
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(description=__doc__)
     add = parser.add_argument
     add("--load", type=Path, required=True, metavar="RUN", help="where the checkpoint lies")
     add("--tasks", required=True, help="names, separated by commas")
@@ -94,6 +93,8 @@ def main() -> int:
     record = checkpoint_folder.read(arguments.load).record
     settings = checkpoint_folder.one_rank_settings(record)
     tokenizer = open_tokenizer(arguments, record)
+    if arguments.output is not None:
+        checkpoint_folder.make_run_folder(arguments.output.parent, "--output")
     from lm_eval.utils import make_table
 
     from moetron.moe.analysis.lm_eval_model import HarnessModel

@@ -11,16 +11,16 @@ import sys
 from pathlib import Path
 
 from moetron.data.corpora.labels import labelled_texts
+from moetron.data.readers.first_rows import require_texts
 from moetron.data.readers.input_files import find_files
+from moetron.moe.config.paths import ToolParser
 from moetron.tokenizers.export import export
 from moetron.tokenizers.load import load_tokenizer
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(description=__doc__)
     add = parser.add_argument
     add("tokenizer", metavar="PATH", help="a SentencePiece .model or a HuggingFace tokenizer.json")
     add("--output", type=Path, required=True, metavar="FOLDER", help="where to write")
@@ -49,6 +49,8 @@ def main() -> int:
     """Export, compare; the exit code."""
     arguments = parser().parse_args()
     try:
+        if arguments.sample:
+            require_texts(find_files(arguments.sample), arguments.text_key, max_bad_fraction=1.0)
         export(load_tokenizer(arguments.tokenizer), arguments.output)
         return 0 if not arguments.sample or compare(arguments) else 2
     except (ValueError, OSError, ImportError) as error:

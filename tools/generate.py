@@ -24,6 +24,7 @@ from moetron.data.objectives.prompts import HOLE, Mode, filled, prompt_ids
 from moetron.moe.checkpoint import run_folder as checkpoint_folder
 from moetron.moe.checkpoint.compatibility import tokenizer_fingerprints
 from moetron.moe.checkpoint.vocabulary import vocabulary_of
+from moetron.moe.config.paths import ToolParser
 from moetron.moe.config.schema.derived import reads_prefix
 from moetron.moe.inference.sampling import Sampling
 from moetron.moe.monitoring.library_warnings import quieten_libraries
@@ -33,17 +34,10 @@ from moetron.tokenizers.load import load_known_tokenizer
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = ToolParser(description=__doc__)
     add = parser.add_argument
-    add(
-        "--load",
-        type=Path,
-        required=True,
-        metavar="RUN",
-        help="in any layout; a run: its latest checkpoint",
-    )
-    add("--prompt", action="append", help="text to continue; may be given again (default: none)")
+    add("--load", type=Path, required=True, metavar="RUN", help="where the checkpoint lies")
+    add("--prompt", type=str, action="append", help="text to continue; may be given again")
     add("--prompts-file", type=Path, metavar="FILE", help="more prompts, one a line")
     add("--mode", choices=get_args(Mode), default="causal", help="UL2's modes: s2s, nlu, nlg")
     add("--max-new-tokens", type=int, default=100, help="stop after so many (default: 100)")

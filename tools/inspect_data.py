@@ -16,6 +16,7 @@ from pathlib import Path
 
 from moetron.common.argument_types import whole_number
 from moetron.common.errors import ConfigError, UserError
+from moetron.common.files import require_writable
 from moetron.data.inspect.sample_view import documents, draw_lengths, stage_samples
 from moetron.data.inspect.shard_report import blend_table, length_histogram, shard_summary
 from moetron.data.shards.shard import Shard
@@ -24,6 +25,7 @@ from moetron.data.stream.blend import open_blend, split_data_path
 from moetron.data.stream.open_streams import open_training
 from moetron.data.stream.stages import use_table
 from moetron.moe.config.command import read_recipes
+from moetron.moe.config.paths import ToolParser
 from moetron.moe.config.schema.derived import total_samples
 from moetron.moe.config.validate import validate
 from moetron.tokenizers.load import load_tokenizer
@@ -31,9 +33,7 @@ from moetron.tokenizers.load import load_tokenizer
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(description=__doc__)
     add, count, size = parser.add_argument, whole_number(0), whole_number(1)
     add("data_path", nargs="*", metavar="[WEIGHT] PREFIX", help="shards, as --data-path takes them")
     add("--tokenizer", metavar="PATH", help="decode with this tokenizer (default: the recipe's)")
@@ -73,6 +73,8 @@ def show_recipes(arguments: argparse.Namespace) -> None:
 
 def show_shards(arguments: argparse.Namespace) -> bool:
     """Print the shards that the command line names; whether all are sound."""
+    if arguments.png:
+        require_writable(arguments.png)
     prefixes = split_data_path(arguments.data_path)[1]
     shards = [Shard(name) for prefix in prefixes for name in members(prefix)]
     for shard in shards:

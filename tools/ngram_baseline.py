@@ -13,19 +13,19 @@ from pathlib import Path
 
 import numpy as np
 
-from moetron.common.files import atomic_file
+from moetron.common.files import atomic_file, require_writable
 from moetron.data.inspect.ngrams import NgramModels, cross_entropies
 from moetron.data.shards.shard import Shard
 from moetron.data.stream.blend import open_blend
 from moetron.data.stream.token_stream import TokenStream, validation_stream
+from moetron.moe.config.paths import ToolParser
 
 BATCH_TOKENS = 1 << 20
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ToolParser(description=__doc__)
     add = parser.add_argument
     add("--train-data-path", nargs="+", required=True, metavar="PREFIX", help="as --data-path")
     add("--valid-data-path", nargs="+", required=True, metavar="PREFIX", help="the same")
@@ -57,6 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Count, judge, print."""
     args = parse(arguments)
     started = time.monotonic()
+    if args.output is not None:
+        require_writable(args.output)  # now rather than after the count
     blend = open_blend(args.train_data_path, args.seq_length)
     training = [shard for source in blend.sources for shard in source.shards]
     stream = validation_stream(args.valid_data_path, args.seq_length)
@@ -81,7 +83,6 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"  bigram (modified Kneser-Ney)     {found.bigram:.4f}")
     print(f"{time.monotonic() - started:.1f} s")
     if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(args.output) as file:
             file.write(json.dumps(figures, indent=2).encode() + b"\n")
     return 0

@@ -17,6 +17,7 @@ from moetron.common.errors import UserError
 from moetron.moe.config import recipe
 from moetron.moe.config.command import Command, load, merge
 from moetron.moe.config.flags import parse
+from moetron.moe.config.paths import ToolParser
 from moetron.moe.config.schema.derived import smallest_world_size, total_samples
 from moetron.moe.config.validate import validate
 from moetron.moe.plan.flops import flops_per_token
@@ -34,15 +35,13 @@ H100_FLOPS_PER_DAY = UTILISATION * PEAK_BF16_TFLOPS_PER_S["H100"] * 1e12 * 86_40
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(description=__doc__)
     add = parser.add_argument
     add("recipe", nargs="?", metavar="RECIPE", help="a folder of examples/, or a YAML file")
     add("--list", action="store_true", help="every recipe, as examples/README.md")
     add("--world-size", type=int, metavar="N", help="ranks (default: the fewest)")
     add("--rank", type=int, default=0, metavar="R", help="whose memory (default: 0)")
-    add("flags", nargs="*", metavar="-- FLAGS", help="of pretrain_moe.py")
+    add("flags", type=str, nargs="*", metavar="-- FLAGS", help="of pretrain_moe.py")
     return parser
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Turn text into token shards: .bin/.idx as Megatron reads them, and a manifest.
 
-    python tools/preprocess_corpus.py --input 'corpus/*.jsonl' --tokenizer tok.model \
+    python tools/preprocess_corpus.py --input 'corpus/*.jsonl' --tokenizer tok.model \\
         --output-prefix data/train --append-eod
 
 Inputs are JSONL (.jsonl, .json, also with .gz or .zst), Parquet or Arrow (HuggingFace datasets on
@@ -11,7 +11,6 @@ work done, or goes on where it was killed. Exit codes: 0 done, 2 something to me
 message, 1 a worker died, 75 stopped by a signal (SIGINT, SIGTERM): run it again to go on.
 """
 
-import argparse
 import gc
 import signal
 import sqlite3
@@ -21,6 +20,18 @@ from concurrent.futures import BrokenExecutor
 from moetron.common.errors import UserError
 from moetron.data.prepare.options import Options, add_flags
 from moetron.data.prepare.preprocess import preprocess
+from moetron.moe.config.paths import ToolParser
+
+MEGATRON = {
+    "--json-keys": "use --text-key",
+    "--tokenizer-model": "use --tokenizer",
+    "--tokenizer-type": "leave it out: the file of --tokenizer says it",
+    "--vocab-file": "give --tokenizer a tokenizer.json",
+    "--merge-file": "give --tokenizer a tokenizer.json",
+    "--partitions": "use --share I/N and --merge-shares N",
+    "--split-sentences": "not supported: a document stays whole",
+}
+"""Flags of Megatron-LM's tools/preprocess_data.py that have another name here."""
 
 WORKER_DIED = (
     "preprocess_corpus: a worker process died, most likely of too little memory; run the same "
@@ -34,10 +45,9 @@ NOT_WRITTEN = (
 
 def main() -> int:
     """Preprocess as the command line says; the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(description=__doc__)
     add_flags(parser)
+    parser.add_foreign(MEGATRON)
     options = Options.of(parser.parse_args())
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -8,12 +8,12 @@ RUN is a --save folder. The page (default: RUN/report.html) shows what tools/ana
 found, if it ran. Exit codes: 0 done, 2 something to mend, named in one message.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 from moetron.common.errors import UserError
 from moetron.moe.analysis.curves import draw
+from moetron.moe.config.paths import ToolParser
 
 PICTURES = (".png", ".svg", ".pdf")
 
@@ -35,9 +35,7 @@ def write(runs: list[Path], output: Path) -> None:
 
 def main() -> int:
     """Write, and say where."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(description=__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="runs' folders")
     parser.add_argument("--output", type=Path, help="default: report.html in the first run")
     options = parser.parse_args()

@@ -18,7 +18,9 @@ from typing import Any
 from moetron.common.argument_types import positive_number
 from moetron.common.files import atomic_file, beside, require_writable
 from moetron.data.corpora.labels import labelled_texts
+from moetron.data.readers.first_rows import require_texts
 from moetron.data.readers.input_files import find_files
+from moetron.moe.config.paths import ToolParser
 from moetron.tokenizers.fertility import draw, measure, table
 from moetron.tokenizers.train import TrainingOptions, is_current, train
 from moetron.tokenizers.training_sample import sample_sources
@@ -27,7 +29,7 @@ from moetron.tokenizers.umt5 import SentencePieceTokenizer
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(description=__doc__)
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="PATH", help="files, folders or globs")
     add("--text-key", default="text", help="key of the text (default: %(default)s)")
@@ -73,6 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{model_path} is current")
         return 0
     require_writable(args.output)  # now rather than after hours of training
+    for problem in require_texts(paths, args.text_key, max_bad_fraction=1.0):
+        print(f"train_tokenizer: {problem}; it gives no text", file=sys.stderr)
     started = time.monotonic()
     budget = round(args.sample_mb * 1e6)
     sample = sample_sources(
@@ -80,9 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     drawn = sum(len(block) for found in sample.values() for block in found)
     if drawn == 0:
-        raise ValueError(
-            f"--input: {len(paths)} files, but no text under --text-key {args.text_key}"
-        )
+        raise ValueError(f"--input: {len(paths)} files, but no text in them")
     print(f"training {options.vocab_size} pieces on {drawn / 1e6:.1f} M characters ...", flush=True)
     model = train((block for found in sample.values() for block in found), options)
     with atomic_file(model_path) as file:

@@ -2,7 +2,7 @@
 """Turn a dense checkpoint into the start of a mixture of experts, without a GPU, tensor by tensor.
 
     python tools/upcycle.py --load DENSE --output RUN --num-experts 8 --moe-router-topk 2
-    python tools/upcycle.py --load DENSE --output RUN --num-experts 64 --moe-router-topk 8 \
+    python tools/upcycle.py --load DENSE --output RUN --num-experts 64 --moe-router-topk 8 \\
       --moe-ffn-hidden-size 1024 --noise-fraction 0.5
 
 DENSE is a run's folder (its latest checkpoint), one step_* folder, or a folder of HuggingFace's.
@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from moetron.common.errors import ConfigError, UserError
 from moetron.moe.config import flags
 from moetron.moe.config.command import check, merge
+from moetron.moe.config.paths import ToolParser
 from moetron.moe.config.schema.field import flag_name
 from moetron.moe.config.upcycling import UpcyclingSettings
 from moetron.moe.monitoring.library_warnings import quieten_libraries
@@ -30,11 +31,7 @@ from moetron.tokenizers.load import load_tokenizer
 
 def parser() -> argparse.ArgumentParser:
     """The command line, without the flags about experts."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = ToolParser(description=__doc__, allow_abbrev=False)
     defaults = UpcyclingSettings()
     add = parser.add_argument
     add("--load", type=Path, required=True, help="the dense model")

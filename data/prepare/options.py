@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from moetron.common.files import is_utf8
+from moetron.common.files import bare_prefix, is_utf8
 from moetron.data.encoding.filters import Filters
 
 
@@ -173,6 +173,8 @@ def _prefix_problem(prefix: str) -> str | None:
         return "the name is not UTF-8; choose another"
     if prefix.endswith(("/", os.sep)) or Path(prefix).name in ("", ".."):
         return "names a folder; add the beginning of the files' names, such as 'train'"
+    if bare_prefix(prefix) != prefix:
+        return "the shard's files get their endings: give the name without .bin or .idx"
     return None
 
 

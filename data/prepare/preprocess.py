@@ -33,6 +33,7 @@ from moetron.data.prepare.ray_engine import require_ray
 from moetron.data.prepare.shard_set_writer import FamilyWriter
 from moetron.data.prepare.stop_requests import stop_requests
 from moetron.data.readers import standard_input
+from moetron.data.readers.first_rows import ROWS, require_texts
 from moetron.data.readers.input_files import find_files
 from moetron.data.shards.manifest import Manifest, TokenizerRecord, read_manifest, write_manifest
 from moetron.data.shards.shard_set import family
@@ -76,9 +77,11 @@ def preprocess(options: Options) -> Outcome:
     mine = outputs if share is None else [share.prefix(output) for output in outputs]
     if named := [name for name in options.inputs if name != standard_input.NAME]:
         find_files(named, outputs)  # a mistake here leaves not even a folder behind
-    with held(mine), standard_input.kept(options.inputs, options.output_prefix) as inputs:
+    tokenizer = load_tokenizer(options.tokenizer)
+    kept = standard_input.kept(options.inputs, options.output_prefix, options.text_key)
+    with held(mine), kept as inputs:
         files = find_files(inputs, outputs)
-        run = _Run(options, files, load_tokenizer(options.tokenizer), share)
+        run = _Run(options, files, tokenizer, share)
         if current := run.current():
             discard(run.prefixes)
             return Outcome(current, True, "the inputs and settings are those of the last run")
@@ -92,7 +95,7 @@ class _Run:
         self, options: Options, files: list[Path], tokenizer: Tokenizer, share: Share | None
     ) -> None:
         self.options, self.tokenizer, self.share = options, tokenizer, share
-        self.files = share.of(files) if share else files
+        self.all_files, self.files = files, share.of(files) if share else files
         self.record = TokenizerRecord(
             name=tokenizer.name,
             fingerprint=tokenizer.fingerprint,
@@ -108,6 +111,7 @@ class _Run:
             self.prefixes = self.outputs + list(map(sizes_prefix, self.outputs))
             self.vocab_sizes += [SIZES_VOCAB] * len(self.outputs)
         self.shard_size_tokens = None if share else options.shard_size_tokens
+        self._warned = False
         self.deduplicate = options.filters.deduplicate and not share
         self.settings: dict[str, Any] = {
             name: getattr(options, name)
@@ -141,7 +145,10 @@ class _Run:
 
     def make(self) -> Outcome:
         """Read, encode, write; a user's mistake leaves nothing half-written behind."""
-        state = read_state(self.prefixes[0], self.key) or self._begin(self.options.fast)
+        state = read_state(self.prefixes[0], self.key)
+        if state is None:
+            self._look_first()
+            state = self._begin(self.options.fast)
         try:
             try:
                 return self._go_on(state)
@@ -154,6 +161,12 @@ class _Run:
         except UserError:
             discard(self.prefixes)
             raise
+
+    def _look_first(self) -> None:
+        """Refuse a key that the rows do not have, before all of them are read."""
+        options = self.options
+        for line in require_texts(self.all_files, options.text_key, options.max_bad_fraction):
+            logger.warning("%s; its rows will count as bad", line)
 
     def merge(self, count: int) -> Outcome:
         """Put shares together, to the bytes of a single run, and remove them."""
@@ -237,6 +250,7 @@ class _Run:
             try:
                 for encoded in chunks:
                     self._take(encoded, output, progress)
+                    self._warn_of_bad(output.state)
                     if stopping():
                         break
             except BrokenExecutor:
@@ -254,6 +268,21 @@ class _Run:
             return
         output.take(with_sizes(encoded, len(self.outputs)) if self.share else encoded)
         progress.update(encoded.read_bytes, sum(side.tokens.size for side in encoded.sides))
+
+    def _warn_of_bad(self, state: State) -> None:
+        """Say once, while there is time to stop, that so far more rows are bad than allowed."""
+        allowed = self.options.max_bad_fraction
+        if self._warned or state.rows < ROWS or state.rejected <= allowed * state.rows:
+            return
+        self._warned = True
+        logger.warning(
+            "%d of the first %d rows are bad (%s); if that stays above --max-bad-fraction %s, the "
+            "run is refused in the end",
+            state.rejected,
+            state.rows,
+            state.reasons[0].reason,
+            allowed,
+        )
 
     def _finish(self, output: Output) -> dict[str, Manifest]:
         """Give all files their names and vouch for them."""

@@ -1,6 +1,6 @@
 """Tasks of preprocessing before they are encoded: rows of JSON, rows of a table, or whole files."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -9,6 +9,7 @@ import orjson
 
 BOM = b"\xef\xbb\xbf"
 """What some editors write before UTF-8; it is no part of the text."""
+KEYS_SHOWN = 12
 Document = tuple[str, dict[str, Any]]
 """The text of a row, and the row (empty where a file is a document)."""
 
@@ -117,9 +118,12 @@ class TableChunk:
 
     def documents(self, text_key: str) -> Iterator[Document | Reject]:
         """The text of each row."""
+        absent = text_key not in self.batch.schema.names
         for number, row in enumerate(self._rows(), self.first_row):
             if isinstance(row, str):
                 yield Reject(self.file, number, row)
+            elif absent:  # of the columns, not all may have been read
+                yield Reject(self.file, number, f"no key {text_key!r}")
             else:
                 yield document_of(row, text_key, self.file, number)
 
@@ -165,8 +169,15 @@ def document_of(row: Any, text_key: str, file: str, line: int) -> Document | Rej
     if not isinstance(row, dict):
         return Reject(file, line, f"not a JSON object but {type(row).__name__}")
     if text_key not in row:
-        return Reject(file, line, f"no key {text_key!r}")
+        return Reject(file, line, f"no key {text_key!r}; the row has {key_list(row)}")
     text = row[text_key]
     if not isinstance(text, str):
         return Reject(file, line, f"{text_key!r} is {type(text).__name__}, not a string")
     return text, row
+
+
+def key_list(keys: Iterable[str]) -> str:
+    """The keys of a row, for a message; the first of many."""
+    names = list(keys)
+    shown = ", ".join(name[:40] for name in names[:KEYS_SHOWN])
+    return (shown + (", ..." if len(names) > KEYS_SHOWN else "")) or "no keys at all"

@@ -11,8 +11,10 @@ from typing import Any
 
 from moetron.common.errors import UserError
 from moetron.common.files import beside
+from moetron.data.readers.first_rows import require_text
 
 NAME = "-"
+HEAD_BYTES = 1 << 20
 
 
 class _Hashing:
@@ -27,11 +29,13 @@ class _Hashing:
 
 
 @contextmanager
-def kept(inputs: Sequence[str], prefix: str) -> Iterator[list[str]]:
+def kept(inputs: Sequence[str], prefix: str, text_key: str) -> Iterator[list[str]]:
     """``inputs`` with ``PREFIX.stdin.jsonl``, a copy of standard input, in the place of ``-``.
 
     Its modification time follows from its content: inputs are known by name, size and time, so the
     same rows are the same input again. The copy is removed in the end.
+
+    Raises UserError where standard input is all there is, and its first rows have no text.
     """
     if NAME not in inputs:
         yield list(inputs)
@@ -39,7 +43,7 @@ def kept(inputs: Sequence[str], prefix: str) -> Iterator[list[str]]:
     copy = copy_path(prefix)
     copy.parent.mkdir(parents=True, exist_ok=True)
     try:
-        _copy(copy)
+        _copy(copy, text_key if set(inputs) == {NAME} else None)
         yield [str(copy) if name == NAME else name for name in inputs]
     finally:
         copy.unlink(missing_ok=True)
@@ -50,12 +54,16 @@ def copy_path(prefix: str) -> Path:
     return beside(prefix, ".stdin.jsonl")
 
 
-def _copy(path: Path) -> None:
-    """Write standard input to a file."""
+def _copy(path: Path, text_key: str | None) -> None:
+    """Write standard input to a file; with a key, look at its first rows before the rest."""
     if sys.stdin is None:
         raise UserError("--input -: standard input is closed; redirect or pipe rows to it")
     with path.open("wb") as file:
         hashing = _Hashing(file)
+        head = sys.stdin.buffer.read(HEAD_BYTES)
+        if text_key is not None and len(head) == HEAD_BYTES:
+            require_text("standard input", head, text_key)
+        hashing.write(head)
         shutil.copyfileobj(sys.stdin.buffer, hashing, 1 << 20)
     time_ns = int.from_bytes(hashing.digest.digest()[:7], "little")
     os.utime(path, ns=(time_ns, time_ns))

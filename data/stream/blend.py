@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from moetron.common.errors import UserError
+from moetron.common.files import bare_prefix
 from moetron.data.addressing.windowing import Cutting
 from moetron.data.shards.shard import Shard
 from moetron.data.shards.shard_set import members
@@ -117,9 +118,9 @@ def split_data_path(data_path: Sequence[str]) -> tuple[list[float] | None, list[
     if not data_path:
         raise UserError("--data-path is empty: give PREFIX or WEIGHT PREFIX WEIGHT PREFIX ...")
     if _number(data_path[0]) is None:
-        return None, list(data_path)
+        return None, [bare_prefix(word) for word in data_path]
     weights = [_number(word) for word in data_path[::2]]
-    prefixes = list(data_path[1::2])
+    prefixes = [bare_prefix(word) for word in data_path[1::2]]
     if len(weights) != len(prefixes) or None in weights:
         raise UserError(
             f"--data-path {' '.join(data_path)}: weights and prefixes must alternate: "

@@ -8,8 +8,10 @@ from typing import Any
 
 from moetron.common.errors import ConfigError
 from moetron.moe.config import checks, flags, machine, recipe
+from moetron.moe.config.paths import path_problem
+from moetron.moe.config.schema.derived import notes
 from moetron.moe.config.schema.field import flag_name
-from moetron.moe.config.schema.settings import Settings
+from moetron.moe.config.schema.settings import Settings, fields
 from moetron.moe.config.validate import Tree, validate
 
 
@@ -28,6 +30,8 @@ class Command:
     """Ranks: --world-size in a dry run, else torchrun's, else 1."""
     rank: int
     """This rank: --rank in a dry run, else torchrun's, else 0."""
+    notes: list[str]
+    """Settings that are read otherwise than they say, for the user to know."""
 
 
 def load(argv: Sequence[str]) -> Command:
@@ -42,8 +46,10 @@ def load(argv: Sequence[str]) -> Command:
     if build and not dry_run:
         problems.append("--build needs --dry-run: a real run builds its model anyway")
     world_size, rank = _ranks(given.options, dry_run, problems)
-    config = [Path(name) for name in given.options.get("config", [])]
+    names = given.options.get("config", [])
     try:
+        _refuse_addresses(names)
+        config = [Path(name) for name in names]
         tree = read_recipes(config)
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from error
@@ -52,18 +58,55 @@ def load(argv: Sequence[str]) -> Command:
     problems += [line for line in found if line.split()[0] not in valueless]
     if problems or settings is None:
         raise ConfigError(problems)
-    return Command(settings, config, dry_run, build, world_size, rank)
+    return Command(settings, config, dry_run, build, world_size, rank, notes(settings))
 
 
 def check(tree: Tree, world_size: int, dry_run: bool) -> tuple[Settings | None, list[str]]:
     """Settings of a tree, and all that is wrong with their values and with them together.
 
-    Settings are None where a required field is missing or faulty. A dry run needs no inputs.
+    Settings are None where a required field is missing or faulty; then the cross-checks report what
+    is wrong whatever it is. A dry run needs no inputs.
     """
     settings, problems, faulty = validate(tree)
-    if settings is not None:
-        problems += _without(faulty, _cross_checks(settings, world_size, dry_run))
+    tried = [settings] if settings is not None else _stood_in(tree, faulty)
+    found = [_without(faulty, _cross_checks(one, world_size, dry_run)) for one in tried]
+    problems += [line for line in found[0] if all(line in lines for lines in found)]
     return settings, problems
+
+
+STAND_INS: dict[str, tuple[Any, Any]] = {
+    "num_layers": (5040, 10080),
+    "hidden_size": (1 << 20, 1 << 21),
+    "num_attention_heads": (1, 2),
+    "seq_length": (1 << 20, 1 << 21),
+    "train_iters": (10**6, 10**7),
+    "micro_batch_size": (1, 2),
+    "global_batch_size": (5040, 10080),
+    "lr": (1.0, 2.0),
+}
+"""Two values for each required setting: a problem that both lead to does not come from them."""
+
+
+def _stood_in(tree: Tree, faulty: set[str]) -> list[Settings]:
+    """Settings with each of the two stand-ins for required values that are missing or faulty."""
+    required = [(group, name) for group, name, field in fields() if field.is_required()]
+    found = []
+    for which in (0, 1):
+        made: dict[str, dict[str, Any]] = {}
+        for group, name in required:
+            if name in faulty:
+                made.setdefault(group, {})[name] = STAND_INS[name][which]
+        settings, _, _ = validate(merge(tree, made))
+        assert settings is not None, "stand-ins are valid"
+        found.append(settings)
+    return found
+
+
+def _refuse_addresses(names: Sequence[str]) -> None:
+    """ConfigError for recipes that are not named by a path."""
+    found = [(name, path_problem(name)) for name in names]
+    if problems := [f"--config {name}: {problem}" for name, problem in found if problem]:
+        raise ConfigError(problems)
 
 
 def read_recipes(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:

@@ -7,6 +7,8 @@ stop at the first. So values stay text here, and pydantic judges flags and recip
 """
 
 import argparse
+import shutil
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,14 +23,25 @@ from moetron.moe.config.schema.field import (
     is_optional,
     is_switch,
     literals,
-    nearest,
     negative_flag_name,
     type_text,
 )
 from moetron.moe.config.schema.settings import Settings, fields
+from moetron.moe.config.synonyms import flag_answer
 
 _USAGE = "pretrain_moe.py [--config RECIPE.yaml ...] [--flag value ...]"
-_EPILOG = "Flags win over the recipe. An optional setting is unset by the value 'none'."
+_EPILOG = (
+    "Flags win over the recipe. An optional setting is unset by the value 'none'. A switch needs no"
+    " value, but takes true or false."
+)
+_HELP_WIDTH = 100
+_HELP_COLUMN = 30
+_TRUTH = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(
+    ("false", "no", "off", "0"), False
+)
+"""What a switch's value means."""
+_OWN_SWITCHES = ("dry_run", "build")
+"""Options of the command that take no value."""
 _MISSING = object()
 
 
@@ -44,27 +57,56 @@ class Given:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises instead of exiting; only ``--switch=value`` still gets here."""
+    """Raises instead of exiting."""
 
     def error(self, message: str) -> Any:
         raise ConfigError([message])
 
 
 class _Formatter(argparse.HelpFormatter):
-    """Shows ``--flag X`` although a missing value passes, to be reported with all else."""
+    """Wraps at spaces alone, keeps ``[default: X]`` in one piece, and paragraphs apart."""
+
+    def __init__(self, prog: str) -> None:
+        width = min(shutil.get_terminal_size().columns - 2, _HELP_WIDTH)
+        super().__init__(prog, max_help_position=_HELP_COLUMN, width=width)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        lines = []
+        for paragraph in text.split("\n\n"):
+            lines += textwrap.wrap(paragraph, width, break_on_hyphens=False)
+        return [line.replace("\xa0", " ") for line in lines]
 
     def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        """``--flag X`` although a missing value passes, to be reported with all else."""
         metavar = str(action.metavar or default_metavar)
         return f"{metavar} ..." if action.nargs == "*" else metavar
 
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if isinstance(action, _Switch):
+            return ", ".join(action.option_strings)
+        return super()._format_action_invocation(action)
+
 
 class _Switch(argparse.Action):
-    """Two flags of one switch: the first turns it on, the second off."""
+    """A flag that turns a switch on and, of a setting, one that turns it off.
+
+    Both take a truth value too; what is none is kept as text, for pydantic to refuse.
+    """
 
     def __call__(
         self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None
     ) -> None:
-        setattr(namespace, self.dest, option == self.option_strings[0])
+        turned: Any = _TRUTH.get(str(values).lower(), values)
+        if option != self.option_strings[0]:
+            turned = False if turned is True else _Refused(f"{option} {values}")
+        setattr(namespace, self.dest, turned)
+
+
+@dataclass(frozen=True)
+class _Refused:
+    """A flag that turns something off, with a value that is not true."""
+
+    said: str
 
 
 def default_text(setting: FieldInfo) -> str:
@@ -82,13 +124,13 @@ def _add(group: Any, name: str, setting: FieldInfo) -> None:
     """Add one setting's flag (or pair of flags) to an argparse group."""
     note = default_text(setting)
     note = note if note == "required" else f"default: {note}"
-    help_text = f"{setting.description} [{note}]".replace("%", "%%").replace("\n", " ")
+    note = note.replace(" ", "\xa0")
+    help_text = f"{setting.description} [{note}]".replace("%", "%%")
     common = {"dest": name, "default": argparse.SUPPRESS, "help": help_text}
     flag = flag_name(name)
     if is_switch(setting):
-        group.add_argument(
-            flag, negative_flag_name(name, setting), action=_Switch, nargs=0, **common
-        )
+        names = flag, negative_flag_name(name, setting)
+        group.add_argument(*names, action=_Switch, nargs="?", const=True, **common)
     elif is_list(setting):
         group.add_argument(flag, nargs="*", metavar="X", **common)
     else:
@@ -101,6 +143,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that are the command's own and no settings."""
     command = parser.add_argument_group("command")
     value: dict[str, Any] = {"nargs": "?", "const": _MISSING, "default": argparse.SUPPRESS}
+    switch: dict[str, Any] = {**value, "action": _Switch, "const": True}
     command.add_argument(
         "--config",
         action="append",
@@ -110,9 +153,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--dry-run",
-        action="store_true",
-        default=argparse.SUPPRESS,
         help="check everything, print the plan, train nothing",
+        **switch,
     )
     command.add_argument(
         "--world-size", metavar="N", help="ranks to plan for (with --dry-run)", **value
@@ -120,9 +162,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     command.add_argument("--rank", metavar="R", help="rank to plan for (with --dry-run)", **value)
     command.add_argument(
         "--build",
-        action="store_true",
-        default=argparse.SUPPRESS,
         help="build that rank's share without memory and compare it with the plan (with --dry-run)",
+        **switch,
     )
 
 
@@ -160,17 +201,44 @@ def _unknown(extras: Sequence[str], valid: Sequence[str]) -> list[str]:
     for extra in extras:
         if extra.startswith("-"):
             name = extra.split("=", 1)[0]
-            problems.append(f"unknown flag {name}{nearest(name, valid)}")
-    if not problems:
-        problems = [f"unexpected argument {extra!r}: it follows no flag" for extra in extras]
-    return problems
+            problems.append(f"unknown flag {name}{flag_answer(name, valid)}")
+    return problems or [_stray(extra, valid) for extra in extras]
+
+
+def _stray(word: str, valid: Sequence[str]) -> str:
+    """What is wrong with a word that belongs to no flag."""
+    name, equals, value = word.partition("=")
+    flag = flag_name(name.rpartition(".")[2])
+    remedy = f"; write {flag} {value}" if equals and flag in valid else ""
+    return f"unexpected argument {word!r}: it follows no flag{remedy}"
+
+
+def _explicit(argv: Sequence[str]) -> list[str]:
+    """The command line with ``--switch=value`` for switches, which take no other word."""
+    switches = {
+        flag
+        for _, name, setting in fields()
+        if is_switch(setting)
+        for flag in (flag_name(name), negative_flag_name(name, setting))
+    }
+    switches |= {flag_name(name) for name in _OWN_SWITCHES}
+    words: list[str] = []
+    for word in argv:
+        after_switch = bool(words) and words[-1] in switches
+        if after_switch and word.lower() in (*_TRUTH, "none", "null"):
+            words[-1] += f"={word}"
+        elif after_switch and not word.startswith("-"):
+            words[-1:] = [f"{words[-1]}=true", word]
+        else:
+            words.append(word)
+    return words
 
 
 def parse(argv: Sequence[str]) -> Given:
     """Read the command line. Only ``--help`` exits; every problem is returned, none is raised."""
     made = parser()
     try:
-        namespace, extras = made.parse_known_args(list(argv))
+        namespace, extras = made.parse_known_args(_explicit(argv))
     except ConfigError as error:
         return Given(problems=error.problems)
     given = Given(problems=_unknown(extras, list(_names())))
@@ -178,9 +246,17 @@ def parse(argv: Sequence[str]) -> Given:
     for name, value in vars(namespace).items():
         if value is _MISSING or value == [] or (isinstance(value, list) and _MISSING in value):
             given.problems.append(f"{flag_name(name)} needs a value")
+            if name == "config":
+                given.options[name] = [path for path in value if path is not _MISSING]
+        elif isinstance(value, _Refused):
+            given.problems.append(
+                f"{value.said}: it turns off and takes no value; {flag_name(name)} turns on"
+            )
         elif name in known:
             group, setting = known[name]
             given.settings.setdefault(group, {})[name] = _plain(value, setting)
+        elif name in _OWN_SWITCHES and not isinstance(value, bool):
+            given.problems.append(f"{flag_name(name)} {value}: must be true or false")
         else:
             given.options[name] = value
     return given

@@ -7,7 +7,8 @@ from typing import Any
 import yaml
 
 from moetron.common.errors import ConfigError
-from moetron.moe.config.schema.settings import Settings
+from moetron.moe.config.schema.settings import Settings, fields
+from moetron.moe.config.synonyms import key_answer
 
 
 class _Loader(yaml.SafeLoader):
@@ -57,8 +58,18 @@ def loads(text: str) -> dict[str, dict[str, Any]]:
         raise ConfigError(["must hold sections such as `model:`"])
     wrong = [name for name, section in tree.items() if not isinstance(section, dict | None)]
     if wrong:
-        raise ConfigError([f"`{name}` must hold keys and values, indented" for name in wrong])
+        raise ConfigError([_no_section(str(name)) for name in wrong])
     return {name: dict(section or {}) for name, section in tree.items()}
+
+
+def _no_section(name: str) -> str:
+    """What is wrong with a top-level key that holds no mapping."""
+    home = {field: group for group, field, _ in fields()}
+    if name in Settings.model_fields:
+        return f"`{name}` must hold keys and values, indented"
+    if name in home:
+        return f"key `{name}` belongs under `{home[name]}:`, indented"
+    return f"unknown section `{name}:`{key_answer(name, [*Settings.model_fields, *home])}"
 
 
 def _yaml_problem(error: yaml.YAMLError) -> str:

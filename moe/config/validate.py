@@ -5,7 +5,9 @@ from typing import Any
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
+from moetron.moe.config.schema.data import StageLearningRate, StageSettings
 from moetron.moe.config.schema.field import (
     Rule,
     flag_name,
@@ -15,6 +17,7 @@ from moetron.moe.config.schema.field import (
     type_text,
 )
 from moetron.moe.config.schema.settings import Settings, fields
+from moetron.moe.config.synonyms import key_answer
 
 Tree = Mapping[str, Mapping[str, Any]]
 
@@ -29,7 +32,7 @@ def _unknown_keys(tree: Tree) -> list[str]:
             continue
         for name in section:
             if name not in home:
-                problems.append(f"unknown key `{name}` under `{group}:`{nearest(name, home)}")
+                problems.append(f"unknown key `{name}` under `{group}:`{key_answer(name, home)}")
             elif home[name] != group:
                 problems.append(f"key `{name}` belongs under `{home[name]}:`, not `{group}:`")
     return problems
@@ -71,6 +74,21 @@ def _problem(
     return f"{flag} {_value_text(value)}: must be {type_text(field)}{unset}{hint}{reason}"
 
 
+def _inside(detail: ErrorDetails) -> Rule | None:
+    """What is wrong inside a mapping of a list, such as a stage; None for another place."""
+    _, _, *place = detail["loc"]
+    if len(place) < 2 or not isinstance(place[-1], str):
+        return None
+    where = ".".join(str(part + 1) if isinstance(part, int) else part for part in place[:-1])
+    kind, key = detail["type"], place[-1]
+    if kind == "missing":
+        return Rule(f"entry {where} lacks `{key}`")
+    if kind == "extra_forbidden":
+        known = StageSettings.model_fields | StageLearningRate.model_fields
+        return Rule(f"entry {where} has the unknown key `{key}`{nearest(key, known)}")
+    return Rule(f"entry {where}, `{key}` {_value_text(detail['input'])}: {detail['msg']}")
+
+
 def validate(tree: Tree) -> tuple[Settings | None, list[str], set[str]]:
     """(settings, problems, names of faulty fields).
 
@@ -92,7 +110,7 @@ def validate(tree: Tree) -> tuple[Settings | None, list[str], set[str]]:
         faulty.add(name)
         missing = detail["type"] == "missing" and len(detail["loc"]) == 2
         value = kept[group].get(name)
-        said = detail.get("ctx", {}).get("error")
+        said = detail.get("ctx", {}).get("error") or _inside(detail)
         problems.append(_problem(group, name, known[group, name], value, missing, said))
     if any(known[group, name].is_required() for group, name in known if name in faulty):
         return None, problems, faulty

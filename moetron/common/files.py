@@ -26,6 +26,11 @@ def beside(prefix: str | Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
 
+def bare_prefix(word: str) -> str:
+    """A prefix without the ending of one of its two files, with which it may be given."""
+    return word.removesuffix(".idx") if word.endswith(".idx") else word.removesuffix(".bin")
+
+
 def replace(temporary: Path, final: Path) -> None:
     """Give a finished, synced file its name, and make the name durable."""
     temporary.replace(final)

@@ -69,6 +69,8 @@ def _files() -> dict[str, str]:
         "section.yaml": yaml.safe_dump({**mock, "modle": {"num_layers": 2}}),
         "twice.yaml": "model:\n  num_layers: 2\n  num_layers: 3\n",
         "dense.yaml": yaml.safe_dump({**mock, "moe": {}}),
+        "flat.yaml": "num_layers: 2\n",
+        "huggingface.yaml": yaml.safe_dump({**mock, "attention": {"num_key_value_heads": 2}}),
         "text.jsonl": json.dumps({"text": TEXT}) + "\n",
         "wrong_key.jsonl": json.dumps({"content": TEXT}) + "\n",
         "not_json.jsonl": "{'text': 1}\n" * 5,
@@ -127,6 +129,7 @@ PREPROCESS = "tools/preprocess_corpus.py"
 TRAIN_TOKENIZER = "tools/train_tokenizer.py"
 GENERATE = "tools/generate.py"
 NGRAM = "tools/ngram_baseline.py"
+CONVERT = "tools/convert_checkpoint.py"
 
 BROKEN = {
     # recipes and flags
@@ -144,6 +147,20 @@ BROKEN = {
     f"{MOCK} --lr -1": "--lr -1",
     f"{MOCK} --lr nan": "--lr nan",
     f"{MOCK} stray": "stray",
+    f"{MOCK} --group-query-attention": "--num-query-groups alone groups the queries",
+    f"{MOCK} --bf16 true --fp32 false": "--fp32 false: it turns off and takes no value",
+    f"{MOCK} --lr abc --moe-router-topk 5": "--lr abc: must be.*--moe-router-topk 5 exceeds",
+    f"{PRETRAIN} --config huggingface.yaml": "use `num_query_groups` under `model:`",
+    f"{PRETRAIN} --config flat.yaml": "key `num_layers` belongs under `model:`, indented",
+    # addresses
+    f"{MOCK} --save s3://bucket/run": r"--save s3://bucket/run.*remote storage \(s3://\)",
+    f"{MOCK} --load az://b/run --tensorboard-dir r2://b": "az://.*r2://",
+    f"{PRETRAIN} --config hdfs://node/good.yaml": "--config hdfs://node/good.yaml: an address",
+    f"{GENERATE} --load gs://bucket/run": r"--load: gs://bucket/run.*remote storage \(gs://\)",
+    f"{PREPROCESS} --input https://host/t.jsonl --tokenizer bytes --output-prefix out": "https://",
+    f"{NGRAM} --train-data-path ok --valid-data-path ok --seq-length 8 --output s3://b/o": "s3://b",
+    f"{CONVERT} to-hf --load run --output s3://b/o": "--output: s3://b/o: an address",
+    "tools/report.py file:///runs/a": "give the path alone, /runs/a",
     # combinations
     f"{DRY} 3 --tensor-model-parallel-size 3": "--tensor-model-parallel-size 3.*heads",
     f"{DRY} 3 --expert-model-parallel-size 3": "--expert-model-parallel-size 3",
@@ -161,6 +178,8 @@ BROKEN = {
     # data
     f"{PRETRAIN} --config data.yaml": "no data",
     f"{DATA} absent": "no file absent.bin",
+    f"{DATA} nothing": "nothing: a folder: give the prefix of a shard in it",
+    f"{DATA} text.jsonl": "text.jsonl: not a token shard: make one with tools/preprocess_corpus",
     f"{DATA} no_idx": "no file no_idx.idx",
     f"{DATA} cut": "cut",
     f"{DATA} bad_idx": "bad_idx.idx",
@@ -186,7 +205,11 @@ BROKEN = {
     f"{MOCK} --load torn": "data.distcp has 2 bytes instead of 3",
     # tools
     f"{PREPROCESS} --input absent.jsonl --tokenizer bytes --output-prefix out": "absent.jsonl",
-    f"{PREPROCESS} --input wrong_key.jsonl --tokenizer bytes --output-prefix out": "text",
+    f"{PREPROCESS} --input wrong_key.jsonl --tokenizer bytes --output-prefix out": (
+        "no key 'text'; the row has content"
+    ),
+    f"{TRAIN_TOKENIZER} --input wrong_key.jsonl --output tok": "no key 'text'; the row has content",
+    f"{PREPROCESS} --input text.jsonl --tokenizer bytes --output-prefix out.bin": "without .bin",
     f"{PREPROCESS} --input not_json.jsonl --tokenizer bytes --output-prefix out": "not_json",
     f"{PREPROCESS} --input empty.jsonl --tokenizer bytes --output-prefix out": "empty|no doc",
     f"{PREPROCESS} --input text.jsonl --tokenizer junk.model --output-prefix out": "junk.model",
@@ -229,6 +252,19 @@ def test_a_port_in_use(world: Path) -> None:
     assert code == 2, message
     assert f"MASTER_PORT={port}: another program" in message
     assert "Traceback" not in message
+
+
+def test_shards_are_named_by_prefix_file_or_family(world: Path) -> None:
+    """As a shell completes them, and as --shard-size-tokens writes them."""
+    code, message = run(
+        world,
+        f"{PREPROCESS} --input text.jsonl --tokenizer bytes --output-prefix split "
+        "--shard-size-tokens 100",
+    )
+    assert code == 0, message
+    for words in ("ok.bin", "ok.bin ok.idx", "split"):
+        code, message = run(world, f"{DATA} {words} --train-iters 1 --no-tensorboard --bf16 false")
+        assert code == 0, message
 
 
 def test_a_loss_that_is_not_finite_names_the_step(world: Path) -> None:

@@ -8,6 +8,10 @@ from moetron.moe.config.rules.case import Case
 from moetron.moe.config.schema.data import number_or_none
 from moetron.moe.config.schema.field import flag_name
 
+_ENDINGS = (".bin", ".idx")
+_FIRST_OF_FAMILY = "_00000"
+"""Between a prefix and its ending, where an output was split into shards."""
+
 
 def prefixes(items: list[str]) -> list[str]:
     """The prefixes of PREFIX PREFIX ..., or of WEIGHT PREFIX WEIGHT PREFIX ..."""
@@ -30,12 +34,31 @@ def data(case: Case) -> Iterator[str]:
     paths += [("stages", stage.data_path) for stage in source.stages or []]
     for name, items in [] if source.mock_data else paths:
         for prefix in dict.fromkeys(prefixes(source.rooted(items or []))):
-            absent = [prefix + end for end in (".bin", ".idx") if not Path(prefix + end).is_file()]
-            if absent:
-                yield f"{flag_name(name)} {prefix}: there is no file {' or '.join(absent)}"
+            absent = [prefix + end for end in _ENDINGS if not Path(prefix + end).is_file()]
+            family = all(Path(prefix + _FIRST_OF_FAMILY + end).is_file() for end in _ENDINGS)
+            if absent and not family:
+                yield f"{flag_name(name)} {prefix}: {_no_shard(prefix, absent)}"
     tokenizer = source.tokenizer_model
     if tokenizer not in (None, "bytes") and not Path(str(tokenizer)).exists():
-        yield f"{case.said('tokenizer_model')}: there is no such file (or 'bytes')"
+        yield (
+            f"{case.said('tokenizer_model')}: there is no such file or folder; give a "
+            "SentencePiece .model, a HuggingFace tokenizer.json (or its folder), or bytes; names "
+            "on the HuggingFace hub are not looked up"
+        )
+
+
+def _no_shard(prefix: str, absent: list[str]) -> str:
+    """Why there is no shard of a prefix, and what to do."""
+    path = Path(prefix)
+    if path.is_dir():
+        return "a folder: give the prefix of a shard in it, such as {}".format(path / "train")
+    if path.is_file():
+        return "not a token shard: make one with tools/preprocess_corpus.py, and give its prefix"
+    if " " in prefix:
+        return (
+            f"there is no file {' or '.join(absent)}; give each prefix and weight as its own word"
+        )
+    return f"there is no file {' or '.join(absent)}"
 
 
 def folders(case: Case) -> Iterator[str]:

@@ -31,8 +31,6 @@ def tensor(case: Case) -> Iterator[str]:
         if number is not None:
             yield from not_multiple(case, name, number, cut_name, cut)
     yield from _key_heads(case)
-    if size == 1 and settings.parallel.sequence_parallel:
-        yield "--sequence-parallel needs --tensor-model-parallel-size above 1: drop it"
 
 
 def _key_heads(case: Case) -> Iterator[str]:

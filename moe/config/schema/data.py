@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -15,10 +16,28 @@ from pydantic import (
     model_validator,
 )
 
+from moetron.moe.config.paths import LocalPath
 from moetron.moe.config.schema.field import Group, Rule
 
+_SHARD_FILES = (".bin", ".idx")
+
+
+def _bare_prefixes(words: list[str]) -> list[str]:
+    """Prefixes without the .bin or .idx of their files; both files of a shard are one prefix."""
+    bare: list[str] = []
+    for last, word in zip(["", *words], words, strict=False):
+        prefix, ending = word[:-4], word[-4:]
+        if ending not in _SHARD_FILES:
+            bare.append(word)
+        elif not (last[:-4] == prefix and last[-4:] in _SHARD_FILES and last != word):
+            bare.append(prefix)
+    return bare
+
+
 Word = Annotated[str, Field(coerce_numbers_to_str=True)]
-"""Part of a data path; a recipe may write weights as numbers."""
+"""A name or a number; a recipe may write numbers as such."""
+DataPath = Annotated[list[LocalPath], AfterValidator(_bare_prefixes)]
+"""Prefixes of shards, or pairs of a weight and a prefix."""
 ObjectiveName = Literal["causal", "prefix_lm", "ul2", "fim"]
 
 
@@ -36,7 +55,7 @@ class StageLearningRate(Group):
 class StageSettings(Group):
     """A stage of the data: from the one before it (or the start) until a number of tokens."""
 
-    data_path: list[Word]
+    data_path: DataPath
     """As `data_path` of the data settings."""
     until_tokens: PositiveInt | None = None
     """Tokens of the run at which the next stage begins; left out for the last."""
@@ -60,10 +79,10 @@ class StageSettings(Group):
 class DataSettings(Group):
     """Where samples come from."""
 
-    data_path: list[Word] | None = None
+    data_path: DataPath | None = None
     """Training shards: PREFIX PREFIX ..., mixed in proportion to their size, or WEIGHT PREFIX
-    WEIGHT PREFIX ... (a prefix is the path without .bin/.idx)."""
-    data_root: str | None = None
+    WEIGHT PREFIX ... A prefix is the path without .bin or .idx, which are dropped from its end."""
+    data_root: LocalPath | None = None
     """Folder that relative prefixes start from; unset: the working directory."""
     objective: ObjectiveName = "causal"
     """What samples ask of the model: every next token (causal), the second part of a text after the
@@ -99,12 +118,12 @@ class DataSettings(Group):
     source_max_epochs: list[Word] | None = None
     """The same of single sources, in place of --max-epochs: NAME EPOCHS NAME EPOCHS ...; a name is
     a prefix without its folders."""
-    valid_data_path: list[Word] | None = None
+    valid_data_path: DataPath | None = None
     """Validation shards, written the same way."""
     mock_data: bool = False
     """Deterministic synthetic samples instead of all shards; of stages, only their learning rates
     count."""
-    tokenizer_model: str | None = None
+    tokenizer_model: LocalPath | None = None
     """A SentencePiece .model file, a HuggingFace tokenizer.json (or its folder), or 'bytes'."""
     num_workers: NonNegativeInt = 0
     """Processes that load samples beside each rank; 0: the rank itself."""

@@ -79,10 +79,8 @@ def fp8_layers(settings: Settings) -> list[bool]:
 
 
 def sequence_parallel(parallel: ParallelSettings) -> bool:
-    """Whether norms and dropout are sharded along the sequence."""
-    if parallel.sequence_parallel is None:
-        return parallel.tensor_model_parallel_size > 1
-    return parallel.sequence_parallel
+    """Whether norms and dropout are sharded along the sequence: never on one tensor rank."""
+    return parallel.tensor_model_parallel_size > 1 and parallel.sequence_parallel is not False
 
 
 def expert_tensor_parallel_size(parallel: ParallelSettings) -> int:
@@ -260,4 +258,12 @@ def looks_ahead(settings: Settings) -> list[str]:
     limited = moe.moe_expert_capacity_factor is not None and moe.moe_router_type != "expert_choice"
     if limited and moe.moe_token_drop_policy in ("probs", "batch_prioritized"):
         found.append(f"--moe-token-drop-policy {moe.moe_token_drop_policy}")
+    return found
+
+
+def notes(settings: Settings) -> list[str]:
+    """A line for each setting that has no effect here, where Megatron ignores it too."""
+    parallel, found = settings.parallel, []
+    if parallel.sequence_parallel and not sequence_parallel(parallel):
+        found.append("--sequence-parallel has no effect with --tensor-model-parallel-size 1")
     return found

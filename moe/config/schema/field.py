@@ -3,6 +3,7 @@
 import difflib
 import types
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -10,7 +11,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from pydantic.fields import FieldInfo
 
 _BOUNDS = {Gt: ("gt", ">"), Ge: ("ge", ">="), Lt: ("lt", "<"), Le: ("le", "<=")}
-_NAMES = {bool: "switch", int: "integer", float: "number", str: "text"}
+_NAMES = {bool: "true or false", int: "integer", float: "number", str: "text"}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a text is, as help and messages call it; part of an Annotated type."""
+
+    name: str
 
 
 class Rule(ValueError):
@@ -33,6 +41,14 @@ class Group(BaseModel):
             raise ValueError("must not be a truth value")
         return value
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _split_text(cls, value: Any, info: ValidationInfo) -> Any:
+        """One text for a list of words or numbers holds them with spaces between (Megatron)."""
+        assert info.field_name is not None
+        field = cls.model_fields[info.field_name]
+        return value.split() if isinstance(value, str) and takes_words(field) else value
+
 
 def negative_flag(default: bool, name: str) -> Any:
     """A switch whose "off" flag is ``--name`` (Megatron's word for it) instead of ``--no-...``."""
@@ -45,10 +61,16 @@ def flag_name(field_name: str) -> str:
 
 
 def negative_flag_name(field_name: str, field: FieldInfo) -> str:
-    """The flag that turns a switch off: ``--no-...`` unless the field names another."""
+    """The flag that turns a switch off: ``--no-...`` unless the field names another.
+
+    ``no_load_optim`` -> ``--load-optim``.
+    """
     extra = field.json_schema_extra
     own = extra.get("negative_flag") if isinstance(extra, dict) else None
-    return f"--{own}" if own else "--no-" + field_name.replace("_", "-")
+    if own:
+        return f"--{own}"
+    positive = field_name.removeprefix("no_")
+    return flag_name(f"no_{field_name}" if positive == field_name else positive)
 
 
 def _branches(annotation: Any) -> Iterator[Any]:
@@ -89,6 +111,14 @@ def is_list(field: FieldInfo) -> bool:
     return any(get_origin(choice) in (list, tuple) for choice in choices(field))
 
 
+def takes_words(field: FieldInfo) -> bool:
+    """Whether a field takes several words or numbers, and never a single one or a mapping."""
+    kinds = [choice for choice in choices(field) if choice is not type(None)]
+    return all(
+        get_origin(kind) in (list, tuple) and _bare(get_args(kind)[0]) in _NAMES for kind in kinds
+    )
+
+
 def _bounds(constraints: tuple[Any, ...]) -> str:
     parts = []
     for constraint in constraints:
@@ -112,7 +142,8 @@ def _type_text(annotation: Any, constraints: tuple[Any, ...] = ()) -> str:
         return f"{len(get_args(annotation))} x ({_type_text(get_args(annotation)[0])})"
     if issubclass(annotation, Group):
         return "mapping of " + ", ".join(annotation.model_fields)
-    return f"{_NAMES[annotation]} {_bounds(constraints)}".rstrip()
+    kinds = [constraint.name for constraint in constraints if isinstance(constraint, Kind)]
+    return f"{kinds[0] if kinds else _NAMES[annotation]} {_bounds(constraints)}".rstrip()
 
 
 def type_text(field: FieldInfo) -> str:
@@ -122,7 +153,41 @@ def type_text(field: FieldInfo) -> str:
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """``; did you mean X?`` for the valid name that is most like ``name``, or the empty string."""
-    bare = {word.lstrip("-"): word for word in valid}  # "--" would make short flags alike
-    found = difflib.get_close_matches(name.lstrip("-"), bare, n=1, cutoff=0.6)
-    return f"; did you mean {bare[found[0]]}?" if found else ""
+    """``; did you mean X?`` for the valid name that ``name`` misspells, or the empty string.
+
+    Only a name of the same meaning counts: every word of ``name`` is, misspelt or shortened, a word
+    of the valid one, which may have one word more; and both turn something on, or both off.
+    """
+    found = [word for word in valid if _misspells(_words(name), _words(word))]
+    best = max(found, key=lambda word: _ratio(name.lstrip("-"), word.lstrip("-")), default=None)
+    return f"; did you mean {best}?" if best else ""
+
+
+def _words(name: str) -> list[str]:
+    """``--num-layers`` and ``num_layers`` -> ["num", "layers"]."""
+    return name.strip("-_").lower().replace("_", "-").split("-")
+
+
+def _ratio(first: str, second: str) -> float:
+    return difflib.SequenceMatcher(None, first, second).ratio()
+
+
+def _misspells(wrong: list[str], right: list[str]) -> bool:
+    """Whether two names mean the same."""
+    if (wrong[0] in _OFF) != (right[0] in _OFF):
+        return False
+    if "".join(wrong) == "".join(right):  # top-k, topk
+        return True
+    left = list(right)
+    for word in wrong:
+        close = max(left, key=lambda other: _closeness(word, other), default="")
+        if _closeness(word, close) <= 0.75:
+            return False
+        left.remove(close)
+    return len(left) <= 1
+
+
+def _closeness(word: str, other: str) -> float:
+    """1 for the same word, or for one that begins the other; else how alike they are."""
+    short, long = sorted((word, other), key=len)
+    return 1.0 if len(short) > 2 and long.startswith(short) else _ratio(word, other)

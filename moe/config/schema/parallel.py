@@ -35,7 +35,7 @@ class ParallelSettings(Group):
     context_parallel_size: PositiveInt = 1
     """Ranks that share a sequence (CP)."""
     sequence_parallel: bool | None = None
-    """Shard norms and dropout along the sequence; unset: on when TP > 1."""
+    """Shard norms and dropout along the sequence; unset: on when TP > 1. Without effect at TP 1."""
     use_distributed_optimizer: bool = False
     """Shard the optimizer's state over data-parallel ranks."""
     overlap_grad_reduce: bool = False

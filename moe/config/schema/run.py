@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from moetron.moe.config.paths import LocalPath
 from moetron.moe.config.schema.field import Group
 
 
@@ -102,9 +103,9 @@ class LearningRateSettings(Group):
 class CheckpointSettings(Group):
     """Saving and loading."""
 
-    save: str | None = None
+    save: LocalPath | None = None
     """The run's folder: checkpoints, metrics.jsonl, TensorBoard."""
-    load: str | None = None
+    load: LocalPath | None = None
     """A run's folder (its latest checkpoint) or one step_* folder to go on from."""
     save_interval: PositiveInt | None = None
     """Save every so many steps; the last step is always saved when --save is given."""
@@ -138,7 +139,7 @@ class LoggingSettings(Group):
     """Steps between progress lines (metrics.jsonl always has every step)."""
     tensorboard: bool = True
     """Write TensorBoard events below --save."""
-    tensorboard_dir: str | None = None
+    tensorboard_dir: LocalPath | None = None
     """Where; unset: SAVE/tensorboard."""
     expert_load_interval: PositiveInt = 100
     """Steps between histograms and heat maps of every expert's load in TensorBoard and W&B."""

@@ -8,8 +8,14 @@ import pytest
 
 from moetron.common.errors import ConfigError
 from moetron.moe.config import recipe
+from moetron.moe.config.command import STAND_INS as REQUIRED
 from moetron.moe.config.command import load
+from moetron.moe.config.schema.derived import sequence_parallel, smallest_world_size
 from moetron.moe.config.schema.field import flag_name
+from moetron.moe.config.schema.parallel import ParallelSettings
+from moetron.moe.config.schema.settings import fields
+
+ROOT = Path(__file__).resolve().parents[3]
 
 RECIPE = """\
 model: {num_layers: 2, hidden_size: 8, num_attention_heads: 2, seq_length: 16, vocab_size: 100}
@@ -111,6 +117,24 @@ def test_a_flag_without_its_value_is_told_once(path: Path) -> None:
     assert problems("--config", path, "--lr") == ["--lr needs a value"]
 
 
+def test_a_config_flag_without_its_value_hides_no_recipe(path: Path) -> None:
+    assert problems("--config", path, "--config") == ["--config needs a value"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "said"),
+    [
+        ("{data_path: [a], untill_tokens: 5}", "unknown key `untill_tokens`; did you mean until_"),
+        ("{until_tokens: 5}", "entry 1 lacks `data_path`"),
+        ("{data_path: a, until_tokens: x}", "entry 1, `until_tokens` x: Input should be a valid"),
+        ("{data_path: a, learning_rate: {rate: 1}}", "entry 1.learning_rate"),
+    ],
+)
+def test_what_is_wrong_inside_a_stage_is_named(path: Path, stage: str, said: str) -> None:
+    (problem,) = problems("--config", path, "--no-mock-data", "--dry-run", "--stages", stage)
+    assert problem.startswith(f"--stages {stage}: entry 1") and said in problem
+
+
 def test_a_truth_value_is_no_number(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(RECIPE.replace("num_layers: 2", "num_layers: yes"))
@@ -122,7 +146,77 @@ def test_a_truth_value_is_no_number(tmp_path: Path) -> None:
 def test_no_cross_check_on_the_default_behind_a_faulty_value(path: Path) -> None:
     text = path.read_text().replace("mock_data: true", "mock_data: perhaps")
     path.write_text(text)
-    assert problems("--config", path) == ["--mock-data perhaps: must be switch"]
+    assert problems("--config", path) == ["--mock-data perhaps: must be true or false"]
+
+
+@pytest.mark.parametrize("name", list(REQUIRED))
+@pytest.mark.parametrize("recipe_name", ["olmoe_1b_7b", "deepseek_v3", "openmoe_8b"])
+def test_a_faulty_required_value_hides_nothing_and_adds_nothing(
+    recipe_name: str, name: str
+) -> None:
+    """The recipes are sound: whatever stands in for the value may not be found wrong."""
+    path = ROOT / "examples" / recipe_name / "pretrain.yaml"
+    parallel = ParallelSettings.model_validate(recipe.read(path).get("parallel", {}))
+    ranks = smallest_world_size(parallel)
+    argv = ["--config", path, "--dry-run", "--world-size", ranks, "--device", "cuda"]
+    (line,) = problems(*argv, flag_name(name), "abc")
+    assert line.startswith(f"{flag_name(name)} abc: must be")
+    found = problems(*argv, flag_name(name), "abc", "--foo", "--moe-router-topk", "1000")
+    assert found[0] == "unknown flag --foo"
+    assert any(line.startswith("--moe-router-topk 1000 exceeds --num-experts") for line in found)
+
+
+def test_every_required_setting_has_two_stand_ins() -> None:
+    assert set(REQUIRED) == {name for _, name, field in fields() if field.is_required()}
+
+
+def test_a_missing_required_value_does_not_hide_missing_data(path: Path) -> None:
+    path.write_text(path.read_text().replace("mock_data: true", "").replace("lr: 1e-3", ""))
+    missing, data = problems("--config", path)
+    assert missing.startswith("--lr is missing") and data.startswith("no data: give --data-path")
+
+
+def test_sequence_parallelism_on_one_tensor_rank_is_a_note(path: Path) -> None:
+    command = load(["--config", str(path), "--sequence-parallel"])
+    assert command.notes == [
+        "--sequence-parallel has no effect with --tensor-model-parallel-size 1"
+    ]
+    assert not sequence_parallel(command.settings.parallel)
+    two = ["--tensor-model-parallel-size", "2", "--dry-run", "--world-size", "2"]
+    assert load(["--config", str(path), "--sequence-parallel", *two]).notes == []
+
+
+@pytest.mark.parametrize("line", ["0.3 a 0.7 b.bin", "[0.3, a.idx, 0.7, b]"])
+def test_a_data_path_is_one_text_or_a_list_and_may_name_files(path: Path, line: str) -> None:
+    path.write_text(path.read_text().replace("mock_data: true", f"data_path: {line}"))
+    settings = load(["--config", str(path), "--dry-run"]).settings
+    assert settings.data.data_path == ["0.3", "a", "0.7", "b"]
+
+
+def test_both_files_of_a_shard_are_one_prefix(path: Path) -> None:
+    argv = ["--config", str(path), "--no-mock-data", "--dry-run", "--data-path"]
+    words = ["a.bin", "a.idx", "b.idx", "b.bin", "c"]
+    assert load([*argv, *words]).settings.data.data_path == ["a", "b", "c"]
+
+
+def test_other_lists_are_one_text_too(path: Path) -> None:
+    parallel = "{recompute_modules: core_attn moe, recompute_granularity: selective}"
+    batch = "global_batch_size: 4"
+    text = path.read_text().replace(batch, f"{batch}, rampup_batch_size: 2 1 8")
+    path.write_text(f"{text}parallel: {parallel}\n")
+    settings = load(["--config", str(path)]).settings
+    assert settings.parallel.recompute_modules == ["core_attn", "moe"]
+    assert settings.training.rampup_batch_size == (2, 1, 8)
+
+
+def test_a_recipe_without_sections_is_told_where_keys_belong(tmp_path: Path) -> None:
+    (tmp_path / "flat.yaml").write_text("num_layers: 2\nnum_hidden_layers: 2\ntrain_iter: 3\n")
+    ends = [line.split("flat.yaml: ")[1] for line in problems("--config", tmp_path / "flat.yaml")]
+    assert ends == [
+        "key `num_layers` belongs under `model:`, indented",
+        "unknown section `num_hidden_layers:`: use `num_layers` under `model:`",
+        "unknown section `train_iter:`; did you mean train_iters?",
+    ]
 
 
 def test_torchrun_sets_the_ranks(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,9 +87,57 @@ def test_problems(argv: list[str], problem: str) -> None:
     assert parse(argv).problems == [problem]
 
 
-def test_a_switch_takes_no_value() -> None:
-    (problem,) = parse(["--bf16=yes"]).problems
-    assert re.search("--bf16.*yes", problem)
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--bf16", "true"], {"bf16": True}),
+        (["--bf16=False"], {"bf16": False}),
+        (["--fp32", "true"], {"bf16": False}),
+        (["--no-swiglu=1"], {"swiglu": False}),
+        (["--no-load-optim", "on"], {"no_load_optim": True}),
+        (["--load-optim"], {"no_load_optim": False}),
+        (["--sequence-parallel", "none"], {"sequence_parallel": None}),
+        (["--bf16=perhaps"], {"bf16": "perhaps"}),  # pydantic refuses it
+    ],
+)
+def test_a_switch_takes_a_truth_value(argv: list[str], expected: dict[str, object]) -> None:
+    given = parse(argv)
+    assert given.problems == []
+    assert list(given.settings.values()) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("argv", "problem"),
+    [
+        (["--fp32", "false"], "--fp32 false: it turns off and takes no value; --bf16 turns on"),
+        (["--no-swiglu=x"], "--no-swiglu x: it turns off and takes no value; --swiglu turns on"),
+        (["--dry-run=perhaps"], "--dry-run perhaps: must be true or false"),
+        (["--bf16", "r.yaml"], "unexpected argument 'r.yaml': it follows no flag"),
+        (["--bf16", "lr=1"], "unexpected argument 'lr=1': it follows no flag; write --lr 1"),
+        (["--training.seed", "1"], "unknown flag --training.seed: use --seed, without the group"),
+        (["--no-no-load-optim"], "unknown flag --no-no-load-optim"),
+    ],
+)
+def test_other_values_of_switches(argv: list[str], problem: str) -> None:
+    assert parse(argv).problems == [problem]
+
+
+def test_switches_of_the_command_take_a_truth_value() -> None:
+    assert parse(["--dry-run", "true", "--build=false"]).options == {
+        "dry_run": True,
+        "build": False,
+    }
+
+
+@pytest.mark.parametrize("columns", ["60", "200"])
+def test_help_is_whole_at_any_width(columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines fit the terminal, no word is split at a hyphen, and no default from its label."""
+    monkeypatch.setenv("COLUMNS", columns)
+    text = parser().format_help()
+    assert "megatron-core" in text and not re.search(r"\w-\n", text)
+    assert not re.search(r"\[default:\s*\n", text) and "\xa0" not in text
+    words = [line for line in text.splitlines() if not line.lstrip().startswith("-")]
+    assert max(map(len, words)) <= 100
 
 
 def test_all_problems_together() -> None:

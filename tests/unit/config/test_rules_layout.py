@@ -61,10 +61,6 @@ KEYS = {"num_attention_heads": 12, "kv_channels": 5, "position_embedding_type": 
             "--context-parallel-size 2 needs --calculate-per-token-loss",
         ),
         (
-            {"sequence_parallel": True},
-            "--sequence-parallel needs --tensor-model-parallel-size above 1",
-        ),
-        (
             {
                 "world_size": 2,
                 "context_parallel_size": 2,

@@ -113,7 +113,7 @@ def test_a_corpus_without_text_is_a_users_mistake(
     tool: ModuleType, corpus: list[str], tmp_path: Path
 ) -> None:
     folder = write_corpus(tmp_path / "in", corpus)
-    with pytest.raises(ValueError, match="no text under --text-key body"):
+    with pytest.raises(ValueError, match=r"--text-key body: .*\n.*code.jsonl: row 1: .* has text"):
         tool.main(["--input", folder, "--output", str(tmp_path / "t"), "--text-key", "body"])
 
 

@@ -184,6 +184,13 @@ def test_option_problems_come_all_at_once(options: Options) -> None:
         assert flag in str(caught.value)
 
 
+@pytest.mark.parametrize("ending", [".bin", ".idx"])
+def test_a_prefix_has_no_ending_of_a_shard(options: Options, tmp_path: Path, ending: str) -> None:
+    """--data-path P.bin means P: a shard of that name could not be named."""
+    with pytest.raises(UserError, match="give the name without"):
+        preprocess(replace(options, output_prefix=str(tmp_path / f"p{ending}")))
+
+
 def test_input_problems_come_all_at_once(options: Options, tmp_path: Path) -> None:
     (tmp_path / "a.zip").write_bytes(b"PK")
     (tmp_path / "empty").mkdir()
