@@ -20,6 +20,7 @@ from moetron.moe.analysis import figures, specialization
 from moetron.moe.analysis import routing_study as study
 from moetron.moe.analysis.routing_trace import Windows
 from moetron.moe.checkpoint import run_folder as checkpoint_folder
+from moetron.moe.host import threads
 from moetron.moe.monitoring.library_warnings import quieten_libraries
 from moetron.tokenizers.interface import Tokenizer
 from moetron.tokenizers.load import load_known_tokenizer, load_tokenizer
@@ -27,8 +28,7 @@ from moetron.tokenizers.load import load_known_tokenizer, load_tokenizer
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = threads.parser_with_threads(__doc__)
     add = parser.add_argument
     add("model", type=Path, metavar="RUN|HF_FOLDER", help="a run's folder or a HuggingFace model")
     add("--data", nargs="+", metavar="NAME=PREFIX", help="default: the run's validation shards")
@@ -69,6 +69,7 @@ def watch_folder(given: argparse.Namespace) -> study.Result:
     tokenizer = load_tokenizer(given.tokenizer_model or given.model)
     require_one(tokenizer, sources)
     text = open_text(sources, tokenizer, given)
+    threads.use_threads(given.cpu_threads)
     model = HuggingFaceModel(given.model, given.layers)
     return study.summary(model, text) | study.study(model, text, given.adjacent_pairs)[0]
 
@@ -81,7 +82,7 @@ def watch_run(given: argparse.Namespace) -> study.Result:
     from moetron.moe.training import runtime
 
     record = checkpoint_folder.read(given.model).record
-    settings, step = checkpoint_folder.one_rank_settings(record), record.progress.step
+    settings = checkpoint_folder.one_rank_settings(record, given.cpu_threads)
     length = given.seq_length or settings.model.seq_length
     held_out = settings.data.rooted(settings.data.valid_data_path or [])
     sources = named_sources(given.data or held_out, length)
@@ -94,9 +95,9 @@ def watch_run(given: argparse.Namespace) -> study.Result:
         model = OwnModel(given.model, settings, vocab_size, ranks, given.layers)
         found, choices = study.study(model, text, given.adjacent_pairs)
         if given.checkpoints == "all":
-            steps = model.each_checkpoint(given.model, step)
+            steps = model.each_checkpoint(given.model, record.progress.step)
             found["checkpoints"] = study.compare(model, text, choices, steps)
-    return study.summary(model, text) | {"step": step} | found
+    return study.summary(model, text) | {"step": record.progress.step} | found
 
 
 def main() -> int:
@@ -109,8 +110,7 @@ def main() -> int:
     except UserError as error:
         raise UserError(str(error)) from error
     output = arguments.output or arguments.model / "analysis"
-    for path in figures.write(result, output):
-        print(path)
+    print(*figures.write(result, output), sep="\n")
     return 0
 
 

@@ -21,6 +21,7 @@ from moetron.common.files import write_text
 from moetron.moe.checkpoint import run_folder as checkpoint_folder
 from moetron.moe.checkpoint.compatibility import tokenizer_fingerprints
 from moetron.moe.checkpoint.vocabulary import vocabulary_of
+from moetron.moe.host import threads
 from moetron.moe.monitoring.library_warnings import quieten_libraries
 from moetron.tokenizers.interface import Tokenizer
 from moetron.tokenizers.load import load_known_tokenizer
@@ -28,9 +29,7 @@ from moetron.tokenizers.load import load_known_tokenizer
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = threads.parser_with_threads(__doc__)
     add = parser.add_argument
     add("--load", type=Path, required=True, metavar="RUN", help="where the checkpoint lies")
     add("--tasks", required=True, help="names, separated by commas")
@@ -89,7 +88,7 @@ def main() -> int:
     require_harness()
     quieten_libraries()
     record = checkpoint_folder.read(arguments.load).record
-    settings = checkpoint_folder.one_rank_settings(record)
+    settings = checkpoint_folder.one_rank_settings(record, arguments.cpu_threads)
     tokenizer = open_tokenizer(arguments, record)
     limited = settings.moe.moe_expert_capacity_factor is not None
     from lm_eval.utils import make_table

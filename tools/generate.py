@@ -22,6 +22,7 @@ from moetron.data.objectives.prompts import HOLE, Mode, filled, prompt_ids
 from moetron.moe.checkpoint import run_folder as checkpoint_folder
 from moetron.moe.checkpoint.compatibility import tokenizer_fingerprints
 from moetron.moe.checkpoint.vocabulary import vocabulary_of
+from moetron.moe.host import threads
 from moetron.moe.inference.sampling import Sampling
 from moetron.moe.monitoring.library_warnings import quieten_libraries
 from moetron.tokenizers.interface import Tokenizer
@@ -30,9 +31,7 @@ from moetron.tokenizers.load import load_known_tokenizer
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = threads.parser_with_threads(__doc__)
     add = parser.add_argument
     add("--load", type=Path, required=True, metavar="RUN", help="where the checkpoint lies")
     add("--prompt", action="append", help="text to continue; may be given again (default: none)")
@@ -85,7 +84,7 @@ def main() -> int:
         raise UserError(f"--max-new-tokens {arguments.max_new_tokens}: must be at least 1")
     quieten_libraries()
     record = checkpoint_folder.read(arguments.load).record
-    settings = checkpoint_folder.one_rank_settings(record)
+    settings = checkpoint_folder.one_rank_settings(record, arguments.cpu_threads)
     known = tokenizer_fingerprints(record.stream)
     try:
         tokenizer = load_known_tokenizer(

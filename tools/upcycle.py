@@ -23,6 +23,7 @@ from moetron.moe.config import flags
 from moetron.moe.config.command import check, merge
 from moetron.moe.config.schema.field import flag_name
 from moetron.moe.config.upcycling import UpcyclingSettings
+from moetron.moe.host import threads
 from moetron.moe.monitoring.library_warnings import quieten_libraries
 from moetron.moe.training.resilience import run_guarded
 from moetron.tokenizers.load import load_tokenizer
@@ -35,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    threads.add_option(parser)
     defaults = UpcyclingSettings()
     add = parser.add_argument
     add("--load", type=Path, required=True, help="the dense model")
@@ -90,6 +92,7 @@ def main() -> int:
     from moetron.moe.convert.initial_checkpoint import MODEL_FILE  # torch: seconds
     from moetron.moe.convert.upcycle import dense_folder, dense_run, is_huggingface, upcycle
 
+    threads.use_threads(own.cpu_threads)
     if is_huggingface(own.load):
         dense = dense_folder(own.load, *tokenizer_of(own.load))
     else:

@@ -1,4 +1,4 @@
-"""Which device a rank computes on, which backend its collectives use, how many threads it takes."""
+"""Which device a rank computes on, and which backend its collectives use."""
 
 import importlib.util
 import os
@@ -31,22 +31,6 @@ def resolve_device(device: str) -> torch.device:
 def backend_for(device: torch.device) -> str:
     """The torch.distributed backend of a device."""
     return "nccl" if device.type == "cuda" else "gloo"
-
-
-def cpu_threads(requested: int, ranks_on_host: int) -> int:
-    """Threads for one rank: as requested, or its share of the cores that this process may use.
-
-    Args:
-        requested: ``--cpu-threads``; 0 asks for the share.
-        ranks_on_host: ranks that share the machine, at least 1.
-    """
-    if requested:
-        return requested
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
-    return max(1, cores // ranks_on_host)
 
 
 def has_transformer_engine() -> bool:

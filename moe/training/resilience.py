@@ -23,6 +23,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from moetron.common.errors import RunError, UserError
+from moetron.moe.host.threads import use_passive_waits
 
 EXIT_FAILED = 1
 EXIT_USER = 2
@@ -60,6 +61,7 @@ def run_guarded(main: Callable[[], int]) -> int:
     groups: its connections close, so that ranks that wait for it fail instead of hanging.
     """
     rank = int(os.environ.get("RANK", "0"))
+    use_passive_waits()  # every command starts here, before torch is imported
     try:
         code = main()
         sys.stdout.flush()

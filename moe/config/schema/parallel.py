@@ -59,4 +59,4 @@ class ParallelSettings(Group):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto: CUDA where there is a GPU."""
     cpu_threads: NonNegativeInt = 0
-    """Threads a rank uses on a CPU; 0: cores / local ranks."""
+    """CPU threads of a rank; 0: OMP_NUM_THREADS, else usable cores / local ranks."""

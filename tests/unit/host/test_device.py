@@ -1,4 +1,3 @@
-import os
 from pathlib import Path
 
 import pytest
@@ -27,14 +26,6 @@ def test_auto_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_backends() -> None:
     assert device.backend_for(torch.device("cpu")) == "gloo"
     assert device.backend_for(torch.device("cuda:0")) == "nccl"
-
-
-def test_threads_are_a_share_of_the_usable_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
-    assert device.cpu_threads(0, ranks_on_host=1) == 6
-    assert device.cpu_threads(0, ranks_on_host=4) == 1
-    assert device.cpu_threads(0, ranks_on_host=8) == 1
-    assert device.cpu_threads(5, ranks_on_host=8) == 5
 
 
 @pytest.mark.parametrize("error", [ImportError, RuntimeError, OSError])
