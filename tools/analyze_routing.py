@@ -28,7 +28,8 @@ from moetron.tokenizers.load import load_known_tokenizer, load_tokenizer
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = threads.parser_with_threads(__doc__)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     add = parser.add_argument
     add("model", type=Path, metavar="RUN|HF_FOLDER", help="a run's folder or a HuggingFace model")
     add("--data", nargs="+", metavar="NAME=PREFIX", help="default: the run's validation shards")
@@ -40,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     add("--adjacent-pairs", action="store_true", help="count co-activation as OLMoE's script did")
     add("--tokenizer-model", metavar="PATH", help="default: the run's, or the folder's")
     add("--output", type=Path, metavar="DIR", help="default: RUN/analysis")
-    return parser
+    return threads.add_option(parser)
 
 
 def require_one(tokenizer: Tokenizer, sources: Sources) -> None:
@@ -53,6 +54,7 @@ def require_one(tokenizer: Tokenizer, sources: Sources) -> None:
 
 def open_text(sources: Sources, tokenizer: Tokenizer, given: argparse.Namespace) -> study.Text:
     """Windows of every class, and how ids are shown; a model may have ids that no piece uses."""
+    require_one(tokenizer, sources)
     rows = [(n.removesuffix(".valid"), spread_windows(s, given.tokens)) for n, s in sources.items()]
     return study.Text(
         [Windows(name, row[:, :-1], row[:, 1:]) for name, row in rows],
@@ -67,7 +69,6 @@ def watch_folder(given: argparse.Namespace) -> study.Result:
 
     sources = named_sources(given.data or [], given.seq_length or 1024)
     tokenizer = load_tokenizer(given.tokenizer_model or given.model)
-    require_one(tokenizer, sources)
     text = open_text(sources, tokenizer, given)
     threads.use_threads(given.cpu_threads)
     model = HuggingFaceModel(given.model, given.layers)
@@ -88,7 +89,6 @@ def watch_run(given: argparse.Namespace) -> study.Result:
     sources = named_sources(given.data or held_out, length)
     path = given.tokenizer_model or settings.data.tokenizer_model
     tokenizer = load_known_tokenizer(path, tokenizer_fingerprints(record.stream))
-    require_one(tokenizer, sources)
     text = open_text(sources, tokenizer, given)
     vocab_size = vocabulary_of(given.model, settings, tokenizer.vocab_size)
     with runtime.running(settings) as ranks:
@@ -109,8 +109,7 @@ def main() -> int:
         result = watch_folder(arguments) if folder else watch_run(arguments)
     except UserError as error:
         raise UserError(str(error)) from error
-    output = arguments.output or arguments.model / "analysis"
-    print(*figures.write(result, output), sep="\n")
+    print(*figures.write(result, arguments.output or arguments.model / "analysis"), sep="\n")
     return 0
 
 

@@ -28,8 +28,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("to-hf", help="write a folder that transformers loads")
     load = commands.add_parser("from-hf", help="write a checkpoint to start from")

@@ -29,7 +29,9 @@ from moetron.tokenizers.load import load_known_tokenizer
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = threads.parser_with_threads(__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--load", type=Path, required=True, metavar="RUN", help="where the checkpoint lies")
     add("--tasks", required=True, help="names, separated by commas")
@@ -39,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=8, help="sequences at once (default: 8)")
     add("--output", type=Path, metavar="FILE", help="results as JSON")
     add("--tokenizer-model", metavar="PATH", help="where the run's tokenizer lies now, if moved")
-    return parser
+    return threads.add_option(parser)
 
 
 def require_harness() -> None:

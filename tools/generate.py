@@ -31,7 +31,9 @@ from moetron.tokenizers.load import load_known_tokenizer
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = threads.parser_with_threads(__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--load", type=Path, required=True, metavar="RUN", help="where the checkpoint lies")
     add("--prompt", action="append", help="text to continue; may be given again (default: none)")
@@ -44,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of the draws (default: 0)")
     add("--no-cache", action="store_true", help="compute the whole sequence for every token")
     add("--tokenizer-model", metavar="PATH", help="where the run's tokenizer lies now, if moved")
-    return parser
+    return threads.add_option(parser)
 
 
 def read_prompts(arguments: argparse.Namespace) -> list[str]:

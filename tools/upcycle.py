@@ -36,7 +36,6 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    threads.add_option(parser)
     defaults = UpcyclingSettings()
     add = parser.add_argument
     add("--load", type=Path, required=True, help="the dense model")
@@ -51,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     add("--noise-fraction", type=float, default=defaults.noise_fraction, help="drawn anew")
     add("--noise-std", type=float, default=defaults.noise_std, help="of those (default: 0.02)")
     add("--seed", type=int, default=defaults.seed, help="of router and noise")
-    return parser
+    return threads.add_option(parser)
 
 
 def tokenizer_of(folder: Path) -> tuple[str | None, str | None]:

@@ -27,18 +27,11 @@ def use_passive_waits() -> None:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
-def parser_with_threads(description: str | None) -> argparse.ArgumentParser:
-    """Return the parser of a tool that runs torch: its description as written, and the option."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=form)
-    add_option(parser)
-    return parser
-
-
-def add_option(parser: argparse.ArgumentParser) -> None:
-    """Add ``--cpu-threads``; 0, the default, follows the rule."""
+def add_option(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add ``--cpu-threads`` to a tool's parser, which is returned; 0, the default: the rule."""
     help_text = "CPU threads (default: OMP_NUM_THREADS, else all usable cores)"
     parser.add_argument("--cpu-threads", type=_count, default=0, metavar="N", help=help_text)
+    return parser
 
 
 def _count(text: str) -> int:
