@@ -1,6 +1,6 @@
 """Pretrain a Mixture-of-Experts language model.
 
-    torchrun --standalone --nproc-per-node 2 pretrain_moe.py --config RECIPE.yaml [--flag value ...]
+    torchrun --nproc-per-node 2 pretrain_moe.py --config RECIPE.yaml [--flag value ...]
     python pretrain_moe.py --config RECIPE.yaml --mock-data     # one rank
     python pretrain_moe.py --config RECIPE.yaml --dry-run --world-size 1024 [--build --rank 17]
     python pretrain_moe.py --config RECIPE.yaml --check --world-size 2    # as launchers do first
