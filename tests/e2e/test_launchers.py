@@ -137,6 +137,23 @@ def test_a_mistake_is_one_message_before_any_rank_starts(
     assert done.stdout == "" and not started.exists()
 
 
+def test_under_plain_torchrun_one_rank_tells_and_the_cause_comes_last() -> None:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3")
+    flags = ("--config", CONFIG, "--lr-warmup-iters", "900")
+    done = subprocess.run(
+        [sys.executable, *torchrun, str(ROOT / "pretrain_moe.py"), *flags],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    told, _, rest = done.stderr.partition("Traceback")
+    message = "--lr-warmup-iters 900 is longer than the run"
+    assert told.count(message) == 1
+    cause, line, frame = rest.rstrip().splitlines()[-3:]
+    assert "1 problem in the settings" in cause and message in line and set(frame) == {"="}
+    assert "exitcode  : 2" in rest
+
+
 @pytest.mark.parametrize("reached", [50, 100, 101])
 def test_a_check_ends_as_a_start_would(tmp_path: Path, reached: int) -> None:
     """Silently where the run can start; a checkpoint behind the last step is refused."""

@@ -42,7 +42,7 @@ def test_a_user_error_is_its_message_alone(capsys: pytest.CaptureFixture[str]) -
 def test_of_a_nodes_ranks_one_tells_a_user_error(
     monkeypatch: pytest.MonkeyPatch, rank: str, local_rank: str, waits: float
 ) -> None:
-    """torchrun ends the ranks of a node when the first of them ends."""
+    """Torchrun ends the ranks of a node when the first of them ends."""
     slept: list[float] = []
     monkeypatch.setattr(resilience.time, "sleep", slept.append)
     monkeypatch.setenv("RANK", rank)
