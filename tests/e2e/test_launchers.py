@@ -139,7 +139,7 @@ def test_a_mistake_is_one_message_before_any_rank_starts(
 
 def test_under_plain_torchrun_one_rank_tells_and_the_cause_comes_last() -> None:
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3")
-    flags = ("--config", CONFIG, "--lr-warmup-iters", "900")
+    flags = ("--config", CONFIG, "--global-batch-size", "12", "--lr-warmup-iters", "900")
     done = subprocess.run(
         [sys.executable, *torchrun, str(ROOT / "pretrain_moe.py"), *flags],
         capture_output=True,
