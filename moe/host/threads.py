@@ -21,7 +21,7 @@ def use_passive_waits() -> None:
     Must run before torch is imported: its Linux wheels bundle GNU OpenMP (libgomp), which reads the
     environment once, when it is loaded. By default libgomp spins for milliseconds at the end of
     every parallel region. Where other processes use the same cores, a spinning thread keeps the
-    thread that it waits for from running: docs/threads.md has the figures.
+    thread that it waits for from running: docs/launching.md has the figures.
     """
     if not any(name in os.environ for name in WAIT_VARIABLES):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
