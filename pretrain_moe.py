@@ -3,6 +3,7 @@
     torchrun --nproc-per-node 2 pretrain_moe.py --config RECIPE.yaml [--flag value ...]
     python pretrain_moe.py --config RECIPE.yaml --mock-data     # one rank
     python pretrain_moe.py --config RECIPE.yaml --dry-run --world-size 1024 [--build --rank 17]
+    python pretrain_moe.py --config RECIPE.yaml --check --world-size 2    # as launchers do first
 
 ``--help`` lists every setting. Exit codes: 0 done, 2 something for the user to change, 1 our fault
 or the machine's, 75 stopped by a signal after a good save (the same command goes on).
@@ -19,7 +20,7 @@ from moetron.moe.config.command import Command, load
 from moetron.moe.config.schema.derived import total_samples, with_vocabulary
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.monitoring.library_warnings import quieten_libraries
-from moetron.moe.monitoring.start_banner import announce
+from moetron.moe.monitoring.start_banner import announce, opening
 from moetron.moe.plan.render import render
 from moetron.moe.training.sample_stream import StreamFrom, Streams
 from moetron.tokenizers.interface import Tokenizer
@@ -41,6 +42,9 @@ def main() -> int:
         raise UserError(str(error)) from error
     settings = with_vocabulary(command.settings, vocab_size)  # so that checkpoints tell it
     check_folders(settings, streams.training.state())
+    if command.check:
+        opening(settings, streams.training.state())  # raises where nothing is left to train
+        return 0
     announce(settings, streams.training.state())
     return pretrain(settings, vocab_size, streams)
 

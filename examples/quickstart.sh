@@ -34,7 +34,8 @@ case "$corpus" in
 esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-readonly RECIPE=examples/quickstart/pretrain.yaml RANKS=2
+readonly RECIPE=examples/quickstart/pretrain.yaml
+readonly RANKS=2
 total_steps="$(sed -n 's/^ *train_iters: *\([0-9]*\).*/\1/p' "$RECIPE")"
 stop_at=$((total_steps / 2))
 step() { printf '\n[%s] %s (after %s s)\n' "$1" "$2" "$((SECONDS - started))"; }
@@ -75,7 +76,7 @@ done
 
 run="$out/run"
 pretrain() {
-  "$bin/torchrun" --standalone --nproc-per-node "$RANKS" pretrain_moe.py --config "$RECIPE" \
+  PYTHON="$bin/python" RANKS="$RANKS" bash examples/train.sh quickstart \
     --data-path "${train[@]}" --valid-data-path "${valid[@]}" --tokenizer-model "$tokenizer" \
     --save "$run" --load "$run" "$@"
 }

@@ -2,14 +2,15 @@
 # Train a recipe on this node, one rank a GPU (or RANKS of them):
 #   bash examples/train.sh olmoe_1b_7b --data-path PREFIX --tokenizer-model FILE --save RUN
 #   RANKS=2 bash examples/train.sh deepseek_v3/tiny --expert-model-parallel-size 2    # two CPU ranks
-# The first word names a folder of examples/ (its pretrain.yaml), or FOLDER/STAGE; flags follow. With --dry-run
-# among them nothing is launched: one process checks and plans for as many ranks (or --world-size N).
-# PRINT=1 prints the command that would run, and does not run it.
+# The first word names a folder of examples/ (its pretrain.yaml), or FOLDER/STAGE; flags follow. One process checks
+# settings, data and folders first, so that a mistake is one message and exit code 2. With --dry-run among the flags
+# nothing is launched: it plans for as many ranks (or --world-size N). Ranks meet on a free port, so runs may share a
+# node. PRINT=1 prints the command that would run, and does not run it.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 recipe="${1:-}"
 case "$recipe" in
-  "" | -*) sed -n '2,7s/^# //p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
+  "" | -*) sed -n '2,9s/^# //p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
   */*) ;;
   *) recipe="$recipe/pretrain" ;;
 esac
@@ -23,14 +24,13 @@ ranks="${RANKS:-$((gpus > 0 ? gpus : 1))}"
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 # What a step and a save may take after a signal; torchrun kills ranks after 30 s otherwise.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
-command=("$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" "$root/pretrain_moe.py")
-case " $* " in # of two --world-size the last counts
-  *" --dry-run "*) command=("$python" "$root/pretrain_moe.py" --world-size "$ranks") ;;
-esac
-command+=(--config "$config" "$@")
+alone=("$python" "$root/pretrain_moe.py" --world-size "$ranks" --config "$config" "$@") # of two --world-size the last counts
+launch=("$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" "$root/pretrain_moe.py" --config "$config" "$@")
+case " $* " in *" --dry-run "* | *" --check "* | *" --help "*) launch=("${alone[@]}") ;; esac
 if [ -n "${PRINT:-}" ]; then
-  printf '%q ' "${command[@]}"
+  printf '%q ' "${launch[@]}"
   echo
-else
-  exec "${command[@]}"
+  exit
 fi
+[ "${launch[*]}" = "${alone[*]}" ] || "${alone[@]}" --check
+exec "${launch[@]}"

@@ -17,10 +17,12 @@ import os
 import sys
 from pathlib import Path
 
+from moetron.common.cores import usable_cores
 from moetron.common.errors import ConfigError, UserError
 from moetron.moe.analysis.ablation import execute, sweep
 from moetron.moe.config import flags
 from moetron.moe.config.paths import ToolParser
+from moetron.moe.host.threads import cpu_threads
 from moetron.moe.training.resilience import EXIT_STOPPED, StopSignal, run_guarded
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,8 +89,7 @@ def main() -> int:
         return 0
     if options.output is None:
         raise UserError("--output is missing: the folder of all runs")
-    cores = len(os.sched_getaffinity(0))
-    jobs = options.jobs or (1 if options.slurm else max(1, cores // plan.ranks))
+    jobs = options.jobs or (1 if options.slurm else max(1, usable_cores() // plan.ranks))
 
     def command(*number: str) -> list[str]:
         own = ("--output", str(options.output), "--jobs", str(jobs), "--run", *number)
@@ -98,7 +99,7 @@ def main() -> int:
         print(execute.slurm_script(plan, command()))
         return 0
     if options.run is not None:
-        alone(plan, int(options.run), options.output, max(1, cores // jobs // plan.ranks))
+        alone(plan, int(options.run), options.output, cpu_threads(0, jobs * plan.ranks))
         return 0
     code = 0
     if not options.table_only:

@@ -21,6 +21,7 @@ from moetron.moe.analysis import routing_study as study
 from moetron.moe.analysis.routing_trace import Windows
 from moetron.moe.checkpoint import run_folder as checkpoint_folder
 from moetron.moe.config.paths import ToolParser
+from moetron.moe.host import threads
 from moetron.moe.monitoring.library_warnings import quieten_libraries
 from moetron.tokenizers.interface import Tokenizer
 from moetron.tokenizers.load import load_known_tokenizer, load_tokenizer
@@ -40,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     add("--adjacent-pairs", action="store_true", help="count co-activation as OLMoE's script did")
     add("--tokenizer-model", metavar="PATH", help="default: the run's, or the folder's")
     add("--output", type=Path, metavar="DIR", help="default: RUN/analysis")
-    return parser
+    return threads.add_option(parser)
 
 
 def require_one(tokenizer: Tokenizer, sources: Sources) -> None:
@@ -53,6 +54,7 @@ def require_one(tokenizer: Tokenizer, sources: Sources) -> None:
 
 def open_text(sources: Sources, tokenizer: Tokenizer, given: argparse.Namespace) -> study.Text:
     """Windows of every class, and how ids are shown; a model may have ids that no piece uses."""
+    require_one(tokenizer, sources)
     rows = [(n.removesuffix(".valid"), spread_windows(s, given.tokens)) for n, s in sources.items()]
     return study.Text(
         [Windows(name, row[:, :-1], row[:, 1:]) for name, row in rows],
@@ -67,8 +69,8 @@ def watch_folder(given: argparse.Namespace) -> study.Result:
 
     sources = named_sources(given.data or [], given.seq_length or 1024)
     tokenizer = load_tokenizer(given.tokenizer_model or given.model)
-    require_one(tokenizer, sources)
     text = open_text(sources, tokenizer, given)
+    threads.use_threads(given.cpu_threads)
     model = HuggingFaceModel(given.model, given.layers)
     return study.summary(model, text) | study.study(model, text, given.adjacent_pairs)[0]
 
@@ -81,22 +83,21 @@ def watch_run(given: argparse.Namespace) -> study.Result:
     from moetron.moe.training import runtime
 
     record = checkpoint_folder.read(given.model).record
-    settings, step = checkpoint_folder.one_rank_settings(record), record.progress.step
+    settings = checkpoint_folder.one_rank_settings(record, given.cpu_threads)
     length = given.seq_length or settings.model.seq_length
     held_out = settings.data.rooted(settings.data.valid_data_path or [])
     sources = named_sources(given.data or held_out, length)
     path = given.tokenizer_model or settings.data.tokenizer_model
     tokenizer = load_known_tokenizer(path, tokenizer_fingerprints(record.stream))
-    require_one(tokenizer, sources)
     text = open_text(sources, tokenizer, given)
     vocab_size = vocabulary_of(given.model, settings, tokenizer.vocab_size)
     with runtime.running(settings) as ranks:
         model = OwnModel(given.model, settings, vocab_size, ranks, given.layers)
         found, choices = study.study(model, text, given.adjacent_pairs)
         if given.checkpoints == "all":
-            steps = model.each_checkpoint(given.model, step)
+            steps = model.each_checkpoint(given.model, record.progress.step)
             found["checkpoints"] = study.compare(model, text, choices, steps)
-    return study.summary(model, text) | {"step": step} | found
+    return study.summary(model, text) | {"step": record.progress.step} | found
 
 
 def main() -> int:

@@ -7,12 +7,12 @@ Run again with the same options, it finds a whole corpus current and does nothin
 """
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from moetron.common.cores import usable_cores
 from moetron.common.files import require_writable
 from moetron.data.corpora import debian, python_text, system_text
 from moetron.data.corpora.collect import (
@@ -35,7 +35,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--output", type=Path, required=True, metavar="DIR", help="folder of the corpus")
     add("--source", choices=sorted(DEFAULT_MB), default="system", help="default: %(default)s")
     add("--max-mb", type=float, help="budget, shared by the sources (default: 32; debian: 400)")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    add("--workers", type=int, default=usable_cores(), help="processes (default: all cores)")
     return parser.parse_args(arguments)
 
 

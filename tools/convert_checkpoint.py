@@ -18,6 +18,7 @@ from moetron.common.errors import UserError
 from moetron.moe.checkpoint import run_folder as checkpoint_folder
 from moetron.moe.checkpoint.vocabulary import vocabulary_of
 from moetron.moe.config.paths import ToolParser
+from moetron.moe.host import threads
 from moetron.moe.monitoring.library_warnings import quieten_libraries
 from moetron.tokenizers.export import exported
 from moetron.tokenizers.interface import Tokenizer
@@ -38,15 +39,13 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--load", type=Path, required=True, help="what to read")
     for command in (export, load):
         command.add_argument("--output", type=Path, required=True, help="folder to write")
-    export.add_argument("--model-type", help="HuggingFace's (default: the one that fits)")
-    export.add_argument("--dtype", choices=DTYPES, help="of the weights (default: the run's)")
-    export.add_argument(
-        "--max-shard-bytes", type=int, default=5 * 10**9, help="of one file (default: 5e9)"
-    )
-    export.add_argument("--tokenizer-model", metavar="PATH", help="the run's tokenizer, if moved")
-    export.add_argument(
-        "--as-causal", action="store_true", help="export a --bidirectional-prefix model, too"
-    )
+        threads.add_option(command)
+    add = export.add_argument
+    add("--model-type", help="HuggingFace's (default: the one that fits)")
+    add("--dtype", choices=DTYPES, help="of the weights (default: the run's)")
+    add("--max-shard-bytes", type=int, default=5 * 10**9, help="of one file (default: 5e9)")
+    add("--tokenizer-model", metavar="PATH", help="the run's tokenizer, if moved")
+    add("--as-causal", action="store_true", help="export a --bidirectional-prefix model, too")
     return parser
 
 
@@ -108,6 +107,7 @@ def main() -> int:
 
         print(describe(arguments.load, arguments.verify))
     else:
+        threads.use_threads(arguments.cpu_threads)
         {"to-hf": to_hf, "from-hf": from_hf}[arguments.command](arguments)
     return 0
 

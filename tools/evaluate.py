@@ -25,6 +25,7 @@ from moetron.moe.checkpoint.compatibility import tokenizer_fingerprints
 from moetron.moe.checkpoint.vocabulary import vocabulary_of
 from moetron.moe.config.paths import ToolParser
 from moetron.moe.config.schema.derived import reads_prefix
+from moetron.moe.host import threads
 from moetron.moe.monitoring.library_warnings import quieten_libraries
 from moetron.tokenizers.interface import Tokenizer
 from moetron.tokenizers.load import load_known_tokenizer
@@ -42,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=8, help="sequences at once (default: 8)")
     add("--output", type=Path, metavar="FILE", help="results as JSON")
     add("--tokenizer-model", metavar="PATH", help="where the run's tokenizer lies now, if moved")
-    return parser
+    return threads.add_option(parser)
 
 
 def require_harness() -> None:
@@ -91,7 +92,7 @@ def main() -> int:
     require_harness()
     quieten_libraries()
     record = checkpoint_folder.read(arguments.load).record
-    settings = checkpoint_folder.one_rank_settings(record)
+    settings = checkpoint_folder.one_rank_settings(record, arguments.cpu_threads)
     tokenizer = open_tokenizer(arguments, record)
     if arguments.output is not None:
         checkpoint_folder.make_run_folder(arguments.output.parent, "--output")

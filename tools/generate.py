@@ -26,6 +26,7 @@ from moetron.moe.checkpoint.compatibility import tokenizer_fingerprints
 from moetron.moe.checkpoint.vocabulary import vocabulary_of
 from moetron.moe.config.paths import ToolParser
 from moetron.moe.config.schema.derived import reads_prefix
+from moetron.moe.host import threads
 from moetron.moe.inference.sampling import Sampling
 from moetron.moe.monitoring.library_warnings import quieten_libraries
 from moetron.tokenizers.interface import Tokenizer
@@ -47,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of the draws (default: 0)")
     add("--no-cache", action="store_true", help="compute the whole sequence for every token")
     add("--tokenizer-model", metavar="PATH", help="where the run's tokenizer lies now, if moved")
-    return parser
+    return threads.add_option(parser)
 
 
 def read_prompts(arguments: argparse.Namespace) -> list[str]:
@@ -87,7 +88,7 @@ def main() -> int:
         raise UserError(f"--max-new-tokens {arguments.max_new_tokens}: must be at least 1")
     quieten_libraries()
     record = checkpoint_folder.read(arguments.load).record
-    settings = checkpoint_folder.one_rank_settings(record)
+    settings = checkpoint_folder.one_rank_settings(record, arguments.cpu_threads)
     known = tokenizer_fingerprints(record.stream)
     try:
         tokenizer = load_known_tokenizer(

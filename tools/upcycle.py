@@ -24,6 +24,7 @@ from moetron.moe.config.command import check, merge
 from moetron.moe.config.paths import ToolParser
 from moetron.moe.config.schema.field import flag_name
 from moetron.moe.config.upcycling import UpcyclingSettings
+from moetron.moe.host import threads
 from moetron.moe.monitoring.library_warnings import quieten_libraries
 from moetron.moe.training.resilience import run_guarded
 from moetron.tokenizers.load import load_tokenizer
@@ -46,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     add("--noise-fraction", type=float, default=defaults.noise_fraction, help="drawn anew")
     add("--noise-std", type=float, default=defaults.noise_std, help="of those (default: 0.02)")
     add("--seed", type=int, default=defaults.seed, help="of router and noise")
-    return parser
+    return threads.add_option(parser)
 
 
 def tokenizer_of(folder: Path) -> tuple[str | None, str | None]:
@@ -87,6 +88,7 @@ def main() -> int:
     from moetron.moe.convert.initial_checkpoint import MODEL_FILE  # torch: seconds
     from moetron.moe.convert.upcycle import dense_folder, dense_run, is_huggingface, upcycle
 
+    threads.use_threads(own.cpu_threads)
     if is_huggingface(own.load):
         dense = dense_folder(own.load, *tokenizer_of(own.load))
     else:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from moetron.common.cores import usable_cores
 from moetron.common.files import bare_prefix, is_utf8
 from moetron.data.encoding.filters import Filters
 
@@ -98,7 +99,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--output-prefix", required=True, metavar="P", help="writes P.bin, P.idx and P.json")
     add("--append-eod", action="store_true", help="end each document with the end-of-document id")
-    add("--workers", type=int, default=_cores(), help="processes (default: all cores)")
+    add("--workers", type=int, default=usable_cores(), help="processes (default: all cores)")
     add(
         "--holdout-fraction",
         type=float,
@@ -176,8 +177,3 @@ def _prefix_problem(prefix: str) -> str | None:
     if bare_prefix(prefix) != prefix:
         return "the shard's files get their endings: give the name without .bin or .idx"
     return None
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -5,6 +5,9 @@
 # The first word names a folder of examples/ (its pretrain.yaml), or FOLDER/STAGE; flags follow. A run
 # that SLURM stops or requeues goes on from --save. MOETRON_ROOT and PYTHON name the checkout and its
 # interpreter where they differ from the folder of submission; RANKS the ranks of a node, if not one a GPU.
+# One process checks settings, data and folders before ranks start, so that a mistake is one message and exit code 2;
+# with --dry-run among the flags none start. Ranks meet at the first node on port MASTER_PORT, by default 10000 + the
+# job's id modulo 20000: jobs that share a node do not meet.
 #SBATCH --job-name pretrain
 #SBATCH --ntasks-per-node 1
 #SBATCH --exclusive
@@ -35,10 +38,17 @@ if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ -n "$save" ] && [ -e "$save/latest
   again=(--load "$save" --no-finetune --no-reset-progress)
 fi
 head_node="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+nodes="$SLURM_JOB_NUM_NODES"
+ranks="${RANKS:-${SLURM_GPUS_ON_NODE:-8}}"
+port="${MASTER_PORT:-$((10000 + SLURM_JOB_ID % 20000))}"
+python="${PYTHON:-$root/.venv/bin/python}"
+flags=(--config "$config" "${resume[@]}" "$@" "${again[@]}")
+alone=("$python" "$root/pretrain_moe.py" --world-size "$((nodes * ranks))" "${flags[@]}")
 export CUDA_DEVICE_MAX_CONNECTIONS=1
 # Of the 300 s that SLURM gives, what a step and a save may take; torchrun kills ranks after 30 s otherwise.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-270}"
-exec srun "${PYTHON:-$root/.venv/bin/python}" -m torch.distributed.run \
-  --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "${RANKS:-${SLURM_GPUS_ON_NODE:-8}}" \
-  --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$head_node:${MASTER_PORT:-29500}" \
-  "$root/pretrain_moe.py" --config "$config" "${resume[@]}" "$@" "${again[@]}"
+case " $* " in *" --dry-run "* | *" --check "*) exec "${alone[@]}" ;; esac
+"${alone[@]}" --check
+exec srun "$python" -m torch.distributed.run --nnodes "$nodes" --nproc-per-node "$ranks" \
+  --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$head_node:$port" \
+  "$root/pretrain_moe.py" "${flags[@]}"

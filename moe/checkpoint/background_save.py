@@ -1,6 +1,8 @@
 """When checkpoints are written: at once, or on a thread while training goes on."""
 
 import logging
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import timedelta
@@ -10,8 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
+from tqdm import tqdm
 
 from moetron.moe.checkpoint.position import Progress
+from moetron.moe.checkpoint.run_folder import file_sizes
 from moetron.moe.checkpoint.save_load import save_checkpoint, take_checkpoint
 from moetron.moe.config.schema.settings import Settings
 
@@ -47,13 +51,18 @@ class Saver:
     ) -> None:
         """Save, after the save before has ended; a collective over all ranks.
 
-        Arguments and errors are those of ``save_checkpoint``.
+        Rank 0 prints a line when a save has ended, and when one goes to the background. Arguments
+        and errors are those of ``save_checkpoint``.
         """
         self.wait()
+        start_s = time.perf_counter()
         assert self._settings.checkpoint.save is not None
         folder = Path(self._settings.checkpoint.save)
         if self._thread is None:
-            save_checkpoint(folder, progress, model, optimizer, self._settings, stream_state)
+            saved = save_checkpoint(
+                folder, progress, model, optimizer, self._settings, stream_state
+            )
+            _report_saved(progress, saved, start_s)
             return
         if self._group is None:  # gloo, whatever trains: it must not get between NCCL's calls
             minutes = self._settings.parallel.distributed_timeout_minutes
@@ -61,7 +70,15 @@ class Saver:
         write = take_checkpoint(
             folder, progress, model, optimizer, self._settings, stream_state, self._group
         )
-        self._writing = self._thread.submit(write)
+        paused_s = time.perf_counter() - start_s
+        _report(progress, f"saving a checkpoint in the background, paused for {paused_s:.1f} s")
+
+        def write_and_report() -> Path:
+            saved = write()
+            _report_saved(progress, saved, start_s)
+            return saved
+
+        self._writing = self._thread.submit(write_and_report)
 
     def check(self) -> None:
         """Raise what a save in the background met, if it has ended."""
@@ -83,3 +100,18 @@ class Saver:
         if error is not None:
             logger.warning("the last checkpoint was not completed: %s", error)
         self._writing = None
+
+
+def _report_saved(progress: Progress, folder: Path, start_s: float) -> None:
+    """Print where a checkpoint lies, its size and the seconds since its save began."""
+    if dist.get_rank() == 0:
+        megabytes = sum(file_sizes(folder).values()) / 1e6
+        seconds = time.perf_counter() - start_s
+        _report(progress, f"saved {folder} ({megabytes:,.1f} MB in {seconds:.1f} s)")
+
+
+def _report(progress: Progress, text: str) -> None:
+    """Print a line from rank 0, above a progress bar if there is one; on any thread."""
+    if dist.get_rank() == 0:
+        tqdm.write(f"step {progress.step} | {text}")
+        sys.stdout.flush()

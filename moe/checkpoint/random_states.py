@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTe
 from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 from torch import Tensor
 
+CUDA = "rng.cuda"
+"""Key of the default CUDA generator's state: present exactly in checkpoints written on GPUs."""
+HOST = frozenset({"rng.python", "rng.numpy"})
+"""Keys of the states that any device can restore."""
 _TEXT_BYTES = 16_384
 """Room for a Mersenne Twister's 624 words as JSON."""
 
@@ -25,12 +30,30 @@ def rng_entries() -> ShardedStateDict:
     }
 
 
+def mismatch(wanted: Collection[str], held: Collection[str]) -> str | None:
+    """Return why this rank cannot restore its device's states, None where it can.
+
+    Args:
+        wanted: keys of ``rng_entries`` here.
+        held: keys of the checkpoint. A tracker's state has the same key but another size and
+            meaning on another kind of device, so the kind of device is compared first.
+    """
+    if (CUDA in wanted) != (CUDA in held) and set(held) >= HOST:
+        return f"the checkpoint was written on a {'GPU' if CUDA in held else 'CPU'}"
+    absent = sorted(set(wanted) - set(held))
+    return f"the checkpoint holds no {', '.join(absent)}" if absent else None
+
+
 def restore_rng(loaded: ShardedStateDict) -> None:
-    """Go on from states that ``rng_entries`` asked for."""
+    """Restore states that ``rng_entries`` requested: all of them, or some of ``HOST`` alone."""
     states = {key.removeprefix("rng."): state[0].cpu() for key, state in loaded.items()}
+    if "python" in states:
+        random.setstate(_python_state(_from_bytes(states.pop("python"))))
+    if "numpy" in states:
+        np.random.set_state(_numpy_state(_from_bytes(states.pop("numpy"))))
+    if not states:
+        return
     torch.set_rng_state(states.pop("torch"))
-    random.setstate(_python_state(_from_bytes(states.pop("python"))))
-    np.random.set_state(_numpy_state(_from_bytes(states.pop("numpy"))))
     if "cuda" in states:
         torch.cuda.set_rng_state(states.pop("cuda"))
     tracked = {name.removeprefix("tracker."): state for name, state in states.items()}

@@ -60,14 +60,18 @@ class Checkpoint:
     """Ids of the vocabulary and their padding; None: it holds no embedding."""
 
 
-def one_rank_settings(record: Record) -> Settings:
-    """The settings of a checkpoint of any layout, for a single rank.
+def one_rank_settings(record: Record, cpu_threads: int = 0) -> Settings:
+    """Return the settings of a checkpoint of any layout, for a single rank.
+
+    Args:
+        record: the checkpoint's.
+        cpu_threads: of this process; those of the machine that trained do not apply here.
 
     Raises:
         UserError: another version of Moetron wrote them, and they mean nothing here.
     """
-    kept = {"cpu_threads": record.settings.get("parallel", {}).get("cpu_threads", 0)}
-    settings, problems, _ = validate({**record.settings, "parallel": kept})
+    here = {"cpu_threads": cpu_threads}
+    settings, problems, _ = validate({**record.settings, "parallel": here})
     if settings is None or problems:
         version = record.versions.get("moetron", "unknown")
         raise UserError(

@@ -34,7 +34,7 @@ from moetron.moe.checkpoint import run_folder as checkpoint_folder
 from moetron.moe.checkpoint.compatibility import require_fit
 from moetron.moe.checkpoint.fp8_state import fp8_entries, restore_fp8
 from moetron.moe.checkpoint.position import Progress
-from moetron.moe.checkpoint.random_states import reseed, restore_rng, rng_entries
+from moetron.moe.checkpoint.random_states import HOST, mismatch, reseed, restore_rng, rng_entries
 from moetron.moe.checkpoint.run_folder import Checkpoint, Record
 from moetron.moe.checkpoint.tensor_reader import load_tensors
 from moetron.moe.checkpoint.tensor_writer import Contents
@@ -145,8 +145,9 @@ def load_checkpoint(
 
     ``settings.checkpoint`` says what is left out: ``finetune`` loads the weights alone and starts
     at step 0, ``reset_progress`` starts there with weights and optimizer, ``no_load_optim`` leaves
-    the optimizer fresh, ``no_load_rng`` the random numbers. A checkpoint of the same layout goes on
-    bit by bit; one of another layout gets random numbers seeded anew from (seed, step).
+    the optimizer fresh, ``no_load_rng`` the random numbers. A checkpoint of the same layout resumes
+    bit by bit; one of another layout or another kind of device gets random numbers seeded anew from
+    (seed, step).
 
     Where --load is --save itself and holds nothing yet, the run starts: so one command begins a run
     and goes on with it.
@@ -251,13 +252,24 @@ def _load_optimizer(
 
 
 def _load_rng(checkpoint: Checkpoint, settings: Settings) -> None:
-    step = checkpoint.record.progress.step
-    if checkpoint.record.layout == _layout(settings):
-        restore_rng(_load(checkpoint, rng_entries(), "--no-load-rng goes on without"))
-        return
-    reseed(settings.training.seed, step)
-    if dist.get_rank() == 0:
-        logger.warning("another layout: random numbers are seeded anew from seed and step %d", step)
+    """Restore random-number states, or seed them anew where they cannot mean the same here.
+
+    States belong to ranks of one layout and to one kind of device. What does not fit is drawn from
+    (seed, step), and rank 0 says so.
+    """
+    step, request = checkpoint.record.progress.step, rng_entries()
+    if checkpoint.record.layout != _layout(settings):
+        reason, request = "another layout", {}
+    else:
+        reason = mismatch(request, checkpoint.keys)
+    if reason is not None:
+        reseed(settings.training.seed, step)
+        request = {key: request[key] for key in request.keys() & HOST & checkpoint.keys}
+        if dist.get_rank() == 0:
+            text = "%s: random numbers are seeded anew from seed and step %d"
+            logger.warning(text, reason, step)
+    if request:
+        restore_rng(_load(checkpoint, request, "--no-load-rng resumes without"))
 
 
 def _load(checkpoint: Checkpoint, request: ShardedStateDict, remedy: str) -> ShardedStateDict:

@@ -24,10 +24,12 @@ class Command:
     """The recipes that were read."""
     dry_run: bool
     """Check and plan only."""
+    check: bool
+    """Check as a real start does, inputs too, and stop before any rank starts."""
     build: bool
     """In a dry run: build the rank's share on the meta device too."""
     world_size: int
-    """Ranks: --world-size in a dry run, else torchrun's, else 1."""
+    """Ranks: --world-size in a dry run or check, else torchrun's, else 1."""
     rank: int
     """This rank: --rank in a dry run, else torchrun's, else 0."""
     notes: list[str]
@@ -42,10 +44,11 @@ def load(argv: Sequence[str]) -> Command:
     given = flags.parse(argv)
     problems = list(given.problems)
     dry_run = bool(given.options.get("dry_run", False))
+    check_only = bool(given.options.get("check", False))
     build = bool(given.options.get("build", False))
     if build and not dry_run:
         problems.append("--build needs --dry-run: a real run builds its model anyway")
-    world_size, rank = _ranks(given.options, dry_run, problems)
+    world_size, rank = _ranks(given.options, dry_run or check_only, problems)
     names = given.options.get("config", [])
     try:
         _refuse_addresses(names)
@@ -58,7 +61,8 @@ def load(argv: Sequence[str]) -> Command:
     problems += [line for line in found if line.split()[0] not in valueless]
     if problems or settings is None:
         raise ConfigError(problems)
-    return Command(settings, config, dry_run, build, world_size, rank, notes(settings))
+    said = notes(settings)
+    return Command(settings, config, dry_run, check_only, build, world_size, rank, said)
 
 
 def check(tree: Tree, world_size: int, dry_run: bool) -> tuple[Settings | None, list[str]]:
@@ -126,13 +130,17 @@ def merge(first: Tree, second: Tree) -> dict[str, dict[str, Any]]:
     return {group: {**first.get(group, {}), **second.get(group, {})} for group in groups}
 
 
-def _ranks(options: Mapping[str, Any], dry_run: bool, problems: list[str]) -> tuple[int, int]:
-    """(world size, rank), with what is wrong about them appended to ``problems``."""
+def _ranks(options: Mapping[str, Any], imagined: bool, problems: list[str]) -> tuple[int, int]:
+    """(world size, rank), with what is wrong about them appended to ``problems``.
+
+    ``imagined``: the command starts no ranks, so that flags may name others than torchrun's.
+    """
     values = {"world_size": 1, "rank": 0}
     environment = {} if "world_size" in options else os.environ  # a rank of another world
     for name, lowest in (("world_size", 1), ("rank", 0)):
-        if name in options and not dry_run:
-            problems.append(f"{flag_name(name)} needs --dry-run: torchrun sets it in a real run")
+        if name in options and not imagined:
+            needed = "--dry-run or --check"
+            problems.append(f"{flag_name(name)} needs {needed}: torchrun sets it in a real run")
         text = str(options.get(name, environment.get(name.upper(), values[name])))
         if text.isdecimal() and int(text) >= lowest:
             values[name] = int(text)

@@ -52,7 +52,7 @@ class Given:
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Group -> field -> text, list of texts, switch or None."""
     options: dict[str, Any] = field(default_factory=dict)
-    """The command's own options: config, dry_run, world_size, rank, build."""
+    """The command's own options: config, dry_run, check, world_size, rank, build."""
     problems: list[str] = field(default_factory=list)
 
 
@@ -157,7 +157,13 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         **switch,
     )
     command.add_argument(
-        "--world-size", metavar="N", help="ranks to plan for (with --dry-run)", **value
+        "--check",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="check settings, data and folders as a start with --world-size ranks does; then stop",
+    )
+    command.add_argument(
+        "--world-size", metavar="N", help="ranks to plan or check for (--dry-run, --check)", **value
     )
     command.add_argument("--rank", metavar="R", help="rank to plan for (with --dry-run)", **value)
     command.add_argument(
@@ -188,7 +194,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _names() -> Iterator[str]:
     """Every flag there is."""
-    yield from ("--help", "--config", "--dry-run", "--world-size", "--rank", "--build")
+    yield from ("--help", "--config", "--dry-run", "--check", "--world-size", "--rank", "--build")
     for _, name, setting in fields():
         yield flag_name(name)
         if is_switch(setting):

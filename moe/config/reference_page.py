@@ -27,10 +27,11 @@ A recipe is a YAML file with one section for each group below and the keys of it
 Megatron's name where Megatron has one, and flags win over the recipe. A setting that may be unset
 takes `null` in YAML and `none` as a flag. Lists are values after one flag, or a YAML list.
 
-The command has five options that are no settings: `--config RECIPE.yaml`; `--dry-run`, which checks
-everything, prints the plan and trains nothing; and, for a dry run, `--world-size N`, `--rank R` and
-`--build`, which builds that rank's share without memory (meta device, imagined ranks) and compares
-its parameters with the plan's.
+The command has six options that are no settings. `--config RECIPE.yaml`. `--dry-run` checks all but
+the inputs, prints the plan and trains nothing. `--check` checks settings, data and folders as a
+start of `--world-size N` ranks does, and starts none. For a dry run, `--world-size N`, `--rank R`
+and `--build`, which builds that rank's share without memory (meta device, imagined ranks) and
+compares its parameters with the plan's.
 """
 
 

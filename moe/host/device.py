@@ -103,22 +103,6 @@ def backend_for(device: torch.device) -> str:
     return "nccl" if device.type == "cuda" else "gloo"
 
 
-def cpu_threads(requested: int, ranks_on_host: int) -> int:
-    """Threads for one rank: as requested, or its share of the cores that this process may use.
-
-    Args:
-        requested: ``--cpu-threads``; 0 asks for the share.
-        ranks_on_host: ranks that share the machine, at least 1.
-    """
-    if requested:
-        return requested
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
-    return max(1, cores // ranks_on_host)
-
-
 def uses_transformer_engine(settings: Settings) -> bool:
     """Whether layers are Transformer Engine's.
 

@@ -13,6 +13,8 @@ from moetron.common.errors import UserError
 from moetron.common.files import write_text
 from moetron.moe.config.schema.settings import Settings
 
+WANDB_RUN_ID = "wandb_run_id"
+"""File of a run's folder: its id on Weights & Biases."""
 _CELL = 12
 """Pixels of an expert's square in a heat map."""
 Row = Mapping[str, Any]
@@ -154,20 +156,40 @@ class TensorBoard:
 
 
 class WandB:
-    """The same on Weights & Biases; each start of a run is one of the group of its folder.
+    """The same on Weights & Biases, as one run however often training resumes.
+
+    ``FOLDER/wandb_run_id`` holds the run's id from its first start on. A run that starts at step 0
+    gets a new one. Weights & Biases takes no second value for a step: of steps that a resume takes
+    again, the values before it stay.
+
+    Args:
+        folder: the run's, which names it unless ``--wandb-exp-name`` does.
+        last_step: the last step that is not taken again; 0: a fresh run.
+        settings: the run's, shown as its configuration.
 
     Raises:
         UserError: when wandb is not installed.
     """
 
-    def __init__(self, project: str, folder: Path, settings: Settings) -> None:
+    def __init__(self, folder: Path, last_step: int, settings: Settings) -> None:
         try:
             self._wandb: Any = importlib.import_module("wandb")
         except ImportError as error:
             raise UserError("--wandb-project needs `pip install moetron[log]`") from error
-        tree = settings.model_dump(mode="json")
-        group = folder.resolve().name
-        self._run = self._wandb.init(project=project, group=group, dir=str(folder), config=tree)
+        logging, path = settings.logging, folder / WANDB_RUN_ID
+        known = last_step > 0 and path.exists()
+        self._run = self._wandb.init(
+            project=logging.wandb_project,
+            entity=logging.wandb_entity,
+            name=logging.wandb_exp_name or folder.resolve().name,
+            id=path.read_text(encoding="utf-8").strip() if known else None,
+            resume="allow",
+            dir=str(folder),
+            config=settings.model_dump(mode="json"),
+            allow_val_change=True,  # settings may change where a run resumes
+        )
+        write_text(path, f"{self._run.id}\n")
+        self._first_step = self._run.starting_step
 
     def step(self, row: Row) -> None:
         """One scalar for each number."""
@@ -184,14 +206,18 @@ class WandB:
         }
         if loads:
             found["expert_load/all"] = self._wandb.Image(heat_map(loads))
-        self._run.log(found, step=step)
+        self._send(found, step)
 
     def close(self) -> None:
         """Upload what is left."""
         self._run.finish()
 
     def _log(self, prefix: str, row: Row) -> None:
-        self._run.log({f"{prefix}/{name}": value for name, value in flat(row)}, step=row["step"])
+        self._send({f"{prefix}/{name}": value for name, value in flat(row)}, row["step"])
+
+    def _send(self, values: Mapping[str, Any], step: int) -> None:
+        if step >= self._first_step:  # wandb would drop an earlier one with a warning
+            self._run.log(values, step=step)
 
 
 def heat_map(loads: Loads) -> np.ndarray:
@@ -230,5 +256,5 @@ def open_sinks(settings: Settings, last_step: int) -> list[Sink]:
             TensorBoard(Path(logging.tensorboard_dir or folder / "tensorboard"), last_step)
         )
     if logging.wandb_project is not None:
-        sinks.append(WandB(logging.wandb_project, folder, settings))
+        sinks.append(WandB(folder, last_step, settings))
     return sinks

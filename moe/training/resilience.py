@@ -23,6 +23,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from moetron.common.errors import RunError, UserError
+from moetron.moe.host.threads import use_passive_waits
 
 EXIT_FAILED = 1
 EXIT_USER = 2
@@ -53,13 +54,16 @@ def run_guarded(main: Callable[[], int]) -> int:
 
     A ``UserError`` is its message alone and code 2, a ``RunError`` or a disk's failure its message
     and code 1. Anything else is a traceback, a last line with rank and cause, and code 1. Where
-    several ranks fail together, one speaks: ranks other than 0 that meet a user's error, and ranks
-    whose neighbour vanished, wait first; torchrun ends them.
+    several ranks fail together, one of a node speaks: ranks other than 0 that meet a user's error,
+    and ranks whose neighbour vanished, wait first; torchrun ends them.
+
+    Idle OpenMP threads sleep from here on: torch must not be imported before.
 
     A rank that fails inside a job of several leaves by ``os._exit``, without waiting for process
     groups: its connections close, so that ranks that wait for it fail instead of hanging.
     """
     rank = int(os.environ.get("RANK", "0"))
+    use_passive_waits()  # every command starts here, before torch is imported
     try:
         code = main()
         sys.stdout.flush()
@@ -67,8 +71,9 @@ def run_guarded(main: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         code, text = 128 + signal.SIGINT, "interrupted"
     except UserError as error:
-        if rank != 0:
-            time.sleep(YIELD_S)
+        if rank != 0:  # rank 0 has met it too and speaks; on other nodes the first rank does
+            first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
+            time.sleep(YIELD_S if first_of_node else 2 * YIELD_S)
         code, text = EXIT_USER, str(error)
         _tell_torchrun(text)
     except Exception as error:

@@ -16,7 +16,8 @@ from moetron.moe.config.schema.pipeline_split import virtual_pipeline_size
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.host.adapt import adapt_host
 from moetron.moe.host.allocator import keep_freed_memory
-from moetron.moe.host.device import backend_for, cpu_threads, prepare_device
+from moetron.moe.host.device import backend_for, prepare_device
+from moetron.moe.host.threads import use_threads
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,8 @@ def running(settings: Settings) -> Iterator[Runtime]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        ranks_on_host = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(cpu_threads(settings.parallel.cpu_threads, ranks_on_host))
         keep_freed_memory()
+    use_threads(settings.parallel.cpu_threads)
     _join(settings, backend_for(device))
     try:
         yield divide(settings, device)

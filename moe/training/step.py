@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
-from megatron.core.utils import get_batch_on_this_cp_rank
+from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model
 
 from moetron.common.errors import RunError
 from moetron.moe.layers.attention import prefix_mask

@@ -78,9 +78,10 @@ class Runs:
         ranks = layout.smallest_world_size
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         quiet = ["--eval-iters=0", "--eval-interval=none", "--no-tensorboard"]
+        quiet += [f"--wandb-{name}=none" for name in ("project", "entity", "exp-name")]
         command = [
             *(sys.executable, *(torchrun if ranks > 1 else []), str(self.program), *self.flags),
-            *(*layout.flags(self.settings), *quiet, "--wandb-project=none", *flags),
+            *(*layout.flags(self.settings), *quiet, *flags),
             f"--save={save}",
         ]
         environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}

@@ -9,6 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from moetron.moe.checkpoint import run_folder as checkpoint_folder
+from moetron.moe.checkpoint.position import Progress
+from moetron.moe.checkpoint.run_folder import Record
+from moetron.moe.config.command import load
+
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "examples" / "olmoe_1b_7b" / "tiny.yaml")
 FLAGS = ("--expert-model-parallel-size", "2", "--no-tensorboard", "--cpu-threads", "1")
@@ -35,14 +40,21 @@ def launch(script: str, *words: str, **environment: str) -> subprocess.Completed
     )
 
 
-def slurm(folder: Path, srun: str) -> dict[str, str]:
-    """The environment of a job of one node whose ``srun`` is a script of ours."""
+def slurm(folder: Path, srun: str, python: str = "") -> dict[str, str]:
+    """The environment of a job of one node whose ``srun`` is a script of ours, ``python`` too."""
     commands = {"srun": srun, "scontrol": 'echo "${@: -1}"'}
+    commands |= {"python": python} if python else {}
     for name, text in commands.items():
         path = folder / name
         path.write_text(f"#!/usr/bin/env bash\n{text}\n")
         path.chmod(0o755)
-    return {**SLURM, "PATH": f"{folder}:{os.environ['PATH']}"}
+    own = {"PYTHON": str(folder / "python")} if python else {}
+    return {**SLURM, "PATH": f"{folder}:{os.environ['PATH']}", **own}
+
+
+def port_of(command: list[str]) -> int:
+    """Where the ranks of a printed command meet."""
+    return int(command[command.index("--rdzv-endpoint") + 1].split(":")[1])
 
 
 def test_one_node_gets_a_rank_a_device_and_every_flag() -> None:
@@ -66,30 +78,123 @@ def test_a_dry_run_plans_for_as_many_ranks_in_one_process() -> None:
 def test_ranks_have_time_to_save_and_a_flag_may_have_an_equals_sign(tmp_path: Path) -> None:
     """Ranks are killed after 30 s unless torchrun is told otherwise; SLURM gives 300."""
     environment = slurm(tmp_path, 'echo "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT $*"')
-    words = ("slurm/pretrain.sh", "olmoe_1b_7b/tiny", "--save=a run")
+    run = tmp_path / "a run"
+    words = ("slurm/pretrain.sh", "olmoe_1b_7b/tiny", f"--save={run}")
     printed = launch(*words, **environment)
     seconds, *command = printed.stdout.split()
     assert 200 < int(seconds) < 300
-    assert " ".join(command).endswith("--load a run --save=a run")
+    assert " ".join(command).endswith(f"--load {run} --save={run}")
     own = launch(*words, **environment, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="60")
     assert own.stdout.startswith("60 ")
 
 
 def test_many_nodes_meet_at_the_first_and_go_on_from_save(tmp_path: Path) -> None:
+    run = str(tmp_path / "a run")
     environment = slurm(tmp_path, 'printf "%q " "$@"')
-    environment |= {"SLURM_JOB_NUM_NODES": "32", "SLURM_GPUS_ON_NODE": "8"}
-    printed = launch("slurm/pretrain.sh", "olmoe_1b_7b/tiny", "--save", "a run", **environment)
+    environment |= {"SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "1"}
+    printed = launch("slurm/pretrain.sh", "olmoe_1b_7b/tiny", "--save", run, **environment)
     assert shlex.split(printed.stdout) == [
-        *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "32", "--nproc-per-node", "8"),
-        *("--rdzv-id", "7", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:29500"),
-        *(str(ROOT / "pretrain_moe.py"), "--config", CONFIG, "--load", "a run", "--save", "a run"),
+        *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"),
+        *("--rdzv-id", "7", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:10007"),
+        *(str(ROOT / "pretrain_moe.py"), "--config", CONFIG, "--load", run, "--save", run),
     ]
+
+
+def test_jobs_that_share_a_node_meet_at_ports_of_their_own(tmp_path: Path) -> None:
+    """Below 32768, where Linux begins to give out ports by itself; a port that is set wins."""
+    environment = slurm(tmp_path, 'printf "%q " "$@"', python=":")
+
+    def port(**more: str) -> int:
+        command = ("slurm/pretrain.sh", "olmoe_1b_7b/tiny")
+        return port_of(shlex.split(launch(*command, **{**environment, **more}).stdout))
+
+    found = [port(SLURM_JOB_ID=job) for job in ("4711", "4712", "19999", "20000", "123456789")]
+    assert len(set(found)) == len(found)
+    assert all(1024 <= one < 32768 for one in found)
+    assert port(MASTER_PORT="12345") == 12345
+
+
+@pytest.mark.parametrize("script", ["train.sh", "slurm/pretrain.sh"])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--lr-warmup-iters", "900"), "--lr-warmup-iters 900 is longer than the run"),
+        (("--global-batch-size", "12"), "--global-batch-size 12"),
+        (("--no-mock-data", "--data-path", "x", "--tokenizer-model", "bytes"), "--data-path x"),
+        (("--load", "elsewhere"), "--load elsewhere: there is no such folder"),
+    ],
+)
+def test_a_mistake_is_one_message_before_any_rank_starts(
+    tmp_path: Path, script: str, words: tuple[str, ...], message: str
+) -> None:
+    """Of several ranks' settings, of data and of folders."""
+    started = tmp_path / "started"
+    environment = slurm(tmp_path, f"touch {started}")
+    done = launch(script, "olmoe_1b_7b/tiny", *words, **{"RANKS": "2", **environment})
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) <= 3, done.stderr
+    assert done.stdout == "" and not started.exists()
+
+
+def test_under_plain_torchrun_one_rank_tells_and_the_cause_comes_last() -> None:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3")
+    flags = ("--config", CONFIG, "--global-batch-size", "12", "--lr-warmup-iters", "900")
+    done = subprocess.run(
+        [sys.executable, *torchrun, str(ROOT / "pretrain_moe.py"), *flags],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    told, _, rest = done.stderr.partition("Traceback")
+    message = "--lr-warmup-iters 900 is longer than the run"
+    assert told.count(message) == 1
+    cause, line, frame = rest.rstrip().splitlines()[-3:]
+    assert "1 problem in the settings" in cause and message in line and set(frame) == {"="}
+    assert "exitcode  : 2" in rest
+
+
+@pytest.mark.parametrize("reached", [50, 100, 101])
+def test_a_check_ends_as_a_start_would(tmp_path: Path, reached: int) -> None:
+    """Silently where the run can start; a checkpoint behind the last step is refused."""
+    write_checkpoint(tmp_path / "run", reached)
+    words = ("olmoe_1b_7b/tiny", "--load", str(tmp_path / "run"), "--check")
+    done = launch("train.sh", *words, RANKS="2")
+    message = f"step_0000{reached} is at step {reached} already" if reached > 100 else ""
+    assert (done.returncode, done.stdout) == (2 if message else 0, "")
+    assert message in done.stderr and bool(done.stderr) == bool(message)
+
+
+def write_checkpoint(run: Path, step: int) -> None:
+    """A checkpoint of the tiny recipe as far as a start looks at it before torch is loaded."""
+    settings = load(["--config", CONFIG, "--dry-run"]).settings
+    temporary = checkpoint_folder.prepare(checkpoint_folder.step_folder(run, step))
+    (temporary / "data.distcp").write_bytes(b"123")
+    stream = {"kind": "mock"}
+    record = Record(
+        Progress(step, 16 * step, 2048 * step),
+        settings.model_dump(mode="json"),
+        {},
+        stream,
+        {},
+        checkpoint_folder.file_sizes(temporary),
+    )
+    checkpoint_folder.write_record(temporary, record, {})
+    checkpoint_folder.commit(checkpoint_folder.step_folder(run, step), None)
+
+
+def test_a_dry_run_under_slurm_plans_in_one_process(tmp_path: Path) -> None:
+    environment = slurm(tmp_path, "echo ranks started")
+    words = ("slurm/pretrain.sh", "olmoe_1b_7b/tiny", *FLAGS, "--dry-run")
+    planned = launch(*words, **environment)
+    assert planned.returncode == 0, planned.stderr
+    assert "ranks          2" in planned.stdout and "started" not in planned.stdout
 
 
 def test_a_requeued_run_that_began_from_another_goes_on_from_its_own(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    environment = slurm(tmp_path, 'printf "%q " "$@"')
+    environment = slurm(tmp_path, 'printf "%q " "$@"', python=":")
     words = ["--load", "other", "--save", str(run), "--reset-progress"]
     own = ["--load", str(run)]
 
@@ -130,7 +235,7 @@ def test_two_ranks_train_on_a_node_and_the_job_goes_on_where_they_stopped(tmp_pa
     words = ("olmoe_1b_7b/tiny", *FLAGS, "--eval-iters", "0", "--save", run, "--exit-interval", "2")
     first = launch("train.sh", *words, RANKS="2")
     assert first.returncode == 0, first.stderr
-    environment = {**slurm(tmp_path, 'exec "$@"'), "MASTER_PORT": "29517"}
+    environment = slurm(tmp_path, 'exec "$@"') | {"SLURM_JOB_ID": str(os.getpid())}
     second = launch("slurm/pretrain.sh", *words, **environment)
     assert second.returncode == 0, second.stderr
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]

@@ -87,7 +87,12 @@ def folders(case: Case) -> Iterator[str]:
 
 def packages(case: Case) -> Iterator[str]:
     """Optional packages that a setting needs."""
-    if case.settings.logging.wandb_project is not None:
+    logging = case.settings.logging
+    if logging.wandb_project is None:
+        for name in ("wandb_entity", "wandb_exp_name"):
+            if getattr(logging, name) is not None:
+                yield f"{case.said(name)} needs --wandb-project"
+    else:
         try:
             metadata.version("wandb")
         except metadata.PackageNotFoundError:

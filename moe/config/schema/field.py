@@ -21,6 +21,10 @@ class Kind:
     name: str
 
 
+_OFF = ("no", "disable")
+"""First words of a name that turns something off."""
+
+
 class Rule(ValueError):
     """What a validator says in place of the field's type: the rule and the remedy."""
 

@@ -60,4 +60,4 @@ class ParallelSettings(Group):
     """Where to run; auto: CUDA where there is a GPU (a driver with which CUDA does not start is
     refused), else the CPU."""
     cpu_threads: NonNegativeInt = 0
-    """Threads a rank uses on a CPU; 0: cores / local ranks."""
+    """CPU threads of a rank; 0: OMP_NUM_THREADS, else usable cores / local ranks."""

@@ -145,5 +145,9 @@ class LoggingSettings(Group):
     """Steps between histograms and heat maps of every expert's load in TensorBoard and W&B."""
     wandb_project: str | None = None
     """Weights & Biases project; unset: off."""
+    wandb_entity: str | None = None
+    """Weights & Biases user or team; unset: your default one."""
+    wandb_exp_name: str | None = None
+    """Name of the run on Weights & Biases; unset: the name of the --save folder."""
     peak_tflops_per_s: PositiveFloat | None = None
     """Peak of one rank, for MFU; unset: measured by a short GEMM on a CPU, a table on a GPU."""

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from moetron.common.errors import UserError
 from moetron.moe.checkpoint import optimizer_state
+from moetron.moe.checkpoint import random_states as rng
 from moetron.moe.checkpoint import save_load as checkpoint
 from moetron.moe.checkpoint.checksums import SUMS, write_sums
 from moetron.moe.checkpoint.optimizer_state import leaves, optimizer_step
@@ -110,6 +111,71 @@ def test_another_layout_gets_random_numbers_of_its_own(
     assert "another layout" in caplog.text
     start(bf16(load=str(copy)))
     assert _draws() == first
+
+
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let states look as a GPU's do: one for the default generator, trackers of 16 bytes."""
+    on_cpu = rng._states
+
+    def on_gpu() -> dict[str, torch.Tensor]:
+        states = {
+            name: torch.zeros(16, dtype=torch.uint8) if name.startswith("tracker.") else state
+            for name, state in on_cpu().items()
+        }
+        return states | {"cuda": torch.zeros(16, dtype=torch.uint8)}
+
+    monkeypatch.setattr(rng, "_states", on_gpu)
+
+
+def _without(*names: str) -> Any:
+    states = rng._states
+    return lambda: {name: state for name, state in states().items() if name not in names}
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("from a GPU", "the checkpoint was written on a GPU"),
+        ("to a GPU", "the checkpoint was written on a CPU"),
+        ("a tracker", "the checkpoint holds no rng.tracker.expert-parallel-rng"),
+        ("numpy", "the checkpoint holds no rng.numpy"),
+    ],
+)
+def test_states_that_mean_nothing_here_are_drawn_from_the_seed(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    kind: str,
+    reason: str,
+) -> None:
+    """A resume needs no --no-load-rng, is reproducible, and says what it did in one line."""
+    chosen = bf16(load=str(tmp_path), save=str(tmp_path))
+    trainer = start(chosen).trainer
+    random.seed(99)
+    absent = {"a tracker": "tracker.expert-parallel-rng", "numpy": "numpy"}.get(kind)
+    with monkeypatch.context() as saving:
+        if kind == "from a GPU":
+            _as_on_a_gpu(saving)
+        if absent is not None:
+            saving.setattr(rng, "_states", _without(absent))
+        save_checkpoint(tmp_path, Progress(1), trainer.chunks, trainer.optimizer, chosen, {})
+    host = random.random()
+    found = []
+    for seed in (1234, 1234, 77):
+        random.seed(5)
+        torch.manual_seed(len(found))
+        again = bf16(load=str(tmp_path), training={"seed": seed})
+        with monkeypatch.context() as loading:
+            if kind == "to a GPU":
+                _as_on_a_gpu(loading)
+            caplog.clear()
+            assert start(again).progress.step == 1
+        told = [record.getMessage() for record in caplog.records if "random" in record.message]
+        assert told == [f"{reason}: random numbers are seeded anew from seed and step 1"]
+        assert random.random() == host  # the host's own goes on
+        found.append(_draws()[:2])
+    assert found[0] == found[1] != found[2]
 
 
 def _edited(saved: Path, tmp_path: Path, change: Any) -> Path:

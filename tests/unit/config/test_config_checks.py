@@ -99,6 +99,11 @@ def test_wandb_is_looked_for_before_anything_starts(
     assert found == ([] if installed else missing)
 
 
+@pytest.mark.parametrize("name", ["wandb_entity", "wandb_exp_name"])
+def test_a_name_on_wandb_needs_a_project(name: str) -> None:
+    assert inputs(**{name: "x"}) == [f"--{name.replace('_', '-')} x needs --wandb-project"]
+
+
 @pytest.mark.parametrize("name", ["finetune", "reset_progress", "no_load_optim", "no_load_rng"])
 def test_loading_needs_a_folder(name: str, tmp_path: Path) -> None:
     (line,) = inputs(**{name: True})

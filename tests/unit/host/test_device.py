@@ -1,7 +1,6 @@
 """What each machine does with each wish: device and layers, or one readable refusal."""
 
 import logging
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -193,11 +192,3 @@ def test_a_gpu_that_does_not_start(on: Any, monkeypatch: pytest.MonkeyPatch) -> 
 def test_backends() -> None:
     assert device.backend_for(torch.device("cpu")) == "gloo"
     assert device.backend_for(torch.device("cuda:0")) == "nccl"
-
-
-def test_threads_are_a_share_of_the_usable_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
-    assert device.cpu_threads(0, ranks_on_host=1) == 6
-    assert device.cpu_threads(0, ranks_on_host=4) == 1
-    assert device.cpu_threads(0, ranks_on_host=8) == 1
-    assert device.cpu_threads(5, ranks_on_host=8) == 5

@@ -5,7 +5,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from unittest.mock import Mock
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,17 +96,77 @@ def test_tensorboard_scalars_can_be_read_back(tmp_path: Path) -> None:
     assert idle[2] > idle[0] and pixels[-1, -1].tolist() == even.tolist()
 
 
-def test_wandb_gets_the_same_scalars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Mock()
-    monkeypatch.setitem(sys.modules, "wandb", Mock(init=Mock(return_value=run)))
-    run_settings = settings(
-        checkpoint={"save": str(tmp_path)}, logging={"wandb_project": "p", "tensorboard": False}
-    )
-    for sink in open_sinks(run_settings, 0):
-        sink.step({"step": 4, "lm_loss": 2.5})
+class _WandbServer:
+    """A stand-in for the module wandb: runs by id, and histories that take each step once."""
+
+    def __init__(self) -> None:
+        self.histories: dict[str, dict[int, dict[str, float]]] = {}
+        self.inits: list[dict[str, Any]] = []
+
+    def init(self, **words: Any) -> "_WandbRun":
+        self.inits.append(words)
+        name = words["id"] or f"id{len(self.histories)}"
+        assert words["resume"] == "allow"
+        return _WandbRun(name, self.histories.setdefault(name, {}))
+
+
+class _WandbRun:
+    def __init__(self, name: str, history: dict[int, dict[str, float]]) -> None:
+        self.id = name
+        self.starting_step = max(history, default=-1) + 1
+        self._history = history
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        assert step >= max(self._history, default=0), "wandb drops it with a warning"
+        self._history.setdefault(step, {}).update(values)
+
+    def finish(self) -> None:
+        pass
+
+
+def _logging(**values: Any) -> dict[str, Any]:
+    return {"wandb_project": "p", "tensorboard": False, **values}
+
+
+def _train_with_wandb(folder: Path, first: int, last: int, **values: Any) -> None:
+    """A start of a run at the step after ``first``, killed after ``last``."""
+    chosen = settings(checkpoint={"save": str(folder)}, logging=_logging(**values))
+    sinks = open_sinks(chosen, first)
+    for step in range(first + 1, last + 1):
+        for sink in sinks:
+            sink.step({"step": step, "lm_loss": 0.5 * step})
+    for sink in sinks:
+        sink.validation({"step": last, "validation_loss": 2.0})
         sink.close()
-    run.log.assert_called_once_with({"train/lm_loss": 2.5}, step=4)
-    run.finish.assert_called_once()
+
+
+def test_wandb_goes_on_with_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resume that takes steps 5 and 6 again; a fresh start of the folder is another run."""
+    server = _WandbServer()
+    monkeypatch.setitem(sys.modules, "wandb", server)
+    folder = tmp_path / "olmoe"
+    _train_with_wandb(folder, 0, 6, wandb_entity="team", wandb_exp_name="third try")
+    _train_with_wandb(folder, 4, 8, wandb_entity="team", wandb_exp_name="third try")
+    [history] = server.histories.values()
+    losses = {step: {"train/lm_loss": 0.5 * step} for step in range(1, 9)}
+    for step in (6, 8):
+        losses[step]["validation/validation_loss"] = 2.0
+    assert history == losses
+    first, second = server.inits
+    assert (first["id"], second["id"]) == (None, "id0")
+    for words in server.inits:
+        named = {name: words[name] for name in ("project", "entity", "name", "dir")}
+        assert named == {
+            "project": "p", "entity": "team", "name": "third try", "dir": str(folder),
+        }  # fmt: skip
+    _train_with_wandb(folder, 0, 2)
+    assert (server.inits[2]["id"], server.inits[2]["name"]) == (None, "olmoe")
+    _train_with_wandb(folder, 2, 3)
+    assert server.inits[3]["id"] == "id1"
+    assert [sorted(history) for history in server.histories.values()] == [
+        [*range(1, 9)],
+        [1, 2, 3],
+    ]
 
 
 def test_wandb_offline_keeps_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +191,7 @@ def test_wandb_offline_keeps_everything(tmp_path: Path, monkeypatch: pytest.Monk
 def test_wandb_must_be_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="--wandb-project needs"):
-        WandB("p", tmp_path, settings())
+        WandB(tmp_path, 0, settings(logging=_logging()))
 
 
 def test_nothing_is_written_without_a_folder(tmp_path: Path) -> None:

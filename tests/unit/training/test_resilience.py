@@ -36,6 +36,21 @@ def test_a_user_error_is_its_message_alone(capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr() == ("", "--tp 3: no\nuse 2\n")
 
 
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "waits"), [("0", "0", 0.0), ("8", "0", 1.0), ("1", "1", 2.0)]
+)
+def test_of_a_nodes_ranks_one_tells_a_user_error(
+    monkeypatch: pytest.MonkeyPatch, rank: str, local_rank: str, waits: float
+) -> None:
+    """Torchrun ends the ranks of a node when the first of them ends."""
+    slept: list[float] = []
+    monkeypatch.setattr(resilience.time, "sleep", slept.append)
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert run_guarded(lambda: _raising(UserError("no"))) == 2
+    assert sum(slept) == waits * resilience.YIELD_S
+
+
 def test_anything_else_ends_with_rank_and_cause(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
