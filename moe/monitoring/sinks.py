@@ -19,6 +19,18 @@ Row = Mapping[str, Any]
 """One line: ``step`` and whatever was measured; what does not apply is left out."""
 
 
+MACHINE_FIGURES = frozenset(
+    [
+        "step_time_s",
+        "tokens_per_s",
+        "tflops_per_s",
+        "mfu",
+        "mfu_peak_tflops_per_s",
+        "mfu_peak_basis",
+        "peak_memory_bytes",
+    ]
+)
+"""Figures of a row that depend on the machine and the clock; the others repeat to the last bit."""
 Loads = Mapping[str, np.ndarray]
 """For each layer with experts every expert's load over the mean load, [E]; empty if dense."""
 

@@ -17,6 +17,7 @@ from moetron.common.errors import RunError
 from moetron.moe.config.bridge import ModelConfig
 from moetron.moe.config.schema.derived import routed_layers
 from moetron.moe.config.schema.settings import Settings
+from moetron.moe.host.allocator import peak_memory_bytes
 from moetron.moe.layers.attention import prefix_mask
 from moetron.moe.routing.losses import read_auxiliary_losses
 from moetron.moe.routing.routing_record import RoutingRecorder
@@ -62,6 +63,8 @@ class StepFigures:
     """For each layer with experts every expert's load over the mean load, float64 [E]."""
     stop: bool
     """Whether any rank asked to stop."""
+    peak_memory_bytes: int
+    """Of the rank with the highest, since its start: see `moe/host/allocator.py`."""
 
 
 def train_step(
@@ -95,13 +98,17 @@ def train_step(
     if trainer.runtime.holds_loss:
         local += torch.stack(reports).sum(0)
     stops = local.new_full((1,), stop_requested())
-    total = torch.cat([local.flatten(), stops])
-    torch.distributed.all_reduce(total)
-    losses = tally.read(total[:-1].view_as(local))
+    memory_R = local.new_zeros(trainer.runtime.world_size)  # a slot for each rank: the sum is all
+    memory_R[trainer.runtime.rank] = peak_memory_bytes(trainer.runtime.device)
+    total = torch.cat([local.flatten(), stops, memory_R])
+    torch.distributed.all_reduce(total)  # sums over all ranks: losses, wishes to stop, memory
+    sums, stops, memory_R = total.split([local.numel(), 1, len(memory_R)])
+    losses = tally.read(sums.view_as(local))
     routing, loads = routing_figures(trainer, num_microbatches)
     ahead = prediction_figures(trainer, num_microbatches)
     besides = {**output_figures(trainer), **ahead, **routing}
-    figures = StepFigures(losses, float(grad_norm), besides, loads, bool(total[-1] > 0))
+    stop, peak_memory = bool(stops > 0), int(memory_R.max())
+    figures = StepFigures(losses, float(grad_norm), besides, loads, stop, peak_memory)
     if trainer.settings.training.check_for_nan_in_loss_and_grad:
         _refuse_non_finite(figures, local[0].sum())
     return figures
