@@ -13,8 +13,6 @@ from moetron.common.errors import UserError
 from moetron.common.files import write_text
 from moetron.moe.config.schema.settings import Settings
 
-_CELL = 12
-"""Pixels of an expert's square in a heat map."""
 Row = Mapping[str, Any]
 """One line: ``step`` and whatever was measured; what does not apply is left out."""
 
@@ -207,15 +205,10 @@ class WandB:
 
 
 def heat_map(loads: Loads) -> np.ndarray:
-    """Layers from top to bottom, experts from left to right: uint8 [rows, columns, RGB].
+    """Return the load of every expert as an image, uint8 [height, width, RGB]."""
+    from moetron.moe.monitoring import heat_map  # matplotlib: half a second of imports
 
-    Blue where an expert is idle, grey at an even share, red from twice that on.
-    """
-    from matplotlib import colormaps  # half a second of imports
-
-    load_LE = np.stack(list(loads.values()))
-    colours = colormaps["coolwarm"](np.clip(load_LE / 2, 0, 1), bytes=True)[..., :3]
-    return np.kron(colours, np.ones((_CELL, _CELL, 1), dtype=np.uint8))
+    return heat_map.pixels(heat_map.draw(loads))
 
 
 def flat(row: Row) -> list[tuple[str, float]]:

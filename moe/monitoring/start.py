@@ -16,6 +16,7 @@ from moetron.moe.config.schema.pipeline_split import virtual_pipeline_size
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.monitoring.peak_flops import Peak
 from moetron.moe.monitoring.start_banner import origin
+from moetron.moe.monitoring.start_text import counted, layout_text, peak_text
 from moetron.moe.plan.parameters import count_parameters
 from moetron.moe.plan.render import section
 from moetron.moe.training.sample_stream import Streams
@@ -114,20 +115,6 @@ def precision(settings: Settings) -> str:
     return f"{base}, FP8 {chosen.fp8_format} ({chosen.fp8_recipe} scaling) in {where}"
 
 
-def layout_text(layout: dict[str, int]) -> str:
-    """The layout in one line: ranks, hosts, dense sizes, then those of experts."""
-    text = f"{_count(layout['world_size'], 'rank')} on {_count(layout['hosts'], 'host')}"
-    sizes = ("TP", "PP", "VPP", "CP", "DP", "EP", "ETP", "expert DP")
-    return f"{text}: " + ", ".join(f"{name} {layout[name]:,}" for name in sizes if name in layout)
-
-
-def peak_text(tflops_per_s: float | None, basis: str | None) -> str:
-    """What MFU is measured against."""
-    if tflops_per_s is None:
-        return "none: the peak of this device is unknown, give --peak-tflops-per-s"
-    return f"of {tflops_per_s:.4g} TFLOP/s a rank, {basis}"
-
-
 def _layout(settings: Settings, world_size: int) -> dict[str, int]:
     parallel, virtual = settings.parallel, virtual_pipeline_size(settings)
     layout = {
@@ -147,7 +134,7 @@ def _layout(settings: Settings, world_size: int) -> dict[str, int]:
 
 
 def _rows(start: Start, settings: Settings) -> Iterator[tuple[str, str]]:
-    cpu = "" if start.threads is None else f", {_count(start.threads, 'thread')} a rank"
+    cpu = "" if start.threads is None else f", {counted(start.threads, 'thread')} a rank"
     yield "model", _model(start, settings)
     yield "layout", layout_text(start.layout)
     yield "batch", _batch(start, settings)
@@ -162,13 +149,13 @@ def _rows(start: Start, settings: Settings) -> Iterator[tuple[str, str]]:
 def _model(start: Start, settings: Settings) -> str:
     model, moe = settings.model, settings.moe
     sparse = sum(derived.moe_layers(settings))
-    kind = f"{_count(model.num_layers, 'layer')}, "
+    kind = f"{counted(model.num_layers, 'layer')}, "
     if moe.num_experts is None:
         kind += "dense"
     else:
         kind += f"{sparse:,} of them with {moe.num_experts:,} experts, top {moe.moe_router_topk}"
     if ahead := settings.model.mtp_num_layers:
-        kind += f", {_count(ahead, 'module')} of token prediction (not counted as active)"
+        kind += f", {counted(ahead, 'module')} of token prediction (not counted as active)"
     sizes = f"{start.parameters:,} parameters, {start.active_parameters:,} active a token"
     return f"{sizes}; {kind}; vocabulary {start.vocab_size:,}"
 
@@ -179,15 +166,15 @@ def _batch(start: Start, settings: Settings) -> str:
     ramp = training.rampup_batch_size
     grown = "" if ramp is None else f", growing from {ramp[0]:,} over {ramp[2]:,} samples"
     return (
-        f"{_count(size, 'sample')} of {_count(length, 'token')} = {size * length:,} tokens a step"
-        f"{grown}; {_count(start.num_microbatches, 'micro-batch')} of "
+        f"{counted(size, 'sample')} of {counted(length, 'token')} = {size * length:,} tokens a step"
+        f"{grown}; {counted(start.num_microbatches, 'micro-batch')} of "
         f"{training.micro_batch_size:,} a data-parallel rank"
     )
 
 
 def _data(start: Start, settings: Settings) -> str:
     tokens = derived.total_samples(settings) * settings.model.seq_length
-    run = f"{tokens:,} tokens in {_count(settings.training.train_iters, 'step')}"
+    run = f"{tokens:,} tokens in {counted(settings.training.train_iters, 'step')}"
     stages = len(settings.data.stages or ())
     run += f", {stages:,} stages" if stages > 1 else ""
     if not start.sources:
@@ -196,7 +183,7 @@ def _data(start: Start, settings: Settings) -> str:
     parts = [f"{use['name']} {use['epochs']:.3g}" for use in most[:SHOWN_SOURCES]]
     if rest := [use["epochs"] for use in most[SHOWN_SOURCES:]]:
         parts.append(f"{len(rest):,} more {min(rest):.3g} to {max(rest):.3g}")
-    return f"{run}, {_count(len(most), 'source')}; epochs of each: {', '.join(parts)}"
+    return f"{run}, {counted(len(most), 'source')}; epochs of each: {', '.join(parts)}"
 
 
 def _saves(settings: Settings) -> str:
@@ -204,11 +191,6 @@ def _saves(settings: Settings) -> str:
     if options.save is None:
         return "nothing: no --save FOLDER, whatever ends the run"
     every = options.save_interval
-    when = "at the end" if every is None else f"every {_count(every, 'step')} and at the end"
+    when = "at the end" if every is None else f"every {counted(every, 'step')} and at the end"
     kept = "" if options.keep_last is None else f", the last {options.keep_last:,} kept"
     return f"to {options.save} {when}{kept}"
-
-
-def _count(number: int, noun: str) -> str:
-    plural = "es" if noun.endswith("ch") else "s"
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}{plural}"

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ class Run:
     """Steps."""
     analysis: Row | None
     """What tools/analyze_routing.py found."""
+    starts: list[Row] = field(default_factory=list)
+    """One row a start, as in starts.jsonl; empty for runs of older versions."""
 
     @property
     def stages(self) -> list[Stage]:
@@ -84,6 +86,7 @@ def read(folder: Path) -> Run:
         checkpoint_folder.read_record(latest).settings if latest else {},
         steps,
         json.loads(analysis.read_text(encoding="utf-8")) if analysis.is_file() else None,
+        read_rows(folder / "starts.jsonl"),
     )
 
 

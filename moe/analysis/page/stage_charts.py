@@ -64,6 +64,7 @@ def _sources(run: Run) -> go.Figure | None:
     for name in names:
         tokens, values = thinned([{name: 0.0, **row} for row in rows], name)
         figure.add_scatter(x=tokens, y=values, name=name, stackgroup="all", line={"width": 0.5})
+    figure.update_yaxes(range=[0, 1], tickformat=".0%")
     for stage in run.stages[1:]:
         figure.add_vline(stage.first_token, line_dash="dash", annotation_text=stage.objective)
     figure.update_layout(height=340 + 9 * len(names))  # the legend stands below, in columns
