@@ -69,7 +69,7 @@ def _domains(result: Result) -> Figure:
     """After OLMoE, section 5.3: a row for each domain, white where chance would be."""
     shares = 100 * np.array(result["domain_specialization"]["k"])  # [L, C, E]
     chance = 100 * result["chance"]["k"]
-    figure, all_axes = _columns(len(shares), height=1.2 + 0.22 * len(result["domains"]))
+    figure, all_axes = _columns(len(shares), height=max(3.2, 1.2 + 0.22 * len(result["domains"])))
     colours = TwoSlopeNorm(chance, vmin=0, vmax=max(float(shares.max()), 1.01 * chance))
     for axes, layer, shares_CE in zip(all_axes, result["layers"], shares, strict=True):
         image = axes.imshow(shares_CE, aspect="auto", cmap="RdBu_r", norm=colours)
@@ -77,8 +77,8 @@ def _domains(result: Result) -> Figure:
         axes.set_yticks([])
     all_axes[0].set_yticks(range(len(result["domains"])), result["domains"], fontsize=8)
     all_axes[0].set_ylabel("text")
-    label = f"% of a text's tokens (chance {chance:.3g})"
-    figure.colorbar(image, ax=list(all_axes), shrink=0.8, label=label)
+    label = f"% of tokens; white: chance, {chance:.3g}"
+    figure.colorbar(image, ax=list(all_axes), label=label, pad=0.01)
     return figure
 
 

@@ -47,5 +47,5 @@ def measured_peak(dtype: torch.dtype) -> Peak:
         torch.mm(left, right)
         fastest_s = min(fastest_s, time.perf_counter() - start)
     kind, threads = str(dtype).removeprefix("torch."), torch.get_num_threads()
-    basis = f"measured at start: fastest {_SIZE} x {_SIZE} {kind} product, {threads} threads"
+    basis = f"measured at start: fastest {_SIZE}^3 {kind} product, {threads} threads"
     return Peak(2 * _SIZE**3 / fastest_s / 1e12, basis.replace(", 1 threads", ", 1 thread"))

@@ -22,7 +22,7 @@ def glance(run: Run) -> dict[str, tuple[str, str]]:
         "training loss": (f"{run.tail('lm_loss').mean():.4f}", f"nats per token, {LAST}"),
         "step": (f"{last['step']:,}", f"of {steps:,}" if steps else "done"),
         "tokens": (_short(last["tokens"]), "trained on"),
-        "parameters": (_short(start.get("parameters")), f"{_active(start)} active a token"),
+        "parameters": _parameters(start),
         "tokens/s": (f"{run.tail('tokens_per_s').mean():,.0f}", f"all ranks, {LAST}"),
         "MFU": _mfu(run),
         "peak memory": _memory(run),
@@ -31,10 +31,10 @@ def glance(run: Run) -> dict[str, tuple[str, str]]:
 
 
 def setup(run: Run) -> dict[str, str]:
-    """Model, batch, data, layout, hardware and implementation, of the latest start."""
+    """Model, batch, data, layout and hardware of the latest start; empty without one."""
     start = _start(run)
     if not start:
-        return {"setup": f"{UNKNOWN}: the run has no starts.jsonl"}
+        return {}
     threads = f", {counted(start['threads'], 'thread')} a rank" if start["threads"] else ""
     return {
         "parameters": f"{start['parameters']:,}, {start['active_parameters']:,} active a token",
@@ -42,7 +42,7 @@ def setup(run: Run) -> dict[str, str]:
         "data": _data(start["sources"]),
         "layout": re.sub(r"(\w+) (\d+)", "\\1\u00a0\\2", layout_text(start["layout"])),
         "hardware": start["device"] + threads,
-        "implementation": f"{start['implementation']}, {start['precision']}",
+        "layers": f"{start['implementation']} implementation, {start['precision']}",
         "MFU": peak_text(start["mfu_peak_tflops_per_s"], start["mfu_peak_basis"]),
         "started from": start["origin"],
     }
@@ -114,8 +114,10 @@ def _memory(run: Run) -> tuple[str, str]:
     return f"{peak / 2**30:.2f} GiB", f"{kind} memory of the largest rank"
 
 
-def _active(start: Row) -> str:
-    return _short(start.get("active_parameters"))
+def _parameters(start: Row) -> tuple[str, str]:
+    if not start:
+        return UNKNOWN, "the run has no starts.jsonl"
+    return _short(start["parameters"]), f"{_short(start['active_parameters'])} active a token"
 
 
 def _data(sources: Sequence[Row]) -> str:
@@ -128,10 +130,8 @@ def _data(sources: Sequence[Row]) -> str:
     return f"{count}; epochs in the whole run: {', '.join(parts)}{more}"
 
 
-def _short(number: int | None) -> str:
+def _short(number: int) -> str:
     """A count with three digits and a letter, as tables of models give it."""
-    if number is None:
-        return UNKNOWN
     for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= unit:
             return f"{number / unit:.3g} {letter}"

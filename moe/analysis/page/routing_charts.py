@@ -80,7 +80,7 @@ def _domains(analysis: dict[str, Any], place: int) -> go.Figure:
         colorscale=_white_at(chance / top),
         colorbar=bar(f"% of tokens, chance {chance:.3g}"),
     )
-    figure.update_layout(height=max(260, 120 + 22 * len(shares_CE)))
+    figure.update_layout(height=max(300, 150 + 22 * len(shares_CE)))
     return figure
 
 

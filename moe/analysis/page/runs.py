@@ -90,14 +90,16 @@ def read(folder: Path) -> Run:
     )
 
 
-def thinned(rows: Sequence[Row], name: str, inner: str | None = None) -> tuple[list, list]:
-    """(tokens, values) of a curve: at most ``POINTS`` means over neighbouring steps."""
+def thinned(
+    rows: Sequence[Row], name: str, inner: str | None = None, points: int = POINTS
+) -> tuple[list, list]:
+    """(tokens, values) of a curve: at most ``points`` means over neighbouring steps."""
     pairs = [
         (row["tokens"], row[name] if inner is None else row[name][inner])
         for row in rows
         if name in row and (inner is None or inner in row[name])
     ]
-    parts = np.array_split(np.array(pairs, dtype=np.float64), min(len(pairs), POINTS) or 1)
+    parts = np.array_split(np.array(pairs, dtype=np.float64), min(len(pairs), points) or 1)
     if not pairs:
         return [], []
     return [float(part[-1, 0]) for part in parts], [float(part[:, 1].mean()) for part in parts]

@@ -250,7 +250,7 @@ def test_the_head_of_the_page_says_what_ran_where_and_how_well(tmp_path: Path) -
         "4 ranks on 2 hosts: TP 2, PP 1, CP 1, DP 2, EP 2, ETP 1"
     )
     assert rows["hardware"] == "NVIDIA H100 80GB HBM3"
-    assert rows["implementation"] == "Transformer Engine, bf16 with fp32 main parameters"
+    assert rows["layers"] == "Transformer Engine implementation, bf16 with fp32 main parameters"
     assert rows["data"] == "1 source; epochs in the whole run: <b>web</b> 0.25"
     for runs in ([one], [one, run()]):  # the other has no starts.jsonl
         write_page(runs, tmp_path / "r.html")

@@ -129,7 +129,7 @@ def test_a_peak_names_its_basis(monkeypatch: pytest.MonkeyPatch) -> None:
     assert peak_of_rank(given, torch.device("cpu")) == Peak(2.0, GIVEN)
     measured = peak_of_rank(settings(), torch.device("cpu"))
     assert measured is not None and measured.tflops_per_s > 0
-    assert measured.basis.startswith("measured at start: fastest 1024 x 1024 float32 product")
+    assert measured.basis.startswith("measured at start: fastest 1024^3 float32 product")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
     assert peak_of_rank(settings(), torch.device("cuda", 0)) == Peak(989.0, DATASHEET)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some Other GPU")
