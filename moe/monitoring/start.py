@@ -98,10 +98,10 @@ def device_name(device: torch.device) -> str:
 
 
 def implementation(chunks: Sequence[torch.nn.Module]) -> str:
-    """Whose layers the model was built of."""
-    modules = (module for chunk in chunks for module in chunk.modules())
-    engine = any(type(m).__module__.split(".")[0] == "transformer_engine" for m in modules)
-    return "Transformer Engine" if engine else "local"
+    """Whose layers the model was built of; megatron-core's classes inherit from the engine's."""
+    kinds = {type(module) for chunk in chunks for module in chunk.modules()}
+    packages = {base.__module__.split(".")[0] for kind in kinds for base in kind.__mro__}
+    return "Transformer Engine" if "transformer_engine" in packages else "local"
 
 
 def precision(settings: Settings) -> str:

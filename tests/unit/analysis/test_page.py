@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from matplotlib.figure import Figure
 
 from moetron.common.errors import UserError
@@ -21,6 +22,7 @@ from moetron.moe.analysis.page.charts import over_tokens
 from moetron.moe.analysis.page.routing_charts import of_routing
 from moetron.moe.analysis.page.runs import POINTS, Run, read, thinned
 
+ROOT = Path(__file__).parents[3]
 STEPS = 200
 
 
@@ -335,3 +337,13 @@ def test_chromium_draws_every_chart_without_an_error(tmp_path: Path) -> None:
     charts, drawn = shown.stdout.count('<div class="chart">'), shown.stdout.count("main-svg")
     assert charts > 10 and drawn >= charts
     assert "CONSOLE" not in shown.stderr
+
+
+def test_the_quick_start_keeps_the_checkpoints_of_its_saturation_curve() -> None:
+    """README and docs/analysis.md show it, and the command that draws it."""
+    recipe = yaml.safe_load((ROOT / "examples" / "quickstart" / "pretrain.yaml").read_text())
+    kept = recipe["checkpoint"].get("keep_last")
+    assert kept is None or kept * recipe["checkpoint"]["save_interval"] >= 700
+    assert recipe["training"]["train_iters"] == 700
+    page = (ROOT / "docs" / "analysis.md").read_text(encoding="utf-8")
+    assert "python tools/analyze_routing.py runs/quickstart/run" in page

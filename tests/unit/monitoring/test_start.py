@@ -101,8 +101,12 @@ def test_the_implementation_is_that_of_the_layers_built() -> None:
     class Engine(torch.nn.Linear):
         pass
 
+    class Wrapped(Engine):
+        pass
+
     Engine.__module__ = "transformer_engine.pytorch.module.linear"
-    model = torch.nn.Sequential(torch.nn.Linear(1, 1), Engine(1, 1))
+    Wrapped.__module__ = "megatron.core.extensions.transformer_engine"
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1), Wrapped(1, 1))
     start, _ = said(settings(precision={"fp8_format": "hybrid"}), modules=model)
     assert start.implementation == "Transformer Engine"
     assert start.precision == "fp32, FP8 hybrid (delayed scaling) in all layers"
