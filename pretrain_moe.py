@@ -10,11 +10,12 @@ or the machine's, 75 stopped by a signal after a good save (the same command goe
 """
 
 import sys
+from collections.abc import Iterator
 
 from moetron.common.errors import UserError
 from moetron.data.stream.mock_stream import ENDLESS, MockStream
 from moetron.data.stream.open_streams import open_training, open_validation
-from moetron.data.stream.stages import refuse_repetition
+from moetron.data.stream.stages import StagedStream, refuse_repetition
 from moetron.moe.checkpoint.compatibility import check_folders
 from moetron.moe.config.command import Command, load
 from moetron.moe.config.schema.derived import total_samples, with_vocabulary
@@ -22,7 +23,7 @@ from moetron.moe.config.schema.settings import Settings
 from moetron.moe.monitoring.library_warnings import quieten_libraries
 from moetron.moe.monitoring.start_banner import announce, opening
 from moetron.moe.plan.render import render
-from moetron.moe.training.sample_stream import StreamFrom, Streams
+from moetron.moe.training.sample_stream import SourceUse, StreamFrom, Streams
 from moetron.tokenizers.interface import Tokenizer
 from moetron.tokenizers.load import load_tokenizer
 
@@ -107,7 +108,15 @@ def open_streams(settings: Settings, vocab_size: int, tokenizer: Tokenizer | Non
     validation = None
     if wanted and data.valid_data_path is not None:
         validation = open_validation(data, data.valid_data_path, length, tokenizer)
-    return Streams(training, validation)
+    return Streams(training, validation, list(source_uses(training, total_samples(settings))))
+
+
+def source_uses(stream: StagedStream, samples: int) -> Iterator[SourceUse]:
+    """What a run of so many samples takes of each source."""
+    uses = stream.uses(samples)
+    for number, name in enumerate(stream.source_names):
+        mine = [use for use in uses if use.source == number]
+        yield SourceUse(name, sum(use.tokens for use in mine), sum(use.epochs for use in mine))
 
 
 if __name__ == "__main__":  # megatron-core's checkpoint writer spawns processes

@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from moetron.common.errors import UserError
 
@@ -33,6 +34,7 @@ def draw(run: Path, output: Path) -> None:
     _expert_load(right, metrics)
     for axes in (left, right):
         axes.set_xlabel("tokens trained on")
+        axes.xaxis.set_major_formatter(EngFormatter())
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(output, dpi=150)

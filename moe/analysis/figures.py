@@ -58,10 +58,10 @@ def _coactivation(result: Result) -> Figure:
         strongest = np.argsort(-matrix.max(1), kind="stable")[:SHOWN_EXPERTS]
         shown = np.sort(strongest)
         image = axes.imshow(100 * matrix[np.ix_(shown, shown)], cmap="magma", vmin=0)
-        axes.set(title=f"Co-activation, layer {layer}, %", xlabel="expert j", ylabel="expert i")
+        axes.set(title=f"Co-activation, layer {layer}", xlabel="expert j", ylabel="expert i")
         axes.set_xticks(range(0, len(shown), 8), shown[::8])
         axes.set_yticks(range(0, len(shown), 8), shown[::8])
-        figure.colorbar(image, ax=axes, shrink=0.8)
+        figure.colorbar(image, ax=axes, shrink=0.8, label="% of tokens of i that j serves too")
     return figure
 
 
@@ -69,14 +69,16 @@ def _domains(result: Result) -> Figure:
     """After OLMoE, section 5.3: a row for each domain, white where chance would be."""
     shares = 100 * np.array(result["domain_specialization"]["k"])  # [L, C, E]
     chance = 100 * result["chance"]["k"]
-    figure, all_axes = _columns(len(shares), height=1.2 + 0.22 * len(result["domains"]))
+    figure, all_axes = _columns(len(shares), height=max(3.2, 1.2 + 0.22 * len(result["domains"])))
     colours = TwoSlopeNorm(chance, vmin=0, vmax=max(float(shares.max()), 1.01 * chance))
     for axes, layer, shares_CE in zip(all_axes, result["layers"], shares, strict=True):
         image = axes.imshow(shares_CE, aspect="auto", cmap="RdBu_r", norm=colours)
-        axes.set(title=f"Share of tokens, %, layer {layer}", xlabel="expert")
+        axes.set(title=f"Where texts go, layer {layer}", xlabel="expert")
         axes.set_yticks([])
     all_axes[0].set_yticks(range(len(result["domains"])), result["domains"], fontsize=8)
-    figure.colorbar(image, ax=list(all_axes), shrink=0.8)
+    all_axes[0].set_ylabel("text")
+    label = f"% of tokens; white: chance, {chance:.3g}"
+    figure.colorbar(image, ax=list(all_axes), label=label, pad=0.01)
     return figure
 
 
@@ -99,7 +101,7 @@ def _entropy(result: Result) -> Figure:
     _lines(left, result["layers"], dict(zip(result["domains"], by_domain, strict=True)))
     left.set(title="Routing entropy of a text's choices", xlabel="layer", ylabel="nats")
     _lines(right, result["layers"], token_class_entropy(result))
-    right.set(title="of a token class's first choices", xlabel="layer")
+    right.set(title="Routing entropy of a class's first choices", xlabel="layer", ylabel="nats")
     for axes in (left, right):
         axes.axhline(result["chance"]["entropy"], color="black", linestyle=":", label="uniform")
         axes.legend(frameon=False, fontsize=7)
@@ -115,7 +117,7 @@ def _drops(result: Result) -> Figure | None:
     places = (np.arange(fractions.shape[1]) + 0.5) / fractions.shape[1] * result["seq_length"]
     for layer, row in zip(result["layers"], fractions, strict=True):
         axes.plot(places, row, "o-", markersize=3, label=f"layer {layer}")
-    axes.set(title="Dropped choices by position", xlabel="position", ylabel="%")
+    axes.set(title="Dropped choices by position", xlabel="position", ylabel="% of choices dropped")
     axes.legend(frameon=False, fontsize=8)
     return figure
 
@@ -131,11 +133,12 @@ def _load(result: Result) -> Figure:
         )
         axes.set(title=f"Expert load, layer {layer}", xlabel="step", ylabel="expert")
         axes.set_xticks(range(len(rows)), [row["step"] for row in rows], rotation=60, fontsize=7)
-        figure.colorbar(image, ax=axes, shrink=0.8)
+        figure.colorbar(image, ax=axes, shrink=0.8, extend="max", label="load / even share")
     return figure
 
 
 def _similarity(result: Result) -> Figure:
+    """Mean cosine of the router's rows and of the experts' weights, by layer."""
     figure, (axes,) = _columns(1, height=3.4)
     _lines(axes, result["layers"], result["similarity"])
     axes.set(title="Mean cosine between experts", xlabel="layer", ylabel="cosine")

@@ -1,11 +1,13 @@
 """All analyses of one model, or of the checkpoints of a run, over the same windows of text."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from moetron.moe.analysis.progress import shown
 from moetron.moe.analysis.routing_statistics import CoActivation, Drops, mean_similarity, saturation
 from moetron.moe.analysis.routing_trace import RoutedModel, Windows
 from moetron.moe.analysis.specialization import (
@@ -47,15 +49,25 @@ class Text:
         """Tokens of a window."""
         return int(self.windows[0].tokens_BS.shape[1])
 
-    def batches(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """(class of each token [b x S], tokens [b, S], labels [b, S]) of all windows."""
+    def batches(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """(class of each token [b x S], tokens [b, S], labels [b, S]) of all windows.
+
+        ``name`` says on standard error what they are run through.
+        """
+        windows = sum(len(part.tokens_BS) for part in self.windows)
+        return shown(self._batches(), math.ceil(windows / self._windows_at_once), name)
+
+    @property
+    def _windows_at_once(self) -> int:
+        return max(1, TOKENS_AT_ONCE // self.seq_length)
+
+    def _batches(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         counts = [len(part.tokens_BS) for part in self.windows]
         classes = np.repeat(np.arange(len(counts)), counts)
         tokens_BS = np.concatenate([part.tokens_BS for part in self.windows])
         labels_BS = np.concatenate([part.labels_BS for part in self.windows])
-        at_once = max(1, TOKENS_AT_ONCE // self.seq_length)
-        for start in range(0, len(classes), at_once):
-            rows = slice(start, start + at_once)
+        for start in range(0, len(classes), self._windows_at_once):
+            rows = slice(start, start + self._windows_at_once)
             classes_T = np.repeat(classes[rows], self.seq_length)
             yield classes_T, tokens_BS[rows], labels_BS[rows]
 
@@ -73,7 +85,7 @@ def study(model: RoutedModel, text: Text, adjacent_pairs: bool = False) -> tuple
     pairs = CoActivation(layers, experts, adjacent_pairs)
     drops = Drops(layers, text.seq_length)
     choices = []
-    for classes_T, tokens_BS, labels_BS in text.batches():
+    for classes_T, tokens_BS, labels_BS in text.batches("model"):
         routed = model.route(tokens_BS)
         choices.append(routed.ranked_LTK)
         for counts in domains:
@@ -110,7 +122,8 @@ def compare(
         sums = {name: np.zeros(len(model.layers)) for name in tops}
         load = ClassCounts(len(model.layers), 1, model.num_experts)
         tokens = 0
-        for (_, tokens_BS, _), final_LTK in zip(text.batches(), final, strict=True):
+        batches = text.batches(f"checkpoint of step {step}")
+        for (_, tokens_BS, _), final_LTK in zip(batches, final, strict=True):
             routed = model.route(tokens_BS, predict=False)
             for name, top in tops.items():
                 share = saturation(routed.ranked_LTK, final_LTK, model.num_experts, top)

@@ -18,7 +18,7 @@ class Console:
         self._last_step = last_step
         self._start_s = time.perf_counter()
         self._bar: Any = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and sys.stdout.isatty():  # `| tee log` gets lines too
             self._bar = tqdm(initial=first_step, total=last_step, unit="step", dynamic_ncols=True)
 
     def step(self, row: Row) -> None:
@@ -69,9 +69,10 @@ def _figures(row: Row) -> str:
         f"lr {row['lr']:.2e}",
     ]
     if "expert_load_max_over_mean" in row:
-        parts.append(f"expert load {row['expert_load_max_over_mean']:.2f}x")
+        parts.append(f"fullest expert {row['expert_load_max_over_mean']:.2f}x mean")
     parts.append(f"{row['tokens_per_s']:,.0f} tokens/s")
     parts.append(f"{row['tflops_per_s']:.3g} TFLOP/s a rank")
     if "mfu" in row:
-        parts.append(f"MFU {row['mfu']:.0%}")
+        parts.append(f"MFU {100 * row['mfu']:.3g} %")
+    parts.append(f"peak memory {row['peak_memory_bytes'] / 2**30:.2f} GiB a rank")
     return " | ".join(parts)

@@ -1,6 +1,7 @@
 """The peak rate of one rank's device, against which MFU is measured."""
 
 import time
+from dataclasses import dataclass
 
 import torch
 
@@ -10,19 +11,32 @@ from moetron.moe.plan.hardware import peak_tflops_per_s
 
 _SIZE = 1024
 _REPETITIONS = 12
+GIVEN = "given by --peak-tflops-per-s"
+DATASHEET = "datasheet, dense bf16"
 
 
-def peak_of_rank(settings: Settings, device: torch.device) -> float | None:
-    """TFLOP/s: as given, from the table of accelerators, or measured on a CPU; None: unknown."""
+@dataclass(frozen=True)
+class Peak:
+    """The rate that MFU 100 % stands for."""
+
+    tflops_per_s: float
+    """Of one rank."""
+    basis: str
+    """Where the rate comes from, for readers of the log."""
+
+
+def peak_of_rank(settings: Settings, device: torch.device) -> Peak | None:
+    """The peak as given, from the table of accelerators, or measured on a CPU; None: unknown."""
     if settings.logging.peak_tflops_per_s is not None:
-        return settings.logging.peak_tflops_per_s
+        return Peak(settings.logging.peak_tflops_per_s, GIVEN)
     if device.type == "cuda":
-        return peak_tflops_per_s(torch.cuda.get_device_name(device))
+        rate = peak_tflops_per_s(torch.cuda.get_device_name(device))
+        return None if rate is None else Peak(rate, DATASHEET)
     return measured_peak(params_dtype(settings))
 
 
-def measured_peak(dtype: torch.dtype) -> float:
-    """TFLOP/s of the fastest of a few square products on this CPU with this rank's threads.
+def measured_peak(dtype: torch.dtype) -> Peak:
+    """The rate of the fastest of a few square products on this CPU with this rank's threads.
 
     All ranks of a host must measure at the same time, since they share its cores and caches.
     """
@@ -32,4 +46,6 @@ def measured_peak(dtype: torch.dtype) -> float:
         start = time.perf_counter()
         torch.mm(left, right)
         fastest_s = min(fastest_s, time.perf_counter() - start)
-    return 2 * _SIZE**3 / fastest_s / 1e12
+    kind, threads = str(dtype).removeprefix("torch."), torch.get_num_threads()
+    basis = f"measured at start: fastest {_SIZE}^3 {kind} product, {threads} threads"
+    return Peak(2 * _SIZE**3 / fastest_s / 1e12, basis.replace(", 1 threads", ", 1 thread"))

@@ -15,12 +15,22 @@ from moetron.moe.config.schema.settings import Settings
 
 WANDB_RUN_ID = "wandb_run_id"
 """File of a run's folder: its id on Weights & Biases."""
-_CELL = 12
-"""Pixels of an expert's square in a heat map."""
 Row = Mapping[str, Any]
 """One line: ``step`` and whatever was measured; what does not apply is left out."""
 
 
+MACHINE_FIGURES = frozenset(
+    [
+        "step_time_s",
+        "tokens_per_s",
+        "tflops_per_s",
+        "mfu",
+        "mfu_peak_tflops_per_s",
+        "mfu_peak_basis",
+        "peak_memory_bytes",
+    ]
+)
+"""Figures of a row that depend on the machine and the clock; the others repeat to the last bit."""
 Loads = Mapping[str, np.ndarray]
 """For each layer with experts every expert's load over the mean load, [E]; empty if dense."""
 
@@ -221,15 +231,10 @@ class WandB:
 
 
 def heat_map(loads: Loads) -> np.ndarray:
-    """Layers from top to bottom, experts from left to right: uint8 [rows, columns, RGB].
+    """Return the load of every expert as an image, uint8 [height, width, RGB]."""
+    from moetron.moe.monitoring import heat_map  # matplotlib: half a second of imports
 
-    Blue where an expert is idle, grey at an even share, red from twice that on.
-    """
-    from matplotlib import colormaps  # half a second of imports
-
-    load_LE = np.stack(list(loads.values()))
-    colours = colormaps["coolwarm"](np.clip(load_LE / 2, 0, 1), bytes=True)[..., :3]
-    return np.kron(colours, np.ones((_CELL, _CELL, 1), dtype=np.uint8))
+    return heat_map.pixels(heat_map.draw(loads))
 
 
 def flat(row: Row) -> list[tuple[str, float]]:

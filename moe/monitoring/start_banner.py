@@ -1,4 +1,4 @@
-"""What a run says of itself before it starts: where it begins, and what changed on the way."""
+"""Where a run starts, and which settings and data differ from its checkpoint's."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -29,28 +29,52 @@ def announce(settings: Settings, stream_state: Mapping[str, Any]) -> None:
 
 
 def opening(settings: Settings, stream_state: Mapping[str, Any]) -> list[str]:
-    """Where a run begins, each setting that its checkpoint was trained with otherwise, and a
-    warning where nothing will be kept. ``stream_state``: what identifies the samples.
+    """Return what differs between a run and the checkpoint that it resumes from.
+
+    One line for each setting, one for the data; none for a run that does not resume.
+    ``stream_state``: what identifies the samples.
 
     Raises:
         UserError: the checkpoint lies behind the last step.
     """
-    options, lines = settings.checkpoint, []
-    if options.save is None:
-        lines.append("no --save FOLDER: nothing of this run is kept, whatever ends it")
+    folder, options = _checkpoint(settings), settings.checkpoint
+    if folder is None or options.finetune or options.reset_progress:
+        return []
+    lines = list(_differences(folder, read_record(folder), settings, stream_state))
+    return [f"changed since {folder}:", *lines] if lines else []
+
+
+def origin(settings: Settings) -> str:
+    """Return where weights and position come from: a fresh model, or which checkpoint."""
+    folder, options = _checkpoint(settings), settings.checkpoint
+    if folder is None:
+        return f"random weights, seed {settings.training.seed}"
+    if options.finetune:
+        return f"the weights of {folder}, at step 0"
+    if options.reset_progress:
+        return f"weights and optimizer of {folder}, at step 0"
+    progress = read_record(folder).progress
+    if progress.step == settings.training.train_iters:
+        return f"{folder}: --train-iters {progress.step:,} is reached, nothing is left to train"
+    return f"{folder}: resumes at step {progress.step:,}, {progress.consumed_tokens:,} tokens"
+
+
+def _checkpoint(settings: Settings) -> Path | None:
+    """The checkpoint to load; None for a fresh start, also in a --load --save folder without one.
+
+    Raises:
+        UserError: --load names none.
+    """
+    options = settings.checkpoint
     if options.load is None:
-        return lines
+        return None
     path = Path(options.load)
     if options.load == options.save and latest_step(path) is None:
-        return lines
-    folder = find(path)
-    if options.finetune or options.reset_progress:
-        kept = "weights alone" if options.finetune else "weights and optimizer"
-        return [*lines, f"starting at step 0 from {folder}: {kept}"]
-    return [*lines, *_going_on(folder, read_record(folder), settings, stream_state)]
+        return None
+    return find(path)
 
 
-def _going_on(
+def _differences(
     folder: Path, record: Record, settings: Settings, stream_state: Mapping[str, Any]
 ) -> Iterator[str]:
     step, last = record.progress.step, settings.training.train_iters
@@ -59,10 +83,7 @@ def _going_on(
             f"--train-iters {last}: {folder} is at step {step} already; give more than that, or "
             "--load an earlier step_* folder"
         )
-    yield f"going on from {folder}, {record.progress.consumed_tokens:,} tokens"
-    if step == last:
-        yield f"nothing is left to train: --train-iters {last} is reached"
-    elif step > 0:
+    if 0 < step < last:
         yield from _changes(record, settings)
         if changed := changed_data(record, stream_state):
             number = record.progress.consumed_samples

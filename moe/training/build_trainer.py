@@ -1,6 +1,7 @@
 """Put the parts of a run together on one rank."""
 
 import logging
+from dataclasses import asdict
 from pathlib import Path
 
 from moetron.moe.checkpoint.position import Progress
@@ -11,7 +12,8 @@ from moetron.moe.config.schema.settings import Settings
 from moetron.moe.host.device import uses_transformer_engine
 from moetron.moe.monitoring.console import Console
 from moetron.moe.monitoring.peak_flops import peak_of_rank
-from moetron.moe.monitoring.sinks import Sink, open_sinks
+from moetron.moe.monitoring.sinks import JsonLines, Sink, open_sinks
+from moetron.moe.monitoring.start import FILE, describe
 from moetron.moe.routing.routing_record import RoutingRecorder
 from moetron.moe.training.loop import Loop
 from moetron.moe.training.model_chunks import build_chunks
@@ -36,7 +38,10 @@ def build_trainer(settings: Settings, runtime: Runtime, vocab_size: int) -> Trai
 
 
 def build_loop(trainer: Trainer, streams: Streams) -> Loop:
-    """The loop from the start of the run, or from where --load left it."""
+    """The loop from the start of the run, or from where --load left it.
+
+    The main rank prints the start block and appends it to ``SAVE/starts.jsonl``.
+    """
     settings, runtime = trainer.settings, trainer.runtime
     progress = Progress()
     if settings.checkpoint.load is not None:
@@ -45,7 +50,13 @@ def build_loop(trainer: Trainer, streams: Streams) -> Loop:
     peak = peak_of_rank(settings, runtime.device)
     sinks: list[Sink] = []
     if runtime.is_main:
+        start, block = describe(trainer, streams, progress, peak)
+        print(block, flush=True)
         last_step = settings.training.train_iters
         console = Console(progress.step, last_step, settings.logging.log_interval)
         sinks = [console, *open_sinks(settings, progress.step)]
+        if settings.checkpoint.save is not None:
+            starts = JsonLines(Path(settings.checkpoint.save) / FILE, progress.step)
+            starts.write(asdict(start))
+            starts.close()
     return Loop(trainer, streams, progress, sinks, peak)

@@ -7,6 +7,7 @@ from typing import Any
 from moetron.moe.checkpoint.background_save import Saver
 from moetron.moe.checkpoint.position import Progress
 from moetron.moe.config.schema.derived import global_batch_size_at, stage_at
+from moetron.moe.monitoring.peak_flops import Peak
 from moetron.moe.monitoring.sinks import Row, Sink
 from moetron.moe.plan.flops import flops_per_token
 from moetron.moe.training.batches import micro_batches, training_numbers
@@ -32,8 +33,8 @@ _WAY_ON = (
 class Loop:
     """Takes a run from ``progress`` to its end.
 
-    Every rank runs the same loop; only the main rank has ``sinks``. ``peak_tflops_per_s`` is one
-    rank's, None where it is unknown.
+    Every rank runs the same loop; only the main rank has ``sinks``. ``peak`` is one rank's,
+    None where it is unknown.
     """
 
     def __init__(
@@ -42,14 +43,14 @@ class Loop:
         streams: Streams,
         progress: Progress,
         sinks: list[Sink],
-        peak_tflops_per_s: float | None,
+        peak: Peak | None,
     ) -> None:
         self.trainer = trainer
         self.streams = streams
         self.progress = progress
         self.sinks = sinks
         self.saved = progress if progress.step else None
-        self._peak = peak_tflops_per_s
+        self._peak = peak
         self._rate = LearningRate.of(trainer.settings)
         self._tally = Tally(streams.training)
         self._flops_per_token = flops_per_token(trainer.settings, trainer.vocab_size)
@@ -147,11 +148,14 @@ class Loop:
             "step_time_s": step_time_s,
             "tokens_per_s": tokens_per_s,
             "tflops_per_s": tflops_per_s,
+            "peak_memory_bytes": metrics.peak_memory_bytes,
         }
         if settings.data.stages is not None:
             row["stage"] = stage_at(settings, self.progress.consumed_samples - samples) + 1
         if self._peak is not None:
-            row["mfu"] = tflops_per_s / self._peak
+            row["mfu"] = tflops_per_s / self._peak.tflops_per_s
+            row["mfu_peak_tflops_per_s"] = self._peak.tflops_per_s
+            row["mfu_peak_basis"] = self._peak.basis
         return row
 
     def _loss_row(self, losses: Losses) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What the training loop asks of data: numbered samples."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -62,9 +62,22 @@ class StreamFrom:
 
 
 @dataclass(frozen=True)
+class SourceUse:
+    """What the whole run takes of one source, over all stages."""
+
+    name: str
+    tokens: int
+    """Tokens of the source that the samples use up."""
+    epochs: float
+    """The samples, in passes through the source."""
+
+
+@dataclass(frozen=True)
 class Streams:
     """Where a run's samples come from."""
 
     training: SampleStream
     validation: SampleStream | None
     """None: no evaluation."""
+    uses: Sequence[SourceUse] = ()
+    """Of every source of the training stream; empty: synthetic samples."""

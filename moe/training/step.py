@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -10,12 +11,13 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model
 
 from moetron.common.errors import RunError
+from moetron.moe.host.allocator import peak_memory_bytes
 from moetron.moe.layers.attention import prefix_mask
 from moetron.moe.optim.update import clip_and_update
 from moetron.moe.training.batches import PER_SAMPLE, Batch
 from moetron.moe.training.loss_tally import Losses, Tally
 from moetron.moe.training.optimizer import set_learning_rate
-from moetron.moe.training.step_metrics import StepMetrics, read_step_metrics
+from moetron.moe.training.step_metrics import StepMetrics, read_recorded_metrics
 from moetron.moe.training.trainer import Trainer
 
 BatchIterators = Sequence[Iterator[Batch] | None]
@@ -52,28 +54,43 @@ def train_step(
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
     reports = run_schedule(trainer, batches, num_microbatches, partial(token_loss, tally))
-    losses, local_loss, stop = _agree(trainer, tally, reports, stop_requested())
+    agreed = _agree(trainer, tally, reports, stop_requested())
     set_learning_rate(trainer.optimizer, learning_rate)
-    check = partial(_refuse_non_finite, trainer, losses.loss, local_loss)
+    check = partial(_refuse_non_finite, trainer, agreed)
     grad_norm = clip_and_update(trainer.optimizer, check)
-    return read_step_metrics(trainer, num_microbatches, losses, grad_norm, stop)
+    extra, loads = read_recorded_metrics(trainer, num_microbatches)
+    return StepMetrics(
+        agreed.losses, grad_norm, extra, loads, agreed.stop, agreed.peak_memory_bytes
+    )
+
+
+@dataclass(frozen=True)
+class _Agreed:
+    """What all ranks know before the weights move."""
+
+    losses: Losses
+    local_loss: torch.Tensor
+    """Summed loss of this rank alone, a scalar."""
+    stop: bool
+    peak_memory_bytes: int
 
 
 def _agree(
     trainer: Trainer, tally: Tally, reports: list[torch.Tensor], stop_requested: bool
-) -> tuple[Losses, torch.Tensor, bool]:
-    """Sum the losses of all ranks, and share whether one of them was asked to stop.
-
-    Returns the losses of the global batch, this rank's summed loss (float64 scalar), and whether to
-    stop.
-    """
+) -> _Agreed:
+    """Sum the losses of all ranks; share who was asked to stop, and the highest peak of memory."""
     local = tally.zeros(trainer.runtime.device)
     if trainer.runtime.holds_loss:  # one tensor rank of the last stage: nothing counts twice
         local += torch.stack(reports).sum(0)
-    total = torch.cat([local.flatten(), local.new_full((1,), stop_requested)])
+    # A slot for each rank, so that the sum below leaves every rank's own value.
+    memory_R = local.new_zeros(trainer.runtime.world_size)
+    memory_R[trainer.runtime.rank] = peak_memory_bytes(trainer.runtime.device)
+    total = torch.cat([local.flatten(), local.new_full((1,), stop_requested), memory_R])
     # All-reduce over all ranks: data and context ranks hold parts of the batch, the others zeros.
     torch.distributed.all_reduce(total)
-    return tally.read(total[:-1].view_as(local)), local[0].sum(), bool(total[-1] > 0)
+    sums, stops, memory_R = total.split([local.numel(), 1, len(memory_R)])
+    losses, peak = tally.read(sums.view_as(local)), int(memory_R.max())
+    return _Agreed(losses, local[0].sum(), bool(stops > 0), peak)
 
 
 def run_schedule(
@@ -145,17 +162,16 @@ def token_loss(
     return total, mask_BS.sum().to(torch.int), tally.count(batch, losses_BS)
 
 
-def _refuse_non_finite(
-    trainer: Trainer, lm_loss: float, local_loss: torch.Tensor, grad_norm: float
-) -> None:
+def _refuse_non_finite(trainer: Trainer, agreed: _Agreed, grad_norm: float) -> None:
     """Raise NotFiniteError on all ranks alike, if the settings check the loss and gradient norm."""
     if not trainer.settings.training.check_for_nan_in_loss_and_grad:
         return
+    lm_loss = agreed.losses.loss
     if math.isfinite(lm_loss) and math.isfinite(grad_norm):
         return
     finite: list[bool] = [True] * torch.distributed.get_world_size()
     # All-gather over all ranks, only on the way out: the message names the ranks at fault.
-    torch.distributed.all_gather_object(finite, bool(local_loss.isfinite()))
+    torch.distributed.all_gather_object(finite, bool(agreed.local_loss.isfinite()))
     ranks = [rank for rank, good in enumerate(finite) if not good]
     where = f" (loss of rank {', '.join(map(str, ranks))})" if ranks else ""
     raise NotFiniteError(f"lm_loss is {lm_loss}, the gradient norm {grad_norm}{where}")

@@ -29,14 +29,16 @@ class StepMetrics:
     """Whether any rank was asked to stop."""
 
 
-def read_step_metrics(
-    trainer: Trainer, num_microbatches: int, losses: Losses, grad_norm: float, stop: bool
-) -> StepMetrics:
-    """Collect what the model and its routers recorded since the last step (collective)."""
+def read_recorded_metrics(
+    trainer: Trainer, num_microbatches: int
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Collect what the model and its routers recorded since the last step (collective).
+
+    Returns ``extra`` and ``loads`` of `StepMetrics`.
+    """
     routing, loads = routing_metrics(trainer, num_microbatches)
     ahead = prediction_metrics(trainer, num_microbatches)
-    extra = {**output_metrics(trainer), **ahead, **routing}
-    return StepMetrics(losses, grad_norm, extra, loads, stop)
+    return {**output_metrics(trainer), **ahead, **routing}, loads
 
 
 def output_metrics(trainer: Trainer) -> dict[str, float]:

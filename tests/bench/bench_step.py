@@ -27,6 +27,7 @@ from moetron.data.stream.mock_stream import MockStream
 from moetron.moe.checkpoint.position import Progress
 from moetron.moe.config.command import load
 from moetron.moe.config.schema.derived import num_microbatches
+from moetron.moe.monitoring.peak_flops import Peak
 from moetron.moe.monitoring.sinks import open_sinks
 from moetron.moe.routing.routing_record import RoutingRecorder
 from moetron.moe.training import runtime
@@ -64,7 +65,7 @@ def measure(trainer: Trainer, steps: int) -> None:
     trainer.recorder.close()  # the bare steps run without its hooks
     stream = MockStream(1, trainer.vocab_size, settings.model.seq_length)
     sinks = open_sinks(settings, 0) if trainer.runtime.is_main else []
-    loop = Loop(trainer, Streams(stream, None), Progress(), sinks, 1.0)
+    loop = Loop(trainer, Streams(stream, None), Progress(), sinks, Peak(1.0, "none"))
     batches = loop.batches()
     kinds: dict[str, Callable[[], object]] = {
         "ours": lambda: loop.step(batches, lambda: False),

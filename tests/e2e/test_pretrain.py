@@ -13,11 +13,11 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
+from moetron.moe.monitoring.sinks import MACHINE_FIGURES
 from moetron.moe.training.resilience import EXIT_STOPPED, EXIT_USER
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "examples" / "olmoe_1b_7b" / "tiny.yaml")
-TIMES = {"step_time_s", "tokens_per_s", "tflops_per_s", "mfu"}
 STEPS = 8
 
 
@@ -39,7 +39,9 @@ def _python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+    return [
+        {key: value for key, value in row.items() if key not in MACHINE_FIGURES} for row in rows
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +71,11 @@ def whole_run(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pat
     done = _python(str(ROOT / "pretrain_moe.py"), *flags, "--save", str(folder))
     assert done.returncode == 0, done.stderr
     assert f"step {STEPS}/{STEPS} | loss" in done.stdout
+    lines = done.stdout.splitlines()
+    assert lines.count("start") == 1
+    assert lines.index("start") < next(n for n, line in enumerate(lines) if "| loss" in line)
+    data = next(line for line in lines if line.startswith("  data "))
+    assert "8 steps, 2 sources; epochs of each: code" in data
     assert "Traceback" not in done.stderr
     return folder
 

@@ -86,7 +86,7 @@ def train(run: Run, steps: int, device: str) -> dict[str, Any]:
         save_checkpoint(Path(run.weights), Progress(), *state)
     load_checkpoint(Path(run.weights), *state)
     sink = _Rows()
-    loop = Loop(trainer, Streams(stream, None), Progress(), [sink], peak_tflops_per_s=None)
+    loop = Loop(trainer, Streams(stream, None), Progress(), [sink], peak=None)
     batches = loop.batches()
     loop.step(batches, lambda: False)
     moments = local_moments(trainer)

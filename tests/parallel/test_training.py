@@ -13,7 +13,7 @@ from moetron.moe.checkpoint.position import Progress
 from moetron.moe.checkpoint.save_load import load_checkpoint, save_checkpoint
 from moetron.moe.config.command import load
 from moetron.moe.config.schema.settings import Settings
-from moetron.moe.monitoring.sinks import Row
+from moetron.moe.monitoring.sinks import MACHINE_FIGURES, Row
 from moetron.moe.training.build_trainer import build_trainer
 from moetron.moe.training.evaluate import evaluate
 from moetron.moe.training.loop import Loop
@@ -25,7 +25,6 @@ from tests.parallel.harness import RankFailed, run_ranks
 from tests.unit.training.training_cases import CountingStream
 
 RECIPE = Path(__file__).parents[2] / "examples" / "olmoe_1b_7b" / "tiny.yaml"
-TIMES = {"step_time_s", "tokens_per_s", "tflops_per_s", "mfu"}
 ZERO1 = ["--use-distributed-optimizer"]
 SMALL_BUCKETS = ["--ddp-bucket-size", "20000"]
 
@@ -40,7 +39,7 @@ class _Rows:
         self.validations: list[Row] = []
 
     def step(self, row: Row) -> None:
-        self.steps.append({key: value for key, value in row.items() if key not in TIMES})
+        self.steps.append({key: value for key, value in row.items() if key not in MACHINE_FIGURES})
 
     def validation(self, row: Row) -> None:
         self.validations.append(row)
@@ -85,7 +84,7 @@ def _train(
     fresh = settings.model_copy(update={"checkpoint": finetune})
     load_checkpoint(Path(weights), trainer.chunks, trainer.optimizer, fresh, state)
     rows = _Rows()
-    loop = Loop(trainer, sources, Progress(), [rows], peak_tflops_per_s=None)
+    loop = Loop(trainer, sources, Progress(), [rows], peak=None)
     assert not loop.run(lambda: False)
     assert rows.closed
     return {"steps": rows.steps, "validations": rows.validations}

@@ -106,8 +106,12 @@ def draw(found: Outcomes) -> Figure:
             right.plot(stable[0].tokens[width - 1 :], curve, style, color=colour, label=variant)
     left.set_yticks(range(len(found)), found)
     left.invert_yaxis()
-    left.set(xlabel="final loss, nats per token", title="Each seed")
-    right.set(xlabel="tokens trained on", ylabel="training loss", title="Mean of stable seeds")
+    left.set(xlabel="final loss, nats per token", ylabel="variant", title="Each seed")
+    right.set(
+        xlabel="tokens trained on",
+        ylabel="training loss, nats per token",
+        title="Mean of stable seeds",
+    )
     right.xaxis.set_major_formatter(EngFormatter())
     right.legend(frameon=False, fontsize=7)
     for axes in (left, right):

@@ -107,7 +107,7 @@ def _frozen(run: Run) -> Answer:
     first, share = next(iter(settled.items()))
     text = f"{100 * share:.0f} % of the final experts are chosen at step {first} already; "
     text += f"{100 * FROZEN:.0f} % at step {early[0]} of {last}" if early else "not settled yet"
-    rule = f"mean over layers of top-k saturation; chance {100 * run.analysis['chance']['k']:.0f} %"
+    rule = f"mean over layers of top-k saturation; chance {100 * run.analysis['chance']['k']:.3g} %"
     return Answer("When did routing freeze?", "finding", text, rule)
 
 
@@ -139,7 +139,7 @@ def _specialists(run: Run) -> list[Answer]:
                 f"expert {expert} in layer {analysis['layers'][layer]} "
                 f"({100 * here:.0f} % of its tokens, {100 * there:.0f} % elsewhere)"
             )
-        rule = f"largest lead over the mean of the other texts; chance {100 * chance:.0f} %"
+        rule = f"largest lead over the mean of the other texts; chance {100 * chance:.3g} %"
         question = f"Which experts specialise in {family}?"
         answers.append(Answer(question, "finding", "; ".join(texts), rule))
     return answers

@@ -1,6 +1,7 @@
 """Put the page together: one HTML file with its charts, its styles and the plotting library."""
 
-from collections.abc import Sequence
+import html
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from plotly.offline import get_plotlyjs
 
 from moetron import __version__
 from moetron.common.files import write_text
-from moetron.moe.analysis.page import answers
+from moetron.moe.analysis.page import answers, overview
 from moetron.moe.analysis.page import stage_charts as stages
 from moetron.moe.analysis.page.charts import over_tokens
 from moetron.moe.analysis.page.routing_charts import of_routing
@@ -36,7 +37,9 @@ def _content(runs: Sequence[Run]) -> dict[str, Any]:
         "title": " and ".join(run.name for run in runs),
         "version": __version__,
         "plotly_js": get_plotlyjs(),
-        "glance": [{"name": run.name, "figures": _glance(run)} for run in runs],
+        "runs": [run.name for run in runs],
+        "glance": _side_by_side([overview.glance(run) for run in runs]),
+        "setup": _side_by_side([overview.setup(run) for run in runs]),
         "answers": [
             section
             for run in runs
@@ -58,7 +61,11 @@ def _content(runs: Sequence[Run]) -> dict[str, Any]:
             ),
         ],
         "words": [section for run, found in analysed for section in _words(run.name, found)],
-        "events": [event for run in runs for event in _events(run)],
+        "events": [
+            {"run": run.name, "step": step, "text": text}
+            for run in runs
+            for step, text in overview.events(run)
+        ],
         "settings": [
             {"title": f"Settings of {run.name}", "yaml": yaml.safe_dump(run.settings)}
             for run in runs
@@ -67,27 +74,10 @@ def _content(runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def _glance(run: Run) -> dict[str, str]:
-    last = run.metrics[-1]
-    validation = run.validation[-1]["validation_loss"] if run.validation else None
-    return {
-        "step": str(last["step"]),
-        "tokens": f"{last['tokens']:,}",
-        "training loss": f"{run.tail('lm_loss').mean():.4f}",
-        "validation loss": "none" if validation is None else f"{validation:.4f}",
-        "tokens/s": f"{run.tail('tokens_per_s').mean():,.0f}",
-        "learning rate": f"{last['lr']:.2e}",
-    }
-
-
-def _events(run: Run) -> list[dict[str, Any]]:
-    """Checkpoints, changes of stage, leaps of the loss; by step."""
-    found = [(step, "checkpoint") for step in run.checkpoints]
-    found += [(step, "the loss leaps") for step in answers.spikes(run)]
-    for number, stage in enumerate(run.stages[1:], start=2):
-        step = next(row["step"] for row in run.metrics if row["tokens"] > stage.first_token)
-        found.append((step, f"stage {number} begins: {stage.objective}"))
-    return [{"run": run.name, "step": step, "text": text} for step, text in sorted(found)]
+def _side_by_side(tables: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Any]]]:
+    """(name, value of each run) of every row that a run has; None for a run without it."""
+    names = dict.fromkeys(name for table in tables for name in table)
+    return [(name, [table.get(name) for table in tables]) for name in names]
 
 
 def _words(name: str, analysis: dict[str, Any]) -> list[dict[str, Any]]:
@@ -109,6 +99,8 @@ def _words(name: str, analysis: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _html(figures: Sequence[go.Figure]) -> list[str]:
     """Each chart as a piece of HTML that grows and shrinks with the page."""
+    for figure in figures:
+        _escape(figure)
     return [
         figure.to_html(
             full_html=False,
@@ -118,3 +110,12 @@ def _html(figures: Sequence[go.Figure]) -> list[str]:
         )
         for figure in figures
     ]
+
+
+def _escape(figure: go.Figure) -> None:
+    """Show names of runs, sources and texts as they are: Plotly reads tags in them."""
+    for trace in figure.data:
+        if trace.name is not None:
+            trace.name = html.escape(trace.name, quote=False)
+        if trace.y is not None and any(isinstance(label, str) for label in trace.y):
+            trace.y = [html.escape(label, quote=False) for label in trace.y]

@@ -1,7 +1,9 @@
-"""The charts of a run over its tokens: losses, rate, speed, balance, drops, stages."""
+"""The charts of a run over its tokens: losses, rate, speed, memory, balance, drops, stages."""
 
+import html
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -18,13 +20,15 @@ def over_tokens(runs: Sequence[Run]) -> list[go.Figure]:
     candidates = [
         losses(runs),
         *(by_source(run) for run in runs),
-        curve(runs, "lr", "Learning rate", ""),
-        curve(runs, "tokens_per_s", "Throughput", "tokens/s"),
-        curve(runs, "grad_norm", "Gradient norm before clipping", "norm"),
-        curve(runs, "aux_loss", "Balance loss, 1 is uniform", ""),
-        curve(runs, "z_loss", "Router z-loss", ""),
-        *(heat(run, "expert_load", "Fullest expert over the mean load", 1.0) for run in runs),
-        *(heat(run, "dropped_fractions", "Dropped choices", 0.0) for run in runs),
+        curve(runs, "lr", "Learning rate", "learning rate"),
+        from_zero(curve(runs, "tokens_per_s", "Throughput", "tokens/s, all ranks")),
+        from_zero(curve(runs, "mfu", "Model FLOPs utilisation (MFU)", "% of the peak", 100)),
+        from_zero(curve(runs, "peak_memory_bytes", "Peak memory, largest rank", "GiB", 2**-30)),
+        curve(runs, "grad_norm", "Gradient norm before clipping", "L2 norm"),
+        curve(runs, "aux_loss", "Balance loss, 1 is uniform", "balance loss"),
+        curve(runs, "z_loss", "Router z-loss", "mean (log Z)²"),
+        *(heat(run, "expert_load", "Load of the fullest expert", "× mean", 1.0) for run in runs),
+        *(heat(run, "dropped_fractions", "Dropped choices", "share", 0.0) for run in runs),
     ]
     return [figure for figure in candidates if figure is not None]
 
@@ -61,46 +65,61 @@ def by_source(run: Run) -> go.Figure | None:
     return figure
 
 
-def curve(runs: Sequence[Run], name: str, title: str, unit: str) -> go.Figure | None:
-    """One figure of metrics.jsonl."""
+def curve(
+    runs: Sequence[Run], name: str, title: str, unit: str, scale: float = 1.0
+) -> go.Figure | None:
+    """One figure of metrics.jsonl, times ``scale``."""
     figure = framed(title, unit)
     for run in runs:
         tokens, values = thinned(run.metrics, name)
         if values:
-            figure.add_scatter(x=tokens, y=values, name=run.name, line={"width": 1.2})
+            shown = [scale * value for value in values]
+            figure.add_scatter(x=tokens, y=shown, name=run.name, line={"width": 1.2})
     return figure if figure.data else None
 
 
-def heat(run: Run, name: str, title: str, floor: float) -> go.Figure | None:
+def from_zero(figure: go.Figure | None) -> go.Figure | None:
+    """Show a quantity from zero on, so that noise looks no larger than it is."""
+    return None if figure is None else figure.update_yaxes(rangemode="tozero")
+
+
+def heat(run: Run, name: str, title: str, unit: str, floor: float) -> go.Figure | None:
     """A figure that each step holds by layer, as layers x tokens."""
     layers = run.layers(name)
     if not layers:
         return None
     columns = [thinned(run.metrics, name, layer) for layer in layers]
     values = np.array([column[1] for column in columns])
-    figure = framed(f"{title}, {run.name}", "")
+    figure = framed(f"{title}, {run.name}", "layer")
     figure.add_heatmap(
         x=columns[0][0],
-        y=[layer.replace("_", " ") for layer in layers],
+        y=[layer.removeprefix("layer_") for layer in layers],
         z=values,
         zmin=floor,
         zmax=max(floor + 1e-3, float(np.quantile(values, 0.98))),
         colorscale="Viridis",
+        colorbar=bar(unit),
     )
+    figure.update_yaxes(type="category")
     return figure
+
+
+def bar(title: str, **options: Any) -> dict[str, Any]:
+    """A colour bar that names what it measures."""
+    return {"title": {"text": title, "side": "right"}, "thickness": 14, **options}
 
 
 def framed(title: str, y_title: str, x_title: str = "tokens") -> go.Figure:
     """An empty chart in the page's style."""
     figure = go.Figure()
-    lines = textwrap.wrap(title, TITLE_WIDTH)
+    lines = [html.escape(line, quote=False) for line in textwrap.wrap(title, TITLE_WIDTH)]
     figure.update_layout(
         template="plotly_white",
         title={"text": "<br>".join(lines), "font": {"size": 15}},
         margin={"l": 50, "r": 12, "t": 28 + 18 * len(lines), "b": 44},
         height=340,
         legend={"orientation": "h", "y": -0.22, "font": {"size": 11}},
-        xaxis={"title": x_title},
+        xaxis={"title": x_title, "automargin": True},
         yaxis={"title": y_title, "automargin": True},
     )
     return figure

@@ -5,30 +5,36 @@ from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
+from plotly.colors import sample_colorscale
 
-from moetron.moe.analysis.page.charts import framed
+from moetron.moe.analysis.page.charts import bar, framed
 from moetron.moe.analysis.specialization import token_class_entropy
 
 
 def of_routing(analysis: dict[str, Any]) -> list[go.Figure]:
     """Every chart that an analysis has something for; the section that holds them names the run."""
     layers = [f"layer {layer}" for layer in analysis["layers"]]
+    places = range(len(layers))
     figures = []
     if len(analysis.get("checkpoints") or ()) > 1:
         figures += [_saturation(analysis, layers, top) for top in ("k", "1")]
-        figures += [_load(analysis, place) for place in range(len(layers))]
-    figures += [_domains(analysis, place) for place in range(len(layers))]
-    figures += [_coactivation(analysis, place) for place in range(len(layers))]
-    figures.append(
-        _by_layer("Vocabulary specialisation", layers, analysis["vocabulary_specialization"])
-    )
-    entropy = dict(
-        zip(analysis["domains"], np.array(analysis["domain_entropy"]).T.tolist(), strict=True)
-    )
-    figures.append(_by_layer("Routing entropy, nats", layers, entropy))
-    if entropy := token_class_entropy(analysis):
-        figures.append(_by_layer("Entropy of token classes' first choices, nats", layers, entropy))
-    figures.append(_by_layer("Mean cosine between experts", layers, analysis["similarity"]))
+        figures += [_load(analysis, place) for place in places]
+    figures += [_domains(analysis, place) for place in places]
+    figures += [_coactivation(analysis, place) for place in places]
+    entropy = dict(zip(analysis["domains"], np.array(analysis["domain_entropy"]).T, strict=True))
+    by_layer = {
+        ("Vocabulary specialisation", "share of an id's first expert"): analysis[
+            "vocabulary_specialization"
+        ],
+        ("Routing entropy of a text's choices", "nats"): entropy,
+        ("Routing entropy of a token class's first choices", "nats"): token_class_entropy(analysis),
+        ("Mean cosine between experts", "cosine"): analysis["similarity"],
+    }
+    figures += [
+        _by_layer(title, unit, analysis["layers"], series)
+        for (title, unit), series in by_layer.items()
+        if series
+    ]
     if np.any(analysis["dropped_by_position"]):
         figures.append(_drops(analysis, layers))
     return figures
@@ -49,30 +55,52 @@ def _saturation(analysis: dict[str, Any], layers: list[str], top: str) -> go.Fig
 
 def _load(analysis: dict[str, Any], place: int) -> go.Figure:
     rows = analysis["checkpoints"]
-    title = f"Load of every expert, layer {analysis['layers'][place]}; 1 is an even share"
+    title = f"Load of every expert, layer {analysis['layers'][place]}"
     figure = framed(title, "expert", "step")
     loads_EC = np.array([row["load"][place] for row in rows]).T
     steps = [str(row["step"]) for row in rows]
-    figure.add_heatmap(x=steps, z=loads_EC, zmin=0, zmax=2, colorscale="RdBu_r")
+    figure.add_heatmap(
+        x=steps, z=loads_EC, zmin=0, zmax=2, colorscale="RdBu_r", colorbar=bar("× even share")
+    )
     figure.update_xaxes(type="category")
     return figure
 
 
 def _domains(analysis: dict[str, Any], place: int) -> go.Figure:
     title = f"Share of a text's tokens that visit an expert, layer {analysis['layers'][place]}"
-    figure = framed(f"{title}", "", "expert")
-    shares_CE = np.array(analysis["domain_specialization"]["k"])[place]
-    middle = analysis["chance"]["k"]
-    figure.add_heatmap(y=analysis["domains"], z=shares_CE, zmin=0, zmid=middle, colorscale="RdBu_r")
-    figure.update_layout(height=max(260, 120 + 22 * len(shares_CE)))
+    figure = framed(title, "text", "expert")
+    shares_CE = 100 * np.array(analysis["domain_specialization"]["k"])[place]
+    chance = 100 * analysis["chance"]["k"]
+    top = max(float(shares_CE.max()), 1.01 * chance)
+    figure.add_heatmap(
+        y=analysis["domains"],
+        z=shares_CE,
+        zmin=0,
+        zmax=top,
+        colorscale=_white_at(chance / top),
+        colorbar=bar(f"% of tokens, chance {chance:.3g}"),
+    )
+    figure.update_layout(height=max(300, 150 + 22 * len(shares_CE)))
     return figure
 
 
 def _coactivation(analysis: dict[str, Any], place: int) -> go.Figure:
     title = f"Co-activation, layer {analysis['layers'][place]}"
     figure = framed(title, "expert i", "expert j")
-    figure.add_heatmap(z=np.array(analysis["coactivation"][place]), zmin=0, colorscale="Magma")
+    percent = 100 * np.array(analysis["coactivation"][place])
+    scale = bar("% of tokens of i that j serves too")
+    figure.add_heatmap(z=percent, zmin=0, colorscale="Magma", colorbar=scale)
     return figure
+
+
+def _white_at(middle: float) -> list[tuple[float, str]]:
+    """Blue below ``middle`` (a share of the scale), white there, red above; zero is its start.
+
+    Plotly's ``zmid`` makes the scale symmetric, and so runs below zero.
+    """
+    positions = np.concatenate([np.linspace(0, middle, 6), np.linspace(middle, 1, 6)[1:]])
+    colours = sample_colorscale("RdBu_r", np.linspace(0, 1, len(positions)).tolist())
+    return list(zip(positions.tolist(), colours, strict=True))
 
 
 def _drops(analysis: dict[str, Any], layers: list[str]) -> go.Figure:
@@ -83,8 +111,11 @@ def _drops(analysis: dict[str, Any], layers: list[str]) -> go.Figure:
     return figure
 
 
-def _by_layer(title: str, layers: list[str], series: Mapping[str, Sequence[float]]) -> go.Figure:
-    figure = framed(title, "", "")
+def _by_layer(
+    title: str, unit: str, layers: Sequence[int], series: Mapping[str, Sequence[float]]
+) -> go.Figure:
+    figure = framed(title, unit, "layer")
+    figure.update_xaxes(type="category")
     for name, values in series.items():
         figure.add_scatter(x=layers, y=list(values), name=name, mode="lines+markers")
     return figure

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ class Run:
     """Steps."""
     analysis: Row | None
     """What tools/analyze_routing.py found."""
+    starts: list[Row] = field(default_factory=list)
+    """One row a start, as in starts.jsonl; empty for runs of older versions."""
 
     @property
     def stages(self) -> list[Stage]:
@@ -84,17 +86,20 @@ def read(folder: Path) -> Run:
         checkpoint_folder.read_record(latest).settings if latest else {},
         steps,
         json.loads(analysis.read_text(encoding="utf-8")) if analysis.is_file() else None,
+        read_rows(folder / "starts.jsonl"),
     )
 
 
-def thinned(rows: Sequence[Row], name: str, inner: str | None = None) -> tuple[list, list]:
-    """(tokens, values) of a curve: at most ``POINTS`` means over neighbouring steps."""
+def thinned(
+    rows: Sequence[Row], name: str, inner: str | None = None, points: int = POINTS
+) -> tuple[list, list]:
+    """(tokens, values) of a curve: at most ``points`` means over neighbouring steps."""
     pairs = [
         (row["tokens"], row[name] if inner is None else row[name][inner])
         for row in rows
         if name in row and (inner is None or inner in row[name])
     ]
-    parts = np.array_split(np.array(pairs, dtype=np.float64), min(len(pairs), POINTS) or 1)
+    parts = np.array_split(np.array(pairs, dtype=np.float64), min(len(pairs), points) or 1)
     if not pairs:
         return [], []
     return [float(part[-1, 0]) for part in parts], [float(part[:, 1].mean()) for part in parts]

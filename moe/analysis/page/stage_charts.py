@@ -9,6 +9,9 @@ from moetron.moe.analysis.page.answers import Answer
 from moetron.moe.analysis.page.charts import framed
 from moetron.moe.analysis.page.runs import Row, Run, thinned
 
+SHARES = 60
+"""Points of a curve of shares: one step holds too few samples to show them."""
+
 
 def of_stages(runs: Sequence[Run]) -> list[go.Figure]:
     """Charts of the runs that have several sources, or drop tokens."""
@@ -62,8 +65,9 @@ def _sources(run: Run) -> go.Figure | None:
         return None
     figure = framed(f"Tokens by source, {run.name}", "share of tokens with loss")
     for name in names:
-        tokens, values = thinned([{name: 0.0, **row} for row in rows], name)
+        tokens, values = thinned([{name: 0.0, **row} for row in rows], name, points=SHARES)
         figure.add_scatter(x=tokens, y=values, name=name, stackgroup="all", line={"width": 0.5})
+    figure.update_yaxes(range=[0, 1], tickformat=".0%")
     for stage in run.stages[1:]:
         figure.add_vline(stage.first_token, line_dash="dash", annotation_text=stage.objective)
     figure.update_layout(height=340 + 9 * len(names))  # the legend stands below, in columns

@@ -9,13 +9,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
+from matplotlib.figure import Figure
 
 from moetron.common.errors import UserError
-from moetron.moe.analysis.page import answers
+from moetron.moe.analysis import curves
+from moetron.moe.analysis import figures as pictures
+from moetron.moe.analysis.page import answers, overview
 from moetron.moe.analysis.page import stage_charts as stages
 from moetron.moe.analysis.page.build_page import write_page
+from moetron.moe.analysis.page.charts import over_tokens
+from moetron.moe.analysis.page.routing_charts import of_routing
 from moetron.moe.analysis.page.runs import POINTS, Run, read, thinned
 
+ROOT = Path(__file__).parents[3]
 STEPS = 200
 
 
@@ -30,6 +37,10 @@ def metrics(drop: float | None = None, leap_at: int | None = None) -> list[dict[
             "grad_norm": 1.0,
             "lr": 1e-3,
             "tokens_per_s": 1000.0,
+            "mfu": 0.4,
+            "mfu_peak_tflops_per_s": 989.0,
+            "mfu_peak_basis": "datasheet, dense bf16",
+            "peak_memory_bytes": 3 * 2**30 + step,
         }
         if drop is not None:
             row |= {
@@ -38,6 +49,27 @@ def metrics(drop: float | None = None, leap_at: int | None = None) -> list[dict[
             }
         rows.append(row)
     return rows
+
+
+def begun() -> dict[str, Any]:
+    """A line of starts.jsonl."""
+    layout = {"world_size": 4, "hosts": 2, "TP": 2, "PP": 1, "CP": 1, "DP": 2, "EP": 2, "ETP": 1}
+    return {
+        "step": 0,
+        "origin": "random weights, seed 1",
+        "parameters": 6_919_161_856,
+        "active_parameters": 1_281_703_936,
+        "vocab_size": 50_304,
+        "layout": layout,
+        "num_microbatches": 8,
+        "sources": [{"name": "<b>web</b>", "tokens": 20_000, "epochs": 0.25}],
+        "device": "NVIDIA H100 80GB HBM3",
+        "threads": None,
+        "implementation": "Transformer Engine",
+        "precision": "bf16 with fp32 main parameters",
+        "mfu_peak_tflops_per_s": 989.0,
+        "mfu_peak_basis": "datasheet, dense bf16",
+    }
 
 
 def analysis() -> dict[str, Any]:
@@ -183,17 +215,109 @@ def write_run(folder: Path, **kind: Any) -> Run:
     lines = [json.dumps(row) for row in metrics(**kind)]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "analysis" / "analysis.json").write_text(json.dumps(analysis()))
+    (folder / "starts.jsonl").write_text(json.dumps(begun()) + "\n")
     return read(folder)
 
 
+def own_text(page: Path) -> str:
+    """The page without the plotting library."""
+    text = page.read_text(encoding="utf-8")
+    return re.sub(r"<script>.*?</script>", "", text, count=1, flags=re.DOTALL)
+
+
 def test_the_page_stands_alone_and_escapes_what_it_shows(tmp_path: Path) -> None:
-    write_page(
-        [write_run(tmp_path / "a"), write_run(tmp_path / "b", drop=0.1)], tmp_path / "r.html"
-    )
-    page = (tmp_path / "r.html").read_text(encoding="utf-8")
-    own = re.sub(r"<script>.*?</script>", "", page, count=1, flags=re.DOTALL)  # but for plotly
+    hostile = [write_run(tmp_path / name, drop=0.1) for name in ("<script>alert(1)", "<b>b")]
+    assert hostile[0].analysis is not None
+    hostile[0].analysis["domains"] = ["</script><i>code", "prose"]
+    write_page(hostile, tmp_path / "r.html")
+    own = own_text(tmp_path / "r.html")
     assert not re.findall(r'(?:src|href)="(?!data:)', own)
-    assert "&lt;b&gt;" in own and "<b>" not in own
+    assert "&lt;b&gt;" in own and "&lt;script&gt;alert(1)" in own
+    for tag in ("<b>", "<i>", "<script>alert"):
+        assert tag not in own and tag.replace("<", "\\u003c").replace(">", "\\u003e") not in own
+
+
+def test_the_head_of_the_page_says_what_ran_where_and_how_well(tmp_path: Path) -> None:
+    one = write_run(tmp_path / "a")
+    figures = overview.glance(one)
+    assert next(iter(figures)) == "validation loss"
+    assert figures["parameters"] == ("6.92 B", "1.28 B active a token")
+    assert figures["MFU"] == (
+        "40 %",
+        "of 989 TFLOP/s a rank, datasheet, dense bf16; mean of the last tenth",
+    )
+    assert figures["peak memory"] == ("3.00 GiB", "GPU memory of the largest rank")
+    rows = overview.setup(one)
+    assert rows["layout"].replace("\u00a0", " ") == (
+        "4 ranks on 2 hosts: TP 2, PP 1, CP 1, DP 2, EP 2, ETP 1"
+    )
+    assert rows["hardware"] == "NVIDIA H100 80GB HBM3"
+    assert rows["layers"] == "Transformer Engine implementation, bf16 with fp32 main parameters"
+    assert rows["data"] == "1 source; epochs in the whole run: <b>web</b> 0.25"
+    for runs in ([one], [one, run()]):  # the other has no starts.jsonl
+        write_page(runs, tmp_path / "r.html")
+        own = own_text(tmp_path / "r.html")
+        shown = [name for name in (*figures, *rows) if f">{name}<" in own]
+        assert shown == [*figures, *rows]
+    assert "not recorded" in own
+
+
+def test_checkpoints_are_one_event() -> None:
+    long = Run("tiny", metrics(), [], {}, list(range(1, 1001)), None, [begun()])
+    assert overview.events(long) == [
+        (0, "started: 4 ranks on 2 hosts: TP 2, PP 1, CP 1, DP 2, EP 2, ETP 1"),
+        (1000, "latest of 1,000 checkpoints kept: 1, 2, 3, ..., 998, 999, 1000"),
+    ]
+
+
+def test_every_chart_names_its_axes_and_no_scale_runs_below_zero() -> None:
+    rows = metrics(drop=0.1)
+    for row in rows:
+        row |= {"aux_loss": 1.0, "z_loss": 2.0, "source_tokens": {"a": 1, "b": 3}}
+        row["dropped_by_position"] = {"layer_1": [0.0, 0.2]}
+    validation = [{"step": 9, "tokens": 9, "validation_loss": 1.0, "source_losses": {"a": 1.0}}]
+    whole = Run("tiny", rows, validation, {}, [100], analysis(), [begun()])
+    charts = [*over_tokens([whole]), *stages.of_stages([whole]), *of_routing(analysis())]
+    assert len(charts) > 20
+    for chart in charts:
+        title, layout = chart.layout.title.text, chart.layout
+        assert layout.xaxis.title.text and layout.yaxis.title.text, title
+        for trace in chart.data:
+            if trace.type == "heatmap":
+                assert trace.colorbar.title.text, title
+                assert trace.zmin >= 0 and trace.zmid is None, title
+    [shares] = [chart for chart in charts if chart.layout.title.text.startswith("Tokens by source")]
+    assert tuple(shares.layout.yaxis.range) == (0, 1)
+
+
+def test_white_is_chance_on_the_scale_of_texts() -> None:
+    [chart] = [c for c in of_routing(analysis()) if "layer 1" in c.layout.title.text
+               and c.layout.title.text.startswith("Share of a text")]  # fmt: skip
+    trace = chart.data[0]
+    positions = [position for position, _ in trace.colorscale]
+    middle = trace.colorscale[len(positions) // 2]
+    assert (positions[0], positions[-1]) == (0, 1) and positions == sorted(positions)
+    assert middle[0] * trace.zmax == pytest.approx(50)  # %: 2 of 4 experts
+    assert middle[1] == "rgb(247, 247, 247)"
+
+
+def test_every_picture_names_its_axes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = analysis() | {
+        "spread": {"input": [0.1, 0.2]},
+        "dropped_by_position": [[0.0, 0.1], [0.0, 0.2]],
+    }
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    pictures.write(found, tmp_path)
+    curves.draw(write_run(tmp_path / "a") and tmp_path / "a", tmp_path / "c.png")
+    assert len(drawn) == 9
+    for figure in drawn:
+        named = [axes.get_ylabel() != "" for axes in figure.axes]
+        assert named[0], figure.axes[0].get_title()
+        for axes in figure.axes:
+            is_bar = axes.get_label() == "<colorbar>"
+            assert axes.get_ylabel() or (not is_bar and not axes.get_yticks().size), axes
+            assert axes.get_xlabel() or is_bar, axes.get_title()
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium to draw the page")
@@ -213,3 +337,13 @@ def test_chromium_draws_every_chart_without_an_error(tmp_path: Path) -> None:
     charts, drawn = shown.stdout.count('<div class="chart">'), shown.stdout.count("main-svg")
     assert charts > 10 and drawn >= charts
     assert "CONSOLE" not in shown.stderr
+
+
+def test_the_quick_start_keeps_the_checkpoints_of_its_saturation_curve() -> None:
+    """README and docs/analysis.md show it, and the command that draws it."""
+    recipe = yaml.safe_load((ROOT / "examples" / "quickstart" / "pretrain.yaml").read_text())
+    kept = recipe["checkpoint"].get("keep_last")
+    assert kept is None or kept * recipe["checkpoint"]["save_interval"] >= 700
+    assert recipe["training"]["train_iters"] == 700
+    page = (ROOT / "docs" / "analysis.md").read_text(encoding="utf-8")
+    assert "python tools/analyze_routing.py runs/quickstart/run" in page

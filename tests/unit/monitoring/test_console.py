@@ -18,6 +18,7 @@ def _row(step: int) -> dict[str, Any]:
         "tokens_per_s": 12_345.6,
         "tflops_per_s": 0.25,
         "mfu": 0.125,
+        "peak_memory_bytes": 3 * 2**28,
     }
 
 
@@ -37,8 +38,8 @@ def test_plain_lines_come_at_the_interval_and_at_the_end(
         *("step 12/15", "step 14/15", "step 15/15", "step 15")
     ]
     assert " | ".join(lines[0].split(" | ")[1:-1]) == (
-        "loss 2.5000 | grad norm 0.750 | lr 1.00e-03 | expert load 1.50x | "
-        "12,346 tokens/s | 0.25 TFLOP/s a rank | MFU 12%"
+        "loss 2.5000 | grad norm 0.750 | lr 1.00e-03 | fullest expert 1.50x mean | "
+        "12,346 tokens/s | 0.25 TFLOP/s a rank | MFU 12.5 % | peak memory 0.75 GiB a rank"
     )
     assert "ETA 0 s" in lines[2]
     assert lines[3].endswith("validation loss 2.0000 (a 1.0000, b 3.0000)")
@@ -48,8 +49,18 @@ def test_a_terminal_gets_a_bar(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     _drive(Console(10, 15, interval=1))
     out, err = capsys.readouterr()
     assert "15/15" in err
     assert "loss 2.5000" in err
     assert out.splitlines() == ["step 15 | validation loss 2.0000 (a 1.0000, b 3.0000)"]
+
+
+def test_a_log_beside_a_terminal_gets_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``| tee log``: errors go to a terminal, output does not."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    _drive(Console(10, 15, interval=5))
+    assert capsys.readouterr().out.startswith("step 15/15 | loss 2.5000")

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from moetron.common.errors import UserError
+from moetron.moe.monitoring.heat_map import draw, pixels
 from moetron.moe.monitoring.sinks import JsonLines, LineFiles, WandB, flat, heat_map, open_sinks
 from tests.unit.training.training_cases import settings
 
@@ -88,12 +89,27 @@ def test_tensorboard_scalars_can_be_read_back(tmp_path: Path) -> None:
         "expert_load/layer_3": (1, 1.0),
     }
     image = events.Images("expert_load/all")[0]
-    cell = image.width // 3
-    assert (image.step, image.height, image.width) == (1, 2 * cell, 3 * cell)
+    assert image.step == 1
     pixels = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))
     assert (pixels == heat_map(LOADS)).all()
-    idle, even, _ = pixels[0, ::cell]
-    assert idle[2] > idle[0] and pixels[-1, -1].tolist() == even.tolist()
+
+
+@pytest.mark.parametrize(("layers", "experts"), [(2, 3), (61, 256)])
+def test_a_heat_map_names_its_axes_and_its_scale(layers: int, experts: int) -> None:
+    loads = {f"layer_{n + 3}": np.linspace(0, 2, experts) for n in range(layers)}
+    figure = draw(loads)
+    axes, bar = figure.axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("expert", "layer")
+    assert axes.get_title() == "Load of every expert" and bar.get_ylabel() == "load / even share"
+    [image] = axes.get_images()
+    assert (np.asarray(image.get_array()) == np.stack(list(loads.values()))).all()
+    assert image.get_clim() == (0, 2)
+    shown = [label.get_text() for label in axes.get_yticklabels()]
+    assert shown[0] == "3" and len(shown) <= 24
+    drawn = pixels(figure)
+    assert drawn.dtype == np.uint8 and drawn.shape[2] == 3
+    blue, _, red = drawn.reshape(-1, 3).astype(int).T
+    assert (blue > red + 100).any() and (red > blue + 100).any()
 
 
 class _WandbServer:

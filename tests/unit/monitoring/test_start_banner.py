@@ -1,4 +1,4 @@
-"""What a run says before its first step."""
+"""Where a run starts, and what differs from its checkpoint."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,8 @@ from moetron.common.errors import UserError
 from moetron.moe.checkpoint import run_folder as checkpoint_folder
 from moetron.moe.checkpoint.position import Progress
 from moetron.moe.checkpoint.run_folder import Record
-from moetron.moe.monitoring.start_banner import announce, opening
+from moetron.moe.config.schema.settings import Settings
+from moetron.moe.monitoring.start_banner import announce, opening, origin
 from tests.unit.training.training_cases import settings
 
 
@@ -27,33 +28,34 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def said(run: Path, **groups: dict[str, Any]) -> list[str]:
+def resumed(run: Path, **groups: dict[str, Any]) -> Settings:
     options = {"load": str(run), "save": str(run), **groups.pop("checkpoint", {})}
-    return opening(settings(checkpoint=options, **groups), {"seed": 1})
+    return settings(checkpoint=options, **groups)
 
 
-def test_nothing_is_kept_without_save(capsys: pytest.CaptureFixture[str]) -> None:
-    announce(settings(), {})
-    assert capsys.readouterr().out.startswith("no --save FOLDER: nothing of this run is kept")
-    announce(settings(checkpoint={"save": "x"}), {})
-    assert capsys.readouterr().out == ""
+def said(run: Path, **groups: dict[str, Any]) -> list[str]:
+    return opening(resumed(run, **groups), {"seed": 1})
 
 
 def test_one_rank_speaks(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("RANK", "1")
-    announce(settings(), {})
-    assert capsys.readouterr().out == ""
+    changed = resumed(run, learning_rate={"lr": 0.5})
+    for rank, lines in (("1", 0), ("0", 3)):
+        monkeypatch.setenv("RANK", rank)
+        announce(changed, {})
+        assert len(capsys.readouterr().out.splitlines()) == lines
 
 
 def test_a_run_that_begins_in_its_own_folder_says_nothing(tmp_path: Path) -> None:
     assert said(tmp_path) == []
+    assert origin(resumed(tmp_path)) == "random weights, seed 1234" == origin(settings())
 
 
 def test_every_setting_that_changed_is_named(run: Path) -> None:
     step = run / "step_0000006"
-    assert said(run) == [f"going on from {step}, 192 tokens"]
+    assert said(run) == []
+    assert origin(resumed(run)) == f"{step}: resumes at step 6, 192 tokens"
     changed = said(
         run,
         training={"train_iters": 20},
@@ -63,7 +65,8 @@ def test_every_setting_that_changed_is_named(run: Path) -> None:
         checkpoint={"save_interval": 3},
         logging={"log_interval": 7},
     )
-    assert changed[1:] == [
+    assert changed == [
+        f"changed since {step}:",
         "  --train-iters 20 (was 10)",
         "  --lr 0.5 (was 1.0)",
         "  --lr-decay-style linear (was cosine)",
@@ -78,14 +81,15 @@ def test_other_data_are_named(run: Path) -> None:
 
 
 def test_a_fresh_start_says_what_it_takes(run: Path) -> None:
-    taken = said(run, checkpoint={"finetune": True}, learning_rate={"lr": 0.5})
-    assert taken == [f"starting at step 0 from {run / 'step_0000006'}: weights alone"]
-    (line,) = said(run, checkpoint={"reset_progress": True})
-    assert line.endswith(": weights and optimizer")
+    step, rate = run / "step_0000006", {"lr": 0.5}
+    for option, taken in (("finetune", "the weights"), ("reset_progress", "weights and optimizer")):
+        fresh = resumed(run, checkpoint={option: True}, learning_rate=rate)
+        assert opening(fresh, {}) == []
+        assert origin(fresh) == f"{taken} of {step}, at step 0"
 
 
 def test_a_finished_run_says_so_and_a_shorter_one_is_refused(run: Path) -> None:
-    assert "--train-iters 6 is reached" in said(run, training={"train_iters": 6})[-1]
+    assert "--train-iters 6 is reached" in origin(resumed(run, training={"train_iters": 6}))
     with pytest.raises(UserError, match=r"--train-iters 5: .*step_0000006 is at step 6 already"):
         said(run, training={"train_iters": 5})
-    assert len(said(run, training={"train_iters": 5}, checkpoint={"finetune": True})) == 1
+    assert said(run, training={"train_iters": 5}, checkpoint={"finetune": True}) == []

@@ -1,0 +1,45 @@
+"""What several ranks say together: one start block, and the memory of the largest rank."""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moetron.moe.host.allocator import peak_memory_bytes
+from tests.parallel.checkpoint_runs import parallel_of, settings, start
+from tests.parallel.harness import run_ranks
+
+EXTRA_BYTES = 300 * 2**20
+
+
+def _train(folder: str, layout: str) -> dict[str, Any]:
+    """Three steps, the last rank with more memory in use."""
+    printed = io.StringIO()
+    chosen = settings(layout, checkpoint={"save": folder}, training={"train_iters": 3})
+    with contextlib.redirect_stdout(printed), parallel_of(chosen):
+        loop = start(chosen)
+        if loop.trainer.runtime.rank == 1:
+            torch.ones(EXTRA_BYTES // 4)
+        loop.run(lambda: False)
+        own = peak_memory_bytes(loop.trainer.runtime.device)
+    return {"printed": printed.getvalue(), "peak_memory_bytes": own}
+
+
+def test_one_rank_speaks_before_the_first_step_and_all_count(tmp_path: Path) -> None:
+    """On a pipeline, where the rank that speaks does not hold the loss."""
+    main, other = run_ranks(_train, 2, str(tmp_path), "pp2")
+    assert other["printed"] == ""
+    lines = main["printed"].splitlines()
+    assert lines.count("start") == 1 and lines[0] == "start"
+    assert "2 ranks on 1 host: TP 1, PP 2," in lines[2]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    [begun] = [json.loads(line) for line in (tmp_path / "starts.jsonl").open()]
+    assert (begun["step"], begun["layout"]["PP"], len(rows)) == (0, 2, 3)
+    peaks = [row["peak_memory_bytes"] for row in rows]
+    assert peaks == sorted(peaks)
+    assert main["peak_memory_bytes"] + EXTRA_BYTES / 2 < peaks[-1]
+    assert other["peak_memory_bytes"] * 0.99 < peaks[-1] <= other["peak_memory_bytes"]
+    assert f"peak memory {peaks[-1] / 2**30:.2f} GiB a rank" in lines[-1]

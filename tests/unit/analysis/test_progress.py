@@ -1,0 +1,31 @@
+"""How far an analysis is, where no terminal watches, and of which of a run's checkpoints."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moetron.moe.analysis import progress
+from moetron.moe.analysis import routing_study as study
+from moetron.moe.analysis.progress import shown
+from moetron.moe.analysis.routing_trace import Windows
+
+
+def test_a_log_gets_lines_now_and_then_and_at_the_end(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 100, 4))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
+    assert list(shown("abcde", 5, "model")) == list("abcde")
+    assert capsys.readouterr().err.splitlines() == [
+        "model: 3 of 5 batches, 8 s left",
+        "model: 5 of 5 batches, 0 s left",
+    ]
+
+
+def test_every_checkpoint_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    tokens_BS = np.zeros((3, study.TOKENS_AT_ONCE), dtype=np.int64)
+    text = study.Text([Windows("code", tokens_BS, tokens_BS)], str)
+    seen: list[Any] = list(text.batches("checkpoint of step 7"))
+    assert len(seen) == 3
+    assert "checkpoint of step 7: 3 of 3 batches" in capsys.readouterr().err
