@@ -22,7 +22,8 @@ from moetron.moe.analysis.routing_trace import Windows
 from moetron.moe.checkpoint import run_folder as checkpoint_folder
 from moetron.moe.monitoring.library_warnings import quieten_libraries
 from moetron.tokenizers.interface import Tokenizer
-from moetron.tokenizers.load import load_known_tokenizer, load_tokenizer
+from moetron.tokenizers.load import load_tokenizer
+from moetron.tokenizers.run_copy import load_run_tokenizer
 
 
 def parser() -> argparse.ArgumentParser:
@@ -82,11 +83,11 @@ def watch_run(given: argparse.Namespace) -> study.Result:
 
     record = checkpoint_folder.read(given.model).record
     settings, step = checkpoint_folder.one_rank_settings(record), record.progress.step
-    length = given.seq_length or settings.model.seq_length
     held_out = settings.data.rooted(settings.data.valid_data_path or [])
+    length = given.seq_length or settings.model.seq_length
     sources = named_sources(given.data or held_out, length)
-    path = given.tokenizer_model or settings.data.tokenizer_model
-    tokenizer = load_known_tokenizer(path, tokenizer_fingerprints(record.stream))
+    names = given.tokenizer_model, settings.data.tokenizer_model
+    tokenizer = load_run_tokenizer(given.model, *names, tokenizer_fingerprints(record.stream))
     require_one(tokenizer, sources)
     text = open_text(sources, tokenizer, given)
     vocab_size = vocabulary_of(given.model, settings, tokenizer.vocab_size)
@@ -108,8 +109,7 @@ def main() -> int:
         result = watch_folder(arguments) if folder else watch_run(arguments)
     except UserError as error:
         raise UserError(str(error)) from error
-    output = arguments.output or arguments.model / "analysis"
-    for path in figures.write(result, output):
+    for path in figures.write(result, arguments.output or arguments.model / "analysis"):
         print(path)
     return 0
 

@@ -16,11 +16,13 @@ from pathlib import Path
 
 from moetron.common.errors import UserError
 from moetron.moe.checkpoint import run_folder as checkpoint_folder
+from moetron.moe.checkpoint.compatibility import tokenizer_fingerprints
 from moetron.moe.checkpoint.vocabulary import vocabulary_of
 from moetron.moe.monitoring.library_warnings import quieten_libraries
-from moetron.tokenizers.export import exported
+from moetron.tokenizers.export import exported, why_not
 from moetron.tokenizers.interface import Tokenizer
 from moetron.tokenizers.load import load_tokenizer
+from moetron.tokenizers.run_copy import keep, load_run_tokenizer, name_of
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -39,15 +41,12 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--load", type=Path, required=True, help="what to read")
     for command in (export, load):
         command.add_argument("--output", type=Path, required=True, help="folder to write")
-    export.add_argument("--model-type", help="HuggingFace's (default: the one that fits)")
-    export.add_argument("--dtype", choices=DTYPES, help="of the weights (default: the run's)")
-    export.add_argument(
-        "--max-shard-bytes", type=int, default=5 * 10**9, help="of one file (default: 5e9)"
-    )
-    export.add_argument("--tokenizer-model", metavar="PATH", help="the run's tokenizer, if moved")
-    export.add_argument(
-        "--as-causal", action="store_true", help="export a --bidirectional-prefix model, too"
-    )
+    add = export.add_argument
+    add("--model-type", help="HuggingFace's (default: the one that fits)")
+    add("--dtype", choices=DTYPES, help="of the weights (default: the run's)")
+    add("--max-shard-bytes", type=int, default=5 * 10**9, help="of one file (default: 5e9)")
+    add("--tokenizer-model", metavar="PATH", help="default: the copy in the run's folder")
+    add("--as-causal", action="store_true", help="export a --bidirectional-prefix model, too")
     return parser
 
 
@@ -60,8 +59,10 @@ def to_hf(arguments: argparse.Namespace) -> None:
 
     record = checkpoint_folder.read_record(checkpoint_folder.find(arguments.load))
     settings = checkpoint_folder.one_rank_settings(record)
-    source = arguments.tokenizer_model or settings.data.tokenizer_model
-    tokenizer = None if source is None else open_tokenizer(source)
+    given, saved = arguments.tokenizer_model, settings.data.tokenizer_model
+    tokenizer, known = None, tokenizer_fingerprints(record.stream)
+    if given is not None or saved is not None:
+        tokenizer = load_run_tokenizer(arguments.load, given, saved, known)
     vocab_size = vocabulary_of(arguments.load, settings, tokenizer and tokenizer.vocab_size)
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
     family = export(
@@ -70,6 +71,7 @@ def to_hf(arguments: argparse.Namespace) -> None:
         Export(arguments.model_type, dtype, arguments.max_shard_bytes, arguments.as_causal),
         vocab_size,
         *exported(tokenizer),
+        check=lambda folder: None if tokenizer is None else why_not(tokenizer, folder),
     )
     print(f"{arguments.output}: {family.architecture}")
 
@@ -84,20 +86,14 @@ def from_hf(arguments: argparse.Namespace) -> None:
         tokenizer = load_tokenizer(arguments.load)
     except UserError as error:
         print(f"without a tokenizer: {error}", file=sys.stderr)
-    source = tokenizer and str(arguments.load.resolve())
     fingerprint = tokenizer and tokenizer.fingerprint
+    source = tokenizer and name_of(tokenizer, arguments.output)
     family, settings = load(arguments.load, arguments.output, source, fingerprint)
+    if tokenizer is not None:
+        keep(tokenizer, arguments.output, replace=True)
     print(f"{arguments.output}: {family.architecture}, {settings.model.num_layers} layers")
     recipe = arguments.output / MODEL_FILE
     print(f"go on: pretrain_moe.py --config {recipe} --load {arguments.output} --finetune ...")
-
-
-def open_tokenizer(source: str) -> Tokenizer:
-    """The tokenizer at ``source``."""
-    try:
-        return load_tokenizer(source)
-    except UserError as error:
-        raise UserError(f"{error}; if it moved, give --tokenizer-model") from error
 
 
 def main() -> int:
@@ -109,7 +105,10 @@ def main() -> int:
 
         print(describe(arguments.load, arguments.verify))
     else:
-        {"to-hf": to_hf, "from-hf": from_hf}[arguments.command](arguments)
+        try:
+            {"to-hf": to_hf, "from-hf": from_hf}[arguments.command](arguments)
+        except UserError as error:
+            raise UserError(str(error)) from error
     return 0
 
 

@@ -34,8 +34,18 @@ def data(case: Case) -> Iterator[str]:
             if absent:
                 yield f"{flag_name(name)} {prefix}: there is no file {' or '.join(absent)}"
     tokenizer = source.tokenizer_model
-    if tokenizer not in (None, "bytes") and not Path(str(tokenizer)).exists():
+    absent = tokenizer not in (None, "bytes") and not Path(str(tokenizer)).exists()
+    if absent and not _has_tokenizer(case.settings.checkpoint.load):
         yield f"{case.said('tokenizer_model')}: there is no such file (or 'bytes')"
+
+
+def _has_tokenizer(load: str | None) -> bool:
+    """Whether the run that --load names keeps a copy of its tokenizer (tokenizers/run_copy.py)."""
+    if load is None:
+        return False
+    path = Path(load).resolve()
+    run = path.parent if path.name.startswith("step_") else path
+    return (run / "tokenizer" / "fingerprint").is_file()
 
 
 def folders(case: Case) -> Iterator[str]:

@@ -6,6 +6,7 @@ them, with a norm of its own (the released code). Exported folders hold this fil
 ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``. No token is dropped.
 """
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -14,6 +15,10 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
+
+OUTPUT_FIELDS = {field.name for field in fields(CausalLMOutputWithPast)}
+CACHE_FIELD = "cache" if "cache" in OUTPUT_FIELDS else "past_key_values"
+"""Where an output holds its cache: ``generate`` looks there, in the installed version."""
 
 
 class OpenMoeConfig(PretrainedConfig):
@@ -236,15 +241,19 @@ class OpenMoeForCausalLM(PreTrainedModel, GenerationMixin):
         past_key_values: DynamicCache | None = None,
         labels: Tensor | None = None,
         use_cache: bool = False,
+        cache: DynamicCache | None = None,
         **_: Any,
     ) -> CausalLMOutputWithPast:
         """Logits [B, S, V] of ``input_ids`` [B, S]; the mean loss of ``labels``, shifted by one.
 
-        ``attention_mask`` [B, keys] is 0 for padding, ``position_ids`` [B, S] count tokens.
+        ``attention_mask`` [B, keys] is 0 for padding, ``position_ids`` [B, S] count tokens. Keys
+        and values of earlier tokens are in ``past_key_values``, which later versions of
+        transformers 5 call ``cache``.
         """
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache()
+        past = 0 if cache is None else cache.get_seq_length()
         keys = torch.arange(past + input_ids.shape[1], device=input_ids.device)
         if position_ids is None:
             position_ids = keys[None, past:]
@@ -253,9 +262,9 @@ class OpenMoeForCausalLM(PreTrainedModel, GenerationMixin):
             mask = mask & attention_mask[:, None, None].bool()
         hidden_BSH = self.model.embed_tokens(input_ids)
         for layer in self.model.layers:
-            hidden_BSH = layer(hidden_BSH, position_ids, mask, past_key_values)
+            hidden_BSH = layer(hidden_BSH, position_ids, mask, cache)
         logits = self.lm_head(self.model.norm(hidden_BSH))
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_FIELD: cache})
