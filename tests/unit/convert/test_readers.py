@@ -1,10 +1,9 @@
 """Every recipe's export under the oldest and the newest supported transformers.
 
-The oldest is installed beside the environment, into $MOETRON_TRANSFORMERS4 or pytest's cache.
+tests/unit/conftest.py installs the oldest.
 """
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -36,7 +35,6 @@ from tests.unit.convert import hf_models
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 ROOT = Path(__file__).resolve().parents[3]
-OLDEST = "transformers>=4.57,<4.58"
 READER = Path(__file__).with_name("read_export.py")
 NO_IDS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 VOCABULARY = 260
@@ -143,24 +141,6 @@ def exports(tokens: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> d
         to_hf(folder / "run", folder / "hf", Export(), VOCABULARY, NO_IDS, {})
         found[case] = (folder / "hf", our_logits(folder / "run", tokens))
     return found
-
-
-@pytest.fixture(scope="session")
-def transformers4(request: pytest.FixtureRequest) -> Path:
-    """A folder with the oldest transformers and what it needs, but torch; made once."""
-    cache = request.config.cache
-    assert cache is not None
-    made = os.environ.get("MOETRON_TRANSFORMERS4")
-    folder = Path(made) if made else cache.mkdir("transformers4") / "packages"
-    if not (folder / "transformers").is_dir():
-        temporary = folder.with_name(folder.name + ".tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(temporary)]
-        done = subprocess.run([*command, OLDEST], capture_output=True, text=True, timeout=900)
-        if done.returncode:
-            pytest.skip(f"{OLDEST} cannot be installed: {done.stderr.strip().splitlines()[-1]}")
-        temporary.rename(folder)
-    return folder
 
 
 def read(
