@@ -150,6 +150,7 @@ DEEPSEEK_V2 = Family(
         "norm_topk_prob": False,
     },
     rules=_rules,
+    whole_heads=True,
 )
 DEEPSEEK_V3 = Family(
     model_type="deepseek_v3",

