@@ -34,8 +34,8 @@ def data(case: Case) -> Iterator[str]:
             if absent:
                 yield f"{flag_name(name)} {prefix}: there is no file {' or '.join(absent)}"
     tokenizer = source.tokenizer_model
-    absent = tokenizer not in (None, "bytes") and not Path(str(tokenizer)).exists()
-    if absent and not _has_tokenizer(case.settings.checkpoint.load):
+    gone = tokenizer not in (None, "bytes") and not Path(str(tokenizer)).exists()
+    if gone and not _has_tokenizer(case.settings.checkpoint.load):
         yield f"{case.said('tokenizer_model')}: there is no such file (or 'bytes')"
 
 
