@@ -9,23 +9,26 @@
 or the machine's, 75 stopped by a signal after a good save (the same command goes on).
 """
 
+import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from moetron.common.errors import UserError
 from moetron.data.stream.mock_stream import ENDLESS, MockStream
 from moetron.data.stream.open_streams import open_training, open_validation
 from moetron.data.stream.stages import StagedStream, refuse_repetition
 from moetron.moe.checkpoint.compatibility import check_folders
+from moetron.moe.checkpoint.run_folder import latest_step
 from moetron.moe.config.command import Command, load
-from moetron.moe.config.schema.derived import total_samples, with_vocabulary
+from moetron.moe.config.schema.derived import total_samples, with_tokenizer, with_vocabulary
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.monitoring.library_warnings import quieten_libraries
 from moetron.moe.monitoring.start_banner import announce, opening
 from moetron.moe.plan.render import render
 from moetron.moe.training.sample_stream import SourceUse, StreamFrom, Streams
 from moetron.tokenizers.interface import Tokenizer
-from moetron.tokenizers.load import load_tokenizer
+from moetron.tokenizers.run_copy import keep, name_of, open_named
 
 
 def main() -> int:
@@ -33,19 +36,17 @@ def main() -> int:
     command = load(sys.argv[1:])
     for note in command.notes if command.rank == 0 or command.dry_run else []:
         print(f"note: {note}", file=sys.stderr)
-    try:
-        tokenizer = open_tokenizer(command.settings)
-        vocab_size = vocabulary(command.settings, tokenizer)
-        if command.dry_run:
-            return plan(command, vocab_size)
-        streams = open_streams(command.settings, vocab_size, tokenizer)
-    except UserError as error:
-        raise UserError(str(error)) from error
+    tokenizer = open_tokenizer(command.settings)
+    vocab_size = vocabulary(command.settings, tokenizer)
+    if command.dry_run:
+        return plan(command, vocab_size)
+    streams = open_streams(command.settings, vocab_size, tokenizer)
     settings = with_vocabulary(command.settings, vocab_size)  # so that checkpoints tell it
     check_folders(settings, streams.training.state())
     if command.check:
         opening(settings, streams.training.state())  # raises where nothing is left to train
         return 0
+    settings = keep_tokenizer(settings, tokenizer)
     announce(settings, streams.training.state())
     return pretrain(settings, vocab_size, streams)
 
@@ -78,7 +79,20 @@ def pretrain(settings: Settings, vocab_size: int, streams: Streams) -> int:
 def open_tokenizer(settings: Settings) -> Tokenizer | None:
     """The tokenizer, where one is named."""
     source = settings.data.tokenizer_model
-    return None if source is None else load_tokenizer(source)
+    return None if source is None else open_named(source, settings.checkpoint.load)
+
+
+def keep_tokenizer(settings: Settings, tokenizer: Tokenizer | None) -> Settings:
+    """Copy the tokenizer into --save, from rank 0; returns settings that name the copy."""
+    save = settings.checkpoint.save
+    if save is None or tokenizer is None:
+        return settings
+    if os.environ.get("RANK", "0") == "0":
+        try:
+            keep(tokenizer, Path(save), replace=latest_step(Path(save)) is None)
+        except (UserError, OSError) as error:
+            raise UserError(f"--save {save}: {error}") from error
+    return with_tokenizer(settings, name_of(tokenizer, Path(save)))
 
 
 def vocabulary(settings: Settings, tokenizer: Tokenizer | None) -> int:

@@ -32,7 +32,7 @@ EXTRAS = {
     "zstd": ["zstandard>=0.22,<1"],
     "te": ["transformer-engine[pytorch]>=2.9,<2.12"],
     "hf": ["transformers>=5,<6"],
-    "eval": ["lm_eval>=0.4.9,<0.5"],
+    "eval": ["lm_eval>=0.4.9,<0.5", "accelerate>=1,<2", "transformers>=5,<6"],
     "log": ["wandb>=0.17,<1"],
     "base": ["scipy>=1.11,<2"],  # --moe-router-type base
     "ray": ["ray>=2.9,<3"],

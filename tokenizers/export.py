@@ -1,4 +1,7 @@
-"""Our tokenizers as a folder that HuggingFace's ``AutoTokenizer`` loads, with the same ids.
+"""Our tokenizers as a folder that HuggingFace's ``AutoTokenizer`` reads, with the same ids.
+
+The ids of a text are those that its document has in a shard, whatever way transformers is called:
+nothing is added before or after it, and tokens that are spelled out in it are read as in training.
 
 A SentencePiece model goes as it is, under a class of transformers that runs SentencePiece itself.
 HuggingFace's own ``Unigram`` would not give the same ids: it adds scores in float64, SentencePiece
@@ -7,57 +10,179 @@ in float32, so that they split runs of more than 16 spaces differently (170 of 2
 
 import json
 import logging
-import tempfile
+from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from moetron.common.errors import UserError
-from moetron.tokenizers.huggingface import HuggingFaceTokenizer
+from moetron.tokenizers.byte_json import END, PAD, byte_definition
+from moetron.tokenizers.byte_level import ByteTokenizer
+from moetron.tokenizers.huggingface import TRAINING_POST_PROCESSOR, HuggingFaceTokenizer
 from moetron.tokenizers.interface import Tokenizer
 from moetron.tokenizers.umt5 import SentencePieceTokenizer
 
 SENTENCEPIECE_CLASS = "BertGenerationTokenizer"
 """The one of transformers that adds nothing to SentencePiece's pieces."""
+CODE, CODE_CLASS = "tokenization_sentencepiece.py", "MoetronSentencePieceTokenizer"
+"""With trust_remote_code=True transformers takes this class instead."""
+FAST_CLASS = "PreTrainedTokenizerFast"
+PROBES = (
+    "one two three",
+    "Hello, world!  It's 12:34,\tand I'll go\r\n\n   now.   ",
+    " def f(x):\n        return x**2  # \u00e4\u00f6\u00fc\n" + "    " * 9,
+    "e\u0301 \ufb01 \uff21 \u212b \u6f22\u5b57 \U0001f468\u200d\U0001f469 \u00a0\u2003\x00",
+    "<s> </s> <pad> <unk> <|endoftext|> <extra_id_0> <0x41> [CLS] <mask>x",
+    "",
+)
+"""Texts on which an export is compared with the tokenizer that it came from."""
 logger = logging.getLogger(__name__)
+_Config = dict[str, Any]
 
 
 def export(tokenizer: Tokenizer, folder: Path) -> None:
     """Write ``tokenizer_config.json`` and ``tokenizer.json`` or ``spiece.model``.
 
-    Control tokens such as ``</s>`` that are spelled out in a text become their ids there, where
-    SentencePiece alone reads letters; U+2581 becomes a space.
+    Of a SentencePiece model two things need trust_remote_code=True there: U+2581, which
+    SentencePiece uses for a space, is encoded as its bytes, and decoded texts are exact.
 
     Raises:
         UserError: the tokenizer has no counterpart there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    config: dict[str, str | bool] = {"clean_up_tokenization_spaces": False}
+    for name, content in export_files(tokenizer).items():
+        (folder / name).write_bytes(content)
+
+
+def export_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """The files of `export` by name."""
     if isinstance(tokenizer, SentencePieceTokenizer):
-        config["tokenizer_class"] = SENTENCEPIECE_CLASS
-        config["sep_token"] = tokenizer.piece(tokenizer.eod)
-        (folder / "spiece.model").write_bytes(tokenizer.serialized)
+        name, content = "spiece.model", tokenizer.serialized
+        config = _sentencepiece(tokenizer)
     elif isinstance(tokenizer, HuggingFaceTokenizer):
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        (folder / "tokenizer.json").write_text(tokenizer.definition, encoding="utf-8")
+        definition, config = _huggingface(tokenizer)
+        name, content = "tokenizer.json", _json(definition)
+    elif isinstance(tokenizer, ByteTokenizer):
+        name, content = "tokenizer.json", _json(byte_definition())
+        config = {"tokenizer_class": FAST_CLASS, "eos_token": END, "pad_token": PAD}
+        config["split_special_tokens"] = True
     else:
         raise UserError(f"tokenizer {tokenizer.name}: AutoTokenizer knows nothing like it")
-    config["eos_token"] = tokenizer.piece(tokenizer.eod)
     # As in training, a document follows another's end. The class's own <s> was never trained, and
     # lm-evaluation-harness would put it before every text.
     config["bos_token"] = config["eos_token"]
-    config["pad_token"] = tokenizer.piece(tokenizer.pad)
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    config["clean_up_tokenization_spaces"] = False
+    files = {name: content, "tokenizer_config.json": _json(config)}
+    if "auto_map" in config:
+        files[CODE] = Path(__file__).with_name(CODE).read_bytes()
+    return files
 
 
 def exported(tokenizer: Tokenizer | None) -> tuple[dict[str, int | None], dict[str, bytes]]:
     """Ids of document markers (ours begin with none) and files for AutoTokenizer."""
     eod, pad = (None, None) if tokenizer is None else (tokenizer.eod, tokenizer.pad)
-    files = {}
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            if tokenizer is not None:
-                export(tokenizer, Path(folder))
-            files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-        except UserError as error:
-            logger.warning("without a tokenizer: %s", error)
+    files = {} if tokenizer is None else export_files(tokenizer)
     return {"bos_token_id": None, "eos_token_id": eod, "pad_token_id": pad}, files
+
+
+def has_transformers() -> bool:
+    """Whether transformers is installed, found without importing it."""
+    try:
+        metadata.version("transformers")
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def different_texts(
+    tokenizer: Tokenizer, folder: Path, texts: Iterable[str], trust: bool = False
+) -> list[str]:
+    """The texts whose ids differ under ``AutoTokenizer``, called as its users call it.
+
+    Args:
+        tokenizer: what ``folder`` was written from.
+        folder: of an export; a model's ``config.json`` in it can change the class that is taken.
+        texts: to compare on.
+        trust: let transformers run the code of the folder (``trust_remote_code``).
+
+    Raises:
+        UserError: AutoTokenizer cannot read the folder.
+    """
+    from transformers import AutoTokenizer  # seconds
+
+    try:
+        theirs = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust
+        )
+    except Exception as error:  # of many types
+        raise UserError(f"{folder}: AutoTokenizer cannot read it: {error}") from error
+    return [text for text in texts if theirs(text).input_ids != tokenizer.encode(text)]
+
+
+def why_not(tokenizer: Tokenizer, folder: Path) -> str | None:
+    """Why a folder's tokenizer must not stay there; None if it encodes `PROBES` as ours.
+
+    Without transformers nothing is compared, which a warning says.
+    """
+    if not has_transformers():
+        logger.warning("the exported tokenizer was not tried: pip install moetron[hf]")
+        return None
+    try:
+        found = different_texts(tokenizer, folder, PROBES)
+    except UserError as error:
+        return str(error)
+    if not found:
+        return None
+    version = metadata.version("transformers")
+    return (
+        f"transformers {version} would encode {found[0]!r} otherwise beside this model's "
+        "config.json; write the tokenizer to a folder of its own with tools/export_tokenizer.py"
+    )
+
+
+def _sentencepiece(tokenizer: SentencePieceTokenizer) -> _Config:
+    """Control pieces spelled out in a text are letters, as SentencePiece itself reads them."""
+    return {
+        "tokenizer_class": SENTENCEPIECE_CLASS,
+        "eos_token": tokenizer.piece(tokenizer.eod),
+        "sep_token": tokenizer.piece(tokenizer.eod),
+        "pad_token": tokenizer.piece(tokenizer.pad),
+        "unk_token": tokenizer.piece(tokenizer.unknown),
+        "split_special_tokens": True,
+        # Also keeps transformers 5 from taking the class that it knows for the folder's model.
+        "auto_map": {"AutoTokenizer": [f"{Path(CODE).stem}.{CODE_CLASS}", None]},
+    }
+
+
+def _huggingface(tokenizer: HuggingFaceTokenizer) -> tuple[_Config, _Config]:
+    """``tokenizer.json`` and configuration, without what adds tokens around a text."""
+    definition = json.loads(tokenizer.definition)
+    config: _Config = {
+        "tokenizer_class": FAST_CLASS,
+        "eos_token": tokenizer.piece(tokenizer.eod),
+        "pad_token": tokenizer.piece(tokenizer.pad),
+    }
+    before = definition.get("post_processor")
+    definition["post_processor"] = _without_templates(before)
+    if definition["post_processor"] != before:
+        config[TRAINING_POST_PROCESSOR] = json.dumps(before)
+    if not any(token["special"] for token in definition.get("added_tokens") or ()):
+        # transformers makes special tokens of those that it is told; here they are plain text.
+        config["split_special_tokens"] = True
+    if (definition.get("pre_tokenizer") or {}).get("add_prefix_space"):
+        config["add_prefix_space"] = True  # transformers 4 would switch it off
+    return definition, config
+
+
+def _without_templates(processor: _Config | None) -> _Config | None:
+    """What only moves offsets of a post-processor: templates and the like add special tokens."""
+    if processor is None or processor["type"] == "ByteLevel":
+        return processor
+    if processor["type"] != "Sequence":
+        return None
+    kept = [part for part in map(_without_templates, processor["processors"]) if part is not None]
+    return {**processor, "processors": kept} if kept else None
+
+
+def _json(tree: _Config) -> bytes:
+    return (json.dumps(tree, indent=2, ensure_ascii=False) + "\n").encode()

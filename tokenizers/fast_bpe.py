@@ -53,7 +53,7 @@ class FastBPE(Tokenizer):
         self.reference = reference
         self.name, self.fingerprint = reference.name, reference.fingerprint
         self.vocab_size, self.sentinels = reference.vocab_size, reference.sentinels
-        self.eod, self.pad = reference.eod, reference.pad
+        self.eod, self.pad, self.files = reference.eod, reference.pad, reference.files
         self._definition, self._threads = reference.definition, threads
         self._idle = [_Engine(self._definition) for _ in range(threads)]
 

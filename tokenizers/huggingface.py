@@ -12,6 +12,9 @@ from moetron.tokenizers.interface import Tokenizer, fingerprint_of, require_enco
 
 END_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>")
 PAD_TOKENS = ("<pad>", "<|padding|>", "[PAD]", "<|pad|>")
+TRAINING_POST_PROCESSOR = "training_post_processor"
+"""Key of ``tokenizer_config.json`` under which an export keeps the post-processor that it leaves
+out of ``tokenizer.json``, as JSON text: no id depends on it here, but the fingerprint does."""
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -21,6 +24,8 @@ class HuggingFaceTokenizer(Tokenizer):
     """
 
     kind = "huggingface"
+    definition: str
+    """The ``tokenizer.json`` that the ids follow from, without truncation and padding."""
 
     def __init__(self, path: Path) -> None:
         described = _read_json(path)
@@ -39,20 +44,22 @@ class HuggingFaceTokenizer(Tokenizer):
                 'documents with; put {"eos_token": "..."} into tokenizer_config.json beside it'
             )
         pad = _special(model, config, "pad_token", PAD_TOKENS)
+        described.update(truncation=None, padding=None)
         self._model = model
+        self.definition = json.dumps(described, ensure_ascii=False)
+        self.files = {"tokenizer.json": path}
+        if config_path.is_file():
+            self.files["tokenizer_config.json"] = config_path
         self.name = path.parent.name if path.name == "tokenizer.json" else path.name
         self.vocab_size = max(model.get_vocab(with_added_tokens=True).values()) + 1
         self.eod = eod
         self.pad = eod if pad is None else pad
         self.sentinels = tuple(_sentinels(model))
-        described.update(truncation=None, padding=None, eod=eod)
+        described["eod"] = eod
+        if TRAINING_POST_PROCESSOR in config:
+            described["post_processor"] = json.loads(config[TRAINING_POST_PROCESSOR])
         canonical = json.dumps(described, sort_keys=True, separators=(",", ":"))
         self.fingerprint = fingerprint_of(self.kind, canonical.encode())
-
-    @property
-    def definition(self) -> str:
-        """The ``tokenizer.json`` that the ids follow from."""
-        return self._model.to_str()
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text; threads as RAYON_NUM_THREADS and TOKENIZERS_PARALLELISM say."""

@@ -2,8 +2,9 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 
@@ -31,6 +32,9 @@ class Tokenizer(ABC):
     """Ids of ``<extra_id_0>``, ``<extra_id_1>``, ... in this order; empty where there are none."""
     concurrent = False
     """Whether threads can encode at the same time: its library lets go of Python's lock."""
+    files: Mapping[str, Path] = {}
+    """Where the files lie that it is read from, by their names in a folder that
+    `load_tokenizer` reads as the same tokenizer; empty where it needs none."""
     fingerprint: str
     """64 hexadecimal digits: equal fingerprints give equal ids."""
 

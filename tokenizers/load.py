@@ -5,6 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from moetron.common.errors import UserError
+from moetron.tokenizers.byte_json import holds_bytes
 from moetron.tokenizers.byte_level import ByteTokenizer
 from moetron.tokenizers.huggingface import HuggingFaceTokenizer
 from moetron.tokenizers.interface import Tokenizer
@@ -24,7 +25,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
         return ByteTokenizer()
     path = tokenizer_file(source)
     if path.suffix == ".json":
-        return HuggingFaceTokenizer(path)
+        return ByteTokenizer() if holds_bytes(path) else HuggingFaceTokenizer(path)
     if path.suffix == ".model":
         return SentencePieceTokenizer(path)
     raise UserError(f"tokenizer {source}: its name ends with {path.suffix!r}; give {FORMS}")

@@ -36,6 +36,7 @@ class SentencePieceTokenizer(Tokenizer):
                 "train it with eos_id set"
             )
         self.name = path.name
+        self.files = {path.name: path}
         self.vocab_size = model.get_piece_size()
         self.eod = model.eos_id()
         self.pad = model.pad_id() if model.pad_id() >= 0 else self.eod
@@ -76,6 +77,12 @@ class SentencePieceTokenizer(Tokenizer):
         """Ids of a text that holds U+2581: its parts, and the marker's bytes between them."""
         first, *others = self._model.encode(text.split(SPACE_MARKER), num_threads=1)
         return first + [i for part in others for i in (*marker_ids, *part)]
+
+    @property
+    def unknown(self) -> int:
+        """Id of what no piece covers."""
+        number: int = self._model.unk_id()
+        return number
 
     def piece(self, number: int) -> str:
         """How a piece is written in the model."""

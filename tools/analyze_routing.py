@@ -24,7 +24,8 @@ from moetron.moe.config.paths import ToolParser
 from moetron.moe.host import threads
 from moetron.moe.monitoring.library_warnings import quieten_libraries
 from moetron.tokenizers.interface import Tokenizer
-from moetron.tokenizers.load import load_known_tokenizer, load_tokenizer
+from moetron.tokenizers.load import load_tokenizer
+from moetron.tokenizers.run_copy import load_run_tokenizer
 
 
 def parser() -> argparse.ArgumentParser:
@@ -84,11 +85,11 @@ def watch_run(given: argparse.Namespace) -> study.Result:
 
     record = checkpoint_folder.read(given.model).record
     settings = checkpoint_folder.one_rank_settings(record, given.cpu_threads)
-    length = given.seq_length or settings.model.seq_length
     held_out = settings.data.rooted(settings.data.valid_data_path or [])
+    length = given.seq_length or settings.model.seq_length
     sources = named_sources(given.data or held_out, length)
-    path = given.tokenizer_model or settings.data.tokenizer_model
-    tokenizer = load_known_tokenizer(path, tokenizer_fingerprints(record.stream))
+    names = given.tokenizer_model, settings.data.tokenizer_model
+    tokenizer = load_run_tokenizer(given.model, *names, tokenizer_fingerprints(record.stream))
     text = open_text(sources, tokenizer, given)
     vocab_size = vocabulary_of(given.model, settings, tokenizer.vocab_size)
     with runtime.running(settings) as ranks:
@@ -107,10 +108,7 @@ def main() -> int:
     folder = (arguments.model / "config.json").is_file()
     if arguments.output is not None:
         checkpoint_folder.make_run_folder(arguments.output, "--output")
-    try:
-        result = watch_folder(arguments) if folder else watch_run(arguments)
-    except UserError as error:
-        raise UserError(str(error)) from error
+    result = watch_folder(arguments) if folder else watch_run(arguments)
     print(*figures.write(result, arguments.output or arguments.model / "analysis"), sep="\n")
     return 0
 

@@ -16,13 +16,15 @@ from pathlib import Path
 
 from moetron.common.errors import UserError
 from moetron.moe.checkpoint import run_folder as checkpoint_folder
+from moetron.moe.checkpoint.compatibility import tokenizer_fingerprints
 from moetron.moe.checkpoint.vocabulary import vocabulary_of
 from moetron.moe.config.paths import ToolParser
 from moetron.moe.host import threads
 from moetron.moe.monitoring.library_warnings import quieten_libraries
-from moetron.tokenizers.export import exported
+from moetron.tokenizers.export import exported, why_not
 from moetron.tokenizers.interface import Tokenizer
 from moetron.tokenizers.load import load_tokenizer
+from moetron.tokenizers.run_copy import keep, load_run_tokenizer, name_of
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -44,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     add("--model-type", help="HuggingFace's (default: the one that fits)")
     add("--dtype", choices=DTYPES, help="of the weights (default: the run's)")
     add("--max-shard-bytes", type=int, default=5 * 10**9, help="of one file (default: 5e9)")
-    add("--tokenizer-model", metavar="PATH", help="the run's tokenizer, if moved")
+    add("--tokenizer-model", metavar="PATH", help="default: the copy in the run's folder")
     add("--as-causal", action="store_true", help="export a --bidirectional-prefix model, too")
     return parser
 
@@ -58,10 +60,11 @@ def to_hf(arguments: argparse.Namespace) -> None:
 
     record = checkpoint_folder.read_record(checkpoint_folder.find(arguments.load))
     settings = checkpoint_folder.one_rank_settings(record)
-    source = arguments.tokenizer_model or settings.data.tokenizer_model
-    tokenizer = None if source is None else open_tokenizer(source)
-    ids = None if tokenizer is None else tokenizer.vocab_size
-    vocab_size = vocabulary_of(arguments.load, settings, ids)
+    given, saved = arguments.tokenizer_model, settings.data.tokenizer_model
+    tokenizer, known = None, tokenizer_fingerprints(record.stream)
+    if given is not None or saved is not None:
+        tokenizer = load_run_tokenizer(arguments.load, given, saved, known)
+    vocab_size = vocabulary_of(arguments.load, settings, tokenizer and tokenizer.vocab_size)
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
     family = export(
         arguments.load,
@@ -69,6 +72,7 @@ def to_hf(arguments: argparse.Namespace) -> None:
         Export(arguments.model_type, dtype, arguments.max_shard_bytes, arguments.as_causal),
         vocab_size,
         *exported(tokenizer),
+        check=lambda folder: None if tokenizer is None else why_not(tokenizer, folder),
     )
     print(f"{arguments.output}: {family.architecture}")
 
@@ -78,24 +82,19 @@ def from_hf(arguments: argparse.Namespace) -> None:
     from moetron.moe.convert.from_huggingface import from_hf as load
     from moetron.moe.convert.initial_checkpoint import MODEL_FILE
 
-    source = fingerprint = None
+    tokenizer: Tokenizer | None = None
     try:
-        fingerprint = load_tokenizer(arguments.load).fingerprint
-        source = str(arguments.load.resolve())
+        tokenizer = load_tokenizer(arguments.load)
     except UserError as error:
         print(f"without a tokenizer: {error}", file=sys.stderr)
+    fingerprint = tokenizer and tokenizer.fingerprint
+    source = tokenizer and name_of(tokenizer, arguments.output)
     family, settings = load(arguments.load, arguments.output, source, fingerprint)
+    if tokenizer is not None:
+        keep(tokenizer, arguments.output, replace=True)
     print(f"{arguments.output}: {family.architecture}, {settings.model.num_layers} layers")
     recipe = arguments.output / MODEL_FILE
-    print(f"go on: pretrain_moe.py --config {recipe} --load {arguments.output} --finetune ...")
-
-
-def open_tokenizer(source: str) -> Tokenizer:
-    """The tokenizer at ``source``."""
-    try:
-        return load_tokenizer(source)
-    except UserError as error:
-        raise UserError(f"{error}; if it moved, give --tokenizer-model") from error
+    print(f"train it: pretrain_moe.py --config {recipe} --load {arguments.output} --finetune ...")
 
 
 def main() -> int:

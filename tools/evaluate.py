@@ -28,7 +28,7 @@ from moetron.moe.config.schema.derived import reads_prefix
 from moetron.moe.host import threads
 from moetron.moe.monitoring.library_warnings import quieten_libraries
 from moetron.tokenizers.interface import Tokenizer
-from moetron.tokenizers.load import load_known_tokenizer
+from moetron.tokenizers.run_copy import load_run_tokenizer
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     add("--limit", type=int, help="questions of each task (default: all)")
     add("--batch-size", type=int, default=8, help="sequences at once (default: 8)")
     add("--output", type=Path, metavar="FILE", help="results as JSON")
-    add("--tokenizer-model", metavar="PATH", help="where the run's tokenizer lies now, if moved")
+    add("--tokenizer-model", metavar="PATH", help="default: the copy in the run's folder")
     return threads.add_option(parser)
 
 
@@ -79,11 +79,9 @@ def run(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:
 
 def open_tokenizer(arguments: argparse.Namespace, record: checkpoint_folder.Record) -> Tokenizer:
     """The run's tokenizer."""
-    source = arguments.tokenizer_model or record.settings["data"]["tokenizer_model"]
-    try:
-        return load_known_tokenizer(source, tokenizer_fingerprints(record.stream))
-    except UserError as error:
-        raise UserError(str(error)) from error
+    given, saved = arguments.tokenizer_model, record.settings["data"]["tokenizer_model"]
+    known = tokenizer_fingerprints(record.stream)
+    return load_run_tokenizer(arguments.load, given, saved, known)
 
 
 def main() -> int:

@@ -30,7 +30,7 @@ from moetron.moe.host import threads
 from moetron.moe.inference.sampling import Sampling
 from moetron.moe.monitoring.library_warnings import quieten_libraries
 from moetron.tokenizers.interface import Tokenizer
-from moetron.tokenizers.load import load_known_tokenizer
+from moetron.tokenizers.run_copy import load_run_tokenizer
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     add("--top-p", type=float, default=0.95, help="share of probability to choose from")
     add("--seed", type=int, default=0, help="of the draws (default: 0)")
     add("--no-cache", action="store_true", help="compute the whole sequence for every token")
-    add("--tokenizer-model", metavar="PATH", help="where the run's tokenizer lies now, if moved")
+    add("--tokenizer-model", metavar="PATH", help="default: the copy in the run's folder")
     return threads.add_option(parser)
 
 
@@ -90,14 +90,11 @@ def main() -> int:
     record = checkpoint_folder.read(arguments.load).record
     settings = checkpoint_folder.one_rank_settings(record, arguments.cpu_threads)
     known = tokenizer_fingerprints(record.stream)
-    try:
-        tokenizer = load_known_tokenizer(
-            arguments.tokenizer_model or settings.data.tokenizer_model, known
-        )
-        texts = read_prompts(arguments)
-        prompts = [prompt_ids(text, arguments.mode, tokenizer) for text in texts]
-    except UserError as error:
-        raise UserError(str(error)) from error
+    tokenizer = load_run_tokenizer(
+        arguments.load, arguments.tokenizer_model, settings.data.tokenizer_model, known
+    )
+    texts = read_prompts(arguments)
+    prompts = [prompt_ids(text, arguments.mode, tokenizer) for text in texts]
     vocab_size = vocabulary_of(arguments.load, settings, tokenizer.vocab_size)
     both_ways = reads_prefix(settings, record.progress.consumed_samples, arguments.mode != "causal")
     from moetron.moe.inference import generation as generate  # torch: seconds, after the checks

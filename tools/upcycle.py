@@ -13,6 +13,7 @@ RUN/model.yaml --load RUN --finetune ...` goes on. docs/upcycling.md has more. E
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,15 @@ from moetron.common.errors import ConfigError, UserError
 from moetron.moe.config import flags
 from moetron.moe.config.command import check, merge
 from moetron.moe.config.paths import ToolParser
+from moetron.moe.config.schema.derived import with_tokenizer
 from moetron.moe.config.schema.field import flag_name
 from moetron.moe.config.upcycling import UpcyclingSettings
 from moetron.moe.host import threads
 from moetron.moe.monitoring.library_warnings import quieten_libraries
 from moetron.moe.training.resilience import run_guarded
+from moetron.tokenizers.interface import Tokenizer
 from moetron.tokenizers.load import load_tokenizer
+from moetron.tokenizers.run_copy import find_copy, keep, load_copy, name_of
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,25 +42,26 @@ def parser() -> argparse.ArgumentParser:
     add("--load", type=Path, required=True, help="the dense model")
     add("--output", type=Path, required=True, help="folder to write")
     add("--router-init-std", type=float, default=defaults.router_init_std, help="(default: 0.02)")
-    add(
-        "--no-weight-scaling",
-        dest="weight_scaling",
-        action="store_false",
-        help="copy values as they are",
-    )
+    scaling: dict[str, Any] = {"dest": "weight_scaling", "action": "store_false"}
+    add("--no-weight-scaling", **scaling, help="copy values as they are")
     add("--noise-fraction", type=float, default=defaults.noise_fraction, help="drawn anew")
     add("--noise-std", type=float, default=defaults.noise_std, help="of those (default: 0.02)")
     add("--seed", type=int, default=defaults.seed, help="of router and noise")
     return threads.add_option(parser)
 
 
-def tokenizer_of(folder: Path) -> tuple[str | None, str | None]:
-    """Where the tokenizer of a folder of HuggingFace's lies, and its fingerprint."""
+def tokenizer_of(folder: Path) -> Tokenizer | None:
+    """The tokenizer of a run or of a folder of HuggingFace's, where it holds one."""
+    copy = find_copy(folder)
+    if copy is None and not (folder / "config.json").is_file():
+        return None
     try:
-        return str(folder.resolve()), load_tokenizer(folder).fingerprint
+        return load_tokenizer(folder) if copy is None else load_copy(copy)
     except UserError as error:
+        if copy is not None:
+            raise
         print(f"without a tokenizer: {error}", file=sys.stderr)
-        return None, None
+        return None
 
 
 def experts(words: list[str]) -> dict[str, dict[str, Any]]:
@@ -89,15 +94,21 @@ def main() -> int:
     from moetron.moe.convert.upcycle import dense_folder, dense_run, is_huggingface, upcycle
 
     threads.use_threads(own.cpu_threads)
+    tokenizer = tokenizer_of(own.load)
+    name = tokenizer and name_of(tokenizer, own.output)
     if is_huggingface(own.load):
-        dense = dense_folder(own.load, *tokenizer_of(own.load))
+        dense = dense_folder(own.load, name, tokenizer and tokenizer.fingerprint)
     else:
         dense = dense_run(own.load)
+    if name is not None:
+        dense = replace(dense, settings=with_tokenizer(dense.settings, name))
     tree = merge(dense.settings.model_dump(mode="json"), given)
     settings, problems = check(tree, world_size=1, dry_run=True)
     if problems or settings is None:
         raise ConfigError(problems)
     upcycle(dense, own.output, settings.moe, options)
+    if tokenizer is not None:
+        keep(tokenizer, own.output, replace=True)
     print(f"{own.output}: {settings.moe.num_experts} experts a layer")
     recipe = own.output / MODEL_FILE
     print(f"go on: pretrain_moe.py --config {recipe} --load {own.output} --finetune ...")

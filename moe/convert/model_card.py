@@ -39,6 +39,11 @@ def differences(settings: Settings, stay_behind: Sequence[str]) -> list[str]:
             f"{len(stay_behind)} tensors): the next token's logits do not depend on them, but they "
             "cannot draft tokens here."
         )
+    if _grows_all_logits(settings):
+        found.append(
+            "transformers 4.57 leaves YaRN's mscale_all_dim out of DeepSeek-V2's attention scale "
+            "and computes other logits; transformers 5.24 computes the run's own."
+        )
     if moe.moe_expert_capacity_factor is not None:
         evaluated = moe.moe_eval_capacity_factor or moe.moe_expert_capacity_factor
         found.append(
@@ -48,6 +53,17 @@ def differences(settings: Settings, stay_behind: Sequence[str]) -> list[str]:
             "wherever an expert was full."
         )
     return found
+
+
+def _grows_all_logits(settings: Settings) -> bool:
+    """Whether YaRN scales all logits of a DeepSeek-V2, whose routers take the softmax."""
+    attention = settings.attention
+    return (
+        attention.multi_latent_attention
+        and attention.rope_type == "yarn"
+        and attention.mscale_all_dim != 0
+        and settings.moe.moe_router_score_function == "softmax"
+    )
 
 
 def card(architecture: str, record: Record, found: Sequence[str]) -> str:

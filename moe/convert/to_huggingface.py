@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +53,7 @@ def to_hf(
     vocab_size: int,
     special_ids: Mapping[str, int | None],
     companions: Mapping[str, bytes],
+    check: Callable[[Path], str | None] = lambda folder: None,
 ) -> Family:
     """Write the checkpoint at ``path`` as a folder of HuggingFace's; returns its family.
 
@@ -65,6 +66,8 @@ def to_hf(
         vocab_size: the model's, before padding.
         special_ids: ``bos_token_id``, ``eos_token_id``, ``pad_token_id``.
         companions: further files of the folder: the tokenizer's.
+        check: looks at the folder before it gets its name, and says why the companions must not
+            stay there; None: they may.
 
     Raises:
         UserError: the checkpoint is damaged or of another vocabulary, or its model is not exactly
@@ -89,7 +92,7 @@ def to_hf(
     plan = {
         name: part for rule in rules for name, part in _split(rule, source.empty(rule.ours), dtype)
     }
-    config = {**family.config(values), **special_ids, "torch_dtype": str(dtype).split(".")[1]}
+    config = {**family.config(values), **special_ids, **_dtype_keys(dtype)}
     with _new_folder(output) as folder:
         tensors = (pair for rule in rules for pair in _split(rule, source.read(rule.ours), dtype))
         write_folder(folder, shards(plan, options.shard_bytes), tensors)
@@ -99,6 +102,10 @@ def to_hf(
             shutil.copyfile(Path(families.__path__[0]) / family.code, folder / family.code)
         for name, content in companions.items():
             (folder / name).write_bytes(content)
+        if companions and (reason := check(folder)) is not None:
+            for name in companions:
+                (folder / name).unlink()
+            logger.warning("without a tokenizer: %s", reason)
         if lost:
             write_text(folder / CARD, card(family.architecture, checkpoint.record, lost))
     for sentence in lost:
@@ -113,6 +120,11 @@ def _fitting(model_type: str | None, values: Mapping[str, Any]) -> Family:
     if problems := family.problems(values):
         raise UserError("\n".join([f"--model-type {model_type}: not this model:", *problems]))
     return family
+
+
+def _dtype_keys(dtype: torch.dtype) -> dict[str, str]:
+    """The weights' type under the names of transformers 5 and of versions before 4.56."""
+    return dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
 
 
 def _split(rule: Rule, ours: Tensor, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

@@ -91,11 +91,14 @@ def _differences(
 
 
 def _changes(record: Record, settings: Settings) -> Iterator[str]:
-    """One line for each setting that differs; those that the checkpoint does not know are new."""
+    """One line for each setting that differs; those that the checkpoint does not know are new.
+
+    Where the tokenizer lies may differ: its fingerprint is compared elsewhere.
+    """
     for group, fields in settings.model_dump(mode="json").items():
         before = {} if group in _OWN else record.settings.get(group, {})
         for name, value in fields.items():
-            if name in before and before[name] != value:
+            if name in before and before[name] != value and name != "tokenizer_model":
                 yield f"  {flag_name(name)} {_text(value)} (was {_text(before[name])})"
 
 

@@ -39,7 +39,8 @@ def data(case: Case) -> Iterator[str]:
             if absent and not family:
                 yield f"{flag_name(name)} {prefix}: {_no_shard(prefix, absent)}"
     tokenizer = source.tokenizer_model
-    if tokenizer not in (None, "bytes") and not Path(str(tokenizer)).exists():
+    gone = tokenizer not in (None, "bytes") and not Path(str(tokenizer)).exists()
+    if gone and not _has_tokenizer(case.settings.checkpoint.load):
         yield (
             f"{case.said('tokenizer_model')}: there is no such file or folder; give a "
             "SentencePiece .model, a HuggingFace tokenizer.json (or its folder), or bytes; names "
@@ -59,6 +60,15 @@ def _no_shard(prefix: str, absent: list[str]) -> str:
             f"there is no file {' or '.join(absent)}; give each prefix and weight as its own word"
         )
     return f"there is no file {' or '.join(absent)}"
+
+
+def _has_tokenizer(load: str | None) -> bool:
+    """Whether the run that --load names keeps a copy of its tokenizer (tokenizers/run_copy.py)."""
+    if load is None:
+        return False
+    path = Path(load).resolve()
+    run = path.parent if path.name.startswith("step_") else path
+    return (run / "tokenizer" / "fingerprint").is_file()
 
 
 def folders(case: Case) -> Iterator[str]:

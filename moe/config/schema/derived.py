@@ -138,6 +138,12 @@ def with_vocabulary(settings: Settings, vocab_size: int) -> Settings:
     return settings.model_copy(update={"model": model})
 
 
+def with_tokenizer(settings: Settings, source: str) -> Settings:
+    """The settings with another place of the same tokenizer."""
+    data = settings.data.model_copy(update={"tokenizer_model": source})
+    return settings.model_copy(update={"data": data})
+
+
 def global_batch_size_at(settings: Settings, consumed_samples: int) -> int:
     """Samples of the step that follows ``consumed_samples``.
 

@@ -71,48 +71,21 @@ class Not:
 
 
 @dataclass(frozen=True)
-class Rope:
-    """Rotary base: ``rope_parameters`` since transformers 5, ``rope_theta`` before: writes both.
+class DenseWidth:
+    """``intermediate_size``, the width of the FFN of layers without experts.
 
-    ``scalings`` name what stretches the frequencies, for families where our modules can: its
-    constants, and its keys by our setting.
+    transformers 5 refuses null, which says that there is no such layer: the experts' width is
+    written then, and no module reads it.
     """
 
-    scalings: Mapping[str, tuple[Mapping[str, Any], Mapping[str, str]]]
-    default: float = 10_000.0
-
     def to_hf(self, values: Values) -> dict[str, Any]:
-        """Keys from settings."""
-        theta, kind = float(values["model.rotary_base"]), values["attention.rope_type"]
-        parameters = {"rope_type": "default", "rope_theta": theta}
-        if kind in self.scalings:
-            constants, names = self.scalings[kind]
-            scaled = {key: values[setting] for setting, key in names.items()}
-            parameters |= {"rope_type": kind, **constants, **scaled}
-        return {"rope_theta": theta, "rope_parameters": parameters}
+        """Key from setting."""
+        width = values.get("model.ffn_hidden_size")
+        return {"intermediate_size": width or values["moe.moe_ffn_hidden_size"]}
 
     def from_hf(self, config: Values) -> dict[str, Any]:
-        """Settings from keys; ``UserError`` for a scaling that our modules do not have."""
-        old = config.get("rope_scaling") or {}
-        parameters = {**old, **(config.get("rope_parameters") or {})}
-        kind = parameters.get("rope_type", parameters.get("type", "default"))
-        theta = float(parameters.get("rope_theta") or config.get("rope_theta") or self.default)
-        if theta != int(theta):
-            raise UserError(f"config.json: rope_theta {theta} is not a whole number")
-        found = {"model.rotary_base": int(theta)}
-        if kind == "default":
-            return found
-        if kind not in self.scalings:
-            raise UserError(f"config.json: rotary embedding of type `{kind}` is not supported")
-        constants, names = self.scalings[kind]
-        wrong = {key for key, value in constants.items() if parameters.get(key) != value}
-        if wrong:
-            raise UserError(
-                f"config.json: rotary embedding of type `{kind}` with this "
-                f"{', '.join(sorted(wrong))} is not supported"
-            )
-        given = {setting: parameters[key] for setting, key in names.items() if key in parameters}
-        return {**found, "attention.rope_type": kind, **given}
+        """Setting from key."""
+        return {"model.ffn_hidden_size": look_up(config, "intermediate_size", _REQUIRED)}
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from moetron.moe.convert.families.config_keys import Key, Not, Rope, Same, Values
+from moetron.moe.convert.families.config_keys import DenseWidth, Key, Not, Same, Values
 from moetron.moe.convert.families.tensor_rules import (
     FirstRows,
     GateUp,
@@ -12,6 +12,7 @@ from moetron.moe.convert.families.tensor_rules import (
     Rule,
     Whole,
 )
+from moetron.moe.convert.rope import Rope
 
 UNNORMED: tuple[Key, ...] = (
     Same("model.num_layers", "num_hidden_layers"),
@@ -28,7 +29,7 @@ DECODER = (*UNNORMED, Same("model.norm_epsilon", "rms_norm_eps"))
 HEADS: tuple[Key, ...] = (Same("model.num_query_groups", "num_key_value_heads", None), Rope({}))
 """Keys of attention with plain heads."""
 HEAD_DIM = Same("model.kv_channels", "head_dim", None)
-DENSE_WIDTH = Same("model.ffn_hidden_size", "intermediate_size")
+DENSE_WIDTH = DenseWidth()
 FIXED: dict[str, Any] = {"model.make_vocab_size_divisible_by": 1, "model.add_bias_linear": False}
 """Settings of every family here; HuggingFace's vocabulary is never padded on the way in."""
 PLAIN_ROUTER: dict[str, Any] = {"moe.moe_router_score_function": "softmax"}

@@ -8,7 +8,6 @@ from moetron.moe.convert.families.config_keys import (
     FirstDense,
     Key,
     OneAsUnset,
-    Rope,
     Same,
     SharedExperts,
     Values,
@@ -26,18 +25,22 @@ from moetron.moe.convert.families.decoder_blocks import (
 )
 from moetron.moe.convert.families.family import Family
 from moetron.moe.convert.families.tensor_rules import Rule
+from moetron.moe.convert.rope import YARN, Rope, RopeScaling
 
-_YARN = {
-    "attention.rotary_scaling_factor": "factor",
-    "attention.original_max_position_embeddings": "original_max_position_embeddings",
-    "attention.beta_fast": "beta_fast",
-    "attention.beta_slow": "beta_slow",
-    "attention.mscale": "mscale",
-    "attention.mscale_all_dim": "mscale_all_dim",
-}
+_YARN = RopeScaling(
+    {
+        "attention.rotary_scaling_factor": "factor",
+        "attention.original_max_position_embeddings": "original_max_position_embeddings",
+        "attention.beta_fast": "beta_fast",
+        "attention.beta_slow": "beta_slow",
+        "attention.mscale": "mscale",
+        "attention.mscale_all_dim": "mscale_all_dim",
+    },
+    optional={"truncate": True},
+)
 _KEYS: tuple[Key, ...] = (
     *DECODER,
-    Rope({"yarn": ({}, _YARN)}),
+    Rope({YARN: _YARN}),
     Same("model.num_attention_heads", "num_key_value_heads"),
     Same("attention.q_lora_rank", "q_lora_rank"),
     Same("attention.kv_lora_rank", "kv_lora_rank"),
@@ -147,6 +150,7 @@ DEEPSEEK_V2 = Family(
         "norm_topk_prob": False,
     },
     rules=_rules,
+    whole_heads=True,
 )
 DEEPSEEK_V3 = Family(
     model_type="deepseek_v3",

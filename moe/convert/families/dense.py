@@ -1,6 +1,6 @@
 """Dense decoders: Llama, OLMo, Qwen2 and Qwen3, also as the starts of upcycling."""
 
-from moetron.moe.convert.families.config_keys import Rope, Same, Values
+from moetron.moe.convert.families.config_keys import Same, Values
 from moetron.moe.convert.families.decoder_blocks import (
     CONSTANTS,
     DECODER,
@@ -14,13 +14,16 @@ from moetron.moe.convert.families.decoder_blocks import (
 )
 from moetron.moe.convert.families.family import Family
 from moetron.moe.convert.families.tensor_rules import Rule
+from moetron.moe.convert.rope import Rope, RopeScaling
 
-_LLAMA3 = {"attention.rotary_scaling_factor": "factor"}
-_LLAMA3_CONSTANTS = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
+_LLAMA3 = RopeScaling(
+    {"attention.rotary_scaling_factor": "factor"},
+    constants={
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+)
 """As in megatron-core's ``RotaryEmbedding``."""
 
 
@@ -39,13 +42,14 @@ LLAMA = Family(
     keys=(
         *DECODER,
         Same("model.num_query_groups", "num_key_value_heads", None),
-        Rope({"llama3": (_LLAMA3_CONSTANTS, _LLAMA3)}),
+        Rope({"llama3": _LLAMA3}),
         HEAD_DIM,
         DENSE_WIDTH,
     ),
     fixed=FIXED,
     constants={**CONSTANTS, "attention_bias": False, "mlp_bias": False},
     rules=_rules,
+    whole_heads=True,
 )
 OLMO = Family(
     model_type="olmo",

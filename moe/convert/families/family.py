@@ -87,6 +87,8 @@ class Family:
     """Keys that must say this (or be absent) for our modules to be the same function."""
     rules: Callable[[Values], list[Rule]]
     """The tensors, from the settings that `function_of` gives."""
+    whole_heads: bool = False
+    """transformers 5 refuses a hidden size that is not a multiple of the number of heads."""
     code: str | None = None
     """A file of convert/families that goes into the folder: the model, where transformers has none.
     It is loaded with ``trust_remote_code=True``."""
@@ -132,6 +134,9 @@ class Family:
         if (values["moe.num_experts"] is not None) != self.experts:
             kind = "a mixture of experts" if self.experts else "a dense model"
             return [f"--num-experts {values['moe.num_experts']}: {self.model_type} is {kind}"]
+        width, heads = values["model.hidden_size"], values["model.num_attention_heads"]
+        if self.whole_heads and width % heads:
+            return [f"--hidden-size {width}: {self.model_type} has a multiple of its {heads} heads"]
         try:
             tree = self.settings(self.config(values))
         except UserError as error:

@@ -6,6 +6,7 @@ them, with a norm of its own (the released code). Exported folders hold this fil
 ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``. No token is dropped.
 """
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -14,6 +15,10 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
+
+OUTPUT_FIELDS = {field.name for field in fields(CausalLMOutputWithPast)}
+CACHE_FIELD = "cache" if "cache" in OUTPUT_FIELDS else "past_key_values"
+"""Where an output holds its cache: ``generate`` looks there, in the installed version."""
 
 
 class OpenMoeConfig(PretrainedConfig):
@@ -241,9 +246,9 @@ class OpenMoeForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Logits [B, S, V] of ``input_ids`` [B, S]; the mean loss of ``labels``, shifted by one.
 
-        ``attention_mask`` [B, keys] is 0 for padding, ``position_ids`` [B, S] count tokens.
-        Keys and values of earlier tokens are ``cache`` in newer releases of transformers 5 and
-        ``past_key_values`` in older ones; both names are accepted.
+        ``attention_mask`` [B, keys] is 0 for padding, ``position_ids`` [B, S] count tokens. Keys
+        and values of earlier tokens are in ``past_key_values``, which later versions of
+        transformers 5 call ``cache``.
         """
         cache = past_key_values if cache is None else cache
         if use_cache and cache is None:
@@ -262,4 +267,4 @@ class OpenMoeForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        return CausalLMOutputWithPast(loss, logits, cache)  # the third field's name varies
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_FIELD: cache})

@@ -50,7 +50,8 @@ def family_of(values: Values) -> Family:
         UserError: none is; says what keeps the model from the one that it comes closest to.
     """
     problems = {name: family.problems(values) for name, family in FAMILIES.items()}
-    closest = min(problems, key=lambda name: len(problems[name]))
+    sparse = values["moe.num_experts"] is not None
+    closest = min(problems, key=lambda n: (FAMILIES[n].experts != sparse, len(problems[n])))
     if problems[closest]:
         listed = "\n".join(f"  - {problem}" for problem in problems[closest])
         raise UserError(

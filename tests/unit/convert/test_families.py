@@ -144,3 +144,18 @@ def test_configurations_of_transformers_4_are_read() -> None:
     del config["rope_parameters"]
     tree = FAMILIES["olmoe"].settings({**config, "rope_theta": 5e5, "rope_scaling": None})
     assert tree["model"]["rotary_base"] == 500_000
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if FAMILIES[name].experts])
+def test_no_width_is_null_where_all_layers_have_experts(family: str) -> None:
+    """`intermediate_size: null` is refused by transformers 5."""
+    config = FAMILIES[family].config(values(OLMOE))
+    assert config["intermediate_size"] == 8
+
+
+def test_heads_that_do_not_divide_the_width_are_refused_where_transformers_5_does() -> None:
+    odd = {"model": {**SIZES, "hidden_size": 18, "kv_channels": 4}}
+    with pytest.raises(UserError, match="--hidden-size 18: llama has a multiple of its 4 heads"):
+        family_of(values(odd))
+    odd["model"]["qk_layernorm"] = True
+    assert family_of(values(odd)).model_type == "qwen3"

@@ -178,3 +178,23 @@ def test_deepseeks_layers_behind_the_last_are_left_out_where_its_key_says_so(
             with pytest.raises(UserError, match=r"1 tensors have no place in .*layers\.3\.enorm"):
                 from_hf(folder, tmp_path / "run", None, None)
     assert "left out: model.layers.3." in caplog.text
+
+
+def test_a_tokenizer_that_reads_otherwise_in_the_folder_stays_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    hf_models.saved(tmp_path / "hf", "olmoe")
+    from_hf(tmp_path / "hf", tmp_path / "run", None, None)
+    files, looked_at = {"tokenizer.json": b"{}"}, []
+
+    def check(folder: Path) -> str | None:
+        looked_at.append({path.name for path in folder.iterdir()})
+        return None if len(looked_at) == 1 else "other ids"
+
+    for name in ("kept", "left"):
+        arguments = (tmp_path / name, Export(), VOCABULARY, NO_IDS, files, check)
+        to_hf(tmp_path / "run", *arguments)
+    assert looked_at[0] == looked_at[1] >= {"tokenizer.json", "config.json"}
+    assert (tmp_path / "kept" / "tokenizer.json").is_file()
+    assert not (tmp_path / "left" / "tokenizer.json").exists()
+    assert "without a tokenizer: other ids" in caplog.text

@@ -1,51 +1,129 @@
-"""Tokenizers under HuggingFace's AutoTokenizer."""
+"""Tokenizers under HuggingFace's AutoTokenizer, called as its users call it."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from moetron.common.errors import UserError
-from moetron.tokenizers.byte_level import ByteTokenizer
-from moetron.tokenizers.export import export
-from moetron.tokenizers.huggingface import HuggingFaceTokenizer
+from moetron.tokenizers.export import different_texts, export, exported, why_not
 from moetron.tokenizers.interface import Tokenizer
 from moetron.tokenizers.load import load_tokenizer
 from moetron.tokenizers.umt5 import SentencePieceTokenizer
+from tests.unit.tokenizers import kinds
 
 transformers = pytest.importorskip("transformers")
-TEXTS = ["", " ", "a  b\n\n\tc" + " " * 39 + "d", "naïve 漢字 \x00 😀", "<extra_id_3> <0x41>  end "]
+READER = Path(__file__).with_name("read_tokenizers.py")
+ALL = ["bytes", "sentencepiece", *kinds.KINDS]
+MODEL_TYPES = ("olmoe", "mixtral", "llama", "qwen3_moe", "deepseek_v3", "openmoe")
+"""A model's config.json beside a tokenizer may change the class that transformers takes."""
 
 
-def loaded(tokenizer: Tokenizer, folder: Path) -> tuple[object, list[list[int]]]:
-    export(tokenizer, folder)
-    theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+@pytest.fixture(scope="module")
+def all_kinds(
+    corpus: list[str], model_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Tokenizer]:
+    found = {"bytes": load_tokenizer("bytes"), "sentencepiece": load_tokenizer(model_path)}
+    for kind in kinds.KINDS:
+        found[kind] = load_tokenizer(kinds.write(kind, tmp_path_factory.mktemp(kind), corpus))
+    return found
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_texts_get_the_ids_that_they_have_in_shards(
+    kind: str, all_kinds: dict[str, Tokenizer], corpus: list[str], tmp_path: Path
+) -> None:
+    tokenizer = all_kinds[kind]
+    export(tokenizer, tmp_path)
+    assert different_texts(tokenizer, tmp_path, [*kinds.TEXTS, *corpus[:2]]) == []
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
     assert theirs.bos_token_id == theirs.eos_token_id == tokenizer.eod
     assert theirs.pad_token_id == tokenizer.pad
-    return theirs, [theirs.encode(text, add_special_tokens=False) for text in TEXTS]
+    assert len(theirs) <= tokenizer.vocab_size, "no id is new"
 
 
-def test_a_sentencepiece_model_gives_the_same_ids(
-    tokenizer: SentencePieceTokenizer, corpus: list[str], tmp_path: Path
+@pytest.mark.parametrize("kind", ALL)
+def test_an_export_read_back_is_the_same_tokenizer(
+    kind: str, all_kinds: dict[str, Tokenizer], tmp_path: Path
 ) -> None:
-    theirs, ids = loaded(tokenizer, tmp_path)
-    assert ids == tokenizer.encode_batch(TEXTS)
-    for text in corpus[:3]:
-        assert theirs.encode(text, add_special_tokens=False) == tokenizer.encode(text)
-    assert load_tokenizer(tmp_path).fingerprint == tokenizer.fingerprint
-
-
-def test_a_tokenizer_json_gives_the_same_ids(
-    reference: HuggingFaceTokenizer, corpus: list[str], tmp_path: Path
-) -> None:
-    theirs, ids = loaded(reference, tmp_path)
-    assert ids == reference.encode_batch(TEXTS)
-    for text in corpus:
-        assert theirs.encode(text, add_special_tokens=False) == reference.encode(text)
+    """So that a model imported from it goes on with the same shards."""
+    export(all_kinds[kind], tmp_path)
     again = load_tokenizer(tmp_path)
-    assert (again.eod, again.pad) == (reference.eod, reference.pad)
-    assert again.encode_batch(TEXTS) == ids
+    assert again.fingerprint == all_kinds[kind].fingerprint
+    assert (again.eod, again.pad) == (all_kinds[kind].eod, all_kinds[kind].pad)
 
 
-def test_bytes_have_no_counterpart(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="bytes: AutoTokenizer knows nothing"):
-        export(ByteTokenizer(), tmp_path)
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "template"])
+def test_the_model_beside_it_changes_nothing(
+    kind: str, model_type: str, all_kinds: dict[str, Tokenizer], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    export(all_kinds[kind], tmp_path)
+    assert different_texts(all_kinds[kind], tmp_path, kinds.TEXTS) == []
+    assert why_not(all_kinds[kind], tmp_path) is None
+
+
+def test_a_class_that_transformers_forces_is_noticed(
+    all_kinds: dict[str, Tokenizer], tmp_path: Path
+) -> None:
+    """It reads every tokenizer.json beside a Qwen2 model as Qwen2's."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    export(all_kinds["template"], tmp_path)
+    reason = why_not(all_kinds["template"], tmp_path)
+    assert reason is not None and "tools/export_tokenizer.py" in reason
+
+
+def test_what_templates_add_is_noticed(all_kinds: dict[str, Tokenizer], tmp_path: Path) -> None:
+    tokenizer = all_kinds["template"]
+    export(tokenizer, tmp_path)
+    original = tokenizer.files["tokenizer.json"].read_bytes()
+    (tmp_path / "tokenizer.json").write_bytes(original)
+    assert different_texts(tokenizer, tmp_path, ["one"]) == ["one"]
+
+
+def test_a_sentencepiece_export_decodes_exactly_where_its_code_is_trusted(
+    tokenizer: SentencePieceTokenizer,
+    corpus: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "m"))
+    export(tokenizer, tmp_path / "out")
+    texts = ["  a\u2581b \u2581\n", *kinds.TEXTS, corpus[0]]
+    assert different_texts(tokenizer, tmp_path / "out", texts, trust=True) == []
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    for text in texts:
+        assert theirs.decode(tokenizer.encode(text)) == text
+
+
+def test_files_and_special_ids_go_with_a_model(all_kinds: dict[str, Tokenizer]) -> None:
+    ids, files = exported(all_kinds["bytes"])
+    assert ids == {"bos_token_id": None, "eos_token_id": 256, "pad_token_id": 257}
+    assert set(files) == {"tokenizer.json", "tokenizer_config.json"}
+    assert exported(None) == (dict.fromkeys(ids), {})
+
+
+@pytest.mark.slow
+def test_the_oldest_transformers_gives_the_same_ids(
+    all_kinds: dict[str, Tokenizer], tmp_path: Path, transformers4: Path
+) -> None:
+    folders = {}
+    for kind, tokenizer in all_kinds.items():
+        for model_type in (None, *MODEL_TYPES, "qwen2"):
+            folder = tmp_path / kind / str(model_type)
+            export(tokenizer, folder)
+            if model_type is not None:
+                (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+            folders[str(folder)] = tokenizer.encode_batch(kinds.TEXTS)
+    texts, out = tmp_path / "texts.json", tmp_path / "out.json"
+    texts.write_text(json.dumps(kinds.TEXTS))
+    environment = {**os.environ, "PYTHONPATH": str(transformers4)}
+    command = [sys.executable, str(READER), str(texts), str(out), *folders]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(out.read_text())
+    assert found["version"].startswith("4.57.")
+    assert found["ids"] == folders

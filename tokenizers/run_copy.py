@@ -1,0 +1,143 @@
+"""The copy of its tokenizer that a run keeps in its folder, so that the folder needs no other.
+
+``RUN/tokenizer/`` holds the files that the tokenizer is read from, and its fingerprint. It is
+written once, before the first step, and verified whenever it is used.
+"""
+
+import os
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+from moetron.common.errors import UserError
+from moetron.tokenizers.interface import Tokenizer
+from moetron.tokenizers.load import load_known_tokenizer, load_tokenizer
+
+FOLDER = "tokenizer"
+FINGERPRINT = "fingerprint"
+
+
+def copy_path(run_folder: Path) -> Path:
+    """Where a run's copy lies, absolute."""
+    return run_folder.resolve() / FOLDER
+
+
+def name_of(tokenizer: Tokenizer, run_folder: Path) -> str:
+    """What ``--tokenizer-model`` says to name a run's copy; ``bytes`` needs none."""
+    return str(copy_path(run_folder)) if tokenizer.files else tokenizer.name
+
+
+def keep(tokenizer: Tokenizer, run_folder: Path, replace: bool) -> None:
+    """Write ``run_folder/tokenizer``, whole or not at all; one process alone may call this.
+
+    Args:
+        tokenizer: the run's; one that needs no file is not copied.
+        run_folder: exists.
+        replace: another tokenizer there may be replaced: no checkpoint needs it.
+
+    Raises:
+        UserError: another tokenizer, or a damaged copy, is there, or the files changed since
+            ``tokenizer`` was read.
+        OSError: the folder cannot be written.
+    """
+    if not tokenizer.files:
+        return
+    target = copy_path(run_folder)
+    if target.exists():
+        if _holds(target, tokenizer.fingerprint):
+            return
+        if not replace:
+            raise UserError(
+                f"{target} is not this tokenizer ({tokenizer.name}), or was changed: the "
+                "checkpoints beside it were trained with what was written there; give that "
+                "--tokenizer-model, or another folder to --save"
+            )
+    temporary = target.with_name(FOLDER + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    for name, path in tokenizer.files.items():
+        _write(temporary / name, path.read_bytes())
+    _write(temporary / FINGERPRINT, tokenizer.fingerprint.encode() + b"\n")
+    if not _holds(temporary, tokenizer.fingerprint):
+        shutil.rmtree(temporary)
+        raise UserError(f"tokenizer {tokenizer.name}: its files changed while it was in use")
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
+
+
+def find_copy(path: Path) -> Path | None:
+    """The copy that belongs to ``path``, a run's folder or one of its step folders."""
+    path = path.resolve()
+    folder = (path.parent if path.name.startswith("step_") else path) / FOLDER
+    return folder if (folder / FINGERPRINT).is_file() else None
+
+
+def load_copy(copy: Path) -> Tokenizer:
+    """The tokenizer of a copy.
+
+    Raises:
+        UserError: it is damaged, or was changed.
+    """
+    expected = (copy / FINGERPRINT).read_text(encoding="utf-8").strip()
+    tokenizer = load_tokenizer(copy)
+    if tokenizer.fingerprint != expected:
+        raise UserError(
+            f"{copy}: was changed: not the tokenizer that the run was trained with; restore it, "
+            "or give --tokenizer-model"
+        )
+    return tokenizer
+
+
+def load_run_tokenizer(
+    path: Path, given: str | None, saved: str | None, fingerprints: Collection[str]
+) -> Tokenizer:
+    """The tokenizer of a checkpoint.
+
+    Args:
+        path: a run's folder or a step folder.
+        given: what ``--tokenizer-model`` says; None: the run's copy, else ``saved``.
+        saved: what the run's settings say.
+        fingerprints: of the training data's tokenizer; empty: unknown.
+
+    Raises:
+        UserError: it is not there, is damaged, or is another one.
+    """
+    copy = find_copy(path)
+    if given is not None or copy is None:
+        return load_known_tokenizer(given if given is not None else saved, fingerprints)
+    load_copy(copy)
+    return load_known_tokenizer(str(copy), fingerprints)
+
+
+def open_named(source: str, load: str | None) -> Tokenizer:
+    """The tokenizer that a run names; if it is no longer there, the copy of the run it resumes.
+
+    Args:
+        source: what ``--tokenizer-model`` says.
+        load: what ``--load`` says.
+
+    Raises:
+        UserError: neither is there, or the copy is damaged.
+    """
+    try:
+        missing = source != "bytes" and not Path(os.path.expanduser(source)).exists()  # noqa: PTH111
+    except OSError:
+        missing = True
+    copy = find_copy(Path(load)) if load is not None else None
+    return load_copy(copy) if missing and copy is not None else load_tokenizer(source)
+
+
+def _holds(folder: Path, fingerprint: str) -> bool:
+    """Whether a folder's tokenizer has this fingerprint."""
+    try:
+        return load_tokenizer(folder).fingerprint == fingerprint
+    except (UserError, OSError):
+        return False
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file that is on disk when this returns."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())

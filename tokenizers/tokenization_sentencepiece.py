@@ -1,0 +1,36 @@
+"""A SentencePiece model for transformers, in one file that needs nothing of ours.
+
+Exported folders hold this file; ``AutoTokenizer.from_pretrained(folder, trust_remote_code=True)``
+takes its class, which differs from transformers' ``BertGenerationTokenizer`` in two things: texts
+come back whole (white space at their ends, and characters that the model writes as bytes), and
+U+2581, with which SentencePiece writes a space, is encoded as its three bytes.
+"""
+
+from typing import Any
+
+from transformers import BertGenerationTokenizer
+
+SPACE_MARKER = "\u2581"
+
+
+class MoetronSentencePieceTokenizer(BertGenerationTokenizer):
+    """SentencePiece's own pieces, without anything before or after them."""
+
+    def _tokenize(self, text: str, **_: Any) -> list[str]:
+        """Pieces of a text."""
+        marker = [f"<0x{byte:02X}>" for byte in SPACE_MARKER.encode()]
+        if not all(self.sp_model.is_byte(self.sp_model.piece_to_id(piece)) for piece in marker):
+            return list(self.sp_model.encode(text, out_type=str))
+        first, *others = self.sp_model.encode(text.split(SPACE_MARKER), out_type=str)
+        return first + [piece for part in others for piece in (*marker, *part)]
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """The text of pieces; control pieces are written out."""
+        text, run = "", []
+        for token in tokens:
+            if self.sp_model.is_control(self.sp_model.piece_to_id(token)):
+                text += self.sp_model.decode(run) + token
+                run = []
+            else:
+                run.append(token)
+        return text + str(self.sp_model.decode(run))
