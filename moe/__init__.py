@@ -1,6 +1,6 @@
 """The model and its training, on megatron-core.
 
-Imports point one way: config < plan < host < layers, routing < training < convert, analysis.
+Imports point one way, see ``FLOORS`` in tests/unit/test_structure.py.
 """
 
 from moetron.moe.host.usable import guard_imports

@@ -21,7 +21,7 @@ from moetron.common.cores import usable_cores
 from moetron.common.errors import ConfigError, UserError
 from moetron.moe.analysis.ablation import execute, sweep
 from moetron.moe.config import flags
-from moetron.moe.config.paths import ToolParser
+from moetron.moe.config.schema.paths import ToolParser
 from moetron.moe.host.threads import cpu_threads
 from moetron.moe.training.resilience import EXIT_STOPPED, StopSignal, run_guarded
 

@@ -20,7 +20,7 @@ from moetron.moe.analysis import figures, specialization
 from moetron.moe.analysis import routing_study as study
 from moetron.moe.analysis.routing_trace import Windows
 from moetron.moe.checkpoint import run_folder as checkpoint_folder
-from moetron.moe.config.paths import ToolParser
+from moetron.moe.config.schema.paths import ToolParser
 from moetron.moe.host import threads
 from moetron.moe.monitoring.library_warnings import quieten_libraries
 from moetron.tokenizers.interface import Tokenizer

@@ -22,7 +22,7 @@ from pathlib import Path
 from moetron.common.errors import UserError
 from moetron.moe.checkpoint import run_folder as checkpoint_folder
 from moetron.moe.config.command import load
-from moetron.moe.config.paths import ToolParser
+from moetron.moe.config.schema.paths import ToolParser
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.monitoring.library_warnings import quieten_libraries
 from moetron.moe.plan.named_layouts import layouts_of, parse

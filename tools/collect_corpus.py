@@ -23,7 +23,7 @@ from moetron.data.corpora.collect import (
     write_corpus,
     write_manifest,
 )
-from moetron.moe.config.paths import ToolParser
+from moetron.moe.config.schema.paths import ToolParser
 
 DEFAULT_MB = {"system": 32.0, "debian": 400.0, "all": 432.0}
 

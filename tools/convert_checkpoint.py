@@ -18,7 +18,7 @@ from moetron.common.errors import UserError
 from moetron.moe.checkpoint import run_folder as checkpoint_folder
 from moetron.moe.checkpoint.compatibility import tokenizer_fingerprints
 from moetron.moe.checkpoint.vocabulary import vocabulary_of
-from moetron.moe.config.paths import ToolParser
+from moetron.moe.config.schema.paths import ToolParser
 from moetron.moe.host import threads
 from moetron.moe.monitoring.library_warnings import quieten_libraries
 from moetron.tokenizers.export import exported, why_not

@@ -13,7 +13,7 @@ from pathlib import Path
 from moetron.data.corpora.labels import labelled_texts
 from moetron.data.readers.first_rows import require_texts
 from moetron.data.readers.input_files import find_files
-from moetron.moe.config.paths import ToolParser
+from moetron.moe.config.schema.paths import ToolParser
 from moetron.tokenizers.export import PROBES, different_texts, export, has_transformers
 from moetron.tokenizers.interface import Tokenizer
 from moetron.tokenizers.load import load_tokenizer

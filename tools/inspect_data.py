@@ -25,8 +25,8 @@ from moetron.data.stream.blend import open_blend, split_data_path
 from moetron.data.stream.open_streams import open_training
 from moetron.data.stream.stages import use_table
 from moetron.moe.config.command import read_recipes
-from moetron.moe.config.paths import ToolParser
 from moetron.moe.config.schema.derived import total_samples
+from moetron.moe.config.schema.paths import ToolParser
 from moetron.moe.config.validate import validate
 from moetron.tokenizers.load import load_tokenizer
 

@@ -18,7 +18,7 @@ from moetron.data.inspect.ngrams import NgramModels, cross_entropies
 from moetron.data.shards.shard import Shard
 from moetron.data.stream.blend import open_blend
 from moetron.data.stream.token_stream import TokenStream, validation_stream
-from moetron.moe.config.paths import ToolParser
+from moetron.moe.config.schema.paths import ToolParser
 
 BATCH_TOKENS = 1 << 20
 

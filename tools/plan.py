@@ -17,8 +17,8 @@ from moetron.common.errors import UserError
 from moetron.moe.config import recipe
 from moetron.moe.config.command import Command, load, merge
 from moetron.moe.config.flags import parse
-from moetron.moe.config.paths import ToolParser
 from moetron.moe.config.schema.derived import smallest_world_size, total_samples
+from moetron.moe.config.schema.paths import ToolParser
 from moetron.moe.config.validate import validate
 from moetron.moe.plan.flops import flops_per_token
 from moetron.moe.plan.hardware import PEAK_BF16_TFLOPS_PER_S

@@ -20,7 +20,7 @@ from concurrent.futures import BrokenExecutor
 from moetron.common.errors import UserError
 from moetron.data.prepare.options import Options, add_flags
 from moetron.data.prepare.preprocess import preprocess
-from moetron.moe.config.paths import ToolParser
+from moetron.moe.config.schema.paths import ToolParser
 
 MEGATRON = {
     "--json-keys": "use --text-key",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from moetron.common.errors import UserError
 from moetron.moe.analysis.curves import draw
-from moetron.moe.config.paths import ToolParser
+from moetron.moe.config.schema.paths import ToolParser
 
 PICTURES = (".png", ".svg", ".pdf")
 

@@ -20,7 +20,7 @@ from moetron.common.files import atomic_file, beside, require_writable
 from moetron.data.corpora.labels import labelled_texts
 from moetron.data.readers.first_rows import require_texts
 from moetron.data.readers.input_files import find_files
-from moetron.moe.config.paths import ToolParser
+from moetron.moe.config.schema.paths import ToolParser
 from moetron.tokenizers.fertility import draw, measure, table
 from moetron.tokenizers.train import TrainingOptions, is_current, train
 from moetron.tokenizers.training_sample import sample_sources

@@ -22,9 +22,9 @@ from pydantic import ValidationError
 from moetron.common.errors import ConfigError, UserError
 from moetron.moe.config import flags
 from moetron.moe.config.command import check, merge
-from moetron.moe.config.paths import ToolParser
 from moetron.moe.config.schema.derived import with_tokenizer
 from moetron.moe.config.schema.field import flag_name
+from moetron.moe.config.schema.paths import ToolParser
 from moetron.moe.config.upcycling import UpcyclingSettings
 from moetron.moe.host import threads
 from moetron.moe.monitoring.library_warnings import quieten_libraries

@@ -8,9 +8,9 @@ from typing import Any
 
 from moetron.common.errors import ConfigError
 from moetron.moe.config import checks, flags, machine, recipe
-from moetron.moe.config.paths import path_problem
 from moetron.moe.config.schema.derived import notes
 from moetron.moe.config.schema.field import flag_name
+from moetron.moe.config.schema.paths import path_problem
 from moetron.moe.config.schema.settings import Settings, fields
 from moetron.moe.config.validate import Tree, validate
 

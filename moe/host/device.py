@@ -25,9 +25,9 @@ import torch
 
 from moetron.common.errors import ConfigError, UserError
 from moetron.moe.config.checks import problems
-from moetron.moe.config.implementation import beyond_transformer_engine, is_local
 from moetron.moe.config.machine import expected_device, transformer_engine_is_installed
 from moetron.moe.config.rules.case import said
+from moetron.moe.config.schema.implementation import beyond_transformer_engine, is_local
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.host.usable import cuda_fault, transformer_engine_fault
 

@@ -13,13 +13,13 @@ from moetron.moe.host.device import uses_transformer_engine
 from moetron.moe.monitoring.console import Console
 from moetron.moe.monitoring.peak_flops import peak_of_rank
 from moetron.moe.monitoring.sinks import JsonLines, Sink, open_sinks
-from moetron.moe.monitoring.start import FILE, describe
 from moetron.moe.routing.routing_record import RoutingRecorder
 from moetron.moe.training.loop import Loop
 from moetron.moe.training.model_chunks import build_chunks
 from moetron.moe.training.optimizer import build_optimizer
 from moetron.moe.training.runtime import Runtime
 from moetron.moe.training.sample_stream import Streams
+from moetron.moe.training.start_record import FILE, describe
 from moetron.moe.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)

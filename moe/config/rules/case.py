@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from moetron.moe.config.implementation import is_local
 from moetron.moe.config.schema.field import flag_name
+from moetron.moe.config.schema.implementation import is_local
 from moetron.moe.config.schema.settings import Settings, fields
 
 _HOME = {name: group for group, name, _ in fields()}

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
-from moetron.moe.config.implementation import beyond_transformer_engine
 from moetron.moe.config.rules.case import Case
 from moetron.moe.config.schema import derived
 from moetron.moe.config.schema.field import flag_name
+from moetron.moe.config.schema.implementation import beyond_transformer_engine
 
 _ALIGNMENT = 8
 """Widths of an expert are multiples of this on every rank: 16 bytes of bf16."""

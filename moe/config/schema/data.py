@@ -16,8 +16,8 @@ from pydantic import (
     model_validator,
 )
 
-from moetron.moe.config.paths import LocalPath
 from moetron.moe.config.schema.field import Group, Rule
+from moetron.moe.config.schema.paths import LocalPath
 
 _SHARD_FILES = (".bin", ".idx")
 

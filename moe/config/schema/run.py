@@ -4,8 +4,8 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from moetron.moe.config.paths import LocalPath
 from moetron.moe.config.schema.field import Group
+from moetron.moe.config.schema.paths import LocalPath
 
 
 class TrainingSettings(Group):

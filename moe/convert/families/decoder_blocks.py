@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from moetron.moe.convert.families.config_keys import DenseWidth, Key, Not, Same, Values
+from moetron.moe.convert.families.rope import Rope
 from moetron.moe.convert.families.tensor_rules import (
     FirstRows,
     GateUp,
@@ -12,7 +13,6 @@ from moetron.moe.convert.families.tensor_rules import (
     Rule,
     Whole,
 )
-from moetron.moe.convert.rope import Rope
 
 UNNORMED: tuple[Key, ...] = (
     Same("model.num_layers", "num_hidden_layers"),

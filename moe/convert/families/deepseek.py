@@ -24,8 +24,8 @@ from moetron.moe.convert.families.decoder_blocks import (
     their_layer,
 )
 from moetron.moe.convert.families.family import Family
+from moetron.moe.convert.families.rope import YARN, Rope, RopeScaling
 from moetron.moe.convert.families.tensor_rules import Rule
-from moetron.moe.convert.rope import YARN, Rope, RopeScaling
 
 _YARN = RopeScaling(
     {

@@ -13,8 +13,8 @@ from moetron.moe.convert.families.decoder_blocks import (
     decoder,
 )
 from moetron.moe.convert.families.family import Family
+from moetron.moe.convert.families.rope import Rope, RopeScaling
 from moetron.moe.convert.families.tensor_rules import Rule
-from moetron.moe.convert.rope import Rope, RopeScaling
 
 _LLAMA3 = RopeScaling(
     {"attention.rotary_scaling_factor": "factor"},

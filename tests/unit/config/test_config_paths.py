@@ -10,8 +10,8 @@ import pytest
 
 from moetron.common.errors import ConfigError
 from moetron.moe.config.command import load
-from moetron.moe.config.paths import ToolParser
 from moetron.moe.config.schema.field import flag_name, type_text
+from moetron.moe.config.schema.paths import ToolParser
 from moetron.moe.config.schema.settings import fields
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from config_cases import found, make
 
-from moetron.moe.config.implementation import beyond_transformer_engine, is_local
+from moetron.moe.config.schema.implementation import beyond_transformer_engine, is_local
 
 TP2 = {"world_size": 2, "tensor_model_parallel_size": 2}
 FP8 = {"fp8_format": "hybrid", "fp8_recipe": "tensorwise"}

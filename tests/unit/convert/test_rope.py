@@ -10,7 +10,7 @@ from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
 
 from moetron.common.errors import UserError
 from moetron.moe.convert.families.deepseek import DEEPSEEK_V2
-from moetron.moe.convert.rope import Rope
+from moetron.moe.convert.families.rope import Rope
 
 (ROPE,) = (key for key in DEEPSEEK_V2.keys if isinstance(key, Rope))
 YARN: dict[str, Any] = {

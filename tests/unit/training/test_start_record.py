@@ -16,8 +16,8 @@ from moetron.moe.config.schema.derived import smallest_world_size
 from moetron.moe.config.schema.parallel import ParallelSettings
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.monitoring.peak_flops import DATASHEET, GIVEN, Peak, peak_of_rank
-from moetron.moe.monitoring.start import Start, describe
 from moetron.moe.training.sample_stream import SourceUse, Streams
+from moetron.moe.training.start_record import Start, describe
 from tests.unit.training.training_cases import CountingStream, settings
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
