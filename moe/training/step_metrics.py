@@ -27,6 +27,8 @@ class StepMetrics:
     """For each layer with experts every expert's load over the mean load, float64 [E]."""
     stop: bool
     """Whether any rank was asked to stop."""
+    peak_memory_bytes: int
+    """Of the rank with the highest, since its start: see `moe/host/allocator.py`."""
 
 
 def read_recorded_metrics(

@@ -1,0 +1,111 @@
+"""Put a run together: what `pretrain_moe.py` and `moetron.api` share.
+
+The one place that knows tokenizers, data and the model at once: `moe` sees samples through a
+protocol (`moe/training/sample_stream.py`) and never imports `data`.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from moetron.common.errors import UserError
+from moetron.data.stream.mock_stream import ENDLESS, MockStream
+from moetron.data.stream.open_streams import open_training, open_validation
+from moetron.data.stream.stages import StagedStream, refuse_repetition
+from moetron.moe.checkpoint.run_folder import latest_step
+from moetron.moe.config.schema.derived import total_samples, with_tokenizer
+from moetron.moe.config.schema.settings import Settings
+from moetron.moe.monitoring.library_warnings import quieten_libraries
+from moetron.moe.monitoring.sinks import Sink
+from moetron.moe.training.sample_stream import SourceUse, StreamFrom, Streams
+from moetron.tokenizers.interface import Tokenizer
+from moetron.tokenizers.run_copy import keep, name_of, open_named
+
+
+def open_tokenizer(settings: Settings) -> Tokenizer | None:
+    """Return the tokenizer, where one is named."""
+    source = settings.data.tokenizer_model
+    return None if source is None else open_named(source, settings.checkpoint.load)
+
+
+def keep_tokenizer(settings: Settings, tokenizer: Tokenizer | None) -> Settings:
+    """Copy the tokenizer into --save, from rank 0; return settings that name the copy."""
+    save = settings.checkpoint.save
+    if save is None or tokenizer is None:
+        return settings
+    if os.environ.get("RANK", "0") == "0":
+        try:
+            keep(tokenizer, Path(save), replace=latest_step(Path(save)) is None)
+        except (UserError, OSError) as error:
+            raise UserError(f"--save {save}: {error}") from error
+    return with_tokenizer(settings, name_of(tokenizer, Path(save)))
+
+
+def vocabulary_size(settings: Settings, tokenizer: Tokenizer | None) -> int:
+    """Return the size of the vocabulary before padding: as set, else the tokenizer's.
+
+    Raises:
+        UserError: the size is set below the tokenizer's, or neither is known.
+    """
+    size = settings.model.vocab_size
+    if tokenizer is None:
+        if size is None:
+            raise UserError("--vocab-size is unset, and no --tokenizer-model says it: give one")
+        return size
+    if size is not None and size < tokenizer.vocab_size:
+        raise UserError(
+            f"--vocab-size {size}: the tokenizer {settings.data.tokenizer_model} has "
+            f"{tokenizer.vocab_size} pieces; leave it out or give at least that"
+        )
+    return size or tokenizer.vocab_size
+
+
+def open_streams(settings: Settings, vocab_size: int, tokenizer: Tokenizer | None) -> Streams:
+    """Open the numbered samples for training and validation.
+
+    Raises:
+        UserError: a shard cannot be used, or sources would repeat more often than allowed.
+    """
+    data, length, seed = settings.data, settings.model.seq_length, settings.training.seed
+    wanted = settings.validation.eval_iters > 0
+    if data.mock_data or not data.planned_stages():
+        mock = MockStream(seed, vocab_size, length)
+        return Streams(mock, StreamFrom(mock, ENDLESS // 2) if wanted else None)
+    assert tokenizer is not None, "checks refuse shards without it"
+    training = open_training(data, length, seed, tokenizer)
+    refuse_repetition(training, total_samples(settings), data.max_epochs, data.epoch_caps())
+    validation = None
+    if wanted and data.valid_data_path is not None:
+        validation = open_validation(data, data.valid_data_path, length, tokenizer)
+    return Streams(training, validation, list(source_uses(training, total_samples(settings))))
+
+
+def source_uses(stream: StagedStream, samples: int) -> Iterator[SourceUse]:
+    """Yield what a run of so many samples takes of each source."""
+    uses = stream.uses(samples)
+    for number, name in enumerate(stream.source_names):
+        mine = [use for use in uses if use.source == number]
+        yield SourceUse(name, sum(use.tokens for use in mine), sum(use.epochs for use in mine))
+
+
+def pretrain(
+    settings: Settings, vocab_size: int, streams: Streams, sinks: Sequence[Sink] = ()
+) -> int:
+    """Start the ranks, build the model, load a checkpoint, train; return the exit code.
+
+    Args:
+        settings: checked.
+        vocab_size: before padding.
+        streams: the samples.
+        sinks: take the metrics beside those that the settings name; of the main rank alone.
+    """
+    quieten_libraries()
+    from moetron.moe.training import build_trainer, resilience, runtime  # torch: seconds
+
+    with runtime.running(settings) as ranks:
+        trainer = build_trainer.build_trainer(settings, ranks, vocab_size)
+        loop = build_trainer.build_loop(trainer, streams)
+        loop.sinks += sinks if ranks.is_main else []
+        with resilience.StopSignal() as stop:
+            stopped = loop.run(stop)
+    return resilience.stopped(settings.checkpoint.save) if stopped else 0
