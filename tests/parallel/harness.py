@@ -36,6 +36,7 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
         "pytest",
+        "moetron.moe",  # before megatron-core
         "megatron.core.dist_checkpointing",
         "megatron.core.optimizer",
         "megatron.core.pipeline_parallel.schedules",
