@@ -2,6 +2,8 @@
 
 import pytest
 
+import moetron.moe  # noqa: F401  (guards megatron-core's import of Transformer Engine)
+
 
 @pytest.fixture(autouse=True)
 def no_switches_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:

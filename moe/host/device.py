@@ -5,7 +5,8 @@ combination has an outcome:
 
 | CUDA | --device auto | cpu | cuda |
 |---|---|---|---|
-| no driver, or every GPU hidden | CPU | CPU | refused |
+| no driver | CPU | CPU | refused |
+| every GPU hidden | CPU, said why | CPU | refused |
 | a driver, but CUDA does not start | refused | CPU | refused |
 | usable | the rank's GPU | refused | the rank's GPU |
 
@@ -25,7 +26,11 @@ import torch
 
 from moetron.common.errors import ConfigError, UserError
 from moetron.moe.config.checks import problems
-from moetron.moe.config.machine import expected_device, transformer_engine_is_installed
+from moetron.moe.config.machine import (
+    expected_device,
+    nvidia_driver,
+    transformer_engine_is_installed,
+)
 from moetron.moe.config.rules.case import said
 from moetron.moe.config.schema.implementation import beyond_transformer_engine, is_local
 from moetron.moe.config.schema.settings import Settings
@@ -37,7 +42,8 @@ logger = logging.getLogger(__name__)
 def prepare_device(settings: Settings) -> torch.device:
     """Decide device and layers of a run, before any process group starts.
 
-    Says on rank 0 why ``--transformer-impl auto`` takes local layers on a GPU.
+    Says on rank 0 why ``--transformer-impl auto`` takes local layers on a GPU, and why ``--device
+    auto`` takes the CPU of a machine with a driver.
 
     Raises:
         UserError: what is asked for cannot be used.
@@ -47,7 +53,7 @@ def prepare_device(settings: Settings) -> torch.device:
     uses_transformer_engine(settings)
     usable = device.type == "cuda" and transformer_engine_fault() is None
     _check_again(settings, device, usable)
-    note = _why_local(settings) if device.type == "cuda" else None
+    note = _why_local(settings) if device.type == "cuda" else _why_cpu(settings)
     if note is not None and os.environ.get("RANK", "0") == "0":
         logger.warning("%s", note)
     return device
@@ -124,6 +130,14 @@ def uses_transformer_engine(settings: Settings) -> bool:
             "use --transformer-impl auto"
         )
     return not is_local(settings, te=fault is None)
+
+
+def _why_cpu(settings: Settings) -> str | None:
+    """Why ``--device auto`` takes the CPU of a machine with a driver; None: it does not."""
+    fault = cuda_fault()
+    if settings.parallel.device != "auto" or fault is None or nvidia_driver() is None:
+        return None
+    return f"--device auto: running on the CPU: {fault.reason}"
 
 
 def _why_local(settings: Settings) -> str | None:

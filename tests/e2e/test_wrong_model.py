@@ -5,12 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.unit.host.stand_ins import was_executed, write_transformer_engine
 
 ROOT = Path(__file__).parents[2]
-TINY = ("--mock-data", "--train-iters", "1", "--lr-warmup-iters", "1", "--eval-iters", "0")
+TINY = ("--mock-data", "--train-iters", "2", "--lr-warmup-iters", "1", "--eval-iters", "0")
 
 
 def _run(program: list[str], recipe: str, *flags: str, **environment: str) -> tuple[int, str]:
@@ -52,17 +50,14 @@ def test_transformer_engine_is_refused_for_a_model_that_it_cannot_express() -> N
     assert "--ffn-type double_gated needs --transformer-impl local" in said
 
 
-@pytest.mark.parametrize("impl", ["auto", "local"])
-def test_a_broken_transformer_engine_beside_hidden_gpus_does_not_matter(
-    tmp_path: Path, impl: str
-) -> None:
+def test_a_broken_transformer_engine_beside_hidden_gpus_does_not_matter(tmp_path: Path) -> None:
     write_transformer_engine(tmp_path, "RuntimeError")
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     code, said = _run(
         ["pretrain_moe.py"],
         "olmoe_1b_7b",
         "--transformer-impl",
-        impl,
+        "local",
         PYTHONPATH=path,
         CUDA_VISIBLE_DEVICES="",
     )

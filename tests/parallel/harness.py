@@ -32,10 +32,13 @@ from moetron.moe.host.device import backend_for
 
 NVTE_SWITCHES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 
+# Asking for GPUs must not initialise CUDA in the server, whose forks could then not use it.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
         "pytest",
+        "moetron.moe",  # before megatron-core
         "megatron.core.dist_checkpointing",
         "megatron.core.optimizer",
         "megatron.core.pipeline_parallel.schedules",
