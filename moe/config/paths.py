@@ -72,9 +72,8 @@ class ToolParser(argparse.ArgumentParser):
     def add_foreign(self, answers: Mapping[str, str]) -> None:
         """Answer flags of another program's tool of the same purpose."""
         for flag, answer in answers.items():
-            self.add_argument(
-                flag, nargs="*", action=_Foreign, const=answer, help=argparse.SUPPRESS
-            )
+            hidden: dict[str, Any] = {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
+            self.add_argument(flag, nargs="*", action=_Foreign, const=answer, **hidden)
 
     def add_subparsers(self, **settings: Any) -> Any:
         """As argparse's; the words of a command are checked by its own parser."""
