@@ -1,6 +1,7 @@
 """Paths that a user names: they lie on a mounted file system and are no addresses."""
 
 import argparse
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,7 +37,7 @@ def local_path(text: str) -> str:
     """``text`` with a leading ``~`` expanded; raises Rule where it is no path."""
     if problem := path_problem(text):
         raise Rule(problem)
-    return str(Path(text).expanduser()) if text.startswith("~") else text
+    return os.path.expanduser(text)  # noqa: PTH111 - Path's raises for ~nobody
 
 
 LocalPath = Annotated[
@@ -93,5 +94,5 @@ def _checked(text: str) -> str:
     """``local_path`` with argparse's error."""
     try:
         return local_path(text)
-    except (Rule, RuntimeError) as error:  # RuntimeError: no such user's home
+    except Rule as error:
         raise argparse.ArgumentTypeError(f"{text}: {error}") from None
