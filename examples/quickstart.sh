@@ -16,6 +16,9 @@ while [ $# -gt 0 ]; do
   case "$1" in
     --out | --corpus)
       [ $# -ge 2 ] || fail "$1 takes a value (try --help)"
+      case "$2" in
+        *://*) fail "$1 $2: an address, not a path: give a folder of a mounted file system" ;;
+      esac
       if [ "$1" = --out ]; then out="$2"; else corpus="$2"; fi
       shift 2
       ;;

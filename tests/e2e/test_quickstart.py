@@ -36,6 +36,7 @@ def quickstart(out: Path) -> dict[str, Any]:
         (["--corpus", "nowhere"], "--corpus nowhere is neither a folder nor 'debian'"),
         (["--out"], "--out takes a value"),
         (["--steps", "3"], "unknown option '--steps'"),
+        (["--out", "s3://bucket/run"], "--out s3://bucket/run: an address, not a path"),
     ],
 )
 def test_a_wrong_option_is_answered_at_once(arguments: list[str], message: str) -> None:

@@ -1,6 +1,7 @@
 """Paths that a user names: they lie on a mounted file system and are no addresses."""
 
 import argparse
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,7 +37,7 @@ def local_path(text: str) -> str:
     """``text`` with a leading ``~`` expanded; raises Rule where it is no path."""
     if problem := path_problem(text):
         raise Rule(problem)
-    return str(Path(text).expanduser()) if text.startswith("~") else text
+    return os.path.expanduser(text)  # noqa: PTH111 - Path's raises for ~nobody
 
 
 LocalPath = Annotated[
@@ -72,9 +73,8 @@ class ToolParser(argparse.ArgumentParser):
     def add_foreign(self, answers: Mapping[str, str]) -> None:
         """Answer flags of another program's tool of the same purpose."""
         for flag, answer in answers.items():
-            self.add_argument(
-                flag, nargs="*", action=_Foreign, const=answer, help=argparse.SUPPRESS
-            )
+            hidden: dict[str, Any] = {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
+            self.add_argument(flag, nargs="*", action=_Foreign, const=answer, **hidden)
 
     def add_subparsers(self, **settings: Any) -> Any:
         """As argparse's; the words of a command are checked by its own parser."""
@@ -94,5 +94,5 @@ def _checked(text: str) -> str:
     """``local_path`` with argparse's error."""
     try:
         return local_path(text)
-    except (Rule, RuntimeError) as error:  # RuntimeError: no such user's home
+    except Rule as error:
         raise argparse.ArgumentTypeError(f"{text}: {error}") from None

@@ -255,3 +255,11 @@ def test_broken_settings_are_answered_without_torch() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout.strip() == "False"
+
+
+def test_what_follows_from_a_stand_in_is_not_reported(path: Path) -> None:
+    """The rule of shared key heads names the channels, which come from the hidden size."""
+    three = ["--tensor-model-parallel-size", 3, "--dry-run", "--world-size", 3]
+    heads = ["--num-attention-heads", 3, "--num-query-groups", 1, "--seq-length", 15]
+    (line,) = problems("--config", path, *three, *heads, "--hidden-size", "abc")
+    assert line == "--hidden-size abc: must be integer > 0"

@@ -85,6 +85,7 @@ def test_what_a_shell_would_expand(recipe: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("HOME", "/home/me")
     argv = ["--config", str(recipe), "--dry-run"]
     assert load([*argv, "--save=~/run"]).settings.checkpoint.save == "/home/me/run"
+    assert load([*argv, "--save", "~no_such_user/run"]).settings.checkpoint.save is not None
     assert load([*argv, "--save", "a$b/c"]).settings.checkpoint.save == "a$b/c"
     (line,) = problems(*argv, "--data-path", "1", "${SCRATCH}/shard")
     assert "the variable ${SCRATCH} is not expanded here: write its value" in line

@@ -135,6 +135,6 @@ def test_flags_that_a_recipe_would_pass_over_are_refused(make_shard, tmp_path: P
 
 
 def test_a_prefix_without_a_name_is_refused() -> None:
-    run = run_tool("")
+    run = run_tool("..")
     assert (run.returncode, run.stderr.count("\n")) == (2, 1)
     assert "is a folder; give the beginning of names in it" in run.stderr
