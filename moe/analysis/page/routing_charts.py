@@ -22,9 +22,7 @@ def of_routing(analysis: dict[str, Any]) -> list[go.Figure]:
     figures.append(
         _by_layer("Vocabulary specialisation", layers, analysis["vocabulary_specialization"])
     )
-    entropy = dict(
-        zip(analysis["domains"], np.array(analysis["domain_entropy"]).T.tolist(), strict=True)
-    )
+    entropy = dict(zip(analysis["domains"], np.array(analysis["domain_entropy"]).T, strict=True))
     figures.append(_by_layer("Routing entropy, nats", layers, entropy))
     if entropy := token_class_entropy(analysis):
         figures.append(_by_layer("Entropy of token classes' first choices, nats", layers, entropy))
@@ -83,7 +81,9 @@ def _drops(analysis: dict[str, Any], layers: list[str]) -> go.Figure:
     return figure
 
 
-def _by_layer(title: str, layers: list[str], series: Mapping[str, Sequence[float]]) -> go.Figure:
+def _by_layer(
+    title: str, layers: list[str], series: Mapping[str, Sequence[float] | np.ndarray]
+) -> go.Figure:
     figure = framed(title, "", "")
     for name, values in series.items():
         figure.add_scatter(x=layers, y=list(values), name=name, mode="lines+markers")
