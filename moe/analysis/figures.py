@@ -97,7 +97,7 @@ def _vocabulary(result: Result) -> Figure:
 def _entropy(result: Result) -> Figure:
     """The entropies of ST-MoE's Table 14: by domain, and by class of token."""
     figure, (left, right) = _columns(2, height=3.4)
-    by_domain = np.array(result["domain_entropy"]).T.tolist()
+    by_domain = np.array(result["domain_entropy"]).T
     _lines(left, result["layers"], dict(zip(result["domains"], by_domain, strict=True)))
     left.set(title="Routing entropy of a text's choices", xlabel="layer", ylabel="nats")
     _lines(right, result["layers"], token_class_entropy(result))
@@ -154,7 +154,9 @@ def _columns(count: int, height: float) -> tuple[Figure, Sequence[Axes]]:
     return figure, row
 
 
-def _lines(axes: Axes, layers: Sequence[int], series: Mapping[str, Sequence[float]]) -> None:
+def _lines(
+    axes: Axes, layers: Sequence[int], series: Mapping[str, Sequence[float] | np.ndarray]
+) -> None:
     for name, values in series.items():
         axes.plot(layers, values, "o-", markersize=4, label=name)
     axes.set_xticks(layers)

@@ -133,7 +133,7 @@ def top_classes(
     ]
 
 
-def token_class_entropy(result: dict[str, Any], min_tokens: int = 1000) -> dict[str, list[float]]:
+def token_class_entropy(result: dict[str, Any], min_tokens: int = 1000) -> dict[str, np.ndarray]:
     """Entropy by layer [L] of each class of ``result["token_classes"]``; rare ones left out.
 
     Few tokens cannot visit many experts, so that their entropy is low by chance. Empty for results
@@ -141,6 +141,6 @@ def token_class_entropy(result: dict[str, Any], min_tokens: int = 1000) -> dict[
     """
     if (classes := result.get("token_classes")) is None:
         return {}
-    by_class = np.array(classes["entropy"]).T.tolist()
+    by_class = np.array(classes["entropy"]).T
     rows = zip(classes["names"], classes["tokens"], by_class, strict=True)
     return {name: entropy for name, tokens, entropy in rows if tokens >= min_tokens}

@@ -112,7 +112,7 @@ def _drops(analysis: dict[str, Any], layers: list[str]) -> go.Figure:
 
 
 def _by_layer(
-    title: str, unit: str, layers: Sequence[int], series: Mapping[str, Sequence[float]]
+    title: str, unit: str, layers: Sequence[int], series: Mapping[str, Sequence[float] | np.ndarray]
 ) -> go.Figure:
     figure = framed(title, unit, "layer")
     figure.update_xaxes(type="category")
