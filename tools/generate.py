@@ -35,13 +35,7 @@ def parser() -> argparse.ArgumentParser:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     add = parser.add_argument
-    add(
-        "--load",
-        type=Path,
-        required=True,
-        metavar="RUN",
-        help="in any layout; a run: its latest checkpoint",
-    )
+    add("--load", type=Path, required=True, metavar="RUN", help="a run or a step_* folder of it")
     add("--prompt", action="append", help="text to continue; may be given again (default: none)")
     add("--prompts-file", type=Path, metavar="FILE", help="more prompts, one a line")
     add("--mode", choices=get_args(Mode), default="causal", help="UL2's modes: s2s, nlu, nlg")
