@@ -75,7 +75,7 @@ def test_losses_are_those_of_the_formulas(layout: str) -> None:
 
 @pytest.mark.parametrize("layout", [pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS])
 def test_losses_of_all_micro_batches_and_masks(layout: str) -> None:
-    _compare(layout, _cases(layout, product(SIZES, (True, False), MASKS)))
+    _compare(layout, _cases(layout, tuple(product(SIZES, (True, False), MASKS))))
 
 
 def test_losses_of_other_routers() -> None:
