@@ -5,10 +5,9 @@
     python tools/generate.py --load RUN --prompts-file FILE        # one prompt a line
     python tools/generate.py --load RUN --mode nlu --prompt "for <extra_id_0> in range(3):"
 
-RUN is a run's folder or one step_* folder. Experts have no capacity: each token is served by the
-experts that it chooses. After --bidirectional-prefix a prompt sees all of itself where the given
-part of samples did (--mode, or objective prefix_lm or ul2). Exit codes: 0 done, 2 something for the
-user to change, 1 our fault.
+Experts have no capacity: each token is served by the experts that it chooses. A prompt sees all of
+itself where --bidirectional-prefix let the given part of samples do so (--mode, or objective
+prefix_lm or ul2). Exit codes: 0 done, 2 something for the user to change, 1 our fault.
 """
 
 import argparse
@@ -37,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = ToolParser(description=__doc__)
     add = parser.add_argument
-    add("--load", type=Path, required=True, metavar="RUN", help="where the checkpoint lies")
+    add("--load", type=Path, required=True, metavar="RUN", help="a run or a step_* folder of it")
     add("--prompt", type=str, action="append", help="text to continue; may be given again")
     add("--prompts-file", type=Path, metavar="FILE", help="more prompts, one a line")
     add("--mode", choices=get_args(Mode), default="causal", help="UL2's modes: s2s, nlu, nlg")
@@ -105,8 +104,8 @@ def main() -> int:
         started, count = time.perf_counter(), 0
         for text, prompt in zip(texts, prompts, strict=True):
             rule = (tokenizer.vocab_size, sampling, not arguments.no_cache, both_ways)
-            ids = generate.continuation(model, prompt, *rule)
-            document = itertools.takewhile(lambda token: token != tokenizer.eod, ids)
+            following = generate.continuation(model, prompt, *rule)
+            document = itertools.takewhile(lambda token: token != tokenizer.eod, following)
             count += show(text, itertools.islice(document, arguments.max_new_tokens), tokenizer)
         seconds = time.perf_counter() - started
     print(f"{count} tokens, {count / seconds:,.1f} tokens/s", file=sys.stderr)

@@ -234,6 +234,7 @@ class Router(TopKRouter):
 
     @staticmethod
     def _summed(counts: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+        """Sum int64 ``counts`` in place over ``group``: its ranks saw other tokens (collective)."""
         if group.size() > 1:
             torch.distributed.all_reduce(counts, group=group)
         return counts

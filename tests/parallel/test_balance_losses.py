@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -34,31 +35,25 @@ LAYOUTS = {
 }  # ranks, data-parallel ranks, sizes
 
 
-def _cases(layout: str) -> list[Case]:
+SIZES = (1, 2, 4, 8)
+SOME = ((1, True, "nothing"), (2, False, "losses"), (4, True, "padding"), (8, True, "losses"))
+"""Micro-batch size, per-token loss, mask: each size, in place of all 24 combinations."""
+
+
+def _cases(layout: str, ways: Any) -> list[Case]:
     parallel = tuple(LAYOUTS[layout][2].items())
-    cases = [
+    return [
         replace(case, micro_batch_size=size, per_token=per_token, masked=masked, parallel=parallel)
-        for case, size, per_token, masked in product(
-            KINDS.values(), (1, 2, 4, 8), (True, False), MASKS
-        )
+        for case in KINDS.values()
+        for size, per_token, masked in ways
         # Without a per-token loss context ranks average unlike numbers of tokens: refused.
         if per_token or CP not in LAYOUTS[layout][2]
     ]
-    others = (
-        Case(moe=(("moe_router_type", name),), micro_batch_size=4, parallel=parallel)
-        for name in OTHERS
-    )
-    return [*cases, *others] if layout == "one" else cases
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [pytest.param(name, marks=[pytest.mark.slow] * (LAYOUTS[name][0] > 2)) for name in LAYOUTS],
-)
-def test_losses_are_those_of_the_formulas(layout: str) -> None:
+def _compare(layout: str, cases: list[Case]) -> None:
     ranks, data_ranks, _ = LAYOUTS[layout]
-    cases = _cases(layout)
-    found = run_ranks(run_router, ranks, cases)[0]
+    found = run_ranks(run_router, ranks, cases, timeout_s=300)[0]
     for case, result in zip(cases, found, strict=True):
         expected = reference(case, data_ranks)
         gradient = expected["gradient"].float()
@@ -68,3 +63,21 @@ def test_losses_are_those_of_the_formulas(layout: str) -> None:
         )
         for name in ("aux_loss", "z_loss"):
             assert result[name] == pytest.approx(expected[name], rel=1e-5), (case, name)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(name, marks=[pytest.mark.slow] * (LAYOUTS[name][0] > 2)) for name in LAYOUTS],
+)
+def test_losses_are_those_of_the_formulas(layout: str) -> None:
+    _compare(layout, _cases(layout, SOME))
+
+
+@pytest.mark.parametrize("layout", [pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS])
+def test_losses_of_all_micro_batches_and_masks(layout: str) -> None:
+    _compare(layout, _cases(layout, tuple(product(SIZES, (True, False), MASKS))))
+
+
+def test_losses_of_other_routers() -> None:
+    routers = [(("moe_router_type", name),) for name in OTHERS]
+    _compare("one", [Case(moe=moe, micro_batch_size=4) for moe in routers])

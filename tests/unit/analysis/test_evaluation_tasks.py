@@ -16,6 +16,7 @@ class CountsOn(torch.nn.Module):
     """After byte n it is all but sure of byte n + 1."""
 
     max_sequence_length = 16
+    bidirectional_prefix = False
 
     def __init__(self) -> None:
         super().__init__()

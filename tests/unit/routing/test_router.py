@@ -208,3 +208,33 @@ def test_gradients_are_those_of_the_formula(per_token: bool) -> None:
     (0.1 * balance + 0.01 * z).mul(TOKENS if per_token else 1).backward()
     assert weight.grad is not None
     torch.testing.assert_close(router.weight.grad.float(), weight.grad, rtol=2e-2, atol=1e-3)
+
+
+def test_recomputed_passes_weigh_as_their_own_micro_batch() -> None:
+    """Two micro-batches run ahead without gradient before the first is recomputed."""
+    router = _routers(_settings())[0]
+    known = []
+    for count in (3, 7):
+        router.loss_tokens.bring(torch.tensor(count))
+        with torch.no_grad():
+            router(_hidden())
+    for _ in range(2):
+        router(_hidden())
+        known.append(int(router._loss_tokens))
+    assert known == [3, 7]
+
+
+def test_losses_of_a_router_in_bf16_are_summed_in_fp32() -> None:
+    """--moe-router-dtype params: logits have 8 bits, and their losses no fewer than fp32."""
+    settings = _settings(moe_router_dtype="params")
+    hidden, expected = _hidden(), {"aux_loss": 0.0, "z_loss": 0.0}
+    for router in _routers(settings).bfloat16():
+        torch.nn.init.normal_(router.weight)
+        router(hidden)
+        logits = router.gating(hidden).view(TOKENS, EXPERTS)
+        assert logits.dtype == torch.bfloat16
+        logits = logits.double()
+        share = torch.bincount(logits.topk(2).indices.flatten(), minlength=EXPERTS) / (2 * TOKENS)
+        expected["aux_loss"] += float(EXPERTS * (share * logits.softmax(1).mean(0)).sum()) / 2
+        expected["z_loss"] += float(logits.logsumexp(1).square().mean()) / 2
+    assert _read(settings, 1) == pytest.approx(expected, rel=1e-5)
