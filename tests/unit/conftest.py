@@ -17,10 +17,12 @@ def transformers4(request: pytest.FixtureRequest) -> Path:
 
     Put it first on PYTHONPATH. It is made once, at $MOETRON_TRANSFORMERS4 or in pytest's cache.
     """
-    cache = request.config.cache
-    assert cache is not None
-    made = os.environ.get("MOETRON_TRANSFORMERS4")
-    folder = Path(made) if made else cache.mkdir("transformers4") / "packages"
+    if made := os.environ.get("MOETRON_TRANSFORMERS4"):
+        folder = Path(made)
+    else:
+        cache = request.config.cache
+        assert cache is not None
+        folder = cache.mkdir("transformers4") / "packages"
     if not (folder / "transformers").is_dir():
         temporary = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(temporary, ignore_errors=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from sentencepiece import sentencepiece_model_pb2 as model_pb2
 from tokenizers import (
     AddedToken,
     decoders,
@@ -97,6 +98,17 @@ KINDS: dict[str, Callable[[list[str]], tuple[Any, dict[str, Any]]]] = {
     "metaspace": metaspace,
     "stripping": stripping,
 }
+
+
+def t5_like(model: bytes) -> bytes:
+    """A SentencePiece model that adds a space in front, folds white space, and has other names."""
+    proto = model_pb2.ModelProto.FromString(model)
+    proto.normalizer_spec.add_dummy_prefix = True
+    proto.normalizer_spec.remove_extra_whitespaces = True
+    unknown = next(piece for piece in proto.pieces if piece.type == piece.UNKNOWN)
+    unknown.piece = proto.trainer_spec.unk_piece = "[UNK]"
+    content: bytes = proto.SerializeToString()
+    return content
 
 
 def write(kind: str, folder: Path, corpus: list[str]) -> Path:

@@ -16,7 +16,7 @@ from tests.unit.tokenizers import kinds
 
 transformers = pytest.importorskip("transformers")
 READER = Path(__file__).with_name("read_tokenizers.py")
-ALL = ["bytes", "sentencepiece", *kinds.KINDS]
+ALL = ["bytes", "sentencepiece", "t5_like", *kinds.KINDS]
 MODEL_TYPES = ("olmoe", "mixtral", "llama", "qwen3_moe", "deepseek_v3", "openmoe")
 """A model's config.json beside a tokenizer may change the class that transformers takes."""
 
@@ -26,6 +26,9 @@ def all_kinds(
     corpus: list[str], model_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Tokenizer]:
     found = {"bytes": load_tokenizer("bytes"), "sentencepiece": load_tokenizer(model_path)}
+    other = tmp_path_factory.mktemp("t5_like") / "spiece.model"
+    other.write_bytes(kinds.t5_like(model_path.read_bytes()))
+    found["t5_like"] = load_tokenizer(other)
     for kind in kinds.KINDS:
         found[kind] = load_tokenizer(kinds.write(kind, tmp_path_factory.mktemp(kind), corpus))
     return found
