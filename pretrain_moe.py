@@ -58,6 +58,6 @@ def plan(command: Command, vocab_size: int) -> int:
 
 
 if __name__ == "__main__":  # megatron-core's checkpoint writer spawns processes
-    from moetron.moe.training.resilience import run_guarded
+    from moetron.common.process import run_guarded
 
     sys.exit(run_guarded(main))

@@ -58,8 +58,9 @@ EXTRAS = {
 
 
 def packages() -> dict[str, str]:
-    """Package name -> folder: ``moetron`` and every folder of code below ``FOLDERS``."""
-    found = {"moetron": "moetron", "moetron.common": "moetron/common"}
+    """Package name -> folder: of ``moetron``, the recipes, every folder of code of ``FOLDERS``."""
+    own = ("moetron", "moetron.common", "moetron.commands")
+    found = {**{name: name.replace(".", "/") for name in own}, "moetron.recipes": "examples"}
     for folder in FOLDERS:
         for path in sorted([ROOT / folder, *(ROOT / folder).rglob("*")]):
             if path.is_dir() and any(path.glob("*.py")):
@@ -86,7 +87,12 @@ setup(
     python_requires=">=3.10,<3.13",
     packages=list(packages()),
     package_dir=packages(),
-    package_data={"moetron.moe.analysis.page": ["*.html"]},
+    package_data={
+        "moetron.moe.analysis.page": ["*.html"],
+        "moetron.recipes": ["*/*.yaml", "*.json"],
+    },
+    py_modules=["pretrain_moe"],
+    entry_points={"console_scripts": ["moetron = moetron.__main__:main"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
 )

@@ -100,7 +100,8 @@ def pretrain(
         sinks: take the metrics beside those that the settings name; of the main rank alone.
     """
     quieten_libraries()
-    from moetron.moe.training import build_trainer, resilience, runtime  # torch: seconds
+    from moetron.common import process as resilience  # torch: seconds
+    from moetron.moe.training import build_trainer, runtime
 
     with runtime.running(settings) as ranks:
         trainer = build_trainer.build_trainer(settings, ranks, vocab_size)

@@ -26,7 +26,8 @@ class MoetronSentencePieceTokenizer(BertGenerationTokenizer):
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """The text of pieces; control pieces are written out."""
-        text, run = "", []
+        text = ""
+        run: list[str] = []
         for token in tokens:
             if self.sp_model.is_control(self.sp_model.piece_to_id(token)):
                 text += self.sp_model.decode(run) + token

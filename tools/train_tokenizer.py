@@ -1,119 +1,13 @@
+#!/usr/bin/env python
 """Train an umT5-style tokenizer (SentencePiece unigram, byte fallback) on JSONL.
 
-Writes PREFIX.model, PREFIX.json (options, inputs, fingerprint, fertility by source) and
-PREFIX.fertility.png. Run again on the same inputs with the same options, it finds them current and
-does nothing.
+The command is in moetron/commands/train_tokenizer.py; ``--help`` describes it.
 """
 
-import argparse
-import dataclasses
-import hashlib
-import json
 import sys
-import time
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
 
-from moetron.common.argument_types import positive_number
-from moetron.common.files import atomic_file, beside, require_writable
-from moetron.data.corpora.labels import labelled_texts
-from moetron.data.readers.first_rows import require_texts
-from moetron.data.readers.input_files import find_files
-from moetron.moe.config.schema.paths import ToolParser
-from moetron.tokenizers.fertility import draw, measure, table
-from moetron.tokenizers.train import TrainingOptions, is_current, train
-from moetron.tokenizers.training_sample import sample_sources
-from moetron.tokenizers.umt5 import SentencePieceTokenizer
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = ToolParser(description=__doc__)
-    add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="PATH", help="files, folders or globs")
-    add("--text-key", default="text", help="key of the text (default: %(default)s)")
-    add("--output", type=Path, required=True, metavar="PREFIX", help="PREFIX.model, PREFIX.json")
-    add("--vocab-size", type=int, default=8192, help="sentinels included (default: %(default)s)")
-    add("--sentinels", type=int, default=100, help="<extra_id_i> pieces (default: %(default)s)")
-    add("--character-coverage", type=float, default=0.9995, help="default: %(default)s")
-    add("--split-digits", action="store_true", help="every digit is a piece of its own")
-    add("--pieces-span-words", action="store_true", help="pieces may run over spaces (umT5)")
-    add("--sample-mb", type=positive_number, default=10, help="million characters to train on")
-    add("--unimax", type=positive_number, metavar="N", help="even out sources, none above N epochs")
-    add("--seed", type=int, default=1234, help="of the sample (default: %(default)s)")
-    return parser.parse_args(arguments)
-
-
-def recipe(args: argparse.Namespace, options: TrainingOptions, paths: list[Path]) -> dict[str, Any]:
-    """All that the model is a function of."""
-    stats = [(str(path.resolve()), path.stat()) for path in paths]
-    return {
-        "options": dataclasses.asdict(options),
-        "sentencepiece": version("sentencepiece"),
-        "text_key": args.text_key,
-        "sample_mb": args.sample_mb,
-        "unimax": args.unimax,
-        "seed": args.seed,
-        "inputs": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
-    }
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Sample, train, measure, write."""
-    args = parse(arguments)
-    fields = {field.name for field in dataclasses.fields(TrainingOptions)}
-    options = TrainingOptions(**{k: v for k, v in vars(args).items() if k in fields})
-    paths = find_files(args.input)
-    model_path, sidecar_path = beside(args.output, ".model"), beside(args.output, ".json")
-    if problems := options.problems():
-        raise ValueError("\n".join(problems))
-    if sidecar_path.resolve() in {path.resolve() for path in paths}:
-        raise ValueError(f"--output {args.output}: would write over the input {sidecar_path}")
-    made_from = recipe(args, options, paths)
-    if is_current(model_path, sidecar_path, made_from):
-        print(f"{model_path} is current")
-        return 0
-    require_writable(args.output)  # now rather than after hours of training
-    for problem in require_texts(paths, args.text_key, max_bad_fraction=1.0):
-        print(f"train_tokenizer: {problem}; it gives no text", file=sys.stderr)
-    started = time.monotonic()
-    budget = round(args.sample_mb * 1e6)
-    sample = sample_sources(
-        lambda: labelled_texts(paths, args.text_key), budget, args.unimax, args.seed
-    )
-    drawn = sum(len(block) for found in sample.values() for block in found)
-    if drawn == 0:
-        raise ValueError(f"--input: {len(paths)} files, but no text in them")
-    print(f"training {options.vocab_size} pieces on {drawn / 1e6:.1f} M characters ...", flush=True)
-    model = train((block for found in sample.values() for block in found), options)
-    with atomic_file(model_path) as file:
-        file.write(model)
-    tokenizer = SentencePieceTokenizer(model_path)
-    fertility = {source: measure(tokenizer, found) for source, found in sample.items()}
-    with atomic_file(beside(args.output, ".fertility.png")) as file:
-        draw(fertility, file)
-    sidecar = {
-        "kind": tokenizer.kind,
-        "fingerprint": tokenizer.fingerprint,
-        "sha256": hashlib.sha256(model).hexdigest(),
-        "vocab_size": tokenizer.vocab_size,
-        "made_from": made_from,
-        "fertility_on_training_text": {k: dataclasses.asdict(v) for k, v in fertility.items()},
-    }
-    with atomic_file(sidecar_path) as file:
-        file.write(json.dumps(sidecar, indent=2, ensure_ascii=False).encode())
-    print(table(fertility))
-    print(f"{model_path}: {tokenizer.vocab_size} ids, {time.monotonic() - started:.0f} s")
-    return 0
-
+from moetron.commands.train_tokenizer import main
+from moetron.common.process import run_guarded
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as error:
-        print(f"train_tokenizer: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("train_tokenizer: stopped; nothing was kept", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(run_guarded(main))

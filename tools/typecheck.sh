@@ -16,7 +16,7 @@ mypy="$(realpath "${MOETRON_VENV:-.venv}")/bin/mypy"
 tree="$(mktemp -d)"
 trap 'rm -rf "$tree"' EXIT
 mkdir "$tree/moetron"
-ln -s "$root/moetron/__init__.py" "$root"/{moe,data,tokenizers} "$tree/moetron/"
+ln -s "$root"/moetron/* "$root"/{moe,data,tokenizers} "$tree/moetron/"
 ln -s "$root"/{tools,examples,pretrain_moe.py} "$tree/"
 cd "$tree"
 "$mypy" --config-file "$root/pyproject.toml" --cache-dir "$root/.mypy_cache" "${targets[@]}" \

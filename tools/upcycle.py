@@ -1,119 +1,13 @@
 #!/usr/bin/env python
 """Turn a dense checkpoint into the start of a mixture of experts, without a GPU, tensor by tensor.
 
-    python tools/upcycle.py --load DENSE --output RUN --num-experts 8 --moe-router-topk 2
-    python tools/upcycle.py --load DENSE --output RUN --num-experts 64 --moe-router-topk 8 \\
-      --moe-ffn-hidden-size 1024 --noise-fraction 0.5
-
-DENSE is a run's folder (its latest checkpoint), one step_* folder, or a folder of HuggingFace's.
-Any flag of pretrain_moe.py about experts says what is made. Then `pretrain_moe.py --config
-RUN/model.yaml --load RUN --finetune ...` goes on. docs/upcycling.md has more. Exit codes: 0 done,
-2 something to mend, 1 our fault.
+The command is in moetron/commands/upcycle.py; ``--help`` describes it.
 """
 
-import argparse
 import sys
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
-from pydantic import ValidationError
-
-from moetron.common.errors import ConfigError, UserError
-from moetron.moe.config import flags
-from moetron.moe.config.command import check, merge
-from moetron.moe.config.schema.derived import with_tokenizer
-from moetron.moe.config.schema.field import flag_name
-from moetron.moe.config.schema.paths import ToolParser
-from moetron.moe.config.upcycling import UpcyclingSettings
-from moetron.moe.host import threads
-from moetron.moe.monitoring.library_warnings import quieten_libraries
-from moetron.moe.training.resilience import run_guarded
-from moetron.tokenizers.interface import Tokenizer
-from moetron.tokenizers.load import load_tokenizer
-from moetron.tokenizers.run_copy import find_copy, keep, load_copy, name_of
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line, without the flags about experts."""
-    parser = ToolParser(description=__doc__, allow_abbrev=False)
-    defaults = UpcyclingSettings()
-    add = parser.add_argument
-    add("--load", type=Path, required=True, help="the dense model")
-    add("--output", type=Path, required=True, help="folder to write")
-    add("--router-init-std", type=float, default=defaults.router_init_std, help="(default: 0.02)")
-    scaling: dict[str, Any] = {"dest": "weight_scaling", "action": "store_false"}
-    add("--no-weight-scaling", **scaling, help="copy values as they are")
-    add("--noise-fraction", type=float, default=defaults.noise_fraction, help="drawn anew")
-    add("--noise-std", type=float, default=defaults.noise_std, help="of those (default: 0.02)")
-    add("--seed", type=int, default=defaults.seed, help="of router and noise")
-    return threads.add_option(parser)
-
-
-def tokenizer_of(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a run or of a folder of HuggingFace's, where it holds one."""
-    copy = find_copy(folder)
-    if copy is None and not (folder / "config.json").is_file():
-        return None
-    try:
-        return load_tokenizer(folder) if copy is None else load_copy(copy)
-    except UserError as error:
-        if copy is not None:
-            raise
-        print(f"without a tokenizer: {error}", file=sys.stderr)
-        return None
-
-
-def experts(words: list[str]) -> dict[str, dict[str, Any]]:
-    """The section ``moe`` that flags give; UserError for other flags."""
-    given = flags.parse(words)
-    others = list(given.options)
-    for group, section in given.settings.items():
-        others += section if group != "moe" else ()
-    problems = given.problems + [f"{flag_name(name)} is not about experts" for name in others]
-    if problems:
-        raise ConfigError(problems)
-    return given.settings
-
-
-def main() -> int:
-    """Upcycle; the exit code."""
-    own, words = parser().parse_known_args()
-    given = experts(words)
-    try:
-        options = UpcyclingSettings.model_validate(
-            {name: getattr(own, name) for name in UpcyclingSettings.model_fields}
-        )
-    except ValidationError as error:
-        wrong = [
-            (flag_name(str(one["loc"][0])), one["input"], one["msg"]) for one in error.errors()
-        ]
-        raise ConfigError([f"{flag} {value}: {said}" for flag, value, said in wrong]) from error
-    quieten_libraries()
-    from moetron.moe.convert.initial_checkpoint import MODEL_FILE  # torch: seconds
-    from moetron.moe.convert.upcycle import dense_folder, dense_run, is_huggingface, upcycle
-
-    threads.use_threads(own.cpu_threads)
-    tokenizer = tokenizer_of(own.load)
-    name = tokenizer and name_of(tokenizer, own.output)
-    if is_huggingface(own.load):
-        dense = dense_folder(own.load, name, tokenizer and tokenizer.fingerprint)
-    else:
-        dense = dense_run(own.load)
-    if name is not None:
-        dense = replace(dense, settings=with_tokenizer(dense.settings, name))
-    tree = merge(dense.settings.model_dump(mode="json"), given)
-    settings, problems = check(tree, world_size=1, dry_run=True)
-    if problems or settings is None:
-        raise ConfigError(problems)
-    upcycle(dense, own.output, settings.moe, options)
-    if tokenizer is not None:
-        keep(tokenizer, own.output, replace=True)
-    print(f"{own.output}: {settings.moe.num_experts} experts a layer")
-    recipe = own.output / MODEL_FILE
-    print(f"go on: pretrain_moe.py --config {recipe} --load {own.output} --finetune ...")
-    return 0
-
+from moetron.commands.upcycle import main
+from moetron.common.process import run_guarded
 
 if __name__ == "__main__":
     sys.exit(run_guarded(main))

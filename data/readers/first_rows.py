@@ -94,6 +94,7 @@ def _problem_of_rows(chunks: Iterator[Chunk], text_key: str) -> str | None:
             break
     if first is None or not rejects:
         return None
-    table = isinstance(first, TableChunk)
-    keys = f"; the row has {key_list(first.batch.schema.names)}" if table else ""
+    keys = ""
+    if isinstance(first, TableChunk):
+        keys = f"; the row has {key_list(first.batch.schema.names)}"
     return f"row {rejects[0].line}: {rejects[0].reason}{keys}"

@@ -99,7 +99,8 @@ class _Builder:
     def _dtype(self, name: str, properties: Any) -> Any:
         import torch
 
-        if type(properties) is not self._kinds["TensorProperties"]:
+        kind = self._kinds["TensorProperties"]
+        if not isinstance(properties, Record) or type(properties) is not kind:
             raise _Malformed(f"{name} has no properties")
         state = properties.state
         found = state[0] if isinstance(state, tuple) and len(state) == 5 else None

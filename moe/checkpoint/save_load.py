@@ -258,6 +258,7 @@ def _load_rng(checkpoint: Checkpoint, settings: Settings) -> None:
     (seed, step), and rank 0 says so.
     """
     step, request = checkpoint.record.progress.step, rng_entries()
+    reason: str | None
     if checkpoint.record.layout != _layout(settings):
         reason, request = "another layout", {}
     else:

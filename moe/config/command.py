@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moetron.common.errors import ConfigError
+from moetron.common.recipes import recipe_path
 from moetron.moe.config import checks, flags, machine, recipe
 from moetron.moe.config.schema.derived import notes
 from moetron.moe.config.schema.field import flag_name
@@ -52,7 +53,7 @@ def load(argv: Sequence[str]) -> Command:
     names = given.options.get("config", [])
     try:
         _refuse_addresses(names)
-        config = [Path(name) for name in names]
+        config = [recipe_path(name) for name in names]
         tree = read_recipes(config)
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from error

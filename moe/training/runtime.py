@@ -12,12 +12,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from moetron.common.errors import UserError
+from moetron.common.threads import use_threads
 from moetron.moe.config.schema.pipeline_split import virtual_pipeline_size
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.host.adapt import adapt_host
 from moetron.moe.host.allocator import keep_freed_memory
 from moetron.moe.host.device import backend_for, prepare_device
-from moetron.moe.host.threads import use_threads
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -44,8 +44,8 @@ def fitting(layouts: Iterable[Layout], flags: list[str], settings: Settings) -> 
 class Runs:
     """What all runs of a check have in common."""
 
-    program: Path
-    """pretrain_moe.py."""
+    program: Sequence[str]
+    """Words after the interpreter that start training."""
     flags: list[str]
     settings: Settings
     """What ``flags`` mean."""
@@ -80,7 +80,7 @@ class Runs:
         quiet = ["--eval-iters=0", "--eval-interval=none", "--no-tensorboard"]
         quiet += [f"--wandb-{name}=none" for name in ("project", "entity", "exp-name")]
         command = [
-            *(sys.executable, *(torchrun if ranks > 1 else []), str(self.program), *self.flags),
+            *(sys.executable, *(torchrun if ranks > 1 else []), *self.program, *self.flags),
             *(*layout.flags(self.settings), *quiet, *flags),
             f"--save={save}",
         ]

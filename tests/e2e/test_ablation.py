@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moetron.moe.training.resilience import EXIT_STOPPED, EXIT_USER
+from moetron.common.process import EXIT_STOPPED, EXIT_USER
 
 ROOT = Path(__file__).parents[2]
 SWEEP = f"""

@@ -94,7 +94,7 @@ def test_sigterm_saves_and_ends(tmp_path: Path) -> None:
 FAILING = """
     import time, torch
     import torch.distributed as dist
-    from moetron.moe.training.resilience import run_guarded
+    from moetron.common.process import run_guarded
 
     def main():
         dist.init_process_group("gloo")

@@ -13,8 +13,8 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
+from moetron.common.process import EXIT_STOPPED, EXIT_USER
 from moetron.moe.monitoring.sinks import MACHINE_FIGURES
-from moetron.moe.training.resilience import EXIT_STOPPED, EXIT_USER
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "examples" / "olmoe_1b_7b" / "tiny.yaml")

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from moetron.common.process import EXIT_USER
 from moetron.moe.config.recipe import read
-from moetron.moe.training.resilience import EXIT_USER
 from tests.unit.tokenizers import kinds
 
 pytestmark = pytest.mark.slow

@@ -32,7 +32,7 @@ def test_a_model_that_is_not_the_planned_one_ends_the_run(tmp_path: Path) -> Non
         f"sys.path.insert(0, {str(ROOT)!r})\n"
         "import pretrain_moe\n"
         "from moetron.moe.layers import specs\n"
-        "from moetron.moe.training.resilience import run_guarded\n"
+        "from moetron.common.process import run_guarded\n"
         "specs.SequentialFfnLayer = specs.TransformerLayer\n"
         "local = specs._local_layer\n"
         "specs._local_layer = lambda *args: local(*args[:3], None)\n"

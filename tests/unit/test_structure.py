@@ -166,8 +166,8 @@ def test_setup_lists_every_package(monkeypatch: pytest.MonkeyPatch) -> None:
     exec(program, {"__file__": setup_file})
     folders = {path.parent.relative_to(ROOT).as_posix() for path in modules(*FOLDERS)}
     expected = {f"moetron.{folder.replace('/', '.')}": folder for folder in folders}
-    common = {"moetron": "moetron", "moetron.common": "moetron/common"}
-    assert listed == {**common, **expected}
+    own = {name: name.replace(".", "/") for name in ("moetron.common", "moetron.commands")}
+    assert listed == {"moetron": "moetron", **own, "moetron.recipes": "examples", **expected}
     without_init = {folder for folder in folders if not (ROOT / folder / "__init__.py").is_file()}
     assert without_init == {"tokenizers"}
 

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from moetron.common.errors import UserError
+from moetron.common.process import EXIT_STOPPED
 from moetron.moe.analysis.ablation.sweep import Run, Sweep
 from moetron.moe.checkpoint import run_folder as checkpoint_folder
 from moetron.moe.config import recipe
 from moetron.moe.config.validate import validate
-from moetron.moe.training.resilience import EXIT_STOPPED
 
 RECIPE = "recipe.yaml"
 LOG = "log.txt"
@@ -58,10 +58,12 @@ def prepare(run: Run, output: Path) -> Path:
     return folder
 
 
-def training_command(sweep: Sweep, run: Run, output: Path, script: Path, threads: int) -> list[str]:
-    """What trains a prepared run to its end from wherever it is; makes its upcycled start.
+def training_command(
+    sweep: Sweep, run: Run, output: Path, program: Sequence[str], threads: int
+) -> list[str]:
+    """Return the command that trains a prepared run to its end; make its upcycled start.
 
-    Losses that are not finite do not end it: it is to be counted, not mended.
+    Losses that are not finite do not end it: it is counted, not fixed.
 
     Raises:
         UserError: the run that it starts from is not finished.
@@ -80,7 +82,7 @@ def training_command(sweep: Sweep, run: Run, output: Path, script: Path, threads
     words = ["--config", str(folder / RECIPE), "--save", str(folder), "--load", *load]
     if run.settings.parallel.cpu_threads == 0:
         words += ["--cpu-threads", str(threads)]
-    return [*python, str(script), *words, "--no-check-for-nan-in-loss-and-grad"]
+    return [*python, *program, *words, "--no-check-for-nan-in-loss-and-grad"]
 
 
 def _upcycled(run: Run, source: Path, target: Path) -> Path:
@@ -181,7 +183,7 @@ def _ending(code: int, stopping: bool) -> str:
     return f"failed with exit code {code}: see {LOG}"
 
 
-def run_alone(sweep: Sweep, run: Run, output: Path, script: Path, threads: int) -> None:
+def run_alone(sweep: Sweep, run: Run, output: Path, program: Sequence[str], threads: int) -> None:
     """Let a run's training take this process's place: signals and exit code are its own.
 
     Raises:
@@ -193,6 +195,6 @@ def run_alone(sweep: Sweep, run: Run, output: Path, script: Path, threads: int) 
     except BlockingIOError as error:
         raise UserError(f"{output / run.name}: another process trains it") from error
     os.set_inheritable(lock, True)  # held until that program ends
-    command = training_command(sweep, run, output, script, threads)
+    command = training_command(sweep, run, output, program, threads)
     sys.stdout.flush()
     os.execv(command[0], command)

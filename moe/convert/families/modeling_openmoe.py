@@ -267,4 +267,5 @@ class OpenMoeForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_FIELD: cache})
+        kept: dict[str, Any] = {CACHE_FIELD: cache}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **kept)

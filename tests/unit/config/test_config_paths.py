@@ -139,7 +139,10 @@ def test_preprocessing_answers_megatrons_flags() -> None:
     assert "unknown flag --json-keys: use --text-key" in done.stderr
 
 
-@pytest.mark.parametrize("tool", sorted((ROOT / "tools").glob("*.py")), ids=lambda path: path.stem)
+COMMANDS = sorted((ROOT / "moetron" / "commands").glob("[a-z]*.py"))
+
+
+@pytest.mark.parametrize("tool", COMMANDS, ids=lambda path: path.stem)
 def test_every_tool_checks_its_paths(tool: Path) -> None:
     tree = ast.parse(tool.read_text(encoding="utf-8"))
     calls = [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
@@ -147,7 +150,7 @@ def test_every_tool_checks_its_paths(tool: Path) -> None:
     assert not [call for call in calls if call.endswith("ArgumentParser")]
 
 
-@pytest.mark.parametrize("tool", sorted((ROOT / "tools").glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("tool", COMMANDS, ids=lambda path: path.stem)
 def test_help_of_a_tool_shows_lines_as_they_are_written(tool: Path) -> None:
     """A backslash at a line's end in a docstring would join the two in help."""
     source = tool.read_text(encoding="utf-8")

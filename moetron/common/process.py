@@ -23,8 +23,10 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from moetron.common.errors import RunError, UserError
-from moetron.moe.host.threads import use_passive_waits
+from moetron.common.threads import use_passive_waits
 
+TRAIN = ("-m", "moetron", "train")
+"""Words after a Python interpreter that train, wherever the package is."""
 EXIT_FAILED = 1
 EXIT_USER = 2
 EXIT_STOPPED = 75

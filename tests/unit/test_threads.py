@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from moetron.common import cores
+from moetron.common import cores, threads
 from moetron.common.errors import UserError
-from moetron.moe.host import threads
 
 ROOT = Path(__file__).resolve().parents[3]
 TORCH_TOOLS = ("generate", "evaluate", "analyze_routing", "convert_checkpoint", "upcycle")
@@ -88,7 +87,7 @@ def test_a_cpu_quota_of_the_first_version_counts(
 
 PROGRAM = (
     "import os; os.sched_getaffinity = lambda _: set(range(6))\n"
-    "from moetron.moe.host.threads import cpu_threads\n"
+    "from moetron.common.threads import cpu_threads\n"
     "open(os.environ['FOLDER'] + '/' + os.environ['RANK'], 'w').write(str(cpu_threads(0, 2)))\n"
 )
 
@@ -125,7 +124,7 @@ def test_idle_threads_sleep_unless_the_user_chooses(
 def test_openmp_learns_of_it_before_it_is_loaded() -> None:
     """What libgomp itself says that it read, in a command that starts as every command does."""
     program = (
-        "from moetron.moe.training.resilience import run_guarded\n"
+        "from moetron.common.process import run_guarded\n"
         "def main():\n  import torch\n  print(torch.ones(2).sum().item())\n  return 0\n"
         "run_guarded(main)"
     )

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from moetron.common import process as resilience
 from moetron.common.errors import RunError, UserError
-from moetron.moe.training import resilience
-from moetron.moe.training.resilience import StopSignal, run_guarded
+from moetron.common.process import StopSignal, run_guarded
 
 
 def _raising(error: BaseException) -> int:
@@ -75,7 +75,7 @@ def test_what_its_own_words_explain_has_no_traceback(
 
 def test_a_reader_that_goes_away_gets_no_traceback() -> None:
     endless = (
-        "import sys\nfrom moetron.moe.training.resilience import run_guarded\n"
+        "import sys\nfrom moetron.common.process import run_guarded\n"
         "def main():\n  while True: print('line')\nsys.exit(run_guarded(main))"
     )
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

@@ -1,0 +1,111 @@
+"""Watch how a model routes: saturation, co-activation, specialisation, drops, similarity.
+
+    python tools/analyze_routing.py RUN [--data NAME=PREFIX ...] [--checkpoints latest]
+    python tools/analyze_routing.py HF_FOLDER --data code=PREFIX prose=PREFIX
+
+RUN is a --save folder: its latest checkpoint is analysed on equal parts of each class of text, and
+earlier ones are compared with it. HF_FOLDER is a HuggingFace MoE model. PREFIX is a token shard,
+NAME its domain, language or task. Writes analysis.json and pictures. Exit codes: 0 done, 2
+something for the user to change, 1 our fault.
+"""
+
+import argparse
+from pathlib import Path
+
+from moetron.common import threads
+from moetron.common.errors import UserError
+from moetron.data.inspect.even_windows import Sources, named_sources, spread_windows
+from moetron.moe.analysis import figures, specialization
+from moetron.moe.analysis import routing_study as study
+from moetron.moe.analysis.routing_trace import Windows
+from moetron.moe.checkpoint import run_folder as checkpoint_folder
+from moetron.moe.config.schema.paths import ToolParser
+from moetron.moe.monitoring.library_warnings import quieten_libraries
+from moetron.tokenizers.interface import Tokenizer
+from moetron.tokenizers.load import load_tokenizer
+from moetron.tokenizers.run_copy import load_run_tokenizer
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = ToolParser(description=__doc__)
+    add = parser.add_argument
+    add("model", type=Path, metavar="RUN|HF_FOLDER", help="a run's folder or a HuggingFace model")
+    add("--data", nargs="+", metavar="NAME=PREFIX", help="default: the run's validation shards")
+    add("--checkpoints", choices=("all", "latest"), default="all", help="to compare (default: all)")
+    add("--tokens-per-class", dest="tokens", type=int, default=16_384, help="default: 16384")
+    add("--seq-length", type=int, help="tokens of a window; default: the run's, else 1024")
+    add("--token-class", type=str, nargs="+", default=[], metavar="NAME=REGEX", help="of tokens")
+    add("--layers", type=int, nargs="+", help="to watch, from 0; default: all with experts")
+    add("--adjacent-pairs", action="store_true", help="count co-activation as OLMoE's script did")
+    add("--tokenizer-model", metavar="PATH", help="default: the run's, or the folder's")
+    add("--output", type=Path, metavar="DIR", help="default: RUN/analysis")
+    return threads.add_option(parser)
+
+
+def require_one(tokenizer: Tokenizer, sources: Sources) -> None:
+    """Refuse texts of another tokenizer than the model's."""
+    for name, source in sources.items():
+        for manifest in filter(None, (shard.manifest for shard in source.shards)):
+            if manifest.tokenizer.fingerprint != tokenizer.fingerprint:
+                raise UserError(f"{name}, {source.prefix}: of another tokenizer than the model's")
+
+
+def open_text(sources: Sources, tokenizer: Tokenizer, given: argparse.Namespace) -> study.Text:
+    """Windows of every class, and how ids are shown; a model may have ids that no piece uses."""
+    require_one(tokenizer, sources)
+    rows = [(n.removesuffix(".valid"), spread_windows(s, given.tokens)) for n, s in sources.items()]
+    return study.Text(
+        [Windows(name, row[:, :-1], row[:, 1:]) for name, row in rows],
+        lambda id: tokenizer.decode([id]) if id < tokenizer.vocab_size else f"<{id}>",
+        specialization.token_classes(given.token_class) or study.TOKEN_CLASSES,
+    )
+
+
+def watch_folder(given: argparse.Namespace) -> study.Result:
+    """The analyses of a HuggingFace folder."""
+    from moetron.moe.analysis.hf_model import HuggingFaceModel
+
+    sources = named_sources(given.data or [], given.seq_length or 1024)
+    tokenizer = load_tokenizer(given.tokenizer_model or given.model)
+    text = open_text(sources, tokenizer, given)
+    threads.use_threads(given.cpu_threads)
+    model = HuggingFaceModel(given.model, given.layers)
+    return study.summary(model, text) | study.study(model, text, given.adjacent_pairs)[0]
+
+
+def watch_run(given: argparse.Namespace) -> study.Result:
+    """The analyses of a run's latest checkpoint, and how the earlier ones differ from it."""
+    from moetron.moe.analysis.own_model import OwnModel
+    from moetron.moe.checkpoint.compatibility import tokenizer_fingerprints
+    from moetron.moe.checkpoint.vocabulary import vocabulary_of
+    from moetron.moe.training import runtime
+
+    record = checkpoint_folder.read(given.model).record
+    settings = checkpoint_folder.one_rank_settings(record, given.cpu_threads)
+    held_out = settings.data.rooted(settings.data.valid_data_path or [])
+    length = given.seq_length or settings.model.seq_length
+    sources = named_sources(given.data or held_out, length)
+    names = given.tokenizer_model, settings.data.tokenizer_model
+    tokenizer = load_run_tokenizer(given.model, *names, tokenizer_fingerprints(record.stream))
+    text = open_text(sources, tokenizer, given)
+    vocab_size = vocabulary_of(given.model, settings, tokenizer.vocab_size)
+    with runtime.running(settings) as ranks:
+        model = OwnModel(given.model, settings, vocab_size, ranks, given.layers)
+        found, choices = study.study(model, text, given.adjacent_pairs)
+        if given.checkpoints == "all":
+            steps = model.each_checkpoint(given.model, record.progress.step)
+            found["checkpoints"] = study.compare(model, text, choices, steps)
+    return study.summary(model, text) | {"step": record.progress.step} | found
+
+
+def main() -> int:
+    """Analyse what the command line names; the exit code."""
+    arguments = parser().parse_args()
+    quieten_libraries()
+    folder = (arguments.model / "config.json").is_file()
+    if arguments.output is not None:
+        checkpoint_folder.make_run_folder(arguments.output, "--output")
+    result = watch_folder(arguments) if folder else watch_run(arguments)
+    print(*figures.write(result, arguments.output or arguments.model / "analysis"), sep="\n")
+    return 0

@@ -1,0 +1,112 @@
+"""Convert checkpoints to and from folders of HuggingFace's, without a GPU, one tensor at a time.
+
+    python tools/convert_checkpoint.py to-hf   --load RUN --output DIR
+    python tools/convert_checkpoint.py from-hf --load DIR --output RUN
+    python tools/convert_checkpoint.py inspect --load RUN
+
+RUN is a run's folder (its latest checkpoint) or, to read from, one step_* folder, written in any
+layout. After from-hf, `pretrain_moe.py --config RUN/model.yaml --load RUN --finetune ...` goes on
+from the weights. Exit codes: 0 done, 2 something for the user to change, 1 our fault.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from moetron.common import threads
+from moetron.common.errors import UserError
+from moetron.moe.checkpoint import run_folder as checkpoint_folder
+from moetron.moe.checkpoint.compatibility import tokenizer_fingerprints
+from moetron.moe.checkpoint.vocabulary import vocabulary_of
+from moetron.moe.config.schema.paths import ToolParser
+from moetron.moe.monitoring.library_warnings import quieten_libraries
+from moetron.tokenizers.export import exported, why_not
+from moetron.tokenizers.interface import Tokenizer
+from moetron.tokenizers.load import load_tokenizer
+from moetron.tokenizers.run_copy import keep, load_run_tokenizer, name_of
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = ToolParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    export = commands.add_parser("to-hf", help="write a folder that transformers loads")
+    load = commands.add_parser("from-hf", help="write a checkpoint to start from")
+    look = commands.add_parser("inspect", help="say what a checkpoint holds")
+    look.add_argument("--verify", action="store_true", help="hold every file against its sum")
+    for command in (export, load, look):
+        command.add_argument("--load", type=Path, required=True, help="what to read")
+    for command in (export, load):
+        command.add_argument("--output", type=Path, required=True, help="folder to write")
+        threads.add_option(command)
+    add = export.add_argument
+    add("--model-type", help="HuggingFace's (default: the one that fits)")
+    add("--dtype", choices=DTYPES, help="of the weights (default: the run's)")
+    add("--max-shard-bytes", type=int, default=5 * 10**9, help="of one file (default: 5e9)")
+    add("--tokenizer-model", metavar="PATH", help="default: the copy in the run's folder")
+    add("--as-causal", action="store_true", help="export a --bidirectional-prefix model, too")
+    return parser
+
+
+def to_hf(arguments: argparse.Namespace) -> None:
+    """Export a checkpoint with its tokenizer."""
+    import torch
+
+    from moetron.moe.convert.to_huggingface import Export
+    from moetron.moe.convert.to_huggingface import to_hf as export
+
+    record = checkpoint_folder.read_record(checkpoint_folder.find(arguments.load))
+    settings = checkpoint_folder.one_rank_settings(record)
+    given, saved = arguments.tokenizer_model, settings.data.tokenizer_model
+    tokenizer, known = None, tokenizer_fingerprints(record.stream)
+    if given is not None or saved is not None:
+        tokenizer = load_run_tokenizer(arguments.load, given, saved, known)
+    vocab_size = vocabulary_of(
+        arguments.load, settings, None if tokenizer is None else tokenizer.vocab_size
+    )
+    dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
+    family = export(
+        arguments.load,
+        arguments.output,
+        Export(arguments.model_type, dtype, arguments.max_shard_bytes, arguments.as_causal),
+        vocab_size,
+        *exported(tokenizer),
+        check=lambda folder: None if tokenizer is None else why_not(tokenizer, folder),
+    )
+    print(f"{arguments.output}: {family.architecture}")
+
+
+def from_hf(arguments: argparse.Namespace) -> None:
+    """Import a folder with its tokenizer."""
+    from moetron.moe.convert.from_huggingface import from_hf as load
+    from moetron.moe.convert.initial_checkpoint import MODEL_FILE
+
+    tokenizer: Tokenizer | None = None
+    try:
+        tokenizer = load_tokenizer(arguments.load)
+    except UserError as error:
+        print(f"without a tokenizer: {error}", file=sys.stderr)
+    fingerprint = None if tokenizer is None else tokenizer.fingerprint
+    source = None if tokenizer is None else name_of(tokenizer, arguments.output)
+    family, settings = load(arguments.load, arguments.output, source, fingerprint)
+    if tokenizer is not None:
+        keep(tokenizer, arguments.output, replace=True)
+    print(f"{arguments.output}: {family.architecture}, {settings.model.num_layers} layers")
+    recipe = arguments.output / MODEL_FILE
+    print(f"train it: pretrain_moe.py --config {recipe} --load {arguments.output} --finetune ...")
+
+
+def main() -> int:
+    """Convert what the command line asks for; the exit code."""
+    arguments = parser().parse_args()
+    quieten_libraries()
+    if arguments.command == "inspect":
+        from moetron.moe.convert.inspect_checkpoint import describe
+
+        print(describe(arguments.load, arguments.verify))
+    else:
+        threads.use_threads(arguments.cpu_threads)
+        {"to-hf": to_hf, "from-hf": from_hf}[arguments.command](arguments)
+    return 0

@@ -1,0 +1,87 @@
+"""Cross-entropies, in nats per token, of a unigram and an interpolated bigram model.
+
+Both are fitted to all tokens of the training shards and judged on the windows of the validation
+shards that a model is judged on. A trained model should be below the bigram.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from moetron.common.files import atomic_file, require_writable
+from moetron.data.inspect.ngrams import NgramModels, cross_entropies
+from moetron.data.shards.shard import Shard
+from moetron.data.stream.blend import open_blend
+from moetron.data.stream.token_stream import TokenStream, validation_stream
+from moetron.moe.config.schema.paths import ToolParser
+
+BATCH_TOKENS = 1 << 20
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = ToolParser(description=__doc__)
+    add = parser.add_argument
+    add("--train-data-path", nargs="+", required=True, metavar="PREFIX", help="as --data-path")
+    add("--valid-data-path", nargs="+", required=True, metavar="PREFIX", help="the same")
+    add("--seq-length", type=int, required=True, help="tokens of a window")
+    add("--windows", type=int, help="how many, from the first (default: all)")
+    add("--vocab-size", type=int, help="default: the tokenizer's, else the largest id seen + 1")
+    add("--output", type=Path, metavar="FILE", help="write the figures as JSON")
+    return parser.parse_args(arguments)
+
+
+def batches(
+    stream: TokenStream, windows: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(tokens, labels, loss mask), some windows at a time."""
+    step = max(1, BATCH_TOKENS // stream.seq_length)
+    for start in range(0, windows, step):
+        batch = stream.batch(range(start, min(start + step, windows)))
+        yield batch["tokens"], batch["labels"], batch["loss_mask"]
+
+
+def ids_below(shard: Shard) -> int:
+    """The tokenizer's vocabulary, or the largest id of a shard that does not name one, plus 1."""
+    if shard.manifest is not None:
+        return shard.manifest.tokenizer.vocab_size
+    return int(shard.tokens.max()) + 1
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Count, judge, print."""
+    args = parse(arguments)
+    started = time.monotonic()
+    if args.output is not None:
+        require_writable(args.output)  # now rather than after the count
+    blend = open_blend(args.train_data_path, args.seq_length)
+    training = [shard for source in blend.sources for shard in source.shards]
+    stream = validation_stream(args.valid_data_path, args.seq_length)
+    windows = min(len(stream) if args.windows is None else args.windows, len(stream))
+    shards = training + [shard for source in stream.sources for shard in source.shards]
+    vocab_size = args.vocab_size or max(ids_below(shard) for shard in shards)
+    models = NgramModels((shard.tokens for shard in training), vocab_size)
+    found = cross_entropies(models, batches(stream, windows))
+    figures = {
+        "unigram_cross_entropy": found.unigram,
+        "bigram_cross_entropy": found.bigram,
+        "bigram_model": "interpolated modified Kneser-Ney",
+        "validation_tokens": found.tokens,
+        "training_tokens": models.training_tokens,
+        "windows": windows,
+        "seq_length": args.seq_length,
+        "vocab_size": vocab_size,
+    }
+    print(f"fitted to {models.training_tokens:,} tokens, {vocab_size:,} ids")
+    print(f"judged on {found.tokens:,} tokens of {windows:,} windows, nats per token:")
+    print(f"  unigram                          {found.unigram:.4f}")
+    print(f"  bigram (modified Kneser-Ney)     {found.bigram:.4f}")
+    print(f"{time.monotonic() - started:.1f} s")
+    if args.output is not None:
+        with atomic_file(args.output) as file:
+            file.write(json.dumps(figures, indent=2).encode() + b"\n")
+    return 0

@@ -1,0 +1,28 @@
+"""Where recipes lie: examples/ of a checkout, or the copy inside an installed package."""
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def recipes_folder() -> Path:
+    """Return the folder that holds one folder for each recipe."""
+    checkout = _PACKAGE.parent
+    if (checkout / "pretrain_moe.py").is_file() and (checkout / "examples").is_dir():
+        return checkout / "examples"
+    return _PACKAGE / "recipes"
+
+
+def recipe_path(name: str) -> Path:
+    """Return the file that ``--config name`` means.
+
+    A file that exists; else ``olmoe_1b_7b`` (its pretrain.yaml) or ``olmoe_1b_7b/tiny`` among the
+    recipes that come with Moetron; else ``name`` itself, which does not exist.
+    """
+    given = Path(name)
+    if given.exists() or not name:
+        return given
+    for path in (recipes_folder() / name / "pretrain.yaml", recipes_folder() / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    return given
