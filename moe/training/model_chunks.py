@@ -9,7 +9,6 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import unwrap_model
 
 from moetron.moe.config.bridge import ModelConfig, ddp_config
-from moetron.moe.config.schema import derived
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.layers.build_model import build_model
 from moetron.moe.routing.expert_bias import finalize_gradients
@@ -82,12 +81,12 @@ def set_training(chunks: ModelChunks, training: bool) -> None:
 
 
 def needs_samples(chunk: DistributedDataParallel, settings: Settings) -> bool:
-    """Whether a chunk reads tokens or labels (the pipeline's first and last), or all chunks do.
+    """Return whether a chunk reads samples: the pipeline's first and last, or all chunks.
 
-    Every rank reads its samples itself, so that masks and token ids need not travel along. Routers
-    weigh their losses by the tokens that bear a loss, where that is not all of them.
+    Every rank reads its samples itself, so that masks and token ids need not travel along. With a
+    per-token loss, routers weigh their balance losses by the tokens that have a loss.
     """
     model, hashed = unwrap_model(chunk), settings.moe.moe_router_type == "hash"
     ends = model.pre_process or model.post_process
-    weighed = derived.masks_losses(settings) and settings.training.calculate_per_token_loss
+    weighed = settings.moe.num_experts is not None and settings.training.calculate_per_token_loss
     return bool(ends or hashed or weighed or settings.data.bidirectional_prefix)

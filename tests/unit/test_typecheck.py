@@ -10,8 +10,8 @@ import pytest
 pytest.importorskip("mypy")
 ROOT = Path(__file__).resolve().parents[2]
 RIGHT = """
-from moetron.data.indexed_format import index_bytes
-from moetron.moe.config.derived import padded_to
+from moetron.data.shards.indexed_format import index_bytes
+from moetron.moe.config.schema.derived import padded_to
 from moetron.tokenizers.load import load_tokenizer
 
 size: int = index_bytes(2, 3) + padded_to(128, 1000)

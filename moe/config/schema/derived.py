@@ -201,15 +201,6 @@ def reads_prefix(settings: Settings, consumed_samples: int, has_mode: bool) -> b
     return has_mode or objective in ("prefix_lm", "ul2")
 
 
-def masks_losses(settings: Settings) -> bool:
-    """Whether some tokens of training samples may bear no loss."""
-    data = settings.data
-    stages = data.planned_stages()
-    filtered = data.eod_mask_loss or data.repetition_max_count is not None
-    uneven = filtered or any(stage.objective != "causal" for stage in stages)
-    return uneven and not data.mock_data
-
-
 def expert_slots(
     factor: float, tokens: int, experts: int, topk: int, includes_topk: bool, minimum: int
 ) -> int:

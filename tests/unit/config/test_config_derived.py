@@ -120,22 +120,21 @@ STAGED = {
 
 
 @pytest.mark.parametrize(
-    ("changes", "sample", "objective", "masked"),
+    ("changes", "sample", "objective"),
     [
-        ({"objective": "ul2"}, 9, "causal", False),  # mock samples
-        (ONE, 9, "causal", False),
-        ({**ONE, "objective": "prefix_lm"}, 9, "prefix_lm", True),
-        ({**ONE, "eod_mask_loss": True}, 9, "causal", True),
-        ({**ONE, "repetition_max_count": 9}, 9, "causal", True),
-        (STAGED, 0, "ul2", True),
-        (STAGED, 3, "ul2", True),
-        (STAGED, 4, "causal", True),
+        ({"objective": "ul2"}, 9, "causal"),  # mock samples
+        (ONE, 9, "causal"),
+        ({**ONE, "objective": "prefix_lm"}, 9, "prefix_lm"),
+        ({**ONE, "eod_mask_loss": True}, 9, "causal"),
+        ({**ONE, "repetition_max_count": 9}, 9, "causal"),
+        (STAGED, 0, "ul2"),
+        (STAGED, 3, "ul2"),
+        (STAGED, 4, "causal"),
     ],
 )
-def test_objectives(changes: dict[str, Any], sample: int, objective: str, masked: bool) -> None:
+def test_objectives(changes: dict[str, Any], sample: int, objective: str) -> None:
     settings = make(**changes)
     assert derived.objective_at(settings, sample) == objective
-    assert derived.masks_losses(settings) is masked
 
 
 @pytest.mark.parametrize(

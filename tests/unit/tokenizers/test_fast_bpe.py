@@ -68,7 +68,7 @@ def test_an_engine_that_has_grown_too_large_is_replaced(
 def test_only_a_known_tokenizer_that_agrees_is_fast(reference, monkeypatch) -> None:
     assert isinstance(open_fast(reference), FastBPE)
     assert open_fast(ByteTokenizer()) is None
-    monkeypatch.setattr(HuggingFaceTokenizer, "definition", "{}")
+    monkeypatch.setattr(reference, "definition", "{}")
     assert open_fast(reference) is None
     monkeypatch.undo()
     monkeypatch.setattr(

@@ -15,7 +15,7 @@ from moetron.data.corpora.formats import plain
 from moetron.data.corpora.labels import labelled_texts
 from moetron.data.readers.input_files import find_files
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 
 
 def text(number: int, characters: int = 1000) -> str:

@@ -10,7 +10,7 @@ from moetron.data.shards.shard import Shard
 from moetron.data.stream.blend import open_blend
 from moetron.tokenizers.byte_level import ByteTokenizer
 
-TOOL = Path(__file__).parents[3] / "tools" / "inspect_data.py"
+TOOL = Path(__file__).parents[4] / "tools" / "inspect_data.py"
 
 
 def run_tool(*arguments: str) -> "subprocess.CompletedProcess[str]":

@@ -11,7 +11,7 @@ import pytest
 
 from moetron.data.inspect.ngrams import NgramModels
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 
 
 def tool(name: str) -> ModuleType:

@@ -15,7 +15,7 @@ from moetron.data.prepare.options import Options
 from moetron.data.prepare.partitions import Share
 from moetron.data.prepare.preprocess import preprocess
 
-SCRIPT = Path(__file__).parents[3] / "examples" / "slurm" / "preprocess_array.sh"
+SCRIPT = Path(__file__).parents[4] / "examples" / "slurm" / "preprocess_array.sh"
 SBATCH = """#!/usr/bin/env bash
 # A SLURM of one machine: runs what it is given, array tasks one after the other, the last first.
 while [[ "$1" == --* ]]; do

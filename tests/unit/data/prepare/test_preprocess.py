@@ -17,7 +17,7 @@ from moetron.data.readers import rows as inputs_module
 from moetron.data.shards.shard import Shard
 from moetron.tokenizers.byte_level import ByteTokenizer
 
-TOOL = Path(__file__).parents[3] / "tools" / "preprocess_corpus.py"
+TOOL = Path(__file__).parents[4] / "tools" / "preprocess_corpus.py"
 TEXTS = [f"document {i}: {'äöü 漢字 ' * (i % 7)}" for i in range(200)]
 EOD = ByteTokenizer.eod
 

@@ -19,7 +19,7 @@ from moetron.data.shards.shard import Shard
 from moetron.tokenizers.fast_bpe import first_difference, open_fast
 from moetron.tokenizers.load import load_tokenizer
 
-TOOL = Path(__file__).parents[3] / "tools" / "preprocess_corpus.py"
+TOOL = Path(__file__).parents[4] / "tools" / "preprocess_corpus.py"
 KILLS = 10
 GIGABYTE = 1_000_000_000
 REAL = "give MOETRON_BENCH_CORPUS (JSONL, 100 MB or more) and MOETRON_BENCH_BPE (tokenizer.json)"

@@ -132,11 +132,12 @@ def test_other_inputs_start_again(options: Options) -> None:
 
 SCRIPT = """
 import sys
-from moetron.data import inputs, output
-from moetron.data.filters import Filters
-from moetron.data.options import Options
-from moetron.data.preprocess import preprocess
-inputs.CHUNK_BYTES, output.JOURNAL_INTERVAL_S = 20_000, 0.0
+from moetron.data.prepare import output
+from moetron.data.readers import rows
+from moetron.data.encoding.filters import Filters
+from moetron.data.prepare.options import Options
+from moetron.data.prepare.preprocess import preprocess
+rows.CHUNK_BYTES, output.JOURNAL_INTERVAL_S = 20_000, 0.0
 if __name__ == "__main__":
     preprocess(Options([sys.argv[1]], "bytes", sys.argv[2], workers=2))
 """

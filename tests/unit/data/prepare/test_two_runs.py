@@ -19,7 +19,7 @@ from moetron.data.prepare.options import Options
 from moetron.data.prepare.output_lock import held
 from moetron.data.prepare.preprocess import preprocess
 
-TOOL = Path(__file__).parents[3] / "tools" / "preprocess_corpus.py"
+TOOL = Path(__file__).parents[4] / "tools" / "preprocess_corpus.py"
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def arguments(options: Options, *more: str) -> list[str]:
 
 def after(change: str, command: list[str]) -> list[str]:
     """The command with a change to ``moetron.data.prepare.output``, there called ``o``."""
-    begin = f"import sys, runpy; from moetron.data import output as o\n{change}\n"
+    begin = f"import sys, runpy; from moetron.data.prepare import output as o\n{change}\n"
     run = "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     return [command[0], "-c", begin + run, *command[1:]]
 

@@ -18,7 +18,7 @@ from moetron.data.prepare.preprocess import preprocess
 from moetron.data.readers import first_rows
 from moetron.data.readers.first_rows import require_texts
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 GOOD = {"text": "a text", "id": 1}
 BAD = {"content": "a text", "meta": {"id": 1}}
 
