@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up the environment if needed, then lint, types and the default tests.
+# Sets up the environment if needed, then lint, types, the documentation site and the default tests.
 #   bash tests/run.sh                   everything that CI runs
 #   bash tests/run.sh --slow            the minutes-long tests
 #   bash tests/run.sh --parallel-full   every parallel layout
@@ -21,6 +21,7 @@ lint() {
 case "${1:-}" in
   "")
     lint
+    bash tools/build_docs.sh
     "$bin/pytest" tests -m "not slow and not parallel_full and not gpu" -n 2 --dist worksteal --durations 15
     ;;
   --slow) "$bin/pytest" tests -m "slow and not parallel_full and not gpu" ;;

@@ -5,6 +5,7 @@ what no program can know is megatron_notes.yaml.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -140,7 +141,8 @@ def rows() -> list[Row]:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    plain = " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    return re.sub(r"(?<!`)(--[a-z][\w-]*)", r"`\1`", plain)  # flags as code
 
 
 def _spellings(row: Row) -> str:
