@@ -13,6 +13,11 @@ PAGES = sorted(
     if "_build" not in path.parts
 )
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
+_TOP = {path.name for path in ROOT.iterdir() if path.is_dir() and path.name[0] != "."}
+_FORBIDDEN = {"tokenizers/__init__.py", "megatron/__init__.py"}
+_FOREIGN = {"pretrain_gpt.py", "common/recipe/__init__.py", "tests/pytorch/references/"}
+"""Files of Megatron-LM and Transformer Engine."""
+_NAMES = {path.name for folder in _TOP for path in (ROOT / folder).glob("**/*.[ps][yh]")}
 _CODE = re.compile(r"```.*?```|`[^`]*`", re.DOTALL)
 
 
@@ -58,3 +63,21 @@ def test_every_page_is_in_a_table_of_contents() -> None:
         if path.is_relative_to(ROOT / "docs") and path.name != "index.md":
             name = path.relative_to(ROOT / "docs").with_suffix("").as_posix()
             assert re.search(rf"(^|<){re.escape(name)}>?$", index, flags=re.MULTILINE), name
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in PAGES if path.name not in ("LOG.md", "CHANGELOG.md")],  # what was once
+    ids=lambda path: path.relative_to(ROOT).as_posix(),
+)
+def test_files_that_pages_name_exist(path: Path) -> None:
+    """``moe/routing/router.py`` by its path, ``router.py`` by its name, ``data/readers/`` too."""
+    named = re.findall(r"`([\w./-]+(?:\.py|\.sh|/))`", path.read_text(encoding="utf-8"))
+    ours = [name for name in named if name.split("/")[0] in _TOP or name.endswith((".py", ".sh"))]
+    ours = [name for name in ours if name not in _FORBIDDEN | _FOREIGN and "NAME" not in name]
+    absent = [name for name in ours if not any(ROOT.glob(name)) and not _known_by_name(name, path)]
+    assert not absent
+
+
+def _known_by_name(name: str, page: Path) -> bool:
+    return name in _NAMES or (page.parent / name).exists()
