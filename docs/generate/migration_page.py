@@ -131,7 +131,9 @@ def answer(flag: dict[str, Any], ours: dict[str, FieldInfo], known: dict[str, An
         for status, section in (("built in", "built_in"), ("refused", "refused")):
             if name in known[section]:
                 return Row(flag, status, theirs, "", known[section][name])
-    return Row(flag, "not there", theirs, "", known["groups"][flag["group"]])
+    reasons = {name: why for why, names in known["not_there"].items() for name in names}
+    given = [reasons[name] for name in spellings if name in reasons]
+    return Row(flag, "not there", theirs, "", *(given or [known["groups"][flag["group"]]]))
 
 
 def rows() -> list[Row]:
@@ -166,14 +168,14 @@ def _table(status: str, found: list[Row]) -> str:
 
 
 def _absent(found: list[Row]) -> str:
-    """One line for each group of Megatron-LM's help: why, and the flags."""
-    groups: dict[str, list[Row]] = {}
+    """A line for each group of Megatron-LM's help and reason in it: why, and the flags."""
+    groups: dict[tuple[str, str], list[Row]] = {}
     for row in found:
-        groups.setdefault(row.flag["group"], []).append(row)
+        groups.setdefault((row.flag["group"], row.note), []).append(row)
     lines = ["| Megatron-LM's group | why | flags |", "|---|---|---|"]
-    for group, members in groups.items():
+    for (group, note), members in groups.items():
         listed = " ".join(_spellings(row) for row in members)
-        lines.append(f"| {group} | {_cell(members[0].note)} | {listed} |")
+        lines.append(f"| {group} | {_cell(note)} | {listed} |")
     return "\n".join(lines)
 
 

@@ -34,6 +34,18 @@ def test_notes_are_about_flags_of_megatron(section: str) -> None:
     assert set(migration_page.notes()[section]) <= _theirs()
 
 
+def test_reasons_are_about_flags_that_are_not_there() -> None:
+    named = [name for names in migration_page.notes()["not_there"].values() for name in names]
+    absent = {
+        name
+        for row in migration_page.rows()
+        if row.status == "not there"
+        for name in row.flag["flags"]
+    }
+    assert len(set(named)) == len(named)
+    assert set(named) <= absent
+
+
 def test_notes_of_the_same_name_are_about_flags_of_both() -> None:
     assert set(migration_page.notes()["same_name"]) <= set(migration_page.our_flags())
 
