@@ -4,7 +4,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from docs.generate.svg import AMBER, BLUE, FAINT, GREEN, GREY, INK, RED, VIOLET, Picture
+from docs.generate.svg import AMBER, BLUE, FAINT, GREEN, GREY, RED, VIOLET, Picture
 from moetron.moe.config import recipe
 from moetron.moe.config.schema.pipeline_split import stage_chunks
 from moetron.moe.config.schema.settings import Settings
@@ -134,9 +134,10 @@ def stages() -> str:
         picture.text((left + switch) / 2, y + 22, early, anchor="middle")
         picture.text((switch + left + width) / 2, y + 22, late, anchor="middle")
     picture.text(20, 182, "a source")
-    picture.line(left, 178, switch, 178, colour=INK)
+    picture.line(left, 178, switch - 4, 178, arrow=True)
     picture.line(switch, 178, left + width, 178, arrow=True)
-    picture.text(switch + 8, 200, "continues where stage 1 stopped", size=13, colour=FAINT)
+    said = "other windows: shuffled anew"
+    picture.text(switch + 8, 200, said, size=13, colour=FAINT)
     picture.line(switch, 52, switch, 222, colour=FAINT)
     points = ((left, "0"), (switch, f"{switch_b:g} B tokens"), (left + width, f"{end_b:,.0f} B"))
     for x, words in points:
@@ -144,7 +145,7 @@ def stages() -> str:
     picture.text(
         20,
         280,
-        "The switch is inside the run: nothing is launched again, and no source begins again.",
+        "The switch is inside the run; nothing is launched again.",
     )
     return picture.document()
 

@@ -8,7 +8,7 @@ import pytest
 from tests import command_blocks as found
 
 PAGES = [path for path in found.pages() if found.commands(path)]
-TIMEOUT_S = 900.0
+TIMEOUT_S = 1800.0
 
 
 @pytest.fixture(scope="module")
