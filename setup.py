@@ -36,11 +36,18 @@ EXTRAS = {
     "log": ["wandb>=0.17,<1"],
     "base": ["scipy>=1.11,<2"],  # --moe-router-type base
     "ray": ["ray>=2.9,<3"],
+    "docs": [
+        "sphinx>=8,<10",
+        "myst-parser>=4,<6",
+        "furo>=2025.9",
+        "sphinx-copybutton>=0.5,<0.6",
+    ],
     "dev": [
         "pytest>=8,<10",
         "pytest-xdist>=3.5,<4",
         "pytest-timeout>=2.3,<3",
         "hypothesis>=6.100,<7",
+        "jsonschema>=4.18,<5",
         "ruff>=0.12,<1",
         "mypy>=1.10,<3",
         "pre-commit>=3.7,<5",

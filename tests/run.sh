@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up the environment if needed, then lint, types and the default tests. A part that fails does not keep the others
+# Sets up the environment if needed, then lint, types, the documentation site and the default tests. A part that fails does not keep the others
 # from running; the last line says which failed.
 #   bash tests/run.sh                   everything that CI runs
 #   bash tests/run.sh --slow            the minutes-long tests
@@ -35,6 +35,7 @@ case "${1:-}" in
     part lint "$bin/ruff" check --quiet .
     part shellcheck shell_scripts
     part types bash tools/typecheck.sh
+    part docs bash tools/build_docs.sh
     part tests "$bin/pytest" tests -m "not slow and not parallel_full and not gpu" -n 2 --dist worksteal --durations 15
     ;;
   --slow) part tests "$bin/pytest" tests -m "slow and not parallel_full and not gpu" ;;

@@ -11,7 +11,7 @@ from tests import rooms
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("moe", "data", "tokenizers")
-PYTHON_ROOTS = (*FOLDERS, "moetron", "tools", "tests", "examples")
+PYTHON_ROOTS = (*FOLDERS, "moetron", "tools", "tests", "examples", "docs")
 MODULE_LINES, TOOL_LINES, ENTRY_LINES, ROOM_FILES = 400, 120, 150, 15
 
 FLOORS = (
