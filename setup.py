@@ -62,6 +62,7 @@ EXTRAS = {
         "types-tqdm>=4,<5",
     ],
 }
+EXTRAS["dev"] += EXTRAS["docs"]  # tests/run.sh builds the documentation
 
 
 def packages() -> dict[str, str]:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets up the environment if needed, then lint, types, the documentation site and the default tests. A part that fails does not keep the others
-# from running; the last line says which failed.
+# Sets up the environment if needed, then lint, types, the documentation site and the default tests. A part that fails
+# does not keep the others from running; the last line says which failed.
 #   bash tests/run.sh                   everything that CI runs
 #   bash tests/run.sh --slow            the minutes-long tests
 #   bash tests/run.sh --parallel-full   every parallel layout

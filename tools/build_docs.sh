@@ -2,23 +2,15 @@
 # Builds the documentation site from docs/ into docs/_build/html; a warning fails the build.
 #   bash tools/build_docs.sh            build
 #   bash tools/build_docs.sh --links    check the links that leave the site, too (needs the network)
-# MOETRON_DOCS_VENV names the environment (default .venv-docs), PYTHON the interpreter to make it from.
+# Needs the development environment (bash tools/setup_env.sh --dev); MOETRON_VENV names its folder.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 case "${1:-}" in "" | --links) ;; *) sed -n '2,5s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;; esac
 
-venv="${MOETRON_DOCS_VENV:-.venv-docs}"
-# The extra [docs] of setup.py, without Moetron and torch: pages are generated beforehand, and committed.
-requirements="$(sed -n '/^    "docs": \[/,/^    \]/s/^ *"\([^"]*\)",.*/\1/p' setup.py | grep -v '^docs')"
-if [ "$(cat "$venv/.requirements" 2>/dev/null)" != "$requirements" ]; then
-  echo "docs: making $venv"
-  "${PYTHON:-python3}" -m venv "$venv" || { echo "docs: could not make $venv" >&2; exit 2; }
-  mapfile -t wanted <<<"$requirements"
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${wanted[@]}"
-  printf '%s\n' "$requirements" >"$venv/.requirements"
-fi
-"$venv/bin/sphinx-build" --fail-on-warning --keep-going --quiet --jobs auto -b html docs docs/_build/html
+sphinx="${MOETRON_VENV:-.venv}/bin/sphinx-build"
+[ -x "$sphinx" ] || { echo "docs: no $sphinx; run bash tools/setup_env.sh --dev first" >&2; exit 2; }
+"$sphinx" --fail-on-warning --keep-going --quiet --jobs auto -b html docs docs/_build/html
 echo "docs: docs/_build/html/index.html"
 if [ "${1:-}" = --links ]; then
-  "$venv/bin/sphinx-build" --quiet -b linkcheck docs docs/_build/links
+  "$sphinx" --quiet -b linkcheck docs docs/_build/links
 fi

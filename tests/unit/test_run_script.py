@@ -12,6 +12,7 @@ PARTS = (
     ".venv/bin/ruff check --quiet .",
     ".venv/bin/shellcheck tests/run.sh",
     "tools/typecheck.sh",
+    "tools/build_docs.sh",
     ".venv/bin/pytest tests -m not slow and not parallel_full and not gpu",
 )
 STAND_IN = """#!/usr/bin/env bash
@@ -28,7 +29,8 @@ def run_script(folder: Path, failing: str, *arguments: str) -> tuple[int, str, l
     programs = [
         f"{venv}/bin/{name}" for venv in (".venv", ".venv-newest") for name in ("ruff", "pytest")
     ]
-    programs += [".venv/bin/shellcheck", "tools/typecheck.sh", "tools/setup_env.sh"]
+    programs += [".venv/bin/shellcheck"]
+    programs += [f"tools/{name}.sh" for name in ("typecheck", "setup_env", "build_docs")]
     for name in programs:
         (folder / name).write_text(STAND_IN.format(failing=failing))
         (folder / name).chmod(0o755)
