@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from moetron.common.cores import usable_cores
+from moetron.common.errors import UserError
 from moetron.common.files import require_writable
 from moetron.data.corpora import debian, python_text, system_text
 from moetron.data.corpora.collect import (
@@ -54,7 +55,7 @@ def gather(source: str, output: Path) -> tuple[list[Task], Mapping[str, str]]:
     return tasks, licences
 
 
-def main(arguments: list[str] | None = None) -> int:
+def run(arguments: list[str] | None = None) -> int:
     """Find the files, read them, write the corpus."""
     args = parse(arguments)
     budget_mb = args.max_mb or DEFAULT_MB[args.source]
@@ -80,3 +81,11 @@ def main(arguments: list[str] | None = None) -> int:
     total = sum(count.bytes for count in counts.values())
     print(f"{args.output}: {total / 1e6:.1f} MB in {len(counts)} sources")
     return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; a file that cannot be used is the user's error."""
+    try:
+        return run(arguments)
+    except OSError as error:
+        raise UserError(str(error)) from error

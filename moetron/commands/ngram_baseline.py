@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from moetron.common.errors import UserError
 from moetron.common.files import atomic_file, require_writable
 from moetron.data.inspect.ngrams import NgramModels, cross_entropies
 from moetron.data.shards.shard import Shard
@@ -52,7 +53,7 @@ def ids_below(shard: Shard) -> int:
     return int(shard.tokens.max()) + 1
 
 
-def main(arguments: list[str] | None = None) -> int:
+def run(arguments: list[str] | None = None) -> int:
     """Count, judge, print."""
     args = parse(arguments)
     started = time.monotonic()
@@ -85,3 +86,11 @@ def main(arguments: list[str] | None = None) -> int:
         with atomic_file(args.output) as file:
             file.write(json.dumps(figures, indent=2).encode() + b"\n")
     return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; a file that cannot be used is the user's error."""
+    try:
+        return run(arguments)
+    except OSError as error:
+        raise UserError(str(error)) from error

@@ -10,6 +10,7 @@ work done, or goes on where it was killed. Exit codes: 0 done, 2 something to me
 message, 1 a worker died, 75 stopped by a signal (SIGINT, SIGTERM): run it again to go on.
 """
 
+import gc
 import signal
 import sqlite3
 import sys
@@ -71,4 +72,5 @@ def main() -> int:
         )
     if left_out := [f"{name} {count}" for name, count in manifest.filters.items() if count]:
         print(f"left out: {', '.join(left_out)}")
+    gc.freeze()  # a tenth of a second less at exit: nothing is searched for garbage any more
     return 0

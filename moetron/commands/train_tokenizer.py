@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from moetron.common.argument_types import positive_number
+from moetron.common.errors import UserError
 from moetron.common.files import atomic_file, beside, require_writable
 from moetron.data.corpora.labels import labelled_texts
 from moetron.data.readers.first_rows import require_texts
@@ -59,7 +60,7 @@ def recipe(args: argparse.Namespace, options: TrainingOptions, paths: list[Path]
     }
 
 
-def main(arguments: list[str] | None = None) -> int:
+def run(arguments: list[str] | None = None) -> int:
     """Sample, train, measure, write."""
     args = parse(arguments)
     fields = {field.name for field in dataclasses.fields(TrainingOptions)}
@@ -67,9 +68,9 @@ def main(arguments: list[str] | None = None) -> int:
     paths = find_files(args.input)
     model_path, sidecar_path = beside(args.output, ".model"), beside(args.output, ".json")
     if problems := options.problems():
-        raise ValueError("\n".join(problems))
+        raise UserError("\n".join(problems))
     if sidecar_path.resolve() in {path.resolve() for path in paths}:
-        raise ValueError(f"--output {args.output}: would write over the input {sidecar_path}")
+        raise UserError(f"--output {args.output}: would write over the input {sidecar_path}")
     made_from = recipe(args, options, paths)
     if is_current(model_path, sidecar_path, made_from):
         print(f"{model_path} is current")
@@ -84,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     drawn = sum(len(block) for found in sample.values() for block in found)
     if drawn == 0:
-        raise ValueError(f"--input: {len(paths)} files, but no text in them")
+        raise UserError(f"--input: {len(paths)} files, but no text in them")
     print(f"training {options.vocab_size} pieces on {drawn / 1e6:.1f} M characters ...", flush=True)
     model = train((block for found in sample.values() for block in found), options)
     with atomic_file(model_path) as file:
@@ -106,3 +107,14 @@ def main(arguments: list[str] | None = None) -> int:
     print(table(fertility))
     print(f"{model_path}: {tokenizer.vocab_size} ids, {time.monotonic() - started:.0f} s")
     return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; a file that cannot be used is the user's error."""
+    try:
+        return run(arguments)
+    except OSError as error:
+        raise UserError(str(error)) from error
+    except KeyboardInterrupt:
+        print("train_tokenizer: stopped; nothing was kept", file=sys.stderr)
+        return 130

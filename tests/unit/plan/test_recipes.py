@@ -1,6 +1,6 @@
 """Every recipe's parameters against published counts and HuggingFace's own models."""
 
-import importlib.util
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -11,20 +11,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from moetron.common.recipes import recipes_folder
 from moetron.moe.plan.parameters import ParameterCount, count_parameters
 
 TOOL = Path(__file__).resolve().parents[3] / "tools" / "plan.py"
 
 
-def _tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("plan_tool", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-PLAN = _tool()
+PLAN: ModuleType = importlib.import_module("moetron.commands.plan")
 
 PUBLISHED: dict[str, tuple[float, float | None, float]] = {
     # total and active without token prediction, and how exactly they are published
@@ -148,10 +141,10 @@ def test_huggingface(name: str) -> None:
 
 
 def test_every_recipe_has_a_page_that_the_table_names() -> None:
-    page = (PLAN.EXAMPLES / "README.md").read_text(encoding="utf-8")
+    page = (recipes_folder() / "README.md").read_text(encoding="utf-8")
     for name in PLAN.recipe_names():
         assert f"[{name}]({name}/README.md)" in page
-        assert (PLAN.EXAMPLES / name / "README.md").read_text(encoding="utf-8").startswith("# ")
+        assert (recipes_folder() / name / "README.md").read_text(encoding="utf-8").startswith("# ")
 
 
 def test_decoders_by_hand() -> None:
@@ -185,7 +178,7 @@ def test_list_and_errors() -> None:
     assert listed.returncode == 0, listed.stderr
     assert [line.split()[1] for line in listed.stdout.splitlines()[2:]] == PLAN.recipe_names()
     assert "6,919,161,856" in listed.stdout
-    page = (PLAN.EXAMPLES / "README.md").read_text(encoding="utf-8")
+    page = (recipes_folder() / "README.md").read_text(encoding="utf-8")
     assert listed.stdout in page, "paste `python tools/plan.py --list` into examples/README.md"
     unknown = run("olmoe")
     assert unknown.returncode == 2 and "olmoe_1b_7b" in unknown.stderr

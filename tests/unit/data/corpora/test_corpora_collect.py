@@ -1,6 +1,6 @@
 """Collected corpora: nothing twice, within the budget, the same every time."""
 
-import importlib.util
+import importlib
 import os
 from pathlib import Path
 from types import ModuleType
@@ -79,14 +79,7 @@ def test_long_documents_are_cut_and_lose_nothing(tmp_path: Path) -> None:
 
 
 def collector() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "collect_corpus", ROOT / "tools" / "collect_corpus.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("moetron.commands.collect_corpus")
 
 
 def test_the_tool_reuses_what_is_whole(
