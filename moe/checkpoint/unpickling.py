@@ -7,6 +7,7 @@ an inert class made for this one reading: nothing of torch, of Python or of ours
 changed. What comes out is data for `index_reader` to check. See SECURITY.md.
 """
 
+import copyreg
 import io
 import pickle
 from collections.abc import Iterable, Mapping
@@ -121,6 +122,10 @@ class _Unpickler(pickle.Unpickler):
 
 def load_inert(file: Any, names: Names) -> Any:
     """Unpickle ``file`` with nothing but ``names``; any exception says that it is not data."""
+    if copyreg._extension_registry:  # type: ignore[attr-defined]
+        # Numbers in a pickle stand for registered functions, and find_class is not asked again
+        # once one was used. Nothing here registers any.
+        raise pickle.UnpicklingError("a package of this process has registered pickle extensions")
     return _Unpickler(file, names).load()
 
 

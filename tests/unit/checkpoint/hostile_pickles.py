@@ -5,7 +5,8 @@ import io
 import os
 import pickle
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,17 @@ class _Reduced:
         return self.answer
 
 
+@contextmanager
+def registered_extension() -> Iterator[None]:
+    """Give ``os.system`` a number, which the pickle "extension registry" names."""
+    copyreg.add_extension("os", "system", _EXTENSION)
+    try:
+        yield
+    finally:
+        copyreg.remove_extension("os", "system", _EXTENSION)
+
+
 def _extension() -> bytes:
-    if ("os", "system") not in copyreg._extension_registry:  # type: ignore[attr-defined]
-        copyreg.add_extension("os", "system", _EXTENSION)
     return _program(call(b"\x82" + bytes([_EXTENSION]), text(COMMAND)))
 
 

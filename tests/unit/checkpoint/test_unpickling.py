@@ -14,7 +14,12 @@ from moetron.common.errors import UserError
 from moetron.moe.checkpoint.index_reader import METADATA, read_index
 from moetron.moe.checkpoint.tensor_reader import IndexedReader
 from moetron.moe.checkpoint.unpickling import check_layer_state
-from tests.unit.checkpoint.hostile_pickles import hostile, hostile_layer_states, pwned
+from tests.unit.checkpoint.hostile_pickles import (
+    hostile,
+    hostile_layer_states,
+    pwned,
+    registered_extension,
+)
 
 HOSTILE = hostile()
 LAYER_STATES = hostile_layer_states()
@@ -47,8 +52,20 @@ def test_an_index_runs_nothing(folder: Path, kind: str) -> None:
 )
 def test_python_itself_would_run_them(folder: Path, kind: str) -> None:
     """The list is not harmless by a mistake of ours."""
-    pickle.loads(HOSTILE[kind])  # noqa: S301 - that it runs is the point
+    with registered_extension():
+        pickle.loads(HOSTILE[kind])  # noqa: S301 - that it runs is the point
     assert pwned(folder.parent)
+
+
+def test_a_number_that_stands_for_a_function_is_refused(folder: Path) -> None:
+    """Also after Python has resolved it once, when it asks no reader again."""
+    (folder / METADATA).write_bytes(HOSTILE["extension registry"])
+    with registered_extension():
+        pickle.loads(HOSTILE["extension registry"])  # noqa: S301
+        (folder.parent / "pwned").unlink()
+        with pytest.raises(UserError, match="pickle extensions"):
+            read_index(folder)
+    assert not pwned(folder.parent)
 
 
 @pytest.mark.parametrize("kind", LAYER_STATES)
