@@ -1,4 +1,4 @@
-"""Objectives by name, set up for a tokenizer."""
+"""Build an objective by name for a tokenizer."""
 
 from typing import Literal, Protocol
 
@@ -12,11 +12,11 @@ from moetron.tokenizers.interface import Tokenizer
 
 ObjectiveName = Literal["causal", "prefix_lm", "ul2", "fim"]
 MAX_EXAMPLES = 64
-"""Texts that one UL2 sample is cut into, at most."""
+"""Maximum number of texts in one UL2 sample."""
 
 
 class ObjectivePlan(Protocol):
-    """What settings say about objectives; see ``--help``."""
+    """Objective settings; see ``--help``."""
 
     bidirectional_prefix: bool
     fim_rate: float
@@ -29,10 +29,10 @@ class ObjectivePlan(Protocol):
 def build_objective(
     name: ObjectiveName, seq_length: int, tokenizer: Tokenizer, plan: ObjectivePlan
 ) -> Objective:
-    """The objective of that name for samples of ``seq_length`` tokens.
+    """Return the named objective for samples of ``seq_length`` tokens.
 
     Raises:
-        UserError: it does not fit the tokenizer or the length.
+        UserError: the objective does not fit the tokenizer or the length.
     """
     if name == "causal":
         return Causal(seq_length)
@@ -44,7 +44,7 @@ def build_objective(
 
 
 def _fim_options(tokenizer: Tokenizer, plan: ObjectivePlan) -> FimOptions:
-    """Rates, and the markers' ids."""
+    """Return the rates and the marker ids."""
     named = {
         "--fim-prefix-token": plan.fim_prefix_token,
         "--fim-middle-token": plan.fim_middle_token,
@@ -62,7 +62,7 @@ def _fim_options(tokenizer: Tokenizer, plan: ObjectivePlan) -> FimOptions:
 
 
 def _ul2(seq_length: int, tokenizer: Tokenizer, bidirectional_prefix: bool) -> UL2:
-    """UL2 with as few texts in a sample as the sentinels suffice for."""
+    """Return UL2 with the fewest texts per sample for which the sentinels suffice."""
     if not tokenizer.sentinels:
         raise UserError(f"UL2 needs sentinels, and the tokenizer {tokenizer.name} has none")
     first: UserError | None = None

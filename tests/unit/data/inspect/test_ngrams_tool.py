@@ -1,6 +1,6 @@
-"""tools/ngram_baseline.py judges the windows that a model is judged on."""
+"""tools/ngram_baseline.py evaluates on the windows that models are evaluated on."""
 
-import importlib.util
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,16 +11,11 @@ import pytest
 
 from moetron.data.inspect.ngrams import NgramModels
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 
 
 def tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(f"moetron.commands.{name}")
 
 
 def test_windows_are_the_validation_streams(make_shard: Callable[..., str], tmp_path: Path) -> None:
