@@ -19,7 +19,7 @@ from moetron.data.shards.shard import Shard
 from moetron.tokenizers.fast_bpe import first_difference, open_fast
 from moetron.tokenizers.load import load_tokenizer
 
-TOOL = Path(__file__).parents[3] / "tools" / "preprocess_corpus.py"
+TOOL = Path(__file__).parents[4] / "tools" / "preprocess_corpus.py"
 KILLS = 10
 GIGABYTE = 1_000_000_000
 REAL = "give MOETRON_BENCH_CORPUS (JSONL, 100 MB or more) and MOETRON_BENCH_BPE (tokenizer.json)"
@@ -32,7 +32,7 @@ def command(source: Path, prefix: Path, *flags: str) -> list[str]:
 
 
 def test_killed_at_ten_random_moments(tmp_path: Path) -> None:
-    """With the journal as often as in use, and the moments within the time that a run takes."""
+    """Kill at random moments within the run's time, with the default journal interval."""
     text = "a line of text that takes some time to hash, to encode and to write\n" * 600
     with (tmp_path / "in.jsonl").open("w") as file:
         for number in range(1000):
@@ -51,7 +51,7 @@ def test_killed_at_ten_random_moments(tmp_path: Path) -> None:
                 process.send_signal(signal.SIGKILL)
         if process.returncode == -signal.SIGKILL:
             killed += 1
-        else:  # it came to its end: begin anew
+        else:  # it finished: start again
             for file in tmp_path.glob("q*"):
                 file.unlink()
     subprocess.run(command(tmp_path / "in.jsonl", tmp_path / "q", *flags), check=True)
@@ -88,7 +88,7 @@ sys.argv = sys.argv[1:]
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 finally:
-    status = open("/proc/self/status").read()  # ru_maxrss would begin with the parent's memory
+    status = open("/proc/self/status").read()  # ru_maxrss would include the parent's memory
     print(int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1]) / 1e6)
 """
 
