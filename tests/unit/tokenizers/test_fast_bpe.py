@@ -1,4 +1,4 @@
-"""The fast engine against HuggingFace's library, on a BPE trained here."""
+"""The fast engine gives the ids of HuggingFace's library, on a BPE trained here."""
 
 import importlib.util
 from concurrent.futures import ThreadPoolExecutor
@@ -58,7 +58,7 @@ def test_an_engine_that_has_grown_too_large_is_replaced(
     )
     fast = FastBPE(reference, threads=2)
     text = "nine char"
-    for _ in range(7):  # each engine is good for three calls
+    for _ in range(7):  # each engine lasts for three calls
         ids, _ = fast.encode_flat([text])
         assert ids.tolist() == reference.encode(text)
     assert len(engines) == made
@@ -68,7 +68,7 @@ def test_an_engine_that_has_grown_too_large_is_replaced(
 def test_only_a_known_tokenizer_that_agrees_is_fast(reference, monkeypatch) -> None:
     assert isinstance(open_fast(reference), FastBPE)
     assert open_fast(ByteTokenizer()) is None
-    monkeypatch.setattr(HuggingFaceTokenizer, "definition", "{}")
+    monkeypatch.setattr(reference, "definition", "{}")
     assert open_fast(reference) is None
     monkeypatch.undo()
     monkeypatch.setattr(
