@@ -1,9 +1,9 @@
-"""Collect real text into JSONL, one file a source, with .manifest.json beside.
+"""Collect local text to JSONL, one file a source, with .manifest.json beside.
 
-system: what is on this machine: the Python standard library, documentation, manual pages.
+system: text on this machine: the Python standard library, documentation, manual pages.
 debian: a multilingual mix of prose, dictionaries, technical text, mathematics and code from Debian
 packages, downloaded with apt-get and unpacked below DIR/.packages; nothing is installed.
-Run again with the same options, it finds a whole corpus current and does nothing.
+A repeated run with the same options finds a complete corpus current and does nothing.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from moetron.common.cores import usable_cores
+from moetron.common.errors import UserError
 from moetron.common.files import require_writable
 from moetron.data.corpora import debian, python_text, system_text
 from moetron.data.corpora.collect import (
@@ -29,18 +30,18 @@ DEFAULT_MB = {"system": 32.0, "debian": 400.0, "all": 432.0}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = ToolParser(description=__doc__)
     add = parser.add_argument
     add("--output", type=Path, required=True, metavar="DIR", help="folder of the corpus")
     add("--source", choices=sorted(DEFAULT_MB), default="system", help="default: %(default)s")
-    add("--max-mb", type=float, help="budget, shared by the sources (default: 32; debian: 400)")
+    add("--max-mb", type=float, help="total budget of the sources (default: 32; debian: 400)")
     add("--workers", type=int, default=usable_cores(), help="processes (default: all cores)")
     return parser.parse_args(arguments)
 
 
 def gather(source: str, output: Path) -> tuple[list[Task], Mapping[str, str]]:
-    """The tasks of a choice of sources, and their licences."""
+    """Return the tasks of the chosen sources, and their licences."""
     tasks: list[Task] = []
     licences: dict[str, str] = {}
     if source in ("system", "all"):
@@ -54,8 +55,8 @@ def gather(source: str, output: Path) -> tuple[list[Task], Mapping[str, str]]:
     return tasks, licences
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Find the files, read them, write the corpus."""
+def run(arguments: list[str] | None = None) -> int:
+    """Find files, read them and write the corpus; return the exit code."""
     args = parse(arguments)
     budget_mb = args.max_mb or DEFAULT_MB[args.source]
     made_from = {"source": args.source, "max_mb": budget_mb, "python": sys.version}
@@ -80,3 +81,11 @@ def main(arguments: list[str] | None = None) -> int:
     total = sum(count.bytes for count in counts.values())
     print(f"{args.output}: {total / 1e6:.1f} MB in {len(counts)} sources")
     return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; raise UserError for a file that cannot be used."""
+    try:
+        return run(arguments)
+    except OSError as error:
+        raise UserError(str(error)) from error
