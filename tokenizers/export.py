@@ -115,7 +115,7 @@ def different_texts(
             folder, local_files_only=True, trust_remote_code=trust
         )
     except Exception as error:  # of many types
-        raise UserError(f"{folder}: AutoTokenizer cannot read it: {error}") from error
+        raise UserError(f"{folder}: AutoTokenizer cannot read it ({error})") from error
     return [text for text in texts if theirs(text).input_ids != tokenizer.encode(text)]
 
 

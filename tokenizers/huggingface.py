@@ -40,8 +40,8 @@ class HuggingFaceTokenizer(Tokenizer):
         eod = _special(model, config, "eos_token", END_TOKENS)
         if eod is None:
             raise UserError(
-                f"tokenizer {path}: none of {', '.join(END_TOKENS)} is in its vocabulary to end "
-                'documents with; put {"eos_token": "..."} into tokenizer_config.json beside it'
+                f"tokenizer {path}: no end-of-document token ({', '.join(END_TOKENS)}); "
+                'put {"eos_token": "..."} into tokenizer_config.json beside it'
             )
         pad = _special(model, config, "pad_token", PAD_TOKENS)
         described.update(truncation=None, padding=None)

@@ -42,7 +42,7 @@ def load_known_tokenizer(source: str | None, fingerprints: Collection[str]) -> T
         UserError: the tokenizer does not exist, or is another one.
     """
     if source is None:
-        raise UserError("the run names no tokenizer (mock data?): give --tokenizer-model")
+        raise UserError("the run has no tokenizer (mock data?); give --tokenizer-model")
     try:
         tokenizer = load_tokenizer(source)
     except UserError as error:

@@ -48,9 +48,9 @@ def keep(tokenizer: Tokenizer, run_folder: Path, replace: bool) -> None:
             return
         if not replace:
             raise UserError(
-                f"{target} is not this tokenizer ({tokenizer.name}), or was changed: the "
-                "checkpoints beside it were trained with what was written there; give that "
-                "--tokenizer-model, or another folder to --save"
+                f"{target}: not this tokenizer ({tokenizer.name}), or was changed; the checkpoints "
+                "beside it were trained with the original: give that --tokenizer-model, or "
+                "another folder to --save"
             )
     temporary = target.with_name(FOLDER + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -60,7 +60,7 @@ def keep(tokenizer: Tokenizer, run_folder: Path, replace: bool) -> None:
     _write(temporary / FINGERPRINT, tokenizer.fingerprint.encode() + b"\n")
     if not _holds(temporary, tokenizer.fingerprint):
         shutil.rmtree(temporary)
-        raise UserError(f"tokenizer {tokenizer.name}: its files changed while it was in use")
+        raise UserError(f"tokenizer {tokenizer.name}: its files changed during use")
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
 
@@ -82,8 +82,8 @@ def load_copy(copy: Path) -> Tokenizer:
     tokenizer = load_tokenizer(copy)
     if tokenizer.fingerprint != expected:
         raise UserError(
-            f"{copy}: was changed: not the tokenizer that the run was trained with; restore it, "
-            "or give --tokenizer-model"
+            f"{copy}: was changed: not the tokenizer that the run was trained with; restore it, or "
+            "give --tokenizer-model"
         )
     return tokenizer
 

@@ -32,7 +32,7 @@ class SentencePieceTokenizer(Tokenizer):
         model = self._model
         if model.eos_id() < 0:
             raise UserError(
-                f"tokenizer {path}: it has no end-of-sentence piece to end documents with; "
+                f"tokenizer {path}: no end-of-sentence piece to end documents; "
                 "train it with eos_id set"
             )
         self.name = path.name

@@ -18,11 +18,11 @@ def named_sources(items: Sequence[str], seq_length: int) -> Sources:
         UserError: there are none, some have no name, or one cannot be used.
     """
     if not items:
-        raise UserError("no text to look at: name it as NAME=PREFIX, such as code=data/code")
+        raise UserError("no text given; give NAME=PREFIX, such as code=data/code")
     named = [item for item in items if "=" in item]
     if named and len(named) < len(items):
         bare = " ".join(item for item in items if item not in named)
-        raise UserError(f"{bare}: write NAME=PREFIX for each, such as code=data/code")
+        raise UserError(f"{bare}: has no name; give NAME=PREFIX for each, such as code=data/code")
     pairs = [item.partition("=")[::2] for item in named]
     prefixes = [prefix for _, prefix in pairs] or split_data_path(items)[1]
     sources = open_blend(prefixes, seq_length).sources

@@ -54,7 +54,7 @@ def _fim_options(tokenizer: Tokenizer, plan: ObjectivePlan) -> FimOptions:
     if absent := [f"{flag} {token}" for flag, token in named.items() if flag not in ids]:
         raise UserError(
             f"fim: the tokenizer {tokenizer.name} has no token for {', '.join(absent)}; "
-            "name tokens that it has, such as <extra_id_0>"
+            "give tokens of its vocabulary, such as <extra_id_0>"
         )
     if len(set(ids.values())) < len(ids):
         raise UserError(f"{', '.join(ids)}: give three different tokens")
@@ -64,7 +64,7 @@ def _fim_options(tokenizer: Tokenizer, plan: ObjectivePlan) -> FimOptions:
 def _ul2(seq_length: int, tokenizer: Tokenizer, bidirectional_prefix: bool) -> UL2:
     """Return UL2 with the fewest texts per sample for which the sentinels suffice."""
     if not tokenizer.sentinels:
-        raise UserError(f"UL2 needs sentinels, and the tokenizer {tokenizer.name} has none")
+        raise UserError(f"UL2 needs sentinels; the tokenizer {tokenizer.name} has none")
     first: UserError | None = None
     examples = 1
     while examples <= MAX_EXAMPLES and seq_length % examples == 0:
@@ -83,7 +83,7 @@ def _ul2(seq_length: int, tokenizer: Tokenizer, bidirectional_prefix: bool) -> U
         if bidirectional_prefix and examples > 1:
             raise UserError(
                 f"--bidirectional-prefix: a UL2 sample of {seq_length} tokens holds {examples} "
-                f"texts for want of sentinels ({first}); use a shorter --seq-length"
+                f"texts for lack of sentinels ({first}); use a shorter --seq-length"
             )
         return made
     assert first is not None

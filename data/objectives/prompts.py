@@ -26,8 +26,8 @@ def prompt_ids(text: str, mode: Mode, tokenizer: Tokenizer) -> list[int]:
     holes = [int(number) for number in HOLE.findall(text)]
     if holes != list(range(len(holes))) or bool(holes) != (mode != "s2s"):
         raise UserError(
-            f"mode {mode}: the prompt must mark "
-            + ("nothing" if mode == "s2s" else "<extra_id_0>, <extra_id_1>, ... in this order")
+            f"mode {mode}: the prompt must have "
+            + ("no holes" if mode == "s2s" else "<extra_id_0>, <extra_id_1>, ... in this order")
         )
     if len(holes) > len(tokenizer.sentinels) or not tokenizer.sentinels:
         raise UserError(

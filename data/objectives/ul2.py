@@ -94,7 +94,7 @@ class UL2:
         apportionment = Apportionment([denoiser.rate for denoiser in self.denoisers])
         cycle = sum(apportionment.weights)
         if cycle > MAX_CYCLE:
-            raise UserError(f"UL2: rates in {cycle} parts; give them in at most {MAX_CYCLE}")
+            raise UserError(f"UL2: rates in {cycle} parts; give rates in at most {MAX_CYCLE}")
         self.kinds = tuple(_kind(denoiser) for denoiser in self.denoisers)
         self._slots = apportionment.locate(np.arange(cycle))[0].tolist()
         self.windowing = Windowing(tuple(examples * self._raw[d] for d in self._slots), overlap=0)
@@ -147,7 +147,9 @@ class UL2:
             fits = (n for n in range(room, 1, -1) if sum(corrupted_lengths(n, *shape)) <= room)
             longest = next(fits, 0)
         if longest < 2:
-            raise UserError(f"UL2: {room} tokens have no room for {denoiser}")
+            raise UserError(
+                f"UL2: no room for {denoiser} in {room} tokens; use a longer --seq-length"
+            )
         if denoiser.mean_span is not None:
             spans = span_counts(longest, denoiser.noise_density, denoiser.mean_span)[1]
             if spans > self._sentinels.size:

@@ -45,7 +45,7 @@ class Options:
         if not 0 <= self.holdout_fraction < 1:
             found.append(f"--holdout-fraction {self.holdout_fraction}: must be in [0, 1)")
         if (self.holdout_fraction > 0) != (self.holdout_prefix is not None):
-            found.append("--holdout-fraction and --holdout-prefix need each other")
+            found.append("--holdout-fraction and --holdout-prefix: give both or neither")
         for flag, prefix in (
             ("--output-prefix", self.output_prefix),
             ("--holdout-prefix", self.holdout_prefix),
@@ -175,5 +175,5 @@ def _prefix_problem(prefix: str) -> str | None:
     if prefix.endswith(("/", os.sep)) or Path(prefix).name in ("", ".."):
         return "names a folder; add a file name prefix, such as 'train'"
     if bare_prefix(prefix) != prefix:
-        return "must not end in .bin or .idx; give the name without it"
+        return "names one file of a shard; give the name without .bin or .idx"
     return None

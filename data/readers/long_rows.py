@@ -79,7 +79,7 @@ class LongText:
                 left = None if left is None else left - len(block)
                 yield block
             if left:
-                raise UserError(f"{self._chunk.file}: shorter than when it was read first")
+                raise UserError(f"{self._chunk.file}: became shorter during the run")
 
 
 def _outline(blocks: Iterable[bytes]) -> tuple[bytes, list[tuple[int, int]]]:

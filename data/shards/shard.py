@@ -68,7 +68,7 @@ class Shard:
         problems = []
         lengths = self.document_lengths.astype(np.int64) * self.tokens.itemsize
         if not np.array_equal(self._pointers, np.cumsum(lengths) - lengths):
-            problems.append(f"{self.idx_path}: documents do not follow one another")
+            problems.append(f"{self.idx_path}: documents are not consecutive")
         if not np.array_equal(self._boundaries, np.arange(len(self) + 1)):
             problems.append(f"{self.idx_path}: the document boundaries are not 0, 1, 2, ...")
         if self.manifest is None:
@@ -96,13 +96,13 @@ class Shard:
         if size != expected:
             raise UserError(
                 f"{self.bin_path}: {size} bytes, but its index expects {expected}; "
-                "the shard is truncated or mixed with another: make it again"
+                "the shard is truncated or mixed with another; preprocess again"
             )
         for path, record in self._files(self.manifest) if self.manifest else ():
             if path.stat().st_size != record.bytes:
                 raise UserError(
                     f"{path}: {path.stat().st_size} bytes, but its manifest says {record.bytes}; "
-                    "the shard was changed after it was made: make it again"
+                    "the shard was changed afterwards; preprocess again"
                 )
 
     def _files(self, manifest: Manifest) -> list[tuple[Path, FileRecord]]:

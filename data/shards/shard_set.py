@@ -38,7 +38,9 @@ def members(prefix: str) -> list[str]:
     names = [member(prefix, number) for number in range(expected)]
     if found != names:
         missing = sorted(set(names) - set(found)) or sorted(set(found) - set(names))
-        raise UserError(f"{prefix}: {expected} shards, but not as found: {', '.join(missing)}")
+        raise UserError(
+            f"{prefix}: {expected} shards expected; missing or extra: {', '.join(missing)}"
+        )
     return found
 
 

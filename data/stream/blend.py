@@ -156,5 +156,5 @@ def _check_fingerprints(sources: Sequence[Source], expected: str) -> None:
     if wrong:
         raise UserError(
             f"made with another tokenizer than this run's ({expected[:12]}): {', '.join(wrong)}; "
-            "give the run that tokenizer or preprocess the text again"
+            "give the tokenizer of the shards or preprocess again"
         )

@@ -110,6 +110,6 @@ def _refuse_unknown_fim_sources(plan: DataPlan) -> None:
     known = dict.fromkeys(name for path in paths for name in _names(path))
     if unknown := [name for name in plan.fim_sources or [] if name not in known]:
         raise UserError(
-            f"--fim-sources {' '.join(unknown)}: no stage with the objective fim has a source of "
-            f"that name; such sources are {', '.join(known)}"
+            f"--fim-sources {' '.join(unknown)}: no such source in a stage with the objective fim; "
+            f"available: {', '.join(known)}"
         )

@@ -101,7 +101,7 @@ class StagedStream:
         begun: dict[tuple[int, int, Windowing], int] = {}
         for i, stage in enumerate(stages):
             if len(set(self._numbers[i])) < len(self._numbers[i]):
-                raise UserError(f"{' '.join(stage.data_path)}: names a source twice")
+                raise UserError(f"{' '.join(stage.data_path)}: has a source twice")
             windowings = [source.windowing for source in self._blends[i].sources]
             places = [(n, stage.seed, c) for n, c in zip(self._numbers[i], windowings, strict=True)]
             taken = [begun.get(place, 0) for place in places]
@@ -175,8 +175,8 @@ def refuse_repetition(
     caps = of_sources or {}
     if unknown := caps.keys() - set(stream.source_names):
         raise UserError(
-            f"--source-max-epochs: no source is named {', '.join(sorted(unknown))}; "
-            f"there are {', '.join(stream.source_names)}"
+            f"--source-max-epochs: no source {', '.join(sorted(unknown))}; "
+            f"available: {', '.join(stream.source_names)}"
         )
     epochs = [0.0] * len(stream.source_names)
     for use in stream.uses(samples):
@@ -190,7 +190,7 @@ def refuse_repetition(
     if over:
         flag = "--source-max-epochs" if all(name in caps for name, _ in over) else "--max-epochs"
         raise UserError(
-            f"{flag}: the run of {samples * stream.seq_length:,} tokens would go through "
+            f"{flag}: the run of {samples * stream.seq_length:,} tokens would repeat "
             f"{', '.join(text for _, text in over)}; change weights or stages, or shorten the run\n"
             + use_table(stream, samples)
         )
@@ -225,12 +225,14 @@ def _starts(until_tokens: Sequence[int | None], seq_length: int) -> list[int]:
     """Return the first sample of each stage."""
     *ends, last = until_tokens
     if last is not None:
-        raise UserError(f"stages: until_tokens {last} of the last stage: it ends with the run")
+        raise UserError(
+            f"stages: until_tokens {last}: the last stage ends with the run; leave it out"
+        )
     starts = [0]
     for number, end in enumerate(ends, 1):
         if end is None:
-            raise UserError(f"stages: stage {number} needs until_tokens: another follows it")
+            raise UserError(f"stages: stage {number} needs until_tokens, because another follows")
         starts.append(-(-end // seq_length))
         if starts[-1] <= starts[-2]:
-            raise UserError(f"stages: until_tokens {end} of stage {number} leaves it no sample")
+            raise UserError(f"stages: until_tokens {end} of stage {number} leaves no sample for it")
     return starts

@@ -226,7 +226,7 @@ def _eod(source: Source) -> int:
     if manifest is None:
         raise UserError(
             f"{source.prefix}: --eod-mask-loss needs the end-of-document id, and the shard "
-            "has no manifest; make it with tools/preprocess_corpus.py"
+            "has no manifest; make the shard with tools/preprocess_corpus.py"
         )
     return manifest.tokenizer.eod
 

@@ -79,7 +79,7 @@ def run(arguments: list[str] | None = None) -> int:
         return 0
     require_writable(args.output)  # before hours of training
     for problem in require_texts(paths, args.text_key, max_bad_fraction=1.0):
-        print(f"train_tokenizer: {problem}; skipping it", file=sys.stderr)
+        print(f"train_tokenizer: {problem}; its rows without text are skipped", file=sys.stderr)
     started = time.monotonic()
     budget = round(args.sample_mb * 1e6)
     sample = sample_sources(
@@ -87,7 +87,7 @@ def run(arguments: list[str] | None = None) -> int:
     )
     drawn = sum(len(block) for found in sample.values() for block in found)
     if drawn == 0:
-        raise UserError(f"--input: {len(paths)} files without any text")
+        raise UserError(f"--input: no text in {len(paths)} files; give files with text")
     print(f"training {options.vocab_size} pieces on {drawn / 1e6:.1f} M characters ...", flush=True)
     model = train((block for found in sample.values() for block in found), options)
     with atomic_file(model_path) as file:
@@ -118,5 +118,5 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         raise UserError(str(error)) from error
     except KeyboardInterrupt:
-        print("train_tokenizer: stopped; no files written", file=sys.stderr)
+        print("train_tokenizer: stopped", file=sys.stderr)
         return 130

@@ -26,7 +26,7 @@ def test_sources_have_given_names_or_their_prefixes(make_shard: MakeShard) -> No
     assert list(named_sources([a, b], 2)) == list(named_sources(["1", a, "2", b], 2)) == ["a", "b"]
     with pytest.raises(UserError, match="no text"):
         named_sources([], 2)
-    with pytest.raises(UserError, match="NAME=PREFIX for each"):
+    with pytest.raises(UserError, match="has no name; give NAME=PREFIX for each"):
         named_sources([f"code={a}", b], 2)
     with pytest.raises(UserError, match="too few for one sample"):
         named_sources([f"code={a}"], 3)

@@ -134,14 +134,14 @@ def test_kinds_are_numbered_over_all_sources_and_stages(two) -> None:
 
 
 def test_unknown_names_are_refused_and_known_ones_listed(two) -> None:
-    rule = "no stage with the objective fim has a source of that name; such sources are prose, code"
+    rule = "no such source in a stage with the objective fim; available: prose, code"
     with pytest.raises(UserError, match=f"--fim-sources cod valid: {rule}$"):
         mixed(two, ["cod", "code", "valid"])
     stages = [
         {"objective": "fim", "data_path": [two["code"]], "until_tokens": 5 * S},
         {"data_path": [two["prose"]]},
     ]
-    with pytest.raises(UserError, match=r"--fim-sources prose: .* such sources are code$"):
+    with pytest.raises(UserError, match=r"--fim-sources prose: .* available: code$"):
         open_training(plan(stages, ["prose"]), S, 5, TOKENIZER)
 
 

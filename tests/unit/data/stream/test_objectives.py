@@ -155,7 +155,7 @@ def test_objectives_by_name() -> None:
         ("fim", 8, Plan(fim_middle_token="<extra_id_3>"), "three different tokens"),
         ("fim", 5, Plan(), "no room"),
         ("prefix_lm", 1, Plan(), "too short"),
-        ("ul2", 2048, Plan(bidirectional_prefix=True), "holds 4 texts for want of sentinels"),
+        ("ul2", 2048, Plan(bidirectional_prefix=True), "holds 4 texts for lack of sentinels"),
         ("ul2", 9, Plan(), "no room"),
     ],
 )

@@ -53,8 +53,8 @@ def test_answers_fill_their_holes() -> None:
 @pytest.mark.parametrize(
     ("text", "mode", "message"),
     [
-        ("a<extra_id_0>", "s2s", "must mark nothing"),
-        ("a", "nlg", "must mark <extra_id_0>"),
+        ("a<extra_id_0>", "s2s", "must have no holes"),
+        ("a", "nlg", "must have <extra_id_0>"),
         ("<extra_id_1><extra_id_0>", "nlu", "in this order"),
         ("".join(f"<extra_id_{n}>" for n in range(127)), "nlu", "has 126 sentinels"),
     ],

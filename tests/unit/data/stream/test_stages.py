@@ -92,7 +92,7 @@ def test_epochs_are_counted_over_all_stages_and_capped(two) -> None:
     assert sum(use.epochs for use in stream.uses(50) if use.source == 0) == 1.0
     assert [use.samples for use in stream.uses(10)][2:] == [0, 0]  # never gets to stage 2
     refuse_repetition(stream, 50, 1.0)
-    over = r"--max-epochs: .* 208 tokens .* go through a 1\.033 times \(at most 1\); change"
+    over = r"--max-epochs: .* 208 tokens .* repeat a 1\.033 times \(at most 1\); change"
     with pytest.raises(UserError, match=over) as caught:
         refuse_repetition(stream, 52, 1.0)
     assert use_table(stream, 52) in str(caught.value)
@@ -115,10 +115,10 @@ def test_a_source_may_have_a_cap_of_its_own(two) -> None:
     refuse_repetition(stream, 52, None, {"b": epochs["b"]})
     refuse_repetition(stream, 52, 1.0, {"a": epochs["a"]})
     for default, caps in ((None, {"b": 0.1}), (1.0, {"b": 0.1, "a": 2.0})):
-        rule = r"^--source-max-epochs: the run .* through b [.0-9]+ times \(at most 0\.1\); change"
+        rule = r"^--source-max-epochs: the run .* repeat b [.0-9]+ times \(at most 0\.1\); change"
         with pytest.raises(UserError, match=rule):
             refuse_repetition(stream, 52, default, caps)
-    with pytest.raises(UserError, match="no source is named c, d; there are a, b"):
+    with pytest.raises(UserError, match="no source c, d; available: a, b"):
         refuse_repetition(stream, 52, 1.0, {"d": 1.0, "c": 2.0, "a": 9.0})
 
 
@@ -127,7 +127,7 @@ def test_a_source_may_have_a_cap_of_its_own(two) -> None:
     [
         ((None, None), "stage 1 needs until_tokens"),
         ((80, 90), "ends with the run"),
-        ((80, 80, None), "of stage 2 leaves it no sample"),
+        ((80, 80, None), "of stage 2 leaves no sample for it"),
     ],
 )
 def test_refuses_stages_that_are_not_consecutive(two, ends, message) -> None:
