@@ -136,7 +136,7 @@ def _holds(folder: Path, fingerprint: str) -> bool:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a file and sync it."""
+    """Write a file that is on disk when this returns."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()

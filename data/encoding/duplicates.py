@@ -22,13 +22,13 @@ class Seen:
     entries after the last mark are removed.
     """
 
-    def __init__(self, prefix: str | Path, asked: int = 0) -> None:
-        """Continue after the first ``asked`` documents; 0: start."""
+    def __init__(self, prefix: str | Path, checked: int = 0) -> None:
+        """Continue after the first ``checked`` documents; 0: start."""
         self.path = seen_path(prefix)
-        if asked == 0:
+        if checked == 0:
             self.path.unlink(missing_ok=True)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.asked = asked
+        self.checked = checked
         self._table = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
         for setting in (f"cache_size = -{CACHE_KIB}", "synchronous = FULL"):
             self._table.execute(f"PRAGMA {setting}")
@@ -36,7 +36,7 @@ class Seen:
             "CREATE TABLE IF NOT EXISTS seen (digest BLOB PRIMARY KEY, number INT) WITHOUT ROWID"
         )
         self._table.execute("BEGIN")
-        self._table.execute("DELETE FROM seen WHERE number >= ?", (asked,))
+        self._table.execute("DELETE FROM seen WHERE number >= ?", (checked,))
 
     def are_new(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Find documents without an earlier copy: ``tokens`` [sum(lengths)] -> bool [documents]."""
@@ -46,7 +46,7 @@ class Seen:
         """Sync everything; return the number of documents checked so far."""
         self._table.execute("COMMIT")
         self._table.execute("BEGIN")
-        return self.asked
+        return self.checked
 
     def close(self) -> None:
         """Close, discarding entries after the last mark."""
@@ -55,8 +55,8 @@ class Seen:
     def is_new(self, digest: bytes) -> bool:
         """Add a document's digest; return whether it was new."""
         statement = "INSERT OR IGNORE INTO seen VALUES (?, ?)"
-        added = self._table.execute(statement, (digest, self.asked)).rowcount
-        self.asked += 1
+        added = self._table.execute(statement, (digest, self.checked)).rowcount
+        self.checked += 1
         return added == 1
 
 

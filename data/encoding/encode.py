@@ -156,7 +156,7 @@ def _with_eod(
 
 
 def _joined(arrays: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
-    """Concatenate; a single array is returned as it is, with its own dtype."""
+    """Concatenate arrays; return a single one unchanged, with its own dtype."""
     return arrays[0] if len(arrays) == 1 else np.concatenate([np.empty(0, dtype), *arrays])
 
 

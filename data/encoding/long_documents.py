@@ -59,9 +59,9 @@ class LongDocument:
                 raise LeftOut("too long for an index")
             ids = self._tokenizer.encode_flat([piece])[0].astype(dtype)
             self.encoded_tokens += ids.size
-            rules.see(piece, ids)
+            rules.add(piece, ids)
             yield ids
-        rules.judge()
+        rules.check()
         if self._encoding.append_eod:
             yield np.array([self._tokenizer.eod], dtype)
 
@@ -76,7 +76,7 @@ class _Rules:
         self._repetitive = False
         self._tail = np.empty(0, np.int32)
 
-    def see(self, piece: str, ids: np.ndarray) -> None:
+    def add(self, piece: str, ids: np.ndarray) -> None:
         """Add a piece; a repetition may start in earlier pieces."""
         filters = self._filters
         if filters.frequent_words:
@@ -92,8 +92,8 @@ class _Rules:
             )
             self._tail = seen[-MAX_PERIOD * filters.max_repetitions :]
 
-    def judge(self) -> None:
-        """Raise LeftOut by the rules of ``Filters`` on a whole document, in the same order."""
+    def check(self) -> None:
+        """Raise LeftOut by the rules of ``Filters`` on a complete document, in the same order."""
         filters = self._filters
         if filters.frequent_words and are_frequent(self._words):
             raise LeftOut("frequent words")

@@ -29,7 +29,7 @@ def shard_summary(shard: Shard) -> str:
         f"{manifest.text_bytes / max(tokens, 1):.2f} bytes a token",
     ]
     lines += [f"  from {_pairs(source)}" for source in manifest.sources]
-    return "\n".join([*lines, f"  left out: {_pairs(manifest.filters)}"])
+    return "\n".join([*lines, f"  dropped: {_pairs(manifest.filters)}"])
 
 
 def length_histogram(lengths: np.ndarray) -> str:

@@ -18,19 +18,19 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def held(prefixes: Sequence[str]) -> Iterator[None]:
+def lock_outputs(prefixes: Sequence[str]) -> Iterator[None]:
     """Lock these outputs; UserError if another run holds one of them.
 
     ``PREFIX.lock`` is locked with flock, which the system releases when the process ends.
     """
     with ExitStack() as locks:
         for prefix in prefixes:
-            locks.enter_context(_locked(prefix))
+            locks.enter_context(_lock_output(prefix))
         yield
 
 
 @contextmanager
-def _locked(prefix: str) -> Iterator[None]:
+def _lock_output(prefix: str) -> Iterator[None]:
     """Lock one output."""
     path = beside(prefix, ".lock")
     path.parent.mkdir(parents=True, exist_ok=True)

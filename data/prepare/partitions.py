@@ -39,7 +39,7 @@ class Partition:
             raise UserError(f"--share {text}: must be I/N with 0 <= I < N, such as 0/16")
         return cls(int(number), int(count))
 
-    def of(self, files: Sequence[Path]) -> list[Path]:
+    def select(self, files: Sequence[Path]) -> list[Path]:
         """Return the files of this partition: consecutive, with about equal bytes per partition."""
         sizes = np.array([file.stat().st_size for file in files], np.int64)
         middles = np.cumsum(sizes) - sizes / 2

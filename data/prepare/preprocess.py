@@ -19,7 +19,7 @@ from moetron.data.prepare.engine import encoded_chunks
 from moetron.data.prepare.journal import Side, State, journal_path, read_state
 from moetron.data.prepare.options import Options
 from moetron.data.prepare.output import Output, discard
-from moetron.data.prepare.output_lock import held
+from moetron.data.prepare.output_lock import lock_outputs
 from moetron.data.prepare.partitions import (
     SIZES_VOCAB,
     Partition,
@@ -78,8 +78,8 @@ def preprocess(options: Options) -> Outcome:
     if named := [name for name in options.inputs if name != standard_input.NAME]:
         find_files(named, outputs)  # before any folder is created
     tokenizer = load_tokenizer(options.tokenizer)
-    kept = standard_input.kept(options.inputs, options.output_prefix, options.text_key)
-    with held(mine), kept as inputs:
+    copied = standard_input.with_copy(options.inputs, options.output_prefix, options.text_key)
+    with lock_outputs(mine), copied as inputs:
         files = find_files(inputs, outputs)
         run = _Run(options, files, tokenizer, partition)
         if current := run.current():
@@ -95,7 +95,7 @@ class _Run:
         self, options: Options, files: list[Path], tokenizer: Tokenizer, partition: Partition | None
     ) -> None:
         self.options, self.tokenizer, self.partition = options, tokenizer, partition
-        self.all_files, self.files = files, partition.of(files) if partition else files
+        self.all_files, self.files = files, partition.select(files) if partition else files
         self.record = TokenizerRecord(
             name=tokenizer.name,
             fingerprint=tokenizer.fingerprint,

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, else a line every few seconds."""
+"""How far long work has come: a bar on a terminal, a line now and then elsewhere."""
 
 import sys
 import time
@@ -10,9 +10,9 @@ LINE_INTERVAL_S = 10.0
 
 
 class Progress:
-    """Bytes read of a known total, with MB/s, tokens/s and the time left.
+    """Bytes read of a known total, with MB/s, tokens/s and the time that is left.
 
-    ``done_bytes`` were read by an earlier run and count only for the percentage.
+    ``done_bytes`` were read by an earlier run and count for the share alone.
     """
 
     def __init__(self, name: str, total_bytes: int, done_bytes: int = 0) -> None:
@@ -30,7 +30,7 @@ class Progress:
         )
 
     def update(self, read_bytes: int, tokens: int) -> None:
-        """Add finished work."""
+        """Count more work as done."""
         self._bytes += read_bytes
         self._tokens += tokens
         now = time.monotonic()
@@ -42,13 +42,13 @@ class Progress:
             print(f"{self._name}: {self.summary()}", file=sys.stderr, flush=True)
 
     def summary(self) -> str:
-        """Return the percentage done and the speed so far."""
+        """Share done and speed so far."""
         seconds = max(time.monotonic() - self._start, 1e-9)
         done_bytes = self._done_bytes + self._bytes
-        fraction = done_bytes / max(self._total_bytes, 1)
+        share = done_bytes / max(self._total_bytes, 1)
         left_s = seconds * (self._total_bytes - done_bytes) / max(self._bytes, 1)
         return (
-            f"{fraction:.0%} of {self._total_bytes / 1e6:.1f} MB, "
+            f"{share:.0%} of {self._total_bytes / 1e6:.1f} MB, "
             f"{self._bytes / 1e6 / seconds:.1f} MB/s, "
             f"{self._tokens / 1e6 / seconds:.2f} Mtokens/s, {left_s:.0f} s left"
         )

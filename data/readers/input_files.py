@@ -88,7 +88,7 @@ def _nothing(pattern: str) -> str:
 
 
 def _match(pattern: str) -> list[Path]:
-    """Return the files of one pattern; a matched folder stands for the files below it."""
+    """Return the files of one pattern; a matched folder means the files below it."""
     path = Path(os.path.expanduser(pattern))  # noqa: PTH111 - Path's raises for ~nobody
     if path.is_dir():
         return _below(path)

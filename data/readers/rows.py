@@ -36,22 +36,22 @@ def read_chunks(
     """
     start = start or Cursor()
     chunk_bytes = chunk_bytes or CHUNK_BYTES
-    whole = _WholeFiles(chunk_bytes)
+    groups = _FileGroups(chunk_bytes)
     for number, file in list(enumerate(files))[start.file :]:
         suffix = text_suffix(file)
         if suffix not in ROW_SUFFIXES | TABLE_SUFFIXES:
-            yield from whole.take(file, number)
+            yield from groups.take(file, number)
             continue
-        yield from whole.rest(number)
+        yield from groups.rest(number)
         here = start if number == start.file else Cursor(number)
         if suffix in TABLE_SUFFIXES:
             yield from table_chunks(file, here, columns, chunk_bytes)
         else:
             yield from _row_chunks(file, here, chunk_bytes)
-    yield from whole.rest(len(files))
+    yield from groups.rest(len(files))
 
 
-class _WholeFiles:
+class _FileGroups:
     """Files that are a document each, grouped into chunks."""
 
     def __init__(self, chunk_bytes: int) -> None:

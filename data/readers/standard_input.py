@@ -29,7 +29,7 @@ class _Hashing:
 
 
 @contextmanager
-def kept(inputs: Sequence[str], prefix: str, text_key: str) -> Iterator[list[str]]:
+def with_copy(inputs: Sequence[str], prefix: str, text_key: str) -> Iterator[list[str]]:
     """Yield ``inputs`` with ``-`` replaced by ``PREFIX.stdin.jsonl``, a copy of standard input.
 
     Its modification time follows from its content: inputs are identified by name, size and time, so

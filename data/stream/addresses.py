@@ -41,7 +41,7 @@ class ShuffledAddresses:
         blend: Blend,
         seed: int,
         numbers: Sequence[int] | None = None,
-        begun: Sequence[int] | None = None,
+        drawn: Sequence[int] | None = None,
     ) -> None:
         """Start a blend, or continue sources that another blend of the same seed has started.
 
@@ -49,13 +49,13 @@ class ShuffledAddresses:
             blend: Sources and weights.
             seed: Seed of all orders.
             numbers: Number of each source in the key of its order; default: its index in the blend.
-            begun: Windows already drawn from each source; default: none.
+            drawn: Windows already drawn from each source; default: none.
         """
         self.seed = seed
         self.apportionment = Apportionment(blend.weights)
         self.windows = [source.windows for source in blend.sources]
         self.numbers = list(range(len(self.windows)) if numbers is None else numbers)
-        self.begun = list([0] * len(self.windows) if begun is None else begun)
+        self.drawn = list([0] * len(self.windows) if drawn is None else drawn)
 
     def __len__(self) -> int:
         """Return ``ENDLESS``: a shuffled blend repeats without end."""
@@ -67,7 +67,7 @@ class ShuffledAddresses:
         windows = np.empty_like(ranks)
         for source in np.unique(sources).tolist():
             mine = np.flatnonzero(sources == source)
-            epochs, positions = np.divmod(ranks[mine] + self.begun[source], self.windows[source])
+            epochs, positions = np.divmod(ranks[mine] + self.drawn[source], self.windows[source])
             for epoch in np.unique(epochs).tolist():
                 now = epochs == epoch
                 windows[mine[now]] = self._order(source, epoch)(positions[now])
@@ -85,7 +85,7 @@ class ShuffledAddresses:
             "weights": self.apportionment.weights,
             "windows": self.windows,
             "numbers": self.numbers,
-            "begun": self.begun,
+            "begun": self.drawn,
         }
 
     def _order(self, source: int, epoch: int) -> Permutation:

@@ -114,7 +114,7 @@ def source_name(prefix: str) -> str:
 
 
 def split_data_path(data_path: Sequence[str]) -> tuple[list[float] | None, list[str]]:
-    """Return (weights or None, prefixes) of a data path."""
+    """(weights or None, prefixes) of a data path."""
     if not data_path:
         raise UserError("--data-path is empty: give PREFIX or WEIGHT PREFIX WEIGHT PREFIX ...")
     if _number(data_path[0]) is None:
@@ -137,7 +137,7 @@ def split_data_path(data_path: Sequence[str]) -> tuple[list[float] | None, list[
 
 
 def _number(word: str) -> float | None:
-    """Return the number in ``word``, or None."""
+    """The number that a word spells, if it spells one."""
     try:
         return float(word)
     except ValueError:

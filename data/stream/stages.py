@@ -98,18 +98,18 @@ class StagedStream:
 
     def _orders(self, stages: Sequence[Stage]) -> Iterator[ShuffledAddresses]:
         """Yield the addresses of each stage, after the windows that earlier stages drew."""
-        begun: dict[tuple[int, int, Windowing], int] = {}
+        drawn: dict[tuple[int, int, Windowing], int] = {}
         for i, stage in enumerate(stages):
             if len(set(self._numbers[i])) < len(self._numbers[i]):
                 raise UserError(f"{' '.join(stage.data_path)}: has a source twice")
             windowings = [source.windowing for source in self._blends[i].sources]
             places = [(n, stage.seed, c) for n, c in zip(self._numbers[i], windowings, strict=True)]
-            taken = [begun.get(place, 0) for place in places]
+            taken = [drawn.get(place, 0) for place in places]
             addresses = ShuffledAddresses(self._blends[i], stage.seed, self._numbers[i], taken)
             yield addresses
             if stage.until_tokens is not None:
                 counts = addresses.apportionment.counts(self.starts[i + 1] - self.starts[i])
-                begun |= {p: t + c for p, t, c in zip(places, taken, counts, strict=True)}
+                drawn |= {p: t + c for p, t, c in zip(places, taken, counts, strict=True)}
 
     def _keys(self, stages: Sequence[Stage]) -> list[str]:
         """Return the key of each stage in the random draws of its objective."""

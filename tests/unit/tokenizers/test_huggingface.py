@@ -31,11 +31,11 @@ def save_bpe(folder: Path, corpus: list[str], specials: list[str]) -> Path:
 
 def test_ids_are_the_librarys_own(corpus: list[str], tmp_path: Path) -> None:
     path = save_bpe(tmp_path, corpus, ["<|endoftext|>", "<|padding|>"])
-    ours, theirs = load_tokenizer(tmp_path), tokenizers.Tokenizer.from_file(str(path))
-    assert ours.encode_batch(corpus) == [found.ids for found in theirs.encode_batch(corpus)]
-    assert [ours.decode(ours.encode(text)) for text in corpus] == corpus
-    assert (ours.eod, ours.pad, ours.vocab_size) == (0, 1, 400)
-    assert ours.decode([*ours.encode("a"), ours.eod]) == "a"
+    loaded, theirs = load_tokenizer(tmp_path), tokenizers.Tokenizer.from_file(str(path))
+    assert loaded.encode_batch(corpus) == [found.ids for found in theirs.encode_batch(corpus)]
+    assert [loaded.decode(loaded.encode(text)) for text in corpus] == corpus
+    assert (loaded.eod, loaded.pad, loaded.vocab_size) == (0, 1, 400)
+    assert loaded.decode([*loaded.encode("a"), loaded.eod]) == "a"
 
 
 @settings(deadline=None)

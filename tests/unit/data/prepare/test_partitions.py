@@ -88,9 +88,9 @@ def test_every_file_is_in_one_partition(tmp_path: Path) -> None:
     for number, file in enumerate(files):
         file.write_bytes(b"x" * number)
     for count in (1, 3, 50):
-        partitions = [Partition(number, count).of(files) for number in range(count)]
+        partitions = [Partition(number, count).select(files) for number in range(count)]
         assert [file for partition in partitions for file in partition] == files
-    sizes = [sum(file.stat().st_size for file in Partition(n, 3).of(files)) for n in range(3)]
+    sizes = [sum(file.stat().st_size for file in Partition(n, 3).select(files)) for n in range(3)]
     assert max(sizes) - min(sizes) <= 20
 
 

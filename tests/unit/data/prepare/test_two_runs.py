@@ -16,7 +16,7 @@ import pytest
 from moetron.common.errors import UserError
 from moetron.data.prepare import output as output_module
 from moetron.data.prepare.options import Options
-from moetron.data.prepare.output_lock import held
+from moetron.data.prepare.output_lock import lock_outputs
 from moetron.data.prepare.preprocess import preprocess
 
 TOOL = Path(__file__).parents[4] / "tools" / "preprocess_corpus.py"
@@ -47,7 +47,7 @@ def after(change: str, command: list[str]) -> list[str]:
 def test_a_second_run_with_the_same_output_is_refused(options: Options, tmp_path: Path) -> None:
     holdout = {"holdout_fraction": 0.5, "holdout_prefix": str(tmp_path / "out" / "v")}
     for prefix in (options.output_prefix, holdout["holdout_prefix"]):
-        with held([str(prefix)]):
+        with lock_outputs([str(prefix)]):
             with pytest.raises(UserError, match=f"{prefix}: another run is writing it; wait until"):
                 preprocess(replace(options, **holdout))
             assert [file.name for file in (tmp_path / "out").iterdir()] == [f"{prefix[-1]}.lock"]
@@ -71,7 +71,7 @@ def test_only_one_of_many_holds_an_output(tmp_path: Path) -> None:
         nonlocal inside, most, wins
         for _ in range(200):
             try:
-                with held([str(tmp_path / "p")]):
+                with lock_outputs([str(tmp_path / "p")]):
                     inside += 1
                     most, wins = max(most, inside), wins + 1
                     time.sleep(0.0005)
@@ -109,8 +109,8 @@ def test_a_signal_keeps_what_was_done(options: Options, tmp_path: Path, number: 
     slow += "o.Output.take = late"
     command = after(slow, arguments(options))
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    begun = Path(options.output_prefix + ".bin.tmp")
-    while not (begun.exists() and begun.stat().st_size):
+    started = Path(options.output_prefix + ".bin.tmp")
+    while not (started.exists() and started.stat().st_size):
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(number)

@@ -17,7 +17,7 @@ DOCUMENTS = [[1, 2, 3, 9], [4, 9], [5, 6, 7, 8, 9]]
 
 
 @pytest.mark.parametrize("vocab_size", [1000, 65_499, 65_500, 256_384])
-def test_megatron_reads_what_we_write(make_shard, vocab_size: int) -> None:
+def test_megatron_reads_written_shards(make_shard, vocab_size: int) -> None:
     documents = [*DOCUMENTS, [vocab_size - 1]]
     dataset = IndexedDataset(make_shard("a", documents, vocab_size))
     assert dataset.index.dtype == DType.optimal_dtype(vocab_size) == token_dtype(vocab_size)
@@ -26,14 +26,14 @@ def test_megatron_reads_what_we_write(make_shard, vocab_size: int) -> None:
 
 
 def test_the_files_are_those_of_megatrons_builder(make_shard, tmp_path: Path) -> None:
-    ours = Path(make_shard("ours", DOCUMENTS))
+    mine = Path(make_shard("mine", DOCUMENTS))
     builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.uint16)
     for document in DOCUMENTS:
         builder.add_document(document, [len(document)])
     builder.finalize(str(tmp_path / "theirs.idx"))
     for suffix in (".bin", ".idx"):
         theirs = (tmp_path / f"theirs{suffix}").read_bytes()
-        assert ours.with_suffix(suffix).read_bytes() == theirs
+        assert mine.with_suffix(suffix).read_bytes() == theirs
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
