@@ -143,7 +143,7 @@ def _read_header(path: Path, index: np.ndarray) -> tuple[np.dtype, int]:
 
 
 def _sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
+    """SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(HASH_BLOCK_BYTES):
