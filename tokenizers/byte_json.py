@@ -12,10 +12,10 @@ END, PAD = "<|endoftext|>", "<pad>"
 
 
 def byte_definition() -> dict[str, Any]:
-    """The content of the file.
+    """Return the content of the file.
 
-    All tokens beside the bytes are special: with ``split_special_tokens`` a text that spells one
-    of them is encoded as its bytes, as `ByteTokenizer` does.
+    All tokens other than the bytes are special: with ``split_special_tokens`` a text that spells
+    one of them is encoded as its bytes, as `ByteTokenizer` does.
     """
     markers = {END: ByteTokenizer.eod, PAD: ByteTokenizer.pad}
     sentinels = {f"<extra_id_{i}>": number for i, number in enumerate(ByteTokenizer.sentinels)}
@@ -53,8 +53,8 @@ def byte_definition() -> dict[str, Any]:
 
 
 def holds_bytes(path: Path) -> bool:
-    """Whether a ``tokenizer.json`` is an export of the byte tokenizer."""
-    if path.stat().st_size > 1 << 17:  # ours has 30 kB; do not parse large vocabularies twice
+    """Return whether a ``tokenizer.json`` is an export of the byte tokenizer."""
+    if path.stat().st_size > 1 << 17:  # the export has 30 kB; do not parse large vocabularies twice
         return False
     try:
         return bool(json.loads(path.read_text(encoding="utf-8")) == byte_definition())
@@ -63,7 +63,7 @@ def holds_bytes(path: Path) -> bool:
 
 
 def _characters() -> dict[str, int]:
-    """The character that stands for each byte in byte-level BPE (GPT-2's table)."""
+    """Return the character of each byte in byte-level BPE (GPT-2's table)."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in visible]
     table = {byte: chr(byte) for byte in visible}

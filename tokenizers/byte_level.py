@@ -1,4 +1,4 @@
-"""The tokenizer that needs no file: one token a UTF-8 byte."""
+"""Byte tokenizer: one token per UTF-8 byte, without a file."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ LAYOUT = "ids 0..255 are bytes, then eod, pad and 126 sentinels of which the fir
 
 
 class ByteTokenizer(Tokenizer):
-    """UTF-8 bytes; 384 ids, a multiple of 128."""
+    """Tokenizer of UTF-8 bytes; 384 ids, a multiple of 128."""
 
     kind = "bytes"
     name = "bytes"
@@ -21,22 +21,22 @@ class ByteTokenizer(Tokenizer):
     fingerprint = fingerprint_of("bytes", LAYOUT.encode())
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """UTF-8 bytes of each text."""
+        """Return the UTF-8 bytes of each text."""
         require_encodable(texts)
         return [list(text.encode()) for text in texts]
 
     def id_of(self, token: str) -> int | None:
-        """Id of an ASCII character, or of a sentinel ``<extra_id_i>``."""
+        """Return the id of an ASCII character, or of a sentinel ``<extra_id_i>``."""
         names = {f"<extra_id_{i}>": number for i, number in enumerate(self.sentinels)}
         return ord(token) if len(token) == 1 and token.isascii() else names.get(token)
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """UTF-8 bytes of all texts one after the other, uint8, and their lengths."""
+        """Return the concatenated UTF-8 bytes of all texts, uint8, and their lengths."""
         require_encodable(texts)
         encoded = [text.encode() for text in texts]
         lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
         return np.frombuffer(b"".join(encoded), np.uint8), lengths
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids that are bytes; the others are dropped."""
+        """Decode the ids that are bytes; drop the others."""
         return bytes(i for i in ids if i < 256).decode(errors="replace")

@@ -1,9 +1,9 @@
-"""Our tokenizers as a folder that HuggingFace's ``AutoTokenizer`` reads, with the same ids.
+"""Export tokenizers to a folder that HuggingFace's ``AutoTokenizer`` reads, with the same ids.
 
-The ids of a text are those that its document has in a shard, whatever way transformers is called:
-nothing is added before or after it, and tokens that are spelled out in it are read as in training.
+A text gets the ids of its document in a shard, however transformers is called: nothing is added
+before or after it, and tokens that are spelled out in it are read as in training.
 
-A SentencePiece model goes as it is, under a class of transformers that runs SentencePiece itself.
+A SentencePiece model is copied, under a class of transformers that runs SentencePiece itself.
 HuggingFace's own ``Unigram`` would not give the same ids: it adds scores in float64, SentencePiece
 in float32, so that they split runs of more than 16 spaces differently (170 of 2,779 documents).
 """
@@ -23,9 +23,9 @@ from moetron.tokenizers.interface import Tokenizer
 from moetron.tokenizers.umt5 import SentencePieceTokenizer
 
 SENTENCEPIECE_CLASS = "BertGenerationTokenizer"
-"""The one of transformers that adds nothing to SentencePiece's pieces."""
+"""Class of transformers that adds nothing to SentencePiece's pieces."""
 CODE, CODE_CLASS = "tokenization_sentencepiece.py", "MoetronSentencePieceTokenizer"
-"""With trust_remote_code=True transformers takes this class instead."""
+"""Class that transformers uses instead with trust_remote_code=True."""
 FAST_CLASS = "PreTrainedTokenizerFast"
 PROBES = (
     "one two three",
@@ -35,7 +35,7 @@ PROBES = (
     "<s> </s> <pad> <unk> <|endoftext|> <extra_id_0> <0x41> [CLS] <mask>x",
     "",
 )
-"""Texts on which an export is compared with the tokenizer that it came from."""
+"""Texts on which an export is compared with its tokenizer."""
 logger = logging.getLogger(__name__)
 _Config = dict[str, Any]
 
@@ -43,11 +43,11 @@ _Config = dict[str, Any]
 def export(tokenizer: Tokenizer, folder: Path) -> None:
     """Write ``tokenizer_config.json`` and ``tokenizer.json`` or ``spiece.model``.
 
-    Of a SentencePiece model two things need trust_remote_code=True there: U+2581, which
-    SentencePiece uses for a space, is encoded as its bytes, and decoded texts are exact.
+    For a SentencePiece model, two things need trust_remote_code=True: encoding U+2581, which
+    SentencePiece uses for a space, as its bytes, and exact decoding.
 
     Raises:
-        UserError: the tokenizer has no counterpart there.
+        UserError: AutoTokenizer has no equivalent of the tokenizer.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in export_files(tokenizer).items():
@@ -55,7 +55,7 @@ def export(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def export_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """The files of `export` by name."""
+    """Return the files of `export` by name."""
     if isinstance(tokenizer, SentencePieceTokenizer):
         name, content = "spiece.model", tokenizer.serialized
         config = _sentencepiece(tokenizer)
@@ -67,9 +67,9 @@ def export_files(tokenizer: Tokenizer) -> dict[str, bytes]:
         config = {"tokenizer_class": FAST_CLASS, "eos_token": END, "pad_token": PAD}
         config["split_special_tokens"] = True
     else:
-        raise UserError(f"tokenizer {tokenizer.name}: AutoTokenizer knows nothing like it")
-    # As in training, a document follows another's end. The class's own <s> was never trained, and
-    # lm-evaluation-harness would put it before every text.
+        raise UserError(f"tokenizer {tokenizer.name}: AutoTokenizer has no equivalent")
+    # As in training, a document follows the end of another. The class's own <s> was never trained,
+    # and lm-evaluation-harness would put it before every text.
     config["bos_token"] = config["eos_token"]
     config["clean_up_tokenization_spaces"] = False
     files = {name: content, "tokenizer_config.json": _json(config)}
@@ -79,14 +79,14 @@ def export_files(tokenizer: Tokenizer) -> dict[str, bytes]:
 
 
 def exported(tokenizer: Tokenizer | None) -> tuple[dict[str, int | None], dict[str, bytes]]:
-    """Ids of document markers (ours begin with none) and files for AutoTokenizer."""
+    """Return the ids of document markers (no begin marker) and the files for AutoTokenizer."""
     eod, pad = (None, None) if tokenizer is None else (tokenizer.eod, tokenizer.pad)
     files = {} if tokenizer is None else export_files(tokenizer)
     return {"bos_token_id": None, "eos_token_id": eod, "pad_token_id": pad}, files
 
 
 def has_transformers() -> bool:
-    """Whether transformers is installed, found without importing it."""
+    """Return whether transformers is installed, without importing it."""
     try:
         metadata.version("transformers")
     except metadata.PackageNotFoundError:
@@ -97,13 +97,13 @@ def has_transformers() -> bool:
 def different_texts(
     tokenizer: Tokenizer, folder: Path, texts: Iterable[str], trust: bool = False
 ) -> list[str]:
-    """The texts whose ids differ under ``AutoTokenizer``, called as its users call it.
+    """Return the texts whose ids differ under ``AutoTokenizer``, called with its defaults.
 
     Args:
-        tokenizer: what ``folder`` was written from.
-        folder: of an export; a model's ``config.json`` in it can change the class that is taken.
-        texts: to compare on.
-        trust: let transformers run the code of the folder (``trust_remote_code``).
+        tokenizer: Tokenizer that ``folder`` was exported from.
+        folder: An export; a model's ``config.json`` in it can change the class used.
+        texts: Texts to compare on.
+        trust: Let transformers run the code of the folder (``trust_remote_code``).
 
     Raises:
         UserError: AutoTokenizer cannot read the folder.
@@ -115,17 +115,17 @@ def different_texts(
             folder, local_files_only=True, trust_remote_code=trust
         )
     except Exception as error:  # of many types
-        raise UserError(f"{folder}: AutoTokenizer cannot read it: {error}") from error
+        raise UserError(f"{folder}: AutoTokenizer cannot read it ({error})") from error
     return [text for text in texts if theirs(text).input_ids != tokenizer.encode(text)]
 
 
 def why_not(tokenizer: Tokenizer, folder: Path) -> str | None:
-    """Why a folder's tokenizer must not stay there; None if it encodes `PROBES` as ours.
+    """Return why a folder's tokenizer must not stay there; None if it encodes `PROBES` the same.
 
-    Without transformers nothing is compared, which a warning says.
+    Without transformers, warn and compare nothing.
     """
     if not has_transformers():
-        logger.warning("the exported tokenizer was not tried: pip install moetron[hf]")
+        logger.warning("the exported tokenizer was not checked: pip install moetron[hf]")
         return None
     try:
         found = different_texts(tokenizer, folder, PROBES)
@@ -135,13 +135,13 @@ def why_not(tokenizer: Tokenizer, folder: Path) -> str | None:
         return None
     version = metadata.version("transformers")
     return (
-        f"transformers {version} would encode {found[0]!r} otherwise beside this model's "
+        f"transformers {version} encodes {found[0]!r} differently beside this model's "
         "config.json; write the tokenizer to a folder of its own with tools/export_tokenizer.py"
     )
 
 
 def _sentencepiece(tokenizer: SentencePieceTokenizer) -> _Config:
-    """Control pieces spelled out in a text are letters, as SentencePiece itself reads them."""
+    """Return the configuration; control pieces in a text are letters, as in SentencePiece."""
     return {
         "tokenizer_class": SENTENCEPIECE_CLASS,
         "eos_token": tokenizer.piece(tokenizer.eod),
@@ -149,13 +149,13 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> _Config:
         "pad_token": tokenizer.piece(tokenizer.pad),
         "unk_token": tokenizer.piece(tokenizer.unknown),
         "split_special_tokens": True,
-        # Also keeps transformers 5 from taking the class that it knows for the folder's model.
+        # Also keeps transformers 5 from choosing the class that it has for the folder's model.
         "auto_map": {"AutoTokenizer": [f"{Path(CODE).stem}.{CODE_CLASS}", None]},
     }
 
 
 def _huggingface(tokenizer: HuggingFaceTokenizer) -> tuple[_Config, _Config]:
-    """``tokenizer.json`` and configuration, without what adds tokens around a text."""
+    """Return ``tokenizer.json`` and configuration, without tokens added around a text."""
     definition = json.loads(tokenizer.definition)
     config: _Config = {
         "tokenizer_class": FAST_CLASS,
@@ -167,15 +167,15 @@ def _huggingface(tokenizer: HuggingFaceTokenizer) -> tuple[_Config, _Config]:
     if definition["post_processor"] != before:
         config[TRAINING_POST_PROCESSOR] = json.dumps(before)
     if not any(token["special"] for token in definition.get("added_tokens") or ()):
-        # transformers makes special tokens of those that it is told; here they are plain text.
+        # transformers treats the tokens named to it as special; here they are plain text.
         config["split_special_tokens"] = True
     if (definition.get("pre_tokenizer") or {}).get("add_prefix_space"):
-        config["add_prefix_space"] = True  # transformers 4 would switch it off
+        config["add_prefix_space"] = True  # transformers 4 would disable it
     return definition, config
 
 
 def _without_templates(processor: _Config | None) -> _Config | None:
-    """What only moves offsets of a post-processor: templates and the like add special tokens."""
+    """Keep the parts of a post-processor that only move offsets; templates add special tokens."""
     if processor is None or processor["type"] == "ByteLevel":
         return processor
     if processor["type"] != "Sequence":

@@ -1,8 +1,8 @@
-"""HuggingFace's BPE through gigatoken, many times as fast, where it is proved to give the same ids.
+"""HuggingFace's BPE with gigatoken, many times as fast, where it gives the same ids.
 
 gigatoken (PyPI, the extra ``fast``) reads the same ``tokenizer.json``. HuggingFace's library stays
-the reference: an engine that differs from it on one of the probes is not used, and who encodes a
-corpus compares the two on a sample of it (``first_difference``).
+the reference: an engine that differs from it on a probe is not used, and preprocessing compares
+the two on a sample of the corpus (``first_difference``).
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,26 +29,26 @@ PROBES = (
 
 
 PROCESS_BYTES = 1 << 30
-"""Memory of the process, for each thread that encodes, above which engines are replaced."""
+"""Memory of the process per encoding thread, above which engines are replaced."""
 REPLACED_CHARACTERS = 1 << 26
-"""Text that an engine encodes at least before it is replaced: a new one has all words to learn."""
+"""Minimum text of an engine before it is replaced, because a new one starts with no words."""
 
 
 class FastBPE(Tokenizer):
-    """A HuggingFace tokenizer whose ids gigatoken computes.
+    """HuggingFace tokenizer that computes ids with gigatoken.
 
-    Threads may encode at the same time, each with an engine of its own: an engine remembers the
-    words that it has seen, behind a lock and without bound, up to ten bytes for one of text. So one
-    that has grown too large is thrown away.
+    Threads may encode at the same time, each with its own engine: an engine caches the words that
+    it has seen, behind a lock and without bound, up to ten bytes for one of text. Engines that
+    have grown too large are dropped.
     """
 
     kind = HuggingFaceTokenizer.kind
     concurrent = True
 
     def __init__(self, reference: HuggingFaceTokenizer, threads: int = 1) -> None:
-        """Make the engines of so many threads; a further thread waits for its own to be made.
+        """Create ``threads`` engines; a further thread creates its own on demand.
 
-        Raises whatever gigatoken raises for a tokenizer that it does not know.
+        Raises whatever gigatoken raises for an unsupported tokenizer.
         """
         self.reference = reference
         self.name, self.fingerprint = reference.name, reference.fingerprint
@@ -58,14 +58,14 @@ class FastBPE(Tokenizer):
         self._idle = [_Engine(self._definition) for _ in range(threads)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text."""
+        """Return the ids of each text."""
         require_encodable(texts)
         with self._engine(texts) as engine:
             lists: list[list[int]] = engine.encode_batch_list(list(texts), parallel=False)
         return lists
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all texts one after the other, uint32, and their lengths."""
+        """Return the concatenated ids of all texts, uint32, and their lengths."""
         try:
             with self._engine(texts) as engine:
                 rows = engine.encode_batch(list(texts), parallel=False).layout
@@ -77,7 +77,7 @@ class FastBPE(Tokenizer):
 
     @contextmanager
     def _engine(self, texts: Sequence[str]) -> Iterator[Any]:
-        """What encodes these texts, and nothing else meanwhile."""
+        """Yield an engine for these texts, not used by others meanwhile."""
         try:
             engine = self._idle.pop()
         except IndexError:
@@ -90,42 +90,42 @@ class FastBPE(Tokenizer):
                 self._idle.append(engine)
 
     def _too_large(self) -> bool:
-        """Whether the process takes more memory than it should."""
-        import psutil  # here, since few runs need it and it is slow to load
+        """Return whether the process exceeds its memory limit."""
+        import psutil  # imported here: rarely needed and slow to load
 
         return psutil.Process().memory_info().rss > self._threads * PROCESS_BYTES
 
     def id_of(self, token: str) -> int | None:
-        """The reference's."""
+        """Return the reference's id of a token."""
         return self.reference.id_of(token)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, as the reference gives it."""
+        """Decode ids with the reference."""
         return self.reference.decode(ids)
 
 
 def open_fast(tokenizer: Tokenizer, threads: int = 1) -> FastBPE | None:
-    """The fast engine of a tokenizer, if there is one and it agrees on the probes."""
+    """Return the fast engine of a tokenizer, if it exists and agrees on the probes."""
     if not isinstance(tokenizer, HuggingFaceTokenizer) or not _installed():
         return None
     try:
         fast = FastBPE(tokenizer, threads)
-    except Exception:  # of many types: the engine does not know this tokenizer
+    except Exception:  # of many types: unsupported tokenizer
         return None
     return fast if first_difference(fast, PROBES) is None else None
 
 
 def first_difference(fast: FastBPE, texts: Sequence[str]) -> str | None:
-    """The first text that the engine and the reference encode differently."""
+    """Return the first text that the engine and the reference encode differently, or None."""
     pairs = zip(fast.encode_batch(texts), fast.reference.encode_batch(texts), strict=True)
     return next((text for text, (a, b) in zip(texts, pairs, strict=True) if a != b), None)
 
 
 class _Engine:
-    """One of gigatoken's tokenizers, and how much it has encoded."""
+    """Tokenizer of gigatoken with the number of characters that it has encoded."""
 
     def __init__(self, definition: str) -> None:
-        """From a ``tokenizer.json``."""
+        """Create it from a ``tokenizer.json``."""
         import gigatoken
 
         self.tokenizer: Any = gigatoken.Tokenizer.from_json(definition)
@@ -133,7 +133,7 @@ class _Engine:
 
 
 def _installed() -> bool:
-    """Whether gigatoken is there."""
+    """Return whether gigatoken is installed."""
     try:
         metadata.version("gigatoken")
     except metadata.PackageNotFoundError:

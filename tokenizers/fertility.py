@@ -1,4 +1,4 @@
-"""How well a tokenizer fits a text: bytes per token and tokens per word."""
+"""Fertility of a tokenizer on a text: bytes per token and tokens per word."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ MEASURED_CHARACTERS = 1_000_000
 
 @dataclass(frozen=True)
 class Fertility:
-    """Of one source; a word is what white space separates."""
+    """Fertility on one source; words are separated by white space."""
 
     bytes_per_token: float
     tokens_per_word: float
 
 
 def measure(tokenizer: Tokenizer, texts: Sequence[str]) -> Fertility:
-    """Fertility on the first million characters or so of the texts."""
+    """Measure fertility on about the first million characters of the texts."""
     measured: list[str] = []
     characters = 0
     for text in texts:
@@ -34,7 +34,7 @@ def measure(tokenizer: Tokenizer, texts: Sequence[str]) -> Fertility:
 
 
 def table(by_source: Mapping[str, Fertility]) -> str:
-    """Lines for people: one source each."""
+    """Return a text table, one source a line."""
     width = max([len("source"), *map(len, by_source)])
     lines = [f"{'source':<{width}}  bytes/token  tokens/word"]
     for source, found in by_source.items():
@@ -45,7 +45,7 @@ def table(by_source: Mapping[str, Fertility]) -> str:
 
 
 def draw(by_source: Mapping[str, Fertility], file: BinaryIO) -> None:
-    """Write a PNG: bytes per token and tokens per word, a bar a source."""
+    """Write a PNG with bars of bytes per token and tokens per word for each source."""
     from matplotlib.figure import Figure  # half a second of imports
 
     figure = Figure(figsize=(8, 1.5 + 0.3 * len(by_source)), layout="constrained")
@@ -54,6 +54,6 @@ def draw(by_source: Mapping[str, Fertility], file: BinaryIO) -> None:
     left.barh(names, [each.bytes_per_token for each in found])
     right.barh(names, [each.tokens_per_word for each in found])
     left.set(xlabel="bytes per token", ylabel="source")
-    right.set(xlabel="tokens per word (what white space separates)")
+    right.set(xlabel="tokens per word (separated by white space)")
     left.invert_yaxis()
     figure.savefig(file, format="png", dpi=150)

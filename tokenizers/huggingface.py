@@ -1,4 +1,4 @@
-"""HuggingFace tokenizers: a ``tokenizer.json`` through the ``tokenizers`` library."""
+"""HuggingFace tokenizers: ``tokenizer.json`` files read with the ``tokenizers`` library."""
 
 import json
 from collections.abc import Sequence
@@ -13,19 +13,19 @@ from moetron.tokenizers.interface import Tokenizer, fingerprint_of, require_enco
 END_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>")
 PAD_TOKENS = ("<pad>", "<|padding|>", "[PAD]", "<|pad|>")
 TRAINING_POST_PROCESSOR = "training_post_processor"
-"""Key of ``tokenizer_config.json`` under which an export keeps the post-processor that it leaves
-out of ``tokenizer.json``, as JSON text: no id depends on it here, but the fingerprint does."""
+"""Key of ``tokenizer_config.json`` for the post-processor, as JSON text, that an export removes
+from ``tokenizer.json``: the fingerprint depends on it, the ids do not."""
 
 
 class HuggingFaceTokenizer(Tokenizer):
     """A ``tokenizer.json``; ``tokenizer_config.json`` beside it may name the end and pad tokens.
 
-    Special tokens written out in a text become their ids, as in HuggingFace's own use.
+    Special tokens spelled out in a text become their ids, as in HuggingFace's own use.
     """
 
     kind = "huggingface"
     definition: str
-    """The ``tokenizer.json`` that the ids follow from, without truncation and padding."""
+    """The ``tokenizer.json`` without truncation and padding, which determines the ids."""
 
     def __init__(self, path: Path) -> None:
         described = _read_json(path)
@@ -40,8 +40,8 @@ class HuggingFaceTokenizer(Tokenizer):
         eod = _special(model, config, "eos_token", END_TOKENS)
         if eod is None:
             raise UserError(
-                f"tokenizer {path}: none of {', '.join(END_TOKENS)} is in its vocabulary to end "
-                'documents with; put {"eos_token": "..."} into tokenizer_config.json beside it'
+                f"tokenizer {path}: no end-of-document token ({', '.join(END_TOKENS)}); "
+                'put {"eos_token": "..."} into tokenizer_config.json beside it'
             )
         pad = _special(model, config, "pad_token", PAD_TOKENS)
         described.update(truncation=None, padding=None)
@@ -62,28 +62,28 @@ class HuggingFaceTokenizer(Tokenizer):
         self.fingerprint = fingerprint_of(self.kind, canonical.encode())
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text; threads as RAYON_NUM_THREADS and TOKENIZERS_PARALLELISM say."""
+        """Return the ids of each text, on RAYON_NUM_THREADS threads (TOKENIZERS_PARALLELISM)."""
         require_encodable(texts)
         batch = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in batch]
 
     def piece(self, number: int) -> str:
-        """How a token is written in the vocabulary."""
+        """Return the spelling of a token in the vocabulary."""
         text: str | None = self._model.id_to_token(number)
         assert text is not None, "an id of this tokenizer"
         return text
 
     def id_of(self, token: str) -> int | None:
-        """Id of a token of the vocabulary, special ones included."""
+        """Return the id of a token of the vocabulary, including special ones."""
         return self._model.token_to_id(token)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids without special tokens."""
+        """Decode ids without special tokens."""
         return self._model.decode([int(i) for i in ids], skip_special_tokens=True)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
+    """Read the object in a JSON file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -96,7 +96,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _special(
     model: tokenizers.Tokenizer, config: dict[str, Any], key: str, usual: Sequence[str]
 ) -> int | None:
-    """Id of the token that the configuration names under ``key``, else of the first usual one."""
+    """Return the id of the token configured under ``key``, else of the first usual one."""
     named = config.get(key)
     text = named.get("content") if isinstance(named, dict) else named
     candidates = [text] if text is not None else usual
@@ -105,7 +105,7 @@ def _special(
 
 
 def _sentinels(model: tokenizers.Tokenizer) -> list[int]:
-    """Ids of ``<extra_id_0>``, ``<extra_id_1>``, ... as far as the vocabulary has them."""
+    """Return the ids of ``<extra_id_0>``, ``<extra_id_1>``, ... in the vocabulary."""
     found: list[int] = []
     while (number := model.token_to_id(f"<extra_id_{len(found)}>")) is not None:
         found.append(number)

@@ -1,4 +1,4 @@
-"""What the rest of Moetron asks of a tokenizer."""
+"""Interface of tokenizers."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -12,45 +12,45 @@ from moetron.common.errors import UserError
 
 
 class Tokenizer(ABC):
-    """Text to token ids and back; no document markers are added on the way.
+    """Map between text and token ids, without document markers.
 
-    The ids of a document are those of its text alone; who writes documents one after the other
-    appends ``eod`` to each. Text without lone surrogates is the only input (``UserError``).
+    The ids of a document are those of its text alone; writers of consecutive documents append
+    ``eod`` to each. Text with lone surrogates is rejected (``UserError``).
     """
 
     kind: str
-    """Which implementation reads the file: ``sentencepiece``, ``huggingface`` or ``bytes``."""
+    """Implementation that reads the file: ``sentencepiece``, ``huggingface`` or ``bytes``."""
     name: str
-    """For people: the file's or folder's name."""
+    """Display name: the file's or folder's name."""
     vocab_size: int
-    """Ids are below this; the padding that the file itself holds is included."""
+    """Exclusive upper bound of the ids, including padding in the file."""
     eod: int
-    """Id that ends a document."""
+    """End-of-document id."""
     pad: int
-    """Id that fills up a sample; equal to ``eod`` where the file names none."""
+    """Padding id; equal to ``eod`` if the file names none."""
     sentinels: tuple[int, ...]
-    """Ids of ``<extra_id_0>``, ``<extra_id_1>``, ... in this order; empty where there are none."""
+    """Ids of ``<extra_id_0>``, ``<extra_id_1>``, ... in this order; may be empty."""
     concurrent = False
-    """Whether threads can encode at the same time: its library lets go of Python's lock."""
+    """True if threads can encode at the same time: the library releases Python's lock."""
     files: Mapping[str, Path] = {}
-    """Where the files lie that it is read from, by their names in a folder that
-    `load_tokenizer` reads as the same tokenizer; empty where it needs none."""
+    """Paths of its files by their names in a folder that `load_tokenizer` reads as the same
+    tokenizer; empty if it needs none."""
     fingerprint: str
     """64 hexadecimal digits: equal fingerprints give equal ids."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of one text."""
+        """Return the ids of one text."""
         return self.encode_batch([text])[0]
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of many texts: the library's batch call, on one thread where it lets us choose."""
+        """Return the ids of many texts with the library's batch call, on one thread if possible."""
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """What ``encode_batch`` gives, without a Python object a token.
+        """Encode like ``encode_batch``, without a Python object a token.
 
-        Returns the ids of all texts one after the other, an integer dtype [sum of lengths], and
-        their lengths, int64 [texts].
+        Returns the concatenated ids of all texts, an integer dtype [sum of lengths], and their
+        lengths, int64 [texts].
         """
         ids = self.encode_batch(texts)
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
@@ -58,20 +58,20 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def id_of(self, token: str) -> int | None:
-        """Id of the one token that is written so; None if there is none."""
+        """Return the id of the token spelled ``token``; None if there is none."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; markers such as ``eod`` are dropped, broken UTF-8 becomes U+FFFD."""
+        """Decode ids; drop markers such as ``eod`` and replace invalid UTF-8 with U+FFFD."""
 
 
 def fingerprint_of(kind: str, content: bytes) -> str:
-    """SHA-256 over the kind and the canonical content of a tokenizer's file, in hexadecimal."""
+    """Return the SHA-256 of a tokenizer file's kind and canonical content, in hexadecimal."""
     return hashlib.sha256(kind.encode() + b"\n" + content).hexdigest()
 
 
 def require_encodable(texts: Sequence[str]) -> None:
-    """Refuse text that UTF-8 cannot hold (a lone surrogate), naming text and position."""
+    """Raise UserError for text with a lone surrogate, naming text and position."""
     for number, text in enumerate(texts):
         if text.isascii():
             continue

@@ -1,4 +1,4 @@
-"""From what ``--tokenizer-model`` says to a tokenizer."""
+"""Load the tokenizer of ``--tokenizer-model``."""
 
 import os
 from collections.abc import Collection
@@ -16,10 +16,10 @@ FORMS = "a SentencePiece .model file, a HuggingFace tokenizer.json (or its folde
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
-    """The tokenizer of a ``.model`` file, a ``tokenizer.json``, a folder with one, or ``bytes``.
+    """Load a ``.model`` file, a ``tokenizer.json``, a folder with one, or ``bytes``.
 
     Raises:
-        UserError: nothing is there, or it is not what its name says.
+        UserError: the file does not exist or is not of its suffix's format.
     """
     if str(source) == "bytes":
         return ByteTokenizer()
@@ -32,17 +32,17 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
 
 
 def load_known_tokenizer(source: str | None, fingerprints: Collection[str]) -> Tokenizer:
-    """The tokenizer that a model was trained with, wherever it lies now.
+    """Load the tokenizer that a model was trained with.
 
     Args:
-        source: as for `load_tokenizer`; None: nobody has named one.
-        fingerprints: of the training data's tokenizer; empty: unknown.
+        source: As for `load_tokenizer`; None: not given.
+        fingerprints: Fingerprints of the training data's tokenizer; empty: unknown.
 
     Raises:
-        UserError: it is not there, or is another one.
+        UserError: the tokenizer does not exist, or is another one.
     """
     if source is None:
-        raise UserError("the run names no tokenizer (mock data?): give --tokenizer-model")
+        raise UserError("the run has no tokenizer (mock data?); give --tokenizer-model")
     try:
         tokenizer = load_tokenizer(source)
     except UserError as error:
@@ -55,10 +55,10 @@ def load_known_tokenizer(source: str | None, fingerprints: Collection[str]) -> T
 
 
 def tokenizer_file(source: str | Path) -> Path:
-    """The file that ``source``, a file or a folder, means.
+    """Return the file of ``source``, a file or a folder.
 
     Raises:
-        UserError: nothing is there.
+        UserError: there is no such file.
     """
     path = Path(os.path.expanduser(source))  # noqa: PTH111 - Path's raises for ~nobody
     if path.is_dir():
@@ -69,7 +69,7 @@ def tokenizer_file(source: str | Path) -> Path:
 
 
 def _file_of(folder: Path) -> Path:
-    """The file of a folder that holds one tokenizer."""
+    """Return the tokenizer file of a folder."""
     for name in FOLDER_FILES:
         if (folder / name).is_file():
             return folder / name

@@ -1,7 +1,7 @@
-"""The copy of its tokenizer that a run keeps in its folder, so that the folder needs no other.
+"""Copy of the tokenizer in a run's folder, so that the folder is self-contained.
 
-``RUN/tokenizer/`` holds the files that the tokenizer is read from, and its fingerprint. It is
-written once, before the first step, and verified whenever it is used.
+``RUN/tokenizer/`` holds the tokenizer's files and its fingerprint. It is written once, before the
+first step, and verified at every use.
 """
 
 import os
@@ -18,25 +18,25 @@ FINGERPRINT = "fingerprint"
 
 
 def copy_path(run_folder: Path) -> Path:
-    """Where a run's copy lies, absolute."""
+    """Return the absolute path of a run's copy."""
     return run_folder.resolve() / FOLDER
 
 
 def name_of(tokenizer: Tokenizer, run_folder: Path) -> str:
-    """What ``--tokenizer-model`` says to name a run's copy; ``bytes`` needs none."""
+    """Return the ``--tokenizer-model`` value of a run's copy; ``bytes`` needs none."""
     return str(copy_path(run_folder)) if tokenizer.files else tokenizer.name
 
 
 def keep(tokenizer: Tokenizer, run_folder: Path, replace: bool) -> None:
-    """Write ``run_folder/tokenizer``, whole or not at all; one process alone may call this.
+    """Write ``run_folder/tokenizer`` atomically; call it from one process only.
 
     Args:
-        tokenizer: the run's; one that needs no file is not copied.
-        run_folder: exists.
-        replace: another tokenizer there may be replaced: no checkpoint needs it.
+        tokenizer: The run's tokenizer; one without files is not copied.
+        run_folder: Existing folder.
+        replace: Replace another tokenizer there, which no checkpoint needs.
 
     Raises:
-        UserError: another tokenizer, or a damaged copy, is there, or the files changed since
+        UserError: another tokenizer, or a damaged copy, exists, or the files changed since
             ``tokenizer`` was read.
         OSError: the folder cannot be written.
     """
@@ -48,9 +48,9 @@ def keep(tokenizer: Tokenizer, run_folder: Path, replace: bool) -> None:
             return
         if not replace:
             raise UserError(
-                f"{target} is not this tokenizer ({tokenizer.name}), or was changed: the "
-                "checkpoints beside it were trained with what was written there; give that "
-                "--tokenizer-model, or another folder to --save"
+                f"{target}: not this tokenizer ({tokenizer.name}), or was changed; the checkpoints "
+                "beside it were trained with the original: give that --tokenizer-model, or "
+                "another folder to --save"
             )
     temporary = target.with_name(FOLDER + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -60,30 +60,30 @@ def keep(tokenizer: Tokenizer, run_folder: Path, replace: bool) -> None:
     _write(temporary / FINGERPRINT, tokenizer.fingerprint.encode() + b"\n")
     if not _holds(temporary, tokenizer.fingerprint):
         shutil.rmtree(temporary)
-        raise UserError(f"tokenizer {tokenizer.name}: its files changed while it was in use")
+        raise UserError(f"tokenizer {tokenizer.name}: its files changed during use")
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
 
 
 def find_copy(path: Path) -> Path | None:
-    """The copy that belongs to ``path``, a run's folder or one of its step folders."""
+    """Return the copy of ``path``, a run's folder or one of its step folders, or None."""
     path = path.resolve()
     folder = (path.parent if path.name.startswith("step_") else path) / FOLDER
     return folder if (folder / FINGERPRINT).is_file() else None
 
 
 def load_copy(copy: Path) -> Tokenizer:
-    """The tokenizer of a copy.
+    """Load the tokenizer of a copy.
 
     Raises:
-        UserError: it is damaged, or was changed.
+        UserError: the copy is damaged, or was changed.
     """
     expected = (copy / FINGERPRINT).read_text(encoding="utf-8").strip()
     tokenizer = load_tokenizer(copy)
     if tokenizer.fingerprint != expected:
         raise UserError(
-            f"{copy}: was changed: not the tokenizer that the run was trained with; restore it, "
-            "or give --tokenizer-model"
+            f"{copy}: was changed: not the tokenizer that the run was trained with; restore it, or "
+            "give --tokenizer-model"
         )
     return tokenizer
 
@@ -91,16 +91,16 @@ def load_copy(copy: Path) -> Tokenizer:
 def load_run_tokenizer(
     path: Path, given: str | None, saved: str | None, fingerprints: Collection[str]
 ) -> Tokenizer:
-    """The tokenizer of a checkpoint.
+    """Load the tokenizer of a checkpoint.
 
     Args:
-        path: a run's folder or a step folder.
-        given: what ``--tokenizer-model`` says; None: the run's copy, else ``saved``.
-        saved: what the run's settings say.
-        fingerprints: of the training data's tokenizer; empty: unknown.
+        path: A run's folder or a step folder.
+        given: Value of ``--tokenizer-model``; None: the run's copy, else ``saved``.
+        saved: Value in the run's settings.
+        fingerprints: Fingerprints of the training data's tokenizer; empty: unknown.
 
     Raises:
-        UserError: it is not there, is damaged, or is another one.
+        UserError: the tokenizer does not exist, is damaged, or is another one.
     """
     copy = find_copy(path)
     if given is not None or copy is None:
@@ -110,14 +110,14 @@ def load_run_tokenizer(
 
 
 def open_named(source: str, load: str | None) -> Tokenizer:
-    """The tokenizer that a run names; if it is no longer there, the copy of the run it resumes.
+    """Load a run's tokenizer; if it no longer exists, the copy of the run that it resumes.
 
     Args:
-        source: what ``--tokenizer-model`` says.
-        load: what ``--load`` says.
+        source: Value of ``--tokenizer-model``.
+        load: Value of ``--load``.
 
     Raises:
-        UserError: neither is there, or the copy is damaged.
+        UserError: neither exists, or the copy is damaged.
     """
     try:
         missing = source != "bytes" and not Path(os.path.expanduser(source)).exists()  # noqa: PTH111
@@ -128,7 +128,7 @@ def open_named(source: str, load: str | None) -> Tokenizer:
 
 
 def _holds(folder: Path, fingerprint: str) -> bool:
-    """Whether a folder's tokenizer has this fingerprint."""
+    """Return whether a folder's tokenizer has this fingerprint."""
     try:
         return load_tokenizer(folder).fingerprint == fingerprint
     except (UserError, OSError):

@@ -1,9 +1,9 @@
-"""A SentencePiece model for transformers, in one file that needs nothing of ours.
+"""SentencePiece tokenizer for transformers, in one self-contained file.
 
 Exported folders hold this file; ``AutoTokenizer.from_pretrained(folder, trust_remote_code=True)``
-takes its class, which differs from transformers' ``BertGenerationTokenizer`` in two things: texts
-come back whole (white space at their ends, and characters that the model writes as bytes), and
-U+2581, with which SentencePiece writes a space, is encoded as its three bytes.
+uses its class, which differs from transformers' ``BertGenerationTokenizer`` in two ways: decoding
+is exact (white space at the ends, and characters that the model writes as bytes), and U+2581, with
+which SentencePiece writes a space, is encoded as its three bytes.
 """
 
 from typing import Any
@@ -14,10 +14,10 @@ SPACE_MARKER = "\u2581"
 
 
 class MoetronSentencePieceTokenizer(BertGenerationTokenizer):
-    """SentencePiece's own pieces, without anything before or after them."""
+    """SentencePiece's own pieces, with nothing added around them."""
 
     def _tokenize(self, text: str, **_: Any) -> list[str]:
-        """Pieces of a text."""
+        """Return the pieces of a text."""
         marker = [f"<0x{byte:02X}>" for byte in SPACE_MARKER.encode()]
         if not all(self.sp_model.is_byte(self.sp_model.piece_to_id(piece)) for piece in marker):
             return list(self.sp_model.encode(text, out_type=str))
@@ -25,7 +25,7 @@ class MoetronSentencePieceTokenizer(BertGenerationTokenizer):
         return first + [piece for part in others for piece in (*marker, *part)]
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """The text of pieces; control pieces are written out."""
+        """Decode pieces; control pieces are spelled out."""
         text = ""
         run: list[str] = []
         for token in tokens:

@@ -1,7 +1,7 @@
-"""Training umT5's kind of tokenizer: a SentencePiece unigram model that loses nothing.
+"""Train an umT5-style tokenizer: a lossless SentencePiece unigram model.
 
-Byte fallback, no normalisation, no dummy prefix and no folding of spaces, so that any text comes
-back as it was. Ids: pad 0, eos 1, ``<s>`` 2, unk 3, then white space and bytes, then the learned
+Byte fallback, no normalisation, no dummy prefix and no folding of spaces, so that any text decodes
+exactly. Ids: pad 0, eos 1, ``<s>`` 2, unk 3, then white space and bytes, then the learned
 pieces, then the sentinels of which ``<extra_id_0>`` is the highest, then unused rows up to a
 multiple of 128 (umT5: 256,000 pieces + 300 sentinels = 256,300, padded to 256,384).
 """
@@ -25,32 +25,32 @@ model_pb2: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2"
 SPACE_RUNS = (*range(2, 17), 20, 24, 28, 32)
 LINE_ENDS_AND_TABS = ("\n", "\n\n", "\n\n\n", "\t", "\t\t", "\t\t\t", "\t\t\t\t")
 WHITE_SPACE = (*LINE_ENDS_AND_TABS, *(SPACE_MARKER * length for length in SPACE_RUNS))
-"""Pieces of their own: SentencePiece trains on lines and would never learn them."""
+"""White-space pieces, defined here because SentencePiece trains on lines and cannot learn them."""
 
 SENTENCE_CHARACTERS = 1024
 THREADS = 4
-"""Fixed, whatever the machine: the order of SentencePiece's sums follows the number of threads."""
+"""Fixed for all machines: the order of SentencePiece's sums depends on the number of threads."""
 
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """What to train."""
+    """Options of tokenizer training."""
 
     vocab_size: int
     """Pieces and sentinels together, before padding."""
     sentinels: int = 100
-    """How many ``<extra_id_i>``."""
+    """Number of ``<extra_id_i>``."""
     padding_multiple: int = 128
-    """The file gets unused pieces up to a multiple of this."""
+    """The file is padded with unused pieces to a multiple of this."""
     character_coverage: float = 0.9995
-    """Share of the text's characters that get a piece; the others fall back to bytes."""
+    """Fraction of the text's characters with a piece; the others fall back to bytes."""
     split_digits: bool = False
-    """Every digit is a piece of its own."""
+    """Make every digit a piece of its own."""
     pieces_span_words: bool = False
-    """A piece may run over spaces, as umT5's do (slower to train)."""
+    """Allow pieces across spaces, like umT5's (slower to train)."""
 
     def problems(self) -> list[str]:
-        """What is wrong with these options, one line each."""
+        """Return all problems of the options, one line each."""
         least = 4 + 256 + len(WHITE_SPACE) + self.sentinels + 100
         found = []
         if self.sentinels < 0:
@@ -66,9 +66,9 @@ class TrainingOptions:
 
 
 def train(texts: Iterable[str], options: TrainingOptions) -> bytes:
-    """Train on all the texts, held in memory by SentencePiece; the bytes of a ``.model`` file.
+    """Train on all texts, held in memory by SentencePiece; return the bytes of a ``.model`` file.
 
-    Same texts in the same order, options and library version give the same bytes.
+    The same texts in the same order, options and library version give the same bytes.
 
     Raises:
         UserError: the options are wrong, or the text cannot fill the vocabulary.
@@ -119,19 +119,19 @@ def append_pieces(model: bytes, sentinels: int, multiple: int) -> bytes:
 
 
 def is_current(model: Path, sidecar: Path, made_from: Mapping[str, Any]) -> bool:
-    """Whether ``model`` was made by this recipe, as ``sidecar`` (JSON) says, and is intact."""
+    """Return whether ``model`` was made by this recipe, recorded in ``sidecar``, and is intact."""
     if not (model.is_file() and sidecar.is_file()):
         return False
     try:
-        said = json.loads(sidecar.read_text(encoding="utf-8"))
+        recorded = json.loads(sidecar.read_text(encoding="utf-8"))
     except ValueError:
         return False
-    intact = said.get("sha256") == hashlib.sha256(model.read_bytes()).hexdigest()
-    return intact and said.get("made_from") == made_from
+    intact = recorded.get("sha256") == hashlib.sha256(model.read_bytes()).hexdigest()
+    return intact and recorded.get("made_from") == made_from
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
-    """Lines, cut where they are longer than SentencePiece takes."""
+    """Yield lines, split at SentencePiece's maximum length."""
     for text in texts:
         for line in text.split("\n"):
             for start in range(0, len(line), SENTENCE_CHARACTERS):

@@ -1,4 +1,4 @@
-"""A bounded, deterministic sample of a corpus, for training a tokenizer on it."""
+"""Bounded, deterministic sample of a corpus for training a tokenizer."""
 
 import heapq
 import random
@@ -11,7 +11,7 @@ LabelledTexts = Iterable[tuple[str, str]]
 
 
 def blocks(text: str, characters: int = BLOCK_CHARACTERS) -> Iterator[str]:
-    """Cut a text into runs of whole lines of at most so many characters; longer lines are cut."""
+    """Split a text into blocks of full lines of at most ``characters``; longer lines are split."""
     start = 0
     while start < len(text):
         end = start + characters
@@ -23,10 +23,10 @@ def blocks(text: str, characters: int = BLOCK_CHARACTERS) -> Iterator[str]:
 
 
 class Reservoir:
-    """Blocks drawn uniformly without replacement from a stream, within a budget of characters.
+    """Uniform sample of blocks from a stream, without replacement, within a character budget.
 
-    Every block gets a random key and the smallest keys stay (bottom-k sampling), so that one pass
-    over a source of any size holds no more than the budget and one block.
+    Every block gets a random key and the smallest keys are kept (bottom-k sampling), so that one
+    pass over a source of any size holds at most the budget and one block.
     """
 
     def __init__(self, budget_characters: int, seed: str) -> None:
@@ -37,7 +37,7 @@ class Reservoir:
         self._seen = 0
 
     def add(self, text: str) -> None:
-        """Offer the blocks of one text."""
+        """Add the blocks of one text."""
         for block in blocks(text):
             heapq.heappush(self._kept, (-self._random.random(), self._seen, block))
             self._seen += 1
@@ -46,20 +46,20 @@ class Reservoir:
                 self._held_characters -= len(heapq.heappop(self._kept)[2])
 
     def drawn(self) -> list[str]:
-        """The blocks that stayed, in the order in which they came."""
+        """Return the kept blocks in the order in which they were added."""
         return [block for _, _, block in sorted(self._kept, key=lambda entry: entry[1])]
 
 
 def unimax(sizes: Mapping[str, int], budget: int, epochs: float) -> dict[str, float]:
-    """How much of each source to take: as even as possible, none more than ``epochs`` times.
+    """Return how much of each source to take: as even as possible, at most ``epochs`` times each.
 
-    UniMax (arXiv 2304.09151, algorithm 1): from the smallest source to the largest, each gets the
-    even share of what is left of the budget or its cap, whichever is less.
+    UniMax (arXiv 2304.09151, algorithm 1): from the smallest source to the largest, each gets an
+    even part of the remaining budget or its cap, whichever is less.
 
     Args:
         sizes: Characters of each source.
         budget: Characters to take in all.
-        epochs: Cap N on how often a source may be repeated.
+        epochs: Maximum repetitions N of a source.
     """
     taken: dict[str, float] = {}
     left = float(budget)
@@ -72,21 +72,21 @@ def unimax(sizes: Mapping[str, int], budget: int, epochs: float) -> dict[str, fl
 def sample_sources(
     read: Callable[[], LabelledTexts], budget: int, epochs: float | None, seed: int
 ) -> dict[str, list[str]]:
-    """Blocks to train on, by source, in the order of their names; reads the corpus twice.
+    """Return blocks to train on, by source, sorted by name; reads the corpus twice.
 
     Args:
-        read: Starts a pass over the corpus.
+        read: Function that starts a pass over the corpus.
         budget: Characters to take in all.
-        epochs: UniMax's cap N, what exceeds one epoch rounded to whole copies; None: each source in
+        epochs: UniMax's cap N, rounded to complete copies above one epoch; None: each source in
             proportion to its size.
-        seed: Of the draw.
+        seed: Seed of the sample.
     """
     sizes: dict[str, int] = {}
     for source, text in read():
         sizes[source] = sizes.get(source, 0) + len(text)
     if epochs is None:
-        share = min(1.0, budget / max(1, sum(sizes.values())))
-        taken = {source: size * share for source, size in sizes.items()}
+        fraction = min(1.0, budget / max(1, sum(sizes.values())))
+        taken = {source: size * fraction for source, size in sizes.items()}
     else:
         taken = unimax(sizes, budget, epochs)
     reservoirs = {

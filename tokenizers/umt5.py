@@ -1,4 +1,4 @@
-"""SentencePiece models: umT5's kind and any other ``.model`` file."""
+"""Tokenizer of SentencePiece models: umT5's kind and any other ``.model`` file."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,14 +10,14 @@ from moetron.common.errors import UserError
 from moetron.tokenizers.interface import Tokenizer, fingerprint_of, require_encodable
 
 SPACE_MARKER = "\u2581"
-"""How a SentencePiece model writes a space, so that it cannot write this character itself."""
+"""Character that stands for a space in a SentencePiece model, which thus cannot represent it."""
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece ``.model`` file; lossless when trained as ``moetron.tokenizers.train`` does.
+    """A SentencePiece ``.model`` file; lossless when trained by ``moetron.tokenizers.train``.
 
-    U+2581 in a text, which SentencePiece would give back as a space, is encoded as its three bytes
-    where the model has byte pieces.
+    U+2581 in a text, which SentencePiece would decode as a space, is encoded as its three bytes if
+    the model has byte pieces.
     """
 
     kind = "sentencepiece"
@@ -32,7 +32,7 @@ class SentencePieceTokenizer(Tokenizer):
         model = self._model
         if model.eos_id() < 0:
             raise UserError(
-                f"tokenizer {path}: it has no end-of-sentence piece to end documents with; "
+                f"tokenizer {path}: no end-of-sentence piece to end documents; "
                 "train it with eos_id set"
             )
         self.name = path.name
@@ -47,12 +47,12 @@ class SentencePieceTokenizer(Tokenizer):
 
     @property
     def serialized(self) -> bytes:
-        """The content of the ``.model`` file."""
+        """Return the content of the ``.model`` file."""
         content: bytes = self._model.serialized_model_proto()
         return content
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, on one thread."""
+        """Return the ids of each text, on one thread."""
         require_encodable(texts)
         ids = self._model.encode(list(texts), num_threads=1)
         if self._marker_ids is not None:
@@ -62,7 +62,7 @@ class SentencePieceTokenizer(Tokenizer):
         return ids
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all texts one after the other, int32, and their lengths; on one thread."""
+        """Return the concatenated ids of all texts, int32, and their lengths, on one thread."""
         require_encodable(texts)
         ids = self._model.encode(list(texts), out_type="numpy", num_threads=1)
         if self._marker_ids is not None:
@@ -74,33 +74,33 @@ class SentencePieceTokenizer(Tokenizer):
         return np.concatenate([np.empty(0, np.int32), *ids]), lengths
 
     def _encode_around_markers(self, text: str, marker_ids: list[int]) -> list[int]:
-        """Ids of a text that holds U+2581: its parts, and the marker's bytes between them."""
+        """Encode a text with U+2581: its parts, with the marker's bytes between them."""
         first, *others = self._model.encode(text.split(SPACE_MARKER), num_threads=1)
         return first + [i for part in others for i in (*marker_ids, *part)]
 
     @property
     def unknown(self) -> int:
-        """Id of what no piece covers."""
+        """Return the id of unknown characters."""
         number: int = self._model.unk_id()
         return number
 
     def piece(self, number: int) -> str:
-        """How a piece is written in the model."""
+        """Return the spelling of a piece in the model."""
         text: str = self._model.id_to_piece(number)
         return text
 
     def id_of(self, token: str) -> int | None:
-        """Id of a piece, control pieces and sentinels included."""
+        """Return the id of a piece, including control pieces and sentinels."""
         number: int = self._model.piece_to_id(token)
         return None if number == self._model.unk_id() else number
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; control pieces are dropped, sentinels are written out."""
+        """Decode ids; control pieces are dropped, sentinels are spelled out."""
         return self._model.decode([int(i) for i in ids])
 
 
 def _sentinels(model: sentencepiece.SentencePieceProcessor) -> list[int]:
-    """Ids of ``<extra_id_0>``, ``<extra_id_1>``, ... as far as the model has them."""
+    """Return the ids of ``<extra_id_0>``, ``<extra_id_1>``, ... in the model."""
     found: list[int] = []
     while (number := model.piece_to_id(f"<extra_id_{len(found)}>")) != model.unk_id():
         found.append(number)

@@ -1,1 +1,1 @@
-"""Arithmetic behind sample numbers: shares, orders, windows."""
+"""Arithmetic on sample numbers: apportionment, permutations, windows."""

@@ -1,19 +1,19 @@
-"""A blend by arithmetic: which source sample n comes from, and how many it gave before.
+"""Apportionment of a blend: the source of sample n and the number of earlier samples from it.
 
 The sources are the leaves of a Huffman tree over their integer weights. A node of weight W with a
 left child of weight w that has received m samples has sent floor(m w / W + 1/2) of them left and
-the rest right; so a sample's way from the root to its leaf, and its number at each node, follow
-from n alone.
+the rest right. So the path of a sample from the root to its leaf, and its number at each node, are
+functions of n.
 
 Bound. Let w_v be a node's weight, x a leaf's, and e(v) = |samples v received - n w_v / w_root|. A
-split adds at most 1/2 and passes its node's error on in proportion, so that
+split adds at most 1/2 and propagates its node's error in proportion, so that
 e(v) <= 1/2 + (w_v / w_parent) e(parent), with e(root) = 0. Unrolled, for a leaf:
 e <= (1/2) (1 + sum of x / w_a over its ancestors a below the root). In a Huffman tree a node's
-uncle weighs at least as much as the node, so going up w_a is at least x, 2x, 3x, 5x, 8x, ...
+uncle weighs at least as much as the node, so w_a upwards is at least x, 2x, 3x, 5x, 8x, ...
 (Fibonacci), the sum is below 2.36, and e < 1.68 after any number of samples, whatever the weights.
 
 Weights whose common denominator is small, such as percentages or sizes counted in samples, are
-taken exactly. Others are rounded to multiples of 2^-31 of their sum, which adds n / 2^31.
+exact. Others are rounded to multiples of 2^-31 of their sum, which adds n / 2^31.
 """
 
 import heapq
@@ -28,16 +28,16 @@ MAX_TOTAL = 1 << 31  # 2 x remainder x weight stays below 2^63
 
 
 class Apportionment:
-    """Deals samples 0, 1, 2, ... to sources so that every prefix has each source's share.
+    """Assignment of samples 0, 1, 2, ... to sources, proportional in every prefix.
 
-    For every n, the number of the first n samples that source s gives differs from n w_s / sum(w)
+    For every n, the number of samples from source s among the first n differs from n w_s / sum(w)
     by less than 1.68. With weights in samples it is also at most w_s while n <= sum(w): a blend
-    in proportion to size never starts a second epoch of one source before the first of another
-    has ended.
+    in proportion to size never starts a second epoch of one source before the first epoch of
+    another has ended.
     """
 
     def __init__(self, weights: Sequence[float | Fraction]) -> None:
-        """``weights``: one positive number a source; floats are read as the decimals they print."""
+        """Build the tree; ``weights``: one positive number a source, floats read as they print."""
         self.weights = integer_weights(weights)
         count = len(self.weights)
         weight = list(self.weights)
@@ -56,10 +56,10 @@ class Apportionment:
         self._depth = _depth(left, right, count)
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Each sample's source and its number within that source.
+        """Return each sample's source and its number within that source.
 
-        int64 [N] sample numbers >= 0 -> (source int64 [N], samples that this source gave
-        before int64 [N]).
+        int64 [N] sample numbers >= 0 -> (source int64 [N], number of earlier samples from this
+        source int64 [N]).
         """
         node = np.full(samples.shape, len(self._left) - 1)
         rank = samples.astype(np.int64)
@@ -74,7 +74,7 @@ class Apportionment:
         return node, rank
 
     def counts(self, n: int) -> list[int]:
-        """How many of the first ``n`` samples each source gives."""
+        """Return how many of the first ``n`` samples come from each source."""
         received = [0] * len(self._left)
         received[-1] = n
         for node in range(len(self._left) - 1, len(self.weights) - 1, -1):
@@ -86,7 +86,7 @@ class Apportionment:
 
 
 def integer_weights(weights: Sequence[float | Fraction]) -> list[int]:
-    """Positive integers in the proportions of ``weights``, with a sum of at most 2^31.
+    """Return positive integers in the proportions of ``weights``, with a sum of at most 2^31.
 
     Raises UserError for a weight that is not a positive finite number.
     """
@@ -106,7 +106,7 @@ def integer_weights(weights: Sequence[float | Fraction]) -> list[int]:
 
 
 def _rounded(counts: list[int]) -> list[int]:
-    """Scale to a sum of 2^31: largest remainders round up, and no weight becomes 0."""
+    """Scale to a sum of 2^31, rounding up the largest remainders; no weight becomes 0."""
     total = sum(counts)
     floors = [max(1, count * MAX_TOTAL // total) for count in counts]
     by_remainder = sorted(range(len(counts)), key=lambda s: -(counts[s] * MAX_TOTAL % total))
@@ -117,12 +117,12 @@ def _rounded(counts: list[int]) -> list[int]:
 
 
 def _common_multiple(numbers: list[int]) -> int:
-    """Least common multiple."""
+    """Return the least common multiple."""
     return int(np.lcm.reduce(np.array(numbers, dtype=object)))
 
 
 def _depth(left: list[int], right: list[int], leaves: int) -> int:
-    """Splits on the longest way from the root (the last node) to a leaf."""
+    """Return the number of splits on the longest path from the root (the last node) to a leaf."""
     height = [0] * len(left)
     for node in range(leaves, len(left)):
         height[node] = 1 + max(height[left[node]], height[right[node]])

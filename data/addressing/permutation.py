@@ -1,9 +1,9 @@
-"""A shuffle by arithmetic: a keyed permutation of 0 .. n-1 that is never written down.
+"""Keyed permutation of 0 .. n-1, computed without storing it.
 
 A balanced Feistel network permutes the smallest domain of 2^b >= n numbers; numbers that land
-outside [0, n) are sent through it again until they land inside (cycle walking: Black and Rogaway,
-"Ciphers with arbitrary finite domains", CT-RSA 2002). Memory is constant, any position costs the
-same, and the inverse is as cheap.
+outside [0, n) pass through it again until they land inside (cycle walking: Black and Rogaway,
+"Ciphers with arbitrary finite domains", CT-RSA 2002). Memory is constant, every position costs
+the same, and so does the inverse.
 """
 
 import hashlib
@@ -18,10 +18,10 @@ _SHIFT = np.uint64(32)
 
 
 class Permutation:
-    """The bijection on [0, ``size``) that ``key`` names.
+    """Bijection on [0, ``size``) given by ``key``.
 
-    The same (size, key) is the same permutation on every machine and for ever: keys go through
-    BLAKE2b, rounds through 64-bit integer arithmetic.
+    The same (size, key) gives the same permutation on every machine: keys are hashed with BLAKE2b,
+    rounds use 64-bit integer arithmetic.
     """
 
     def __init__(self, size: int, key: str) -> None:
@@ -37,15 +37,15 @@ class Permutation:
         self._keys = np.frombuffer(digest.digest(), dtype="<u8").astype(np.uint64)
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
-        """Where each position goes: int64 [N] in [0, size) -> int64 [N] in [0, size)."""
+        """Map positions to images: int64 [N] in [0, size) -> int64 [N] in [0, size)."""
         return self._walk(positions, range(ROUNDS))
 
     def inverse(self, images: np.ndarray) -> np.ndarray:
-        """Which position each image came from: int64 [N] -> int64 [N]."""
+        """Map images back to positions: int64 [N] -> int64 [N]."""
         return self._walk(images, range(ROUNDS - 1, -1, -1))
 
     def _walk(self, numbers: np.ndarray, rounds: range) -> np.ndarray:
-        """Apply the network until every number is inside [0, size) again."""
+        """Apply the network until every number is inside [0, size)."""
         assert numbers.size == 0 or (numbers.min() >= 0 and numbers.max() < self.size)
         walked = self._network(numbers.astype(np.uint64), rounds)
         while (outside := np.flatnonzero(walked >= np.uint64(self.size))).size:
@@ -53,7 +53,7 @@ class Permutation:
         return walked.astype(np.int64)
 
     def _network(self, numbers: np.ndarray, rounds: range) -> np.ndarray:
-        """One pass: even rounds change the high half, odd rounds the low half; uint64 [N]."""
+        """Run one pass: even rounds change the high half, odd rounds the low half; uint64 [N]."""
         high, low = numbers >> self._low_bits, numbers & self._low_mask
         for i in rounds:
             if i % 2 == 0:
@@ -64,7 +64,7 @@ class Permutation:
 
 
 def _mix(half: np.ndarray, key: np.uint64) -> np.ndarray:
-    """A keyed hash of each half, its good bits low; uint64 [N] -> uint64 [N]."""
+    """Return a keyed hash of each half in the low bits; uint64 [N] -> uint64 [N]."""
     mixed = (half ^ key) * _MULTIPLIER_A
     mixed ^= mixed >> _SHIFT
     mixed *= _MULTIPLIER_B

@@ -1,1 +1,1 @@
-"""Real text for the quick start and the examples: collected where it lies, never committed."""
+"""Collectors of local text for the quick start and the examples; the text is never committed."""

@@ -1,8 +1,7 @@
-"""From files on disk to a corpus: one JSONL file a source, and a hidden manifest.
+"""Write files on disk to a corpus: one JSONL file a source, and a hidden manifest.
 
-What a run writes is a function of the files and the budget: tasks are taken in the order of a hash,
-so that a source cut off at its share is a fair sample of it; equal texts are kept once, by the
-source that comes first.
+The output is a function of the files and the budget: tasks are ordered by a hash, so that a source
+truncated at its budget is a fair sample of it; equal texts are kept once, by the first source.
 """
 
 import hashlib
@@ -19,30 +18,30 @@ from moetron.common.files import atomic_file
 from moetron.tokenizers.training_sample import blocks, unimax
 
 DOCUMENT_CHARACTERS = 200_000
-"""A longer document is cut into documents of whole lines."""
+"""Longer documents are split into documents of complete lines."""
 SHORTEST_CHARACTERS = 80
 MANIFEST = ".manifest.json"
-"""Hidden, so that the corpus folder as a whole can be an input."""
+"""Hidden, so that the corpus folder can be an input."""
 GZIP_RATIO = 3
 BATCH_TASKS = 64
 
 
 @dataclass(frozen=True)
 class Task:
-    """A file that holds documents."""
+    """File that contains documents."""
 
     source: str
-    """The class that its documents count to."""
+    """Class of its documents."""
     id: str
-    """Names the file the same on every machine."""
+    """Name of the file, the same on every machine."""
     path: Path
     read: Callable[[Path], list[str]]
-    """A reader of ``moetron.data.corpora``: the file's documents."""
+    """Reader of ``moetron.data.corpora``: returns the file's documents."""
 
 
 @dataclass
 class SourceCount:
-    """What became of one source."""
+    """Counts of one source."""
 
     documents: int = 0
     bytes: int = 0
@@ -51,7 +50,7 @@ class SourceCount:
 
 
 def documents_of(task: Task) -> list[str]:
-    """The task's documents, none too long; a file that cannot be read has none."""
+    """Return the task's documents, long ones split; a file that cannot be read has none."""
     try:
         texts = task.read(task.path)
     except (OSError, ValueError, SyntaxError, RecursionError):
@@ -59,8 +58,8 @@ def documents_of(task: Task) -> list[str]:
     return [part for text in texts for part in blocks(text, DOCUMENT_CHARACTERS)]
 
 
-def shares(tasks: Sequence[Task], budget_bytes: int) -> dict[str, int]:
-    """Text bytes to expect of each source: UniMax over the sizes on disk, which are a guess."""
+def expected_bytes(tasks: Sequence[Task], budget_bytes: int) -> dict[str, int]:
+    """Estimate the text bytes of each source: UniMax over the sizes on disk."""
     sizes: dict[str, int] = {}
     for task in tasks:
         packed = task.path.suffix in (".gz", ".dz")
@@ -76,7 +75,7 @@ def _by_hash(tasks: Sequence[Task]) -> list[Task]:
 def _write_source(
     path: Path, tasks: Sequence[Task], budget_bytes: int, seen: set[bytes], pool: Any
 ) -> SourceCount:
-    """Write the documents of one source until its budget is full."""
+    """Write the documents of one source until its budget is used."""
     count = SourceCount()
     digest = hashlib.sha256()
     rest = iter(_by_hash(tasks))
@@ -93,7 +92,7 @@ def _write_source(
 def _rows(
     task: Task, texts: Sequence[str], seen: set[bytes], count: SourceCount, budget_bytes: int
 ) -> Iterator[bytes]:
-    """JSONL rows of a task's new documents, counted, while the budget lasts."""
+    """Yield JSONL rows of a task's new documents within the budget, and count them."""
     for number, text in enumerate(texts):
         if len(text) < SHORTEST_CHARACTERS:
             continue
@@ -118,15 +117,15 @@ def write_corpus(
     workers: int,
     report: Callable[[str, SourceCount], None],
 ) -> dict[str, SourceCount]:
-    """Write ``OUTPUT/SOURCE.jsonl`` for every source that has text; ``report`` hears of each.
+    """Write ``OUTPUT/SOURCE.jsonl`` for every source with text; call ``report`` for each.
 
-    What a source leaves of its share goes to those after it.
+    Unused budget of a source passes to the later ones.
     """
     output.mkdir(parents=True, exist_ok=True)
     by_source: dict[str, list[Task]] = {}
     for task in tasks:
         by_source.setdefault(task.source, []).append(task)
-    expected = shares(tasks, budget_bytes)
+    expected = expected_bytes(tasks, budget_bytes)
     left = budget_bytes
     seen: set[bytes] = set()
     counts: dict[str, SourceCount] = {}
@@ -151,7 +150,7 @@ def write_manifest(
     counts: Mapping[str, SourceCount],
     licences: Mapping[str, str],
 ) -> None:
-    """Write the manifest, last: it says that the corpus is whole."""
+    """Write the manifest, last: it marks the corpus as complete."""
     sources = {
         source: {**asdict(count), "licence": licences.get(source, "unknown")}
         for source, count in counts.items()
@@ -162,14 +161,14 @@ def write_manifest(
 
 
 def is_current(output: Path, made_from: Mapping[str, Any]) -> bool:
-    """Whether the folder holds, whole, the corpus that these settings make."""
+    """Return whether the folder contains the complete corpus of these settings."""
     path = output / MANIFEST
     if not path.is_file():
         return False
     manifest = orjson.loads(path.read_bytes())
-    whole = all(
+    complete = all(
         (file := output / f"{source}.jsonl").is_file()
-        and hashlib.sha256(file.read_bytes()).hexdigest() == said["sha256"]
-        for source, said in manifest["sources"].items()
+        and hashlib.sha256(file.read_bytes()).hexdigest() == recorded["sha256"]
+        for source, recorded in manifest["sources"].items()
     )
-    return whole and manifest["made_from"] == dict(made_from)
+    return complete and manifest["made_from"] == dict(made_from)

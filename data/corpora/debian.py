@@ -1,4 +1,4 @@
-"""A multilingual mix from Debian packages, downloaded and unpacked, never installed."""
+"""Multilingual corpus from Debian packages, downloaded and unpacked, never installed."""
 
 import re
 import shutil
@@ -21,16 +21,16 @@ REFERENCE_LANGUAGES = ("de", "fr", "ja", "zh-cn")
 
 @dataclass(frozen=True)
 class Package:
-    """What to read from one package."""
+    """Files to read from one package."""
 
     name: str
     source: str
     """Class and corpus, as in ``wiki.gcide``."""
     pattern: str
-    """Files, as a glob below the unpacked package."""
+    """Glob of files below the unpacked package."""
     read: Callable[[Path], list[str]]
     exclude: str = r"(?!)"
-    """Files to leave out: a regular expression searched in the path below the package."""
+    """Files to skip: a regular expression searched in the path below the package."""
 
 
 FORTUNES = "usr/share/games/fortunes/**/*"
@@ -88,7 +88,7 @@ PACKAGES = (
 
 
 def _run(command: list[str], folder: Path) -> str:
-    """What a command prints; its failure is the user's to mend."""
+    """Return a command's output; raise UserError if it fails."""
     try:
         done = subprocess.run(
             command,
@@ -99,17 +99,17 @@ def _run(command: list[str], folder: Path) -> str:
             check=True,
         )
     except FileNotFoundError:
-        raise UserError(f"{command[0]} is not here: this corpus needs a Debian system") from None
+        raise UserError(f"{command[0]}: not found; this corpus needs a Debian system") from None
     except subprocess.TimeoutExpired:
         raise UserError(f"{command[0]} took more than {COMMAND_TIMEOUT_S} s; try again") from None
     except subprocess.CalledProcessError as error:
-        said = error.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise UserError(f"{' '.join(command[:6])} ... failed: {said[0]}") from None
+        lines = error.stderr.strip().splitlines()[-1:] or ["no message"]
+        raise UserError(f"{' '.join(command[:6])} ... failed: {lines[0]}") from None
     return done.stdout
 
 
-def _download(names: list[str], folder: Path, say: Callable[[str], None]) -> list[str]:
-    """Fetch packages with package lists of our own, so that the system stays as it is.
+def _download(names: list[str], folder: Path, log: Callable[[str], None]) -> list[str]:
+    """Download packages with private package lists, so that the system is not changed.
 
     Returns:
         The names that this release of Debian has.
@@ -122,20 +122,20 @@ def _download(names: list[str], folder: Path, say: Callable[[str], None]) -> lis
     _run(["apt-get", *options, "update"], folder)
     known = set(_run(["apt-cache", *options, "pkgnames"], folder).split())
     if unknown := sorted(set(names) - known):
-        say(f"not in this release of Debian, left out: {', '.join(unknown)}")
+        log(f"not in this release of Debian, skipped: {', '.join(unknown)}")
     found = sorted(set(names) & known)
     _run(["apt-get", *options, "download", *found], folder)
     return found
 
 
-def _unpack(names: list[str], folder: Path, say: Callable[[str], None]) -> None:
-    """Download and unpack what ``folder/NAME`` does not hold yet."""
+def _unpack(names: list[str], folder: Path, log: Callable[[str], None]) -> None:
+    """Download and unpack the packages missing from ``folder``."""
     missing = sorted(name for name in names if not (folder / name).is_dir())
     if not missing:
         return
-    say(f"downloading {len(missing)} Debian packages ...")
+    log(f"downloading {len(missing)} Debian packages ...")
     folder.mkdir(parents=True, exist_ok=True)
-    for name in _download(missing, folder, say):
+    for name in _download(missing, folder, log):
         (archive,) = folder.glob(f"{name}_*.deb")
         partial = folder / f"{name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
@@ -145,7 +145,7 @@ def _unpack(names: list[str], folder: Path, say: Callable[[str], None]) -> None:
 
 
 def _tasks(package: Package, folder: Path) -> list[Task]:
-    """The files of an unpacked package that its entry names."""
+    """Return the tasks of an unpacked package's files."""
     root = folder / package.name
     return [
         Task(package.source, f"{package.name}/{name}", path, package.read)
@@ -156,20 +156,20 @@ def _tasks(package: Package, folder: Path) -> list[Task]:
 
 
 def _licence(package: Package, folder: Path) -> str:
-    """The licences that the package's copyright file names."""
+    """Return the licences in the package's copyright file."""
     path = folder / package.name / "usr" / "share" / "doc" / package.name / "copyright"
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     named = sorted(set(re.findall(r"^License: *(\S.*)$", text, re.M)))
     return f"{package.name}: {', '.join(named) or 'see its copyright file'}"
 
 
-def gather(folder: Path, say: Callable[[str], None]) -> tuple[list[Task], dict[str, str]]:
-    """The files of all packages, unpacked below ``folder``, and the licence of each source.
+def gather(folder: Path, log: Callable[[str], None]) -> tuple[list[Task], dict[str, str]]:
+    """Return the tasks of all packages, unpacked below ``folder``, and the licence of each source.
 
     Raises:
         UserError: apt-get or dpkg-deb is missing or fails.
     """
-    _unpack([package.name for package in PACKAGES], folder, say)
+    _unpack([package.name for package in PACKAGES], folder, log)
     tasks = [task for package in PACKAGES for task in _tasks(package, folder)]
     licences: dict[str, list[str]] = {}
     for package in PACKAGES:

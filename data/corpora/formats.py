@@ -1,4 +1,4 @@
-"""Files as they lie on a system, read into documents of plain text.
+"""Readers of common text files on a system.
 
 Every reader takes a path (``.gz`` and ``.dz`` are unpacked) and returns the file's documents.
 """
@@ -15,7 +15,7 @@ TRAILING_SPACE = re.compile(r"[ \t]+$", re.MULTILINE)
 
 
 def read_text(path: Path) -> str:
-    """The file's text: UTF-8, else Latin-1; empty where it is binary or damaged."""
+    """Read a file as UTF-8, else Latin-1; empty if it is binary or damaged."""
     content = path.read_bytes()
     if path.suffix in (".gz", ".dz"):
         try:
@@ -31,13 +31,13 @@ def read_text(path: Path) -> str:
 
 
 def tidy(text: str) -> str:
-    """Without trailing space and runs of blank lines."""
+    """Remove trailing space and runs of blank lines."""
     text = TRAILING_SPACE.sub("", text.replace("\r\n", "\n"))
     return BLANK_LINES.sub("\n\n", text).strip("\n") + "\n"
 
 
 def bundle(parts: Iterable[str], characters: int = BUNDLE_CHARACTERS) -> list[str]:
-    """Short texts joined, in their order, into documents of about so many characters."""
+    """Join short texts, in order, into documents of about ``characters`` characters."""
     documents: list[str] = []
     held: list[str] = []
     size = 0
@@ -51,19 +51,19 @@ def bundle(parts: Iterable[str], characters: int = BUNDLE_CHARACTERS) -> list[st
 
 
 def plain(path: Path) -> list[str]:
-    """The whole file."""
+    """Read a file as one document."""
     return [tidy(read_text(path))]
 
 
 def info(path: Path) -> list[str]:
-    """The nodes of a GNU info file, without their headers and the index of nodes."""
+    """Read the nodes of a GNU info file, without their headers and the index of nodes."""
     nodes = read_text(path).split("\x1f\n")[1:]
     texts = [node.partition("\n")[2] for node in nodes if node.startswith("File: ")]
     return bundle(map(tidy, texts))
 
 
 def fortunes(path: Path) -> list[str]:
-    """Fortune cookies, some to a document."""
+    """Read fortune cookies, several to a document."""
     return bundle(tidy(cookie) for cookie in read_text(path).split("\n%\n"))
 
 
@@ -83,13 +83,13 @@ def _dictd_number(digits: str) -> int:
 
 
 def dictd(path: Path) -> list[str]:
-    """The entries of a dictd dictionary (``.dict.dz``, its ``.index`` beside it), bundled."""
+    """Read the entries of a dictd dictionary (``.dict.dz`` with ``.index`` beside it), bundled."""
     content = gzip.decompress(path.read_bytes())
     index = path.with_name(path.name.removesuffix(".dict.dz") + ".index")
     entries = set()
     for line in index.read_text(encoding="utf-8").splitlines():
         word, start, length = line.split("\t")[:3]
-        if not word.startswith("00"):  # 00-database-info and its like
+        if not word.startswith("00"):  # such as 00-database-info
             entries.add((_dictd_number(start), _dictd_number(length)))
     return bundle(
         tidy(content[start : start + length].decode(errors="replace"))
@@ -98,5 +98,5 @@ def dictd(path: Path) -> list[str]:
 
 
 def metamath(path: Path) -> list[str]:
-    """The statements of a Metamath database with their comments and proofs, some to a document."""
+    """Read the statements of a Metamath database with comments and proofs, bundled."""
     return bundle(read_text(path).split("\n\n"))

@@ -1,4 +1,4 @@
-"""Texts with the name of the source that they belong to."""
+"""Texts with the names of their sources."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -10,9 +10,9 @@ from moetron.data.readers.rows import read_chunks
 
 
 def labelled_texts(paths: Sequence[Path], text_key: str) -> Iterator[tuple[str, str]]:
-    """(source, text) of every readable row or file; a JSONL file or a folder of texts is a source.
+    """Yield (source, text) of every readable row or file; each JSONL file or folder is a source.
 
-    Rows without usable text are passed over: preprocess_corpus lists and limits them.
+    Rows without usable text are skipped: preprocess_corpus lists and limits them.
     """
     for chunk in read_chunks(paths, columns=[text_key]):
         if isinstance(chunk, FileChunk):
@@ -28,6 +28,6 @@ def labelled_texts(paths: Sequence[Path], text_key: str) -> Iterator[tuple[str, 
 
 
 def _parts(chunk: LongChunk, text_key: str) -> Iterator[str]:
-    """A text that is too long to hold, as far as it can be read."""
+    """Yield the readable parts of a text too long to hold in memory."""
     with suppress(Unreadable):
         yield from LongText(chunk, text_key).blocks()

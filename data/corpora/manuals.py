@@ -1,4 +1,4 @@
-"""Manual pages (roff) and Perl documentation (pod) as documents of plain text."""
+"""Readers of manual pages (roff) and Perl documentation (pod)."""
 
 import re
 from pathlib import Path
@@ -26,7 +26,7 @@ ROFF_TABLES = re.compile(r"^\.TS.*?^\.TE.*?$\n?|^\.(?:ig|de).*?^\.\.$\n?", re.M 
 
 
 def _roff_line(line: str) -> str:
-    """One line of roff as text; requests that set no text give nothing."""
+    """Return the text of one line of roff; requests that set no text give nothing."""
     if line.startswith(('.\\"', "'\\\"", '.\\"')):
         return ""
     if line[:1] in (".", "'"):
@@ -41,7 +41,7 @@ def _roff_line(line: str) -> str:
 
 
 def man(path: Path) -> list[str]:
-    """A manual page, its requests and escapes stripped; tables are left out."""
+    """Read a manual page without its requests, escapes and tables."""
     source = ROFF_TABLES.sub("", read_text(path))
     if source.startswith(".so "):
         return []
@@ -59,7 +59,7 @@ POD_ESCAPES = {"E<lt>": "<", "E<gt>": ">", "E<verbar>": "|", "E<sol>": "/"}
 
 
 def pod(path: Path) -> list[str]:
-    """Perl's plain old documentation, its commands and formatting codes stripped."""
+    """Read Perl's plain old documentation without its commands and formatting codes."""
     text = POD_BLOCK.sub("", read_text(path))
     text = POD_COMMAND.sub(lambda found: found[1] or "", text)
     text = POD_LINK.sub(lambda found: found[1] or found[2], text)

@@ -1,4 +1,4 @@
-"""Python files, split into code and the documentation in it, so that no text counts twice."""
+"""Split Python files into code and documentation, so that no text counts twice."""
 
 import ast
 import sysconfig
@@ -10,7 +10,7 @@ from moetron.data.corpora.collect import Task
 from moetron.data.corpora.formats import read_text, tidy
 
 DOCUMENTATION_CHARACTERS = 80
-"""A longer documentation string is a document of its own."""
+"""Longer docstrings are documents of their own."""
 EXCLUDED_FOLDERS = frozenset({
     "site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data",
     "encodings", "__pycache__",
@@ -19,7 +19,7 @@ Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def _definitions(body: Sequence[ast.stmt]) -> Iterator[Documented]:
-    """Classes and functions of a body, nested ones too; expressions are not walked (slow)."""
+    """Yield classes and functions of a body, nested ones too; expressions are not walked (slow)."""
     for node in body:
         if isinstance(node, Documented):
             yield node
@@ -28,7 +28,7 @@ def _definitions(body: Sequence[ast.stmt]) -> Iterator[Documented]:
 
 
 def _documentation(tree: ast.Module) -> Iterator[tuple[Documented, ast.Expr, str]]:
-    """(what it documents, its statement, its text) of every long documentation string."""
+    """Yield (documented node, its statement, its text) of every long docstring."""
     for node in (tree, *_definitions(tree.body)):
         text = ast.get_docstring(node)
         if text is not None and len(text) > DOCUMENTATION_CHARACTERS:
@@ -38,7 +38,7 @@ def _documentation(tree: ast.Module) -> Iterator[tuple[Documented, ast.Expr, str
 
 
 def code(path: Path) -> list[str]:
-    """The file without its long documentation strings; it still parses."""
+    """Read a file without its long docstrings; it still parses."""
     source = read_text(path)
     lines = source.split("\n")
     for node, statement, _ in _documentation(ast.parse(source)):
@@ -54,7 +54,7 @@ def code(path: Path) -> list[str]:
 
 
 def documentation(path: Path) -> list[str]:
-    """The file's long documentation strings in their order, each under the name it documents."""
+    """Read a file's long docstrings in order, each under the name it documents."""
     return [
         tidy(text if isinstance(node, ast.Module) else f"{node.name}\n\n{text}")
         for node, _, text in _documentation(ast.parse(read_text(path)))
@@ -62,7 +62,7 @@ def documentation(path: Path) -> list[str]:
 
 
 def topics(path: Path) -> list[str]:
-    """The language reference's topics, which ``help()`` shows: the dictionary in topics.py."""
+    """Read the language reference's topics for ``help()``: the dictionary in topics.py."""
     for node in ast.parse(read_text(path)).body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
             return [tidy(text) for text in ast.literal_eval(node.value).values()]
@@ -70,7 +70,7 @@ def topics(path: Path) -> list[str]:
 
 
 def standard_library() -> list[Task]:
-    """Code, documentation strings and topics of the interpreter's own library, tests left out."""
+    """Return tasks for code, docstrings and topics of the standard library, without tests."""
     root = Path(sysconfig.get_path("stdlib"))
     tasks = [
         task
@@ -89,7 +89,7 @@ def standard_library() -> list[Task]:
 
 
 def installed_packages() -> list[Task]:
-    """Documentation strings of the packages installed beside this one, their tests left out."""
+    """Return tasks for the docstrings of installed packages, without tests."""
     roots = {Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib")}
     return [
         Task("documentation.packages", path.relative_to(root).as_posix(), path, documentation)
@@ -100,7 +100,7 @@ def installed_packages() -> list[Task]:
 
 
 def licences() -> dict[str, str]:
-    """Licence of each Python source, as far as the packages state it."""
+    """Return the licence of each Python source, as far as the packages state it."""
     stated = sorted(
         f"{found.metadata['Name']}: {found.metadata['License-Expression']}"
         for found in distributions()

@@ -1,4 +1,4 @@
-"""What a system documents itself with: files below its documentation and manual folders."""
+"""Documentation files of a system, below its documentation and manual folders."""
 
 import re
 from pathlib import Path
@@ -19,12 +19,12 @@ LICENCE = "each file's own: see the copyright file of its package below the docu
 
 
 def _files(root: Path, pattern: str = "*") -> list[Path]:
-    """Regular files below a folder, sorted; none where there is no such folder."""
+    """Return the regular files below a folder, sorted; none if there is no such folder."""
     return sorted(path for path in root.rglob(pattern) if path.is_file() and not path.is_symlink())
 
 
 def _document(path: Path, share: Path) -> Task | None:
-    """The task of a file below the documentation folder, if it is text worth reading."""
+    """Return the task of a file below the documentation folder, or None for a file to skip."""
     name = path.name.removesuffix(".gz").lower()
     if LEGAL_OR_HISTORY.search(name):
         return None
@@ -37,7 +37,7 @@ def _document(path: Path, share: Path) -> Task | None:
 
 
 def documentation(share: Path = SHARE) -> list[Task]:
-    """Text, HTML, pod and info files."""
+    """Return tasks for text, HTML, pod and info files."""
     tasks = [_document(path, share) for path in _files(share / "doc")]
     perl = [*_files(share / "perl", "*.pod"), *_files(share / "perl5", "*.pod")]
     tasks += [
@@ -49,7 +49,7 @@ def documentation(share: Path = SHARE) -> list[Task]:
 
 
 def manuals(share: Path = SHARE) -> list[Task]:
-    """Manual pages: English ones, and those in other languages, each a source."""
+    """Return tasks for manual pages: English ones and translated ones, each a source."""
     root = share / "man"
     return [
         Task(
@@ -64,6 +64,6 @@ def manuals(share: Path = SHARE) -> list[Task]:
 
 
 def licences() -> dict[str, str]:
-    """Licence of each source here."""
+    """Return the licence of each source."""
     sources = ("documentation.system", "manuals.english", "manuals.translated")
     return dict.fromkeys(sources, LICENCE)

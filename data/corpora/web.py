@@ -1,4 +1,4 @@
-"""HTML pages as documents of plain text."""
+"""Reader of HTML pages."""
 
 import re
 from html.parser import HTMLParser
@@ -8,7 +8,7 @@ from moetron.data.corpora.formats import read_text, tidy
 
 
 class _Text(HTMLParser):
-    """Collects the text of a page; of its main part where the page marks one."""
+    """Parser that collects the text of a page, or of its main part if marked."""
 
     SKIPPED = frozenset({"script", "style", "head", "nav", "header", "footer", "svg", "noscript"})
     BLOCKS = frozenset({
@@ -21,7 +21,7 @@ class _Text(HTMLParser):
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
         self.parts: list[str] = []
-        self.main: list[int] = []  # where the main part starts and ends in parts
+        self.main: list[int] = []  # start and end of the main part in parts
         self._main_tag = ""
         self._main_depth = 0
         self._skipping: list[str] = []
@@ -62,7 +62,7 @@ class _Text(HTMLParser):
 
 
 def html(path: Path) -> list[str]:
-    """The page's text: block elements end lines, scripts, styles and navigation are left out."""
+    """Read a page's text: block elements end lines; scripts, styles and navigation are skipped."""
     parser = _Text()
     parser.feed(read_text(path))
     parser.close()

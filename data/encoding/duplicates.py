@@ -1,4 +1,4 @@
-"""Which documents were there before: digests of token ids on the disk, not in memory."""
+"""Find duplicate documents by digests of their token ids, on disk instead of in memory."""
 
 import hashlib
 import sqlite3
@@ -11,24 +11,24 @@ from moetron.common.files import beside
 
 DIGEST_BYTES = 16
 CACHE_KIB = 1 << 18
-"""Memory that the digests may take, whatever their number."""
+"""Memory limit of the digests."""
 
 
 class Seen:
-    """The documents of one shard so far: a table of digests in an SQLite file.
+    """Documents of one output so far: a table of digests in an SQLite file.
 
-    Who asks decides the order, so the first of equal documents stays, whichever worker encoded it.
-    Each digest bears the number of its document among all that were asked about: after a kill, what
-    came after the last mark is forgotten.
+    The caller's order decides which copy is kept: the first, whichever worker encoded it. Each
+    digest has the number of its document among all that were checked, so that after a kill the
+    entries after the last mark are removed.
     """
 
-    def __init__(self, prefix: str | Path, asked: int = 0) -> None:
-        """Go on after the first ``asked`` documents; 0: begin."""
+    def __init__(self, prefix: str | Path, checked: int = 0) -> None:
+        """Continue after the first ``checked`` documents; 0: start."""
         self.path = seen_path(prefix)
-        if asked == 0:
+        if checked == 0:
             self.path.unlink(missing_ok=True)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.asked = asked
+        self.checked = checked
         self._table = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
         for setting in (f"cache_size = -{CACHE_KIB}", "synchronous = FULL"):
             self._table.execute(f"PRAGMA {setting}")
@@ -36,42 +36,42 @@ class Seen:
             "CREATE TABLE IF NOT EXISTS seen (digest BLOB PRIMARY KEY, number INT) WITHOUT ROWID"
         )
         self._table.execute("BEGIN")
-        self._table.execute("DELETE FROM seen WHERE number >= ?", (asked,))
+        self._table.execute("DELETE FROM seen WHERE number >= ?", (checked,))
 
     def are_new(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Which documents equal none before them: ``tokens`` [sum(lengths)] -> bool [documents]."""
+        """Find documents without an earlier copy: ``tokens`` [sum(lengths)] -> bool [documents]."""
         return np.fromiter(map(self.is_new, _digests(tokens, lengths)), bool, lengths.size)
 
     def mark(self) -> int:
-        """Bring everything to the disk; the documents that a successor need not ask about."""
+        """Sync everything; return the number of documents checked so far."""
         self._table.execute("COMMIT")
         self._table.execute("BEGIN")
-        return self.asked
+        return self.checked
 
     def close(self) -> None:
-        """Forget what came after the last mark."""
+        """Close, discarding entries after the last mark."""
         self._table.close()
 
     def is_new(self, digest: bytes) -> bool:
-        """Whether a document's digest was not there yet; it is now."""
+        """Add a document's digest; return whether it was new."""
         statement = "INSERT OR IGNORE INTO seen VALUES (?, ?)"
-        added = self._table.execute(statement, (digest, self.asked)).rowcount
-        self.asked += 1
+        added = self._table.execute(statement, (digest, self.checked)).rowcount
+        self.checked += 1
         return added == 1
 
 
 def seen_path(prefix: str | Path) -> Path:
-    """``PREFIX.seen.tmp``."""
+    """Return ``PREFIX.seen.tmp``."""
     return beside(prefix, ".seen.tmp")
 
 
 def begin_digest() -> "hashlib.blake2b":
-    """What a document's ids, in the bytes of the shard's dtype, are to be fed to."""
+    """Return a hash to update with a document's ids as bytes of the shard's dtype."""
     return hashlib.blake2b(digest_size=DIGEST_BYTES)
 
 
 def _digests(tokens: np.ndarray, lengths: np.ndarray) -> Iterable[bytes]:
-    """A digest of each document's ids."""
+    """Yield a digest of each document's ids."""
     payload, end = np.ascontiguousarray(tokens).view(np.uint8).data, 0
     for size in (lengths * tokens.itemsize).tolist():
         end += size

@@ -1,4 +1,4 @@
-"""One task of preprocessing: raw rows to token ids."""
+"""Encode one chunk of raw rows to token ids."""
 
 import hashlib
 import os
@@ -18,59 +18,59 @@ from moetron.tokenizers.fast_bpe import FastBPE, first_difference, open_fast
 from moetron.tokenizers.interface import Tokenizer
 from moetron.tokenizers.load import load_tokenizer
 
-COMPARED_SHARE = 1 / 8192
-"""Of the text, which the reference encodes too: a piece of one document of each chunk."""
+COMPARED_FRACTION = 1 / 8192
+"""Fraction of the text that the reference encodes too: a piece of one document of each chunk."""
 COMPARED_CHARACTERS = 100
-"""The least that such a piece has, if its document is as long."""
+"""Minimum length of such a piece, if its document is as long."""
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How text becomes documents of tokens."""
+    """Settings of encoding."""
 
     tokenizer: str
-    """What ``load_tokenizer`` takes."""
+    """Argument of ``load_tokenizer``."""
     text_key: str
     append_eod: bool
     holdout_fraction: float
-    """Share of documents that is held out, in [0, 1)."""
+    """Fraction of documents held out, in [0, 1)."""
     filters: Filters = field(default_factory=Filters)
     fast: bool = False
     """Use the tokenizer's fast engine, if it has one."""
 
 
 class EnginesDiffer(RuntimeError):
-    """The fast engine gave other ids than the reference."""
+    """Error: the fast engine gave other ids than the reference."""
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Encoded documents, one after the other."""
+    """Encoded documents in order."""
 
     tokens: np.ndarray
     """uint16 or int32 [sum(lengths)]."""
     lengths: np.ndarray
     """int64 [documents]."""
     text_bytes: np.ndarray
-    """int64 [documents], of the text in UTF-8."""
+    """int64 [documents], UTF-8 bytes of the text."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """What one chunk gave."""
+    """Encoded chunk."""
 
     sides: tuple[Documents, ...]
-    """For training, held out."""
+    """Training documents, held-out documents."""
     rejects: list[Reject]
     left_out: dict[str, int]
-    """Documents that each filter left out."""
+    """Documents dropped by each filter."""
     read_bytes: int
     end: Cursor
-    """Where the next chunk begins."""
+    """Start of the next chunk."""
 
     @property
     def rows(self) -> int:
-        """Documents that the chunk held, bad ones included."""
+        """Return the number of documents in the chunk, including bad ones."""
         kept = sum(side.lengths.size for side in self.sides)
         return kept + len(self.rejects) + sum(self.left_out.values())
 
@@ -78,10 +78,10 @@ class Encoded:
 def encode_chunk(
     encoding: Encoding, chunk: Chunk, tokenizer: Tokenizer | None = None
 ) -> Encoded | LongChunk:
-    """Parse a chunk, decide each document's side, and encode both sides in batches.
+    """Parse a chunk, assign each document to a side, and encode both sides in batches.
 
-    A document that is too long to hold is left as it is, for `long_documents`.
-    ``tokenizer``: the one that ``encoding`` names, if it is at hand.
+    A document too long to hold in memory is returned unchanged, for ``long_documents``.
+    ``tokenizer``: the tokenizer of ``encoding``, if already loaded.
     """
     if isinstance(chunk, LongChunk):
         return chunk
@@ -104,10 +104,10 @@ def encode_chunk(
 
 
 def is_held_out(text: str | Iterable[str], fraction: float) -> bool:
-    """Whether a document, whole or in parts, is for validation.
+    """Return whether a document, given as a string or in parts, is for validation.
 
-    A keyed hash of its content decides, so that the same text falls on the same side in every run
-    and every copy of it does, and a smaller fraction holds out a subset of a larger one's.
+    A keyed hash of its content decides, so that all copies of a text are on the same side in every
+    run, and a smaller fraction holds out a subset of a larger one's.
     """
     if fraction == 0:
         return False
@@ -120,23 +120,23 @@ def is_held_out(text: str | Iterable[str], fraction: float) -> bool:
 def _encode(
     tokenizer: Tokenizer, texts: Sequence[str], encoding: Encoding, left_out: Counter[str]
 ) -> Documents:
-    """Token ids of the texts that stay; the others are counted in ``left_out``."""
+    """Encode the texts that pass the filters; count the others in ``left_out``."""
     for name, caught in encoding.filters.by_words(texts):
         left_out[name] += int(np.count_nonzero(caught))
-        texts = [text for text, leave in zip(texts, caught, strict=True) if not leave]
+        texts = [text for text, drop in zip(texts, caught, strict=True) if not drop]
     dtype = token_dtype(tokenizer.vocab_size)
     parts = [_encode_part(tokenizer, part, dtype) for part in _parts(texts)]
     tokens = _joined([tokens for tokens, _ in parts], dtype)
     lengths = _joined([lengths for _, lengths in parts], np.dtype(np.int64))
-    del parts  # one may be of gigabytes
+    del parts  # may be gigabytes
     text_bytes = np.fromiter(map(_utf8_bytes, texts), np.int64, len(texts))
-    stays = np.ones(lengths.size, bool)
+    passes = np.ones(lengths.size, bool)
     for name, caught in encoding.filters.by_tokens(tokens, lengths):
-        left_out[name] += int(np.count_nonzero(stays & caught))
-        stays &= ~caught
-    if not stays.all():
-        tokens, lengths = tokens[np.repeat(stays, lengths)], lengths[stays]
-        text_bytes = text_bytes[stays]
+        left_out[name] += int(np.count_nonzero(passes & caught))
+        passes &= ~caught
+    if not passes.all():
+        tokens, lengths = tokens[np.repeat(passes, lengths)], lengths[passes]
+        text_bytes = text_bytes[passes]
     if encoding.append_eod:
         tokens, lengths = _with_eod(tokens, lengths, tokenizer.eod, dtype)
     return Documents(tokens.astype(dtype, copy=False), lengths, text_bytes)
@@ -145,7 +145,7 @@ def _encode(
 def _with_eod(
     tokens: np.ndarray, lengths: np.ndarray, eod: int, dtype: np.dtype
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Documents with ``eod`` after each."""
+    """Append ``eod`` to each document."""
     ends = np.cumsum(lengths) + np.arange(lengths.size)
     ended = np.empty(tokens.size + lengths.size, dtype)
     is_text = np.ones(ended.size, bool)
@@ -156,17 +156,17 @@ def _with_eod(
 
 
 def _joined(arrays: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
-    """One after the other; a single one as it is, of whatever dtype."""
+    """Concatenate arrays; return a single one unchanged, with its own dtype."""
     return arrays[0] if len(arrays) == 1 else np.concatenate([np.empty(0, dtype), *arrays])
 
 
 def _utf8_bytes(text: str) -> int:
-    """Length of a text in UTF-8."""
+    """Return the length of a text in UTF-8 bytes."""
     return len(text) if text.isascii() else len(text.encode())
 
 
 def _parts(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Long texts alone, others together."""
+    """Yield long texts alone and other texts in groups."""
     for is_long, group in groupby(texts, lambda text: len(text) > PIECE_CHARACTERS):
         part = list(group)
         yield from ([text] for text in part) if is_long else [part]
@@ -175,37 +175,37 @@ def _parts(texts: Sequence[str]) -> Iterator[Sequence[str]]:
 def _encode_part(
     tokenizer: Tokenizer, texts: Sequence[str], dtype: np.dtype
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, lengths) of one long text, or of several others as the tokenizer gives them."""
+    """Return (tokens, lengths) of one long text, or of several others."""
     if len(texts[0]) <= PIECE_CHARACTERS:
         return tokenizer.encode_flat(texts)
-    cut = pieces(blocks(texts[0]), tokenizer)
-    ids = [tokenizer.encode_flat([piece])[0].astype(dtype) for piece in cut]
+    parts = pieces(blocks(texts[0]), tokenizer)
+    ids = [tokenizer.encode_flat([piece])[0].astype(dtype) for piece in parts]
     tokens = np.concatenate(ids)
     return tokens, np.array([tokens.size])
 
 
 def compare_engines(fast: FastBPE, texts: Sequence[str], size_bytes: int) -> None:
-    """Encode a part of one of the texts of a chunk, ever another, by the reference too.
+    """Compare the engines on a part of a text; which text and part depend on the chunk.
 
-    Raises EnginesDiffer.
+    Raises EnginesDiffer if the ids differ.
     """
     if not texts:
         return
     text = texts[len(texts[0]) % len(texts)]
-    characters = max(COMPARED_CHARACTERS, int(size_bytes * COMPARED_SHARE))
+    characters = max(COMPARED_CHARACTERS, int(size_bytes * COMPARED_FRACTION))
     start = max(0, len(text) - characters) * (len(texts) % 3) // 2  # beginning, middle or end
     if (piece := first_difference(fast, [text[start : start + characters]])) is not None:
-        raise EnginesDiffer(f"{fast.name}: the fast engine encodes {piece[:80]!r}... otherwise")
+        raise EnginesDiffer(f"{fast.name}: the fast engine encodes {piece[:80]!r}... differently")
 
 
 def open_tokenizer(encoding: Encoding) -> Tokenizer:
-    """The tokenizer that ``encoding`` names, or its fast engine; loaded once a process."""
+    """Return the tokenizer of ``encoding``, or its fast engine; loaded once per process."""
     return _tokenizer(encoding.tokenizer, encoding.fast)
 
 
 @lru_cache(maxsize=2)
 def _tokenizer(source: str, fast: bool) -> Tokenizer:
-    # Workers are as many as cores: threads of HuggingFace's own would only be in their way.
+    # There are as many workers as cores: HuggingFace's own threads would only compete with them.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     reference = load_tokenizer(source)
     return (open_fast(reference) if fast else None) or reference

@@ -1,17 +1,17 @@
-"""Documents that are little but one or two words: a rule of OLMoE's for code."""
+"""Find documents dominated by one or two words: a rule of OLMoE's for code."""
 
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
-FIRST_WORD_SHARE, TWO_WORDS_SHARE = 0.3, 0.5
+FIRST_WORD, TWO_WORDS = 0.3, 0.5
 LENGTHS = 256
-"""Lengths of words in bytes that are told apart; the last stands for longer ones too."""
+"""Word lengths distinguished, in bytes; the last includes longer ones."""
 
 
 def frequent_words(texts: Sequence[str]) -> np.ndarray:
-    """Texts of which one word makes more than 30 %, or two words more than 50 %: bool [texts]."""
+    """Find texts where one word is over 30 % of all words, or two over 50 %: bool [texts]."""
     found = _suspects(texts)
     for number in np.flatnonzero(found).tolist():
         found[number] = are_frequent(Counter(texts[number].split()))
@@ -19,22 +19,22 @@ def frequent_words(texts: Sequence[str]) -> np.ndarray:
 
 
 def are_frequent(counts: Counter[str]) -> bool:
-    """The rule of ``frequent_words``, for a text whose words were counted."""
-    shares = [count / counts.total() for _, count in counts.most_common(2)]
-    return bool(shares) and (shares[0] > FIRST_WORD_SHARE or sum(shares) > TWO_WORDS_SHARE)
+    """Apply the rule of ``frequent_words`` to the word counts of a text."""
+    fractions = [count / counts.total() for _, count in counts.most_common(2)]
+    return bool(fractions) and (fractions[0] > FIRST_WORD or sum(fractions) > TWO_WORDS)
 
 
 def _suspects(texts: Sequence[str]) -> np.ndarray:
-    """Texts that a rough look does not rule out: bool [texts].
+    """Find texts that a cheap test does not rule out: bool [texts].
 
-    What the rule catches has a word that makes more than a quarter. So one kind of word (length,
-    second byte, last two) does, and among a text's kinds in order two that lie a quarter of its
-    words apart are the same.
+    Texts that the rule matches have a word with over a quarter of all words. So one word class
+    (length, second byte, last two) has, and among a text's sorted classes two that are a quarter of
+    its words apart are equal.
     """
     parts = [text.encode() for text in texts]
     joined = np.frombuffer(b"\n".join([b"", *parts, b"\n"]), np.uint8)
     edges = np.flatnonzero(np.diff(_is_space(joined)))
-    starts, ends = edges[::2] + 1, edges[1::2]  # of each word, both its own
+    starts, ends = edges[::2] + 1, edges[1::2]  # first and last byte of each word
     lengths = np.minimum(ends - starts, LENGTHS - 1)
     text_ends = np.cumsum([len(part) + 1 for part in parts])
     words = np.diff(np.searchsorted(starts, text_ends), prepend=0)
@@ -51,7 +51,7 @@ def _suspects(texts: Sequence[str]) -> np.ndarray:
 
 
 def _is_space(utf8: np.ndarray) -> np.ndarray:
-    """Bytes of characters at which ``str.split`` splits: uint8 [bytes], at least 2 -> bool."""
+    """Find bytes of characters at which ``str.split`` splits: uint8 [bytes], at least 2 -> bool."""
     found: np.ndarray = (utf8 - 9 <= 4) | (utf8 - 28 <= 4)
     if utf8.max() < 0x80:
         return found

@@ -1,4 +1,4 @@
-"""Documents that are encoded while they are written, because they are too long to hold."""
+"""Documents encoded while they are written, because they are too long to hold in memory."""
 
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -17,37 +17,37 @@ from moetron.tokenizers.fast_bpe import FastBPE
 from moetron.tokenizers.interface import Tokenizer
 
 MAX_BYTES = np.iinfo(LENGTH).max - (1 << 20)
-"""Text whose tokens an index can count; a tokenizer may add a few to them."""
+"""Maximum text size whose tokens an index can count; a tokenizer may add a few to them."""
 
 
 class LeftOut(Exception):
-    """A rule leaves a document out; the argument is its name."""
+    """Exception: a rule drops a document; the argument is the rule's name."""
 
 
 class LongDocument:
-    """One document, to be written part by part."""
+    """Document that is encoded part by part."""
 
     def __init__(self, encoding: Encoding, chunk: LongChunk, tokenizer: Tokenizer) -> None:
         self.chunk = chunk
         self.text_bytes = 0
-        """UTF-8 bytes of the text that was encoded so far."""
+        """UTF-8 bytes of the text encoded so far."""
         self.encoded_tokens = 0
         self._encoding, self._tokenizer = encoding, tokenizer
         self._text: LongText | None = None
 
     def side(self) -> int:
-        """0 for training, 1 for validation; raises LeftOut or Unreadable."""
+        """Return 0 for training, 1 for validation; raises LeftOut or Unreadable."""
         filters = self._encoding.filters
         self._text = LongText(self.chunk, self._encoding.text_key)
         if self._text.empty:
             raise LeftOut("empty")
         if (rule := filters.by_row(self._text.row)) is not None:
-            deque(self._text.blocks(), maxlen=0)  # broken text counts as bad first
+            deque(self._text.blocks(), maxlen=0)  # invalid text counts as bad first
             raise LeftOut(rule)
         return int(is_held_out(self._text.blocks(), self._encoding.holdout_fraction))
 
     def tokens(self) -> Iterator[np.ndarray]:
-        """Ids in the shard's dtype, end-of-document included; raises LeftOut or Unreadable."""
+        """Yield ids in the shard's dtype, with end-of-document; raises LeftOut or Unreadable."""
         assert self._text is not None, "side() comes first"
         dtype = token_dtype(self._tokenizer.vocab_size)
         rules = _Rules(self._encoding.filters)
@@ -59,15 +59,15 @@ class LongDocument:
                 raise LeftOut("too long for an index")
             ids = self._tokenizer.encode_flat([piece])[0].astype(dtype)
             self.encoded_tokens += ids.size
-            rules.see(piece, ids)
+            rules.add(piece, ids)
             yield ids
-        rules.judge()
+        rules.check()
         if self._encoding.append_eod:
             yield np.array([self._tokenizer.eod], dtype)
 
 
 class _Rules:
-    """What the filters ask of text and tokens, gathered piece by piece."""
+    """State of the filters on text and tokens, updated piece by piece."""
 
     def __init__(self, filters: Filters) -> None:
         self._filters = filters
@@ -76,8 +76,8 @@ class _Rules:
         self._repetitive = False
         self._tail = np.empty(0, np.int32)
 
-    def see(self, piece: str, ids: np.ndarray) -> None:
-        """Go on with a piece; what repeats itself may have begun in those before."""
+    def add(self, piece: str, ids: np.ndarray) -> None:
+        """Add a piece; a repetition may start in earlier pieces."""
         filters = self._filters
         if filters.frequent_words:
             self._words.update(piece.split())
@@ -92,8 +92,8 @@ class _Rules:
             )
             self._tail = seen[-MAX_PERIOD * filters.max_repetitions :]
 
-    def judge(self) -> None:
-        """Raise LeftOut as ``Filters`` does with a whole document, in the same order."""
+    def check(self) -> None:
+        """Raise LeftOut by the rules of ``Filters`` on a complete document, in the same order."""
         filters = self._filters
         if filters.frequent_words and are_frequent(self._words):
             raise LeftOut("frequent words")

@@ -1,1 +1,1 @@
-"""Reports on shards and samples for people, n-gram baselines."""
+"""Text reports on shards and samples, and n-gram baselines."""

@@ -1,4 +1,4 @@
-"""Windows spread evenly over a source: a small, fixed part of a text to watch a model on."""
+"""Windows spread evenly over a source: a small, fixed sample of a text."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from moetron.common.errors import UserError
 from moetron.data.stream.blend import Source, open_blend, split_data_path
 
 Sources = dict[str, Source]
-"""The text of each class, by its name."""
+"""Source of each class, by its name."""
 
 
 def named_sources(items: Sequence[str], seq_length: int) -> Sources:
@@ -18,11 +18,11 @@ def named_sources(items: Sequence[str], seq_length: int) -> Sources:
         UserError: there are none, some have no name, or one cannot be used.
     """
     if not items:
-        raise UserError("no text to look at: name it as NAME=PREFIX, such as code=data/code")
+        raise UserError("no text given; give NAME=PREFIX, such as code=data/code")
     named = [item for item in items if "=" in item]
     if named and len(named) < len(items):
         bare = " ".join(item for item in items if item not in named)
-        raise UserError(f"{bare}: write NAME=PREFIX for each, such as code=data/code")
+        raise UserError(f"{bare}: has no name; give NAME=PREFIX for each, such as code=data/code")
     pairs = [item.partition("=")[::2] for item in named]
     prefixes = [prefix for _, prefix in pairs] or split_data_path(items)[1]
     sources = open_blend(prefixes, seq_length).sources
@@ -31,11 +31,11 @@ def named_sources(items: Sequence[str], seq_length: int) -> Sources:
 
 
 def spread_windows(source: Source, tokens: int) -> np.ndarray:
-    """About ``tokens`` tokens of a source, at least one window and at most all: int64 [B, S + 1].
+    """Return about ``tokens`` tokens of a source, between one window and all: int64 [B, S + 1].
 
-    Each row has a token more than a sample, so that every token has the one that follows it.
+    Each row has one token more than a sample, so that every token has a successor.
     """
-    seq_length = round(source.cutting.mean_advance)
+    seq_length = round(source.windowing.mean_advance)
     count = min(max(tokens // seq_length, 1), source.windows)
     windows = np.arange(count) * source.windows // count
     return np.stack([source.read(int(window))[1] for window in windows]).astype(np.int64)

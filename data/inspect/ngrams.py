@@ -1,13 +1,13 @@
-"""What counting alone reaches: cross-entropies of a unigram and a bigram model.
+"""Count-based baselines: cross-entropies of a unigram and a bigram model.
 
 The bigram model is modified Kneser-Ney, interpolated (Chen and Goodman 1999, section 3):
 
     p(w|h) = (c(hw) - D(c(hw))) / c(h) + lambda(h) p'(w),   lambda(h) = sum_w D(c(hw)) / c(h)
 
 where c counts the training tokens, D is the discount of counts 1, 2 and 3 or more, and p' is built
-from the number of different tokens that w was seen after, discounted the same way, mixed with the
+from the number of distinct tokens that precede w, discounted the same way, mixed with the
 uniform distribution. After an unseen h, p(w|h) = p'(w). The unigram model is p' made from plain
-counts. So every id has a probability above 0, and they sum to 1.
+counts. Every id has a probability above 0, and they sum to 1.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,26 +17,26 @@ import numpy as np
 
 CHUNK_TOKENS = 1 << 24
 DISCOUNT_OF_TINY_TEXT = 0.75
-"""Used where the counts of counts are too poor to estimate discounts from."""
+"""Used if the counts of counts are too small to estimate discounts."""
 
 
 @dataclass(frozen=True)
 class CrossEntropies:
-    """In nats per token."""
+    """Cross-entropies in nats per token."""
 
     unigram: float
     bigram: float
     tokens: int
-    """Tokens that were predicted."""
+    """Predicted tokens."""
 
 
 class NgramModels:
     """Unigram and bigram probabilities fitted to token arrays.
 
     Args:
-        streams: Token ids [T] of any integer dtype; each is one stream, its pairs are counted
-            across documents, as a model sees them.
-        vocab_size: Ids are below this (V).
+        streams: Token ids [T] of any integer dtype; pairs are counted within each stream, across
+        document boundaries, as a model sees them.
+        vocab_size: Exclusive upper bound of the ids (V).
     """
 
     def __init__(self, streams: Iterable[np.ndarray], vocab_size: int) -> None:
@@ -57,13 +57,13 @@ class NgramModels:
         self._lower = _with_uniform(np.bincount(after, minlength=vocab_size))
 
     def _pair_keys(self, stream: np.ndarray) -> Iterator[np.ndarray]:
-        """H * V + w of every pair of neighbours, in chunks."""
+        """Yield h * V + w of every pair (h, w) of neighbours, in chunks."""
         for start in range(0, len(stream) - 1, CHUNK_TOKENS):
             chunk = stream[start : start + CHUNK_TOKENS + 1].astype(np.int64)
             yield chunk[:-1] * self.vocab_size + chunk[1:]
 
     def bigram(self, before: np.ndarray, after: np.ndarray) -> np.ndarray:
-        """p(after | before), element by element: float64 in the shape of the ids."""
+        """Return p(after | before) elementwise: float64 in the shape of the ids."""
         lower = self._lower[after]
         if len(self._keys) == 0:
             return lower
@@ -78,12 +78,12 @@ class NgramModels:
 def cross_entropies(
     models: NgramModels, batches: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]
 ) -> CrossEntropies:
-    """Mean negative log-probability of the labels that count.
+    """Return the mean negative log-probability of the unmasked labels.
 
     Args:
         models: The fitted models.
-        batches: (tokens [N, S], labels [N, S], loss mask [N, S]) as a training stream gives them;
-            the bigram model predicts each label from the token at its place.
+        batches: (tokens [N, S], labels [N, S], loss mask [N, S]) of a training stream; the bigram
+        model predicts each label from the token at the same position.
     """
     unigram = bigram = 0.0
     tokens = 0
@@ -99,7 +99,7 @@ def cross_entropies(
 
 
 def _merge(chunks: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """(sorted distinct keys, their summed counts) of several such pairs."""
+    """Merge such pairs into (sorted distinct keys, their summed counts)."""
     if not chunks:
         return np.empty(0, np.int64), np.empty(0, np.int64)
     keys, place = np.unique(np.concatenate([keys for keys, _ in chunks]), return_inverse=True)
@@ -108,18 +108,18 @@ def _merge(chunks: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.
 
 
 def _discounts(counts: np.ndarray) -> np.ndarray:
-    """[0, D1, D2, D3+] from the counts of counts (Chen and Goodman 1999, equation 26)."""
+    """Return [0, D1, D2, D3+] from the counts of counts (Chen and Goodman 1999, equation 26)."""
     n1, n2, n3, n4 = (int((counts == times).sum()) for times in (1, 2, 3, 4))
     if not (n1 and n2 and n3 and n4):
         return np.array([0.0] + [DISCOUNT_OF_TINY_TEXT] * 3)
     y = n1 / (n1 + 2 * n2)
     estimates = [0.0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3]
-    # A discount of nothing would leave unseen pairs nothing; one of all, seen pairs.
+    # A zero discount leaves nothing for unseen pairs, a full one nothing for seen pairs.
     return np.clip(estimates, [0.0, 0.01, 0.01, 0.01], [0.0, 0.99, 1.99, 2.99])
 
 
 def _with_uniform(counts: np.ndarray) -> np.ndarray:
-    """Discounted counts [V] mixed with the uniform distribution: probabilities [V], all above 0."""
+    """Mix discounted counts [V] with the uniform distribution: probabilities [V], all above 0."""
     total = counts.sum()
     if total == 0:
         return np.full(len(counts), 1 / len(counts))

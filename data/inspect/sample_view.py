@@ -1,4 +1,4 @@
-"""Samples and document lengths for people: coloured text on a terminal, a PNG."""
+"""Render samples as text with colours, and document lengths as a PNG."""
 
 from collections.abc import Mapping
 from itertools import groupby
@@ -26,7 +26,7 @@ LEGEND = {
 def stage_samples(
     stream: StagedStream, tokenizer: Tokenizer, samples: int, count: int, colour: bool = False
 ) -> str:
-    """The first ``count`` samples of each stage that a run of ``samples`` samples reaches."""
+    """Return the first ``count`` samples of each stage in a run of ``samples`` samples."""
     blocks = [LEGEND[colour]]
     for stage, start in enumerate(stream.starts, 1):
         for n in range(start, min(start + count, samples)):
@@ -35,26 +35,26 @@ def stage_samples(
             objective = stream.objective_names[sample["objective"]]
             head = f"stage {stage}, sample {n}: {source}, {objective}"
             tokens = f"loss on {int(sample['loss_mask'].sum()):,} tokens"
-            repeats = " (masked: it repeats itself)" if sample["filtered"] else ""
+            repeats = " (masked: repetitive)" if sample["filtered"] else ""
             text = sample_text(sample, tokenizer, colour)
             blocks.append(f"{head}, {tokens}{repeats}\n{text}")
     return "\n\n".join(blocks)
 
 
 def sample_text(sample: Mapping[str, Any], tokenizer: Tokenizer, colour: bool) -> str:
-    """A sample decoded, and what of it bears loss.
+    """Decode a sample and mark the tokens with loss.
 
     Args:
-        sample: As a stream gives it: tokens and labels [S], loss_mask [S].
-        tokenizer: Of its source.
-        colour: Terminal colours; otherwise guillemets around what bears loss.
+        sample: Sample of a stream: tokens and labels [S], loss_mask [S].
+        tokenizer: Tokenizer of its source.
+        colour: Use terminal colours; otherwise guillemets around tokens with loss.
     """
     row = [int(sample["tokens"][0]), *sample["labels"].tolist()]
-    bears_loss = [False, *(sample["loss_mask"] > 0).tolist()]  # the first is never predicted
+    has_loss = [False, *(sample["loss_mask"] > 0).tolist()]  # the first is never predicted
     markers = {tokenizer.eod: "<eod>", tokenizer.pad: "<pad>"} | {
         number: f"<extra_id_{i}>" for i, number in enumerate(tokenizer.sentinels)
     }
-    kinds = zip(bears_loss, (markers.get(token) for token in row), row, strict=True)
+    kinds = zip(has_loss, (markers.get(token) for token in row), row, strict=True)
     parts = []
     for (counted, marker), same in groupby(kinds, key=lambda kind: kind[:2]):
         ids = [token for _, _, token in same]
@@ -67,9 +67,9 @@ def sample_text(sample: Mapping[str, Any], tokenizer: Tokenizer, colour: bool) -
 
 
 def documents(shard: Shard, tokenizer_path: str, count: int) -> str:
-    """The beginnings of ``count`` documents, evenly spread over a shard.
+    """Return the starts of ``count`` documents, evenly spread over a shard.
 
-    Raises UserError if it was made with another tokenizer.
+    Raises UserError if the shard was made with another tokenizer.
     """
     tokenizer = load_tokenizer(tokenizer_path)
     if shard.manifest and shard.manifest.tokenizer.fingerprint != tokenizer.fingerprint:
@@ -83,11 +83,11 @@ def documents(shard: Shard, tokenizer_path: str, count: int) -> str:
 
 
 def draw_lengths(lengths: Mapping[str, np.ndarray], path: Path) -> None:
-    """Write a PNG: the documents of each shard by length, on logarithmic scales.
+    """Write a PNG with a histogram of document lengths per shard, on logarithmic scales.
 
     Args:
         lengths: Tokens of each document, integers [documents], by shard.
-        path: Where to.
+        path: Output file.
     """
     from matplotlib.figure import Figure  # half a second of imports
 

@@ -1,4 +1,4 @@
-"""What a shard or a blend holds, as text for people."""
+"""Text reports on shards and blends."""
 
 import numpy as np
 
@@ -11,7 +11,7 @@ BAR_WIDTH = 40
 
 
 def shard_summary(shard: Shard) -> str:
-    """Counts, dtype, tokenizer and origin of a shard."""
+    """Return counts, dtype, tokenizer and origin of a shard."""
     documents, tokens = len(shard), len(shard.tokens)
     lines = [
         shard.prefix,
@@ -29,11 +29,11 @@ def shard_summary(shard: Shard) -> str:
         f"{manifest.text_bytes / max(tokens, 1):.2f} bytes a token",
     ]
     lines += [f"  from {_pairs(source)}" for source in manifest.sources]
-    return "\n".join([*lines, f"  left out: {_pairs(manifest.filters)}"])
+    return "\n".join([*lines, f"  dropped: {_pairs(manifest.filters)}"])
 
 
 def length_histogram(lengths: np.ndarray) -> str:
-    """Documents by length, in powers of two: int32 [documents] -> one line a power that occurs."""
+    """Count documents by length in powers of two: int32 [documents] -> one line per power."""
     if lengths.size == 0:
         return "no documents"
     powers = np.bincount(np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64))
@@ -45,7 +45,7 @@ def length_histogram(lengths: np.ndarray) -> str:
 
 
 def blend_table(blend: Blend, samples: int) -> str:
-    """What each source gives to a run of ``samples`` samples, and how often it is repeated."""
+    """Return a table of each source's samples, tokens and epochs in a run of ``samples``."""
     addresses = ShuffledAddresses(blend, seed=0)
     counts, epochs = addresses.apportionment.counts(samples), addresses.epochs(samples)
     rows = [("source", "tokens", "share", "samples", "tokens drawn", "epochs")]
@@ -56,7 +56,7 @@ def blend_table(blend: Blend, samples: int) -> str:
                 f"{source.tokens:,}",
                 f"{count / max(samples, 1):.2%}",
                 f"{count:,}",
-                f"{round(count * source.cutting.mean_advance):,}",
+                f"{round(count * source.windowing.mean_advance):,}",
                 f"{passes:.3f}",
             )
         )
@@ -64,5 +64,5 @@ def blend_table(blend: Blend, samples: int) -> str:
 
 
 def _pairs(mapping: dict) -> str:
-    """``key value, key value``."""
+    """Return ``key value, key value``."""
     return ", ".join(f"{key} {value}" for key, value in mapping.items())

@@ -1,1 +1,1 @@
-"""What a sample asks of the model: causal and prefix language modelling, UL2, infilling."""
+"""Training objectives: causal and prefix language modelling, UL2, infilling."""

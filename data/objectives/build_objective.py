@@ -1,4 +1,4 @@
-"""Objectives by name, set up for a tokenizer."""
+"""Build an objective by name for a tokenizer."""
 
 from typing import Literal, Protocol
 
@@ -12,11 +12,11 @@ from moetron.tokenizers.interface import Tokenizer
 
 ObjectiveName = Literal["causal", "prefix_lm", "ul2", "fim"]
 MAX_EXAMPLES = 64
-"""Texts that one UL2 sample is cut into, at most."""
+"""Maximum number of texts in one UL2 sample."""
 
 
 class ObjectivePlan(Protocol):
-    """What settings say about objectives; see ``--help``."""
+    """Objective settings; see ``--help``."""
 
     bidirectional_prefix: bool
     fim_rate: float
@@ -29,10 +29,10 @@ class ObjectivePlan(Protocol):
 def build_objective(
     name: ObjectiveName, seq_length: int, tokenizer: Tokenizer, plan: ObjectivePlan
 ) -> Objective:
-    """The objective of that name for samples of ``seq_length`` tokens.
+    """Return the named objective for samples of ``seq_length`` tokens.
 
     Raises:
-        UserError: it does not fit the tokenizer or the length.
+        UserError: the objective does not fit the tokenizer or the length.
     """
     if name == "causal":
         return Causal(seq_length)
@@ -44,7 +44,7 @@ def build_objective(
 
 
 def _fim_options(tokenizer: Tokenizer, plan: ObjectivePlan) -> FimOptions:
-    """Rates, and the markers' ids."""
+    """Return the rates and the marker ids."""
     named = {
         "--fim-prefix-token": plan.fim_prefix_token,
         "--fim-middle-token": plan.fim_middle_token,
@@ -54,7 +54,7 @@ def _fim_options(tokenizer: Tokenizer, plan: ObjectivePlan) -> FimOptions:
     if absent := [f"{flag} {token}" for flag, token in named.items() if flag not in ids]:
         raise UserError(
             f"fim: the tokenizer {tokenizer.name} has no token for {', '.join(absent)}; "
-            "name tokens that it has, such as <extra_id_0>"
+            "give tokens of its vocabulary, such as <extra_id_0>"
         )
     if len(set(ids.values())) < len(ids):
         raise UserError(f"{', '.join(ids)}: give three different tokens")
@@ -62,9 +62,9 @@ def _fim_options(tokenizer: Tokenizer, plan: ObjectivePlan) -> FimOptions:
 
 
 def _ul2(seq_length: int, tokenizer: Tokenizer, bidirectional_prefix: bool) -> UL2:
-    """UL2 with as few texts in a sample as the sentinels suffice for."""
+    """Return UL2 with the fewest texts per sample for which the sentinels suffice."""
     if not tokenizer.sentinels:
-        raise UserError(f"UL2 needs sentinels, and the tokenizer {tokenizer.name} has none")
+        raise UserError(f"UL2 needs sentinels; the tokenizer {tokenizer.name} has none")
     first: UserError | None = None
     examples = 1
     while examples <= MAX_EXAMPLES and seq_length % examples == 0:
@@ -83,7 +83,7 @@ def _ul2(seq_length: int, tokenizer: Tokenizer, bidirectional_prefix: bool) -> U
         if bidirectional_prefix and examples > 1:
             raise UserError(
                 f"--bidirectional-prefix: a UL2 sample of {seq_length} tokens holds {examples} "
-                f"texts for want of sentinels ({first}); use a shorter --seq-length"
+                f"texts for lack of sentinels ({first}); use a shorter --seq-length"
             )
         return made
     assert first is not None

@@ -1,26 +1,26 @@
-"""Predict every next token."""
+"""Causal objective: predict every next token."""
 
 from typing import Any
 
 import numpy as np
 
-from moetron.data.addressing.windowing import Cutting
+from moetron.data.addressing.windowing import Windowing
 from moetron.data.objectives.objective import Made
 
 
 class Causal:
-    """Windows of S + 1 tokens that overlap by one; loss everywhere."""
+    """Windows of S + 1 tokens that overlap by one, with loss on every token."""
 
     kinds: tuple[str, ...] = ("causal",)
 
     def __init__(self, seq_length: int) -> None:
-        self.cutting = Cutting((seq_length,), overlap=1)
+        self.windowing = Windowing((seq_length,), overlap=1)
 
     def fill(self, raw: np.ndarray, slot: int, key: str, row: np.ndarray, mask: np.ndarray) -> Made:
-        """The raw tokens as they are; see ``Objective``."""
+        """Copy the raw tokens; see ``Objective``."""
         row[:] = raw
         return Made(0)
 
     def state(self) -> dict[str, Any]:
-        """Its name."""
+        """Return the name."""
         return {"name": "causal"}

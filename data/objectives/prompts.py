@@ -1,4 +1,4 @@
-"""Prompts for generation in the form that a model was trained on."""
+"""Generation prompts in the format of the model's training objective."""
 
 import re
 from collections.abc import Sequence
@@ -8,26 +8,26 @@ from moetron.common.errors import UserError
 from moetron.tokenizers.interface import Tokenizer
 
 Mode = Literal["causal", "s2s", "nlu", "nlg"]
-"""Plain text to go on with, or UL2's: a prefix to complete, or holes to fill, few and short
-(nlu) or many and long (nlg)."""
+"""Plain text to continue, or UL2's modes: a prefix to complete (s2s), or holes to fill, few and
+short (nlu) or many and long (nlg)."""
 HOLE = re.compile(r"<extra_id_(\d+)>")
-"""How a prompt marks what a UL2 model shall fill in."""
+"""Marker of a hole in a UL2 prompt."""
 
 
 def prompt_ids(text: str, mode: Mode, tokenizer: Tokenizer) -> list[int]:
-    """Tokens of a prompt; UL2's begin with the padding, end with the end (see ``ul2.UL2``).
+    """Return the tokens of a prompt; UL2's start with padding and finish with the end id.
 
     Raises:
-        UserError: holes in another mode or none in nlu and nlg, out of order, or more than the
-            tokenizer has sentinels.
+        UserError: holes in causal or s2s mode, none in nlu and nlg, out of order, or more than the
+        tokenizer has sentinels.
     """
     if mode == "causal":
         return tokenizer.encode(text) or [tokenizer.eod]
     holes = [int(number) for number in HOLE.findall(text)]
     if holes != list(range(len(holes))) or bool(holes) != (mode != "s2s"):
         raise UserError(
-            f"mode {mode}: the prompt must mark "
-            + ("nothing" if mode == "s2s" else "<extra_id_0>, <extra_id_1>, ... in this order")
+            f"mode {mode}: the prompt must have "
+            + ("no holes" if mode == "s2s" else "<extra_id_0>, <extra_id_1>, ... in this order")
         )
     if len(holes) > len(tokenizer.sentinels) or not tokenizer.sentinels:
         raise UserError(
@@ -40,9 +40,9 @@ def prompt_ids(text: str, mode: Mode, tokenizer: Tokenizer) -> list[int]:
 
 
 def filled(text: str, new: Sequence[int], tokenizer: Tokenizer) -> str:
-    """A prompt with holes, filled with what a model answered: sentinel, span, sentinel, span, ...
+    """Fill a prompt's holes with a model's answer: sentinel, span, sentinel, span, ...
 
-    What has no answer stays a hole.
+    Holes without an answer stay.
     """
     starts = {token: number for number, token in enumerate(tokenizer.sentinels)}
     spans: dict[int, list[int]] = {}

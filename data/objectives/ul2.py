@@ -1,8 +1,8 @@
-"""UL2: a mixture of denoisers, as OpenMoE trained with it.
+"""UL2: a mixture of denoisers, as in OpenMoE's training.
 
-Tay et al. 2022 (UL2) as set up in ``preprocessors.py`` of OpenMoE's fork of the T5 code: half
-prefix language modelling, half span corruption of five kinds, each announced by a mode prefix in
-plain text. A sample is inputs, end, targets, end, in one decoder: loss on the targets alone.
+Tay et al. 2022 (UL2) as configured in ``preprocessors.py`` of OpenMoE's fork of the T5 code: half
+prefix language modelling, half span corruption of five kinds, each with a mode prefix in plain
+text. A sample is inputs, end, targets, end, in one decoder, with loss only on the targets.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,24 +13,24 @@ import numpy as np
 
 from moetron.common.errors import UserError
 from moetron.data.addressing.apportionment import Apportionment
-from moetron.data.addressing.windowing import Cutting
+from moetron.data.addressing.windowing import Windowing
 from moetron.data.objectives.objective import Made
 from moetron.data.objectives.spans import corrupted_lengths, draws, random_segments, span_counts
 
 MAX_CYCLE = 1000
-"""Samples after which the mixture repeats, at most."""
+"""Maximum number of samples after which the mixture repeats."""
 
 
 @dataclass(frozen=True)
 class Denoiser:
-    """One way to hide tokens."""
+    """Settings of one denoiser."""
 
     rate: float
-    """Share of samples (any unit; made to sum to 1)."""
+    """Fraction of samples (any unit; normalized to sum to 1)."""
     mode: str
-    """Text that announces it."""
+    """Mode prefix."""
     noise_density: float = 0.5
-    """Share of tokens that is hidden (r)."""
+    """Fraction of tokens hidden (r)."""
     mean_span: float | None = None
     """Mean length of a hidden span (mu); None: one hidden suffix, its start uniform (prefix LM)."""
 
@@ -46,13 +46,13 @@ OPENMOE = (
 
 
 class UL2:
-    """Samples of a mixture of denoisers; each takes as many raw tokens as fill it.
+    """Samples of a mixture of denoisers; each takes as many raw tokens as fit.
 
-    The denoiser follows from the sample's place in its source: a repeating pattern in which each
-    has exactly its rate. So raw tokens are cut by arithmetic, none is skipped or seen twice in an
-    epoch, and padding is a position or two where lengths do not come out even. OpenMoE took at most
-    1,024 input tokens an example and packed or padded what stayed shorter (low noise densities),
-    and began every example with the start id; here a sample's later examples follow an end.
+    The denoiser follows from the sample's index in its source: a repeating pattern in which each
+    denoiser has exactly its rate. So windows are computed, no raw token is skipped or seen twice
+    in an epoch, and padding is a position or two where lengths do not fit exactly. OpenMoE took at
+    most 1,024 input tokens an example, packed or padded shorter ones (low noise densities), and
+    started every example with the start id; here later examples of a sample follow an end.
     """
 
     def __init__(
@@ -65,16 +65,16 @@ class UL2:
         denoisers: Sequence[Denoiser] = OPENMOE,
         examples: int = 1,
     ) -> None:
-        """Plan the lengths.
+        """Compute the lengths.
 
         Args:
             seq_length: Tokens of a sample (S), a multiple of ``examples``.
-            encode: The tokenizer's, for the mode prefixes.
-            sentinels: Ids that stand for hidden spans, in the order of use.
+            encode: The tokenizer's ``encode``, for the mode prefixes.
+            sentinels: Ids of hidden spans, in the order of use.
             end: Id that ends inputs and targets.
-            start: Id that the model sees first (OpenMoE: 0), and that fills up.
+            start: First input id (OpenMoE: 0), also padding.
             denoisers: The mixture.
-            examples: Texts in a sample; more than one where the sentinels do not suffice for one.
+            examples: Texts in a sample; more than one if the sentinels do not suffice for one.
 
         Raises:
             UserError: there are too few sentinels, or the sample is too short for a denoiser.
@@ -94,13 +94,13 @@ class UL2:
         apportionment = Apportionment([denoiser.rate for denoiser in self.denoisers])
         cycle = sum(apportionment.weights)
         if cycle > MAX_CYCLE:
-            raise UserError(f"UL2: rates in {cycle} parts; give them in at most {MAX_CYCLE}")
+            raise UserError(f"UL2: rates in {cycle} parts; give rates in at most {MAX_CYCLE}")
         self.kinds = tuple(_kind(denoiser) for denoiser in self.denoisers)
         self._slots = apportionment.locate(np.arange(cycle))[0].tolist()
-        self.cutting = Cutting(tuple(examples * self._raw[d] for d in self._slots), overlap=0)
+        self.windowing = Windowing(tuple(examples * self._raw[d] for d in self._slots), overlap=0)
 
     def fill(self, raw: np.ndarray, slot: int, key: str, row: np.ndarray, mask: np.ndarray) -> Made:
-        """Hide parts of the raw tokens; see ``Objective``. Several examples have no one prefix."""
+        """Hide parts of the raw tokens; see ``Objective``. Several examples have no prefix."""
         number = self._slots[slot]
         row[:] = self._start
         mask[:] = 0.0
@@ -114,14 +114,14 @@ class UL2:
         return Made(number, 1 + middle if self.examples == 1 else 0)
 
     def state(self) -> dict[str, Any]:
-        """The mixture."""
+        """Return the mixture."""
         denoisers = [asdict(denoiser) for denoiser in self.denoisers]
         return {"name": "ul2", "denoisers": denoisers, "examples": self.examples}
 
     def _hide(
         self, text: np.ndarray, number: int, uniform: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(inputs, targets) of one text, int64; ``uniform`` is a random number a token."""
+        """Return (inputs, targets) of one text, int64; ``uniform``: a random number a token."""
         denoiser, prefix = self.denoisers[number], self._prefixes[number]
         if denoiser.mean_span is None:
             split = 1 + int(uniform[0] % np.uint64(text.size - 1))
@@ -139,7 +139,7 @@ class UL2:
         return np.concatenate([prefix, kept, [self._end]]), np.append(hidden, self._end)
 
     def _raw_length(self, denoiser: Denoiser, room: int) -> int:
-        """Raw tokens whose inputs and targets, ends included, fill ``room`` tokens or just less."""
+        """Return the most raw tokens whose inputs and targets, with ends, fit into ``room``."""
         if denoiser.mean_span is None:
             longest = room - 2
         else:
@@ -147,7 +147,9 @@ class UL2:
             fits = (n for n in range(room, 1, -1) if sum(corrupted_lengths(n, *shape)) <= room)
             longest = next(fits, 0)
         if longest < 2:
-            raise UserError(f"UL2: {room} tokens have no room for {denoiser}")
+            raise UserError(
+                f"UL2: no room for {denoiser} in {room} tokens; use a longer --seq-length"
+            )
         if denoiser.mean_span is not None:
             spans = span_counts(longest, denoiser.noise_density, denoiser.mean_span)[1]
             if spans > self._sentinels.size:
@@ -159,7 +161,7 @@ class UL2:
 
 
 def _kind(denoiser: Denoiser) -> str:
-    """What the log calls a denoiser."""
+    """Return a denoiser's name in the log."""
     if denoiser.mean_span is None:
         return "ul2 prefix"
     return f"ul2 r={denoiser.noise_density:g} mu={denoiser.mean_span:g}"

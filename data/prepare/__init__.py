@@ -1,1 +1,1 @@
-"""Preprocess a corpus: workers, journal, outputs."""
+"""Preprocessing of a corpus: workers, journal, outputs."""

@@ -1,4 +1,4 @@
-"""Who encodes: threads or processes of this machine, or a Ray cluster; the results are the same."""
+"""Encode chunks in threads, processes or on a Ray cluster; the results are the same."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -14,9 +14,9 @@ from moetron.tokenizers.fast_bpe import open_fast
 from moetron.tokenizers.interface import Tokenizer
 
 FAST_CHUNKS = 4
-"""Usual chunks in one for the fast engine, so quick that its calls themselves would count."""
+"""Chunks combined for the fast engine, whose call overhead would otherwise count."""
 FAST_THREADS = 8
-"""Above, processes: Python's part of the work is one thread's."""
+"""Most threads; with more workers, processes are used, because Python code is serial."""
 
 
 def encoded_chunks(
@@ -27,11 +27,11 @@ def encoded_chunks(
     workers: int,
     engine: str = "local",
 ) -> Iterator[Encoded | LongDocument]:
-    """What the files hold from ``start`` on, in order; ``tokenizer`` is the reference.
+    """Encode the files from ``start``, in order; ``tokenizer`` is the reference.
 
-    Documents that are too long to hold are encoded here, while they are written.
+    Documents too long to hold in memory are encoded in this process, while they are written.
 
-    Raises EnginesDiffer where the fast engine does not give the reference's ids.
+    Raises EnginesDiffer if the fast engine does not give the reference's ids.
     """
     local = engine == "local"
     few = local and workers <= FAST_THREADS

@@ -1,4 +1,4 @@
-"""What ``tools/preprocess_corpus.py`` is asked to do, and its flags."""
+"""Options and flags of ``tools/preprocess_corpus.py``."""
 
 import argparse
 import os
@@ -13,7 +13,7 @@ from moetron.data.encoding.filters import Filters
 
 @dataclass(frozen=True)
 class Options:
-    """What ``tools/preprocess_corpus.py`` is asked to do."""
+    """Options of ``tools/preprocess_corpus.py``."""
 
     inputs: Sequence[str]
     """Files, folders and globs; ``-`` is standard input."""
@@ -26,26 +26,26 @@ class Options:
     holdout_prefix: str | None = None
     max_bad_fraction: float = 0.001
     shard_size_tokens: int | None = None
-    """Split the output into shards of at least so many tokens, ``PREFIX_00000``, ..."""
+    """Split the output into shards of at least this many tokens, ``PREFIX_00000``, ..."""
     share: str | None = None
-    """``I/N``: only this share of the inputs, for ``merge_shares`` to put together."""
+    """``I/N``: process only this partition of the inputs, for ``merge_shares`` to merge."""
     merge_shares: int | None = None
-    """Make the output of so many shares instead of the inputs."""
+    """Merge this many partitions into the output instead of reading the inputs."""
     engine: str = "local"
     """``local`` or ``ray``."""
     filters: Filters = field(default_factory=Filters)
     fast: bool = True
-    """Use the tokenizer's fast engine, if it has one, as long as it gives the reference's ids."""
+    """Use the tokenizer's fast engine, if it has one, while it gives the reference's ids."""
 
     def problems(self) -> list[str]:
-        """What is wrong with the options themselves."""
+        """Return all problems of the options."""
         found = []
         if self.workers < 1:
             found.append(f"--workers {self.workers}: must be at least 1")
         if not 0 <= self.holdout_fraction < 1:
             found.append(f"--holdout-fraction {self.holdout_fraction}: must be in [0, 1)")
         if (self.holdout_fraction > 0) != (self.holdout_prefix is not None):
-            found.append("--holdout-fraction and --holdout-prefix need each other")
+            found.append("--holdout-fraction and --holdout-prefix: give both or neither")
         for flag, prefix in (
             ("--output-prefix", self.output_prefix),
             ("--holdout-prefix", self.holdout_prefix),
@@ -68,26 +68,26 @@ class Options:
             for prefix in filter(None, (self.output_prefix, self.holdout_prefix)):
                 if is_utf8(prefix) and Path(f"{prefix}.idx").exists():
                     found.append(
-                        f"--shard-size-tokens {self.shard_size_tokens}: {prefix}.idx is there from "
-                        f"a run without it, and --data-path {prefix} would go on meaning that; "
+                        f"--shard-size-tokens {self.shard_size_tokens}: {prefix}.idx exists from a "
+                        f"run without it, and --data-path {prefix} would still read it; "
                         "remove that shard or choose another prefix"
                     )
         if self.share is not None and self.merge_shares is not None:
-            found.append("--share makes a share and --merge-shares puts them together: give one")
+            found.append("--share and --merge-shares: exclude each other; give one")
         if (self.share or self.merge_shares) and "-" in self.inputs:
-            found.append("--input -: standard input has no shares; give files")
+            found.append("--input -: standard input cannot be partitioned; give files")
         return found + self.filters.problems()
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> "Options":
-        """From the flags that ``add_flags`` declares."""
+        """Return the options of parsed arguments."""
         given = vars(arguments).copy()
         filters = Filters(**{field.name: given.pop(field.name) for field in fields(Filters)})
         return cls(inputs=given.pop("input"), filters=filters, **given)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of ``Options``."""
+    """Add the flags of ``Options``."""
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="GLOB", help="files, folders, globs, or -")
     add("--text-key", default="text", help="key or column of the text in a row (default: text)")
@@ -105,24 +105,24 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.0,
         metavar="F",
-        help="share of documents kept for validation, chosen by a hash of their text",
+        help="fraction of documents held out for validation, chosen by a hash of their text",
     )
-    add("--holdout-prefix", metavar="Q", help="where the held-out documents go")
+    add("--holdout-prefix", metavar="Q", help="output prefix of the held-out documents")
     add(
         "--max-bad-fraction",
         type=float,
         default=0.001,
         metavar="F",
-        help="more bad rows than this share of all end the run (default: 0.001)",
+        help="fail if more than this fraction of the rows is bad (default: 0.001)",
     )
     add(
         "--shard-size-tokens",
         type=int,
         metavar="N",
-        help="begin a new shard after N tokens: P_00000, P_00001, ... (P names them all)",
+        help="start a new shard after N tokens: P_00000, P_00001, ... (P names the shard set)",
     )
-    add("--share", metavar="I/N", help="share I (from 0) of N, by files: SLURM arrays")
-    add("--merge-shares", type=int, metavar="N", help="then put N shares together, and do no more")
+    add("--share", metavar="I/N", help="process partition I (from 0) of N, by files: SLURM arrays")
+    add("--merge-shares", type=int, metavar="N", help="only merge N finished partitions")
     add(
         "--engine",
         choices=("local", "ray"),
@@ -135,45 +135,45 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="encode BPE with HuggingFace's library even where gigatoken gives the same ids",
     )
-    _add_filters(parser.add_argument_group("documents to leave out, counted in the manifest"))
+    _add_filters(parser.add_argument_group("documents to drop, counted in the manifest"))
 
 
 def _add_filters(group: argparse._ArgumentGroup) -> None:
-    """The flags of ``Filters``."""
+    """Add the flags of ``Filters``."""
     add = group.add_argument
     add(
         "--deduplicate",
         action="store_true",
-        help="the same token ids as an earlier document of the same shard",
+        help="drop documents with the token ids of an earlier document of the output",
     )
     add(
         "--max-repetitions",
         type=int,
         metavar="N",
-        help="an n-gram of up to 13 tokens stands N times in a row (OLMoE: 32)",
+        help="drop if an n-gram of up to 13 tokens occurs N times in a row (OLMoE: 32)",
     )
     add(
         "--frequent-words",
         action="store_true",
-        help="one word makes more than 30%% of the text or two more than 50%% (OLMoE, for code)",
+        help="drop if one word is over 30%% of all words, or two over 50%% (OLMoE, for code)",
     )
-    add("--min-stars", type=int, default=0, metavar="N", help="fewer stars (OLMoE, for code: 2)")
+    add("--min-stars", type=int, default=0, metavar="N", help="minimum stars (OLMoE, code: 2)")
     add(
         "--stars-key",
         default=Filters.stars_key,
         metavar="KEY",
-        help="where a row or its metadata states the stars (default: %(default)s)",
+        help="key of the stars in a row or its metadata (default: %(default)s)",
     )
-    add("--min-tokens", type=int, default=0, help="shorter documents")
-    add("--max-tokens", type=int, help="longer documents")
+    add("--min-tokens", type=int, default=0, help="drop shorter documents")
+    add("--max-tokens", type=int, help="drop longer documents")
 
 
 def _prefix_problem(prefix: str) -> str | None:
-    """What is wrong with where an output shall go."""
+    """Return the problem of an output prefix, if any."""
     if not is_utf8(prefix):
         return "the name is not UTF-8; choose another"
     if prefix.endswith(("/", os.sep)) or Path(prefix).name in ("", ".."):
-        return "names a folder; add the beginning of the files' names, such as 'train'"
+        return "names a folder; add a file name prefix, such as 'train'"
     if bare_prefix(prefix) != prefix:
-        return "the shard's files get their endings: give the name without .bin or .idx"
+        return "names one file of a shard; give the name without .bin or .idx"
     return None

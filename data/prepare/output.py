@@ -1,4 +1,4 @@
-"""What preprocessing writes: shards, the list of rejects, and the journal between them."""
+"""Outputs of preprocessing: shards, the list of rejects, and the journal."""
 
 import time
 from collections import Counter
@@ -15,20 +15,20 @@ from moetron.data.encoding.encode import Encoded
 from moetron.data.encoding.long_documents import LeftOut, LongDocument
 from moetron.data.prepare.journal import State, journal_path, write_state
 from moetron.data.prepare.partitions import sizes
-from moetron.data.prepare.shard_set_writer import FamilyWriter, discard_temporary
+from moetron.data.prepare.shard_set_writer import ShardSetWriter, discard_temporary
 from moetron.data.readers.chunks import Cursor, Reject
 from moetron.data.readers.long_rows import Unreadable
 
 JOURNAL_INTERVAL_S = 5.0
-"""Work that a kill may cost."""
+"""Most work lost by a kill."""
 REJECT_REASONS_SHOWN = 3
 
 
 class Output:
-    """The files of a run, in temporary places; every few seconds the journal vouches for them."""
+    """Temporary files of a run; every few seconds the journal records them."""
 
-    def __init__(self, writers: Sequence[FamilyWriter], state: State) -> None:
-        """Go on where ``state`` says; it is kept up to date from here."""
+    def __init__(self, writers: Sequence[ShardSetWriter], state: State) -> None:
+        """Resume from ``state``, which is updated from here."""
         self.state, self.writers = state, writers
         self.prefix = writers[0].prefix
         self.rejects_path = beside(self.prefix, ".rejects.jsonl")
@@ -38,19 +38,19 @@ class Output:
         self._last_mark_s = time.monotonic()
 
     def take(self, encoded: Encoded) -> None:
-        """Append what one chunk gave."""
+        """Append the documents of one chunk."""
         left_out = Counter(encoded.left_out)
         for writer, documents in zip(self.writers, encoded.sides, strict=False):
             if duplicates := writer.add(documents):
                 left_out["duplicate"] += duplicates
         self.state.rows += encoded.rows
         self._take_rejects(encoded.rejects)
-        self._go_on(left_out, encoded.read_bytes, encoded.end)
+        self._record(left_out, encoded.read_bytes, encoded.end)
 
     def take_long(self, document: LongDocument, outputs: int) -> None:
-        """Append a document that is encoded on the way.
+        """Append a document that is encoded while it is written.
 
-        ``outputs``: sides that hold tokens; the writers after them, if any, their text bytes.
+        ``outputs``: number of sides with tokens; the writers after them, if any, take text bytes.
         """
         chunk, left_out = document.chunk, Counter[str]()
         try:
@@ -64,10 +64,10 @@ class Output:
             for writer in self.writers[outputs + side : outputs + side + 1]:
                 writer.add(sizes(np.array([document.text_bytes])))
         self.state.rows += 1
-        self._go_on(left_out, chunk.read_bytes, chunk.end)
+        self._record(left_out, chunk.read_bytes, chunk.end)
 
-    def _go_on(self, left_out: Mapping[str, int], read_bytes: int, end: Cursor) -> None:
-        """Count what was taken, and mark it now and then."""
+    def _record(self, left_out: Mapping[str, int], read_bytes: int, end: Cursor) -> None:
+        """Update the counts, and mark every ``JOURNAL_INTERVAL_S``."""
         state = self.state
         for name, count in left_out.items():
             state.left_out[name] = state.left_out.get(name, 0) + count
@@ -77,7 +77,7 @@ class Output:
             self.mark()
 
     def mark(self) -> None:
-        """From now on, a kill costs nothing of what was taken so far."""
+        """Sync everything and write the journal: a kill loses nothing before this point."""
         sync(self._rejects)
         self.state.sizes = {str(self._rejects_temporary): self._rejects.tell()}
         for writer in self.writers:
@@ -86,7 +86,7 @@ class Output:
         self._last_mark_s = time.monotonic()
 
     def finish_rejects(self) -> None:
-        """Give the list of rejects its name, if there are any."""
+        """Rename the list of rejects to its final name, if there are any."""
         sync(self._rejects)
         if self.state.rejected:
             replace(self._rejects_temporary, self.rejects_path)
@@ -116,12 +116,12 @@ class Output:
 
 
 def rejects_temporary(prefix: str | Path) -> Path:
-    """Where rejects wait for the end of the work."""
+    """Return the temporary path of the list of rejects."""
     return beside(prefix, ".rejects.jsonl.tmp")
 
 
 def discard(prefixes: Sequence[str]) -> None:
-    """Remove what a run leaves behind for its successor; the journal first."""
+    """Remove the files that a run keeps for its successor, the journal first."""
     for path in (journal_path(prefixes[0]), rejects_temporary(prefixes[0])):
         path.unlink(missing_ok=True)
     for prefix in prefixes:

@@ -1,4 +1,4 @@
-"""One run at a time for each output: two would write into each other's files."""
+"""Lock of an output, so that no two runs write the same files."""
 
 import errno
 import fcntl
@@ -12,27 +12,26 @@ from moetron.common.errors import UserError
 from moetron.common.files import beside
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
-"""What file systems without locks answer."""
+"""Errors of file systems without locks."""
 
 logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def held(prefixes: Sequence[str]) -> Iterator[None]:
-    """Keep other runs away from these outputs; UserError if one is at work on them.
+def lock_outputs(prefixes: Sequence[str]) -> Iterator[None]:
+    """Lock these outputs; UserError if another run holds one of them.
 
-    ``PREFIX.lock`` is locked, not just there: the system lets go of it when a process ends, however
-    it ends.
+    ``PREFIX.lock`` is locked with flock, which the system releases when the process ends.
     """
     with ExitStack() as locks:
         for prefix in prefixes:
-            locks.enter_context(_locked(prefix))
+            locks.enter_context(_lock_output(prefix))
         yield
 
 
 @contextmanager
-def _locked(prefix: str) -> Iterator[None]:
-    """Hold one output."""
+def _lock_output(prefix: str) -> Iterator[None]:
+    """Lock one output."""
     path = beside(prefix, ".lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     file = _lock(path, prefix)
@@ -44,7 +43,7 @@ def _locked(prefix: str) -> Iterator[None]:
 
 
 def _lock(path: Path, prefix: str) -> int:
-    """A descriptor of the locked file, made anew if its last owner has just removed it."""
+    """Return a descriptor of the locked file; create it again if its last owner removed it."""
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -53,13 +52,13 @@ def _lock(path: Path, prefix: str) -> int:
             os.close(file)
             raise UserError(
                 f"--output-prefix {prefix}: another run is writing it; "
-                "wait for its end or choose another prefix"
+                "wait until it ends or choose another prefix"
             ) from None
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 os.close(file)
                 raise
-            logger.warning("%s: no locks here; let no other run write there", path.parent)
+            logger.warning("%s: no file locks here; do not start another run", path.parent)
             return file
         if _is_same(file, path):
             return file
@@ -67,7 +66,7 @@ def _lock(path: Path, prefix: str) -> int:
 
 
 def _is_same(file: int, path: Path) -> bool:
-    """Whether a descriptor's file still bears its name."""
+    """Return whether a descriptor still refers to the file at ``path``."""
     try:
         return os.path.samestat(os.fstat(file), path.stat())
     except FileNotFoundError:

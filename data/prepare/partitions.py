@@ -1,8 +1,8 @@
-"""A corpus in shares, each preprocessed by a process of its own, and the shares made one again.
+"""Partitions of a corpus: each is preprocessed by its own process, then all are merged.
 
-A share is a run of whole files. Beside its tokens it keeps the text bytes of each document, as a
-shard of one number a document: so the merger can cut, count and compare documents just as a single
-run does, and writes the same bytes.
+A partition is a range of files. Beside its tokens it keeps the text bytes of each document, as a
+shard of one number a document, so the merger can split, count and compare documents like a single
+run, and writes the same bytes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,44 +20,44 @@ from moetron.data.shards.manifest import manifest_path
 from moetron.data.shards.shard import Shard
 
 SIZES_VOCAB = 1 << 31
-"""Sizes of documents are below, in bytes."""
+"""Upper bound of document sizes, in bytes."""
 BLOCK_DOCUMENTS = 1 << 14
 
 
 @dataclass(frozen=True)
-class Share:
-    """Share ``number`` (from 0) of ``count``."""
+class Partition:
+    """Partition ``number`` (from 0) of ``count``."""
 
     number: int
     count: int
 
     @classmethod
-    def parse(cls, text: str) -> "Share":
-        """``I/N``; UserError if it is something else."""
+    def parse(cls, text: str) -> "Partition":
+        """Parse ``I/N``; UserError if it is something else."""
         number, _, count = text.partition("/")
         if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
             raise UserError(f"--share {text}: must be I/N with 0 <= I < N, such as 0/16")
         return cls(int(number), int(count))
 
-    def of(self, files: Sequence[Path]) -> list[Path]:
-        """The files of this share: neighbours, and about as many bytes in every share."""
+    def select(self, files: Sequence[Path]) -> list[Path]:
+        """Return the files of this partition: consecutive, with about equal bytes per partition."""
         sizes = np.array([file.stat().st_size for file in files], np.int64)
         middles = np.cumsum(sizes) - sizes / 2
         owners = middles * self.count // max(int(sizes.sum()), 1)
         return [file for file, owner in zip(files, owners, strict=True) if owner == self.number]
 
     def prefix(self, output: str) -> str:
-        """Where this share of an output goes."""
+        """Return the prefix of this partition of an output."""
         return f"{output}.share-{self.number:05}-of-{self.count:05}"
 
 
 def sizes_prefix(prefix: str) -> str:
-    """Where the text bytes of a share's documents go."""
+    """Return the prefix of the text bytes of a partition's documents."""
     return f"{prefix}.text-bytes"
 
 
 def with_sizes(encoded: Encoded, outputs: int) -> Encoded:
-    """The same, and after its first ``outputs`` sides the text bytes of each side's documents."""
+    """Add the text bytes of each side's documents after the first ``outputs`` sides."""
     sides = encoded.sides[:outputs]
     return Encoded(
         (*sides, *(sizes(side.text_bytes) for side in sides)),
@@ -69,15 +69,15 @@ def with_sizes(encoded: Encoded, outputs: int) -> Encoded:
 
 
 def sizes(text_bytes: np.ndarray) -> Documents:
-    """Text bytes [documents] as documents of one number each."""
+    """Return text bytes [documents] as documents of one number each."""
     count = text_bytes.size
     return Documents(
         text_bytes.astype(np.int32), np.ones(count, np.int64), np.zeros(count, np.int64)
     )
 
 
-def read_share(prefixes: Sequence[str]) -> Iterator[Encoded]:
-    """What a share holds, as if it had just been encoded; ``prefixes`` of its outputs."""
+def read_partition(prefixes: Sequence[str]) -> Iterator[Encoded]:
+    """Yield a partition as if it had just been encoded; ``prefixes`` of its outputs."""
     manifest = Shard(prefixes[0]).manifest
     assert manifest is not None
     left_out = {name: n for name, n in manifest.filters.items() if name != "rejected"}
@@ -91,8 +91,8 @@ def read_share(prefixes: Sequence[str]) -> Iterator[Encoded]:
             yield Encoded((none,) * side + (documents,), [], {}, 0, Cursor())
 
 
-def remove_share(prefixes: Sequence[str]) -> None:
-    """Delete the files of a share."""
+def remove_partition(prefixes: Sequence[str]) -> None:
+    """Delete the files of a partition."""
     beside(prefixes[0], ".rejects.jsonl").unlink(missing_ok=True)
     for prefix in prefixes:
         for each in (prefix, sizes_prefix(prefix)):
@@ -102,7 +102,7 @@ def remove_share(prefixes: Sequence[str]) -> None:
 
 
 def _blocks(prefix: str) -> Iterator[Documents]:
-    """The documents of a shard, some thousand at a time."""
+    """Yield the documents of a shard, ``BLOCK_DOCUMENTS`` at a time."""
     shard, sizes = Shard(prefix), Shard(sizes_prefix(prefix)).tokens
     end = 0
     for first in range(0, len(shard), BLOCK_DOCUMENTS):

@@ -1,4 +1,4 @@
-"""Work on a Ray cluster, results in order, memory bounded: many machines for ``ordered_map``."""
+"""Map over a Ray cluster, results in order, memory bounded: a distributed ``ordered_map``."""
 
 import os
 from collections import deque
@@ -13,9 +13,9 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 AHEAD = 3
-"""Tasks of usual weight, a core of the cluster, that are read before their results are taken."""
+"""Tasks of usual weight, per core of the cluster, read ahead of their results."""
 MAX_RETRIES = 10
-"""How often a task whose worker or node dies is given to another."""
+"""Retries of a task whose worker or node dies."""
 
 
 def ray_map(
@@ -24,11 +24,11 @@ def ray_map(
     workers: int,
     weigh: Callable[[Item], float] = lambda item: 1.0,
 ) -> Iterator[Result]:
-    """``map`` over the Ray cluster that RAY_ADDRESS names, else over ``workers`` cores here.
+    """Map over the Ray cluster that RAY_ADDRESS names, else over ``workers`` local cores.
 
-    This process reads and writes; texts and results travel through Ray's object store. Moetron and
-    the tokenizer's file must be on every node. The task of a worker that dies is given to another;
-    after ``MAX_RETRIES`` deaths BrokenExecutor is raised.
+    This process reads and writes; texts and results use Ray's object store. Moetron and the
+    tokenizer's file must be on every node. The task of a worker that dies is retried; after
+    ``MAX_RETRIES`` deaths BrokenExecutor is raised.
     """
     import ray
 
@@ -47,7 +47,7 @@ def ray_map(
                 yield ray.get(waiting.popleft()[1])
             waiting.append((weight, task.remote(shared, item)))
             load += weight
-            del item  # a heavy task is not ours to keep
+            del item  # free the memory of heavy tasks
         while waiting:
             yield ray.get(waiting.popleft()[1])
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.ObjectLostError) as error:
@@ -59,9 +59,9 @@ def require_ray() -> None:
     try:
         metadata.version("ray")
     except metadata.PackageNotFoundError:
-        raise UserError("--engine ray needs the package ray (pip install 'moetron[ray]')") from None
+        raise UserError("--engine ray: needs the package ray; pip install 'moetron[ray]'") from None
 
 
 def _call(function: Callable[[Item], Result], item: Item) -> Result:
-    """One task."""
+    """Run one task."""
     return function(item)

@@ -1,4 +1,4 @@
-"""Write one output as one shard or several."""
+"""Write one output as one shard or a shard set."""
 
 from collections.abc import Iterator
 
@@ -10,16 +10,16 @@ from moetron.data.encoding.encode import Documents
 from moetron.data.encoding.long_documents import LeftOut, LongDocument
 from moetron.data.prepare.journal import Part, Side
 from moetron.data.shards.manifest import FileRecord
-from moetron.data.shards.shard_set import family, member, numbered
+from moetron.data.shards.shard_set import member, numbered, shard_prefixes
 from moetron.data.shards.shard_writer import ShardWriter, temporary_paths
 
 
-class FamilyWriter:
-    """Appends documents to the shards of one output; without a size, to the only one.
+class ShardSetWriter:
+    """Writer that appends documents to a shard set; without a size, to one shard.
 
-    A shard ends with the document that brings it to ``shard_size_tokens``, so that the cuts follow
-    from the documents alone. Nothing bears its final name before ``finish``; what was written until
-    ``mark`` survives a crash.
+    A shard ends with the document that brings it to ``shard_size_tokens``, so that the split
+    depends only on the documents. No file has its final name before ``finish``; data written
+    before ``mark`` survives a crash.
     """
 
     def __init__(
@@ -30,14 +30,14 @@ class FamilyWriter:
         shard_size_tokens: int | None = None,
         deduplicate: bool = False,
     ) -> None:
-        """Go on where ``side`` says; it is kept up to date from here."""
+        """Resume from ``side``, which is updated from here."""
         self.prefix, self.side = prefix, side
         self._vocab_size, self._size = vocab_size, shard_size_tokens
         self._seen = Seen(prefix, side.asked) if deduplicate else None
         self._writer = self._open(len(side.parts) - 1)
 
     def add(self, documents: Documents) -> int:
-        """Append documents; how many were left out because they were there before."""
+        """Append documents; return how many were dropped as duplicates."""
         tokens, lengths, text_bytes = documents.tokens, documents.lengths, documents.text_bytes
         duplicates = 0
         if self._seen is not None:
@@ -53,9 +53,9 @@ class FamilyWriter:
         return duplicates
 
     def add_long(self, document: LongDocument) -> None:
-        """Append a document that is encoded on the way.
+        """Append a document that is encoded while it is written.
 
-        Raises LeftOut or Unreadable, and leaves everything as it was, if it does not stay.
+        Raises LeftOut or Unreadable, and restores the state before, if the document is dropped.
         """
         self._next_if_full()
         digest = begin_digest()
@@ -74,7 +74,7 @@ class FamilyWriter:
         part.text_bytes += document.text_bytes
 
     def mark(self) -> dict[str, int]:
-        """Bring everything to the disk; the bytes that a successor needs, by file."""
+        """Sync everything; return the bytes that a successor needs, by file."""
         sizes = self._writer.mark()
         if self._seen is not None:
             self.side.asked = self._seen.mark()
@@ -84,28 +84,28 @@ class FamilyWriter:
         return sizes
 
     def finish(self) -> Iterator[tuple[str, Part, FileRecord, FileRecord]]:
-        """Give each shard its files' names: (prefix, counts, records of .bin and .idx)."""
+        """Rename each shard's files; yield (prefix, counts, records of .bin and .idx)."""
         last = len(self.side.parts) - 1
         for number, part in enumerate(self.side.parts):
             with self._writer if number == last else self._open(number) as writer:
                 yield self._name(number), part, *writer.finish()
-        for prefix in family(self.prefix)[last + 1 :] if self._size is not None else ():
-            for suffix in (".json", ".idx", ".bin"):  # an earlier run made more
+        for prefix in shard_prefixes(self.prefix)[last + 1 :] if self._size is not None else ():
+            for suffix in (".json", ".idx", ".bin"):  # of an earlier run with more shards
                 beside(prefix, suffix).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Leave the temporary files to a successor."""
+        """Close the temporary files and keep them for a successor."""
         self._writer.close()
         if self._seen is not None:
             self._seen.close()
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the token ids."""
+        """Return the dtype of the token ids."""
         return self._writer.dtype
 
     def _fitting(self, lengths: np.ndarray) -> int:
-        """How many of the documents the current shard takes; if none, a new one is begun."""
+        """Return how many documents the current shard takes; start a new one if it is full."""
         if self._size is None:
             return lengths.size
         self._next_if_full()
@@ -113,7 +113,7 @@ class FamilyWriter:
         return int(np.searchsorted(np.cumsum(lengths), room)) + 1
 
     def _next_if_full(self) -> None:
-        """Begin a new shard if the current one has its size."""
+        """Start a new shard if the current one has reached its size."""
         if self._size is not None and self._writer.tokens >= self._size:
             self._writer.mark()
             self._writer.close()
@@ -121,7 +121,7 @@ class FamilyWriter:
             self._writer = self._open(len(self.side.parts) - 1)
 
     def _back_if_empty(self) -> None:
-        """Return to the shard before if nothing came into a new one."""
+        """Return to the previous shard if the new one is empty."""
         if len(self.side.parts) > 1 and self._writer.documents == 0:
             self._writer.close()
             self.side.parts.pop()
@@ -137,17 +137,17 @@ class FamilyWriter:
         part.text_bytes += int(documents.text_bytes.sum())
 
     def _open(self, number: int) -> ShardWriter:
-        """The writer of one shard."""
+        """Open the writer of one shard."""
         part = self.side.parts[number]
         return ShardWriter(self._name(number), self._vocab_size, part.documents, part.tokens)
 
     def _name(self, number: int) -> str:
-        """The prefix of one shard."""
+        """Return the prefix of one shard."""
         return self.prefix if self._size is None else member(self.prefix, number)
 
 
 def discard_temporary(prefix: str) -> None:
-    """Remove what an unfinished run left of an output."""
+    """Remove the temporary files of an unfinished run."""
     seen = seen_path(prefix)
     paths = [seen, beside(seen, "-journal"), *temporary_paths(prefix)]
     for suffix in (".bin.tmp", ".idx.tmp", ".lengths.tmp"):

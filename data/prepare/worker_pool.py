@@ -1,4 +1,4 @@
-"""Work in many processes or threads, results in order, memory bounded."""
+"""Map over processes or threads, results in order, memory bounded."""
 
 import multiprocessing
 import os
@@ -13,7 +13,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 AHEAD = 3
-"""Tasks of usual weight, a worker, that are read before their results are taken."""
+"""Tasks of usual weight, per worker, read ahead of their results."""
 
 
 def ordered_map(
@@ -23,11 +23,11 @@ def ordered_map(
     weigh: Callable[[Item], float] = lambda item: 1.0,
     threads: bool = False,
 ) -> Iterator[Result]:
-    """``map`` over ``workers`` processes or ``threads`` (1: in this one).
+    """Map over ``workers`` processes or ``threads`` (1: in this process).
 
-    Tasks that wait weigh at most ``AHEAD * workers`` together, however heavy one of them is. A
-    worker that dies raises BrokenProcessPool here instead of leaving us waiting; workers end when
-    this process does, even if it is killed.
+    Waiting tasks weigh at most ``AHEAD * workers`` together, except for a single heavier one. A
+    worker that dies raises BrokenProcessPool instead of hanging; workers end with this process,
+    even if it is killed.
     """
     if workers == 1:
         yield from map(function, items)
@@ -43,7 +43,7 @@ def ordered_map(
                 yield waiting.popleft()[1].result()
             waiting.append((weight, pool.submit(function, item)))
             load += weight
-            del item  # a heavy task is not ours to keep
+            del item  # free the memory of heavy tasks
         while waiting:
             yield waiting.popleft()[1].result()
     finally:
@@ -51,14 +51,14 @@ def ordered_map(
 
 
 def _processes(workers: int) -> Executor:
-    """Fresh interpreters, because a fork copies locks that threads of ours may hold."""
+    """Return a pool of spawned processes, because a fork copies locks held by other threads."""
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
 
 
 def _end_with_parent() -> None:
-    """End this process when its parent does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all: the parent decides
+    """End this process when its parent ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes: the parent decides
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -1,1 +1,1 @@
-"""Raw text from files of every supported form, in chunks of rows."""
+"""Readers of raw text from all supported formats, in chunks of rows."""

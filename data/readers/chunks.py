@@ -1,4 +1,4 @@
-"""Tasks of preprocessing before they are encoded: rows of JSON, rows of a table, or whole files."""
+"""Chunks of unencoded text: rows of JSON, rows of a table, or complete files."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -8,32 +8,32 @@ from typing import Any
 import orjson
 
 BOM = b"\xef\xbb\xbf"
-"""What some editors write before UTF-8; it is no part of the text."""
+"""Byte order mark that some editors write before UTF-8; not part of the text."""
 KEYS_SHOWN = 12
 Document = tuple[str, dict[str, Any]]
-"""The text of a row, and the row (empty where a file is a document)."""
+"""Text of a row, and the row (empty if a file is a document)."""
 
 
 @dataclass(frozen=True)
 class Reject:
-    """A row or file that holds no usable text."""
+    """Row or file without usable text."""
 
     file: str
     line: int | None
-    """From 1; None where a file is a document."""
+    """Line from 1; None if a file is a document."""
     reason: str
 
 
 @dataclass(frozen=True)
 class Cursor:
-    """A place in the inputs from which reading can go on."""
+    """Position in the inputs from which reading can continue."""
 
     file: int = 0
-    """Number of the file."""
+    """Index of the file."""
     offset_bytes: int = 0
-    """Of its content, decompressed, that was read; 0 in a table."""
+    """Decompressed bytes already read; 0 in a table."""
     line: int = 1
-    """Number of the line or row that comes next."""
+    """Number of the next line or row."""
 
 
 @dataclass(frozen=True)
@@ -45,19 +45,19 @@ class RowChunk:
     """Number of the first line, from 1."""
     data: bytes
     rest: bytes
-    """The end of the last line, which ``data`` may only begin."""
+    """Rest of the last line of ``data``."""
     read_bytes: int
-    """Bytes of the input file that went into this chunk (fewer than ``data`` if compressed)."""
+    """Bytes of the input file in this chunk (fewer than ``data`` if compressed)."""
     end: Cursor
-    """Where the next chunk begins."""
+    """Start of the next chunk."""
 
     @property
     def size_bytes(self) -> int:
-        """Memory that the chunk takes."""
+        """Return the memory of the chunk."""
         return len(self.data) + len(self.rest)
 
     def documents(self, text_key: str) -> Iterator[Document | Reject]:
-        """The text of each row; blank lines are passed over."""
+        """Yield the text of each row; skip blank lines."""
         view = memoryview(self.data)
         marked = self.first_line == 1 and self.data.startswith(BOM)
         start = len(BOM) if marked else 0
@@ -87,11 +87,11 @@ class FileChunk:
 
     @property
     def size_bytes(self) -> int:
-        """Memory that the chunk takes."""
+        """Return the memory of the chunk."""
         return sum(len(data) for _, data in self.files)
 
     def documents(self, text_key: str) -> Iterator[Document | Reject]:
-        """The text of each file."""
+        """Yield the text of each file."""
         for name, data in self.files:
             try:
                 yield data.decode("utf-8-sig"), {}
@@ -113,22 +113,22 @@ class TableChunk:
 
     @property
     def size_bytes(self) -> int:
-        """Memory that the chunk takes."""
+        """Return the memory of the chunk."""
         return self.batch.nbytes
 
     def documents(self, text_key: str) -> Iterator[Document | Reject]:
-        """The text of each row."""
+        """Yield the text of each row."""
         absent = text_key not in self.batch.schema.names
         for number, row in enumerate(self._rows(), self.first_row):
             if isinstance(row, str):
                 yield Reject(self.file, number, row)
-            elif absent:  # of the columns, not all may have been read
+            elif absent:  # possibly not all columns were read
                 yield Reject(self.file, number, f"no key {text_key!r}")
             else:
                 yield document_of(row, text_key, self.file, number)
 
     def _rows(self) -> Iterator[dict[str, Any] | str]:
-        """The rows; for one that Python cannot hold, the reason: pyarrow checks no text."""
+        """Yield the rows, or for an invalid one the reason: pyarrow does not check text."""
         try:
             yield from self.batch.to_pylist()
         except (ValueError, OverflowError):
@@ -143,21 +143,21 @@ class TableChunk:
 
 @dataclass(frozen=True)
 class LongChunk:
-    """One row or file that is too long to hold: where it lies, not what it says."""
+    """Location of a row or file that is too long to hold in memory."""
 
     file: str
     line: int | None
-    """Number of the row, from 1; None where the file is the document."""
+    """Number of the row, from 1; None if the file is the document."""
     offset_bytes: int
-    """Where the row begins in the file's content, decompressed."""
+    """Start of the row in the file's decompressed content."""
     length_bytes: int | None
-    """Of the row; None: to the end of the file."""
+    """Length of the row; None: to the end of the file."""
     read_bytes: int
     end: Cursor
 
     @property
     def size_bytes(self) -> int:
-        """Memory that the chunk takes."""
+        """Return the memory of the chunk."""
         return 0
 
 
@@ -165,7 +165,7 @@ Chunk = RowChunk | FileChunk | TableChunk | LongChunk
 
 
 def document_of(row: Any, text_key: str, file: str, line: int) -> Document | Reject:
-    """The document that a row holds."""
+    """Return the document of a row."""
     if not isinstance(row, dict):
         return Reject(file, line, f"not a JSON object but {type(row).__name__}")
     if text_key not in row:
@@ -177,7 +177,7 @@ def document_of(row: Any, text_key: str, file: str, line: int) -> Document | Rej
 
 
 def key_list(keys: Iterable[str]) -> str:
-    """The keys of a row, for a message; the first of many."""
+    """Return the first keys of a row, for a message."""
     names = list(keys)
     shown = ", ".join(name[:40] for name in names[:KEYS_SHOWN])
     return (shown + (", ..." if len(names) > KEYS_SHOWN else "")) or "no keys at all"

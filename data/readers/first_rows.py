@@ -1,4 +1,4 @@
-"""A look at the first rows of the inputs before the work: is there text under the key?"""
+"""Check the first rows of the inputs for text under the key, before the work starts."""
 
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
@@ -19,20 +19,20 @@ from moetron.data.readers.rows import ROW_SUFFIXES, read_chunks, text_suffix
 from moetron.data.readers.tables import TABLE_SUFFIXES
 
 ROWS = 1000
-"""Rows of a file without a text, after which the key is taken for wrong."""
+"""Rows of a file without text after which the key counts as wrong."""
 FILES = 256
-"""Files that are looked at, spread over all; their first rows are read."""
+"""Files checked, spread over all."""
 FILES_SHOWN = 3
 CHUNK_BYTES = 1 << 16
 
 
 def require_texts(files: Sequence[Path], text_key: str, max_bad_fraction: float) -> list[str]:
-    """Refuse inputs whose first rows have no text under the key; else, what is wrong with some.
+    """Raise UserError if the first rows of the inputs lack text; return problems of single files.
 
-    A file counts as bad where none of its first 1,000 rows has a text, whatever comes later, and
-    bad files are refused where they hold more than ``max_bad_fraction`` of the bytes, or all.
+    A file is bad if none of its first 1,000 rows has text, whatever comes later. The inputs are
+    rejected if bad files hold more than ``max_bad_fraction`` of the bytes, or all.
 
-    Raises UserError, naming files and the keys that their rows have.
+    The error names files and the keys of their rows.
     """
     bad: list[str] = []
     bad_bytes = good_bytes = 0
@@ -49,27 +49,27 @@ def require_texts(files: Sequence[Path], text_key: str, max_bad_fraction: float)
 
 
 def require_text(name: str, head: bytes, text_key: str) -> None:
-    """Raise UserError where whole JSON rows begin an input, and none of them has a text."""
-    whole = head[: head.rfind(b"\n") + 1]
-    chunk = RowChunk(name, 1, whole, b"", len(whole), Cursor())
-    if whole and (problem := _problem_of_rows(iter([chunk]), text_key)):
+    """Raise UserError if an input starts with JSON rows, none of which has text."""
+    lines = head[: head.rfind(b"\n") + 1]
+    chunk = RowChunk(name, 1, lines, b"", len(lines), Cursor())
+    if lines and (problem := _problem_of_rows(iter([chunk]), text_key)):
         raise UserError(_refusal(text_key, [f"{name}: {problem}"]))
 
 
 def _refusal(text_key: str, bad: list[str]) -> str:
-    """The message for files without text."""
+    """Return the message for files without text."""
     more = [f"and {len(bad) - FILES_SHOWN} more files"] if len(bad) > FILES_SHOWN else []
     lines = "".join(f"\n  {line}" for line in bad[:FILES_SHOWN] + more)
     return (
-        f"--text-key {text_key}: the first rows hold no text under it; name the key that does, or "
+        f"--text-key {text_key}: the first rows have no text under it; name the right key, or "
         f"leave these inputs out:{lines}"
     )
 
 
 def _problem(file: Path, text_key: str) -> str | None:
-    """Why a file holds no texts, as far as its first rows say; what cannot be read is not judged.
+    """Return why a file's first rows have no text, or None; unreadable files are not judged.
 
-    A file that is a document, an empty one, and one that begins with a row too long to hold, pass.
+    Files that are documents, empty ones, and ones that start with a too long row pass.
     """
     if text_suffix(file) not in ROW_SUFFIXES | TABLE_SUFFIXES:
         return None
@@ -80,7 +80,7 @@ def _problem(file: Path, text_key: str) -> str | None:
 
 
 def _problem_of_rows(chunks: Iterator[Chunk], text_key: str) -> str | None:
-    """Why the first of some rows hold no text; None where one does, or there are none."""
+    """Return why the first rows have no text; None if one has, or there are none."""
     rejects: list[Reject] = []
     first = next(chunks, None)
     for chunk in chain([first] if first else [], chunks):

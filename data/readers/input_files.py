@@ -1,4 +1,4 @@
-"""Which files the inputs name, and which of them cannot be read."""
+"""Find the input files, and reject unreadable ones."""
 
 import glob
 import importlib.util
@@ -21,18 +21,18 @@ FOREIGN_SUFFIXES = {
 }
 SAVED_STATE = "state.json"
 DATASET_NOTES = {"dataset_info.json", "dataset_dict.json", SAVED_STATE}
-"""What HuggingFace's ``save_to_disk`` writes beside its Arrow files."""
+"""Files that HuggingFace's ``save_to_disk`` writes beside its Arrow files."""
 PACKAGES = {".zst": ("zstandard", "zstd"), ".parquet": ("pyarrow", "arrow")}
 PACKAGES[".arrow"] = PACKAGES[".parquet"]
 
 
 def find_files(patterns: Sequence[str], outputs: Sequence[str] = ()) -> list[Path]:
-    """The files that paths, folders (with what is below them) and globs name, sorted, each once.
+    """Find the files of paths, folders (recursively) and globs, sorted, each once.
 
-    What runs with the prefixes ``outputs`` wrote is passed over, so that they may lie in a folder
-    of inputs; a file that such a run would write over is refused.
+    Files that runs with the prefixes ``outputs`` wrote are skipped, so that they may be in a folder
+    of inputs; a file that such a run would overwrite is rejected.
 
-    Raises UserError, all problems at once: nothing matches, or a file is of a kind not read here.
+    Raises UserError with all problems: nothing matches, or a file has an unsupported format.
     """
     problems, found = [], set[Path]()
     for pattern in patterns:
@@ -48,19 +48,19 @@ def find_files(patterns: Sequence[str], outputs: Sequence[str] = ()) -> list[Pat
             inputs.append(file)
         elif named or not _is_ours(file):
             problems.append(
-                f"--input {file}: the run would write over it; choose another prefix than {prefix}"
+                f"--input {file}: the run would overwrite it; choose another prefix than {prefix}"
             )
     inputs = _each_once(inputs)
     problems += [f"{file}: {problem}" for file in inputs if (problem := _unreadable(file))]
     if not inputs and not problems:
-        problems.append(f"--input {' '.join(patterns)}: holds only what an earlier run wrote")
+        problems.append(f"--input {' '.join(patterns)}: contains only output of an earlier run")
     if problems:
         raise UserError("\n".join(problems))
     return inputs
 
 
 def _is_ours(file: Path) -> bool:
-    """Whether a file with the name of an output is one: of JSON files, manifests alone are."""
+    """Return whether a file with an output's name is one: of JSON files, only manifests are."""
     if file.suffix != ".json" or file.name.endswith(".progress.json"):
         return True
     try:
@@ -70,7 +70,7 @@ def _is_ours(file: Path) -> bool:
 
 
 def _each_once(files: Iterable[Path]) -> list[Path]:
-    """Sorted files, of several names of one file the one that is no link, else the first."""
+    """Return sorted files; of several names of one file, the one that is no link, or the first."""
     names: dict[str, Path] = {}
     for file in files:
         real = os.path.realpath(file)
@@ -80,7 +80,7 @@ def _each_once(files: Iterable[Path]) -> list[Path]:
 
 
 def _nothing(pattern: str) -> str:
-    """Why a pattern names no file."""
+    """Return the message for a pattern that matches no file."""
     path = Path(pattern)
     if path.is_fifo() or path.is_char_device():
         return f"--input {pattern}: a pipe or device; give - and redirect: --input - < {pattern}"
@@ -88,7 +88,7 @@ def _nothing(pattern: str) -> str:
 
 
 def _match(pattern: str) -> list[Path]:
-    """Files that one pattern names; a folder that a glob names stands for what is below it."""
+    """Return the files of one pattern; a matched folder means the files below it."""
     path = Path(os.path.expanduser(pattern))  # noqa: PTH111 - Path's raises for ~nobody
     if path.is_dir():
         return _below(path)
@@ -104,10 +104,10 @@ def _match(pattern: str) -> list[Path]:
 
 
 def _below(folder: Path) -> list[Path]:
-    """Files with documents below a folder.
+    """Return the files with documents below a folder.
 
-    Hidden files are passed over, and so are a saved dataset's notes and caches (HuggingFace) and
-    the attributes of documents (Dolma: ``attributes`` beside ``documents``).
+    Hidden files, a saved dataset's notes and caches (HuggingFace) and the attributes of documents
+    (Dolma: ``attributes`` beside ``documents``) are skipped.
     """
     files = [file for file in _walk(folder) if file.is_file() or _is_broken(file)]
     if any(file.suffix == ".arrow" for file in files):
@@ -126,9 +126,9 @@ def _below(folder: Path) -> list[Path]:
 
 
 def _walk(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """What lies below a folder and is no folder; links are followed, but not in a circle.
+    """Yield the files below a folder; links are followed, without cycles.
 
-    Raises OSError if a folder may not be read: its files must not be missing unnoticed.
+    Raises OSError if a folder cannot be read, so that no file is silently missing.
     """
     real = os.path.realpath(folder)
     if real in above:
@@ -141,7 +141,7 @@ def _walk(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
 
 
 def _caches(state: Path, files: Iterable[Path]) -> set[Path]:
-    """Arrow files that ``map`` and ``filter`` left beside those of a saved dataset."""
+    """Return Arrow files that ``map`` and ``filter`` left beside those of a saved dataset."""
     try:
         listed = {entry["filename"] for entry in json.loads(state.read_bytes())["_data_files"]}
     except (ValueError, KeyError, TypeError):
@@ -151,14 +151,14 @@ def _caches(state: Path, files: Iterable[Path]) -> set[Path]:
 
 
 def _is_broken(file: Path) -> bool:
-    """Whether a link leads nowhere."""
+    """Return whether a file is a dangling link."""
     return file.is_symlink() and not file.exists()
 
 
 def _unreadable(file: Path) -> str | None:
-    """Why a file cannot be an input, if so."""
+    """Return why a file cannot be an input, or None."""
     if _is_broken(file):
-        return "a link to a file that is not there"
+        return "a dangling link"
     if not is_utf8(str(file)):
         return "its name is not UTF-8; rename it"
     suffix = text_suffix(file)

@@ -1,7 +1,7 @@
-"""The text of one row or file that is too long to hold: read in blocks, as often as asked.
+"""Text of one row or file too long to hold in memory: read in blocks, repeatedly.
 
-Of a JSON row, all strings but the long ones make an outline that a parser takes as it is; the long
-ones are only located, and the one that is the text is read and unescaped block by block.
+For a JSON row, an outline with all strings but the long ones is parsed; the long ones are only
+located, and the one that is the text is read and unescaped block by block.
 """
 
 import codecs
@@ -17,25 +17,25 @@ from moetron.data.readers.rows import LONG_BYTES, content, skip
 
 BLOCK_BYTES = 1 << 20
 HELD_BYTES = 1 << 16
-"""Strings of more are not taken into a row's outline."""
+"""Longer strings are replaced in a row's outline."""
 LONG_STRING = "\0long string "
-"""With its number, what a long string is in the outline."""
+"""Stand-in for a long string in the outline, followed by its number."""
 LONGEST_ESCAPE = 12
-"""Bytes of a surrogate pair: no character of JSON text has more."""
+"""Bytes of a surrogate pair, the longest JSON escape."""
 
 
 class Unreadable(Exception):
-    """A row or file holds no usable text; the argument says why."""
+    """Exception: a row or file has no usable text; the argument is the reason."""
 
 
 class LongText:
-    """The document that a ``LongChunk`` points to."""
+    """Document of a ``LongChunk``."""
 
     row: dict[str, Any]
-    """The row, its long strings replaced; empty where a file is the document."""
+    """The row with its long strings replaced; empty if a file is the document."""
 
     def __init__(self, chunk: LongChunk, text_key: str) -> None:
-        """Raises Unreadable."""
+        """Read the outline; raises Unreadable."""
         self._chunk = chunk
         self.row = {}
         if chunk.line is not None:
@@ -46,11 +46,11 @@ class LongText:
 
     @property
     def empty(self) -> bool:
-        """Whether there is no text."""
+        """Return whether there is no text."""
         return self._chunk.line is not None and self._short == ""
 
     def blocks(self) -> Iterator[str]:
-        """The text, a part at a time; raises Unreadable where it is broken."""
+        """Yield the text in parts; raises Unreadable if it is invalid."""
         if self._chunk.line is None:
             return _decoded(self._raw(0, None))
         if self._short is not None:
@@ -58,7 +58,7 @@ class LongText:
         return _unescaped(self._raw(*self._span))
 
     def _outline(self, text_key: str) -> tuple[dict[str, Any], str]:
-        """(row, text) with stand-ins for long strings."""
+        """Return (row, text) with stand-ins for long strings."""
         chunk = self._chunk
         outline, self._spans = _outline(self._raw(0, chunk.length_bytes))
         try:
@@ -71,7 +71,7 @@ class LongText:
         return document[1], document[0]
 
     def _raw(self, start: int, end: int | None) -> Iterator[bytes]:
-        """Bytes of the row or file."""
+        """Yield the bytes of the row or file."""
         with content(Path(self._chunk.file)) as (_, stream):
             skip(stream, self._chunk.offset_bytes + start)
             left = None if end is None else end - start
@@ -79,17 +79,17 @@ class LongText:
                 left = None if left is None else left - len(block)
                 yield block
             if left:
-                raise UserError(f"{self._chunk.file}: shorter than when it was read first")
+                raise UserError(f"{self._chunk.file}: became shorter during the run")
 
 
 def _outline(blocks: Iterable[bytes]) -> tuple[bytes, list[tuple[int, int]]]:
-    """A JSON text with stand-ins for its long strings, and where in it they lie.
+    """Return a JSON text with stand-ins for its long strings, and their spans.
 
     A quotation mark opens a string, or closes it unless an odd number of backslashes precedes it.
     """
     outline, string = bytearray(), bytearray()
     spans: list[tuple[int, int]] = []
-    start: int | None = None  # of the string that we are in
+    start: int | None = None  # of the current string
     position = slashes_before = 0
     for block in blocks:
         at = 0
@@ -118,12 +118,12 @@ def _outline(blocks: Iterable[bytes]) -> tuple[bytes, list[tuple[int, int]]]:
                 string.clear()
         position, slashes_before = position + len(block), slashes
         if len(outline) > LONG_BYTES:
-            raise Unreadable(f"more than {LONG_BYTES} bytes beside its long strings")
+            raise Unreadable(f"more than {LONG_BYTES} bytes without its long strings")
     return bytes(outline if start is None else outline + b'"'), spans
 
 
 def _slashes(block: bytes, end: int) -> int:
-    """Backslashes just before a place."""
+    """Return the number of backslashes just before ``end``."""
     first = end
     while first and block[first - 1] == ord("\\"):
         first -= 1
@@ -131,9 +131,9 @@ def _slashes(block: bytes, end: int) -> int:
 
 
 def _unescaped(blocks: Iterable[bytes]) -> Iterator[str]:
-    """A JSON string's characters, from what stands between its quotation marks.
+    """Yield a JSON string's characters from the bytes between its quotation marks.
 
-    A block that ends within a character or an escape is no JSON string: then its end goes to the
+    A block that ends within a character or an escape is not valid JSON: its end is moved to the
     next block.
     """
     left = b""
@@ -155,7 +155,7 @@ def _unescaped(blocks: Iterable[bytes]) -> Iterator[str]:
 
 
 def _decoded(blocks: Iterable[bytes]) -> Iterator[str]:
-    """UTF-8 as characters, without a byte order mark."""
+    """Decode UTF-8, without a byte order mark."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     position = 0
     try:
@@ -167,5 +167,5 @@ def _decoded(blocks: Iterable[bytes]) -> Iterator[str]:
         decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         raise Unreadable(f"not UTF-8 (byte {position - pending + error.start})") from None
-    if decoder.getstate()[0]:  # Python keeps the beginning of a byte order mark back for ever
+    if decoder.getstate()[0]:  # Python never emits a partial byte order mark
         raise Unreadable(f"not UTF-8 (byte {position - pending})")

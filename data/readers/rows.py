@@ -1,4 +1,4 @@
-"""Raw text from files: rows of JSON or of a table, or a document a file; plain or compressed."""
+"""Read files in chunks: rows of JSON or of a table, or a document a file; maybe compressed."""
 
 import gzip
 import io
@@ -13,12 +13,12 @@ import numpy as np
 from moetron.common.errors import unreadable
 from moetron.data.readers.chunks import Chunk, Cursor, FileChunk, LongChunk, RowChunk
 from moetron.data.readers.tables import TABLE_SUFFIXES, table_chunks
-from moetron.data.readers.zstd_frames import ends_whole
+from moetron.data.readers.zstd_frames import is_complete
 
 CHUNK_BYTES = 1 << 20
-"""Text that one task holds; a longer row or file makes a longer task."""
+"""Text bytes of one chunk; a longer row or file makes a longer chunk."""
 LONG_BYTES = 1 << 24
-"""A row or file of more is not held: it is read while it is encoded."""
+"""Longer rows or files are not held in memory, but read while they are encoded."""
 ROW_SUFFIXES = {".jsonl", ".json", ".ndjson"}
 COMPRESSED_SUFFIXES = {".gz", ".zst"}
 
@@ -29,30 +29,30 @@ def read_chunks(
     chunk_bytes: int | None = None,
     columns: Sequence[str] = (),
 ) -> Iterator[Chunk]:
-    """Cut files into tasks of about ``chunk_bytes``, in order, from ``start`` on.
+    """Split files into chunks of about ``chunk_bytes``, in order, from ``start``.
 
-    Each task says where the next begins: reading on from there gives the same documents. Of tables
-    only ``columns`` are read; none named: all.
+    Each chunk records the start of the next: reading from there gives the same documents. Of
+    tables only ``columns`` are read; none named: all.
     """
     start = start or Cursor()
     chunk_bytes = chunk_bytes or CHUNK_BYTES
-    whole = _WholeFiles(chunk_bytes)
+    groups = _FileGroups(chunk_bytes)
     for number, file in list(enumerate(files))[start.file :]:
         suffix = text_suffix(file)
         if suffix not in ROW_SUFFIXES | TABLE_SUFFIXES:
-            yield from whole.take(file, number)
+            yield from groups.take(file, number)
             continue
-        yield from whole.rest(number)
+        yield from groups.rest(number)
         here = start if number == start.file else Cursor(number)
         if suffix in TABLE_SUFFIXES:
             yield from table_chunks(file, here, columns, chunk_bytes)
         else:
             yield from _row_chunks(file, here, chunk_bytes)
-    yield from whole.rest(len(files))
+    yield from groups.rest(len(files))
 
 
-class _WholeFiles:
-    """Files that are a document each, gathered to tasks."""
+class _FileGroups:
+    """Files that are a document each, grouped into chunks."""
 
     def __init__(self, chunk_bytes: int) -> None:
         self._chunk_bytes = chunk_bytes
@@ -60,7 +60,7 @@ class _WholeFiles:
         self._read_bytes = self._held_bytes = 0
 
     def take(self, file: Path, number: int) -> Iterator[Chunk]:
-        """Read a file; the tasks that are full with it."""
+        """Read a file; yield the chunks that are full with it."""
         size = file.stat().st_size
         with content(file) as (_, stream):
             data = stream.read(LONG_BYTES + 1)
@@ -75,14 +75,14 @@ class _WholeFiles:
             yield from self.rest(number + 1)
 
     def rest(self, number: int) -> Iterator[FileChunk]:
-        """A task of the files before this number that wait."""
+        """Yield a chunk of the waiting files before this number."""
         if self._waiting:
             yield FileChunk(tuple(self._waiting), self._read_bytes, Cursor(number))
             self._waiting, self._read_bytes, self._held_bytes = [], 0, 0
 
 
 def _row_chunks(file: Path, start: Cursor, chunk_bytes: int) -> Iterator[RowChunk | LongChunk]:
-    """Whole lines of one file."""
+    """Yield chunks of complete lines of one file."""
     offset, line = start.offset_bytes, start.line
     with content(file) as (raw, stream):
         skip(stream, offset)
@@ -112,12 +112,12 @@ def _row_chunks(file: Path, start: Cursor, chunk_bytes: int) -> Iterator[RowChun
 
 
 def _newlines(data: bytes) -> int:
-    """How many lines end here; numpy counts twice as fast as ``bytes.count``."""
+    """Count newlines; numpy is twice as fast as ``bytes.count``."""
     return int(np.count_nonzero(np.frombuffer(data, np.uint8) == ord("\n")))
 
 
 def _rest_of_line(stream: BinaryIO) -> int:
-    """Pass over what is left of a line; its bytes."""
+    """Skip the rest of a line; return its bytes."""
     size_bytes = 0
     while part := stream.readline(CHUNK_BYTES):
         size_bytes += len(part)
@@ -127,7 +127,7 @@ def _rest_of_line(stream: BinaryIO) -> int:
 
 
 def skip(stream: BinaryIO, size_bytes: int) -> None:
-    """Leave out the beginning of a stream that was read before."""
+    """Skip the first bytes of a stream."""
     if stream.seekable():
         stream.seek(size_bytes)
         return
@@ -136,17 +136,17 @@ def skip(stream: BinaryIO, size_bytes: int) -> None:
 
 
 def text_suffix(file: Path) -> str:
-    """The suffix that tells the format, without that of the compression, in small letters."""
+    """Return the suffix of the format, without that of the compression, in lower case."""
     packed = file.suffix.lower() in COMPRESSED_SUFFIXES
     return (Path(file.stem).suffix if packed else file.suffix).lower()
 
 
 @contextmanager
 def content(file: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """(the file as it is, its decompressed content); UserError if it cannot be read.
+    """Yield (the raw file, its decompressed content); UserError if it cannot be read.
 
-    A compressed file that was read to its end must end as its format says: a copy that broke off
-    would pass for a shorter corpus. Python's gzip and zstandard do not see each of these cases.
+    A compressed file that was read to its end must end as its format requires: a truncated copy
+    would pass for a shorter corpus. Python's gzip and zstandard do not detect all of these cases.
     """
     errors: list[type[Exception]] = [OSError, EOFError, zlib.error]
     suffix = file.suffix.lower()
@@ -164,8 +164,8 @@ def content(file: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
                 stream = raw
             yield raw, stream
             if stream is not raw and not stream.read(1):
-                whole = raw.seek(0, io.SEEK_END) > 0 and (suffix == ".gz" or ends_whole(raw))
-                if not whole:
-                    raise EOFError("it breaks off: the file is not whole")
+                complete = raw.seek(0, io.SEEK_END) > 0 and (suffix == ".gz" or is_complete(raw))
+                if not complete:
+                    raise EOFError("the file is truncated")
     except tuple(errors) as error:
         raise unreadable(file, error) from None

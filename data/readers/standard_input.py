@@ -1,4 +1,4 @@
-"""Rows on standard input: kept in a file, because a run may have to read them twice."""
+"""Rows on standard input, copied to a file, because a run may have to read them twice."""
 
 import hashlib
 import os
@@ -18,7 +18,7 @@ HEAD_BYTES = 1 << 20
 
 
 class _Hashing:
-    """A file that hashes what is written to it."""
+    """File that hashes the bytes written to it."""
 
     def __init__(self, file: Any) -> None:
         self._file, self.digest = file, hashlib.sha256()
@@ -29,13 +29,13 @@ class _Hashing:
 
 
 @contextmanager
-def kept(inputs: Sequence[str], prefix: str, text_key: str) -> Iterator[list[str]]:
-    """``inputs`` with ``PREFIX.stdin.jsonl``, a copy of standard input, in the place of ``-``.
+def with_copy(inputs: Sequence[str], prefix: str, text_key: str) -> Iterator[list[str]]:
+    """Yield ``inputs`` with ``-`` replaced by ``PREFIX.stdin.jsonl``, a copy of standard input.
 
-    Its modification time follows from its content: inputs are known by name, size and time, so the
-    same rows are the same input again. The copy is removed in the end.
+    Its modification time follows from its content: inputs are identified by name, size and time, so
+    the same rows are the same input again. The copy is removed at the end.
 
-    Raises UserError where standard input is all there is, and its first rows have no text.
+    Raises UserError if standard input is the only input and its first rows have no text.
     """
     if NAME not in inputs:
         yield list(inputs)
@@ -50,12 +50,12 @@ def kept(inputs: Sequence[str], prefix: str, text_key: str) -> Iterator[list[str
 
 
 def copy_path(prefix: str) -> Path:
-    """``PREFIX.stdin.jsonl``."""
+    """Return ``PREFIX.stdin.jsonl``."""
     return beside(prefix, ".stdin.jsonl")
 
 
 def _copy(path: Path, text_key: str | None) -> None:
-    """Write standard input to a file; with a key, look at its first rows before the rest."""
+    """Write standard input to a file; with a key, check its first rows before the rest."""
     if sys.stdin is None:
         raise UserError("--input -: standard input is closed; redirect or pipe rows to it")
     with path.open("wb") as file:

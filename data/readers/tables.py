@@ -1,4 +1,4 @@
-"""Rows of Parquet and Arrow files, HuggingFace datasets on disk among them, through pyarrow."""
+"""Read rows of Parquet and Arrow files, including saved HuggingFace datasets, with pyarrow."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,10 +14,10 @@ BATCH_ROWS = 1024
 def table_chunks(
     file: Path, start: Cursor, columns: Sequence[str], chunk_bytes: int
 ) -> Iterator[TableChunk]:
-    """Rows of one file from ``start`` on, at most about ``chunk_bytes`` at a time.
+    """Yield rows of one file from ``start``, at most about ``chunk_bytes`` at a time.
 
-    Of the columns only those named are read, where the file has them; none named: all. Raises
-    UserError if it cannot be read.
+    Only the named columns that the file has are read; none named: all. Raises UserError if it
+    cannot be read.
     """
     import pyarrow
 
@@ -41,7 +41,7 @@ def table_chunks(
 
 
 def _open(file: Path, columns: Sequence[str]) -> tuple[int, Iterator[Any]]:
-    """(rows, batches of them) of a file."""
+    """Return (number of rows, batches) of a file."""
     if file.suffix.lower() == ".parquet":
         from pyarrow import parquet
 
@@ -57,14 +57,14 @@ def _open(file: Path, columns: Sequence[str]) -> tuple[int, Iterator[Any]]:
 
 
 def _present(file: Path, columns: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Those of the columns that a file has; UserError if it has one twice."""
+    """Return the columns that a file has; UserError if it has one twice."""
     if twice := [name for name in columns if names.count(name) > 1]:
         raise UserError(f"{file}: has the column {twice[0]!r} twice; rename one")
     return [name for name in columns if name in names]
 
 
 def _arrow_batches(file: Path) -> Iterator[Any]:
-    """Record batches of an Arrow file, or of a stream of them in a file, mapped."""
+    """Yield record batches of an Arrow file or stream file, mapped."""
     import pyarrow
 
     with pyarrow.memory_map(str(file)) as source:

@@ -1,21 +1,21 @@
-"""Whether a Zstandard file is whole: zstandard's reader takes a broken end for the end."""
+"""Detect truncated Zstandard files, whose end zstandard's reader accepts."""
 
 import io
 from typing import BinaryIO
 
 MAX_HEADER_BYTES = 18
-"""Of a frame (RFC 8878, section 3.1.1)."""
+"""Maximum frame header (RFC 8878, section 3.1.1)."""
 SKIPPABLE_MAGIC = 0x184D2A50
-"""Of frames to pass over; their lowest four bits are free."""
+"""Magic number of skippable frames; their lowest four bits are free."""
 RUN = 1
-"""Type of a block of one repeated byte, which alone is there."""
+"""Type of a block of one repeated byte, which is stored once."""
 CHECKSUM_BYTES = 4
 
 
-def ends_whole(file: BinaryIO) -> bool:
-    """Whether the last of the file's frames is there in full; only headers of blocks are read.
+def is_complete(file: BinaryIO) -> bool:
+    """Return whether the file's last frame is complete; only block headers are read.
 
-    Raises zstandard.ZstdError if there is something else than frames.
+    Raises zstandard.ZstdError if there is anything but frames.
     """
     size, end = file.seek(0, io.SEEK_END), 0
     while end < size:
@@ -27,7 +27,7 @@ def ends_whole(file: BinaryIO) -> bool:
 
 
 def _frame_end(file: BinaryIO, start: int) -> int | None:
-    """Where a frame ends; None if the file ends within its headers."""
+    """Return the end of a frame; None if the file ends within its headers."""
     import zstandard
 
     file.seek(start)

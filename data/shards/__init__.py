@@ -1,1 +1,1 @@
-"""Token shards on disk: format, manifest, sets of shards."""
+"""Token shards on disk: format, manifest, shard sets."""

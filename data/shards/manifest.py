@@ -1,4 +1,4 @@
-"""``PREFIX.json``: what a token shard holds and where it came from."""
+"""``PREFIX.json``: content and origin of a token shard."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from moetron.common.files import atomic_file, beside
 
 
 class TokenizerRecord(BaseModel):
-    """The tokenizer that made the ids."""
+    """Tokenizer that produced the ids."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -20,7 +20,7 @@ class TokenizerRecord(BaseModel):
     """64 hexadecimal digits; equal fingerprints give equal ids."""
     vocab_size: int
     eod: int
-    """Id that ends a document."""
+    """End-of-document id."""
 
 
 class FileRecord(BaseModel):
@@ -33,14 +33,14 @@ class FileRecord(BaseModel):
 
 
 class Manifest(BaseModel):
-    """The manifest, written after the files that it vouches for."""
+    """Manifest of a shard, written after the files that it describes."""
 
     model_config = ConfigDict(frozen=True)
 
     format: int = 1
     tokenizer: TokenizerRecord
     dtype: str
-    """Of the token ids: ``uint16`` or ``int32``."""
+    """Dtype of the token ids: ``uint16`` or ``int32``."""
     documents: int
     tokens: int
     """End-of-document tokens included."""
@@ -50,26 +50,26 @@ class Manifest(BaseModel):
     bin: FileRecord
     idx: FileRecord
     shards: int = 1
-    """Number of shards that the output was split into; this is one of them."""
+    """Number of shards of the output; this is one of them."""
     sources: list[dict[str, Any]] = Field(default_factory=list)
     """Input files with their sizes in bytes and modification times."""
     filters: dict[str, int] = Field(default_factory=dict)
-    """Rows that each rule left out, from all shards of the output together."""
+    """Rows dropped by each rule, over all shards of the output."""
     settings: dict[str, Any] = Field(default_factory=dict)
-    """What preprocessing was asked to do."""
+    """Preprocessing settings."""
     key: str = ""
-    """SHA-256 of sources, settings and tokenizer: equal keys need no second run."""
+    """SHA-256 of sources, settings and tokenizer; outputs with an equal key are current."""
 
 
 def manifest_path(prefix: str | Path) -> Path:
-    """``PREFIX.json``."""
+    """Return ``PREFIX.json``."""
     return beside(prefix, ".json")
 
 
 def read_manifest(prefix: str | Path) -> Manifest | None:
-    """The manifest of a shard; None if it has none (shards of other tools).
+    """Read the manifest of a shard; None if it has none (shards of other tools).
 
-    Raises UserError if the file is there and is not a manifest.
+    Raises UserError if the file exists and is not a manifest.
     """
     path = manifest_path(prefix)
     try:
@@ -87,5 +87,5 @@ def write_manifest(prefix: str | Path, manifest: Manifest) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    """What an exception says, in one line."""
+    """Return the first line of an exception's message."""
     return str(error).splitlines()[0]

@@ -1,20 +1,20 @@
-"""Find n-grams that repeat in a row (OLMoE, section 2 and appendix)."""
+"""Find n-grams that repeat consecutively (OLMoE, section 2 and appendix)."""
 
 import numpy as np
 
 MAX_PERIOD = 13
-"""Longest n-gram whose repetition counts, in tokens (OLMoE, section 2 and appendix)."""
+"""Longest n-gram checked for repetition, in tokens (OLMoE, section 2 and appendix)."""
 PROBES = 4
-"""Equal pairs at places apart that must follow one another before tokens are looked at closely."""
+"""Consecutive equal pairs, sampled at intervals, that trigger the exact check."""
 
 
 def repetitive(
     tokens: np.ndarray, lengths: np.ndarray, repetitions: int, max_period: int = MAX_PERIOD
 ) -> np.ndarray:
-    """Documents that hold an n-gram of up to ``max_period`` tokens so many times in a row.
+    """Find documents with an n-gram of up to ``max_period`` tokens ``repetitions`` times in a row.
 
     ``tokens`` [sum(lengths)] of documents of ``lengths`` [documents] -> bool [documents]. An n-gram
-    stands r times in a row where n (r - 1) tokens in a row equal the ones n places later.
+    occurs r times in a row where n (r - 1) consecutive tokens equal those n positions later.
     """
     found = _suspects(tokens, lengths, repetitions, max_period)
     if not found.any():
@@ -35,9 +35,9 @@ def repetitive(
 def _suspects(
     tokens: np.ndarray, lengths: np.ndarray, repetitions: int, max_period: int
 ) -> np.ndarray:
-    """Documents that a look at some places does not rule out: bool [documents].
+    """Find documents that sampled positions do not rule out: bool [documents].
 
-    So long a run of equal pairs covers ``PROBES`` of the places in a row.
+    A long enough run of equal pairs spans ``PROBES`` consecutive sampled positions.
     """
     if repetitions <= PROBES:
         return np.ones(lengths.size, bool)

@@ -1,4 +1,4 @@
-"""Read a token shard: memory-mapped, checked when opened, the same cost at any size."""
+"""Read a token shard: memory-mapped, checked when opened, at a cost independent of its size."""
 
 import hashlib
 from pathlib import Path
@@ -22,21 +22,21 @@ HASH_BLOCK_BYTES = 1 << 22
 
 
 class Shard:
-    """A ``.bin/.idx`` pair, ours or Megatron-LM's.
+    """A ``.bin/.idx`` pair of Moetron or Megatron-LM.
 
-    Opening checks the header, both sizes against each other and against the manifest, in constant
+    Opening checks the header and both sizes against each other and the manifest, in constant
     time; ``verify`` reads everything.
     """
 
     tokens: np.ndarray
-    """All tokens of all documents, one after the other: uint16 or int32 [T], mapped."""
+    """Tokens of all documents in order: uint16 or int32 [T], mapped."""
     document_lengths: np.ndarray
     """Tokens of each document: int32 [documents], mapped."""
     manifest: Manifest | None
     """None for a shard of another tool."""
 
     def __init__(self, prefix: str | Path) -> None:
-        """Raises UserError, naming the file, if the shard is missing, truncated or inconsistent."""
+        """Raise UserError, naming the file, if the shard is missing, truncated or inconsistent."""
         self.prefix = str(prefix)
         self.bin_path, self.idx_path = beside(prefix, ".bin"), beside(prefix, ".idx")
         self.manifest = read_manifest(prefix)
@@ -55,20 +55,20 @@ class Shard:
         return Shard, (self.prefix,)
 
     def __len__(self) -> int:
-        """Number of documents."""
+        """Return the number of documents."""
         return len(self.document_lengths)
 
     def document(self, number: int) -> np.ndarray:
-        """Tokens of one document, its end-of-document token included."""
+        """Return the tokens of one document, including its end-of-document token."""
         start = int(self._pointers[number]) // self.tokens.itemsize
         return self.tokens[start : start + int(self.document_lengths[number])]
 
     def verify(self) -> list[str]:
-        """Read everything; every problem found, none if the shard is sound."""
+        """Read everything and return all problems found."""
         problems = []
         lengths = self.document_lengths.astype(np.int64) * self.tokens.itemsize
         if not np.array_equal(self._pointers, np.cumsum(lengths) - lengths):
-            problems.append(f"{self.idx_path}: documents do not follow one another")
+            problems.append(f"{self.idx_path}: documents are not consecutive")
         if not np.array_equal(self._boundaries, np.arange(len(self) + 1)):
             problems.append(f"{self.idx_path}: the document boundaries are not 0, 1, 2, ...")
         if self.manifest is None:
@@ -76,8 +76,8 @@ class Shard:
                 *problems,
                 f"{self.prefix}.json: no manifest, so nothing to compare hashes with",
             ]
-        said, found = self.manifest, (self.tokens.dtype.name, len(self), len(self.tokens))
-        if (said.dtype, said.documents, said.tokens) != found:
+        recorded, found = self.manifest, (self.tokens.dtype.name, len(self), len(self.tokens))
+        if (recorded.dtype, recorded.documents, recorded.tokens) != found:
             problems.append(f"{self.prefix}.json: dtype, documents or tokens are not the shard's")
         for path, record in self._files(self.manifest):
             if _sha256(path) != record.sha256:
@@ -85,7 +85,7 @@ class Shard:
         return problems
 
     def _check_sizes(self) -> None:
-        """Compare what index, tokens and manifest say about one another, in constant time."""
+        """Compare the sizes of index, tokens and manifest, in constant time."""
         documents, size = len(self), self.tokens.nbytes
         if self._boundaries[-1:].tolist() != [documents]:
             raise UserError(f"{self.idx_path}: the last document does not end the index")
@@ -96,22 +96,22 @@ class Shard:
         if size != expected:
             raise UserError(
                 f"{self.bin_path}: {size} bytes, but its index expects {expected}; "
-                "the shard is truncated or mixed with another: make it again"
+                "the shard is truncated or mixed with another; preprocess again"
             )
         for path, record in self._files(self.manifest) if self.manifest else ():
             if path.stat().st_size != record.bytes:
                 raise UserError(
                     f"{path}: {path.stat().st_size} bytes, but its manifest says {record.bytes}; "
-                    "the shard was changed after it was made: make it again"
+                    "the shard was changed afterwards; preprocess again"
                 )
 
     def _files(self, manifest: Manifest) -> list[tuple[Path, FileRecord]]:
-        """Both files with what the manifest says about them."""
+        """Return both files with their manifest records."""
         return [(self.bin_path, manifest.bin), (self.idx_path, manifest.idx)]
 
 
 def _map(path: Path, dtype: np.dtype) -> np.ndarray:
-    """A file as a read-only array; UserError if it cannot be read or ends inside an item."""
+    """Map a file read-only; UserError if it cannot be read or ends inside an item."""
     try:
         size = path.stat().st_size
         if size % dtype.itemsize:
@@ -128,7 +128,7 @@ def _map(path: Path, dtype: np.dtype) -> np.ndarray:
 
 
 def _read_header(path: Path, index: np.ndarray) -> tuple[np.dtype, int]:
-    """(token dtype, number of sequences) of an index file: uint8 [bytes]."""
+    """Return (token dtype, number of sequences) of an index file: uint8 [bytes]."""
     if index.size < HEADER.size:
         raise UserError(f"{path}: {index.size} bytes are too few for an index; truncated?")
     magic, version, code, sequences, boundaries = HEADER.unpack(index[: HEADER.size].tobytes())

@@ -1,4 +1,4 @@
-"""The shards of one output: ``NAME_00000``, ``NAME_00001``, ..."""
+"""Shard sets: the shards ``NAME_00000``, ``NAME_00001``, ... of one output."""
 
 import re
 from pathlib import Path
@@ -16,21 +16,21 @@ _WRITTEN = re.compile(
 
 
 def member(prefix: str, number: int) -> str:
-    """The prefix of one shard."""
+    """Return the prefix of one shard."""
     return f"{prefix}_{number:0{DIGITS}}"
 
 
-def family(prefix: str | Path) -> list[str]:
-    """The prefixes ``PREFIX_00000``, ... whose index is there, in order."""
+def shard_prefixes(prefix: str | Path) -> list[str]:
+    """Return the prefixes ``PREFIX_00000``, ... with an index file, in order."""
     return numbered(prefix, ".idx")
 
 
 def members(prefix: str) -> list[str]:
-    """``prefix`` itself, or the shards of the family that bears its name.
+    """Return ``prefix`` itself, or the prefixes of its shard set.
 
-    Raises UserError if shards of the family are missing.
+    Raises UserError if shards of the set are missing.
     """
-    found = family(prefix)
+    found = shard_prefixes(prefix)
     if not found or beside(prefix, ".idx").exists():
         return [prefix]
     manifest = read_manifest(found[0])
@@ -38,12 +38,14 @@ def members(prefix: str) -> list[str]:
     names = [member(prefix, number) for number in range(expected)]
     if found != names:
         missing = sorted(set(names) - set(found)) or sorted(set(found) - set(names))
-        raise UserError(f"{prefix}: {expected} shards, but not as found: {', '.join(missing)}")
+        raise UserError(
+            f"{prefix}: {expected} shards expected; missing or extra: {', '.join(missing)}"
+        )
     return found
 
 
 def is_written_with(file: Path, prefix: str | Path) -> bool:
-    """Whether runs with this prefix, or shares of them, write a file of this name."""
+    """Return whether runs with this prefix, or their partitions, write a file of this name."""
     path = Path(prefix)
     if not file.name.startswith(path.name) or file.parent.resolve() != path.parent.resolve():
         return False
@@ -51,7 +53,7 @@ def is_written_with(file: Path, prefix: str | Path) -> bool:
 
 
 def numbered(prefix: str | Path, suffix: str) -> list[str]:
-    """``PREFIX_00000``, ... for which a file with the suffix is there, in order."""
+    """Return ``PREFIX_00000``, ... for which a file with the suffix exists, in order."""
     path = Path(prefix)
     pattern = re.compile(rf"{re.escape(path.name)}_\d{{{DIGITS}}}{re.escape(suffix)}")
     if not path.parent.is_dir():

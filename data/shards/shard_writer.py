@@ -1,4 +1,4 @@
-"""Write a token shard: bounded memory, atomic, hashed on the way."""
+"""Write a token shard: bounded memory, atomic, hashed while writing."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -20,26 +20,26 @@ from moetron.data.shards.indexed_format import (
 )
 from moetron.data.shards.manifest import FileRecord, manifest_path
 
-BLOCK = 1 << 20  # documents whose index entries are made at once
+BLOCK = 1 << 20  # documents whose index entries are computed at once
 HASH_BLOCK_BYTES = 1 << 22
 
 
 def temporary_paths(prefix: str | Path) -> tuple[Path, Path, Path]:
-    """Where tokens, index and document lengths wait for the end of the work."""
+    """Return the temporary paths of tokens, index and document lengths."""
     return beside(prefix, ".bin.tmp"), beside(prefix, ".idx.tmp"), beside(prefix, ".lengths.tmp")
 
 
 class ShardWriter:
-    """Appends documents to ``PREFIX.bin`` and builds ``PREFIX.idx`` when told to finish.
+    """Writer that appends documents to ``PREFIX.bin`` and writes ``PREFIX.idx`` in ``finish``.
 
-    Nothing bears its final name before ``finish``. What was written until ``mark`` survives a
-    crash: a new writer goes on from there. Document lengths wait in a file, not in memory.
+    No file has its final name before ``finish``. Data written before ``mark`` survives a crash: a
+    new writer continues from there. Document lengths are kept in a file, not in memory.
     """
 
     def __init__(
         self, prefix: str | Path, vocab_size: int, documents: int = 0, tokens: int = 0
     ) -> None:
-        """``documents`` and ``tokens``: how many an earlier writer had left at its last mark."""
+        """Open the files; ``documents`` and ``tokens``: counts at an earlier writer's last mark."""
         self.prefix = Path(prefix)
         self.dtype = token_dtype(vocab_size)
         self.documents = documents
@@ -65,9 +65,9 @@ class ShardWriter:
 
     @contextmanager
     def document(self) -> Iterator[Callable[[np.ndarray], None]]:
-        """Append one document part by part, with the function that the block gets.
+        """Append one document part by part with the yielded function.
 
-        If the block ends with an exception, it is as if the document had never begun.
+        If the block raises, the document is removed again.
         """
         start, digest, size = self._bin.tell(), self._bin_hash.copy(), 0
 
@@ -90,13 +90,13 @@ class ShardWriter:
         self.tokens += size
 
     def mark(self) -> dict[str, int]:
-        """Bring everything to the disk; the bytes that a successor needs, by file."""
+        """Sync all files; return the bytes that a successor needs, by file."""
         sync(self._bin)
         sync(self._lengths)
         return self.sizes(self.prefix, self.documents, self.tokens)
 
     def sizes(self, prefix: str | Path, documents: int, tokens: int) -> dict[str, int]:
-        """Bytes of the temporary files that hold so much of a shard of this dtype."""
+        """Return the bytes in the temporary files of so many documents and tokens, by file."""
         bin_path, _, lengths_path = temporary_paths(prefix)
         return {
             str(bin_path): tokens * self.dtype.itemsize,
@@ -104,15 +104,15 @@ class ShardWriter:
         }
 
     def close(self) -> None:
-        """Leave the temporary files to a successor."""
+        """Close the temporary files and keep them for a successor."""
         self._bin.close()
         self._lengths.close()
 
     def finish(self) -> tuple[FileRecord, FileRecord]:
-        """Write the index, sync, and give both files their names; records of .bin and .idx.
+        """Write the index, sync, and rename both files; return the records of .bin and .idx.
 
-        A manifest that an earlier shard left at this prefix is removed first: it must not vouch
-        for files that it does not describe. The caller writes the new one.
+        The manifest of an earlier shard at this prefix is removed first, because it does not
+        describe the new files. The caller writes the new one.
         """
         idx_hash = self._write_index()
         sync(self._bin)
@@ -138,13 +138,13 @@ class ShardWriter:
         self.close()
 
     def _hash_kept_tokens(self) -> None:
-        """Take the tokens that an earlier writer left into the hash."""
+        """Hash the tokens that an earlier writer left."""
         self._bin.seek(0)
         while block := self._bin.read(HASH_BLOCK_BYTES):
             self._bin_hash.update(block)
 
     def _write_index(self) -> str:
-        """Write the index beside the tokens, block by block; its SHA-256."""
+        """Write the index block by block; return its SHA-256."""
         digest = hashlib.sha256()
         with self._idx_path.open("wb") as file:
 
@@ -167,7 +167,7 @@ class ShardWriter:
         return digest.hexdigest()
 
     def _length_blocks(self) -> Iterator[np.ndarray]:
-        """The document lengths written so far, int32 [<= BLOCK] at a time."""
+        """Yield the document lengths written so far, int32 [<= BLOCK] at a time."""
         self._lengths.seek(0)
         while block := self._lengths.read(BLOCK * LENGTH.itemsize):
             yield np.frombuffer(block, dtype=LENGTH)

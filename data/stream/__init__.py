@@ -1,1 +1,1 @@
-"""Numbered training samples from shards: stages, blends, objectives."""
+"""Numbered training samples from shards: stages, blends, addresses."""

@@ -1,4 +1,4 @@
-"""Which sources a run reads and in what proportions: Megatron's ``--data-path``."""
+"""Sources of a run and their weights: Megatron's ``--data-path``."""
 
 import math
 from bisect import bisect_right
@@ -12,59 +12,59 @@ import numpy as np
 
 from moetron.common.errors import UserError
 from moetron.common.files import bare_prefix
-from moetron.data.addressing.windowing import Cutting
+from moetron.data.addressing.windowing import Windowing
 from moetron.data.shards.shard import Shard
 from moetron.data.shards.shard_set import members
 
 
 @dataclass(frozen=True)
 class Source:
-    """A shard, or the shards of a family one after the other, each cut into samples."""
+    """A shard or a shard set, divided into samples."""
 
     prefix: str
     shards: tuple[Shard, ...]
-    cutting: Cutting
+    windowing: Windowing
 
     def __post_init__(self) -> None:
-        """Refuse a source without a single sample."""
+        """Raise UserError if the source has fewer tokens than one sample."""
         if self.windows == 0:
             raise UserError(
                 f"{self.prefix}: {self.tokens} tokens in {sum(map(len, self.shards))} "
                 "documents are too few for one sample of this --seq-length "
-                f"(needs {self.cutting.place(0)[2]})"
+                f"(needs {self.windowing.place(0)[2]})"
             )
 
     @property
     def name(self) -> str:
-        """The prefix without its folders."""
+        """Return the prefix without its folders."""
         return source_name(self.prefix)
 
     @property
     def tokens(self) -> int:
-        """Tokens of all shards."""
+        """Return the number of tokens of all shards."""
         return sum(len(shard.tokens) for shard in self.shards)
 
     @property
     def windows(self) -> int:
-        """Samples of one epoch."""
+        """Return the number of samples in one epoch."""
         return self._ends[-1]
 
     @cached_property
     def _ends(self) -> list[int]:
-        """The number of the window after each shard's last."""
-        return list(accumulate(self.cutting.count(len(shard.tokens)) for shard in self.shards))
+        """Return the end of each shard's range of window numbers."""
+        return list(accumulate(self.windowing.count(len(shard.tokens)) for shard in self.shards))
 
     def read(self, window: int) -> tuple[int, np.ndarray]:
-        """The slot in the cutting's cycle and the tokens of one window."""
+        """Return the slot in the windowing's cycle and the tokens of one window."""
         number = bisect_right(self._ends, window)
         first = self._ends[number - 1] if number else 0
-        slot, start, end = self.cutting.place(window - first)
+        slot, start, end = self.windowing.place(window - first)
         return slot, self.shards[number].tokens[start:end]
 
 
 @dataclass(frozen=True)
 class Blend:
-    """Sources and their weights (positive, of any sum)."""
+    """Sources and their weights (positive, any sum)."""
 
     sources: tuple[Source, ...]
     weights: tuple[float, ...]
@@ -72,33 +72,33 @@ class Blend:
 
 def open_blend(
     data_path: Sequence[str],
-    cutting: Cutting | int,
+    windowing: Windowing | int,
     expected_fingerprint: str | None = None,
-    own_cuttings: Mapping[str, Cutting] | None = None,
+    own_windowings: Mapping[str, Windowing] | None = None,
 ) -> Blend:
     """Open ``[PREFIX]``, ``[PREFIX, PREFIX, ...]`` (by size) or ``[WEIGHT, PREFIX, ...]``.
 
-    A prefix may name a family of shards (``moetron.data.shards.shard_set``): they are one source.
+    A prefix may name a shard set (``moetron.data.shards.shard_set``), which is one source.
 
     Args:
         data_path: Megatron's ``--data-path``.
-        cutting: How shards are cut into samples; an int is the sequence length of causal samples.
-        expected_fingerprint: The tokenizer that all shards must be made with.
-        own_cuttings: By name, those of sources that are cut in another way.
+        windowing: Division of shards into samples; an int is the sequence length of causal samples.
+        expected_fingerprint: Tokenizer that all shards must have been made with.
+        own_windowings: Windowings of sources that use another one, by source name.
 
     Raises:
-        UserError: the list has another form, a shard cannot be used, or the tokenizer of one is not
-            the expected one. Shards without a manifest cannot be checked and are taken as they are.
+        UserError: the list has another form, a shard cannot be used, or its tokenizer is not the
+        expected one. Shards without a manifest cannot be checked and are accepted.
     """
     weights, prefixes = split_data_path(data_path)
-    if isinstance(cutting, int):
-        cutting = Cutting((cutting,), overlap=1)
-    own_cuttings = own_cuttings or {}
+    if isinstance(windowing, int):
+        windowing = Windowing((windowing,), overlap=1)
+    own_windowings = own_windowings or {}
     sources = tuple(
         Source(
             prefix,
             tuple(Shard(name) for name in members(prefix)),
-            own_cuttings.get(source_name(prefix), cutting),
+            own_windowings.get(source_name(prefix), windowing),
         )
         for prefix in prefixes
     )
@@ -109,7 +109,7 @@ def open_blend(
 
 
 def source_name(prefix: str) -> str:
-    """The prefix without its folders."""
+    """Return the prefix without its folders."""
     return Path(prefix).name
 
 
@@ -145,7 +145,7 @@ def _number(word: str) -> float | None:
 
 
 def _check_fingerprints(sources: Sequence[Source], expected: str) -> None:
-    """Refuse shards of another tokenizer, all at once."""
+    """Raise UserError that lists all shards of another tokenizer."""
     wrong = [
         f"{shard.prefix} (tokenizer {manifest.tokenizer.name}, "
         f"{manifest.tokenizer.fingerprint[:12]})"
@@ -156,5 +156,5 @@ def _check_fingerprints(sources: Sequence[Source], expected: str) -> None:
     if wrong:
         raise UserError(
             f"made with another tokenizer than this run's ({expected[:12]}): {', '.join(wrong)}; "
-            "give the run that tokenizer or preprocess the text again"
+            "give the tokenizer of the shards or preprocess again"
         )

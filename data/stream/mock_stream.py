@@ -1,4 +1,4 @@
-"""Samples without data: deterministic, and learnable, so that a loss falls."""
+"""Synthetic samples: deterministic and learnable, so that the loss falls."""
 
 import math
 from typing import Any
@@ -8,19 +8,19 @@ import numpy as np
 from moetron.data.stream.addresses import ENDLESS
 
 ALPHABET = 256
-"""Ids in use, spread over the vocabulary: few, so that short runs see each of them often."""
+"""Token ids in use, spread over the vocabulary: few, so that short runs see each one often."""
 SUCCESSORS = np.array([0.4, 0.3, 0.2, 0.1])
 """Probabilities of a token's four successors."""
 NOISE = 0.1
-"""Share of tokens that are drawn uniformly from the alphabet instead."""
+"""Fraction of tokens drawn uniformly from the alphabet instead."""
 
 
 class MockStream:
-    """A random walk on a ring of at most 256 token ids, with four step sizes and some noise.
+    """Random walk on a ring of at most 256 token ids, with four step sizes and some noise.
 
-    Sample n depends on (seed, vocab_size, n) alone, and a longer ``seq_length`` only continues
-    it: the raw output of numpy's Philox, keyed by the seed, from a counter of its own for every
-    sample. Any rank of any layout sees the same samples.
+    Sample n depends only on (seed, vocab_size, n), and a longer ``seq_length`` only extends it: it
+    is the raw output of numpy's Philox, keyed by the seed, with one counter per sample. Every rank
+    of every layout sees the same samples.
     """
 
     def __init__(self, seed: int, vocab_size: int, seq_length: int) -> None:
@@ -36,17 +36,17 @@ class MockStream:
 
     @property
     def entropy(self) -> float:
-        """Nats per token of a model that knows the walk: the loss cannot stay below it."""
+        """Return the entropy of the walk in nats per token, a lower bound of the loss."""
         chances = np.full(self._alphabet, NOISE / self._alphabet)
         np.add.at(chances, self._steps, (1 - NOISE) * SUCCESSORS)
         return -math.fsum(p * math.log(p) for p in chances.tolist())
 
     def __len__(self) -> int:
-        """Samples have no end."""
+        """Return ``ENDLESS``."""
         return ENDLESS
 
     def __getitem__(self, n: int) -> dict[str, Any]:
-        """Sample ``n``: tokens and labels int64 [S], loss_mask float32 [S]; source 0, causal."""
+        """Return sample ``n``: tokens, labels int64 [S], loss_mask float32 [S]; source 0."""
         if not 0 <= n < ENDLESS:
             raise IndexError(f"sample {n} of an endless stream")
         raw = np.random.Philox(key=self.seed, counter=(n + 1) << 128).random_raw(
@@ -70,5 +70,5 @@ class MockStream:
         }
 
     def state(self) -> dict[str, Any]:
-        """What identifies the stream (JSON)."""
+        """Return what identifies the stream (JSON)."""
         return {"mock": {"seed": self.seed, "vocab_size": self.vocab_size}}

@@ -1,4 +1,4 @@
-"""From what the settings say about data to the streams of a run."""
+"""Open the training and validation streams that the settings describe."""
 
 import re
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ from moetron.data.stream.token_stream import TokenStream, validation_stream
 from moetron.tokenizers.interface import Tokenizer
 
 _HELD_OUT = re.compile(r"[._-](valid|validation|val|heldout|holdout|test)$")
-"""What names of validation shards add to the name of their source."""
+"""Suffix that a validation shard adds to the name of its source."""
 
 
 class StagePlan(Protocol):
-    """One stage."""
+    """Settings of one stage."""
 
     data_path: list[str]
     until_tokens: int | None
@@ -27,7 +27,7 @@ class StagePlan(Protocol):
 
 
 class DataPlan(ObjectivePlan, Protocol):
-    """What settings say about data; see ``--help``."""
+    """Data settings; see ``--help``."""
 
     fim_sources: list[str] | None
     eod_mask_loss: bool
@@ -35,20 +35,20 @@ class DataPlan(ObjectivePlan, Protocol):
     repetition_max_period: int
 
     def planned_stages(self) -> Sequence[StagePlan]:
-        """At least one stage."""
+        """Return at least one stage."""
         ...
 
     def rooted(self, data_path: Sequence[str]) -> list[str]:
-        """A data path with its prefixes where they lie."""
+        """Return a data path with its prefixes resolved against the data root."""
         ...
 
 
 def open_training(plan: DataPlan, seq_length: int, seed: int, tokenizer: Tokenizer) -> StagedStream:
-    """The stages of a run one after the other.
+    """Open the consecutive stages of a run.
 
     Raises:
         UserError: a shard cannot be used, an objective does not fit tokenizer or length, or
-            ``fim_sources`` names a source that no stage with that objective has.
+        ``fim_sources`` names a source of no stage with that objective.
     """
     _refuse_unknown_fim_sources(plan)
     stages = []
@@ -65,9 +65,9 @@ def open_training(plan: DataPlan, seq_length: int, seed: int, tokenizer: Tokeniz
 def open_validation(
     plan: DataPlan, data_path: Sequence[str], seq_length: int, tokenizer: Tokenizer
 ) -> TokenStream:
-    """Every window of the validation shards once, as the last stage would have sources so named.
+    """Open every window of the validation shards once, with the last stage's objectives by source.
 
-    ``code.valid``, ``code_valid`` and the like are named as ``code``, unless training has them.
+    ``code.valid``, ``code_valid`` and the like count as ``code``, unless training has that source.
     """
     last = plan.planned_stages()[-1].objective
     objective, own = _objectives(plan, last, seq_length, tokenizer)
@@ -87,14 +87,14 @@ def open_validation(
 
 
 def _names(data_path: Sequence[str]) -> list[str]:
-    """Of the sources of a data path."""
+    """Return the source names of a data path."""
     return [source_name(prefix) for prefix in split_data_path(data_path)[1]]
 
 
 def _objectives(
     plan: DataPlan, name: ObjectiveName, seq_length: int, tokenizer: Tokenizer
 ) -> tuple[Objective, dict[str, Objective]]:
-    """A stage's objective, and by source those that differ from it."""
+    """Return a stage's objective, and by source name the objectives that differ from it."""
     objective = build_objective(name, seq_length, tokenizer, plan)
     if name != "fim" or plan.fim_sources is None:
         return objective, {}
@@ -103,13 +103,13 @@ def _objectives(
 
 
 def _refuse_unknown_fim_sources(plan: DataPlan) -> None:
-    """UserError for names that no stage with infilling reads."""
+    """Raise UserError for ``fim_sources`` that no stage with infilling reads."""
     paths = [stage.data_path for stage in plan.planned_stages() if stage.objective == "fim"]
     if plan.fim_sources and not paths:
         raise UserError(f"--fim-sources {' '.join(plan.fim_sources)}: needs --objective fim")
     known = dict.fromkeys(name for path in paths for name in _names(path))
     if unknown := [name for name in plan.fim_sources or [] if name not in known]:
         raise UserError(
-            f"--fim-sources {' '.join(unknown)}: no stage with the objective fim has a source of "
-            f"that name; such sources are {', '.join(known)}"
+            f"--fim-sources {' '.join(unknown)}: no such source in a stage with the objective fim; "
+            f"available: {', '.join(known)}"
         )

@@ -1,8 +1,7 @@
-"""OLMoE's filter at run time: no loss on samples that repeat themselves.
+"""OLMoE's run-time filter: no loss on samples that repeat themselves.
 
 OLMo's ``instance_filter`` (olmo/data/memmap_dataset.py, olmo/util.py): a sample in which an n-gram
-of 1 to 13 tokens stands 32 times in a row still goes through the model, but its labels do not
-count.
+of 1 to 13 tokens occurs 32 times in a row passes through the model, but its labels are masked.
 """
 
 from dataclasses import dataclass
@@ -16,23 +15,23 @@ from moetron.data.shards.ngram_runs import MAX_PERIOD, PROBES, repetitive
 
 @dataclass(frozen=True)
 class RepetitionFilter:
-    """Which samples count for nothing."""
+    """Filter that masks the loss of repetitive samples."""
 
     max_count: int
-    """Times in a row, above ``PROBES``, that an n-gram must stand."""
+    """Consecutive occurrences of an n-gram that mask the sample; above ``PROBES``."""
     max_period: int = MAX_PERIOD
     """Longest such n-gram, in tokens."""
 
     def __post_init__(self) -> None:
-        """Refuse counts that too few pairs would show."""
+        """Raise UserError for counts too low for the probes."""
         if self.max_count <= PROBES:
             raise UserError(f"--repetition-max-count {self.max_count}: give at least {PROBES + 1}")
 
     def masks(self, raw: np.ndarray) -> bool:
-        """Whether the raw tokens [T] of a sample hold such a repetition.
+        """Return whether the raw tokens [T] of a sample contain such a repetition.
 
-        An n-gram r times in a row is n (r - 1) tokens in a row that equal those n places later: a
-        look at some fixed places rules out nearly every sample.
+        An n-gram occurs r times in a row where n (r - 1) consecutive tokens equal those n positions
+        later. A check of some fixed positions rules out nearly every sample.
         """
         first, second = _probes(raw.size, self.max_count, self.max_period)
         same = raw[first] == raw[second]
@@ -43,7 +42,7 @@ class RepetitionFilter:
 
 @lru_cache(maxsize=64)
 def _probes(size: int, max_count: int, max_period: int) -> tuple[np.ndarray, np.ndarray]:
-    """Places and the places a period later; a run that counts covers ``PROBES`` in a row."""
+    """Return positions and those a period later; a repetition spans ``PROBES`` consecutive ones."""
     pairs = []
     for period in range(1, max_period + 1):
         places = np.arange(0, size - period, period * (max_count - 1) // PROBES)

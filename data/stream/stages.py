@@ -1,9 +1,9 @@
-"""Stages of a run: other sources, weights, objective or seed from a number of tokens on.
+"""Stages of a run: sources, weights, objective and seed by range of tokens.
 
-Which stage a sample belongs to follows from its number, so a run passes from one stage to the next,
-and resumes in any of them, by arithmetic. A source that the next stage reads with the same seed and
-cut in the same way goes on where the stage before it stopped, whatever the weights; otherwise its
-windows are shuffled anew (OLMoE's annealing).
+The stage of a sample follows from its number, so a run changes stages, and resumes in any of them,
+by arithmetic. A source that the next stage reads with the same seed and windowing continues where
+the previous stage stopped, whatever the weights; otherwise its windows are reshuffled (OLMoE's
+annealing).
 """
 
 import math
@@ -16,7 +16,7 @@ from typing import Any
 
 from moetron.common.errors import UserError
 from moetron.common.text_table import table
-from moetron.data.addressing.windowing import Cutting
+from moetron.data.addressing.windowing import Windowing
 from moetron.data.objectives.objective import Objective
 from moetron.data.stream.addresses import ShuffledAddresses
 from moetron.data.stream.repetition import RepetitionFilter
@@ -25,30 +25,30 @@ from moetron.data.stream.token_stream import TokenStream, open_sources
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a run."""
+    """Settings of one stage."""
 
     data_path: Sequence[str]
     """As ``--data-path``."""
     objective: Objective
     seed: int
     until_tokens: int | None = None
-    """Tokens of the run at which it ends; None: never (the last stage)."""
+    """Token count of the run at which the stage ends; None: never (the last stage)."""
     own_objectives: Mapping[str, Objective] = field(default_factory=dict)
-    """By name, those of sources that have another than ``objective``."""
+    """Objectives of sources that use another one, by source name."""
 
 
 @dataclass(frozen=True)
 class Use:
-    """What one stage takes of one source."""
+    """Use of one source in one stage."""
 
     stage: int
     source: int
     """Number in ``StagedStream.source_names``."""
     samples: int
     tokens: int
-    """Tokens of the source that the samples use up."""
+    """Tokens of the source that the samples consume."""
     epochs: float
-    """The samples, in passes through the source."""
+    """Samples divided by the samples of one epoch."""
 
 
 class StagedStream:
@@ -64,10 +64,10 @@ class StagedStream:
     ) -> None:
         """Open the sources; arguments as for ``training_stream``.
 
-        A stage ends with the first whole sample that reaches its ``until_tokens``.
+        A stage ends with the sample that reaches its ``until_tokens``.
 
         Raises:
-            UserError: a shard cannot be used, or the stages do not follow one another.
+            UserError: a shard cannot be used, or the stage boundaries do not increase.
         """
         self.starts = _starts([stage.until_tokens for stage in stages], seq_length)
         self.seq_length = seq_length
@@ -97,22 +97,22 @@ class StagedStream:
         self._kinds = [[self.objective_names.index(kind) for kind in mine] for mine in kinds]
 
     def _orders(self, stages: Sequence[Stage]) -> Iterator[ShuffledAddresses]:
-        """The order of each stage's samples, after what earlier stages took of its sources."""
-        begun: dict[tuple[int, int, Cutting], int] = {}
+        """Yield the addresses of each stage, after the windows that earlier stages drew."""
+        drawn: dict[tuple[int, int, Windowing], int] = {}
         for i, stage in enumerate(stages):
             if len(set(self._numbers[i])) < len(self._numbers[i]):
-                raise UserError(f"{' '.join(stage.data_path)}: names a source twice")
-            cuttings = [source.cutting for source in self._blends[i].sources]
-            places = [(n, stage.seed, c) for n, c in zip(self._numbers[i], cuttings, strict=True)]
-            taken = [begun.get(place, 0) for place in places]
+                raise UserError(f"{' '.join(stage.data_path)}: has a source twice")
+            windowings = [source.windowing for source in self._blends[i].sources]
+            places = [(n, stage.seed, c) for n, c in zip(self._numbers[i], windowings, strict=True)]
+            taken = [drawn.get(place, 0) for place in places]
             addresses = ShuffledAddresses(self._blends[i], stage.seed, self._numbers[i], taken)
             yield addresses
             if stage.until_tokens is not None:
                 counts = addresses.apportionment.counts(self.starts[i + 1] - self.starts[i])
-                begun |= {p: t + c for p, t, c in zip(places, taken, counts, strict=True)}
+                drawn |= {p: t + c for p, t, c in zip(places, taken, counts, strict=True)}
 
     def _keys(self, stages: Sequence[Stage]) -> list[str]:
-        """What names each stage to the chance in its objective."""
+        """Return the key of each stage in the random draws of its objective."""
         return [
             f"seed {stage.seed} from {start}" if start else f"seed {stage.seed}"
             for stage, start in zip(stages, self.starts, strict=True)
@@ -120,15 +120,15 @@ class StagedStream:
 
     @property
     def bytes_per_token(self) -> list[float | None]:
-        """Unknown over several stages."""
+        """Return None for each source: unknown over several stages."""
         return [None] * len(self.source_names)
 
     def __len__(self) -> int:
-        """Samples that may be asked for: the last stage has no end."""
+        """Return the number of samples: the last stage has no end."""
         return self.starts[-1] + len(self._streams[-1])
 
     def __getitem__(self, n: int) -> dict[str, Any]:
-        """Sample ``n``, as ``TokenStream`` gives it; ``source`` counts over all stages."""
+        """Return sample ``n``, as from ``TokenStream``, with ``source`` counted over all stages."""
         if n < 0:
             raise IndexError(f"sample {n}")
         stage = self.stage(n)
@@ -138,11 +138,11 @@ class StagedStream:
         return sample
 
     def stage(self, n: int) -> int:
-        """The stage of sample ``n``."""
+        """Return the stage of sample ``n``."""
         return bisect_right(self.starts, n) - 1
 
     def uses(self, samples: int) -> list[Use]:
-        """What each stage takes of each source in a run of so many samples."""
+        """Return the use of each source in each stage of a run of ``samples`` samples."""
         found = []
         for stage, (start, end) in enumerate(pairwise([*self.starts, samples])):
             blend, addresses = self._blends[stage], self._streams[stage].addresses
@@ -151,12 +151,12 @@ class StagedStream:
             for source, number, count in zip(
                 blend.sources, self._numbers[stage], counts, strict=True
             ):
-                tokens = round(count * source.cutting.mean_advance)
+                tokens = round(count * source.windowing.mean_advance)
                 found.append(Use(stage, number, count, tokens, count / source.windows))
         return found
 
     def state(self) -> dict[str, Any]:
-        """What identifies the stream (JSON): the stages, and all their sources once."""
+        """Return what identifies the stream (JSON): the stages, and each source once."""
         states = [stream.state() for stream in self._streams]
         sources = {source["name"]: source for state in states for source in state.pop("sources")}
         return {"sources": list(sources.values()), "starts": self.starts, "stages": states}
@@ -168,15 +168,15 @@ def refuse_repetition(
     max_epochs: float | None,
     of_sources: Mapping[str, float] | None = None,
 ) -> None:
-    """UserError, with a table, if a run takes a source more often than its cap, over all stages.
+    """Raise UserError, with a table, if a run exceeds a source's epoch cap over all stages.
 
-    ``of_sources``: caps by name; ``max_epochs``: of the others, None: as often as they are drawn.
+    ``of_sources``: caps by source name; ``max_epochs``: cap of the others, None: no cap.
     """
     caps = of_sources or {}
     if unknown := caps.keys() - set(stream.source_names):
         raise UserError(
-            f"--source-max-epochs: no source is named {', '.join(sorted(unknown))}; "
-            f"there are {', '.join(stream.source_names)}"
+            f"--source-max-epochs: no source {', '.join(sorted(unknown))}; "
+            f"available: {', '.join(stream.source_names)}"
         )
     epochs = [0.0] * len(stream.source_names)
     for use in stream.uses(samples):
@@ -190,14 +190,14 @@ def refuse_repetition(
     if over:
         flag = "--source-max-epochs" if all(name in caps for name, _ in over) else "--max-epochs"
         raise UserError(
-            f"{flag}: the run of {samples * stream.seq_length:,} tokens would go through "
+            f"{flag}: the run of {samples * stream.seq_length:,} tokens would repeat "
             f"{', '.join(text for _, text in over)}; change weights or stages, or shorten the run\n"
             + use_table(stream, samples)
         )
 
 
 def use_table(stream: StagedStream, samples: int) -> str:
-    """Samples, their share, tokens and epochs by stage and source, and each source's sum."""
+    """Return a table of samples, their fraction, tokens and epochs by stage and source."""
     rows = [("source", "stage", "samples", "share", "tokens", "epochs")]
     uses = stream.uses(samples)
     sums = Counter[int]()
@@ -214,23 +214,25 @@ def use_table(stream: StagedStream, samples: int) -> str:
 def _row(
     name: str, stage: str, uses: Sequence[Use], of_samples: int
 ) -> tuple[str, str, str, str, str, str]:
-    """A row of the table: the sum of some uses, and its share of so many samples."""
+    """Return a row of the table: the sum of ``uses`` and its fraction of ``of_samples``."""
     samples, tokens = sum(use.samples for use in uses), sum(use.tokens for use in uses)
     epochs = sum(use.epochs for use in uses)
-    share = samples / max(of_samples, 1)
-    return name, stage, f"{samples:,}", f"{share:.2%}", f"{tokens:,}", f"{epochs:.3f}"
+    fraction = samples / max(of_samples, 1)
+    return name, stage, f"{samples:,}", f"{fraction:.2%}", f"{tokens:,}", f"{epochs:.3f}"
 
 
 def _starts(until_tokens: Sequence[int | None], seq_length: int) -> list[int]:
-    """The first sample of each stage."""
+    """Return the first sample of each stage."""
     *ends, last = until_tokens
     if last is not None:
-        raise UserError(f"stages: until_tokens {last} of the last stage: it ends with the run")
+        raise UserError(
+            f"stages: until_tokens {last}: the last stage ends with the run; leave it out"
+        )
     starts = [0]
     for number, end in enumerate(ends, 1):
         if end is None:
-            raise UserError(f"stages: stage {number} needs until_tokens: another follows it")
+            raise UserError(f"stages: stage {number} needs until_tokens, because another follows")
         starts.append(-(-end // seq_length))
         if starts[-1] <= starts[-2]:
-            raise UserError(f"stages: until_tokens {end} of stage {number} leaves it no sample")
+            raise UserError(f"stages: until_tokens {end} of stage {number} leaves no sample for it")
     return starts

@@ -1,9 +1,9 @@
-"""Samples as addresses: sample n is found by arithmetic, never looked up in a list.
+"""Samples computed from their number, without an index.
 
-n -> (source, how many samples it gave before) by ``apportion``; that number -> (epoch, position) by
-division; position -> window by the epoch's ``order``; window -> tokens of the shard by ``cutting``;
-the objective makes the sample of them. Start-up time, memory and the state of a resume do not grow
-with the data.
+n -> (source, number of earlier samples from it) by ``apportionment``; that number -> (epoch,
+position) by division; position -> window by the epoch's ``permutation``; window -> tokens of the
+shard by ``windowing``; the objective makes the sample from them. Start-up time, memory and resume
+state do not grow with the data.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,8 +21,8 @@ from moetron.data.stream.blend import Blend, Source, open_blend
 from moetron.data.stream.repetition import RepetitionFilter
 
 ADDRESS_BLOCK = 256
-"""Addresses are computed this many at a time, because numpy charges by the call; the first that is
-asked for among so many, alone, because samples in no order have no neighbours."""
+"""Addresses computed at once, because numpy has a cost per call. The first request in a block
+computes one address only, because random access does not use the neighbours."""
 
 
 def training_stream(
@@ -33,15 +33,15 @@ def training_stream(
     expected_fingerprint: str | None = None,
     objective: Objective | None = None,
 ) -> "TokenStream":
-    """The blend that ``data_path`` describes, shuffled each epoch, without end.
+    """Open the blend ``data_path``, reshuffled each epoch, without end.
 
     Args:
         data_path: ``[PREFIX, ...]`` (in proportion to size) or ``[WEIGHT, PREFIX, ...]``.
-        seq_length: Tokens a sample holds (S).
-        seed: Of the order of windows.
-        eod_mask_loss: No loss where the input is an end-of-document token (Megatron's rule).
-        expected_fingerprint: The run's tokenizer; shards of another are refused.
-        objective: What samples are made of the tokens; default: causal.
+        seq_length: Tokens in a sample (S).
+        seed: Seed of the window order.
+        eod_mask_loss: Mask the loss where the input is an end-of-document token (Megatron's rule).
+        expected_fingerprint: The run's tokenizer; shards of another are rejected.
+        objective: Training objective; default: causal.
 
     Raises:
         UserError: A shard cannot be used, or the list has another form.
@@ -61,9 +61,9 @@ def validation_stream(
     objective: Objective | None = None,
     own_objectives: Mapping[str, Objective] | None = None,
 ) -> "TokenStream":
-    """Every window of every source once, in file order; arguments as for ``training_stream``.
+    """Open every window of every source once, in file order; arguments as ``training_stream``.
 
-    ``own_objectives``: by name, those of sources that have another than ``objective``.
+    ``own_objectives``: objectives of sources that use another one, by source name.
     """
     blend, objectives = open_sources(
         data_path, objective or Causal(seq_length), own_objectives or {}, expected_fingerprint
@@ -78,19 +78,19 @@ def open_sources(
     own_objectives: Mapping[str, Objective],
     expected_fingerprint: str | None,
 ) -> tuple[Blend, list[Objective]]:
-    """A blend whose sources are cut as their objectives ask, and the objective of each.
+    """Open a blend whose sources are windowed by their objectives; return it with the objectives.
 
     Args:
         data_path: As for ``training_stream``.
-        objective: Of the sources that ``own_objectives`` does not name.
-        own_objectives: By the names of sources.
+        objective: Objective of the sources that ``own_objectives`` does not name.
+        own_objectives: Objectives by source name.
         expected_fingerprint: As for ``training_stream``.
 
     Raises:
         UserError: As ``training_stream``.
     """
-    cuttings = {name: own.cutting for name, own in own_objectives.items()}
-    blend = open_blend(data_path, objective.cutting, expected_fingerprint, cuttings)
+    windowings = {name: own.windowing for name, own in own_objectives.items()}
+    blend = open_blend(data_path, objective.windowing, expected_fingerprint, windowings)
     return blend, [own_objectives.get(source.name, objective) for source in blend.sources]
 
 
@@ -107,7 +107,7 @@ class TokenStream:
         eod_mask_loss: bool,
         repetition: RepetitionFilter | None = None,
     ) -> None:
-        """One objective a source; ``key`` names the stream to what is random in them."""
+        """Take one objective a source; ``key`` names the stream in the keys of random draws."""
         self.sources = blend.sources
         self.objectives = list(objectives)
         self.seq_length = seq_length
@@ -127,13 +127,13 @@ class TokenStream:
         self._block_addresses: tuple[list[int], list[int]] = ([], [])
 
     def __len__(self) -> int:
-        """Samples that may be asked for."""
+        """Return the number of samples."""
         return len(self.addresses)
 
     def __getitem__(self, n: int) -> dict[str, Any]:
-        """Sample ``n``: tokens and labels int64 [S], loss_mask float32 [S], and four integers.
+        """Return sample ``n``: tokens, labels int64 [S], loss_mask float32 [S], and four integers.
 
-        They are its ``source``, the ``objective`` (in ``objective_names``), the length of its
+        They are its ``source``, its ``objective`` (index in ``objective_names``), the length of its
         bidirectional ``prefix``, and whether it is ``filtered``. Tokens and labels share memory.
         """
         row = np.empty(self.seq_length + 1, np.int64)
@@ -150,7 +150,7 @@ class TokenStream:
         }
 
     def batch(self, numbers: Sequence[int]) -> dict[str, np.ndarray]:
-        """Stacked samples: tokens, labels int64 [N, S], loss_mask float32 [N, S], source [N]."""
+        """Return stacked tokens, labels int64 [N, S], loss_mask float32 [N, S] and source [N]."""
         rows = np.empty((len(numbers), self.seq_length + 1), np.int64)
         masks = np.ones((len(numbers), self.seq_length), np.float32)
         sources = [self._read(*each)[0] for each in zip(numbers, rows, masks, strict=True)]
@@ -162,7 +162,7 @@ class TokenStream:
         }
 
     def state(self) -> dict[str, Any]:
-        """What identifies the stream (JSON): sources, order, length, mask, tokenizers."""
+        """Return what identifies the stream (JSON): sources, order, length, mask, tokenizers."""
         return {
             "sources": [_source_state(source) for source in self.sources],
             "order": self.addresses.state(),
@@ -173,14 +173,14 @@ class TokenStream:
         }
 
     def _objective_state(self) -> dict[str, Any]:
-        """What identifies the objective of all sources, or that of each by its name."""
+        """Return the objective's state, or the states by source name if they differ."""
         states = [objective.state() for objective in self.objectives]
         if all(state == states[0] for state in states):
             return states[0]
         return {"by_source": dict(zip(self.source_names, states, strict=True))}
 
     def _read(self, n: int, row: np.ndarray, mask: np.ndarray) -> tuple[int, Made, bool]:
-        """Make sample ``n`` in ``row`` [S + 1] and ``mask`` [S]; its source, and is it filtered."""
+        """Write sample ``n`` to ``row`` [S + 1] and ``mask`` [S]; return source, made, filtered."""
         source, window = self._address(n)
         slot, raw = self.sources[source].read(window)
         made = self.objectives[source].fill(raw, slot, f"{self.key} sample {n}", row, mask)
@@ -192,7 +192,7 @@ class TokenStream:
         return source, made, filtered
 
     def _address(self, n: int) -> tuple[int, int]:
-        """(source, window) of sample ``n``."""
+        """Return (source, window) of sample ``n``."""
         if not 0 <= n < len(self):
             raise IndexError(f"sample {n} of a stream of {len(self)}")
         block, place = divmod(int(n), ADDRESS_BLOCK)
@@ -207,32 +207,32 @@ class TokenStream:
         return sources[place], windows[place]
 
     def _locate(self, first: int, count: int) -> tuple[list[int], list[int]]:
-        """Sources and windows of so many samples, fewer at the end of the stream."""
+        """Return sources and windows of ``count`` samples, fewer at the end of the stream."""
         numbers = np.arange(first, min(first + count, len(self)))
         sources, windows = self.addresses.locate(numbers)
         return sources.tolist(), windows.tolist()
 
 
 def _bytes_per_token(source: Source) -> float | None:
-    """Bytes of text that a token stands for, if the manifests say so."""
+    """Return the mean text bytes of a token, or None if a manifest lacks them."""
     manifests = [shard.manifest for shard in source.shards]
     size = sum(manifest.text_bytes for manifest in manifests if manifest is not None)
     return size / source.tokens if size and None not in manifests else None
 
 
 def _eod(source: Source) -> int:
-    """The end-of-document id of a source's tokenizer."""
+    """Return the end-of-document id of a source's tokenizer."""
     manifest = source.shards[0].manifest
     if manifest is None:
         raise UserError(
             f"{source.prefix}: --eod-mask-loss needs the end-of-document id, and the shard "
-            "has no manifest; make it with tools/preprocess_corpus.py"
+            "has no manifest; make the shard with tools/preprocess_corpus.py"
         )
     return manifest.tokenizer.eod
 
 
 def _source_state(source: Source) -> dict[str, Any]:
-    """What identifies a source's content."""
+    """Return what identifies a source's content."""
     hashes = [shard.manifest.bin.sha256 if shard.manifest else None for shard in source.shards]
     manifest = source.shards[0].manifest
     return {

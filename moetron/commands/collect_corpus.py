@@ -1,9 +1,9 @@
-"""Collect real text into JSONL, one file a source, with .manifest.json beside.
+"""Collect local text to JSONL, one file a source, with .manifest.json beside.
 
-system: what is on this machine: the Python standard library, documentation, manual pages.
+system: text on this machine: the Python standard library, documentation, manual pages.
 debian: a multilingual mix of prose, dictionaries, technical text, mathematics and code from Debian
 packages, downloaded with apt-get and unpacked below DIR/.packages; nothing is installed.
-Run again with the same options, it finds a whole corpus current and does nothing.
+A repeated run with the same options finds a complete corpus current and does nothing.
 """
 
 import argparse
@@ -30,18 +30,18 @@ DEFAULT_MB = {"system": 32.0, "debian": 400.0, "all": 432.0}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = ToolParser(description=__doc__)
     add = parser.add_argument
     add("--output", type=Path, required=True, metavar="DIR", help="folder of the corpus")
     add("--source", choices=sorted(DEFAULT_MB), default="system", help="default: %(default)s")
-    add("--max-mb", type=float, help="budget, shared by the sources (default: 32; debian: 400)")
+    add("--max-mb", type=float, help="total budget of the sources (default: 32; debian: 400)")
     add("--workers", type=int, default=usable_cores(), help="processes (default: all cores)")
     return parser.parse_args(arguments)
 
 
 def gather(source: str, output: Path) -> tuple[list[Task], Mapping[str, str]]:
-    """The tasks of a choice of sources, and their licences."""
+    """Return the tasks of the chosen sources, and their licences."""
     tasks: list[Task] = []
     licences: dict[str, str] = {}
     if source in ("system", "all"):
@@ -56,7 +56,7 @@ def gather(source: str, output: Path) -> tuple[list[Task], Mapping[str, str]]:
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """Find the files, read them, write the corpus."""
+    """Find files, read them and write the corpus; return the exit code."""
     args = parse(arguments)
     budget_mb = args.max_mb or DEFAULT_MB[args.source]
     made_from = {"source": args.source, "max_mb": budget_mb, "python": sys.version}
@@ -84,7 +84,7 @@ def run(arguments: list[str] | None = None) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; a file that cannot be used is the user's error."""
+    """Run the command; raise UserError for a file that cannot be used."""
     try:
         return run(arguments)
     except OSError as error:

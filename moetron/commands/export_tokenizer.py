@@ -2,7 +2,7 @@
 
     python tools/export_tokenizer.py umt5.model --output FOLDER [--sample corpus/*.jsonl]
 
-Exit codes: 0 done, 2 something for the user to change, or other ids on a text.
+Exit codes: 0 done, 2 an error to fix, or different ids on a text.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from moetron.tokenizers.load import load_tokenizer
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Build the argument parser."""
     parser = ToolParser(description=__doc__)
     add = parser.add_argument
     add("tokenizer", metavar="PATH", help="a .model, a tokenizer.json (or its folder), or bytes")
@@ -30,9 +30,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def compare(tokenizer: Tokenizer, arguments: argparse.Namespace) -> bool:
-    """Print on how many texts AutoTokenizer gives our ids, called as users call it; whether on all.
+    """Compare with AutoTokenizer's ids and print the result; return whether all are equal.
 
-    The texts are a few that show what tokenizers differ in, and the documents of --sample.
+    The texts are a few probes of known differences, and the documents of --sample.
     """
     texts = list(PROBES)
     if arguments.sample:
@@ -43,12 +43,12 @@ def compare(tokenizer: Tokenizer, arguments: argparse.Namespace) -> bool:
     equal = len(texts) - len(different)
     print(f"equal ids on {equal:,} of {len(texts):,} documents, {size:,} bytes")
     for text in different[:3]:
-        print(f"other ids: {text[:80]!r}")
+        print(f"different ids: {text[:80]!r}")
     return not different
 
 
 def main() -> int:
-    """Export, compare; the exit code."""
+    """Export and compare; return the exit code."""
     arguments = parser().parse_args()
     try:
         if arguments.sample:
@@ -56,7 +56,7 @@ def main() -> int:
         tokenizer = load_tokenizer(arguments.tokenizer)
         export(tokenizer, arguments.output)
         if not arguments.sample and not has_transformers():
-            print("not tried with AutoTokenizer: pip install moetron[hf]", file=sys.stderr)
+            print("not compared with AutoTokenizer: pip install moetron[hf]", file=sys.stderr)
             return 0
         return 0 if compare(tokenizer, arguments) else 2
     except (ValueError, OSError, ImportError) as error:

@@ -1,12 +1,12 @@
-"""Show token shards, a blend of them, or the stages of a recipe; check shards in full.
+"""Show token shards, a blend of them, or the stages of a recipe; verify shards.
 
     python tools/inspect_data.py data/train [--tokenizer tok.model --documents 3] [--verify]
     python tools/inspect_data.py 0.7 data/code 0.3 data/prose --seq-length 4096 --samples 100000
     python tools/inspect_data.py --config RECIPE.yaml [--config DATA.yaml] --show 2
 
-Shards are shown with their counts, document lengths and decoded documents; several, or weights and
-shards as in --data-path, as a blend too; a recipe with what each of its stages takes of each source
-over the planned run, and with decoded samples. Exit codes: 0 done and sound, 2 something to mend.
+Shards are shown with counts, document lengths and decoded documents; several shards, or weights and
+shards as in --data-path, also as a blend; a recipe with the use of each source in each stage of the
+planned run, and with decoded samples. Exit codes: 0 done and valid, 2 an error to fix.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from moetron.tokenizers.load import load_tokenizer
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Build the argument parser."""
     parser = ToolParser(description=__doc__)
     add, count, size = parser.add_argument, whole_number(0), whole_number(1)
     add("data_path", nargs="*", metavar="[WEIGHT] PREFIX", help="shards, as --data-path takes them")
@@ -41,18 +41,18 @@ def parser() -> argparse.ArgumentParser:
     add("--png", type=Path, metavar="FILE", help="draw the document lengths")
     add("--seq-length", type=size, help="show the blend of samples of this many tokens")
     add("--samples", type=size, help="length of the run (default: the recipe's)")
-    add("--config", action="append", type=Path, help="a recipe; the later one wins key by key")
-    add("--data-root", help="where the recipe's relative prefixes start")
+    add("--config", action="append", type=Path, help="a recipe; later ones override key by key")
+    add("--data-root", help="base folder of the recipe's relative prefixes")
     add("--show", type=count, default=1, help="samples a stage to decode (default: 1)")
     return parser
 
 
 def show_recipes(arguments: argparse.Namespace) -> None:
-    """Print the stages of the recipes that the command line names."""
+    """Print the stages of the recipes on the command line."""
     given = {"--verify": arguments.verify, "--png": arguments.png, "a prefix": arguments.data_path}
     if unused := [name for name, value in given.items() if value]:
         raise UserError(
-            f"--config shows stages; {', '.join(unused)} goes without it, with prefixes"
+            f"--config: cannot be combined with {', '.join(unused)}; give prefixes without it"
         )
     settings, problems, _ = validate(read_recipes(arguments.config))
     if settings is None or problems:
@@ -62,7 +62,7 @@ def show_recipes(arguments: argparse.Namespace) -> None:
         settings = settings.model_copy(update={"data": data})
     tokenizer = arguments.tokenizer or settings.data.tokenizer_model
     if tokenizer is None or not settings.data.planned_stages():
-        raise UserError("the recipe needs data: --tokenizer PATH, and data_path or stages in it")
+        raise UserError("--config: the recipe needs data; give --tokenizer and data_path or stages")
     samples = arguments.samples or total_samples(settings)
     reader, seed = load_tokenizer(tokenizer), settings.training.seed
     stream = open_training(settings.data, settings.model.seq_length, seed, reader)
@@ -71,7 +71,7 @@ def show_recipes(arguments: argparse.Namespace) -> None:
 
 
 def show_shards(arguments: argparse.Namespace) -> bool:
-    """Print the shards that the command line names; whether all are sound."""
+    """Print the shards on the command line; return whether all are valid."""
     if arguments.png:
         require_writable(arguments.png)
     prefixes = split_data_path(arguments.data_path)[1]
@@ -91,12 +91,12 @@ def show_shards(arguments: argparse.Namespace) -> bool:
     for problem in problems:
         print(f"inspect_data: {problem}", file=sys.stderr)
     if arguments.verify and not problems:
-        print("verified: every byte is as its manifest says")
+        print("verified: all files match their manifests")
     return not problems
 
 
 def main() -> int:
-    """Show what the command line names; the exit code."""
+    """Show data by the command line; return the exit code."""
     arguments = parser().parse_args()
     try:
         if not arguments.config:

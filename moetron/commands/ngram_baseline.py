@@ -1,7 +1,7 @@
 """Cross-entropies, in nats per token, of a unigram and an interpolated bigram model.
 
-Both are fitted to all tokens of the training shards and judged on the windows of the validation
-shards that a model is judged on. A trained model should be below the bigram.
+Both are fitted to all tokens of the training shards and evaluated on the windows of the validation
+shards that models are evaluated on. A trained model should be below the bigram.
 """
 
 import argparse
@@ -24,22 +24,22 @@ BATCH_TOKENS = 1 << 20
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = ToolParser(description=__doc__)
     add = parser.add_argument
     add("--train-data-path", nargs="+", required=True, metavar="PREFIX", help="as --data-path")
     add("--valid-data-path", nargs="+", required=True, metavar="PREFIX", help="the same")
     add("--seq-length", type=int, required=True, help="tokens of a window")
-    add("--windows", type=int, help="how many, from the first (default: all)")
+    add("--windows", type=int, help="number of windows, from the first (default: all)")
     add("--vocab-size", type=int, help="default: the tokenizer's, else the largest id seen + 1")
-    add("--output", type=Path, metavar="FILE", help="write the figures as JSON")
+    add("--output", type=Path, metavar="FILE", help="write the metrics as JSON")
     return parser.parse_args(arguments)
 
 
 def batches(
     stream: TokenStream, windows: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(tokens, labels, loss mask), some windows at a time."""
+    """Yield (tokens, labels, loss mask) of several windows at a time."""
     step = max(1, BATCH_TOKENS // stream.seq_length)
     for start in range(0, windows, step):
         batch = stream.batch(range(start, min(start + step, windows)))
@@ -47,18 +47,18 @@ def batches(
 
 
 def ids_below(shard: Shard) -> int:
-    """The tokenizer's vocabulary, or the largest id of a shard that does not name one, plus 1."""
+    """Return the tokenizer's vocabulary size, or without a manifest the largest id plus 1."""
     if shard.manifest is not None:
         return shard.manifest.tokenizer.vocab_size
     return int(shard.tokens.max()) + 1
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """Count, judge, print."""
+    """Fit, evaluate and print; return the exit code."""
     args = parse(arguments)
     started = time.monotonic()
     if args.output is not None:
-        require_writable(args.output)  # now rather than after the count
+        require_writable(args.output)  # before counting
     blend = open_blend(args.train_data_path, args.seq_length)
     training = [shard for source in blend.sources for shard in source.shards]
     stream = validation_stream(args.valid_data_path, args.seq_length)
@@ -67,7 +67,7 @@ def run(arguments: list[str] | None = None) -> int:
     vocab_size = args.vocab_size or max(ids_below(shard) for shard in shards)
     models = NgramModels((shard.tokens for shard in training), vocab_size)
     found = cross_entropies(models, batches(stream, windows))
-    figures = {
+    metrics = {
         "unigram_cross_entropy": found.unigram,
         "bigram_cross_entropy": found.bigram,
         "bigram_model": "interpolated modified Kneser-Ney",
@@ -78,18 +78,18 @@ def run(arguments: list[str] | None = None) -> int:
         "vocab_size": vocab_size,
     }
     print(f"fitted to {models.training_tokens:,} tokens, {vocab_size:,} ids")
-    print(f"judged on {found.tokens:,} tokens of {windows:,} windows, nats per token:")
+    print(f"evaluated on {found.tokens:,} tokens of {windows:,} windows, nats per token:")
     print(f"  unigram                          {found.unigram:.4f}")
     print(f"  bigram (modified Kneser-Ney)     {found.bigram:.4f}")
     print(f"{time.monotonic() - started:.1f} s")
     if args.output is not None:
         with atomic_file(args.output) as file:
-            file.write(json.dumps(figures, indent=2).encode() + b"\n")
+            file.write(json.dumps(metrics, indent=2).encode() + b"\n")
     return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; a file that cannot be used is the user's error."""
+    """Run the command; raise UserError for a file that cannot be used."""
     try:
         return run(arguments)
     except OSError as error:

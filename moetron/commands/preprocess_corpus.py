@@ -1,13 +1,13 @@
-"""Turn text into token shards: .bin/.idx as Megatron reads them, and a manifest.
+"""Preprocess text to token shards: Megatron's .bin/.idx and a manifest.
 
     python tools/preprocess_corpus.py --input 'corpus/*.jsonl' --tokenizer tok.model \\
         --output-prefix data/train --append-eod
 
 Inputs are JSONL (.jsonl, .json, also with .gz or .zst), Parquet or Arrow (HuggingFace datasets on
 disk) with the text under --text-key, or any other file as one plain-text document; folders are
-searched; - is JSONL on standard input. Run again with the same inputs and settings, it finds its
-work done, or goes on where it was killed. Exit codes: 0 done, 2 something to mend, named in one
-message, 1 a worker died, 75 stopped by a signal (SIGINT, SIGTERM): run it again to go on.
+searched; - is JSONL on standard input. A repeated run with the same inputs and settings finds its
+output current, or resumes where it was killed. Exit codes: 0 done, 2 an error to fix, named in one
+message, 1 a worker died, 75 stopped by a signal (SIGINT, SIGTERM): run it again to resume.
 """
 
 import gc
@@ -24,26 +24,26 @@ from moetron.moe.config.schema.paths import ToolParser
 MEGATRON = {
     "--json-keys": "use --text-key",
     "--tokenizer-model": "use --tokenizer",
-    "--tokenizer-type": "leave it out: the file of --tokenizer says it",
+    "--tokenizer-type": "leave it out: the file of --tokenizer determines it",
     "--vocab-file": "give --tokenizer a tokenizer.json",
     "--merge-file": "give --tokenizer a tokenizer.json",
     "--partitions": "use --share I/N and --merge-shares N",
-    "--split-sentences": "not supported: a document stays whole",
+    "--split-sentences": "not supported: documents are not split",
 }
-"""Flags of Megatron-LM's tools/preprocess_data.py that have another name here."""
+"""Flags of Megatron-LM's tools/preprocess_data.py with another name here."""
 
 WORKER_DIED = (
     "preprocess_corpus: a worker process died, most likely of too little memory; run the same "
-    "command again to go on, with fewer --workers"
+    "command again to resume, with fewer --workers"
 )
 
 NOT_WRITTEN = (
-    "preprocess_corpus: --output-prefix {}: {}; mend this and run the same command to go on"
+    "preprocess_corpus: --output-prefix {}: {}; fix this and run the same command to resume"
 )
 
 
 def main() -> int:
-    """Preprocess as the command line says; the exit code."""
+    """Preprocess by the command line; return the exit code."""
     parser = ToolParser(description=__doc__)
     add_flags(parser)
     parser.add_foreign(MEGATRON)
@@ -55,11 +55,11 @@ def main() -> int:
         print(f"preprocess_corpus: {error}", file=sys.stderr)
         return 2
     except (OSError, sqlite3.Error) as error:
-        what = f"{error}" if getattr(error, "filename", None) else f"{error}, as it was written"
-        print(NOT_WRITTEN.format(options.output_prefix, what), file=sys.stderr)
+        problem = f"{error}" if getattr(error, "filename", None) else f"{error} while writing"
+        print(NOT_WRITTEN.format(options.output_prefix, problem), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("preprocess_corpus: stopped; run the same command to go on", file=sys.stderr)
+        print("preprocess_corpus: stopped; run the same command to resume", file=sys.stderr)
         return 75
     except BrokenExecutor:
         print(WORKER_DIED, file=sys.stderr)
@@ -71,6 +71,6 @@ def main() -> int:
             f"({manifest.dtype}), {manifest.text_bytes / max(manifest.tokens, 1):.2f} bytes a token"
         )
     if left_out := [f"{name} {count}" for name, count in manifest.filters.items() if count]:
-        print(f"left out: {', '.join(left_out)}")
-    gc.freeze()  # a tenth of a second less at exit: nothing is searched for garbage any more
+        print(f"dropped: {', '.join(left_out)}")
+    gc.freeze()  # saves 0.1 s at exit: no garbage collection
     return 0

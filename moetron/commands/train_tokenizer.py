@@ -1,8 +1,8 @@
 """Train an umT5-style tokenizer (SentencePiece unigram, byte fallback) on JSONL.
 
 Writes PREFIX.model, PREFIX.json (options, inputs, fingerprint, fertility by source) and
-PREFIX.fertility.png. Run again on the same inputs with the same options, it finds them current and
-does nothing.
+PREFIX.fertility.png. A repeated run with the same inputs and options finds them current and does
+nothing.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from moetron.tokenizers.umt5 import SentencePieceTokenizer
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = ToolParser(description=__doc__)
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="PATH", help="files, folders or globs")
@@ -39,15 +39,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--sentinels", type=int, default=100, help="<extra_id_i> pieces (default: %(default)s)")
     add("--character-coverage", type=float, default=0.9995, help="default: %(default)s")
     add("--split-digits", action="store_true", help="every digit is a piece of its own")
-    add("--pieces-span-words", action="store_true", help="pieces may run over spaces (umT5)")
+    add("--pieces-span-words", action="store_true", help="allow pieces across spaces (umT5)")
     add("--sample-mb", type=positive_number, default=10, help="million characters to train on")
-    add("--unimax", type=positive_number, metavar="N", help="even out sources, none above N epochs")
-    add("--seed", type=int, default=1234, help="of the sample (default: %(default)s)")
+    add(
+        "--unimax", type=positive_number, metavar="N", help="balance sources, at most N epochs each"
+    )
+    add("--seed", type=int, default=1234, help="seed of the sample (default: %(default)s)")
     return parser.parse_args(arguments)
 
 
 def recipe(args: argparse.Namespace, options: TrainingOptions, paths: list[Path]) -> dict[str, Any]:
-    """All that the model is a function of."""
+    """Return everything that the model is a function of."""
     stats = [(str(path.resolve()), path.stat()) for path in paths]
     return {
         "options": dataclasses.asdict(options),
@@ -61,7 +63,7 @@ def recipe(args: argparse.Namespace, options: TrainingOptions, paths: list[Path]
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """Sample, train, measure, write."""
+    """Sample, train, measure and write; return the exit code."""
     args = parse(arguments)
     fields = {field.name for field in dataclasses.fields(TrainingOptions)}
     options = TrainingOptions(**{k: v for k, v in vars(args).items() if k in fields})
@@ -70,14 +72,14 @@ def run(arguments: list[str] | None = None) -> int:
     if problems := options.problems():
         raise UserError("\n".join(problems))
     if sidecar_path.resolve() in {path.resolve() for path in paths}:
-        raise UserError(f"--output {args.output}: would write over the input {sidecar_path}")
+        raise UserError(f"--output {args.output}: would overwrite the input {sidecar_path}")
     made_from = recipe(args, options, paths)
     if is_current(model_path, sidecar_path, made_from):
         print(f"{model_path} is current")
         return 0
-    require_writable(args.output)  # now rather than after hours of training
+    require_writable(args.output)  # before hours of training
     for problem in require_texts(paths, args.text_key, max_bad_fraction=1.0):
-        print(f"train_tokenizer: {problem}; it gives no text", file=sys.stderr)
+        print(f"train_tokenizer: {problem}; its rows without text are skipped", file=sys.stderr)
     started = time.monotonic()
     budget = round(args.sample_mb * 1e6)
     sample = sample_sources(
@@ -85,7 +87,7 @@ def run(arguments: list[str] | None = None) -> int:
     )
     drawn = sum(len(block) for found in sample.values() for block in found)
     if drawn == 0:
-        raise UserError(f"--input: {len(paths)} files, but no text in them")
+        raise UserError(f"--input: no text in {len(paths)} files; give files with text")
     print(f"training {options.vocab_size} pieces on {drawn / 1e6:.1f} M characters ...", flush=True)
     model = train((block for found in sample.values() for block in found), options)
     with atomic_file(model_path) as file:
@@ -110,11 +112,11 @@ def run(arguments: list[str] | None = None) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; a file that cannot be used is the user's error."""
+    """Run the command; raise UserError for a file that cannot be used."""
     try:
         return run(arguments)
     except OSError as error:
         raise UserError(str(error)) from error
     except KeyboardInterrupt:
-        print("train_tokenizer: stopped; nothing was kept", file=sys.stderr)
+        print("train_tokenizer: stopped", file=sys.stderr)
         return 130

@@ -1,4 +1,4 @@
-"""Shards made by hand; no deadlines, because machines are shared."""
+"""Fixtures that write shards; no deadlines, because machines are shared."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ MakeShard = Callable[..., str]
 
 @pytest.fixture
 def make_shard(tmp_path: Path) -> MakeShard:
-    """``make_shard(name, documents, vocab_size=1000, fingerprint="f" * 64)`` -> its prefix."""
+    """Return ``make_shard(name, documents, vocab_size=1000, fingerprint="f" * 64)`` -> prefix."""
 
     def make(
         name: str,

@@ -17,7 +17,7 @@ OPTIONS = TrainingOptions(vocab_size=1000, sentinels=20)
 
 @pytest.fixture(scope="session")
 def corpus() -> list[str]:
-    """A third of a megabyte of real Python."""
+    """Return a third of a megabyte of real Python."""
     folder = Path(json.__file__).parent
     files = [*sorted(folder.glob("*.py")), Path(keyword.__file__)]
     return [path.read_text(encoding="utf-8") for path in files]
@@ -42,7 +42,7 @@ def tokenizer(model_path: Path) -> SentencePieceTokenizer:
 
 @pytest.fixture(scope="session")
 def reference(corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> HuggingFaceTokenizer:
-    """NeoX's kind: byte level, NFC, an end token, runs of spaces as added tokens."""
+    """Train NeoX's kind: byte level, NFC, an end token, runs of spaces as added tokens."""
     model = tokenizers.Tokenizer(models.BPE())
     model.normalizer = normalizers.NFC()
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,4 +1,4 @@
-"""Small tokenizers of every kind, each with something that an export could lose or add."""
+"""Small tokenizers of every kind, each with a feature that an export could lose or add."""
 
 import json
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def _byte_level(corpus: list[str], special: list[str], prefix: bool = False) -> 
 
 
 def template(corpus: list[str]) -> tuple[Any, dict[str, Any]]:
-    """A start and an end around every text, which also the configuration asks for."""
+    """Train a tokenizer that adds a start and an end to every text, also in its configuration."""
     made = _byte_level(corpus, [END, START])
     single = processors.TemplateProcessing(
         single=f"{START} $A {END}",
@@ -54,14 +54,14 @@ def template(corpus: list[str]) -> tuple[Any, dict[str, Any]]:
 
 
 def roberta(corpus: list[str]) -> tuple[Any, dict[str, Any]]:
-    """RoBERTa's: two markers, and a space before the first word."""
+    """Train RoBERTa's kind: two markers, and a space before the first word."""
     made = _byte_level(corpus, ["</s>", START], prefix=True)
     made.post_processor = processors.RobertaProcessing(("</s>", 0), (START, 1))
     return made, {"add_prefix_space": True}
 
 
 def plain_end(corpus: list[str]) -> tuple[Any, dict[str, Any]]:
-    """The end is a piece of the vocabulary like others: spelled out in a text it is letters."""
+    """Train a tokenizer whose end token is a normal piece: spelled out in a text it is letters."""
     made = _byte_level(corpus, [])
     definition = json.loads(made.to_str())
     definition["model"]["vocab"][END] = len(definition["model"]["vocab"])
@@ -69,7 +69,7 @@ def plain_end(corpus: list[str]) -> tuple[Any, dict[str, Any]]:
 
 
 def metaspace(corpus: list[str]) -> tuple[Any, dict[str, Any]]:
-    """Llama's: byte fallback, a space before the text, normalisers, BERT's post-processor."""
+    """Train Llama's kind: byte fallback, a leading space, normalisers, BERT's post-processor."""
     made = tokenizers.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     made.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
@@ -82,7 +82,7 @@ def metaspace(corpus: list[str]) -> tuple[Any, dict[str, Any]]:
 
 
 def stripping(corpus: list[str]) -> tuple[Any, dict[str, Any]]:
-    """Added tokens that take the white space around them, special and not; truncation."""
+    """Train a tokenizer whose added tokens strip white space, special and not; with truncation."""
     made = _byte_level(corpus, [END])
     made.add_special_tokens([AddedToken("<unk>", lstrip=True, rstrip=True)])
     made.add_tokens([AddedToken(" " * n, normalized=False) for n in (4, 8)])
@@ -101,7 +101,7 @@ KINDS: dict[str, Callable[[list[str]], tuple[Any, dict[str, Any]]]] = {
 
 
 def t5_like(model: bytes) -> bytes:
-    """A SentencePiece model that adds a space in front, folds white space, and has other names."""
+    """Return a SentencePiece model that adds a leading space, folds white space, renames pieces."""
     proto = model_pb2.ModelProto.FromString(model)
     proto.normalizer_spec.add_dummy_prefix = True
     proto.normalizer_spec.remove_extra_whitespaces = True

@@ -1,4 +1,4 @@
-"""What a user of transformers does with exported tokenizers; imports nothing of ours.
+"""Encode texts with exported tokenizers as a transformers user would; imports no Moetron code.
 
 ``python read_tokenizers.py TEXTS.json OUT.json FOLDER...`` writes ``{folder: [ids, ...]}``.
 """

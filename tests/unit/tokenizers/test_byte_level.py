@@ -1,4 +1,4 @@
-"""The tokenizer without a file."""
+"""The byte tokenizer."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,5 +21,5 @@ def test_every_id_has_one_meaning() -> None:
     assert tokenizer.sentinels[0] == tokenizer.vocab_size - 1
 
 
-def test_broken_utf8_is_marked() -> None:
+def test_invalid_utf8_is_replaced() -> None:
     assert ByteTokenizer().decode([0xE2, 0x82, 65]) == "\ufffdA"

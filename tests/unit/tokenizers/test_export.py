@@ -1,4 +1,4 @@
-"""Tokenizers under HuggingFace's AutoTokenizer, called as its users call it."""
+"""Exported tokenizers in HuggingFace's AutoTokenizer, called with its defaults."""
 
 import json
 import os
@@ -18,7 +18,7 @@ transformers = pytest.importorskip("transformers")
 READER = Path(__file__).with_name("read_tokenizers.py")
 ALL = ["bytes", "sentencepiece", "t5_like", *kinds.KINDS]
 MODEL_TYPES = ("olmoe", "mixtral", "llama", "qwen3_moe", "deepseek_v3", "openmoe")
-"""A model's config.json beside a tokenizer may change the class that transformers takes."""
+"""Configurations of models beside a tokenizer, which can change transformers' class."""
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def all_kinds(
 
 
 @pytest.mark.parametrize("kind", ALL)
-def test_texts_get_the_ids_that_they_have_in_shards(
+def test_texts_get_their_ids_in_shards(
     kind: str, all_kinds: dict[str, Tokenizer], corpus: list[str], tmp_path: Path
 ) -> None:
     tokenizer = all_kinds[kind]
@@ -51,7 +51,7 @@ def test_texts_get_the_ids_that_they_have_in_shards(
 def test_an_export_read_back_is_the_same_tokenizer(
     kind: str, all_kinds: dict[str, Tokenizer], tmp_path: Path
 ) -> None:
-    """So that a model imported from it goes on with the same shards."""
+    """A model imported from the export can continue with the same shards."""
     export(all_kinds[kind], tmp_path)
     again = load_tokenizer(tmp_path)
     assert again.fingerprint == all_kinds[kind].fingerprint
@@ -69,17 +69,19 @@ def test_the_model_beside_it_changes_nothing(
     assert why_not(all_kinds[kind], tmp_path) is None
 
 
-def test_a_class_that_transformers_forces_is_noticed(
+def test_a_class_forced_by_transformers_is_detected(
     all_kinds: dict[str, Tokenizer], tmp_path: Path
 ) -> None:
-    """It reads every tokenizer.json beside a Qwen2 model as Qwen2's."""
+    """Beside a Qwen2 model, transformers reads every tokenizer.json as Qwen2's."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
     export(all_kinds["template"], tmp_path)
     reason = why_not(all_kinds["template"], tmp_path)
     assert reason is not None and "tools/export_tokenizer.py" in reason
 
 
-def test_what_templates_add_is_noticed(all_kinds: dict[str, Tokenizer], tmp_path: Path) -> None:
+def test_tokens_added_by_templates_are_detected(
+    all_kinds: dict[str, Tokenizer], tmp_path: Path
+) -> None:
     tokenizer = all_kinds["template"]
     export(tokenizer, tmp_path)
     original = tokenizer.files["tokenizer.json"].read_bytes()

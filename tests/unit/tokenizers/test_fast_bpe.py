@@ -1,4 +1,4 @@
-"""The fast engine against HuggingFace's library, on a BPE trained here."""
+"""The fast engine gives the ids of HuggingFace's library, on a BPE trained here."""
 
 import importlib.util
 from concurrent.futures import ThreadPoolExecutor
@@ -58,7 +58,7 @@ def test_an_engine_that_has_grown_too_large_is_replaced(
     )
     fast = FastBPE(reference, threads=2)
     text = "nine char"
-    for _ in range(7):  # each engine is good for three calls
+    for _ in range(7):  # each engine lasts for three calls
         ids, _ = fast.encode_flat([text])
         assert ids.tolist() == reference.encode(text)
     assert len(engines) == made

@@ -1,4 +1,4 @@
-"""HuggingFace's tokenizer.json, made by its own library."""
+"""Tokenizers from a HuggingFace tokenizer.json, made by its own library."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from moetron.tokenizers.load import load_tokenizer
 
 
 def save_bpe(folder: Path, corpus: list[str], specials: list[str]) -> Path:
-    """A byte-level BPE of 400 ids, as GPT-NeoX's is made."""
+    """Train a byte-level BPE of 400 ids, like GPT-NeoX's."""
     made = tokenizers.Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
@@ -31,17 +31,17 @@ def save_bpe(folder: Path, corpus: list[str], specials: list[str]) -> Path:
 
 def test_ids_are_the_librarys_own(corpus: list[str], tmp_path: Path) -> None:
     path = save_bpe(tmp_path, corpus, ["<|endoftext|>", "<|padding|>"])
-    ours, theirs = load_tokenizer(tmp_path), tokenizers.Tokenizer.from_file(str(path))
-    assert ours.encode_batch(corpus) == [found.ids for found in theirs.encode_batch(corpus)]
-    assert [ours.decode(ours.encode(text)) for text in corpus] == corpus
-    assert (ours.eod, ours.pad, ours.vocab_size) == (0, 1, 400)
-    assert ours.decode([*ours.encode("a"), ours.eod]) == "a"
+    loaded, theirs = load_tokenizer(tmp_path), tokenizers.Tokenizer.from_file(str(path))
+    assert loaded.encode_batch(corpus) == [found.ids for found in theirs.encode_batch(corpus)]
+    assert [loaded.decode(loaded.encode(text)) for text in corpus] == corpus
+    assert (loaded.eod, loaded.pad, loaded.vocab_size) == (0, 1, 400)
+    assert loaded.decode([*loaded.encode("a"), loaded.eod]) == "a"
 
 
 @settings(deadline=None)
 @given(data=st.binary())
-def test_any_bytes_come_back(reference: HuggingFaceTokenizer, data: bytes) -> None:
-    """As the characters of those numbers: none of them is changed by NFC."""
+def test_any_bytes_round_trip(reference: HuggingFaceTokenizer, data: bytes) -> None:
+    """Encode bytes as characters of those numbers, which NFC does not change."""
     ids = reference.encode(data.decode("latin-1"))
     assert reference.decode(ids).encode("latin-1") == data
 
@@ -67,7 +67,7 @@ def test_fingerprint_ignores_layout_and_truncation(corpus: list[str], tmp_path: 
     assert after.encode(corpus[0]) == before.encode(corpus[0])
 
 
-def test_no_end_token_is_the_users_to_name(corpus: list[str], tmp_path: Path) -> None:
+def test_a_missing_end_token_is_an_error(corpus: list[str], tmp_path: Path) -> None:
     path = save_bpe(tmp_path, corpus, ["<stop>"])
     with pytest.raises(UserError, match=r"tokenizer_config\.json beside it"):
         HuggingFaceTokenizer(path)

@@ -1,4 +1,4 @@
-"""What --tokenizer-model may say."""
+"""Values of --tokenizer-model."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def test_mistakes_name_the_path_and_what_to_give(tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text("{")
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "empty").mkdir()
-    for name, said in {
+    for name, message in {
         "missing.model": "no such file",
         "text.txt": "ends with '.txt'",
         "bad.model": "not a SentencePiece model",
@@ -34,7 +34,7 @@ def test_mistakes_name_the_path_and_what_to_give(tmp_path: Path) -> None:
         "list.json": "not a JSON object",
         "empty": "no tokenizer in it",
     }.items():
-        with pytest.raises(UserError, match=said) as caught:
+        with pytest.raises(UserError, match=message) as caught:
             load_tokenizer(tmp_path / name)
         assert name in str(caught.value)
 

@@ -1,4 +1,4 @@
-"""The tokenizers of OLMoE, T5 and mT5, taken out of packages on PyPI."""
+"""Tokenizers of OLMoE, T5 and mT5, from packages on PyPI."""
 
 import hashlib
 import subprocess
@@ -47,7 +47,7 @@ QUICK = settings(deadline=None, max_examples=200)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files by name; skips where PyPI cannot be reached."""
+    """Download the files by name; skip if PyPI cannot be reached."""
     folder = tmp_path_factory.mktemp("real")
     for package in {package for package, _, _ in FILES.values()}:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder)]
@@ -76,7 +76,7 @@ def mt5(folder: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def library() -> list[str]:
-    """Two megabytes of Python."""
+    """Return two megabytes of Python."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:90]
     return [file.read_text(encoding="utf-8") for file in files]
 
@@ -90,20 +90,20 @@ def test_vocabularies_and_markers(folder: Path, olmo: Tokenizer, mt5: Tokenizer)
 
 @QUICK
 @given(text=TEXT)
-def test_olmos_gives_back_normalised_text(olmo: Tokenizer, text: str) -> None:
+def test_olmo_round_trips_normalised_text(olmo: Tokenizer, text: str) -> None:
     assert olmo.decode(olmo.encode(text)) == unicodedata.normalize("NFC", text)
 
 
 @QUICK
 @given(data=st.binary())
-def test_olmos_gives_back_any_bytes(olmo: Tokenizer, data: bytes) -> None:
+def test_olmo_round_trips_any_bytes(olmo: Tokenizer, data: bytes) -> None:
     assert olmo.decode(olmo.encode(data.decode("latin-1"))).encode("latin-1") == data
 
 
 @QUICK
 @given(text=TEXT)
-def test_mt5s_knows_any_text_as_it_normalises_it(mt5: Tokenizer, text: str) -> None:
-    """It folds white space and applies NFKC; what it gives back, it gives back again."""
+def test_mt5_round_trips_its_normalised_text(mt5: Tokenizer, text: str) -> None:
+    """mT5 folds white space and applies NFKC; its decoded text round-trips."""
     ids = mt5.encode(text)
     assert mt5.id_of("<unk>") is None and 2 not in ids
     again = mt5.decode(ids)
@@ -126,10 +126,10 @@ def test_the_fast_engine_gives_olmos_ids_on_real_text(olmo: Tokenizer, library: 
 def test_pieces_of_a_long_text_have_its_ids(
     folder: Path, library: list[str], name: str, context: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """BPE's throughout; SentencePiece's near the cuts, before float32 makes a difference."""
+    """BPE has the same ids everywhere; SentencePiece near the splits, before float32 matters."""
     tokenizer = load_tokenizer(folder / name)
     monkeypatch.setattr(long_text, "PIECE_CHARACTERS", 2000)
-    cuts = 0
+    splits = 0
     for text in library[:20]:
         pieces = list(long_text.pieces([text], tokenizer))
         assert max(map(len, pieces)) < 3000
@@ -138,8 +138,8 @@ def test_pieces_of_a_long_text_have_its_ids(
             assert tokenizer.encode(left) + tokenizer.encode(right) == tokenizer.encode(
                 left + right
             )
-            cuts += 1
-    assert cuts > 100
+            splits += 1
+    assert splits > 100
 
 
 def test_a_shard_of_olmos_ids_opens_in_megatron(
@@ -155,7 +155,9 @@ def test_a_shard_of_olmos_ids_opens_in_megatron(
         assert dataset[number].tolist() == [*olmo.encode(text), olmo.eod]
 
 
-def test_olmos_goes_to_autotokenizer(olmo: Tokenizer, library: list[str], tmp_path: Path) -> None:
+def test_olmo_is_exported_to_autotokenizer(
+    olmo: Tokenizer, library: list[str], tmp_path: Path
+) -> None:
     transformers = pytest.importorskip("transformers")
     export(olmo, tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)

@@ -1,4 +1,4 @@
-"""The copy of its tokenizer that a run keeps."""
+"""Copy of the tokenizer in a run's folder."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from tests.unit.tokenizers import kinds
 def original(
     request: pytest.FixtureRequest, model: bytes, corpus: list[str], tmp_path: Path
 ) -> Tokenizer:
-    """Of a file beside other files, which are not copied."""
+    """Load a file beside other files, which are not copied."""
     folder = tmp_path / "original"
     folder.mkdir()
     (folder / "notes.txt").write_text("not the tokenizer's")
@@ -33,7 +33,7 @@ def run_folder(tmp_path: Path, original: Tokenizer) -> Path:
     return run
 
 
-def test_a_copy_serves_without_the_original(original: Tokenizer, tmp_path: Path) -> None:
+def test_a_copy_works_without_the_original(original: Tokenizer, tmp_path: Path) -> None:
     run = run_folder(tmp_path, original)
     names = {path.name for path in (run / "tokenizer").iterdir()}
     assert names == {*original.files, "fingerprint"}

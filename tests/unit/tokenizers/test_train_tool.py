@@ -1,4 +1,4 @@
-"""tools/train_tokenizer.py: from JSONL to a tokenizer that says what it was made from."""
+"""tools/train_tokenizer.py: from JSONL to a tokenizer with a record of its origin."""
 
 import importlib
 import json
@@ -27,7 +27,7 @@ def write_corpus(folder: Path, corpus: list[str]) -> str:
     return str(folder)
 
 
-def test_it_trains_once_and_says_from_what(
+def test_it_trains_once_and_records_its_inputs(
     tool: ModuleType, corpus: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, prefix = write_corpus(tmp_path / "in", corpus), tmp_path / "out" / "tok.v1"
@@ -35,11 +35,11 @@ def test_it_trains_once_and_says_from_what(
     assert tool.main(arguments) == 0
     assert "code" in capsys.readouterr().out
     path = tmp_path / "out" / "tok.v1.model"
-    said = json.loads((tmp_path / "out" / "tok.v1.json").read_text())
+    sidecar = json.loads((tmp_path / "out" / "tok.v1.json").read_text())
     tokenizer = load_tokenizer(path)
-    assert said["fingerprint"] == tokenizer.fingerprint
-    assert said["vocab_size"] == tokenizer.vocab_size == 1024
-    assert said["fertility_on_training_text"]["code"]["bytes_per_token"] > 1.5
+    assert sidecar["fingerprint"] == tokenizer.fingerprint
+    assert sidecar["vocab_size"] == tokenizer.vocab_size == 1024
+    assert sidecar["fertility_on_training_text"]["code"]["bytes_per_token"] > 1.5
     assert (tmp_path / "out" / "tok.v1.fertility.png").read_bytes().startswith(b"\x89PNG")
     written = path.stat().st_mtime_ns
     assert tool.main(arguments) == 0
@@ -87,15 +87,15 @@ def test_flags_are_checked_before_the_corpus_is_read(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_input_is_not_written_over(tool: ModuleType, tmp_path: Path) -> None:
+def test_an_input_is_not_overwritten(tool: ModuleType, tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.json"
     corpus.write_text('{"text": "a text"}\n')
-    with pytest.raises(ValueError, match=r"--output .*: would write over the input .*corpus\.json"):
+    with pytest.raises(ValueError, match=r"--output .*: would overwrite the input .*corpus\.json"):
         tool.main(["--input", str(corpus), "--output", str(tmp_path / "corpus")])
     assert corpus.read_text() == '{"text": "a text"}\n'
 
 
-def test_an_output_that_cannot_be_written_is_known_before_training(
+def test_an_output_that_cannot_be_written_is_detected_before_training(
     tool: ModuleType, corpus: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = write_corpus(tmp_path / "in", corpus)

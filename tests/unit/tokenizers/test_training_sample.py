@@ -1,4 +1,4 @@
-"""Samples to train tokenizers on."""
+"""Samples for tokenizer training."""
 
 import pytest
 from hypothesis import given
@@ -36,7 +36,7 @@ def test_a_reservoir_keeps_to_its_budget_and_is_uniform() -> None:
 
 
 def test_unimax_worked_example() -> None:
-    """Budget 60 over 10, 20, 100: 10 once, 20 once (its share is 25), the rest to the largest."""
+    """Budget 60 over 10, 20, 100: 10 once, 20 once (below its even part, 25), the rest from 100."""
     assert unimax({"c": 100, "a": 10, "b": 20}, 60, 1) == {"a": 10, "b": 20, "c": 30}
     assert unimax({"c": 100, "a": 10, "b": 20}, 60, 5) == {"a": 20, "b": 20, "c": 20}
 
@@ -52,7 +52,7 @@ def test_unimax_spends_what_it_can(sizes: dict[str, int], budget: int, epochs: f
     assert sum(taken.values()) == pytest.approx(min(budget, sum(sizes.values()) * epochs))
 
 
-def test_sources_in_proportion_or_evened_out() -> None:
+def test_sources_in_proportion_or_balanced() -> None:
     corpus = [("big", "x" * 40_000), ("small", "y" * 10_000)] * 10
     drawn = sample_sources(lambda: corpus, 100_000, None, seed=1)
     sizes = {source: sum(map(len, found)) for source, found in drawn.items()}

@@ -1,4 +1,4 @@
-"""Our SentencePiece models: nothing is lost, ids are where umT5 has them."""
+"""SentencePiece models trained here: lossless, with umT5's id layout."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ AWKWARD = st.lists(st.sampled_from(UNUSUAL + MARKUP)).map("".join)
 
 @settings(max_examples=300, deadline=None)
 @given(text=TEXT | AWKWARD)
-def test_any_text_comes_back(tokenizer: SentencePieceTokenizer, text: str) -> None:
+def test_any_text_round_trips(tokenizer: SentencePieceTokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert all(0 <= i < tokenizer.vocab_size for i in ids)
@@ -37,7 +37,7 @@ def test_a_batch_is_its_texts(tokenizer: SentencePieceTokenizer, texts: list[str
     assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
 
 
-def test_ids_are_where_umt5_has_them(tokenizer: SentencePieceTokenizer, model: bytes) -> None:
+def test_ids_have_the_layout_of_umt5(tokenizer: SentencePieceTokenizer, model: bytes) -> None:
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
     assert [pieces.id_to_piece(i) for i in range(4)] == ["<pad>", "</s>", "<s>", "<unk>"]
     assert (tokenizer.pad, tokenizer.eod) == (0, 1)
@@ -48,7 +48,7 @@ def test_ids_are_where_umt5_has_them(tokenizer: SentencePieceTokenizer, model: b
     assert all(pieces.is_control(i) for i in range(1000, 1024))
 
 
-def test_three_hundred_sentinels_sit_on_top_of_256_000_pieces(corpus: list[str]) -> None:
+def test_three_hundred_sentinels_follow_256_000_pieces(corpus: list[str]) -> None:
     """umT5: <extra_id_0> is 256,299, <extra_id_299> is 256,000, and there are 256,384 rows."""
     proto = model_pb2.ModelProto.FromString(
         train(corpus, TrainingOptions(900, sentinels=0, padding_multiple=1))
@@ -97,7 +97,7 @@ def test_wrong_options_are_all_named() -> None:
         train(["text"], TrainingOptions(vocab_size=300, character_coverage=0.5))
 
 
-def test_too_little_text_says_so() -> None:
+def test_too_little_text_is_an_error() -> None:
     with pytest.raises(UserError, match="give more text or a smaller vocabulary"):
         train(["a short text"], TrainingOptions(vocab_size=4000))
 

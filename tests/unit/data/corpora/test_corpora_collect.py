@@ -1,4 +1,4 @@
-"""Collected corpora: nothing twice, within the budget, the same every time."""
+"""Collected corpora: no duplicates, within the budget, deterministic."""
 
 import importlib
 import os
@@ -23,7 +23,7 @@ def text(number: int, characters: int = 1000) -> str:
 
 
 def tasks_in(folder: Path, per_source: int = 30) -> list[Task]:
-    """Two sources whose files 0..9 are the same."""
+    """Return the tasks of two sources whose files 0..9 are the same."""
     tasks = []
     for source in ("first", "second"):
         (folder / source).mkdir(parents=True)
@@ -51,7 +51,7 @@ def test_every_text_is_kept_once_by_the_first_source(tmp_path: Path) -> None:
     assert {row["source"] for row in found} == {"first", "second"}
 
 
-def test_the_budget_is_shared_and_kept(tmp_path: Path) -> None:
+def test_the_budget_is_divided_and_not_exceeded(tmp_path: Path) -> None:
     tasks = tasks_in(tmp_path / "in")
     counts = write_corpus(tasks, tmp_path / "out", 20_000, 1, lambda *_: None)
     assert 9_000 < counts["first"].bytes <= 10_000
@@ -69,7 +69,7 @@ def test_workers_do_not_change_the_bytes(tmp_path: Path) -> None:
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
 
 
-def test_long_documents_are_cut_and_lose_nothing(tmp_path: Path) -> None:
+def test_long_documents_are_split_without_loss(tmp_path: Path) -> None:
     path = tmp_path / "long.txt"
     path.write_text(text(1, 450_000).strip() + "\n")
     parts = documents_of(Task("s", "long", path, plain))
@@ -82,7 +82,7 @@ def collector() -> ModuleType:
     return importlib.import_module("moetron.commands.collect_corpus")
 
 
-def test_the_tool_reuses_what_is_whole(
+def test_the_tool_reuses_a_complete_corpus(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     module, tasks, output = collector(), tasks_in(tmp_path / "in"), tmp_path / "out"
@@ -103,7 +103,7 @@ def test_the_tool_reuses_what_is_whole(
     assert is_current(output, manifest["made_from"])
 
 
-def test_the_folder_is_an_input_as_it_is(tmp_path: Path) -> None:
+def test_the_folder_can_be_an_input(tmp_path: Path) -> None:
     output = tmp_path / "out"
     write_corpus(tasks_in(tmp_path / "in"), output, 10**6, 1, lambda *_: None)
     (output / MANIFEST).write_text("{}")
@@ -117,7 +117,7 @@ def test_a_system_without_documentation_gives_nothing(tmp_path: Path) -> None:
     assert system_text.documentation(tmp_path) == system_text.manuals(tmp_path) == []
 
 
-def test_documentation_is_found_and_legal_text_left_out(tmp_path: Path) -> None:
+def test_documentation_is_found_and_legal_text_skipped(tmp_path: Path) -> None:
     for name in (
         "doc/a/README.gz", "doc/a/copyright", "doc/a/changelog.gz", "doc/a/guide.html",
         "doc/a/picture.png", "perl/5/pod/perl.pod", "info/a.info.gz", "man/man1/ls.1.gz",
@@ -151,13 +151,13 @@ def test_unpacked_debian_packages_are_read_with_their_licence(
     assert licences == {"wiki.jargon": "jargon: BSD, GPL-2"}
 
 
-def test_a_system_without_apt_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_system_without_apt_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match="apt-get is not here: this corpus needs a Debian system"):
+    with pytest.raises(UserError, match="apt-get: not found; this corpus needs a Debian system"):
         debian.gather(tmp_path / "packages", lambda _: None)
 
 
-def test_a_failing_download_says_what_apt_said(
+def test_a_failing_download_reports_the_message_of_apt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake = tmp_path / "apt-get"

@@ -1,4 +1,4 @@
-"""Files as a system has them, read into plain text: one worked example a format."""
+"""Readers of system files: one worked example per format."""
 
 import ast
 import gzip
@@ -107,7 +107,7 @@ def test_tidy_keeps_one_blank_line() -> None:
     assert tidy("\n a \r\n\n \n\t\n\nb\n\n") == " a\n\nb\n"
 
 
-LONG = "A sentence that is long enough to be a document of its own, told at some length. " * 2
+LONG = "A sentence that is long enough to be a document of its own, written at some length. " * 2
 SOURCE = f'''"""{LONG}"""
 
 import os

@@ -18,7 +18,7 @@ from moetron.tokenizers.byte_level import ByteTokenizer
 
 
 def repeats(document: list[int], repetitions: int, max_period: int) -> bool:
-    """The definition: some slice of n tokens, ``repetitions`` times, is in the document."""
+    """Return whether some slice of n tokens occurs ``repetitions`` times in a row (definition)."""
     return any(
         document[i : i + n * repetitions] == document[i : i + n] * repetitions
         for n in range(1, max_period + 1)
@@ -51,7 +51,7 @@ def test_repetitive_is_its_definition(documents, repetitions: int, max_period: i
     ),
     repetitions=st.integers(5, 34),
 )
-def test_no_repetition_hides_from_the_look_at_some_places(planted, repetitions: int) -> None:
+def test_sampled_positions_miss_no_repetition(planted, repetitions: int) -> None:
     documents = [before + ngram * times + after for ngram, times, before, after in planted]
     tokens = np.array([token for document in documents for token in document], np.int32)
     lengths = np.array(list(map(len, documents)), np.int64)
@@ -59,12 +59,12 @@ def test_no_repetition_hides_from_the_look_at_some_places(planted, repetitions: 
     assert repetitive(tokens, lengths, repetitions).tolist() == expected
 
 
-def test_a_repetition_that_begins_its_document_is_that_documents() -> None:
-    tokens = np.array([*range(8), *[9] * 33])  # the first of the places looked at is its first
+def test_a_repetition_at_the_start_belongs_to_its_document() -> None:
+    tokens = np.array([*range(8), *[9] * 33])  # the first sampled position is its first
     assert repetitive(tokens, np.array([8, 33]), 33).tolist() == [False, True]
 
 
-def test_the_manifest_counts_what_is_left_out(tmp_path: Path) -> None:
+def test_the_manifest_counts_dropped_documents(tmp_path: Path) -> None:
     texts = ["one two three four", "x", "word " * 9, "0123456789" * 9, "five six seven eight", ""]
     for number, text in enumerate(texts):
         (tmp_path / f"{number}.txt").write_text(text)

@@ -30,7 +30,7 @@ SPACES = [" ", "\n", "\t  ", *filter(str.isspace, map(chr, range(sys.maxunicode)
 
 
 def by_definition(text: str) -> bool:
-    """More than 3 of 10 words are the same, or more than 5 of 10 are one of two."""
+    """Return whether over 3 of 10 words are the same, or over 5 of 10 are one of two."""
     words = text.split()
     first, second, *_ = [*sorted(Counter(words).values(), reverse=True), 0, 0]
     if not words:
@@ -57,7 +57,7 @@ def test_worked_examples(text: str, expected: bool) -> None:
 
 @st.composite
 def texts(draw: st.DrawFn) -> str:
-    """Words of a few kinds, of which one or two may be many, between white space of any sort."""
+    """Draw words of a few kinds, one or two possibly frequent, between any white space."""
     words = draw(st.lists(st.sampled_from(WORDS), max_size=12))
     rare = [f"{number}" for number in range(draw(st.integers(0, 12)))]
     words = draw(st.permutations(words + rare))

@@ -1,4 +1,4 @@
-"""Documents too long to hold give the bytes that they would give if they were held."""
+"""Documents too long to hold in memory give the same bytes as held ones."""
 
 import gzip
 import json
@@ -74,7 +74,7 @@ def options(tmp_path: Path, monkeypatch) -> Options:
 
 
 def content(path: Path) -> bytes:
-    """The bytes of a file; of rejects, without what the parser says in brackets."""
+    """Return a file's bytes; for rejects, without the parser's message in brackets."""
     lines = path.read_bytes().splitlines()
     rejects = path.name.endswith(".rejects.jsonl")
     return (
@@ -169,7 +169,7 @@ def test_any_row_is_read_as_a_parser_reads_it(
 
 
 @given(content=st.binary(min_size=1, max_size=40), block_bytes=st.integers(1, 9))
-@example(content=b"\xef", block_bytes=1)  # the beginning of a byte order mark
+@example(content=b"\xef", block_bytes=1)  # start of a byte order mark
 def test_any_file_is_decoded_or_refused(tmp_path_factory, content: bytes, block_bytes: int) -> None:
     parts = [content[a:b] for a, b in pairwise([*range(0, len(content), block_bytes), None])]
     try:
@@ -183,15 +183,15 @@ def test_any_file_is_decoded_or_refused(tmp_path_factory, content: bytes, block_
 
 def test_a_tokenizer_is_trained_on_parts_of_long_documents(options: Options, monkeypatch) -> None:
     files = find_files(options.inputs)
-    whole = "".join(text for _, text in labelled_texts(files, "text"))
+    text = "".join(text for _, text in labelled_texts(files, "text"))
     hold_nothing(monkeypatch)
     parts = "".join(text for _, text in labelled_texts(files, "text"))
-    assert LONG[3] in parts and abs(len(parts) - len(whole)) < 0.3 * len(whole)
+    assert LONG[3] in parts and abs(len(parts) - len(text)) < 0.3 * len(text)
 
 
 def test_a_row_that_is_long_without_long_strings_is_refused(tmp_path: Path, monkeypatch) -> None:
     hold_nothing(monkeypatch)
     file = tmp_path / "numbers.jsonl"
     file.write_bytes(b'{"text": "a", "numbers": [%b0]}' % (b"1, " * 500))
-    with pytest.raises(long_rows.Unreadable, match="more than 1200 bytes beside its long strings"):
+    with pytest.raises(long_rows.Unreadable, match="more than 1200 bytes without its long strings"):
         LongText(LongChunk(str(file), 1, 0, file.stat().st_size, 0, Cursor()), "text")

@@ -1,4 +1,4 @@
-"""Windows to watch a model on: spread over the source, never overlapping."""
+"""Windows spread over a source, never overlapping."""
 
 import numpy as np
 import pytest
@@ -19,14 +19,14 @@ def test_windows_are_spread_and_carry_the_next_token(make_shard: MakeShard) -> N
     assert spread_windows(source, 1).shape == (1, 11)
 
 
-def test_sources_are_named_or_bear_their_prefix(make_shard: MakeShard) -> None:
+def test_sources_have_given_names_or_their_prefixes(make_shard: MakeShard) -> None:
     a, b = make_shard("a", [[1, 2, 3]]), make_shard("b", [[4, 5, 6]])
     named = named_sources([f"code={a}", f"prose={b}"], 2)
     assert {name: source.prefix for name, source in named.items()} == {"code": a, "prose": b}
     assert list(named_sources([a, b], 2)) == list(named_sources(["1", a, "2", b], 2)) == ["a", "b"]
     with pytest.raises(UserError, match="no text"):
         named_sources([], 2)
-    with pytest.raises(UserError, match="NAME=PREFIX for each"):
+    with pytest.raises(UserError, match="has no name; give NAME=PREFIX for each"):
         named_sources([f"code={a}", b], 2)
     with pytest.raises(UserError, match="too few for one sample"):
         named_sources([f"code={a}"], 3)

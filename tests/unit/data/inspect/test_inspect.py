@@ -90,7 +90,7 @@ def test_the_command_shows_the_stages_of_a_recipe(make_shard, tmp_path) -> None:
     assert run_tool("--config", str(tmp_path / "none.yaml")).returncode == 2
 
 
-def test_colours_and_markers_say_what_bears_loss() -> None:
+def test_colours_and_markers_show_tokens_with_loss() -> None:
     row = np.array([97, 98, 383, 99, 256, 256])
     sample = {"tokens": row[:-1], "labels": row[1:], "loss_mask": np.array([0, 0, 1, 1, 0])}
     text = sample_text(sample, ByteTokenizer(), colour=False)
@@ -124,14 +124,14 @@ def test_numbers_without_meaning_are_refused(make_shard) -> None:
         assert f"argument {flag}: {value}: give a whole number, at least" in run.stderr
 
 
-def test_flags_that_a_recipe_would_pass_over_are_refused(make_shard, tmp_path: Path) -> None:
-    """``--verify`` beside ``--config`` read nothing, and the exit code said that all was sound."""
+def test_flags_that_a_recipe_would_ignore_are_refused(make_shard, tmp_path: Path) -> None:
+    """``--verify`` with ``--config`` used to read nothing and to exit with 0."""
     recipe = tmp_path / "r.yaml"
     recipe.write_text("data: {mock_data: true}\n")
     for more, name in ((["--verify"], "--verify"), ([make_shard("p", [[1, 2]])], "a prefix")):
         run = run_tool("--config", str(recipe), *more)
         assert run.returncode == 2
-        assert f"--config shows stages; {name} goes without it" in run.stderr
+        assert f"--config: cannot be combined with {name}" in run.stderr
 
 
 def test_a_prefix_without_a_name_is_refused() -> None:

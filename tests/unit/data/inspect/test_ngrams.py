@@ -1,4 +1,4 @@
-"""The baselines that a trained model has to beat."""
+"""Count-based baselines of a trained model."""
 
 import math
 
@@ -57,9 +57,9 @@ def test_discounts_follow_chen_and_goodman() -> None:
 def test_chunks_do_not_change_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = np.random.default_rng(1).integers(0, 50, 1000).astype(np.int32)
     before, after = np.divmod(np.arange(2500), 50)
-    whole = NgramModels([stream], 50).bigram(before, after)
+    unchunked = NgramModels([stream], 50).bigram(before, after)
     monkeypatch.setattr(ngrams, "CHUNK_TOKENS", 7)
-    np.testing.assert_array_equal(NgramModels([stream], 50).bigram(before, after), whole)
+    np.testing.assert_array_equal(NgramModels([stream], 50).bigram(before, after), unchunked)
 
 
 def test_streams_are_not_joined() -> None:
@@ -69,7 +69,7 @@ def test_streams_are_not_joined() -> None:
 
 
 def test_a_first_order_chain_is_learned() -> None:
-    """The entropy rate of the chain is the best that a bigram can do; the unigram is far off."""
+    """The bigram reaches the chain's entropy rate; the unigram is far from it."""
     generator = np.random.default_rng(3)
     steps = generator.choice([1, 2, 5], p=[0.7, 0.2, 0.1], size=60_000)
     stream = np.cumsum(steps) % 64

@@ -1,4 +1,4 @@
-"""tools/ngram_baseline.py judges the windows that a model is judged on."""
+"""tools/ngram_baseline.py evaluates on the windows that models are evaluated on."""
 
 import importlib
 import json

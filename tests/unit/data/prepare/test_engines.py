@@ -20,7 +20,7 @@ from moetron.tokenizers.fast_bpe import FastBPE
 
 
 class WrongAfter(FastBPE):
-    """An engine that is right about every text but one."""
+    """Engine that is right about every text but one."""
 
     def __init__(self, reference: ByteTokenizer, wrong: str) -> None:
         self.reference, self.wrong = reference, wrong
@@ -35,7 +35,7 @@ class WrongAfter(FastBPE):
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("wrong", ["c.txt", None])
-def test_a_fast_engine_that_differs_is_given_up(
+def test_a_fast_engine_that_differs_is_replaced(
     tmp_path: Path, monkeypatch, caplog, wrong, workers: int
 ) -> None:
     monkeypatch.setattr("moetron.data.readers.rows.CHUNK_BYTES", 1)
@@ -46,11 +46,11 @@ def test_a_fast_engine_that_differs_is_given_up(
     preprocess(Options([str(tmp_path / "*.txt")], "bytes", str(tmp_path / "p"), workers=workers))
     shard = Shard(tmp_path / "p")
     assert [ByteTokenizer().decode(shard.document(i)) for i in range(4)] == names
-    assert ("beginning again with the reference" in caplog.text) == (wrong is not None)
+    assert ("restarting with the reference" in caplog.text) == (wrong is not None)
 
 
 @pytest.mark.parametrize(("texts", "at"), [(1, 450), (2, 900), (3, 0)])
-def test_beginning_middle_or_end_of_a_long_text_is_compared(texts: int, at: int) -> None:
+def test_start_middle_or_end_of_a_long_text_is_compared(texts: int, at: int) -> None:
     text = "".join(chr(0x4E00 + i) for i in range(1000))
     batch, characters = [text] * texts, encode_module.COMPARED_CHARACTERS
     piece = text[at : at + characters]
@@ -75,7 +75,7 @@ def test_threads_of_a_concurrent_tokenizer_give_the_same_bytes(tmp_path: Path, m
     assert (tmp_path / "p1.idx").read_bytes() == (tmp_path / "p3.idx").read_bytes()
 
 
-def test_pieces_of_a_long_text_are_cut_where_ids_allow(monkeypatch) -> None:
+def test_a_long_text_is_split_where_ids_do_not_change(monkeypatch) -> None:
     monkeypatch.setattr(long_text, "PIECE_CHARACTERS", 50)
     text = "some words\nand 漢字 more, " * 40
     found = list(long_text.pieces([text], ByteTokenizer()))
@@ -85,26 +85,26 @@ def test_pieces_of_a_long_text_are_cut_where_ids_allow(monkeypatch) -> None:
 
 
 @given(sizes=st.lists(st.integers(0, 700), max_size=20), letters=st.sampled_from(["x", "ab c\n"]))
-def test_pieces_do_not_depend_on_how_a_text_comes(sizes: list[int], letters: str) -> None:
+def test_pieces_do_not_depend_on_the_blocks(sizes: list[int], letters: str) -> None:
     text = letters * 400
     ends = [0, *sorted(min(size, len(text)) for size in sizes), len(text)]
     parts = [text[start:end] for start, end in pairwise(ends)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(long_text, "PIECE_CHARACTERS", 50)
         patch.setattr(long_text, "CONTEXT_CHARACTERS", 30)
-        whole = list(long_text.pieces([text], ByteTokenizer()))
-        assert list(long_text.pieces(parts, ByteTokenizer())) == whole
-    assert "".join(whole) == text
+        expected = list(long_text.pieces([text], ByteTokenizer()))
+        assert list(long_text.pieces(parts, ByteTokenizer())) == expected
+        assert "".join(expected) == text
 
 
 class Prefixed(ByteTokenizer):
-    """A tokenizer that marks the beginning of a text, so that no cut is safe."""
+    """Tokenizer that marks the start of a text, so that no split is safe."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [[0, *ids] for ids in super().encode_batch(texts)]
 
 
-def test_a_text_without_a_safe_place_is_cut_at_the_bound(monkeypatch) -> None:
+def test_a_text_without_a_safe_position_is_split_at_the_bound(monkeypatch) -> None:
     monkeypatch.setattr(long_text, "PIECE_CHARACTERS", 50)
     found = list(long_text.pieces(["some words " * 40], Prefixed()))
     assert [len(piece) for piece in found] == [200, 200, 40]

@@ -1,4 +1,4 @@
-"""A corpus in shares against the same corpus at once."""
+"""Partitions of a corpus give the bytes of a single run."""
 
 import json
 import os
@@ -12,12 +12,12 @@ import pytest
 from moetron.common.errors import UserError
 from moetron.data.encoding.filters import Filters
 from moetron.data.prepare.options import Options
-from moetron.data.prepare.partitions import Share
+from moetron.data.prepare.partitions import Partition
 from moetron.data.prepare.preprocess import preprocess
 
 SCRIPT = Path(__file__).parents[4] / "examples" / "slurm" / "preprocess_array.sh"
 SBATCH = """#!/usr/bin/env bash
-# A SLURM of one machine: runs what it is given, array tasks one after the other, the last first.
+# A mock of SLURM: runs its command here, array tasks in sequence, the last first.
 while [[ "$1" == --* ]]; do
   case "$1" in
     --parsable) shift ;;
@@ -34,7 +34,7 @@ echo "7;cluster"
 
 @pytest.fixture
 def options(tmp_path: Path) -> Options:
-    """Seven files of other sizes, with bad rows and copies."""
+    """Seven files of different sizes, with bad rows and copies."""
     for number in range(7):
         texts = [f"document {i % 40}: {'äöü 漢字 ' * (i % 7)}" for i in range(9 * number)]
         rows = [json.dumps({"text": text}) for text in texts] + ["bad"]
@@ -53,13 +53,13 @@ def options(tmp_path: Path) -> Options:
 
 
 def moved(options: Options, folder: str) -> Options:
-    """The same with other outputs."""
+    """Return the same options with other outputs."""
     out = Path(options.output_prefix).parents[1] / folder
     return replace(options, output_prefix=str(out / "p"), holdout_prefix=str(out / "v"))
 
 
 def contents(folder: Path) -> dict[str, object]:
-    """Files by name; of manifests, what does not speak of the folder."""
+    """Return files by name; of manifests, the parts independent of the folder."""
     files: dict[str, object] = {}
     for path in sorted(folder.iterdir()):
         files[path.name] = path.read_bytes()
@@ -69,10 +69,10 @@ def contents(folder: Path) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("count", [1, 3, 9])
-def test_shares_make_the_bytes_of_one_run(options: Options, count: int, tmp_path: Path) -> None:
+def test_partitions_give_the_bytes_of_one_run(options: Options, count: int, tmp_path: Path) -> None:
     preprocess(options)
     parts = moved(options, "parts")
-    with pytest.raises(UserError, match=r"not there.*share-00000-of"):
+    with pytest.raises(UserError, match=r"missing, or .*share-00000-of"):
         preprocess(replace(parts, merge_shares=count))
     for number in reversed(range(count)):
         preprocess(replace(parts, share=f"{number}/{count}"))
@@ -83,24 +83,24 @@ def test_shares_make_the_bytes_of_one_run(options: Options, count: int, tmp_path
     assert preprocess(replace(parts, merge_shares=count)).current
 
 
-def test_every_file_is_in_one_share(tmp_path: Path) -> None:
+def test_every_file_is_in_one_partition(tmp_path: Path) -> None:
     files = [tmp_path / str(number) for number in range(20)]
     for number, file in enumerate(files):
         file.write_bytes(b"x" * number)
     for count in (1, 3, 50):
-        shares = [Share(number, count).of(files) for number in range(count)]
-        assert [file for share in shares for file in share] == files
-    sizes = [sum(file.stat().st_size for file in Share(n, 3).of(files)) for n in range(3)]
+        partitions = [Partition(number, count).select(files) for number in range(count)]
+        assert [file for partition in partitions for file in partition] == files
+    sizes = [sum(file.stat().st_size for file in Partition(n, 3).select(files)) for n in range(3)]
     assert max(sizes) - min(sizes) <= 20
 
 
 @pytest.mark.parametrize("text", ["3", "3/3", "-1/3", "a/b", "1/"])
-def test_wrong_shares_are_named(options: Options, text: str) -> None:
+def test_wrong_partitions_are_named(options: Options, text: str) -> None:
     with pytest.raises(UserError, match=r"--share .*must be I/N"):
         preprocess(replace(options, share=text))
 
 
-def test_the_slurm_array_makes_the_bytes_of_one_run(options: Options, tmp_path: Path) -> None:
+def test_the_slurm_array_gives_the_bytes_of_one_run(options: Options, tmp_path: Path) -> None:
     options = replace(options, filters=Filters(), shard_size_tokens=None, holdout_fraction=0.0)
     options = replace(options, holdout_prefix=None)
     preprocess(options)

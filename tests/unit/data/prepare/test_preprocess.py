@@ -24,7 +24,7 @@ EOD = ByteTokenizer.eod
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch) -> None:
-    """Several tasks even for small files."""
+    """Make several chunks even of small files."""
     monkeypatch.setattr(inputs_module, "CHUNK_BYTES", 1000)
 
 
@@ -33,7 +33,7 @@ def rows(texts: list[str]) -> bytes:
 
 
 def decoded(prefix: str) -> list[str]:
-    """Texts of a shard as megatron-core reads it; every document must end with one EOD."""
+    """Return a shard's texts, read by megatron-core; every document must end with one EOD."""
     documents = [document.tolist() for document in IndexedDataset(prefix)]
     assert all(document.count(EOD) == 1 and document[-1] == EOD for document in documents)
     return [ByteTokenizer().decode(document) for document in documents]
@@ -105,7 +105,7 @@ def test_holdout_is_decided_by_content(options: Options, tmp_path: Path) -> None
     assert set(decoded(str(held.holdout_prefix))) == set(validation)
 
 
-def test_a_second_run_finds_its_work_done(options: Options, tmp_path: Path) -> None:
+def test_a_second_run_finds_its_output_current(options: Options, tmp_path: Path) -> None:
     first = preprocess(options)
     again = preprocess(replace(options, workers=2))
     assert not first.current and again.current and again.manifests == first.manifests
@@ -180,14 +180,19 @@ def test_option_problems_come_all_at_once(options: Options) -> None:
     wrong = replace(options, workers=0, holdout_fraction=1.5, max_bad_fraction=-1)
     with pytest.raises(UserError) as caught:
         preprocess(wrong)
-    for flag in ("--workers 0", "--holdout-fraction 1.5", "--max-bad-fraction -1", "each other"):
+    for flag in (
+        "--workers 0",
+        "--holdout-fraction 1.5",
+        "--max-bad-fraction -1",
+        "both or neither",
+    ):
         assert flag in str(caught.value)
 
 
 @pytest.mark.parametrize("ending", [".bin", ".idx"])
 def test_a_prefix_has_no_ending_of_a_shard(options: Options, tmp_path: Path, ending: str) -> None:
-    """--data-path P.bin means P: a shard of that name could not be named."""
-    with pytest.raises(UserError, match="give the name without"):
+    """``--data-path P.bin`` means P: a shard with such a name could not be given."""
+    with pytest.raises(UserError, match=r"give the name without \.bin or \.idx"):
         preprocess(replace(options, output_prefix=str(tmp_path / f"p{ending}")))
 
 
@@ -213,7 +218,7 @@ def run_tool(*arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_the_command_makes_a_shard_and_says_so(options: Options) -> None:
+def test_the_command_writes_a_shard_and_reports_it(options: Options) -> None:
     arguments = ("--input", *options.inputs, "--tokenizer", "bytes", "--append-eod")
     done = run_tool(*arguments, "--output-prefix", options.output_prefix, "--workers", "2")
     assert (done.returncode, done.stderr) == (0, "")

@@ -32,7 +32,7 @@ def command(source: Path, prefix: Path, *flags: str) -> list[str]:
 
 
 def test_killed_at_ten_random_moments(tmp_path: Path) -> None:
-    """With the journal as often as in use, and the moments within the time that a run takes."""
+    """Kill at random moments within the run's time, with the default journal interval."""
     text = "a line of text that takes some time to hash, to encode and to write\n" * 600
     with (tmp_path / "in.jsonl").open("w") as file:
         for number in range(1000):
@@ -51,7 +51,7 @@ def test_killed_at_ten_random_moments(tmp_path: Path) -> None:
                 process.send_signal(signal.SIGKILL)
         if process.returncode == -signal.SIGKILL:
             killed += 1
-        else:  # it came to its end: begin anew
+        else:  # it finished: start again
             for file in tmp_path.glob("q*"):
                 file.unlink()
     subprocess.run(command(tmp_path / "in.jsonl", tmp_path / "q", *flags), check=True)
@@ -88,7 +88,7 @@ sys.argv = sys.argv[1:]
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 finally:
-    status = open("/proc/self/status").read()  # ru_maxrss would begin with the parent's memory
+    status = open("/proc/self/status").read()  # ru_maxrss would include the parent's memory
     print(int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1]) / 1e6)
 """
 

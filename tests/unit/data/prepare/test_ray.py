@@ -1,4 +1,4 @@
-"""A Ray cluster against this machine's own processes."""
+"""A Ray cluster gives the bytes of local processes."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def test_two_nodes_and_a_killed_worker_give_the_local_bytes(
 
 
 def is_worker(process: psutil.Process, own: set[int]) -> bool:
-    """Whether a process is a Ray worker of this test."""
+    """Return whether a process is a Ray worker of this test."""
     command = process.info["cmdline"] or [""]
     return command[0].startswith(("ray::_call", "ray::IDLE")) and any(
         parent.pid in own for parent in process.parents()

@@ -1,4 +1,4 @@
-"""Preprocessing that is killed, and goes on."""
+"""Preprocessing that is killed and resumes."""
 
 import gzip
 import json
@@ -27,10 +27,12 @@ OUTPUTS = ["p.bin", "p.idx", "p.json", "p.rejects.jsonl", "v.bin", "v.idx", "v.j
 
 @pytest.fixture
 def options(tmp_path: Path, monkeypatch) -> Options:
-    """Some tasks of rows, packed rows and plain files, with bad rows and a held-out side."""
+    """Options for several chunks of rows and files, some packed, with bad rows and a holdout."""
     monkeypatch.setattr(inputs_module, "CHUNK_BYTES", 800)
     monkeypatch.setattr(output_module, "JOURNAL_INTERVAL_S", 0.0)
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # a kill leaves the page cache alone
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: None
+    )  # a kill does not clear the page cache
     rows = [json.dumps({"text": text}).encode() + b"\n" for text in TEXTS]
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jsonl").write_bytes(b"".join([*rows[:16], b"bad\n", b"{}\n"]))
@@ -53,7 +55,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def killed_at(operation: int, options: Options) -> bool:
-    """Whether a process that kills itself at its n-th step towards the disk got so far."""
+    """Return whether a process was killed at its n-th file operation."""
 
     def counted(function: Callable) -> Callable:
         def call(*arguments, **named):
@@ -78,7 +80,7 @@ def killed_at(operation: int, options: Options) -> bool:
 
 
 @pytest.mark.parametrize("split", [False, True])
-def test_a_run_killed_at_any_step_goes_on_to_the_same_bytes(options: Options, split) -> None:
+def test_a_run_killed_at_any_step_resumes_to_the_same_bytes(options: Options, split) -> None:
     out = Path(options.output_prefix).parent
     if split:
         filters = Filters(deduplicate=True)
@@ -93,14 +95,14 @@ def test_a_run_killed_at_any_step_goes_on_to_the_same_bytes(options: Options, sp
         if not killed_at(operation, options):
             break
         if operation % 5 == 0:
-            killed_at(operation // 3, options)  # once more on the way
+            killed_at(operation // 3, options)  # kill the resumed run too
         preprocess(options)
         assert contents(out) == expected, f"killed at step {operation}"
         operation += 4 if split else 1
     assert operation > 40
 
 
-def test_goes_on_instead_of_starting_again(options: Options, monkeypatch) -> None:
+def test_resumes_instead_of_starting_again(options: Options, monkeypatch) -> None:
     taken = []
     real = engine_module.encode_chunk
 
@@ -143,7 +145,7 @@ if __name__ == "__main__":
 """
 
 
-def test_the_workers_of_a_killed_run_end_and_it_goes_on(tmp_path: Path) -> None:
+def test_the_workers_of_a_killed_run_end_and_it_resumes(tmp_path: Path) -> None:
     text = "a line of text that is long enough to take some time\n" * 200
     rows = [json.dumps({"text": f"{i} {text}"}) for i in range(100)]
     (tmp_path / "in.jsonl").write_text("\n".join(rows))
@@ -168,7 +170,7 @@ def read(path: Path) -> bytes | None:
 
 
 def group_ends(group: int) -> bool:
-    """Whether every process of a group is gone within some seconds."""
+    """Return whether every process of a group ends within some seconds."""
     for _ in range(100):
         try:
             os.killpg(group, 0)

@@ -1,4 +1,4 @@
-"""Runs that meet, are stopped, or find no room."""
+"""Concurrent runs, stopped runs, and full disks."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ import pytest
 from moetron.common.errors import UserError
 from moetron.data.prepare import output as output_module
 from moetron.data.prepare.options import Options
-from moetron.data.prepare.output_lock import held
+from moetron.data.prepare.output_lock import lock_outputs
 from moetron.data.prepare.preprocess import preprocess
 
 TOOL = Path(__file__).parents[4] / "tools" / "preprocess_corpus.py"
@@ -38,7 +38,7 @@ def arguments(options: Options, *more: str) -> list[str]:
 
 
 def after(change: str, command: list[str]) -> list[str]:
-    """The command with a change to ``moetron.data.prepare.output``, there called ``o``."""
+    """Return the command after a change to ``moetron.data.prepare.output``, named ``o``."""
     begin = f"import sys, runpy; from moetron.data.prepare import output as o\n{change}\n"
     run = "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     return [command[0], "-c", begin + run, *command[1:]]
@@ -47,8 +47,8 @@ def after(change: str, command: list[str]) -> list[str]:
 def test_a_second_run_with_the_same_output_is_refused(options: Options, tmp_path: Path) -> None:
     holdout = {"holdout_fraction": 0.5, "holdout_prefix": str(tmp_path / "out" / "v")}
     for prefix in (options.output_prefix, holdout["holdout_prefix"]):
-        with held([str(prefix)]):
-            with pytest.raises(UserError, match=f"{prefix}: another run is writing it; wait for"):
+        with lock_outputs([str(prefix)]):
+            with pytest.raises(UserError, match=f"{prefix}: another run is writing it; wait until"):
                 preprocess(replace(options, **holdout))
             assert [file.name for file in (tmp_path / "out").iterdir()] == [f"{prefix[-1]}.lock"]
     preprocess(options)
@@ -64,14 +64,14 @@ def test_a_killed_runs_lock_does_not_count(options: Options) -> None:
 
 
 def test_only_one_of_many_holds_an_output(tmp_path: Path) -> None:
-    """Owners remove the file: who has opened it before must not hold a lock on nothing."""
+    """Owners remove the file: a run that opened it before must not lock a deleted file."""
     inside, most, wins = 0, 0, 0
 
     def hold() -> None:
         nonlocal inside, most, wins
         for _ in range(200):
             try:
-                with held([str(tmp_path / "p")]):
+                with lock_outputs([str(tmp_path / "p")]):
                     inside += 1
                     most, wins = max(most, inside), wins + 1
                     time.sleep(0.0005)
@@ -94,9 +94,9 @@ def test_one_output_by_two_names_is_refused(options: Options, tmp_path: Path) ->
 
 
 def test_shards_beside_an_older_single_one_are_refused(options: Options) -> None:
-    """``--data-path P`` would go on reading the old one."""
+    """``--data-path P`` would still read the old one."""
     preprocess(options)
-    with pytest.raises(UserError, match=r"--shard-size-tokens 9000: .*p\.idx is there from a run"):
+    with pytest.raises(UserError, match=r"--shard-size-tokens 9000: .*p\.idx exists from a run"):
         preprocess(replace(options, shard_size_tokens=9000))
 
 
@@ -109,15 +109,15 @@ def test_a_signal_keeps_what_was_done(options: Options, tmp_path: Path, number: 
     slow += "o.Output.take = late"
     command = after(slow, arguments(options))
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    begun = Path(options.output_prefix + ".bin.tmp")
-    while not (begun.exists() and begun.stat().st_size):
+    started = Path(options.output_prefix + ".bin.tmp")
+    while not (started.exists() and started.stat().st_size):
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 75, said
-    assert "preprocess_corpus: stopped; run the same command to go on" in said
-    assert "Traceback" not in said
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "preprocess_corpus: stopped; run the same command to resume" in errors
+    assert "Traceback" not in errors
     journal = json.loads(Path(options.output_prefix + ".progress.json").read_bytes())
     assert 0 < journal["rows"] < 4_000
     taken: list[int] = []
@@ -142,14 +142,14 @@ def test_a_full_disk_is_named_with_the_output_and_costs_nothing(
     run = subprocess.run(command, preexec_fn=little_room, capture_output=True, text=True)
     assert run.returncode == 2 and "Traceback" not in run.stderr
     assert f"--output-prefix {options.output_prefix}: " in run.stderr
-    assert "mend this and run the same command to go on" in run.stderr
+    assert "fix this and run the same command to resume" in run.stderr
     assert subprocess.run(command, check=False).returncode == 0
     left = {path.suffix for path in Path(options.output_prefix).parent.iterdir()}
     assert left == {".bin", ".idx", ".json"}
 
 
 def test_a_disk_that_is_full_for_the_digests_is_named_too(options: Options) -> None:
-    """SQLite has errors of its own; documents of a word are shorter than their digests."""
+    """SQLite has its own errors; one-word documents are shorter than their digests."""
     words = "\n".join(json.dumps({"text": str(n)}) for n in range(5000))
     (Path(options.inputs[0]) / "0.jsonl").write_text(words)
 
@@ -162,7 +162,7 @@ def test_a_disk_that_is_full_for_the_digests_is_named_too(options: Options) -> N
     assert f"--output-prefix {options.output_prefix}: d" in run.stderr  # database or disk is full
 
 
-def test_beginning_anew_is_said(options: Options, tmp_path: Path, monkeypatch, caplog) -> None:
+def test_a_restart_is_logged(options: Options, tmp_path: Path, monkeypatch, caplog) -> None:
     monkeypatch.setattr(output_module, "JOURNAL_INTERVAL_S", 0.0)
     finish = output_module.Output.finish_rejects
     monkeypatch.setattr(
@@ -177,11 +177,11 @@ def test_beginning_anew_is_said(options: Options, tmp_path: Path, monkeypatch, c
     assert "had other inputs, settings or tokenizer" in caplog.text
 
 
-def test_what_was_left_out_is_told(options: Options, tmp_path: Path) -> None:
+def test_dropped_documents_are_printed(options: Options, tmp_path: Path) -> None:
     (tmp_path / "in" / "z.jsonl").write_text("no JSON\n")
     run = subprocess.run(arguments(options, "--deduplicate"), capture_output=True, text=True)
     assert run.returncode == 0
-    assert "left out: rejected 1, duplicate 3500" in run.stdout
+    assert "dropped: rejected 1, duplicate 3500" in run.stdout
 
 
 def test_a_disk_that_fails_while_it_is_read_loses_nothing(options: Options, tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ pathlib.Path.open = open
 """
     done = subprocess.run(after(fail, arguments(options)), capture_output=True, text=True)
     assert done.returncode == 2
-    assert "f.jsonl: cannot be read ([Errno 5] Input/output error); mend this" in done.stderr
+    assert "f.jsonl: cannot be read ([Errno 5] Input/output error); fix this" in done.stderr
     state = json.loads(Path(options.output_prefix + ".progress.json").read_bytes())
     assert state["cursor"]["file"] > 0
     preprocess(options)

@@ -1,4 +1,4 @@
-"""Inputs that are damaged, cut off, or change while they are read."""
+"""Inputs that are damaged, truncated, or change while they are read."""
 
 import gzip
 import time
@@ -25,7 +25,7 @@ def options(tmp_path: Path) -> Options:
 
 
 def zstd(*, checksum: bool, sized: bool) -> bytes:
-    """Frames of several blocks, one a run of one byte, around a frame to be passed over."""
+    """Return frames of several blocks, one a repeated byte, around a skippable frame."""
     zstandard = pytest.importorskip("zstandard", reason="the extra `zstd` is not installed")
     packer = zstandard.ZstdCompressor(write_checksum=checksum, write_content_size=sized)
     skippable = (0x184D2A53).to_bytes(4, "little") + (5).to_bytes(4, "little") + b"12345"
@@ -34,7 +34,7 @@ def zstd(*, checksum: bool, sized: bool) -> bytes:
 
 @pytest.mark.parametrize("checksum", [False, True])
 @pytest.mark.parametrize("sized", [False, True])
-def test_a_zstandard_file_that_breaks_off_anywhere_is_refused(
+def test_a_zstandard_file_truncated_anywhere_is_refused(
     options: Options, tmp_path: Path, checksum: bool, sized: bool
 ) -> None:
     file, data = tmp_path / "in" / "a.jsonl.zst", zstd(checksum=checksum, sized=sized)
@@ -47,7 +47,7 @@ def test_a_zstandard_file_that_breaks_off_anywhere_is_refused(
         with refused, content(file) as (_, stream):
             stream.read()
     file.write_bytes(data[: len(data) // 2])
-    with pytest.raises(UserError, match="it breaks off: the file is not whole"):
+    with pytest.raises(UserError, match="the file is truncated"):
         preprocess(replace(options, max_bad_fraction=1.0))
     assert not [path for path in (tmp_path / "out").iterdir() if ".tmp" in path.name]
 
@@ -123,8 +123,8 @@ def test_an_input_that_grows_meanwhile_is_refused(
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_many_empty_files_take_no_time_of_their_square(tmp_path: Path) -> None:
-    """With a sum over all that wait, these took half a minute."""
+def test_many_empty_files_take_linear_time(tmp_path: Path) -> None:
+    """With a sum over all waiting files, these took half a minute."""
     for number in range(200):
         (tmp_path / f"{number}").touch()
     files = [tmp_path / f"{number % 200}" for number in range(40_000)]

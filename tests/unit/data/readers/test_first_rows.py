@@ -1,4 +1,4 @@
-"""A wrong --text-key is known from the first rows, and a few bad rows are not taken for one."""
+"""A wrong --text-key is detected in the first rows; a few bad rows are not taken for one."""
 
 import gzip
 import json
@@ -36,7 +36,7 @@ def options(tmp_path: Path) -> Options:
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
-def test_a_wrong_key_is_known_after_the_first_rows(
+def test_a_wrong_key_is_detected_in_the_first_rows(
     options: Options, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path / "in" / name, [BAD] * 20_000)
@@ -44,7 +44,7 @@ def test_a_wrong_key_is_known_after_the_first_rows(
     monkeypatch.setattr(first_rows, "read_chunks", counted(first_rows.read_chunks, read))
     with pytest.raises(UserError) as caught:
         preprocess(options)
-    assert "--text-key text: the first rows hold no text under it" in str(caught.value)
+    assert "--text-key text: the first rows have no text under it" in str(caught.value)
     assert f"{name}: row 1: no key 'text'; the row has content, meta" in str(caught.value)
     assert 0 < sum(read) <= 2 * first_rows.CHUNK_BYTES
     assert not list((tmp_path / "out").glob("*"))
@@ -118,7 +118,7 @@ def test_texts_and_empty_files_pass(tmp_path: Path) -> None:
     assert require_texts([tmp_path / "a.txt", tmp_path / "b.jsonl"], "text", 0.0) == []
 
 
-def test_too_many_bad_rows_are_told_on_the_way(
+def test_too_many_bad_rows_give_an_early_warning(
     options: Options, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write(tmp_path / "in" / "a.jsonl", [GOOD, BAD] * 1000)
@@ -129,7 +129,7 @@ def test_too_many_bad_rows_are_told_on_the_way(
 
 
 def pipe(tmp_path: Path, *flags: str) -> subprocess.Popen:
-    """preprocess_corpus on a pipe that stays open."""
+    """Start preprocess_corpus on a pipe that stays open."""
     program = [sys.executable, str(ROOT / "tools" / "preprocess_corpus.py"), "--input", "-"]
     return subprocess.Popen(
         [*program, "--output-prefix", str(tmp_path / "out" / "p"), *flags],
@@ -140,20 +140,20 @@ def pipe(tmp_path: Path, *flags: str) -> subprocess.Popen:
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (["--tokenizer", "bytes"], b"standard input: row 1: no key 'text'; the row has content"),
         (["--tokenizer", "absent.model"], b"absent.model: no such file"),
     ],
 )
-def test_a_pipe_is_not_read_to_its_end(tmp_path: Path, flags: list[str], said: bytes) -> None:
+def test_a_pipe_is_not_read_to_its_end(tmp_path: Path, flags: list[str], message: bytes) -> None:
     with pipe(tmp_path, *flags) as process:
         assert process.stdin is not None and process.stderr is not None
         with suppress(BrokenPipeError):  # it may have ended already
             process.stdin.write(b"".join([json.dumps(BAD).encode() + b"\n"] * 60_000))
             process.stdin.flush()
         assert process.wait(timeout=60) == 2  # while the pipe is open
-        assert said in process.stderr.read()
+        assert message in process.stderr.read()
         with suppress(BrokenPipeError):
             process.stdin.close()
     assert not list((tmp_path / "out").glob("*.stdin*"))

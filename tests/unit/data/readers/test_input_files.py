@@ -1,4 +1,4 @@
-"""Which files inputs name: links, globs, odd names, outputs of earlier runs."""
+"""Files matched by inputs: links, globs, odd names, outputs of earlier runs."""
 
 import json
 import os
@@ -26,14 +26,14 @@ def names(*patterns: str | Path) -> list[str]:
     return [file.name for file in find_files([str(pattern) for pattern in patterns])]
 
 
-def test_a_file_is_taken_once_whatever_it_is_called(folder: Path, monkeypatch) -> None:
+def test_a_file_with_several_names_is_read_once(folder: Path, monkeypatch) -> None:
     (folder / "0.jsonl").symlink_to(folder / "a.jsonl")
     assert names(folder, f"{folder}/../in/a.jsonl") == ["a.jsonl", "b.jsonl"]
     monkeypatch.chdir(folder.parent)
     assert names("in", folder) == ["a.jsonl", "b.jsonl"]
 
 
-def test_linked_folders_are_searched_and_circles_end(folder: Path, tmp_path: Path) -> None:
+def test_linked_folders_are_searched_and_cycles_end(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "in2").mkdir()
     (tmp_path / "in2" / "c.jsonl").write_text(ROW)
     (folder / "linked").symlink_to(tmp_path / "in2")
@@ -44,16 +44,16 @@ def test_linked_folders_are_searched_and_circles_end(folder: Path, tmp_path: Pat
 def test_a_broken_link_is_refused_by_name(folder: Path) -> None:
     (folder / "gone.jsonl").symlink_to(folder / "nowhere")
     for pattern in (folder, folder / "gone.jsonl", folder / "*.jsonl"):
-        with pytest.raises(UserError, match=r"gone\.jsonl: a link to a file that is not there$"):
+        with pytest.raises(UserError, match=r"gone\.jsonl: a dangling link$"):
             names(pattern)
 
 
-def test_a_glob_finds_what_is_below_the_folders_that_it_names(folder: Path) -> None:
+def test_a_glob_finds_files_below_matched_folders(folder: Path) -> None:
     assert names(folder / "*") == ["a.jsonl", "b.jsonl"]
     assert names(folder / "**" / "*.jsonl") == ["a.jsonl", "b.jsonl"]
 
 
-def test_a_name_with_brackets_or_a_tilde_is_a_name(folder: Path, monkeypatch) -> None:
+def test_brackets_and_tildes_in_names(folder: Path, monkeypatch) -> None:
     monkeypatch.chdir(folder)
     for name in ("part[1].jsonl", "~nobody.jsonl"):
         Path(name).write_text(ROW)
@@ -62,7 +62,7 @@ def test_a_name_with_brackets_or_a_tilde_is_a_name(folder: Path, monkeypatch) ->
         names("~nobody/x")
 
 
-def test_a_pipe_is_refused_with_the_way_to_read_it(tmp_path: Path) -> None:
+def test_a_pipe_is_refused_with_a_remedy(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "p.jsonl")
     with pytest.raises(UserError, match=r"a pipe or device; give - and redirect: --input - < .*l$"):
         names(tmp_path / "p.jsonl")
@@ -88,13 +88,13 @@ def test_formats_that_are_not_read_are_refused(folder: Path, name: str) -> None:
         names(folder)
 
 
-def test_capital_letters_make_no_other_format(folder: Path, tmp_path: Path) -> None:
+def test_suffixes_ignore_case(folder: Path, tmp_path: Path) -> None:
     (folder / "a.jsonl").rename(folder / "A.JSONL")
     outcome = preprocess(Options([str(folder)], "bytes", str(tmp_path / "p")))
     assert [m.text_bytes for m in outcome.manifests.values()] == [2 * len("a text")]
 
 
-def test_caches_beside_a_saved_dataset_are_passed_over(tmp_path: Path) -> None:
+def test_caches_beside_a_saved_dataset_are_skipped(tmp_path: Path) -> None:
     for name in ("data-00000-of-00001.arrow", "cache-1f.arrow"):
         (tmp_path / name).write_bytes(b"")
     state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}
@@ -104,7 +104,7 @@ def test_caches_beside_a_saved_dataset_are_passed_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [None, 4])
-def test_outputs_may_lie_among_the_inputs(folder: Path, size: int | None) -> None:
+def test_outputs_may_be_among_the_inputs(folder: Path, size: int | None) -> None:
     (folder / "bad.jsonl").write_text("no JSON\n")
     for pattern in (str(folder), str(folder / "*")):
         for current in (False, True):
@@ -117,11 +117,11 @@ def test_outputs_may_lie_among_the_inputs(folder: Path, size: int | None) -> Non
             file.unlink()
 
 
-def test_an_input_is_not_written_over(folder: Path) -> None:
+def test_an_input_is_not_overwritten(folder: Path) -> None:
     (folder / "q.json").write_text(ROW)
     for pattern in (folder, folder / "q.json"):
         options = Options([str(pattern)], "bytes", str(folder / "q"))
-        with pytest.raises(UserError, match=r"q\.json: the run would write over it; choose"):
+        with pytest.raises(UserError, match=r"q\.json: the run would overwrite it; choose"):
             preprocess(options)
     assert (folder / "q.json").read_text() == ROW
     assert sorted(file.name for file in folder.iterdir()) == ["a.jsonl", "q.json", "sub"]
@@ -129,5 +129,7 @@ def test_an_input_is_not_written_over(folder: Path) -> None:
 
 @pytest.mark.parametrize("prefix", ["", ".", "/", "x/", ".."])
 def test_a_prefix_without_a_name_is_refused(folder: Path, prefix: str) -> None:
-    with pytest.raises(UserError, match=r"--output-prefix .*: names a folder; add the beginning"):
+    with pytest.raises(
+        UserError, match=r"--output-prefix .*: names a folder; add a file name prefix"
+    ):
         preprocess(Options([str(folder)], "bytes", prefix))

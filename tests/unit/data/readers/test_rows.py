@@ -35,7 +35,7 @@ def decoded(prefix: str) -> list[str]:
 
 @pytest.fixture
 def options(tmp_path: Path, monkeypatch) -> Options:
-    """Of ``in`` to ``out/p``, in many tasks."""
+    """Options from ``in`` to ``out/p``, in many chunks."""
     monkeypatch.setattr(inputs_module, "CHUNK_BYTES", 700)
     monkeypatch.setattr(tables, "BATCH_ROWS", 13)
     (tmp_path / "in").mkdir()
@@ -43,7 +43,7 @@ def options(tmp_path: Path, monkeypatch) -> Options:
 
 
 def write_tables(folder: Path, texts: list) -> None:
-    """The same rows as Parquet, as an Arrow file and as a stream in a file."""
+    """Write the same rows as Parquet, as an Arrow file and as an Arrow stream file."""
     pyarrow = pytest.importorskip("pyarrow", reason="the extra `arrow` is not installed")
     from pyarrow import ipc, parquet
 
@@ -63,15 +63,15 @@ ROW = st.sampled_from(['{"text": "%s"}' % ("word " * n) for n in (0, 1, 9)] + ["
     chunk_bytes=st.integers(1, 90),
     long_bytes=st.integers(20, 60),
 )
-def test_rows_do_not_depend_on_how_a_file_is_cut(
+def test_rows_do_not_depend_on_the_chunks(
     tmp_path_factory, lines: list[str], ended: bool, chunk_bytes: int, long_bytes: int
 ) -> None:
-    file = tmp_path_factory.getbasetemp() / "cut.jsonl"
+    file = tmp_path_factory.getbasetemp() / "rows.jsonl"
     text = "\n".join(lines) + "\n" * ended
     expected = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line]
 
     def rows(start: Cursor) -> Iterator[tuple[Cursor, list[tuple[int, str]]]]:
-        """Of each task: where the next begins, and (number, row) as they stand in the file."""
+        """Yield each chunk's end, and its (number, row) as in the file."""
         for chunk in read_chunks([file], start, chunk_bytes):
             numbers = range(start.line, chunk.end.line + 1)
             inside = text.encode()[start.offset_bytes : chunk.end.offset_bytes].decode()

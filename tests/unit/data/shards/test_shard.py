@@ -17,7 +17,7 @@ DOCUMENTS = [[1, 2, 3, 9], [4, 9], [5, 6, 7, 8, 9]]
 
 
 @pytest.mark.parametrize("vocab_size", [1000, 65_499, 65_500, 256_384])
-def test_megatron_reads_what_we_write(make_shard, vocab_size: int) -> None:
+def test_megatron_reads_written_shards(make_shard, vocab_size: int) -> None:
     documents = [*DOCUMENTS, [vocab_size - 1]]
     dataset = IndexedDataset(make_shard("a", documents, vocab_size))
     assert dataset.index.dtype == DType.optimal_dtype(vocab_size) == token_dtype(vocab_size)
@@ -26,14 +26,14 @@ def test_megatron_reads_what_we_write(make_shard, vocab_size: int) -> None:
 
 
 def test_the_files_are_those_of_megatrons_builder(make_shard, tmp_path: Path) -> None:
-    ours = Path(make_shard("ours", DOCUMENTS))
+    mine = Path(make_shard("mine", DOCUMENTS))
     builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.uint16)
     for document in DOCUMENTS:
         builder.add_document(document, [len(document)])
     builder.finalize(str(tmp_path / "theirs.idx"))
     for suffix in (".bin", ".idx"):
         theirs = (tmp_path / f"theirs{suffix}").read_bytes()
-        assert ours.with_suffix(suffix).read_bytes() == theirs
+        assert mine.with_suffix(suffix).read_bytes() == theirs
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -46,9 +46,9 @@ def test_reads_back_what_was_written(make_shard, documents: list[list[int]]) -> 
 
 
 def test_the_index_is_written_in_blocks(make_shard, monkeypatch) -> None:
-    whole = Path(make_shard("whole", DOCUMENTS)).with_suffix(".idx").read_bytes()
+    expected = Path(make_shard("one", DOCUMENTS)).with_suffix(".idx").read_bytes()
     monkeypatch.setattr(writer_module, "BLOCK", 2)
-    assert Path(make_shard("blocks", DOCUMENTS)).with_suffix(".idx").read_bytes() == whole
+    assert Path(make_shard("blocks", DOCUMENTS)).with_suffix(".idx").read_bytes() == expected
 
 
 def test_a_shard_is_continued_at_its_last_mark(tmp_path: Path) -> None:
@@ -78,12 +78,12 @@ def test_reads_shards_without_a_manifest(make_shard) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
-@pytest.mark.parametrize("cut", [1, 2, 8])
+@pytest.mark.parametrize("removed", [1, 2, 8])
 @pytest.mark.parametrize("with_manifest", [True, False])
-def test_refuses_a_truncated_file_by_name(make_shard, suffix, cut, with_manifest) -> None:
+def test_refuses_a_truncated_file_by_name(make_shard, suffix, removed, with_manifest) -> None:
     prefix = make_shard("a", DOCUMENTS)
     path = Path(prefix + suffix)
-    path.write_bytes(path.read_bytes()[:-cut])
+    path.write_bytes(path.read_bytes()[:-removed])
     if not with_manifest:
         Path(prefix + ".json").unlink()
     with pytest.raises(UserError, match=rf"a\{suffix}: "):
@@ -126,13 +126,13 @@ def test_verify_finds_any_changed_byte(make_shard) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "instead"),
+    ("recorded", "changed"),
     [('"documents": 3', '"documents": 4'), ('"tokens": 11', '"tokens": 12'), ("uint16", "int32")],
 )
-def test_verify_compares_counts(make_shard, said: str, instead: str) -> None:
+def test_verify_compares_counts(make_shard, recorded: str, changed: str) -> None:
     path = Path(make_shard("a", DOCUMENTS) + ".json")
-    assert said in path.read_text()
-    path.write_text(path.read_text().replace(said, instead))
+    assert recorded in path.read_text()
+    path.write_text(path.read_text().replace(recorded, changed))
     assert Shard(path.with_suffix("")).verify() == [
         f"{path}: dtype, documents or tokens are not the shard's"
     ]

@@ -1,4 +1,4 @@
-"""Outputs of several shards, and duplicates within and across files."""
+"""Shard sets, and duplicates within and across files."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -48,27 +48,27 @@ def test_shards_end_with_the_document_that_fills_them(options: Options) -> None:
     assert len(members(options.output_prefix)) < len(manifests)
 
 
-def test_a_blend_takes_a_family_as_one_source(options: Options) -> None:
+def test_a_shard_set_is_one_source_of_a_blend(options: Options) -> None:
     prefixes = list(preprocess(options).manifests)
     single = replace(options, output_prefix=options.output_prefix + "1", shard_size_tokens=None)
     preprocess(single)
     blend = open_blend(["3", options.output_prefix, "1", single.output_prefix], 16)
     assert [source.name for source in blend.sources] == ["p", "p1"] and blend.weights == (3, 1)
-    source, whole = blend.sources
+    source, single = blend.sources
     assert [shard.prefix for shard in source.shards] == prefixes
     tokens = [shard.tokens for shard in source.shards]
-    cut = [shard[i : i + 17] for shard in tokens for i in range(0, len(shard) - 16, 16)]
-    assert len(cut) == source.windows
-    for window, expected in enumerate(cut):
+    windows = [shard[i : i + 17] for shard in tokens for i in range(0, len(shard) - 16, 16)]
+    assert len(windows) == source.windows
+    for window, expected in enumerate(windows):
         assert source.read(window)[1].tolist() == expected.tolist()
-    assert source.tokens == whole.tokens == sum(map(len, tokens))
+    assert source.tokens == single.tokens == sum(map(len, tokens))
     Path(prefixes[1] + ".idx").unlink()
     with pytest.raises(UserError, match=r"p: 5 shards.*p_00001"):
         open_blend([options.output_prefix], 16)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_the_first_of_equal_documents_stays(options: Options, workers: int) -> None:
+def test_the_first_of_equal_documents_is_kept(options: Options, workers: int) -> None:
     once = replace(options, filters=Filters(deduplicate=True), workers=workers)
     manifests = preprocess(once).manifests
     kept = [text for prefix in manifests for text in decoded(prefix)]

@@ -17,7 +17,7 @@ weights_of_any_size = st.lists(
 
 
 def realised(apportionment: Apportionment, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(source [n], rank [n], counts after each prefix [n + 1, sources]) of the first n samples."""
+    """Return source [n], rank [n] and counts after each prefix [n + 1, sources] of n samples."""
     sources, ranks = apportionment.locate(np.arange(n))
     dealt = np.zeros((n + 1, len(apportionment.weights)), np.int64)
     dealt[np.arange(1, n + 1), sources] = 1
@@ -26,12 +26,12 @@ def realised(apportionment: Apportionment, n: int) -> tuple[np.ndarray, np.ndarr
 
 @settings(max_examples=60)
 @given(weights=weights_of_any_size)
-def test_every_prefix_has_every_share(weights: list[float]) -> None:
+def test_every_prefix_is_proportional(weights: list[float]) -> None:
     n = 3000
     apportionment = Apportionment(weights)
     sources, ranks, counts = realised(apportionment, n)
-    share = np.array(weights) / sum(weights)
-    assert np.abs(counts - np.arange(n + 1)[:, None] * share).max() < BOUND
+    fraction = np.array(weights) / sum(weights)
+    assert np.abs(counts - np.arange(n + 1)[:, None] * fraction).max() < BOUND
     assert np.array_equal(ranks, counts[np.arange(n), sources])  # earlier samples of the source
     assert apportionment.counts(n) == counts[-1].tolist()
 
@@ -43,8 +43,8 @@ def test_fibonacci_weights_make_the_deepest_tree(count: int) -> None:
         weights.append(weights[-1] + weights[-2])
     n = 30_000
     _, _, counts = realised(Apportionment(weights), n)
-    share = np.array(weights) / sum(weights)
-    assert np.abs(counts - np.arange(n + 1)[:, None] * share).max() < BOUND
+    fraction = np.array(weights) / sum(weights)
+    assert np.abs(counts - np.arange(n + 1)[:, None] * fraction).max() < BOUND
 
 
 @given(
@@ -65,7 +65,7 @@ def test_far_samples_agree_with_counts(weights: list[float], first: int) -> None
 
 @settings(max_examples=60)
 @given(sizes=st.lists(st.integers(1, 200), min_size=1, max_size=12))
-def test_by_size_no_source_starts_again_before_all_have_ended(sizes: list[int]) -> None:
+def test_by_size_no_source_repeats_before_all_have_ended(sizes: list[int]) -> None:
     total = sum(sizes)
     _, _, counts = realised(Apportionment(sizes), 2 * total)
     assert counts[total].tolist() == sizes
@@ -78,7 +78,7 @@ def test_openmoe_v1_weights_are_exact() -> None:
     assert Apportionment(percent).counts(400) == [30, 9, 4, 5, 9, 9, 134, 200]
 
 
-def test_a_tiny_weight_is_neither_lost_nor_over_drawn() -> None:
+def test_a_tiny_weight_is_drawn_exactly_enough() -> None:
     apportionment = Apportionment([1.0, 1e-7])
     for n in (10**6, 10**7, 10**8):
         assert abs(apportionment.counts(n)[1] - n * 1e-7) < 2
@@ -89,11 +89,11 @@ def test_integer_weights_keep_the_proportions(weights: list[float]) -> None:
     counts = integer_weights(weights)
     assert sum(counts) <= MAX_TOTAL and min(counts) >= 1
     exact = [Fraction(str(w)) / sum(Fraction(str(w)) for w in weights) for w in weights]
-    for count, share in zip(counts, exact, strict=True):
-        assert abs(Fraction(count, sum(counts)) - share) <= Fraction(len(weights), MAX_TOTAL)
+    for count, fraction in zip(counts, exact, strict=True):
+        assert abs(Fraction(count, sum(counts)) - fraction) <= Fraction(len(weights), MAX_TOTAL)
 
 
 @pytest.mark.parametrize("weights", [[], [0.0, 1.0], [1.0, -2.0], [float("nan")], [float("inf")]])
-def test_refuses_weights_that_are_none(weights: list[float]) -> None:
+def test_refuses_invalid_weights(weights: list[float]) -> None:
     with pytest.raises(UserError):
         Apportionment(weights)

@@ -1,4 +1,4 @@
-"""Infilling for named sources alone: the others of a stage stay causal, sample for sample."""
+"""Infilling for named sources only: the other sources of a stage stay causal."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,7 +31,7 @@ FIM = {"name": "fim", "rate": 1.0, "spm_rate": 0.0, "prefix": PRE, "middle": MID
 
 @pytest.fixture
 def two(make_shard, tmp_path: Path) -> dict[str, str]:
-    """Prefixes of code and prose by name, and of validation shards of code and of another name."""
+    """Return prefixes of code and prose by name, and of validation shards."""
     (tmp_path / "valid").mkdir()
     found = {}
     for number, name in enumerate(("code", "prose", "valid/code", "code.valid", "code.x")):
@@ -47,14 +47,14 @@ def plan(stages: Sequence[dict[str, Any]], fim_sources: list[str] | None) -> Dat
 
 
 def mixed(two: dict[str, str], fim_sources: list[str] | None, **stage: Any) -> StagedStream:
-    """One stage, half code and half prose; a fim stage if nothing else is said."""
+    """Open one stage, half code and half prose; a fim stage by default."""
     path = ["1", two["prose"], "1", two["code"]]
     settings = plan([{"objective": "fim", "data_path": path, **stage}], fim_sources)
     return open_training(settings, S, 5, TOKENIZER)
 
 
 def restored(sample: dict[str, Any]) -> list[int]:
-    """The raw tokens of a fim sample whose first text has its middle last."""
+    """Return the raw tokens of a fim sample whose first text has its middle last."""
     row = sample["labels"][sample["loss_mask"] == 1].tolist()
     pre, suf, mid = (row.index(marker) for marker in (PRE, SUF, MID))
     end = row.index(TOKENIZER.eod, mid) if TOKENIZER.eod in row[mid:] else len(row)
@@ -63,7 +63,7 @@ def restored(sample: dict[str, Any]) -> list[int]:
 
 
 def of(stream: Any, source: str, count: int) -> list[tuple[int, dict[str, Any]]]:
-    """(number, sample) of those among so many samples that are from one source."""
+    """Return (number, sample) of those among ``count`` samples that are from one source."""
     samples = ((n, stream[n]) for n in range(count))
     return [(n, s) for n, s in samples if stream.source_names[s["source"]] == source]
 
@@ -103,7 +103,7 @@ def test_the_state_names_objectives_by_source_only_where_they_differ(two) -> Non
     assert mixed(two, ["prose"]).state() != mixed(two, ["code"]).state()
 
 
-def test_the_next_stage_goes_on_where_a_source_is_cut_alike(two) -> None:
+def test_the_next_stage_continues_a_source_with_the_same_windows(two) -> None:
     path = ["1", two["prose"], "1", two["code"]]
     first = {"objective": "fim", "data_path": path, "until_tokens": 20 * S}
     settings = plan([first, {"data_path": path}], ["code"])
@@ -133,15 +133,15 @@ def test_kinds_are_numbered_over_all_sources_and_stages(two) -> None:
     ]
 
 
-def test_unknown_names_are_refused_beside_the_known_ones(two) -> None:
-    rule = "no stage with the objective fim has a source of that name; such sources are prose, code"
+def test_unknown_names_are_refused_and_known_ones_listed(two) -> None:
+    rule = "no such source in a stage with the objective fim; available: prose, code"
     with pytest.raises(UserError, match=f"--fim-sources cod valid: {rule}$"):
         mixed(two, ["cod", "code", "valid"])
     stages = [
         {"objective": "fim", "data_path": [two["code"]], "until_tokens": 5 * S},
         {"data_path": [two["prose"]]},
     ]
-    with pytest.raises(UserError, match=r"--fim-sources prose: .* such sources are code$"):
+    with pytest.raises(UserError, match=r"--fim-sources prose: .* available: code$"):
         open_training(plan(stages, ["prose"]), S, 5, TOKENIZER)
 
 

@@ -9,7 +9,7 @@ from moetron.data.stream.mock_stream import MockStream
 
 def test_a_sample_is_a_function_of_seed_number_and_vocabulary() -> None:
     first, again = MockStream(1, 1000, 64), MockStream(1, 1000, 64)
-    again[5]  # what was asked before does not matter
+    again[5]  # earlier requests do not matter
     assert np.array_equal(first[9]["tokens"], again[9]["tokens"])
     assert not np.array_equal(first[9]["tokens"], first[10]["tokens"])
     assert not np.array_equal(first[9]["tokens"], MockStream(2, 1000, 64)[9]["tokens"])
@@ -21,7 +21,7 @@ def test_is_the_same_on_every_machine() -> None:
 
 
 @pytest.mark.parametrize("vocab_size", [2, 100, 50_280])
-def test_forms_of_a_sample(vocab_size: int) -> None:
+def test_shapes_of_a_sample(vocab_size: int) -> None:
     stream = MockStream(3, vocab_size, 32)
     sample = stream[len(stream) - 1]
     assert sample["tokens"].dtype == sample["labels"].dtype == np.int64
@@ -33,7 +33,7 @@ def test_forms_of_a_sample(vocab_size: int) -> None:
 
 
 def test_its_bigrams_can_be_learned() -> None:
-    """A table of counts on 400 samples comes near the stated entropy on 20 others."""
+    """A count table of 400 samples comes near the stated entropy on 20 others."""
     stream = MockStream(5, 50_280, 256)
     pairs: Counter[tuple[int, int]] = Counter()
     firsts: Counter[int] = Counter()

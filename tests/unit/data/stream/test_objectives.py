@@ -1,4 +1,4 @@
-"""Prefix language modelling and infilling: the original comes back; objectives by name."""
+"""Prefix language modelling and infilling recover the original; objectives by name."""
 
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -39,7 +39,7 @@ def made(objective: Objective, raw: np.ndarray, key: str, length: int) -> tuple:
 
 
 def joined(document: list[int]) -> tuple[str, list[int]]:
-    """(form, text) of one document of a sample."""
+    """Return (form, text) of one document of a sample."""
     if PRE not in document:
         return "as it was", document
     assert document[0] == PRE
@@ -65,10 +65,10 @@ def documents(tokens: list[int]) -> list[list[int]]:
     key=st.text(max_size=4),
     rate=st.sampled_from([0.0, 0.5, 1.0]),
 )
-def test_fim_gives_every_document_back(ends: set[int], key: str, rate: float) -> None:
+def test_fim_documents_can_be_recovered(ends: set[int], key: str, rate: float) -> None:
     raw = [END if place in ends else 10 + place for place in range(397)]
     objective = FillInTheMiddle(403, END, replace(OPTIONS, rate=rate))
-    assert objective.cutting.advances == (397,)
+    assert objective.windowing.advances == (397,)
     (kind, prefix), row, mask = made(objective, np.array(raw, np.uint16), key, 403)
     assert row[0] == END and prefix == 0
     filled = int(mask.sum())
@@ -82,7 +82,7 @@ def test_fim_gives_every_document_back(ends: set[int], key: str, rate: float) ->
     assert rate == 0.5 or moved == (min(2, texts) if rate else 0)
 
 
-def test_fim_moves_as_many_documents_as_it_says() -> None:
+def test_fim_moves_documents_at_its_rate() -> None:
     forms: Counter[str] = Counter()
     for number in range(300):
         raw = np.tile(np.append(np.arange(10, 209), END), 1)
@@ -93,7 +93,7 @@ def test_fim_moves_as_many_documents_as_it_says() -> None:
     assert forms["SPM"] / 300 == pytest.approx(0.15, abs=0.06)
 
 
-def test_every_raw_token_of_an_infilling_run_bears_loss_once(make_shard) -> None:
+def test_every_raw_token_of_an_infilling_run_has_loss_once(make_shard) -> None:
     text = [10 + i % 900 for i in range(2000)]
     prefix = make_shard("a", [[*text[i : i + 39], END] for i in range(0, 2000, 39)])
     stream = training_stream([prefix], 67, 1, objective=FillInTheMiddle(67, END, OPTIONS))
@@ -126,7 +126,7 @@ def test_prefixes_are_uniform() -> None:
 
 def test_a_ul2_prefix_ends_where_the_targets_begin() -> None:
     objective = build_objective("ul2", 512, ByteTokenizer(), Plan())
-    for slot, length in enumerate(objective.cutting.advances):
+    for slot, length in enumerate(objective.windowing.advances):
         row, mask = np.empty(513, np.int64), np.ones(512, np.float32)
         result = objective.fill(np.full(length, 65), slot, "key", row, mask)
         assert row[result.prefix - 1] == ByteTokenizer.eod
@@ -155,11 +155,11 @@ def test_objectives_by_name() -> None:
         ("fim", 8, Plan(fim_middle_token="<extra_id_3>"), "three different tokens"),
         ("fim", 5, Plan(), "no room"),
         ("prefix_lm", 1, Plan(), "too short"),
-        ("ul2", 2048, Plan(bidirectional_prefix=True), "holds 4 texts for want of sentinels"),
+        ("ul2", 2048, Plan(bidirectional_prefix=True), "holds 4 texts for lack of sentinels"),
         ("ul2", 9, Plan(), "no room"),
     ],
 )
-def test_what_does_not_fit_is_refused(name, length, plan, message) -> None:
+def test_unsuitable_objectives_are_refused(name, length, plan, message) -> None:
     with pytest.raises(UserError, match=message):
         build_objective(name, length, ByteTokenizer(), plan)
 

@@ -24,7 +24,7 @@ def test_inverts_at_any_size(size: int, data: st.DataObject) -> None:
     assert np.array_equal(order.inverse(images), positions)
 
 
-def test_is_the_same_everywhere_and_for_ever() -> None:
+def test_is_the_same_on_every_machine() -> None:
     assert Permutation(10, "a")(np.arange(10)).tolist() == [2, 1, 0, 5, 8, 7, 3, 9, 4, 6]
     assert Permutation(10**12, "b")(np.arange(3)).tolist() == [
         989948628858,
@@ -42,15 +42,15 @@ def test_keys_give_unrelated_orders() -> None:
             assert abs(np.corrcoef(order, other)[0, 1]) < 0.08
 
 
-def test_every_position_goes_everywhere() -> None:
-    """Chi-square of where position 3 of 11 goes over 5,500 keys, 10 degrees of freedom."""
+def test_images_of_a_position_are_uniform() -> None:
+    """Chi-square of the images of position 3 of 11 over 5,500 keys, 10 degrees of freedom."""
     keys, size = 5500, 11
     images = [int(Permutation(size, f"key {k}")(np.array([3]))[0]) for k in range(keys)]
     counts = np.bincount(images, minlength=size)
     assert ((counts - keys / size) ** 2 / (keys / size)).sum() < 35  # p = 1e-4
 
 
-def test_neighbours_part() -> None:
+def test_neighbours_are_separated() -> None:
     size = 100_000
     images = Permutation(size, "n")(np.arange(size))
     distance = np.abs(np.diff(images)).mean()

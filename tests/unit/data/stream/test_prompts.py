@@ -1,4 +1,4 @@
-"""Prompts in UL2's form, and answers put back into their holes."""
+"""Prompts in UL2's format, and answers inserted into their holes."""
 
 import numpy as np
 import pytest
@@ -12,13 +12,13 @@ TOKENIZER = ByteTokenizer()
 FIRST, SECOND = TOKENIZER.sentinels[:2]
 
 
-def test_plain_text_is_its_tokens_and_nothing_is_the_start_of_a_document() -> None:
+def test_plain_text_is_its_tokens_and_empty_text_is_eod() -> None:
     assert prompt_ids("ab", "causal", TOKENIZER) == TOKENIZER.encode("ab")
     assert prompt_ids("", "causal", TOKENIZER) == [TOKENIZER.eod]
 
 
-def test_a_prefix_reads_as_in_training() -> None:
-    """The row that UL2 makes of the same text, up to where its targets begin."""
+def test_a_prefix_is_encoded_as_in_training() -> None:
+    """The prompt is UL2's row of the same text, up to its targets."""
     ul2 = UL2(
         40,
         TOKENIZER.encode,
@@ -27,7 +27,7 @@ def test_a_prefix_reads_as_in_training() -> None:
         TOKENIZER.pad,
         [Denoiser(1, "[S2S] ")],
     )
-    text = "the quick brown fox jumps over the lazy dog"[: ul2.cutting.advances[0]]
+    text = "the quick brown fox jumps over the lazy dog"[: ul2.windowing.advances[0]]
     row, mask = np.zeros(41, np.int64), np.zeros(40, np.float32)
     ul2.fill(np.array(TOKENIZER.encode(text)), 0, "key", row, mask)
     inputs = row[: int(mask.argmax()) + 1]
@@ -53,8 +53,8 @@ def test_answers_fill_their_holes() -> None:
 @pytest.mark.parametrize(
     ("text", "mode", "message"),
     [
-        ("a<extra_id_0>", "s2s", "must mark nothing"),
-        ("a", "nlg", "must mark <extra_id_0>"),
+        ("a<extra_id_0>", "s2s", "must have no holes"),
+        ("a", "nlg", "must have <extra_id_0>"),
         ("<extra_id_1><extra_id_0>", "nlu", "in this order"),
         ("".join(f"<extra_id_{n}>" for n in range(127)), "nlu", "has 126 sentinels"),
     ],

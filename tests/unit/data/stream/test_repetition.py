@@ -1,4 +1,4 @@
-"""Samples that repeat themselves bear no loss."""
+"""Repetitive samples have no loss."""
 
 import numpy as np
 import pytest
@@ -19,10 +19,10 @@ from moetron.data.stream.stages import Stage, StagedStream
     dtype=st.sampled_from([np.uint16, np.int32]),
 )
 def test_the_probes_miss_nothing(period, times, before, after, dtype) -> None:
-    """An n-gram of different tokens between tokens that occur once each."""
+    """Insert an n-gram of distinct tokens between tokens that occur once each."""
     gram = np.arange(period)
-    whole = [100 + np.arange(before), np.tile(gram, times), 500 + np.arange(after)]
-    raw = np.concatenate(whole).astype(dtype)
+    parts = [100 + np.arange(before), np.tile(gram, times), 500 + np.arange(after)]
+    raw = np.concatenate(parts).astype(dtype)
     assert RepetitionFilter(7).masks(raw) == (times >= 7)
     assert period == 1 or not RepetitionFilter(7, max_period=period - 1).masks(raw)
 

@@ -1,4 +1,4 @@
-"""Stages: which sample comes from where, and how often each source is read."""
+"""Stages: sources of samples, and epochs of each source."""
 
 from collections import Counter
 from dataclasses import replace
@@ -16,7 +16,7 @@ CAUSAL = Causal(S)
 
 @pytest.fixture
 def two(make_shard) -> dict[str, str]:
-    """Shards of 30 and 60 windows; the tokens of a begin at 1,000, those of b at 2,000."""
+    """Shards of 30 and 60 windows; tokens of a start at 1,000, those of b at 2,000."""
     return {
         name: make_shard(name, [list(range(first, first + S * windows + 1))], 10_000)
         for name, first, windows in (("a", 1000, 30), ("b", 2000, 60))
@@ -24,13 +24,13 @@ def two(make_shard) -> dict[str, str]:
 
 
 def stages(two: dict[str, str]) -> list[Stage]:
-    """20 samples, three of four from a; then half and half."""
+    """Return stages: 20 samples, three of four from a; then half and half."""
     first = Stage(["3", two["a"], "1", two["b"]], CAUSAL, 7, until_tokens=20 * S)
     return [first, Stage(["1", two["b"], "1", two["a"]], CAUSAL, 7)]
 
 
 def windows(stream: StagedStream, start: int, end: int) -> list[tuple[int, int]]:
-    """(source, window) of samples; the tokens say both, and the source must agree."""
+    """Return (source, window) of samples, decoded from tokens; the source must agree."""
     found = []
     for n in range(start, end):
         sample = stream[n]
@@ -40,7 +40,7 @@ def windows(stream: StagedStream, start: int, end: int) -> list[tuple[int, int]]
     return found
 
 
-def test_stages_follow_one_another_at_their_tokens(two) -> None:
+def test_stages_change_at_their_tokens(two) -> None:
     stream = StagedStream(stages(two), S)
     assert stream.source_names == ["a", "b"] and stream.starts == [0, 20]
     assert [stream.stage(n) for n in (0, 19, 20, 10**9)] == [0, 0, 1, 1]
@@ -48,7 +48,7 @@ def test_stages_follow_one_another_at_their_tokens(two) -> None:
     assert Counter(source for source, _ in windows(stream, 20, 40)) == {0: 10, 1: 10}
 
 
-def test_a_source_goes_on_where_the_stage_before_stopped(two) -> None:
+def test_a_source_continues_where_the_previous_stage_stopped(two) -> None:
     stream = StagedStream(stages(two), S)
     seen = windows(stream, 0, 50)
     mine = [window for source, window in seen if source == 0]
@@ -56,7 +56,7 @@ def test_a_source_goes_on_where_the_stage_before_stopped(two) -> None:
     assert len({window for source, window in seen if source == 1}) == 20
 
 
-def test_another_seed_or_cut_shuffles_anew(two) -> None:
+def test_another_seed_or_windowing_reshuffles(two) -> None:
     first, last = stages(two)
     reshuffled = StagedStream([first, replace(last, seed=8)], S)
     fresh = StagedStream([replace(last, seed=8)], S)
@@ -92,7 +92,7 @@ def test_epochs_are_counted_over_all_stages_and_capped(two) -> None:
     assert sum(use.epochs for use in stream.uses(50) if use.source == 0) == 1.0
     assert [use.samples for use in stream.uses(10)][2:] == [0, 0]  # never gets to stage 2
     refuse_repetition(stream, 50, 1.0)
-    over = r"--max-epochs: .* 208 tokens .* go through a 1\.033 times \(at most 1\); change"
+    over = r"--max-epochs: .* 208 tokens .* repeat a 1\.033 times \(at most 1\); change"
     with pytest.raises(UserError, match=over) as caught:
         refuse_repetition(stream, 52, 1.0)
     assert use_table(stream, 52) in str(caught.value)
@@ -115,10 +115,10 @@ def test_a_source_may_have_a_cap_of_its_own(two) -> None:
     refuse_repetition(stream, 52, None, {"b": epochs["b"]})
     refuse_repetition(stream, 52, 1.0, {"a": epochs["a"]})
     for default, caps in ((None, {"b": 0.1}), (1.0, {"b": 0.1, "a": 2.0})):
-        rule = r"^--source-max-epochs: the run .* through b [.0-9]+ times \(at most 0\.1\); change"
+        rule = r"^--source-max-epochs: the run .* repeat b [.0-9]+ times \(at most 0\.1\); change"
         with pytest.raises(UserError, match=rule):
             refuse_repetition(stream, 52, default, caps)
-    with pytest.raises(UserError, match="no source is named c, d; there are a, b"):
+    with pytest.raises(UserError, match="no source c, d; available: a, b"):
         refuse_repetition(stream, 52, 1.0, {"d": 1.0, "c": 2.0, "a": 9.0})
 
 
@@ -127,10 +127,10 @@ def test_a_source_may_have_a_cap_of_its_own(two) -> None:
     [
         ((None, None), "stage 1 needs until_tokens"),
         ((80, 90), "ends with the run"),
-        ((80, 80, None), "of stage 2 leaves it no sample"),
+        ((80, 80, None), "of stage 2 leaves no sample for it"),
     ],
 )
-def test_refuses_stages_that_do_not_follow_one_another(two, ends, message) -> None:
+def test_refuses_stages_that_are_not_consecutive(two, ends, message) -> None:
     wrong = [Stage([two["a"]], CAUSAL, 7, end) for end in ends]
     with pytest.raises(UserError, match=message):
         StagedStream(wrong, S)

@@ -14,12 +14,12 @@ S = 4
 
 
 def numbered(first: int, count: int, length: int = 7) -> list[list[int]]:
-    """Documents whose tokens are first, first + 1, ...: any window tells where it lies."""
+    """Return documents whose tokens are first, first + 1, ...: a window shows its position."""
     return [list(range(i, i + length)) for i in range(first, first + count * length, length)]
 
 
 def window_of(sample: dict, first: int) -> int:
-    """The window that a sample of ``numbered`` documents is; its tokens must be consecutive."""
+    """Return the window of a sample of ``numbered`` documents; its tokens must be consecutive."""
     tokens = [*sample["tokens"].tolist(), int(sample["labels"][-1])]
     assert tokens == list(range(tokens[0], tokens[0] + S + 1))
     assert sample["labels"].tolist() == tokens[1:]
@@ -48,7 +48,7 @@ def test_each_epoch_visits_every_window_once(three) -> None:
         ]
 
 
-def test_epochs_and_sources_have_orders_of_their_own(three) -> None:
+def test_epochs_and_sources_have_different_orders(three) -> None:
     stream = training_stream(three[1:2], S, seed=1)
     orders = [[window_of(stream[e * 34 + i], 20_000) for i in range(34)] for e in range(3)]
     assert orders[0] != sorted(orders[0])
@@ -66,14 +66,14 @@ def test_sources_of_one_size_have_different_orders(make_shard) -> None:
     assert sorted(orders[0]) == sorted(orders[1]) and orders[0] != orders[1]
 
 
-def test_weights_are_kept(three) -> None:
+def test_weights_are_respected(three) -> None:
     stream = training_stream(["0.7", three[0], "0.2", three[1], "0.1", three[2]], S, seed=1)
     counts = Counter(stream[n]["source"] for n in range(1000))
     assert [counts[s] for s in range(3)] == [700, 200, 100]
     assert stream.source_names == ["a", "b", "c"]
 
 
-def test_any_order_of_asking_gives_the_same_samples(three) -> None:
+def test_samples_do_not_depend_on_the_order_of_access(three) -> None:
     stream = training_stream(three, S, seed=3)
     numbers = [0, 5, 255, 256, 257, 4000, 10**12, len(stream) - 1]
     expected = {n: stream[n]["tokens"].tolist() for n in numbers}
@@ -86,7 +86,7 @@ def test_any_order_of_asking_gives_the_same_samples(three) -> None:
     assert batch["source"].tolist() == [stream[n]["source"] for n in numbers]
 
 
-def test_forms_of_a_sample(three) -> None:
+def test_shapes_of_a_sample(three) -> None:
     stream = training_stream(three, S, seed=1)
     for sample in (stream[0], stream.batch([0, 1])):
         assert sample["tokens"].dtype == sample["labels"].dtype == np.int64
@@ -156,7 +156,7 @@ def test_refuses_other_forms_of_data_path(three, form: list[str]) -> None:
 
 
 @pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf"])
-def test_refuses_weights_that_are_none(three, weight: str) -> None:
+def test_refuses_invalid_weights(three, weight: str) -> None:
     with pytest.raises(UserError, match=r"--data-path: the weight .* above 0"):
         training_stream([weight, three[0]], S, seed=1)
 

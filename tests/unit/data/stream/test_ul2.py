@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moetron.common.errors import UserError
-from moetron.data.addressing.windowing import Cutting
+from moetron.data.addressing.windowing import Windowing
 from moetron.data.objectives.spans import corrupted_lengths, draws, random_segments, span_counts
 from moetron.data.objectives.ul2 import OPENMOE, UL2, Denoiser
 from moetron.data.stream.token_stream import training_stream, validation_stream
@@ -25,7 +25,7 @@ def ul2(seq_length: int, **options) -> UL2:
 
 
 def restored(row: np.ndarray, mask: np.ndarray) -> tuple[str, list[list[int]]]:
-    """(mode, raw tokens) of a sample with one example, from what the model sees and predicts."""
+    """Return (mode, raw tokens) of a sample with one example from its inputs and labels."""
     labels = row[1:].tolist()
     middle = int(np.argmax(mask))
     inputs, targets = labels[:middle], labels[middle : middle + int(mask.sum())]
@@ -63,7 +63,7 @@ def restored(row: np.ndarray, mask: np.ndarray) -> tuple[str, list[list[int]]]:
     ],
 )
 def test_arithmetic_is_t5s(mean_span, density, raw, targets, spans) -> None:
-    """Raw tokens that 1,024 inputs take, as measured on OpenMoE's own code."""
+    """Raw tokens of 1,024 inputs, as measured on OpenMoE's own code."""
     assert corrupted_lengths(raw, density, mean_span) == (1024, targets)
     assert max(corrupted_lengths(raw + 1, density, mean_span)) > 1024
     assert span_counts(raw, density, mean_span)[1] == spans
@@ -71,9 +71,9 @@ def test_arithmetic_is_t5s(mean_span, density, raw, targets, spans) -> None:
 
 @settings(max_examples=80)
 @given(slot=st.integers(0, 9), key=st.text(max_size=5), seq_length=st.sampled_from([32, 100, 512]))
-def test_the_original_comes_back(slot: int, key: str, seq_length: int) -> None:
+def test_the_original_can_be_recovered(slot: int, key: str, seq_length: int) -> None:
     objective = ul2(seq_length)
-    raw = np.random.default_rng(slot).integers(RAW.start, 1700, objective.cutting.advances[slot])
+    raw = np.random.default_rng(slot).integers(RAW.start, 1700, objective.windowing.advances[slot])
     row, mask = np.empty(seq_length + 1, np.int64), np.ones(seq_length, np.float32)
     objective.fill(raw.astype(np.uint16), slot, key, row, mask)
     mode, text = restored(row, mask)
@@ -82,21 +82,21 @@ def test_the_original_comes_back(slot: int, key: str, seq_length: int) -> None:
     assert np.count_nonzero(row[1:] == START) <= 2  # hardly any padding
 
 
-def test_modes_hide_as_much_as_they_say() -> None:
+def test_modes_hide_tokens_at_their_rates() -> None:
     objective = ul2(2048)
-    shares: dict[str, list[float]] = {"[S2S] ": [], "[NLU] ": [], "[NLG] ": []}
+    fractions: dict[str, list[float]] = {"[S2S] ": [], "[NLU] ": [], "[NLG] ": []}
     for key in range(20):
-        for slot, length in enumerate(objective.cutting.advances):
+        for slot, length in enumerate(objective.windowing.advances):
             raw = np.full(length, 500)
             row, mask = np.empty(2049, np.int64), np.ones(2048, np.float32)
             objective.fill(raw, slot, f"{key} {slot}", row, mask)
             hidden = np.count_nonzero((row[1:] == 500) & (mask == 1)) / length
-            shares[restored(row, mask)[0]].append(hidden)
-    assert [len(of_mode) for of_mode in shares.values()] == [100, 40, 60]  # 50, 20 and 30 %
-    assert np.mean(shares["[S2S] "]) == pytest.approx(0.5, abs=0.1)
-    assert np.std(shares["[S2S] "]) == pytest.approx(12**-0.5, abs=0.05)  # a uniform split
-    assert shares["[NLU] "] == pytest.approx([0.15] * 40, abs=1e-3)
-    assert shares["[NLG] "] == pytest.approx([0.5] * 60, abs=1e-3)
+            fractions[restored(row, mask)[0]].append(hidden)
+    assert [len(of_mode) for of_mode in fractions.values()] == [100, 40, 60]  # 50, 20 and 30 %
+    assert np.mean(fractions["[S2S] "]) == pytest.approx(0.5, abs=0.1)
+    assert np.std(fractions["[S2S] "]) == pytest.approx(12**-0.5, abs=0.05)  # a uniform split
+    assert fractions["[NLU] "] == pytest.approx([0.15] * 40, abs=1e-3)
+    assert fractions["[NLG] "] == pytest.approx([0.5] * 60, abs=1e-3)
 
 
 def test_no_raw_token_is_wasted(make_shard) -> None:
@@ -105,7 +105,7 @@ def test_no_raw_token_is_wasted(make_shard) -> None:
     prefix = make_shard("a", [[300 + token for token in tokens]], 4000)
     stream = training_stream([prefix], seq_length, seed=1, objective=ul2(seq_length))
     count = stream.sources[0].windows
-    tail = len(tokens) - sum(stream.sources[0].cutting.advances[i % 10] for i in range(count))
+    tail = len(tokens) - sum(stream.sources[0].windowing.advances[i % 10] for i in range(count))
     assert 0 <= tail < seq_length
     for epoch in range(epochs):
         seen: Counter[int] = Counter()
@@ -132,7 +132,7 @@ def test_several_examples_share_the_sentinels() -> None:
         ul2(4096)
     objective = ul2(4096, examples=2)
     slot = objective._slots.index(3)  # r = 0.5, mu = 3
-    raw = np.arange(objective.cutting.advances[slot]) % 1000 + 300
+    raw = np.arange(objective.windowing.advances[slot]) % 1000 + 300
     row, mask = np.empty(4097, np.int64), np.ones(4096, np.float32)
     objective.fill(raw, slot, "key", row, mask)
     halves = [(row[i : i + 2049].copy(), mask[i : i + 2048]) for i in (0, 2048)]
@@ -141,7 +141,7 @@ def test_several_examples_share_the_sentinels() -> None:
     assert [token for half in halves for token in restored(*half)[1]] == raw.tolist()
 
 
-def test_refuses_what_cannot_be() -> None:
+def test_refuses_impossible_settings() -> None:
     with pytest.raises(UserError, match="no room"):
         ul2(8)
     with pytest.raises(UserError, match="3 examples do not divide"):
@@ -152,23 +152,23 @@ def test_refuses_what_cannot_be() -> None:
 
 
 @given(advances=st.lists(st.integers(1, 9), min_size=1, max_size=6), overlap=st.integers(0, 3))
-def test_cutting_uses_every_token_once(advances: list[int], overlap: int) -> None:
-    cutting = Cutting(tuple(advances), overlap)
+def test_windowing_uses_every_token_once(advances: list[int], overlap: int) -> None:
+    windowing = Windowing(tuple(advances), overlap)
     for tokens in range(40):
-        count, position = cutting.count(tokens), 0
+        count, position = windowing.count(tokens), 0
         for i in range(count):
-            slot, start, end = cutting.place(i)
+            slot, start, end = windowing.place(i)
             assert start == position and end - start == advances[slot] + overlap
             position += advances[i % len(advances)]
         assert count == 0 or end <= tokens
-        assert cutting.place(count)[2] > tokens
+        assert windowing.place(count)[2] > tokens
 
 
-@given(whole=st.integers(1, 60), data=st.data())
-def test_segments_fill_the_whole(whole: int, data: st.DataObject) -> None:
-    segments = data.draw(st.integers(1, whole))
-    lengths = random_segments(segments, draws("k", whole))
-    assert lengths.size == segments and lengths.sum() == whole and lengths.min() >= 1
+@given(total=st.integers(1, 60), data=st.data())
+def test_segments_sum_to_the_total(total: int, data: st.DataObject) -> None:
+    segments = data.draw(st.integers(1, total))
+    lengths = random_segments(segments, draws("k", total))
+    assert lengths.size == segments and lengths.sum() == total and lengths.min() >= 1
 
 
 def test_every_composition_is_as_likely() -> None:
