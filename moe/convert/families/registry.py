@@ -3,14 +3,11 @@
 from moetron.common.errors import UserError
 from moetron.moe.config.schema.field import nearest
 from moetron.moe.convert.families.config_keys import Values
+from moetron.moe.convert.families.decoder_moe import MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
 from moetron.moe.convert.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from moetron.moe.convert.families.dense import LLAMA, OLMO, QWEN2, QWEN3
 from moetron.moe.convert.families.family import Family
-from moetron.moe.convert.families.mixtral import MIXTRAL
-from moetron.moe.convert.families.olmoe import OLMOE
 from moetron.moe.convert.families.openmoe import OPENMOE
-from moetron.moe.convert.families.qwen2_moe import QWEN2_MOE
-from moetron.moe.convert.families.qwen3_moe import QWEN3_MOE
 
 _ALL = (
     OLMOE,
