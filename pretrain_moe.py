@@ -5,8 +5,8 @@
     python pretrain_moe.py --config RECIPE.yaml --dry-run --world-size 1024 [--build --rank 17]
     python pretrain_moe.py --config RECIPE.yaml --check --world-size 2    # as launchers do first
 
-``--help`` lists every setting. Exit codes: 0 done, 2 something for the user to change, 1 our fault
-or the machine's, 75 stopped by a signal after a good save (the same command resumes).
+``--help`` lists every setting. Exit codes: 0 done, 2 user error, 1 internal or machine error, 75
+stopped by a signal after a complete save (the same command resumes).
 """
 
 import sys
@@ -27,7 +27,7 @@ from moetron.moe.plan.render import render
 
 
 def main() -> int:
-    """Parse and check, then plan or pretrain; returns the exit code."""
+    """Parse and check, then plan or pretrain; return the exit code."""
     command = load(sys.argv[1:])
     for note in command.notes if command.rank == 0 or command.dry_run else []:
         print(f"note: {note}", file=sys.stderr)
@@ -36,10 +36,10 @@ def main() -> int:
     if command.dry_run:
         return plan(command, vocab_size)
     streams = open_streams(command.settings, vocab_size, tokenizer)
-    settings = with_vocabulary(command.settings, vocab_size)  # so that checkpoints tell it
+    settings = with_vocabulary(command.settings, vocab_size)  # recorded in checkpoints
     check_folders(settings, streams.training.state())
     if command.check:
-        opening(settings, streams.training.state())  # raises where nothing is left to train
+        opening(settings, streams.training.state())  # raises if no training is left
         return 0
     settings = keep_tokenizer(settings, tokenizer)
     announce(settings, streams.training.state())
@@ -47,11 +47,11 @@ def main() -> int:
 
 
 def plan(command: Command, vocab_size: int) -> int:
-    """Print what the run would be."""
+    """Print the plan of the run; build one rank with --build."""
     print(render(command.settings, vocab_size, command.world_size, command.rank))
     if command.build:
         quieten_libraries()
-        from moetron.moe.verify.dry_run import render_share  # torch: seconds
+        from moetron.moe.verify.dry_run import render_share  # imports torch: seconds
 
         print(render_share(command.settings, vocab_size, command.world_size, command.rank))
     return 0

@@ -8,7 +8,7 @@
 RECIPE is a folder of examples/ (its pretrain.yaml) or a YAML file; flags after -- override it. The
 same as pretrain_moe.py --dry-run, which also takes --build. --published-coefficients instead prints
 the flags that give a paper's balance loss and z-loss the same weight here (docs/numerics.md). Exit
-codes: 0 done, 2 an error that the user can fix.
+codes: 0 done, 2 user error.
 """
 
 import argparse

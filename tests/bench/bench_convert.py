@@ -20,7 +20,7 @@ import torch
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.convert.families.family import PLACEHOLDERS, function_of
 from moetron.moe.convert.families.registry import FAMILIES
-from moetron.moe.convert.safetensors_folder import WHOLE, header
+from moetron.moe.convert.safetensors_folder import SINGLE, header
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_checkpoint.py"
 GB = 10**9
@@ -53,7 +53,7 @@ def make_folder(folder: Path, layers: int) -> int:
     (folder / "config.json").write_text(json.dumps({**config, "torch_dtype": "bfloat16"}))
     start = header(plan)
     size = sum(tensor.nbytes for tensor in plan.values())
-    with (folder / WHOLE).open("wb") as file:
+    with (folder / SINGLE).open("wb") as file:
         file.write(start)
         file.truncate(len(start) + size)
     return size

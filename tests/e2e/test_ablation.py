@@ -70,7 +70,7 @@ def test_two_variants_two_seeds(tmp_path: Path) -> None:
 
 def test_mistakes_are_named(tmp_path: Path) -> None:
     for words, expected in (
-        (("nothing",), "no such file, and no sweep: these are dense_vs_moe, olmoe, st_moe"),
+        (("nothing",), "no such file or sweep; the sweeps are dense_vs_moe, olmoe, st_moe"),
         (("st_moe",), "--output is missing"),
         (("st_moe", "--dry-run", "--", "--lr", "0"), "baseline: --lr 0: must be"),
     ):

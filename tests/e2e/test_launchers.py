@@ -219,7 +219,7 @@ def test_a_requeued_run_that_began_from_another_goes_on_from_its_own(tmp_path: P
         ("tiny_corpus.sh", [], {}, "bash examples/tiny_corpus.sh DIR"),
         ("slurm/pretrain.sh", ["olmoe"], SLURM, "olmoe/pretrain.yaml; submit from the checkout"),
         ("slurm/pretrain.sh", ["olmoe_1b_7b"], {}, "submit it with sbatch"),
-        ("slurm/pretrain.sh", [], SLURM, "which recipe"),
+        ("slurm/pretrain.sh", [], SLURM, "no recipe: give"),
     ],
 )
 def test_mistakes_are_answered_at_once(

@@ -1,7 +1,7 @@
 """OpenMoE: double-gated FFNs, a few layers with experts, each with one more dense FFN.
 
-arXiv 2402.01739 and its code. transformers has no such model: the folder holds one of our own,
-modeling_openmoe.py, which says what each key means.
+arXiv 2402.01739 and its code. transformers has no such model: exported folders include our
+modeling_openmoe.py, which documents each key.
 """
 
 from moetron.moe.convert.families.config_keys import Not, Same, Values

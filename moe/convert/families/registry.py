@@ -1,4 +1,4 @@
-"""All families, and which of them a model belongs to."""
+"""Table of all families and the search for the family of a model."""
 
 from moetron.common.errors import UserError
 from moetron.moe.config.schema.field import nearest
@@ -23,14 +23,14 @@ _ALL = (
     QWEN3,
 )
 FAMILIES = {family.model_type: family for family in _ALL}
-"""By HuggingFace's ``model_type``; the first that fits is taken."""
+"""By HuggingFace's ``model_type``; the first match is taken."""
 
 
 def family_named(model_type: str) -> Family:
-    """The family of a ``model_type``.
+    """Return the family of a ``model_type``.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: the name is unknown.
     """
     if model_type not in FAMILIES:
         raise UserError(
@@ -41,10 +41,10 @@ def family_named(model_type: str) -> Family:
 
 
 def family_of(values: Values) -> Family:
-    """The family that is exactly a model with these settings (`function_of`).
+    """Return the family that matches a model with these settings (`function_of`) exactly.
 
     Raises:
-        UserError: none is; says what keeps the model from the one that it comes closest to.
+        UserError: no family matches; lists the differences from the closest.
     """
     problems = {name: family.problems(values) for name, family in FAMILIES.items()}
     sparse = values["moe.num_experts"] is not None
@@ -52,6 +52,6 @@ def family_of(values: Values) -> Family:
     if problems[closest]:
         listed = "\n".join(f"  - {problem}" for problem in problems[closest])
         raise UserError(
-            f"no architecture of HuggingFace's is exactly this; {closest} differs in\n{listed}"
+            f"no HuggingFace architecture matches exactly; {closest} differs in\n{listed}"
         )
     return FAMILIES[closest]
