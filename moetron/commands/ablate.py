@@ -71,7 +71,7 @@ def run_one(plan: sweep.Sweep, number: int, output: Path, threads: int) -> None:
     if execute.ended(run, output):
         print(f"{run.name} is finished")
         return
-    execute.run_alone(plan, run, output, TRAIN, threads)
+    execute.exec_training(plan, run, output, TRAIN, threads)
 
 
 def main() -> int:
@@ -104,7 +104,7 @@ def main() -> int:
     code = 0
     if not options.table_only:
         with StopSignal() as stop:
-            codes = execute.run_side_by_side(plan, options.output, jobs, command, stop)
+            codes = execute.run_all(plan, options.output, jobs, command, stop)
             code = EXIT_STOPPED if stop() else int(any(codes.values()))
     from moetron.moe.analysis.ablation.table import write  # imports matplotlib: one second
 
