@@ -38,7 +38,7 @@ class Export:
     model_type: str | None = None
     """HuggingFace's ``model_type``; None: the matching family."""
     dtype: torch.dtype | None = None
-    """Of the weights; None: that of the run's parameters. fp32 exports the optimizer's main
+    """Dtype of the weights; None: that of the run's parameters. fp32 exports the optimizer's main
     parameters if the checkpoint has them."""
     shard_bytes: int = SHARD_BYTES
     """Largest size of one file."""

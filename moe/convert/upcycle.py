@@ -42,7 +42,7 @@ class DenseModel:
     weights: Weights
     settings: Settings
     fingerprint: str | None
-    """Of its tokenizer."""
+    """Fingerprint of its tokenizer."""
 
 
 def is_huggingface(path: Path) -> bool:

@@ -84,7 +84,7 @@ def table() -> str:
 
     GiB is the memory of the fullest rank; days are those of one H100 for the run's FLOPs.
     """
-    names = "| recipe | total | active | ranks | GiB a rank | tokens | H100 days |"
+    names = "| recipe | total | active | ranks | GiB per rank | tokens | H100 days |"
     lines = [names, "|---" + 6 * "|--:" + "|"]
     for name in recipe_names():
         command = planned(find(name), None, 0, [])

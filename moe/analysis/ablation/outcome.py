@@ -27,7 +27,7 @@ class Outcome:
     validated: bool
     """``loss`` is a validation loss."""
     tokens_per_s: float
-    """Of all ranks, median over steps."""
+    """Sum over ranks, median over steps."""
     losses: list[float]
     """Training loss of each step."""
     tokens: list[int]
