@@ -36,10 +36,10 @@ def main() -> int:
     if command.dry_run:
         return plan(command, vocab_size)
     streams = open_streams(command.settings, vocab_size, tokenizer)
-    settings = with_vocabulary(command.settings, vocab_size)  # recorded in checkpoints
+    settings = with_vocabulary(command.settings, vocab_size)  # so that checkpoints tell it
     check_folders(settings, streams.training.state())
     if command.check:
-        opening(settings, streams.training.state())  # raises if no training is left
+        opening(settings, streams.training.state())  # raises where nothing is left to train
         return 0
     settings = keep_tokenizer(settings, tokenizer)
     announce(settings, streams.training.state())

@@ -52,7 +52,7 @@ def require_one(tokenizer: Tokenizer, sources: Sources) -> None:
 
 
 def open_text(sources: Sources, tokenizer: Tokenizer, given: argparse.Namespace) -> study.Text:
-    """Return the windows of every class and a decoder of ids, unused ids included."""
+    """Windows of every class, and how ids are shown; a model may have ids that no piece uses."""
     require_one(tokenizer, sources)
     rows = [(n.removesuffix(".valid"), spread_windows(s, given.tokens)) for n, s in sources.items()]
     return study.Text(
