@@ -68,13 +68,13 @@ def measured(command: Sequence[str]) -> tuple[Run, str]:
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
     assert process.stdout is not None
-    said = process.stdout.read().strip().rpartition("\n")[2]
+    output = process.stdout.read().strip().rpartition("\n")[2]
     _, status, usage = os.wait4(process.pid, 0)
     wall_s = time.perf_counter() - start
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)}: exit code {process.returncode}")
-    return Run(wall_s, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1e3), said
+    return Run(wall_s, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1e3), output
 
 
 def texts_of(inputs: Sequence[str]) -> Iterator[str]:

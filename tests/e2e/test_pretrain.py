@@ -48,7 +48,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Return flags of a tiny run on two real shards and a validation shard of bytes."""
     folder = tmp_path_factory.mktemp("data")
-    for name, pattern in (("code", "moe/*/*.py"), ("prose", "*.md"), ("held", "data/*.py")):
+    for name, pattern in (("code", "moe/*/*.py"), ("prose", "*.md"), ("held", "data/*/*.py")):
         done = _python(
             *(str(ROOT / "tools" / "preprocess_corpus.py"), "--input", str(ROOT / pattern)),
             *("--tokenizer", "bytes", "--append-eod", "--workers", "1"),

@@ -50,7 +50,7 @@ class FirstRows:
         return [ours[: self.rows]]
 
     def join(self, theirs: Sequence[Tensor]) -> Tensor:
-        """[rows, ...] -> [rows, ...]: another layout pads when it loads."""
+        """[rows, ...] -> [rows, ...]; loading pads where a layout needs it."""
         (tensor,) = theirs
         return tensor
 
