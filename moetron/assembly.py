@@ -100,7 +100,7 @@ def pretrain(
         sinks: receive the metrics in addition to the sinks in the settings; main rank only.
     """
     quieten_libraries()
-    from moetron.common import process as resilience  # imports torch: seconds
+    from moetron.common import process as resilience  # torch: seconds
     from moetron.moe.training import build_trainer, runtime
 
     with runtime.running(settings) as ranks:

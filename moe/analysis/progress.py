@@ -1,4 +1,4 @@
-"""Progress of an analysis: a bar on a terminal, lines elsewhere."""
+"""How far an analysis is: a bar on a terminal, lines elsewhere."""
 
 import sys
 import time
@@ -13,7 +13,7 @@ Item = TypeVar("Item")
 
 
 def shown(batches: Iterable[Item], total: int, name: str) -> Iterator[Item]:
-    """Yield ``batches``; report progress and remaining time on standard error."""
+    """Yield ``batches`` and report each on standard error, with the time that is left."""
     start = last_line = time.monotonic()
     with tqdm(desc=name, total=total, unit="batch", disable=not sys.stderr.isatty()) as bar:
         for done, batch in enumerate(batches, start=1):
