@@ -5,8 +5,8 @@
     python pretrain_moe.py --config RECIPE.yaml --dry-run --world-size 1024 [--build --rank 17]
     python pretrain_moe.py --config RECIPE.yaml --check --world-size 2    # as launchers do first
 
-``--help`` lists every setting. Exit codes: 0 done, 2 something for the user to change, 1 our fault
-or the machine's, 75 stopped by a signal after a good save (the same command resumes).
+``--help`` lists every setting. Exit codes: 0 done, 2 user error, 1 internal or machine error, 75
+stopped by a signal after a complete save (the same command resumes).
 """
 
 import sys
@@ -27,7 +27,7 @@ from moetron.moe.plan.render import render
 
 
 def main() -> int:
-    """Parse and check, then plan or pretrain; returns the exit code."""
+    """Parse and check, then plan or pretrain; return the exit code."""
     command = load(sys.argv[1:])
     for note in command.notes if command.rank == 0 or command.dry_run else []:
         print(f"note: {note}", file=sys.stderr)
@@ -47,7 +47,7 @@ def main() -> int:
 
 
 def plan(command: Command, vocab_size: int) -> int:
-    """Print what the run would be."""
+    """Print the plan of the run; build one rank with --build."""
     print(render(command.settings, vocab_size, command.world_size, command.rank))
     if command.build:
         quieten_libraries()

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# From real text to a trained Mixture-of-Experts checkpoint, on this machine, in one command.
+# Train a Mixture-of-Experts checkpoint from real text on this machine.
 #   bash examples/quickstart.sh [--out DIR] [--corpus DIR|debian]
-#     --out DIR        where everything goes (default runs/quickstart)
+#     --out DIR        output folder (default runs/quickstart)
 #     --corpus DIR     your own text: every *.jsonl file (key "text") and every folder in DIR is a source
-#     --corpus debian  the multilingual mix that apt can bring; without it: text that is on this machine already
-# Run again, it reuses whatever is current.
+#     --corpus debian  a multilingual mix from apt; default: text on this machine
+# A second run reuses current results.
 set -euo pipefail
 started=$SECONDS
 fail() { echo "quickstart: $*" >&2; exit 2; }
@@ -17,7 +17,7 @@ while [ $# -gt 0 ]; do
     --out | --corpus)
       [ $# -ge 2 ] || fail "$1 takes a value (try --help)"
       case "$2" in
-        *://*) fail "$1 $2: an address, not a path: give a folder of a mounted file system" ;;
+        *://*) fail "$1 $2: an address, not a path; give a folder of a mounted file system" ;;
       esac
       if [ "$1" = --out ]; then out="$2"; else corpus="$2"; fi
       shift 2
@@ -62,7 +62,7 @@ tokenizer="$out/tokenizer/umt5.model"
   --output "${tokenizer%.model}"
 
 step 4/8 "Token shards, 3 % of the documents held out"
-shards() { # SOURCE NAME SHARE
+shards() { # SOURCE NAME FRACTION
   "$bin/python" tools/preprocess_corpus.py --input "$1" --tokenizer "$tokenizer" --append-eod \
     --output-prefix "$out/data/$2" --holdout-fraction "$3" --holdout-prefix "$out/data/$2.valid"
 }
@@ -72,7 +72,7 @@ for source in "$text"/*; do
     *.jsonl) name="$(basename "$source" .jsonl)" ;;
     *) [ -d "$source" ] || continue; name="$(basename "$source")" ;;
   esac
-  shards "$source" "$name" 0.03 || { echo "once more, with a fifth held out"; shards "$source" "$name" 0.2; }
+  shards "$source" "$name" 0.03 || { echo "retrying with a fifth held out"; shards "$source" "$name" 0.2; }
   train+=("$out/data/$name") valid+=("$out/data/$name.valid")
 done
 [ ${#train[@]} -gt 0 ] || fail "$text holds neither .jsonl files nor folders"
@@ -83,7 +83,7 @@ pretrain() {
     --data-path "${train[@]}" --valid-data-path "${valid[@]}" --tokenizer-model "$tokenizer" \
     --save "$run" --load "$run" "$@"
 }
-# A run of other data or another recipe is not gone on with, nor thrown away.
+# A run of other data or another recipe is neither resumed nor deleted.
 key="$(cat "$RECIPE" "${train[@]/%/.json}" | sha256sum | cut -d' ' -f1)"
 if [ -d "$run" ] && [ "$(cat "$run/quickstart.key" 2>/dev/null)" != "$key" ]; then
   mv "$run" "$run.before-$(date +%Y%m%d-%H%M%S)"
@@ -93,17 +93,17 @@ echo "$key" >"$run/quickstart.key"
 last="$(printf 'step_%07d' "$total_steps")"
 
 if [ "$(cat "$run/latest" 2>/dev/null)" = "$last" ]; then
-  step 5-6/8 "Training: $run/$last is there already"
+  step 5-6/8 "Training: $run/$last exists"
 else
   if [ ! -e "$run/latest" ]; then
-    step 5/8 "Training: 64 experts, 8 a token, on $RANKS ranks; stops at step $stop_at on purpose"
+    step 5/8 "Training: 64 experts, 8 per token, on $RANKS ranks; stops at step $stop_at to show resuming"
     pretrain --exit-interval "$stop_at"
   fi
   step 6/8 "Resuming from $run/$(cat "$run/latest")"
   pretrain
 fi
 
-step 7/8 "A sample, and what counting words and pairs of words achieves"
+step 7/8 "A sample, and unigram and bigram baselines"
 "$bin/python" tools/generate.py --load "$run" --prompt 'def main(' --max-new-tokens 80 | tee "$out/sample.txt"
 "$bin/python" tools/ngram_baseline.py --train-data-path "${train[@]}" --valid-data-path "${valid[@]}" \
   --seq-length "$(sed -n 's/^ *seq_length: *\([0-9]*\).*/\1/p' "$RECIPE")" --output "$out/ngrams.json"

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Code and prose that this machine has anyway, as token shards: what the tiny lives of the recipes train on.
+# Make token shards of code and prose from files on this machine, for the life.sh scripts.
 #   bash examples/tiny_corpus.sh DIR
-# Leaves DIR/umt5.model and the shards DIR/code and DIR/prose, each with a twentieth held out (DIR/code.valid,
-# DIR/prose.valid). The code is Python's standard library; the prose is how installed packages describe and license
-# themselves. Run again, it finds its work done.
+# Writes DIR/umt5.model and the shards DIR/code and DIR/prose, each with 5 % held out (DIR/code.valid,
+# DIR/prose.valid). The code is Python's standard library; the prose is descriptions and licenses of installed packages.
+# A second run reuses the result.
 set -euo pipefail
 case "${1:-}" in "" | -*) sed -n '2,6s/^# //p' "${BASH_SOURCE[0]}" >&2; exit 2 ;; esac
 out="$(realpath -m "$1")"

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Train a recipe on this node, one rank a GPU (or RANKS of them):
+# Train a recipe on this node, with one rank per GPU or RANKS ranks:
 #   bash examples/train.sh olmoe_1b_7b --data-path PREFIX --tokenizer-model FILE --save RUN
 #   RANKS=2 bash examples/train.sh deepseek_v3/tiny --expert-model-parallel-size 2    # two CPU ranks
 # The first word names a folder of examples/ (its pretrain.yaml), or FOLDER/STAGE; flags follow. One process checks
-# settings, data and folders first, so that a mistake is one message and exit code 2. With --dry-run among the flags
-# nothing is launched: it plans for as many ranks (or --world-size N). Ranks meet on a free port, so runs may share a
-# node. PRINT=1 prints the command that would run, and does not run it.
+# settings, data and folders first, so that a user error is one message and exit code 2. --dry-run plans for the same
+# number of ranks (or --world-size N) and launches nothing. Ranks rendezvous on a free port, so runs may share a node.
+# PRINT=1 prints the command instead of running it.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 recipe="${1:-}"
@@ -16,15 +16,15 @@ case "$recipe" in
 esac
 shift
 config="$root/examples/$recipe.yaml"
-[ -f "$config" ] || { echo "train.sh: no examples/$recipe.yaml; python tools/plan.py --list names the recipes" >&2; exit 2; }
+[ -f "$config" ] || { echo "train.sh: no examples/$recipe.yaml; python tools/plan.py --list lists the recipes" >&2; exit 2; }
 
 python="${PYTHON:-${MOETRON_VENV:-$root/.venv}/bin/python}"
 gpus="$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)"
 ranks="${RANKS:-$((gpus > 0 ? gpus : 1))}"
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
-# What a step and a save may take after a signal; torchrun kills ranks after 30 s otherwise.
+# Time for a step and a save after a signal; torchrun kills ranks after 30 s by default.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
-alone=("$python" "$root/pretrain_moe.py" --world-size "$ranks" --config "$config" "$@") # of two --world-size the last counts
+alone=("$python" "$root/pretrain_moe.py" --world-size "$ranks" --config "$config" "$@") # the last --world-size wins
 launch=("$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" "$root/pretrain_moe.py" --config "$config" "$@")
 case " $* " in *" --dry-run "* | *" --check "* | *" --help "*) launch=("${alone[@]}") ;; esac
 if [ -n "${PRINT:-}" ]; then

@@ -10,23 +10,23 @@ from moetron.common.process import run_guarded
 COMMANDS = {
     "train": ("pretrain_moe", "pretrain a model; under torchrun for several ranks"),
     "tokenize": ("moetron.commands.train_tokenizer", "train a SentencePiece tokenizer"),
-    "prepare": ("moetron.commands.preprocess_corpus", "raw text to token shards"),
-    "inspect": ("moetron.commands.inspect_data", "what shards and samples hold"),
-    "plan": ("moetron.commands.plan", "parameters, memory and cost of a recipe"),
-    "convert": ("moetron.commands.convert_checkpoint", "to and from HuggingFace; inspect"),
-    "upcycle": ("moetron.commands.upcycle", "a dense checkpoint to a mixture of experts"),
+    "prepare": ("moetron.commands.preprocess_corpus", "tokenize raw text into shards"),
+    "inspect": ("moetron.commands.inspect_data", "print shards and samples"),
+    "plan": ("moetron.commands.plan", "print parameters, memory and cost of a recipe"),
+    "convert": ("moetron.commands.convert_checkpoint", "convert to and from HuggingFace; inspect"),
+    "upcycle": ("moetron.commands.upcycle", "turn a dense checkpoint into a mixture of experts"),
     "generate": ("moetron.commands.generate", "continue prompts"),
-    "evaluate": ("moetron.commands.evaluate", "tasks of lm-evaluation-harness"),
-    "analyze": ("moetron.commands.analyze_routing", "saturation, specialisation, co-activation"),
-    "report": ("moetron.commands.report", "one page about a run"),
-    "ablate": ("moetron.commands.ablate", "variants and seeds side by side"),
-    "parity": ("moetron.commands.check_parity", "compare layouts with one process"),
-    "collect": ("moetron.commands.collect_corpus", "a corpus from the texts of this machine"),
-    "baseline": ("moetron.commands.ngram_baseline", "unigram and bigram losses of shards"),
-    "export-tokenizer": ("moetron.commands.export_tokenizer", "a tokenizer for transformers"),
-    "doctor": ("moetron.commands.doctor", "what this machine can run, and why not"),
+    "evaluate": ("moetron.commands.evaluate", "run tasks of lm-evaluation-harness"),
+    "analyze": ("moetron.commands.analyze_routing", "analyze how experts are used"),
+    "report": ("moetron.commands.report", "write the report page of a run"),
+    "ablate": ("moetron.commands.ablate", "compare variants of a recipe over seeds"),
+    "parity": ("moetron.commands.check_parity", "compare parallel layouts with one rank"),
+    "collect": ("moetron.commands.collect_corpus", "collect a corpus from texts on this machine"),
+    "baseline": ("moetron.commands.ngram_baseline", "compute unigram and bigram losses of shards"),
+    "export-tokenizer": ("moetron.commands.export_tokenizer", "write a transformers tokenizer"),
+    "doctor": ("moetron.commands.doctor", "check what this machine can run"),
 }
-"""Name -> (module with ``main()``, what it does)."""
+"""Name -> (module with ``main()``, description)."""
 
 
 def usage() -> str:

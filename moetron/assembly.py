@@ -1,7 +1,7 @@
-"""Put a run together: what `pretrain_moe.py` and `moetron.api` share.
+"""Assemble a run from its settings, for `pretrain_moe.py` and `moetron.api`.
 
-The one place that knows tokenizers, data and the model at once: `moe` sees samples through a
-protocol (`moe/training/sample_stream.py`) and never imports `data`.
+Only this module imports tokenizers, data and model together: `moe` sees samples through a protocol
+(`moe/training/sample_stream.py`) and never imports `data`.
 """
 
 import os
@@ -23,7 +23,7 @@ from moetron.tokenizers.run_copy import keep, name_of, open_named
 
 
 def open_tokenizer(settings: Settings) -> Tokenizer | None:
-    """Return the tokenizer, where one is named."""
+    """Return the tokenizer that the settings name, or None."""
     source = settings.data.tokenizer_model
     return None if source is None else open_named(source, settings.checkpoint.load)
 
@@ -50,7 +50,7 @@ def vocabulary_size(settings: Settings, tokenizer: Tokenizer | None) -> int:
     size = settings.model.vocab_size
     if tokenizer is None:
         if size is None:
-            raise UserError("--vocab-size is unset, and no --tokenizer-model says it: give one")
+            raise UserError("--vocab-size: unset and no --tokenizer-model; give one of them")
         return size
     if size is not None and size < tokenizer.vocab_size:
         raise UserError(
@@ -81,7 +81,7 @@ def open_streams(settings: Settings, vocab_size: int, tokenizer: Tokenizer | Non
 
 
 def source_uses(stream: StagedStream, samples: int) -> Iterator[SourceUse]:
-    """Yield what a run of so many samples takes of each source."""
+    """Yield the tokens and epochs of each source in a run of ``samples`` samples."""
     uses = stream.uses(samples)
     for number, name in enumerate(stream.source_names):
         mine = [use for use in uses if use.source == number]
@@ -94,10 +94,10 @@ def pretrain(
     """Start the ranks, build the model, load a checkpoint, train; return the exit code.
 
     Args:
-        settings: checked.
+        settings: validated.
         vocab_size: before padding.
-        streams: the samples.
-        sinks: take the metrics beside those that the settings name; of the main rank alone.
+        streams: training and validation samples.
+        sinks: receive the metrics in addition to the sinks in the settings; main rank only.
     """
     quieten_libraries()
     from moetron.common import process as resilience  # torch: seconds

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Run an ablation as papers do: variants of a recipe, each with several seeds, side by side.
+"""Run an ablation: variants of a recipe, each with several seeds, compared in one table.
 
 The command is in moetron/commands/ablate.py; ``--help`` describes it.
 """

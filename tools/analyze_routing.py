@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Watch how a model routes: saturation, co-activation, specialisation, drops, similarity.
+"""Analyze routing: saturation, co-activation, specialisation, drops, similarity.
 
 The command is in moetron/commands/analyze_routing.py; ``--help`` describes it.
 """

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Convert checkpoints to and from folders of HuggingFace's, without a GPU, one tensor at a time.
+"""Convert checkpoints to and from HuggingFace folders, without a GPU, one tensor at a time.
 
 The command is in moetron/commands/convert_checkpoint.py; ``--help`` describes it.
 """

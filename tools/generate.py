@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Continue prompts with a trained model, on one rank; text appears as it is made.
+"""Continue prompts with a trained model, on one rank; text is printed as it is generated.
 
 The command is in moetron/commands/generate.py; ``--help`` describes it.
 """

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Writes the lock files: for each Python that setup.py supports, the exact versions and hashes of what it needs.
-#   bash tools/lock.sh                        after a change of setup.py: keep what is locked, add what is missing
+# Write the lock files: exact versions and hashes of all dependencies, for each Python that setup.py supports.
+#   bash tools/lock.sh                        after a change of setup.py: keep locked versions, add missing packages
 #   bash tools/lock.sh --upgrade              the newest versions inside setup.py's ranges
 #   bash tools/lock.sh --upgrade-package NAME
 # Then run the tests, and commit requirements/. Versions are those for Linux on x86_64.

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write the report page of a run, or of several to compare; or just a run's curves as a picture.
+"""Write the report page of one or several runs, or the curves of one run as a picture.
 
 The command is in moetron/commands/report.py; ``--help`` describes it.
 """

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Makes the virtual environment that the quick start and the tests run in, or reuses it if it is current.
-#   bash tools/setup_env.sh            # what Moetron needs, as locked in requirements/
-#   bash tools/setup_env.sh --dev      # lint, types and tests too
-#   bash tools/setup_env.sh --newest   # as --dev, but the newest versions inside setup.py's ranges, updated at each call
+# Create the virtual environment of the quick start and the tests, or reuse it if it is current.
+#   bash tools/setup_env.sh            # Moetron and its dependencies, as locked in requirements/
+#   bash tools/setup_env.sh --dev      # also lint, types and tests
+#   bash tools/setup_env.sh --newest   # as --dev, with the newest versions that setup.py allows, updated at each call
 # MOETRON_VENV names the folder (default .venv), PYTHON the interpreter to build it from (one that has a lock file).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# Not in the lock files, since the build depends on the machine: for CPU, or for a version of CUDA. --newest keeps this
-# version too: the machines of our CI find no CPU build of a newer one.
+# Not in the lock files, since the build (CPU or a CUDA version) depends on the machine. --newest keeps this version
+# too, since our CI machines have no CPU build of a newer one.
 readonly TORCH_VERSION=2.13.0
 venv="${MOETRON_VENV:-.venv}"
 lane="${1:---base}"
@@ -16,7 +16,7 @@ lane="${1:---base}"
 say() { printf 'setup: %s\n' "$*"; }
 die() { printf 'setup: %s\n' "$*" >&2; exit 2; }
 
-# The lock file of an interpreter; requirements/ has those of every supported Python.
+# Print the lock file of an interpreter; requirements/ has one per supported Python.
 lock_of() {
   local version suffix=""
   [ "$lane" = --base ] || suffix="-dev"
@@ -27,7 +27,7 @@ lock_of() {
 find_python() {
   local candidate locked
   locked="$(basename -a requirements/*-dev.lock | sed -E 's/py3([0-9]+)-dev.lock/3.\1/' | sort -Vr | tr '\n' ' ')"
-  # shellcheck disable=SC2086 # one word for each version
+  # shellcheck disable=SC2086 # one word per version
   for candidate in ${PYTHON:-python3 $(printf 'python%s ' $locked)}; do
     if [ -f "$(lock_of "$candidate")" ]; then
       echo "$candidate"
@@ -37,11 +37,11 @@ find_python() {
   die "found none of Python $locked; install one or name it: PYTHON=/path/to/python3 bash tools/setup_env.sh"
 }
 
-# A venv needs ensurepip only for its pip, which Debian packages apart: the outer pip can do that job.
+# Debian packages ensurepip separately. Without it, the outer pip installs pip into the venv.
 make_venv() {
   "$1" -m venv "$venv" >/dev/null 2>&1 && return
   rm -rf "$venv"
-  "$1" -m venv --without-pip "$venv" || die "could not make a virtual environment in $venv with $1"
+  "$1" -m venv --without-pip "$venv" || die "cannot create a virtual environment in $venv with $1"
   "$1" -m pip --python "$venv/bin/python" install --quiet pip \
     || die "no pip for $venv; install your distribution's python3-venv or python3-pip"
 }
@@ -53,8 +53,8 @@ torch_is_current() {
     "$TORCH_VERSION" 2>/dev/null
 }
 
-# PyPI's torch for Linux is the CUDA build, several GB. Without a GPU: the CPU build, from the configured indexes if
-# they hold it, else through uv, which knows where PyTorch publishes it.
+# PyPI's torch for Linux is the CUDA build of several GB. Without a GPU, install the CPU build from the configured
+# indexes if they have it, else from PyTorch's index through uv.
 install_torch() {
   local install=(pip install --quiet --quiet)
   if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
@@ -66,7 +66,7 @@ install_torch() {
   "${install[@]}" "torch==$TORCH_VERSION+cpu" 2>/dev/null && return
   "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" --torch-backend cpu "torch==$TORCH_VERSION" \
     2>/dev/null && return
-  say "CPU build unavailable: installing the default one, which is large"
+  say "CPU build unavailable: installing the large default build"
   "${install[@]}" "torch==$TORCH_VERSION"
 }
 
@@ -108,19 +108,19 @@ esac
 started=$SECONDS
 if [ ! -x "$venv/bin/python" ]; then
   python="$(find_python)"
-  say "making $venv with $("$python" --version)"
+  say "creating $venv with $("$python" --version)"
   make_venv "$python"
 fi
 lock="$(lock_of "$venv/bin/python")"
-[ -f "$lock" ] || die "$venv is of $("$venv/bin/python" --version), for which there is no $lock: remove it and run again"
+[ -f "$lock" ] || die "$venv: no $lock for its $("$venv/bin/python" --version); remove the folder and run again"
 rm -f "$venv/.moetron-base" "$venv/.moetron-dev"
 if [ "$lane" = --newest ]; then
-  say "installing the newest versions inside setup.py's ranges"
+  say "installing the newest versions that setup.py allows"
   install_newest
 else
-  say "installing what $lock says"
+  say "installing from $lock"
   install_locked
 fi
-conflicts="$(pip check)" || die "versions in $venv do not fit together; remove the folder and run again"$'\n'"$conflicts"
+conflicts="$(pip check)" || die "conflicting versions in $venv; remove the folder and run again"$'\n'"$conflicts"
 case "$lane" in --base) stamp >"$venv/.moetron-base" ;; *) stamp >"$venv/.moetron-dev" ;; esac
 say "environment $venv ready after $((SECONDS - started)) s"

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Runs mypy on the package in the form in which it is imported.
-#   bash tools/typecheck.sh            all code that ships
+# Run mypy on the package as it is imported.
+#   bash tools/typecheck.sh            all shipped code
 #   bash tools/typecheck.sh FILE...    these files against the package
-# moetron.moe, moetron.data and moetron.tokenizers lie beside moetron/ in a checkout. A type checker does not follow
-# the search path that moetron/__init__.py sets, and would take everything imported from them for Any. Here it reads
-# a temporary folder in which they are linked into the package.
+# moe/, data/ and tokenizers/ are outside moetron/ in a checkout. mypy does not follow the search path that
+# moetron/__init__.py sets and would type everything imported from them as Any. So it reads a temporary folder in which
+# they are linked into the package.
 set -euo pipefail
 targets=()
 for file in "$@"; do targets+=("$(realpath "$file")"); done

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Turn a dense checkpoint into the start of a mixture of experts, without a GPU, tensor by tensor.
+"""Upcycle a dense checkpoint to a mixture of experts, without a GPU, one tensor at a time.
 
 The command is in moetron/commands/upcycle.py; ``--help`` describes it.
 """

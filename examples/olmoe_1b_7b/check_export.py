@@ -1,9 +1,9 @@
-"""Compare an exported model with the run that it is from: the loss on all held-out windows.
+"""Compare an exported model with its run: the loss on all held-out windows.
 
 python examples/olmoe_1b_7b/check_export.py --run RUN --model HF_FOLDER
 
-The run's figure is the last line of its validation.jsonl; transformers' is the mean over the same
-tokens, nats per token. Exit codes: 0 equal within 1e-4, 1 not.
+The loss of the run is in the last line of its validation.jsonl; the loss of transformers is the
+mean over the same tokens, nats per token. Exit codes: 0 equal within 1e-4, 1 not.
 """
 
 import argparse
@@ -24,7 +24,7 @@ BATCH = 16
 
 
 def held_out(run: Path) -> TokenStream:
-    """The validation windows of a run, as it evaluates them."""
+    """Return the validation windows of a run."""
     record = checkpoint_folder.read_record(checkpoint_folder.find(run))
     settings = checkpoint_folder.one_rank_settings(record)
     data = settings.data
@@ -35,7 +35,7 @@ def held_out(run: Path) -> TokenStream:
 
 @torch.no_grad()
 def mean_loss(model: torch.nn.Module, stream: TokenStream) -> tuple[float, int]:
-    """(Loss per token that counts, number of those tokens) over the whole stream."""
+    """Return (mean loss, number of unmasked tokens) over the stream."""
     total, count = 0.0, 0.0
     for start in range(0, len(stream), BATCH):
         samples = [stream[n] for n in range(start, min(start + BATCH, len(stream)))]
@@ -53,17 +53,19 @@ def mean_loss(model: torch.nn.Module, stream: TokenStream) -> tuple[float, int]:
 
 
 def main() -> int:
-    """Print both losses; returns the exit code."""
+    """Print both losses; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", type=Path, required=True, help="the run's --save folder")
-    parser.add_argument("--model", type=Path, required=True, help="what to-hf wrote")
+    parser.add_argument("--run", type=Path, required=True, help="--save folder of the run")
+    parser.add_argument("--model", type=Path, required=True, help="folder written by to-hf")
     options = parser.parse_args()
     lines = (options.run / "validation.jsonl").read_text(encoding="utf-8").splitlines()
     ours = json.loads(lines[-1])
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     loss, tokens = mean_loss(model, held_out(options.run))
-    print(f"run          {ours['validation_loss']:.6f} nats a token, {ours['tokens_evaluated']:,}")
-    print(f"transformers {loss:.6f} nats a token, {tokens:,}")
+    print(
+        f"run          {ours['validation_loss']:.6f} nats per token, {ours['tokens_evaluated']:,}"
+    )
+    print(f"transformers {loss:.6f} nats per token, {tokens:,}")
     equal = abs(loss - ours["validation_loss"]) < TOLERANCE and tokens == ours["tokens_evaluated"]
     print("equal" if equal else f"they differ by more than {TOLERANCE}")
     return 0 if equal else 1

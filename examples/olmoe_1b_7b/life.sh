@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# OLMoE's life in small, in one command: text, tokenizer, shards, pretraining, annealing to zero in a fresh order,
-# export, and transformers' loss on the held-out text beside ours. A few minutes on two cores.
+# Run a tiny OLMoE from text to export: tokenizer, shards, pretraining, annealing to zero in a new order, export, and a
+# comparison of transformers' loss with ours on held-out text. A few minutes on two cores.
 #   bash examples/olmoe_1b_7b/life.sh [DIR]     # default runs/olmoe_life
 set -euo pipefail
 case "${1:-}" in -*) sed -n '2,4s/^# //p' "${BASH_SOURCE[0]}" >&2; exit 2 ;; esac
@@ -17,5 +17,5 @@ RANKS=2 bash examples/train.sh olmoe_1b_7b/tiny --config examples/olmoe_1b_7b/li
 if "$python" -c 'import transformers' 2>/dev/null; then
   "$python" examples/olmoe_1b_7b/check_export.py --run "$out/run" --model "$out/hf"
 else
-  echo "$out/hf is not compared: transformers is not installed (pip install 'moetron[hf]')"
+  echo "$out/hf not compared: transformers is not installed (pip install 'moetron[hf]')"
 fi

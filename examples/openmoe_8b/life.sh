@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# OpenMoE's whole life in small, in one command: text, tokenizer, shards, UL2 on half code, causal language modelling
-# on little code in the same run, and the report that shows the change. A few minutes on two cores.
+# Run a tiny OpenMoE from text to report: tokenizer, shards, UL2 on half code, then causal language modelling on little
+# code in the same run, and a report that shows the change. A few minutes on two cores.
 #   bash examples/openmoe_8b/life.sh [DIR]     # default runs/openmoe_life
 set -euo pipefail
 case "${1:-}" in -*) sed -n '2,4s/^# //p' "${BASH_SOURCE[0]}" >&2; exit 2 ;; esac

@@ -1,4 +1,4 @@
-"""The quick start's last step: gather its figures into summary.json and print them.
+"""Last step of the quick start: collect its metrics in summary.json and print them.
 
 python examples/quickstart/summarize.py --out runs/quickstart --seconds 412
 """
@@ -16,26 +16,26 @@ from moetron.common.files import write_text
 def main() -> int:
     """Write and print the summary."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="the quick start's folder")
-    parser.add_argument("--seconds", type=int, required=True, help="how long it took")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the quick start")
+    parser.add_argument("--seconds", type=int, required=True, help="duration")
     options = parser.parse_args()
     summary = summarize(options.out, options.seconds)
     write_text(options.out / "summary.json", json.dumps(summary, indent=2) + "\n")
     print(render(summary))
     if summary["validation_loss"] >= summary["bigram_cross_entropy"]:
-        print("The model has not overtaken the bigram on this text; train it for longer.")
+        print("The model is not better than the bigram on this text; train it longer.")
     return 0
 
 
 def summarize(out: Path, seconds: int) -> dict[str, Any]:
-    """Figures in nats per token, tokens per second of all ranks, seconds, and paths."""
+    """Return losses in nats per token, tokens per second of all ranks, seconds and paths."""
     run = out / "run"
     evaluation = rows(run / "validation.jsonl")[-1]
     metrics = rows(run / "metrics.jsonl")
     ngrams = json.loads((out / "ngrams.json").read_text(encoding="utf-8"))
     if evaluation["tokens_evaluated"] != ngrams["validation_tokens"]:
         raise SystemExit(
-            f"the model was judged on {evaluation['tokens_evaluated']} tokens, the n-grams on "
+            f"the model was evaluated on {evaluation['tokens_evaluated']} tokens, the n-grams on "
             f"{ngrams['validation_tokens']}: raise --eval-iters in the recipe"
         )
     return {
@@ -61,12 +61,12 @@ def summarize(out: Path, seconds: int) -> dict[str, Any]:
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file."""
+    """Return the objects of a JSON Lines file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def render(summary: dict[str, Any]) -> str:
-    """The summary for a reader."""
+    """Return the summary as text."""
     paths = summary["paths"]
     run = Path(paths["metrics"]).parent
     lines = [

@@ -3,11 +3,11 @@
 #   sbatch --nodes 32 --gpus-per-node 8 examples/slurm/pretrain.sh olmoe_1b_7b \
 #     --data-path PREFIX --tokenizer-model FILE --save RUN
 # The first word names a folder of examples/ (its pretrain.yaml), or FOLDER/STAGE; flags follow. A run
-# that SLURM stops or requeues goes on from --save. MOETRON_ROOT and PYTHON name the checkout and its
-# interpreter where they differ from the folder of submission; RANKS the ranks of a node, if not one a GPU.
-# One process checks settings, data and folders before ranks start, so that a mistake is one message and exit code 2;
-# with --dry-run among the flags none start. Ranks meet at the first node on port MASTER_PORT, by default 10000 + the
-# job's id modulo 20000: jobs that share a node do not meet.
+# that SLURM stops or requeues resumes from --save. MOETRON_ROOT and PYTHON name the checkout and its
+# interpreter (default: the folder of submission); RANKS is the number of ranks per node (default: one per GPU).
+# One process checks settings, data and folders before ranks start, so that a user error is one message and exit code
+# 2; with --dry-run no ranks start. Ranks rendezvous at the first node on port MASTER_PORT, by default 10000 + job id
+# modulo 20000, so that jobs on one node use different ports.
 #SBATCH --job-name pretrain
 #SBATCH --ntasks-per-node 1
 #SBATCH --exclusive
@@ -15,7 +15,7 @@
 #SBATCH --signal TERM@300
 set -euo pipefail
 fail() { echo "pretrain.sh: $*" >&2; exit 2; }
-[ $# -gt 0 ] || fail "which recipe: a folder of examples/, or FOLDER/STAGE"
+[ $# -gt 0 ] || fail "no recipe: give a folder of examples/, or FOLDER/STAGE"
 [ -n "${SLURM_JOB_ID:-}" ] || fail "submit it with sbatch; on one node: examples/train.sh"
 root="${MOETRON_ROOT:-$SLURM_SUBMIT_DIR}"
 recipe="$1"
@@ -33,7 +33,7 @@ done
 resume=()
 again=()
 if [ -n "$save" ]; then resume=(--load "$save"); fi
-# Requeued, a run that began from another's checkpoint goes on from its own.
+# A requeued run resumes from its own checkpoint, even if it started from another run's.
 if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ -n "$save" ] && [ -e "$save/latest" ]; then
   again=(--load "$save" --no-finetune --no-reset-progress)
 fi
@@ -45,7 +45,7 @@ python="${PYTHON:-$root/.venv/bin/python}"
 flags=(--config "$config" "${resume[@]}" "$@" "${again[@]}")
 alone=("$python" "$root/pretrain_moe.py" --world-size "$((nodes * ranks))" "${flags[@]}")
 export CUDA_DEVICE_MAX_CONNECTIONS=1
-# Of the 300 s that SLURM gives, what a step and a save may take; torchrun kills ranks after 30 s otherwise.
+# Time for a step and a save, within SLURM's 300 s; torchrun kills ranks after 30 s by default.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-270}"
 case " $* " in *" --dry-run "* | *" --check "*) exec "${alone[@]}" ;; esac
 "${alone[@]}" --check

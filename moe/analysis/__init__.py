@@ -1,1 +1,1 @@
-"""What a run shows: curves, how its routers choose, the report page."""
+"""Analysis of runs: curves, routing, evaluation, ablations, report page."""

@@ -1,4 +1,4 @@
-"""Loss and expert load of a run over its tokens, as a picture."""
+"""Picture of loss and expert load of a run over tokens."""
 
 import json
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ Rows = Sequence[dict[str, Any]]
 
 
 def draw(run: Path, output: Path) -> None:
-    """Draw ``run/metrics.jsonl`` and ``run/validation.jsonl`` into ``output`` (PNG, SVG or PDF).
+    """Draw ``run/metrics.jsonl`` and ``run/validation.jsonl`` to ``output`` (PNG, SVG or PDF).
 
-    Left: training loss of each step and validation loss, nats per token. Right: for each layer with
-    experts, the load of its fullest expert over the mean load (1 is perfect balance).
+    Left: training and validation loss, nats per token. Right: for each MoE layer, the load of the
+    fullest expert over the mean load (1 is perfect balance).
 
     Raises:
         UserError: ``run`` has no metrics.
@@ -26,7 +26,7 @@ def draw(run: Path, output: Path) -> None:
     metrics = read_rows(run / "metrics.jsonl")
     if not metrics:
         raise UserError(
-            f"{run} holds no metrics.jsonl with a step in it: name a run's --save folder"
+            f"{run}: no metrics.jsonl with a step in it; give the --save folder of a run"
         )
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -41,7 +41,7 @@ def draw(run: Path, output: Path) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; none if there is no file."""
+    """Return the objects of a JSON Lines file, none if it does not exist."""
     if not path.is_file():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,4 +1,4 @@
-"""Pictures of a study, drawn like those of the papers that introduced each analysis."""
+"""Pictures of the analyses, after the papers that introduced them."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -15,11 +15,11 @@ from moetron.moe.analysis.specialization import token_class_entropy
 
 RESULT = "analysis.json"
 SHOWN_EXPERTS = 32
-"""Co-activation is shown among this many experts: those of the strongest pairs (OLMoE's way)."""
+"""Experts in the co-activation picture: those of the strongest pairs, as in OLMoE."""
 
 
 def write(result: Result, output: Path) -> list[Path]:
-    """Write ``result`` as JSON and one PNG for each analysis that it holds; all paths."""
+    """Write ``result`` as JSON and one PNG per analysis in it; return all paths."""
     output.mkdir(parents=True, exist_ok=True)
     paths = [output / RESULT]
     write_text(paths[0], json.dumps(result) + "\n")
@@ -32,7 +32,7 @@ def write(result: Result, output: Path) -> list[Path]:
 
 
 def _saturation(result: Result) -> Figure | None:
-    """After OLMoE, section 5.1."""
+    """Draw router saturation, as OLMoE, section 5.1."""
     rows = result.get("checkpoints") or []
     if len(rows) < 2:
         return None
@@ -51,7 +51,7 @@ def _saturation(result: Result) -> Figure | None:
 
 
 def _coactivation(result: Result) -> Figure:
-    """After OLMoE, section 5.2: the experts of the strongest pairs."""
+    """Draw co-activation of the strongest pairs, as OLMoE, section 5.2."""
     matrices = np.array(result["coactivation"])
     figure, all_axes = _columns(len(matrices), height=3.4)
     for axes, layer, matrix in zip(all_axes, result["layers"], matrices, strict=True):
@@ -61,19 +61,19 @@ def _coactivation(result: Result) -> Figure:
         axes.set(title=f"Co-activation, layer {layer}", xlabel="expert j", ylabel="expert i")
         axes.set_xticks(range(0, len(shown), 8), shown[::8])
         axes.set_yticks(range(0, len(shown), 8), shown[::8])
-        figure.colorbar(image, ax=axes, shrink=0.8, label="% of tokens of i that j serves too")
+        figure.colorbar(image, ax=axes, shrink=0.8, label="% of tokens of i also routed to j")
     return figure
 
 
 def _domains(result: Result) -> Figure:
-    """After OLMoE, section 5.3: a row for each domain, white where chance would be."""
+    """Draw one row per domain, white at chance, as OLMoE, section 5.3."""
     shares = 100 * np.array(result["domain_specialization"]["k"])  # [L, C, E]
     chance = 100 * result["chance"]["k"]
     figure, all_axes = _columns(len(shares), height=max(3.2, 1.2 + 0.22 * len(result["domains"])))
     colours = TwoSlopeNorm(chance, vmin=0, vmax=max(float(shares.max()), 1.01 * chance))
     for axes, layer, shares_CE in zip(all_axes, result["layers"], shares, strict=True):
         image = axes.imshow(shares_CE, aspect="auto", cmap="RdBu_r", norm=colours)
-        axes.set(title=f"Where texts go, layer {layer}", xlabel="expert")
+        axes.set(title=f"Routing of texts, layer {layer}", xlabel="expert")
         axes.set_yticks([])
     all_axes[0].set_yticks(range(len(result["domains"])), result["domains"], fontsize=8)
     all_axes[0].set_ylabel("text")
@@ -83,7 +83,7 @@ def _domains(result: Result) -> Figure:
 
 
 def _vocabulary(result: Result) -> Figure:
-    """After OLMoE, section 5.4, and OpenMoE's comparison of token ids with positions."""
+    """Draw OLMoE's section 5.4, and OpenMoE's comparison of token ids with positions."""
     figure, (left, right) = _columns(2, height=3.4)
     _lines(left, result["layers"], result["vocabulary_specialization"])
     left.set(title="Vocabulary specialisation", xlabel="layer", ylim=(0, 1))
@@ -95,7 +95,7 @@ def _vocabulary(result: Result) -> Figure:
 
 
 def _entropy(result: Result) -> Figure:
-    """The entropies of ST-MoE's Table 14: by domain, and by class of token."""
+    """Draw the entropies of ST-MoE's Table 14, by domain and by token class."""
     figure, (left, right) = _columns(2, height=3.4)
     by_domain = np.array(result["domain_entropy"]).T
     _lines(left, result["layers"], dict(zip(result["domains"], by_domain, strict=True)))
@@ -109,7 +109,7 @@ def _entropy(result: Result) -> Figure:
 
 
 def _drops(result: Result) -> Figure | None:
-    """After OpenMoE's drop towards the end."""
+    """Draw drops by position, as OpenMoE."""
     fractions = 100 * np.array(result["dropped_by_position"])
     if not fractions.any():
         return None
@@ -123,7 +123,7 @@ def _drops(result: Result) -> Figure | None:
 
 
 def _load(result: Result) -> Figure:
-    """Load of each expert at each checkpoint; 1 is an even share."""
+    """Draw the load of each expert at each checkpoint over the mean load."""
     rows = result.get("checkpoints") or [{"step": result.get("step", 0), "load": result["load"]}]
     loads = np.array([row["load"] for row in rows])  # [checkpoints, L, E]
     figure, all_axes = _columns(loads.shape[1], height=3.4)
@@ -133,12 +133,12 @@ def _load(result: Result) -> Figure:
         )
         axes.set(title=f"Expert load, layer {layer}", xlabel="step", ylabel="expert")
         axes.set_xticks(range(len(rows)), [row["step"] for row in rows], rotation=60, fontsize=7)
-        figure.colorbar(image, ax=axes, shrink=0.8, extend="max", label="load / even share")
+        figure.colorbar(image, ax=axes, shrink=0.8, extend="max", label="load / mean")
     return figure
 
 
 def _similarity(result: Result) -> Figure:
-    """Mean cosine of the router's rows and of the experts' weights, by layer."""
+    """Draw the mean cosine of router rows and of expert weights, by layer."""
     figure, (axes,) = _columns(1, height=3.4)
     _lines(axes, result["layers"], result["similarity"])
     axes.set(title="Mean cosine between experts", xlabel="layer", ylabel="cosine")
@@ -146,7 +146,7 @@ def _similarity(result: Result) -> Figure:
 
 
 def _columns(count: int, height: float) -> tuple[Figure, Sequence[Axes]]:
-    """A row of axes without frames on top and right."""
+    """Return a figure with a row of axes without top and right frames."""
     figure = Figure(figsize=(max(5.0, 4.2 * count), height), layout="constrained")
     row = figure.subplots(1, count, squeeze=False)[0]
     for axes in row:

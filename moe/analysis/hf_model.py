@@ -1,4 +1,4 @@
-"""Watch the routing of a HuggingFace MoE folder (OLMoE, Mixtral, Qwen2-MoE, Qwen3-MoE, ...)."""
+"""Routing of a HuggingFace MoE folder (OLMoE, Mixtral, Qwen2-MoE, Qwen3-MoE, ...)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,33 +7,31 @@ import numpy as np
 import torch
 
 from moetron.common.errors import UserError
-from moetron.moe.analysis.own_model import ranked, watched
+from moetron.moe.analysis.own_model import ranked, selected
 from moetron.moe.analysis.routing_trace import Routed
 
 
 class HuggingFaceModel:
-    """A model that answers ``output_router_logits`` with [tokens, experts] for each sparse layer.
+    """Model with ``output_router_logits`` [tokens, experts] for each sparse layer.
 
-    Its tokens take the k experts of the largest logits, none is dropped. Families that choose by
-    something else (a bias, groups) are refused: their logits do not tell what was chosen.
+    A token is routed to the k experts of the largest logits and never dropped. Families that route
+    by a bias or groups are refused, since their logits do not determine the chosen experts.
     """
 
     def __init__(self, folder: Path, layers: Sequence[int] | None = None) -> None:
-        from transformers import AutoModelForCausalLM  # seconds of imports, and an extra
+        from transformers import AutoModelForCausalLM  # optional; imports take seconds
 
         self._model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
         config = self._model.config
         experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
         if not hasattr(config, "output_router_logits") or experts is None:
-            raise UserError(
-                f"{folder}: a {config.model_type} model does not show the logits of its routers"
-            )
+            raise UserError(f"{folder}: a {config.model_type} model does not return router logits")
         self.num_experts, self.topk = int(experts), int(config.num_experts_per_tok)
         self.vocab_size = int(config.vocab_size)
-        self.layers: list[int] = watched(self._sparse(), layers)
+        self.layers: list[int] = selected(self._sparse(), layers)
 
     def route(self, tokens_BS: np.ndarray, predict: bool = True) -> Routed:
-        """Run the model over windows int64 [B, S] in evaluation mode; it predicts in any case."""
+        """Run the model over windows int64 [B, S] in evaluation mode; always predict."""
         with torch.no_grad():
             output = self._model(
                 torch.from_numpy(tokens_BS), output_router_logits=True, use_cache=False
@@ -48,7 +46,7 @@ class HuggingFaceModel:
         return Routed(ranked_LTK, kept_LTE, predicted_T)
 
     def weights(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """For each layer the router's rows [E, H] and all weights of each expert [E, n]."""
+        """Return for each layer the router rows [E, H] and all weights of each expert [E, n]."""
         rows = []
         for layer in self.layers:
             mlp = self._model.model.layers[layer].mlp

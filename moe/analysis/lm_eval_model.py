@@ -1,4 +1,4 @@
-"""A model of ours as lm-evaluation-harness asks for one (package ``lm_eval``, extra ``eval``)."""
+"""Our model behind the interface of lm-evaluation-harness (``lm_eval``, extra ``eval``)."""
 
 from collections.abc import Sequence
 from itertools import islice
@@ -13,34 +13,34 @@ from moetron.moe.inference.scoring import score
 from moetron.moe.layers.language_model import LanguageModel
 
 MAX_NEW_TOKENS = 256
-"""Where a task names no ``max_gen_toks``, as with the harness's own models."""
+"""Default of ``max_gen_toks``, as in the harness's own models."""
 
 
 class Text(Protocol):
-    """What is asked of a tokenizer."""
+    """Tokenizer interface."""
 
     eod: int
     vocab_size: int
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text."""
+        """Return the ids of a text."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids."""
+        """Return the text of ids."""
         ...
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]
-    """Answers the harness's requests with a model on one rank.
+    """Harness model on one rank.
 
-    A text without context follows an end of document, as in training.
+    A text without context is preceded by an end of document, as in training.
 
     Args:
         model: on one rank, in evaluation mode.
-        text: the run's tokenizer.
-        batch_size: sequences that go through the model at once.
-        reads_prefix: whether tokens of a context see each other in both directions, as in training.
+        text: tokenizer of the run.
+        batch_size: sequences per forward pass.
+        reads_prefix: use bidirectional attention over the context, as in training.
     """
 
     def __init__(
@@ -55,13 +55,13 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     @property
     def eot_token_id(self) -> int:
-        """What documents begin after and end with."""
+        """Return the end-of-document id, which also precedes each document."""
         return self._text.eod
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Ids of a text; ours adds no special ones."""
+        """Return the ids of a text, without special ones."""
         return self._text.encode(string)
 
     def _loglikelihood_tokens(
@@ -72,7 +72,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return [(one.log_likelihood, one.greedy) for one in found]
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, in windows of the model's length."""
+        """Return log-likelihoods of full texts, in windows of the model's length."""
         totals = []
         for request in requests:
             windows = get_rolling_token_windows(
@@ -84,18 +84,18 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return totals
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """Texts that follow contexts, up to the end of a document or a stop word."""
+        """Return continuations of contexts, up to an end of document or a stop word."""
         return [self._generate(*request.args) for request in requests]
 
     def _generate(self, context: str, options: dict[str, Any]) -> str:
         until = options.get("until") or []
         stops = [until] if isinstance(until, str) else list(until)
-        wanted = int(options.get("max_gen_toks", MAX_NEW_TOKENS))
+        limit = int(options.get("max_gen_toks", MAX_NEW_TOKENS))
         temperature = float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
         sampling = Sampling(
             temperature, int(options.get("top_k") or 0), float(options.get("top_p") or 1.0)
         )
-        prompt = self._text.encode(context)[-max(self._length - wanted, 1) :] or [self._text.eod]
+        prompt = self._text.encode(context)[-max(self._length - limit, 1) :] or [self._text.eod]
         following = continuation(
             self._model,
             prompt,
@@ -105,7 +105,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         )
         new: list[int] = []
         text = ""
-        for token in islice(following, wanted):
+        for token in islice(following, limit):
             if token == self._text.eod:
                 break
             new.append(token)

@@ -1,4 +1,4 @@
-"""Watch the routing of a checkpoint of ours, on one rank."""
+"""Routing of our checkpoints, on one rank."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -20,14 +20,14 @@ from moetron.moe.training.runtime import Runtime
 
 
 class OwnModel:
-    """A run's model, with the weights of one of its checkpoints at a time.
+    """Model of a run, with the weights of one checkpoint at a time.
 
     Args:
-        checkpoint: a run's folder or one step_* folder, written in any layout.
+        checkpoint: a run folder or one step_* folder, written in any layout.
         settings: of that checkpoint, for one rank.
         vocab_size: before padding.
         runtime: of one rank.
-        layers: which layers with experts to watch, counted from 0; None: all.
+        layers: MoE layers to analyse, from 0; None: all.
     """
 
     def __init__(
@@ -40,19 +40,19 @@ class OwnModel:
     ) -> None:
         sparse = [n for n, flag in enumerate(derived.moe_layers(settings)) if flag]
         if not sparse:
-            raise UserError(f"{checkpoint}: a dense model, so nothing is routed")
-        self.layers = watched(sparse, layers)
+            raise UserError(f"{checkpoint}: a dense model; nothing is routed")
+        self.layers = selected(sparse, layers)
         assert settings.moe.num_experts is not None
         self.num_experts, self.topk = settings.moe.num_experts, settings.moe.moe_router_topk
         self.vocab_size = vocab_size
         self._model = load_model(checkpoint, settings, vocab_size, runtime, limited=True)
-        self._seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._recorded: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         routers = {m.layer_number - 1: m for m in self._model.modules() if isinstance(m, Router)}
         for layer in self.layers:
-            routers[layer].register_forward_hook(partial(self._watch, layer))
+            routers[layer].register_forward_hook(partial(self._record, layer))
 
     def each_checkpoint(self, run: Path, last_step: int) -> Iterator[int]:
-        """Take the weights of every checkpoint of a run up to ``last_step``; yields its step."""
+        """Load each checkpoint of a run up to ``last_step`` and yield its step."""
         for step in checkpoint_folder.saved_steps(run):
             if step <= last_step:
                 folder = checkpoint_folder.step_folder(run, step)
@@ -62,28 +62,28 @@ class OwnModel:
     def route(self, tokens_BS: np.ndarray, predict: bool = True) -> Routed:
         """Run the model over windows int64 [B, S] in evaluation mode.
 
-        Experts have the evaluation's capacity, so that drops are seen; windows are read causally.
+        Experts have their evaluation capacity, so drops are recorded. Attention is causal.
         """
         tokens = torch.from_numpy(tokens_BS).to(next(self._model.parameters()).device)
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        self._model.post_process = predict  # without it a model ends with its hidden states
+        self._model.post_process = predict  # False: return hidden states
         mask = needed_mask(self._model, tokens.new_zeros(len(tokens)), tokens.shape[1])
         with torch.no_grad():
             output = self._model(tokens, positions, mask)
-        self._model.post_process = True  # checkpoints are read into it
+        self._model.post_process = True  # needed to load checkpoints
         predicted_T = np.full(tokens_BS.size, -1)
         if predict:
             predicted_T = output[..., : self.vocab_size].argmax(-1).flatten().cpu().numpy()
         batch = len(tokens_BS)
-        scores = [_batch_major(self._seen[layer][0], batch) for layer in self.layers]
-        kept = [_batch_major(self._seen[layer][1], batch) for layer in self.layers]
-        self._seen.clear()
+        scores = [_batch_major(self._recorded[layer][0], batch) for layer in self.layers]
+        kept = [_batch_major(self._recorded[layer][1], batch) for layer in self.layers]
+        self._recorded.clear()
         return Routed(ranked(torch.stack(scores)), torch.stack(kept).cpu().numpy(), predicted_T)
 
     def weights(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """For each layer the router's rows [E, H] and all weights of each expert [E, n].
+        """Return for each layer the router rows [E, H] and all weights of each expert [E, n].
 
-        Hash routing has no matrix: rows of zeros.
+        Hash routing has no matrix; its rows are zeros.
         """
         rows = []
         for layer in self.layers:
@@ -93,40 +93,40 @@ class OwnModel:
             rows.append((none if matrix is None else _numpy(matrix), experts_En))
         return rows
 
-    def _watch(self, layer: int, router: Router, inputs: Any, output: Any) -> None:
-        """Remember the logits of what was chosen (-inf elsewhere), and what was served."""
+    def _record(self, layer: int, router: Router, inputs: Any, output: Any) -> None:
+        """Record the logits of chosen experts (-inf elsewhere) and the kept choices."""
         assert router.chosen is not None
         logits_TE = router.gating(inputs[0]).reshape(router.chosen.shape).float()
         scores_TE = logits_TE.masked_fill(~router.chosen, -torch.inf)
-        self._seen[layer] = (scores_TE, output[1] & router.chosen)
+        self._recorded[layer] = (scores_TE, output[1] & router.chosen)
 
 
-def watched(sparse: Sequence[int], layers: Sequence[int] | None) -> list[int]:
-    """The layers to watch: all of ``sparse``, or those of ``layers``, which must be among them."""
-    strangers = sorted(set(layers or ()) - set(sparse))
-    if strangers:
+def selected(sparse: Sequence[int], layers: Sequence[int] | None) -> list[int]:
+    """Return ``layers``, which must be in ``sparse``, or all of ``sparse``."""
+    unknown = sorted(set(layers or ()) - set(sparse))
+    if unknown:
         raise UserError(
-            f"--layers {', '.join(map(str, strangers))}: no experts there; layers with experts are "
+            f"--layers {', '.join(map(str, unknown))}: no experts in these layers; MoE layers are "
             f"{', '.join(map(str, sparse))}"
         )
     return sorted(set(layers)) if layers else list(sparse)
 
 
 def ranked(scores_LTE: torch.Tensor) -> np.ndarray:
-    """Experts by falling score, int16 [L, T, K], from scores that are -inf where not chosen."""
+    """Return experts by descending score, int16 [L, T, K]; scores are -inf if not chosen."""
     most = int((scores_LTE > -torch.inf).sum(-1).amax())
     best, experts = scores_LTE.topk(most, dim=-1)
     return experts.masked_fill(best == -torch.inf, -1).to(torch.int16).cpu().numpy()
 
 
 def _batch_major(rows_TE: torch.Tensor, batch: int) -> torch.Tensor:
-    """Rows of [S, B] read as rows of [B, S]."""
+    """Reorder rows from [S, B] to [B, S]."""
     experts = rows_TE.shape[-1]
     return rows_TE.view(-1, batch, experts).transpose(0, 1).reshape(-1, experts)
 
 
 def _expert_rows(experts: torch.nn.Module, num_experts: int) -> np.ndarray:
-    """All weights of each expert, float32 [E, n]: grouped tensors, or a module for each expert."""
+    """Return all weights of each expert, float32 [E, n], from grouped tensors or modules."""
     modules = getattr(experts, "local_experts", None)
     if modules is None:
         parts = [_numpy(p).reshape(num_experts, -1) for p in experts.parameters()]

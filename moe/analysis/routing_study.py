@@ -1,4 +1,4 @@
-"""All analyses of one model, or of the checkpoints of a run, over the same windows of text."""
+"""All routing analyses of a model or of the checkpoints of a run, on the same windows."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ from moetron.moe.analysis.specialization import (
 )
 
 Result = dict[str, Any]
-"""What goes into a JSON file; arrays as nested lists."""
+"""Content of analysis.json; arrays as nested lists."""
 FORMAT = 1
 TOKENS_AT_ONCE = 8192
 IDS = ("input", "predicted", "next")
@@ -32,27 +32,27 @@ TOKEN_CLASSES = {
     "punctuation": r"\s*[^\w\s]+",
     "words": r"\s*[^\W\d_]+",
 }
-"""Regular expressions that must fit all of a token's text; others are "other"."""
+"""Regular expressions that must match the full text of a token; other tokens are "other"."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """What the model is watched on, and how its token ids are shown."""
+    """Windows to analyse, and the decoder of token ids."""
 
     windows: Sequence[Windows]
     show: Callable[[int], str]
     token_classes: Mapping[str, str] = field(default_factory=TOKEN_CLASSES.copy)
-    """Regular expressions by name, see ``TOKEN_CLASSES``."""
+    """Name -> regular expression, see ``TOKEN_CLASSES``."""
 
     @property
     def seq_length(self) -> int:
-        """Tokens of a window."""
+        """Return the tokens per window."""
         return int(self.windows[0].tokens_BS.shape[1])
 
     def batches(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """(class of each token [b x S], tokens [b, S], labels [b, S]) of all windows.
+        """Yield (class of each token [b x S], tokens [b, S], labels [b, S]) of all windows.
 
-        ``name`` says on standard error what they are run through.
+        Progress on standard error is labelled ``name``.
         """
         windows = sum(len(part.tokens_BS) for part in self.windows)
         return shown(self._batches(), math.ceil(windows / self._windows_at_once), name)
@@ -73,10 +73,10 @@ class Text:
 
 
 def study(model: RoutedModel, text: Text, adjacent_pairs: bool = False) -> tuple[Result, list]:
-    """Every analysis of one model; and its choices [L, t, K] of each batch, to compare others with.
+    """Return every analysis of one model, and its choices [L, t, K] of each batch for `compare`.
 
-    Memory: counts of vocabulary x experts for each layer and kind of id (12 L V E bytes), and the
-    choices (2 L N K bytes for N tokens).
+    Memory: counts of vocabulary x experts per layer and kind of id (12 L V E bytes), and choices
+    (2 L N K bytes for N tokens).
     """
     layers, experts = len(model.layers), model.num_experts
     domains = [ClassCounts(layers, len(text.windows), experts, top) for top in (None, 1)]
@@ -108,13 +108,13 @@ def study(model: RoutedModel, text: Text, adjacent_pairs: bool = False) -> tuple
 def compare(
     model: RoutedModel, text: Text, final: Sequence[np.ndarray], read: Iterable[int]
 ) -> list[Result]:
-    """Saturation and expert load at each checkpoint; ``read`` puts one into ``model``, yields it.
+    """Return saturation and expert load at each checkpoint.
 
     Args:
-        model: whose weights ``read`` replaces.
+        model: its weights are replaced by ``read``.
         text: as in ``study``.
-        final: the choices that ``study`` returned for the final checkpoint.
-        read: an iterator that loads a checkpoint and yields its step.
+        final: choices that ``study`` returned for the final checkpoint.
+        read: loads each checkpoint into ``model`` and yields its step.
     """
     rows = []
     for step in read:
@@ -137,7 +137,7 @@ def compare(
 
 
 def summary(model: RoutedModel, text: Text) -> Result:
-    """What was watched, on what, and what chance alone would give."""
+    """Return the shape of the model, the token counts and the values expected by chance."""
     experts, topk = model.num_experts, model.topk
     return {
         "format": FORMAT,
@@ -164,7 +164,7 @@ def _of_domains(text: Text, best_k: ClassCounts, best_1: ClassCounts) -> Result:
 
 
 def _overall(counts: ClassCounts) -> np.ndarray:
-    """Share of all choices that an expert holds, float64 [L, E]."""
+    """Return the share of all choices that each expert has, float64 [L, E]."""
     total = counts.counts.sum(1, dtype=np.int64)
     return total / np.maximum(total.sum(1, keepdims=True), 1)
 

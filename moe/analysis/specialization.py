@@ -1,7 +1,7 @@
-"""Specialisation: how the routing of tokens depends on a class they belong to.
+"""Specialisation: dependence of routing on classes of tokens.
 
-A class is anything that a token has one of: the domain, language or task of its text, its position,
-its id, the id that the model predicts or the one that really follows.
+Every token has one class of each kind: the domain, language or task of its text, its position, its
+id, the predicted next id, the true next id.
 """
 
 import re
@@ -15,7 +15,7 @@ from moetron.moe.analysis.routing_trace import Routed
 
 
 class ClassCounts:
-    """For every class and expert, how many tokens of the class have the expert among their best.
+    """Number of tokens of each class that have each expert among their best.
 
     Memory: 4 L C E bytes. ``counts`` int32 [L, C, E]; ``tokens`` int64 [C].
     """
@@ -26,7 +26,7 @@ class ClassCounts:
         self._top = top
 
     def add(self, classes_T: np.ndarray, routed: Routed) -> None:
-        """Count tokens of classes int [T]."""
+        """Count tokens with classes int [T]."""
         self.tokens += np.bincount(classes_T, minlength=len(self.tokens))
         ranked_LTK = routed.ranked_LTK[:, :, : self._top].astype(np.int64)
         _, classes, experts = self.counts.shape
@@ -37,23 +37,23 @@ class ClassCounts:
             self.counts[layer].reshape(classes * experts)[cell] += count.astype(np.int32)
 
     def shares(self) -> np.ndarray:
-        """N(Ei, c) / N(c): share of a class's tokens that visit an expert, float64 [L, C, E].
+        """Return N(Ei, c) / N(c): the share of class c routed to expert i, float64 [L, C, E].
 
         OLMoE, section 5.3 (domains) and 5.4 (token ids). By chance top / E.
         """
         return self.counts / np.maximum(self.tokens, 1)[None, :, None]
 
     def distribution(self) -> np.ndarray:
-        """Share of a class's choices that an expert holds; adds up to 1: float64 [L, C, E]."""
+        """Return the distribution of a class's choices over experts, float64 [L, C, E]."""
         total = self.counts.sum(2, keepdims=True, dtype=np.int64)
         return self.counts / np.maximum(total, 1)
 
 
 def token_classes(named: Sequence[str]) -> dict[str, str]:
-    """Patterns by name, from ``NAME=REGEX``.
+    """Parse ``NAME=REGEX`` to patterns by name.
 
     Raises:
-        UserError: one has no name, or is no regular expression.
+        UserError: a name is missing or a regular expression is invalid.
     """
     found = {}
     for one in named:
@@ -71,9 +71,9 @@ def token_classes(named: Sequence[str]) -> dict[str, str]:
 def by_token_class(
     by_id: ClassCounts, show: Callable[[int], str], patterns: Mapping[str, str]
 ) -> ClassCounts:
-    """Counts of token ids added up by class: the first pattern that is all of an id's text.
+    """Sum counts of token ids by class: the first pattern that matches the id's full text.
 
-    The last class, one more than ``patterns``, is of ids that none fits.
+    Ids that no pattern matches are in an additional last class.
     """
     layers, _, experts = by_id.counts.shape
     found = ClassCounts(layers, len(patterns) + 1, experts)
@@ -88,10 +88,10 @@ def by_token_class(
 
 
 def vocabulary_specialization(counts: ClassCounts, min_tokens: int = 10) -> np.ndarray:
-    """Mean over token ids of the share that an id's most frequent expert holds: float64 [L].
+    """Return the mean over token ids of the share of an id's most frequent expert: float64 [L].
 
-    OLMoE, section 5.4, with ``counts`` of top-1 choices by token id. 1 when the id alone decides.
-    Ids seen fewer than ``min_tokens`` times are left out: a rare id looks special by chance.
+    OLMoE, section 5.4, with ``counts`` of top-1 choices by token id. 1 if routing depends only on
+    the id. Ids with fewer than ``min_tokens`` tokens are left out: they look special by chance.
     """
     seen = counts.tokens >= min_tokens
     if not seen.any():
@@ -100,19 +100,20 @@ def vocabulary_specialization(counts: ClassCounts, min_tokens: int = 10) -> np.n
 
 
 def routing_entropy(counts: ClassCounts) -> np.ndarray:
-    """H = -sum_i p_i ln p_i in nats, float64 [L, C]; p_i the share of a class's choices (ST-MoE,
-    Table 14, where the class is that of sentinel tokens). ln E when uniform.
+    """Return H = -sum_i p_i ln p_i in nats, float64 [L, C]; ln E if uniform.
+
+    p_i is expert i's share of a class's choices (ST-MoE, Table 14, for sentinel tokens).
     """
     p = counts.distribution()
     return -np.where(p > 0, p * np.log(np.where(p > 0, p, 1.0)), 0.0).sum(2)
 
 
 def spread(counts: ClassCounts, min_tokens: int = 129) -> np.ndarray:
-    """Mean over classes of the standard deviation over experts of their share: float64 [L].
+    """Return the standard deviation of shares over experts, averaged over classes: float64 [L].
 
     OpenMoE's measure of context-independent specialisation: large for token ids, near 0 for
-    position ids. 0 when every class is spread evenly, sqrt(E - 1) / E when each has one expert.
-    Classes seen fewer than ``min_tokens`` times are left out (OpenMoE: more than 128).
+    position ids. 0 for evenly spread classes, sqrt(E - 1) / E for one expert per class.
+    Classes with fewer than ``min_tokens`` tokens are left out (OpenMoE: more than 128).
     """
     seen = counts.tokens >= min_tokens
     if not seen.any():
@@ -123,7 +124,7 @@ def spread(counts: ClassCounts, min_tokens: int = 129) -> np.ndarray:
 def top_classes(
     counts: ClassCounts, layer: int, min_tokens: int = 10, size: int = 10
 ) -> list[list[tuple[int, float]]]:
-    """For each expert the classes with the largest share of their tokens on it: (class, share)."""
+    """Return for each expert the (class, share) with the largest shares of tokens on it."""
     seen = np.flatnonzero(counts.tokens >= min_tokens)
     shares_CE = counts.counts[layer, seen] / counts.tokens[seen, None]
     best = np.argsort(-shares_CE, axis=0, kind="stable")[:size]
@@ -134,10 +135,10 @@ def top_classes(
 
 
 def token_class_entropy(result: dict[str, Any], min_tokens: int = 1000) -> dict[str, np.ndarray]:
-    """Entropy by layer [L] of each class of ``result["token_classes"]``; rare ones left out.
+    """Return the entropy [L] of each class of ``result["token_classes"]`` without rare classes.
 
-    Few tokens cannot visit many experts, so that their entropy is low by chance. Empty for results
-    of a version that did not count classes.
+    Few tokens cannot reach many experts, so their entropy is low by chance. Empty for results of
+    versions that did not count classes.
     """
     if (classes := result.get("token_classes")) is None:
         return {}

@@ -1,7 +1,7 @@
-"""Global tensors of a checkpoint of ours, read and written one at a time.
+"""Reading and writing the global tensors of our checkpoints, one at a time.
 
-Nothing here builds a model or needs other ranks: a checkpoint of any layout is a set of named
-global tensors (torch.distributed.checkpoint), whichever rank wrote which part.
+No model is built and no other rank is needed: a checkpoint of any layout is a set of named global
+tensors (torch.distributed.checkpoint), whichever rank wrote which part.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,11 +22,11 @@ _NOT_WEIGHTS = ("optimizer.", "rng.")
 
 
 class CheckpointTensors:
-    """The weights of the checkpoint in ``folder``, by name.
+    """Weights of the checkpoint in ``folder``, by name.
 
     Args:
         folder: a step folder that has been verified (`checkpoint_folder.read`).
-        exact: take the optimizer's fp32 main parameters where the checkpoint has them.
+        exact: read the optimizer's fp32 main parameters if the checkpoint has them.
     """
 
     def __init__(self, folder: Path, exact: bool = False) -> None:
@@ -43,24 +43,24 @@ class CheckpointTensors:
         return main if main in self._reader.index.state_dict_metadata else name
 
     def names(self) -> list[str]:
-        """Names of all weights."""
+        """Return the names of all weights."""
         return list(self._stored)
 
     def empty(self, name: str, device: str = "meta") -> Tensor:
-        """A tensor of that shape and type without values."""
+        """Return an uninitialized tensor of the same shape and dtype."""
         entry = self._reader.index.state_dict_metadata[self._stored[name]]
         assert isinstance(entry, TensorStorageMetadata)
         return torch.empty(entry.size, dtype=entry.properties.dtype, device=device)
 
     def read(self, name: str) -> Tensor:
-        """The whole tensor."""
+        """Return the tensor."""
         tensor = self.empty(name, "cpu")
         dcp.load({self._stored[name]: tensor}, storage_reader=self._reader, no_dist=True)
         return tensor
 
 
 class _LazyPlanner(dcp.DefaultSavePlanner):
-    """Makes each tensor when its turn to be written comes."""
+    """Save planner that produces each tensor when it is written."""
 
     def __init__(self, produce: Callable[[str], Tensor]) -> None:
         super().__init__(flatten_state_dict=False)
@@ -76,11 +76,11 @@ def write_tensors(
     """Write a checkpoint of weights into ``folder``, as megatron-core's dist_checkpointing does.
 
     Args:
-        folder: exists.
-        shapes: name -> meta tensor of the whole.
-        produce: gives the values; called once a name, in any order.
+        folder: an existing folder.
+        shapes: name -> meta tensor of the global shape.
+        produce: returns the values; called once per name, in any order.
     """
-    # Of each file torch keeps every tensor in memory until the file is whole: so one file a tensor.
+    # torch keeps all tensors of a file in memory until the file is complete: one file per tensor.
     writer = dcp.FileSystemWriter(
         folder, single_file_per_rank=False, thread_count=1, sync_files=True
     )

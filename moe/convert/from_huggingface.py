@@ -1,4 +1,4 @@
-"""Folders of HuggingFace's to checkpoints that ``--load`` takes, one tensor at a time."""
+"""Conversion of HuggingFace folders to checkpoints for ``--load``, one tensor at a time."""
 
 import json
 import logging
@@ -25,18 +25,18 @@ from moetron.moe.convert.safetensors_folder import TensorFolder
 
 logger = logging.getLogger(__name__)
 _DERIVED = ("rotary_emb.inv_freq",)
-"""Ends of names that some files hold although they follow from the configuration."""
+"""Suffixes of tensors that some files have and that the configuration determines."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` of a folder of HuggingFace's.
+    """Return ``config.json`` of a HuggingFace folder.
 
     Raises:
-        UserError: it is not there or no JSON object.
+        UserError: the file is missing or not a JSON object.
     """
     path = folder / CONFIG
     if not path.is_file():
-        raise UserError(f"{folder}: no {CONFIG} there; give a folder of HuggingFace's")
+        raise UserError(f"{folder}: no {CONFIG}; give a HuggingFace folder")
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
@@ -44,23 +44,25 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 class HuggingFaceModel:
-    """A folder of HuggingFace's under our names: its settings, and its weights one at a time.
+    """HuggingFace folder under our names: its settings, and its weights one at a time.
 
-    Memory holds one of our tensors at a time: at most a layer's experts.
+    Memory holds one of our tensors at a time: at most the experts of one layer.
 
     Args:
         folder: ``config.json`` and safetensors.
-        tokenizer: what ``--tokenizer-model`` should say; None: nothing.
+        tokenizer: value for ``--tokenizer-model``, or None.
 
     Raises:
-        UserError: another architecture, or tensors too many or too few.
+        UserError: another architecture, or missing or unexpected tensors.
     """
 
     def __init__(self, folder: Path, tokenizer: str | None) -> None:
         config = read_config(folder)
         self.family = family_named(str(config.get("model_type")))
         if "quantization_config" in config:
-            raise UserError(f"{folder}: quantized weights are not read; give the original ones")
+            raise UserError(
+                f"{folder}: quantized weights are not supported; give the original ones"
+            )
         self.tree = self.family.settings(config)
         self.tree["precision"] = {"bf16": _named_dtype(config) == "bfloat16"}
         if tokenizer is not None:
@@ -73,16 +75,16 @@ class HuggingFaceModel:
         require_same(found, expected, f"{folder}", self.family)
 
     def names(self) -> list[str]:
-        """Names of all weights."""
+        """Return the names of all weights."""
         return list(self._rules)
 
     def empty(self, name: str) -> Tensor:
-        """A meta tensor of that shape and type."""
+        """Return a meta tensor of the same shape and dtype."""
         rule = self._rules[name]
         return _join(rule, [self._source.empty(part) for part in rule.theirs])
 
     def read(self, name: str) -> Tensor:
-        """The whole tensor."""
+        """Return the tensor."""
         rule = self._rules[name]
         return _join(rule, [self._source.read(part) for part in rule.theirs])
 
@@ -90,16 +92,16 @@ class HuggingFaceModel:
 def from_hf(
     folder: Path, output: Path, tokenizer: str | None, fingerprint: str | None
 ) -> tuple[Family, Settings]:
-    """Write ``folder`` as a run folder to start from (`write_start`).
+    """Convert ``folder`` to a run folder to start from (`write_start`).
 
     Args:
         folder: see `HuggingFaceModel`.
-        output: a run folder without checkpoints; made where it is missing.
-        tokenizer: what ``--tokenizer-model`` should say; None: nothing.
-        fingerprint: the tokenizer's, which later runs must share; None: unknown.
+        output: a run folder without checkpoints; created if missing.
+        tokenizer: value for ``--tokenizer-model``, or None.
+        fingerprint: of the tokenizer, required of later runs; None: unknown.
 
     Raises:
-        UserError: another architecture, or tensors too many or too few.
+        UserError: another architecture, or missing or unexpected tensors.
     """
     model = HuggingFaceModel(folder, tokenizer)
     write_start(output, model, model.settings, model.tree, fingerprint)
@@ -111,7 +113,7 @@ def _named_dtype(config: Mapping[str, Any]) -> str:
 
 
 def _parameters(source: TensorFolder, settings: Settings) -> list[str]:
-    """Names of the folder's tensors, without copies of a tied matrix and derived ones."""
+    """Return the names of the folder's tensors, without tied copies and derived ones."""
     untied = settings.model.untie_embeddings_and_output_weights
     return [
         name
@@ -121,16 +123,16 @@ def _parameters(source: TensorFolder, settings: Settings) -> list[str]:
 
 
 def _without_prediction(names: list[str], config: Mapping[str, Any]) -> list[str]:
-    """Without DeepSeek-V3's modules of multi-token prediction, layers after the last."""
+    """Drop DeepSeek-V3's multi-token prediction modules, which follow the last layer."""
     first, count = config["num_hidden_layers"], config.get("num_nextn_predict_layers") or 0
     ahead = tuple(f"model.layers.{layer}." for layer in range(first, first + count))
     kept = [name for name in names if not name.startswith(ahead)]
     if len(kept) < len(names):
-        logger.warning("modules of multi-token prediction are left out: %s", ", ".join(ahead))
+        logger.warning("multi-token prediction modules are left out: %s", ", ".join(ahead))
     return kept
 
 
 def _join(rule: Rule, theirs: list[Tensor]) -> Tensor:
-    """Our tensor; fp16, which we do not train in, becomes fp32."""
+    """Return our tensor; cast fp16, which we do not train in, to fp32."""
     ours = rule.transform.join(theirs)
     return ours.float() if rule.fp32 or ours.dtype == torch.float16 else ours

@@ -1,4 +1,4 @@
-"""Checkpoints of step 0, made from weights alone, for ``--load RUN --finetune``."""
+"""Checkpoints of step 0 with weights only, for ``--load RUN --finetune``."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,18 +20,18 @@ MODEL_FILE = "model.yaml"
 
 
 class Weights(Protocol):
-    """A model's global tensors under our names, whole, one at a time."""
+    """Global tensors of a model under our names, read one at a time."""
 
     def names(self) -> list[str]:
-        """All of them."""
+        """Return all names."""
         ...
 
     def empty(self, name: str) -> Tensor:
-        """A meta tensor of that shape and type."""
+        """Return a meta tensor of the same shape and dtype."""
         ...
 
     def read(self, name: str) -> Tensor:
-        """The values."""
+        """Return the tensor."""
         ...
 
 
@@ -42,19 +42,19 @@ def write_start(
     tree: Mapping[str, Mapping[str, Any]],
     fingerprint: str | None,
 ) -> None:
-    """Write ``weights`` as the run folder ``output``: a checkpoint of step 0, without optimizer.
+    """Write ``weights`` to the run folder ``output`` as a checkpoint of step 0 without optimizer.
 
-    Memory holds one tensor at a time: at most a layer's experts.
+    Memory holds one tensor at a time: at most the experts of one layer.
 
     Args:
-        output: a run folder without checkpoints; made where it is missing.
+        output: a run folder without checkpoints; created if missing.
         weights: of the model.
-        settings: that the checkpoint is to fit.
-        tree: their sections that describe the model, which become ``output/model.yaml``.
-        fingerprint: the tokenizer's, which later runs must share; None: unknown.
+        settings: of the checkpoint.
+        tree: sections of ``settings`` that describe the model, written to ``output/model.yaml``.
+        fingerprint: of the tokenizer, required of later runs; None: unknown.
 
     Raises:
-        UserError: the folder holds a checkpoint of step 0 already, or cannot be written.
+        UserError: the folder already has a checkpoint of step 0, or cannot be written.
     """
     target = checkpoint_folder.step_folder(output, 0)
     temporary = checkpoint_folder.prepare(target, "--output")

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, in words."""
+"""Text description of a checkpoint."""
 
 import math
 from pathlib import Path
@@ -11,12 +11,12 @@ from moetron.moe.convert.families.registry import family_of
 
 
 def describe(path: Path, verify: bool = False) -> str:
-    """Position, layout, model, weights and fitting family of a checkpoint.
+    """Describe position, layout, model, weights and matching family of a checkpoint.
 
-    Reads no values, unless ``verify`` asks for every file to be held against its sum.
+    Reads no values; ``verify`` checks the SHA-256 of every file.
 
     Raises:
-        UserError: nothing there, incomplete or damaged.
+        UserError: the checkpoint is missing, incomplete or damaged.
     """
     checkpoint = checkpoint_folder.read(path)
     if verify:
@@ -39,7 +39,7 @@ def describe(path: Path, verify: bool = False) -> str:
         f"on disk      {len(record.files)} files, {size / 1e9:.3f} GB",
         f"weights      {len(shapes)} tensors, {parameters:,} parameters",
         f"HuggingFace  {fit}",
-        *(["verified     every file is as its SHA-256 says"] if verify else []),
+        *(["verified     SHA-256 of every file matches"] if verify else []),
         "",
     ]
     width = max(map(len, shapes))

@@ -1,4 +1,4 @@
-"""What an exported model does not do as it did in training, for the log and for its README.md."""
+"""Differences of an exported model from training, for the log and for its README.md."""
 
 from collections.abc import Sequence
 
@@ -7,56 +7,56 @@ from moetron.moe.checkpoint.run_folder import Record
 from moetron.moe.config.schema.settings import Settings
 
 CARD = "README.md"
-"""What the hub shows of a folder."""
+"""File that the HuggingFace hub shows for a folder."""
 
 
 def refuse_two_way_reading(settings: Settings) -> None:
-    """``UserError`` for a model that read part of its samples both ways: no family of ours can."""
+    """Raise ``UserError`` for a model trained with bidirectional prefixes: no family has them."""
     if settings.data.bidirectional_prefix:
         raise UserError(
-            "--bidirectional-prefix: in training the given part of a sample saw all of itself, and "
-            "HuggingFace's models here see only what came before: they would read prompts "
-            "otherwise; --as-causal exports the weights all the same"
+            "--bidirectional-prefix: in training, attention over the prefix was bidirectional, and "
+            "the HuggingFace models here are causal, so they would compute prompts differently; "
+            "--as-causal exports the weights anyway"
         )
 
 
-def differences(settings: Settings, stay_behind: Sequence[str]) -> list[str]:
-    """One sentence for each thing that the exported model lacks.
+def differences(settings: Settings, not_exported: Sequence[str]) -> list[str]:
+    """Return one sentence for each difference of the exported model.
 
     Args:
         settings: of the checkpoint.
-        stay_behind: names of tensors of multi-token prediction that are not exported.
+        not_exported: names of the multi-token prediction tensors.
     """
     found, moe = [], settings.moe
     if settings.data.bidirectional_prefix:
         found.append(
-            "Trained with --bidirectional-prefix: the given part of a sample saw all of itself. "
-            "This model reads causally, which it learned only for what follows that part."
+            "Trained with --bidirectional-prefix: attention over the prefix was bidirectional. "
+            "This model is causal, as in training only after the prefix."
         )
-    if stay_behind:
+    if not_exported:
         found.append(
-            f"Modules of multi-token prediction stay behind ({settings.model.mtp_num_layers}, in "
-            f"{len(stay_behind)} tensors): the next token's logits do not depend on them, but they "
+            f"Multi-token prediction modules are not exported ({settings.model.mtp_num_layers}, in "
+            f"{len(not_exported)} tensors): next-token logits do not depend on them, but they "
             "cannot draft tokens here."
         )
     if _grows_all_logits(settings):
         found.append(
-            "transformers 4.57 leaves YaRN's mscale_all_dim out of DeepSeek-V2's attention scale "
-            "and computes other logits; transformers 5.24 computes the run's own."
+            "transformers 4.57 omits YaRN's mscale_all_dim from DeepSeek-V2's attention scale and "
+            "computes other logits; transformers 5.24 computes those of the run."
         )
     if moe.moe_expert_capacity_factor is not None:
         evaluated = moe.moe_eval_capacity_factor or moe.moe_expert_capacity_factor
         found.append(
-            "Trained with limited capacity: experts skipped tokens beyond "
+            "Trained with limited capacity: experts dropped tokens beyond "
             f"--moe-expert-capacity-factor {moe.moe_expert_capacity_factor:g} (in evaluation "
-            f"{evaluated:g}). This model skips none, so its logits differ from the run's own "
+            f"{evaluated:g}). This model drops none, so its logits differ from those of the run "
             "wherever an expert was full."
         )
     return found
 
 
 def _grows_all_logits(settings: Settings) -> bool:
-    """Whether YaRN scales all logits of a DeepSeek-V2, whose routers take the softmax."""
+    """Return whether this is a DeepSeek-V2 (softmax router) whose YaRN scales all logits."""
     attention = settings.attention
     return (
         attention.multi_latent_attention
@@ -67,7 +67,7 @@ def _grows_all_logits(settings: Settings) -> bool:
 
 
 def card(architecture: str, record: Record, found: Sequence[str]) -> str:
-    """README.md of an exported folder whose model differs from training."""
+    """Return README.md of an exported folder whose model differs from training."""
     progress = record.progress
     return "\n".join(
         [

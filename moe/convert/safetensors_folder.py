@@ -1,7 +1,7 @@
-"""Folders of HuggingFace's: sharded safetensors with an index, read and written tensor by tensor.
+"""Sharded safetensors with an index, read and written tensor by tensor.
 
-The safetensors library writes a file from tensors that are all in memory. Here the header, which is
-all that comes before the values, is written first and each tensor after it as it is made:
+The safetensors library needs all tensors of a file in memory. Here the header is written first and
+each tensor after it as it is produced:
 https://github.com/huggingface/safetensors#format.
 """
 
@@ -18,13 +18,13 @@ from torch import Tensor
 from moetron.common.errors import UserError
 from moetron.common.files import write_text
 
-WHOLE = "model.safetensors"
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 class TensorFolder:
-    """The tensors of a folder, by name."""
+    """Tensors of a folder, by name."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -34,29 +34,29 @@ class TensorFolder:
         if (self._folder / INDEX).is_file():
             content = json.loads((self._folder / INDEX).read_text(encoding="utf-8"))
             return dict(content["weight_map"])
-        if (self._folder / WHOLE).is_file():
-            with safe_open(self._folder / WHOLE, "pt") as file:
-                return dict.fromkeys(file.keys(), WHOLE)
+        if (self._folder / SINGLE).is_file():
+            with safe_open(self._folder / SINGLE, "pt") as file:
+                return dict.fromkeys(file.keys(), SINGLE)
         raise UserError(
-            f"{self._folder}: neither {WHOLE} nor {INDEX} is there; weights as pickles (.bin) are "
-            "not read: save them with safetensors"
+            f"{self._folder}: neither {SINGLE} nor {INDEX}; pickled weights (.bin) are not "
+            "supported: save them with safetensors"
         )
 
     def names(self) -> list[str]:
-        """Names of all tensors."""
+        """Return the names of all tensors."""
         return list(self._file_of)
 
     def empty(self, name: str) -> Tensor:
-        """A meta tensor of that shape and type."""
+        """Return a meta tensor of the same shape and dtype."""
         with self._open(name) as file:
             part = file.get_slice(name)
             dtypes = {text: dtype for dtype, text in DTYPES.items()}
             if part.get_dtype() not in dtypes:
-                raise UserError(f"{self._folder}: {name} is {part.get_dtype()}, not a float type")
+                raise UserError(f"{self._folder}: {name} is {part.get_dtype()}, not a float dtype")
             return torch.empty(part.get_shape(), dtype=dtypes[part.get_dtype()], device="meta")
 
     def read(self, name: str) -> Tensor:
-        """The tensor."""
+        """Return the tensor."""
         with self._open(name) as file:
             tensor: Tensor = file.get_tensor(name)
             return tensor
@@ -69,7 +69,7 @@ class TensorFolder:
 
 
 def shards(tensors: Mapping[str, Tensor], largest: int) -> list[dict[str, Tensor]]:
-    """Cut tensors (meta ones will do), in their order, into files of at most ``largest`` bytes."""
+    """Group tensors (or meta tensors), in order, into files of at most ``largest`` bytes."""
     files: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():
@@ -87,11 +87,11 @@ def write_folder(
     """Write shards and their index.
 
     Args:
-        folder: exists.
+        folder: an existing folder.
         files: name -> meta tensor for each file (`shards`).
         tensors: name and values, in the same order.
     """
-    names = [WHOLE]
+    names = [SINGLE]
     if len(files) > 1:
         names = [f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)]
     for name, planned in zip(names, files, strict=True):
@@ -114,7 +114,7 @@ def write_folder(
 
 
 def header(planned: Mapping[str, Tensor]) -> bytes:
-    """What a file begins with; the values follow in this order, without gaps."""
+    """Return the header of a file; the values follow in the same order, without gaps."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
     for name, tensor in planned.items():

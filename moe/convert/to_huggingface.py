@@ -1,4 +1,4 @@
-"""Checkpoints of ours to folders that transformers loads, one tensor at a time."""
+"""Conversion of our checkpoints to folders for transformers, one tensor at a time."""
 
 import json
 import logging
@@ -27,23 +27,23 @@ from moetron.moe.convert.safetensors_folder import shards, write_folder
 
 logger = logging.getLogger(__name__)
 PREDICTION = "mtp."
-"""What names of multi-token prediction's tensors begin with: transformers has none to load them."""
+"""Prefix of multi-token prediction tensors, which transformers cannot load."""
 SHARD_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True)
 class Export:
-    """How a checkpoint leaves."""
+    """Options of an export."""
 
     model_type: str | None = None
-    """HuggingFace's ``model_type``; None: the family that fits."""
+    """HuggingFace's ``model_type``; None: the matching family."""
     dtype: torch.dtype | None = None
-    """Of the weights; None: as the run's parameters. fp32 takes the optimizer's main parameters
-    where the checkpoint has them."""
+    """Dtype of the weights; None: that of the run's parameters. fp32 exports the optimizer's main
+    parameters if the checkpoint has them."""
     shard_bytes: int = SHARD_BYTES
     """Largest size of one file."""
     as_causal: bool = False
-    """Export even a model that read part of its samples both ways."""
+    """Export a model trained with bidirectional prefixes as a causal one."""
 
 
 def to_hf(
@@ -55,23 +55,23 @@ def to_hf(
     companions: Mapping[str, bytes],
     check: Callable[[Path], str | None] = lambda folder: None,
 ) -> Family:
-    """Write the checkpoint at ``path`` as a folder of HuggingFace's; returns its family.
+    """Export the checkpoint at ``path`` to a HuggingFace folder; return its family.
 
-    Memory holds one of our tensors at a time: at most a layer's experts.
+    Memory holds one of our tensors at a time: at most the experts of one layer.
 
     Args:
-        path: a run's folder (its latest checkpoint) or one step folder, of any layout.
-        output: must not exist; whole or not there.
+        path: a run folder (its latest checkpoint) or one step folder, of any layout.
+        output: must not exist; written atomically.
         options: see `Export`.
-        vocab_size: the model's, before padding.
+        vocab_size: before padding.
         special_ids: ``bos_token_id``, ``eos_token_id``, ``pad_token_id``.
-        companions: further files of the folder: the tokenizer's.
-        check: looks at the folder before it gets its name, and says why the companions must not
-            stay there; None: they may.
+        companions: tokenizer files, name -> content.
+        check: called with the complete folder before it is renamed; returns the reason to remove
+            the companions, or None to keep them.
 
     Raises:
-        UserError: the checkpoint is damaged or of another vocabulary, or its model is not exactly
-            one of the family (`Export.as_causal` lets one difference pass).
+        UserError: the checkpoint is damaged or of another vocabulary, or its model does not match
+            the family exactly (`Export.as_causal` allows one difference).
     """
     checkpoint = checkpoint_folder.read(path)
     require_vocabulary(checkpoint, vocab_size)
@@ -88,7 +88,7 @@ def to_hf(
     ahead = [name for name in source.names() if name.startswith(PREDICTION)]
     kept = set(source.names()).difference(ahead)
     require_same(kept, [rule.ours for rule in rules], f"{path}", family)
-    lost = differences(settings, ahead)
+    differing = differences(settings, ahead)
     plan = {
         name: part for rule in rules for name, part in _split(rule, source.empty(rule.ours), dtype)
     }
@@ -106,9 +106,9 @@ def to_hf(
             for name in companions:
                 (folder / name).unlink()
             logger.warning("without a tokenizer: %s", reason)
-        if lost:
-            write_text(folder / CARD, card(family.architecture, checkpoint.record, lost))
-    for sentence in lost:
+        if differing:
+            write_text(folder / CARD, card(family.architecture, checkpoint.record, differing))
+    for sentence in differing:
         logger.warning("%s", sentence)
     return family
 
@@ -118,12 +118,14 @@ def _fitting(model_type: str | None, values: Mapping[str, Any]) -> Family:
         return family_of(values)
     family = family_named(model_type)
     if problems := family.problems(values):
-        raise UserError("\n".join([f"--model-type {model_type}: not this model:", *problems]))
+        raise UserError(
+            "\n".join([f"--model-type {model_type}: does not match this model:", *problems])
+        )
     return family
 
 
 def _dtype_keys(dtype: torch.dtype) -> dict[str, str]:
-    """The weights' type under the names of transformers 5 and of versions before 4.56."""
+    """Return the weights' dtype under the keys of transformers 5 and of versions before 4.56."""
     return dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
 
 
@@ -135,7 +137,7 @@ def _split(rule: Rule, ours: Tensor, dtype: torch.dtype) -> Iterator[tuple[str, 
 
 @contextmanager
 def _new_folder(output: Path) -> Iterator[Path]:
-    """A folder to fill that gets its name when it is whole."""
+    """Yield a temporary folder; rename it to ``output`` when it is complete."""
     if output.exists():
         raise UserError(f"--output {output}: exists and is never overwritten")
     temporary = output.with_name(output.name + ".tmp")

@@ -1,8 +1,9 @@
-"""Sparse upcycling: a trained dense model becomes the start of a mixture of experts.
+"""Sparse upcycling: initialization of a mixture of experts from a trained dense model.
 
-Every expert is a copy of the dense FFN (Komatsuzaki et al., arXiv 2212.05055), or a part of one
-(granular upcycling: He et al., arXiv 2410.07524); all other weights stay, the router is drawn
-anew, optimizer and data start afresh (as in OLMoE's ablation, arXiv 2409.02060, section 4.1).
+Every expert is a copy of the dense FFN (Komatsuzaki et al., arXiv 2212.05055), or a slice of it
+(granular upcycling: He et al., arXiv 2410.07524). All other weights are kept, the router is
+initialized randomly, optimizer and data start from zero (as in OLMoE's ablation, arXiv 2409.02060,
+section 4.1).
 """
 
 import hashlib
@@ -36,24 +37,24 @@ from moetron.moe.convert.initial_checkpoint import Weights, write_start
 
 @dataclass(frozen=True)
 class DenseModel:
-    """What to start from."""
+    """Dense model to upcycle."""
 
     weights: Weights
     settings: Settings
     fingerprint: str | None
-    """Its tokenizer's."""
+    """Fingerprint of its tokenizer."""
 
 
 def is_huggingface(path: Path) -> bool:
-    """Whether a folder is HuggingFace's, not a run's."""
+    """Return whether a folder is a HuggingFace folder, not a run."""
     return (path / CONFIG).is_file()
 
 
 def dense_run(path: Path) -> DenseModel:
-    """A checkpoint of ours, of any layout: a run's folder (its latest) or one step folder.
+    """Open our checkpoint, of any layout: a run folder (its latest) or one step folder.
 
     Raises:
-        UserError: nothing there, or damaged.
+        UserError: the checkpoint is missing or damaged.
     """
     checkpoint = checkpoint_folder.read(path)
     checkpoint_folder.verify(checkpoint.folder)
@@ -66,10 +67,10 @@ def dense_run(path: Path) -> DenseModel:
 
 
 def dense_folder(path: Path, tokenizer: str | None, fingerprint: str | None) -> DenseModel:
-    """A folder of HuggingFace's; ``tokenizer`` and its fingerprint as in `from_hf`.
+    """Open a HuggingFace folder; ``tokenizer`` and its fingerprint as in `from_hf`.
 
     Raises:
-        UserError: another architecture, or tensors too many or too few.
+        UserError: another architecture, or missing or unexpected tensors.
     """
     model = HuggingFaceModel(path, tokenizer)
     return DenseModel(model, model.settings, fingerprint)
@@ -78,19 +79,16 @@ def dense_folder(path: Path, tokenizer: str | None, fingerprint: str | None) -> 
 def upcycle(
     dense: DenseModel, output: Path, moe: MoESettings, options: UpcyclingSettings
 ) -> Settings:
-    """Write the mixture that starts from ``dense`` as a run folder (`write_start`).
+    """Upcycle ``dense`` to a run folder (`write_start`); return the settings of the mixture.
 
     Args:
-        dense: what to start from.
-        output: a run folder without checkpoints; made where it is missing.
-        moe: number, width and place of the experts, and how they are chosen.
+        dense: model to start from.
+        output: a run folder without checkpoints; created if missing.
+        moe: number, width and placement of the experts, and routing.
         options: router, scaling, noise.
 
-    Returns:
-        The mixture's settings.
-
     Raises:
-        UserError: the dense model cannot become that mixture; all reasons at once.
+        UserError: the dense model cannot become that mixture; lists all reasons.
     """
     settings = dense.settings.model_copy(update={"moe": moe})
     if problems := upcycling_problems(dense.settings, settings):
@@ -101,10 +99,10 @@ def upcycle(
 
 
 def _model_sections(settings: Settings) -> dict[str, dict[str, Any]]:
-    """The sections of a recipe that describe the model and its tokenizer."""
+    """Return the recipe sections that describe the model and its tokenizer."""
     tree = settings.model_dump(mode="json", exclude_defaults=True)
     kept = {group: section for group, section in tree.items() if group not in OTHER_GROUPS}
-    kept["moe"] |= {"moe_router_topk": settings.moe.moe_router_topk}  # said, default or not
+    kept["moe"] |= {"moe_router_topk": settings.moe.moe_router_topk}  # always explicit
     kept["precision"] = {"bf16": settings.precision.bf16}
     if settings.data.tokenizer_model is not None:
         kept["data"] = {"tokenizer_model": settings.data.tokenizer_model}
@@ -118,14 +116,14 @@ class _Tensor:
 
 
 class UpcycledWeights:
-    """The mixture's weights, made one at a time; expert i is part i mod g of copy i // g.
+    """Weights of the mixture, produced one at a time; expert i is slice i mod g of copy i // g.
 
-    The g experts of a copy share their first router row, so that a token's best k experts are
-    all parts of its best k / g copies (He et al.); they differ after one step.
+    The g experts of a copy start with equal router rows, so that a token's best k experts are all
+    slices of its best k / g copies (He et al.); the rows differ after one step.
 
     Args:
         dense: weights of the dense model.
-        settings: the mixture's.
+        settings: of the mixture.
         options: router, scaling, noise.
     """
 
@@ -135,7 +133,7 @@ class UpcycledWeights:
         self._parts = granularity(settings)
         self._matrices = derived.ffn_inner_matrices(settings.model)
         scale = output_scale(settings) if options.weight_scaling else 1.0
-        # Scaled is what the output is proportional to: not the gate, nor what gelu is taken of.
+        # Scale the factors that the output is linear in: not the gate, nor the input of gelu.
         both = derived.ffn_type(settings.model) != "gelu"
         self._up_scale = math.sqrt(scale) if both else 1.0
         self._down_scale = scale / self._up_scale
@@ -147,52 +145,52 @@ class UpcycledWeights:
                 self._replace_ffn(our_layer(layer))
 
     def names(self) -> list[str]:
-        """Names of all weights."""
+        """Return the names of all weights."""
         return list(self._tensors)
 
     def empty(self, name: str) -> Tensor:
-        """A meta tensor of that shape and type."""
+        """Return a meta tensor of the same shape and dtype."""
         return self._tensors[name].empty
 
     def read(self, name: str) -> Tensor:
-        """The whole tensor."""
+        """Return the tensor."""
         return self._tensors[name].make()
 
     def _kept(self, name: str) -> _Tensor:
         return _Tensor(self._dense.empty(name), lambda: self._dense.read(name))
 
     def _replace_ffn(self, layer: str) -> None:
-        """Experts, router and norm of a layer, by the prefix of its names, for its dense FFN."""
+        """Replace the dense FFN of a layer (a name prefix) with experts, router and norm."""
         prefix, norm = f"{layer}mlp.linear_fc", f"{layer}mlp.linear_fc1.layer_norm_"
         for part in ("weight", "bias"):
             if kept := self._tensors.pop(norm + part, None):
                 self._tensors[f"{layer}pre_mlp_layernorm.{part}"] = kept
-        for which, cut in ((1, self._cut_fc1), (2, self._cut_fc2)):
+        for which, slices in ((1, self._slice_fc1), (2, self._slice_fc2)):
             dense, ours = f"{prefix}{which}.weight", f"{layer}mlp.experts.experts.linear_fc{which}"
-            self._tensors[f"{ours}.weight"] = self._stack(dense, f"{ours}.weight", cut)
+            self._tensors[f"{ours}.weight"] = self._stack(dense, f"{ours}.weight", slices)
             del self._tensors[dense]
         fc1, router = self._dense.empty(f"{prefix}1.weight"), f"{layer}mlp.router.weight"
         rows = fc1.new_empty(self._experts, fc1.shape[1])
         self._tensors[router] = _Tensor(rows, lambda: self._router(router, rows))
 
-    def _stack(self, dense: str, ours: str, cut: Callable[[Tensor], Tensor]) -> _Tensor:
-        """All experts' share of one dense matrix."""
-        whole = self._dense.empty(dense)
-        empty = whole.new_empty(self._experts, *cut(whole).shape[1:])
-        return _Tensor(empty, lambda: self._all_experts(ours, cut(self._dense.read(dense))))
+    def _stack(self, dense: str, ours: str, slices: Callable[[Tensor], Tensor]) -> _Tensor:
+        """Return the stack of all experts' slices of one dense matrix."""
+        matrix = self._dense.empty(dense)
+        empty = matrix.new_empty(self._experts, *slices(matrix).shape[1:])
+        return _Tensor(empty, lambda: self._all_experts(ours, slices(self._dense.read(dense))))
 
-    def _cut_fc1(self, fc1: Tensor) -> Tensor:
-        """[m F, H] -> [g, m f, H]: a part has the same rows of each of the m matrices."""
+    def _slice_fc1(self, fc1: Tensor) -> Tensor:
+        """[m F, H] -> [g, m f, H]: a slice has the same rows of each of the m matrices."""
         parts = fc1.unflatten(0, (self._matrices, self._parts, -1)).transpose(0, 1).clone()
         parts[:, -1] *= self._up_scale
         return parts.flatten(1, 2)
 
-    def _cut_fc2(self, fc2: Tensor) -> Tensor:
+    def _slice_fc2(self, fc2: Tensor) -> Tensor:
         """[H, F] -> [g, H, f]."""
         return fc2.unflatten(1, (self._parts, -1)).transpose(0, 1) * self._down_scale
 
     def _all_experts(self, name: str, parts: Tensor) -> Tensor:
-        """[g, ...] -> [E, ...], some of the values drawn anew."""
+        """[g, ...] -> [E, ...], some of the values redrawn."""
         experts = parts.repeat(self._experts // self._parts, *[1] * (parts.dim() - 1))
         if self._options.noise_fraction:
             random = self._generator(name)
@@ -203,12 +201,12 @@ class UpcycledWeights:
         return experts
 
     def _router(self, name: str, empty: Tensor) -> Tensor:
-        """[E, H], a row for each copy, repeated for its parts."""
+        """Return [E, H]: one random row per copy, repeated for its slices."""
         shape = (self._experts // self._parts, empty.shape[1])
         rows = torch.randn(shape, generator=self._generator(name)) * self._options.router_init_std
         return rows.repeat_interleave(self._parts, dim=0).to(empty.dtype)
 
     def _generator(self, name: str) -> torch.Generator:
-        """Random numbers of a tensor, whatever others are made before it."""
+        """Return a generator seeded by the tensor name, independent of other tensors."""
         digest = hashlib.sha256(f"{self._options.seed} {name}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))

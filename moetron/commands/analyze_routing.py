@@ -1,12 +1,12 @@
-"""Watch how a model routes: saturation, co-activation, specialisation, drops, similarity.
+"""Analyze routing: saturation, co-activation, specialisation, drops, similarity.
 
     python tools/analyze_routing.py RUN [--data NAME=PREFIX ...] [--checkpoints latest]
     python tools/analyze_routing.py HF_FOLDER --data code=PREFIX prose=PREFIX
 
-RUN is a --save folder: its latest checkpoint is analysed on equal parts of each class of text, and
-earlier ones are compared with it. HF_FOLDER is a HuggingFace MoE model. PREFIX is a token shard,
-NAME its domain, language or task. Writes analysis.json and pictures. Exit codes: 0 done, 2
-something for the user to change, 1 our fault.
+RUN is a --save folder. Its latest checkpoint is analysed on equally many tokens of each class of
+text, and earlier checkpoints are compared with it. HF_FOLDER is a HuggingFace MoE model. PREFIX is
+a token shard, NAME its domain, language or task. Writes analysis.json and pictures. Exit codes: 0
+done, 2 user error, 1 internal error.
 """
 
 import argparse
@@ -27,28 +27,28 @@ from moetron.tokenizers.run_copy import load_run_tokenizer
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the argument parser."""
     parser = ToolParser(description=__doc__)
     add = parser.add_argument
-    add("model", type=Path, metavar="RUN|HF_FOLDER", help="a run's folder or a HuggingFace model")
+    add("model", type=Path, metavar="RUN|HF_FOLDER", help="run folder or HuggingFace model")
     add("--data", nargs="+", metavar="NAME=PREFIX", help="default: the run's validation shards")
-    add("--checkpoints", choices=("all", "latest"), default="all", help="to compare (default: all)")
-    add("--tokens-per-class", dest="tokens", type=int, default=16_384, help="default: 16384")
-    add("--seq-length", type=int, help="tokens of a window; default: the run's, else 1024")
+    add("--checkpoints", choices=("all", "latest"), default="all", help="(default: all)")
+    add("--tokens-per-class", dest="tokens", type=int, default=16_384, help="(default: 16384)")
+    add("--seq-length", type=int, help="window length (default: the run's, else 1024)")
     add("--token-class", type=str, nargs="+", default=[], metavar="NAME=REGEX", help="of tokens")
-    add("--layers", type=int, nargs="+", help="to watch, from 0; default: all with experts")
-    add("--adjacent-pairs", action="store_true", help="count co-activation as OLMoE's script did")
-    add("--tokenizer-model", metavar="PATH", help="default: the run's, or the folder's")
-    add("--output", type=Path, metavar="DIR", help="default: RUN/analysis")
+    add("--layers", type=int, nargs="+", help="layers, from 0 (default: all MoE layers)")
+    add("--adjacent-pairs", action="store_true", help="count co-activation as OLMoE's script does")
+    add("--tokenizer-model", metavar="PATH", help="(default: the model's)")
+    add("--output", type=Path, metavar="DIR", help="(default: RUN/analysis)")
     return threads.add_option(parser)
 
 
 def require_one(tokenizer: Tokenizer, sources: Sources) -> None:
-    """Refuse texts of another tokenizer than the model's."""
+    """Raise ``UserError`` for shards of a tokenizer other than the model's."""
     for name, source in sources.items():
         for manifest in filter(None, (shard.manifest for shard in source.shards)):
             if manifest.tokenizer.fingerprint != tokenizer.fingerprint:
-                raise UserError(f"{name}, {source.prefix}: of another tokenizer than the model's")
+                raise UserError(f"{name}, {source.prefix}: not of the model's tokenizer")
 
 
 def open_text(sources: Sources, tokenizer: Tokenizer, given: argparse.Namespace) -> study.Text:
@@ -62,8 +62,8 @@ def open_text(sources: Sources, tokenizer: Tokenizer, given: argparse.Namespace)
     )
 
 
-def watch_folder(given: argparse.Namespace) -> study.Result:
-    """The analyses of a HuggingFace folder."""
+def analyze_folder(given: argparse.Namespace) -> study.Result:
+    """Return the analyses of a HuggingFace folder."""
     from moetron.moe.analysis.hf_model import HuggingFaceModel
 
     sources = named_sources(given.data or [], given.seq_length or 1024)
@@ -74,8 +74,8 @@ def watch_folder(given: argparse.Namespace) -> study.Result:
     return study.summary(model, text) | study.study(model, text, given.adjacent_pairs)[0]
 
 
-def watch_run(given: argparse.Namespace) -> study.Result:
-    """The analyses of a run's latest checkpoint, and how the earlier ones differ from it."""
+def analyze_run(given: argparse.Namespace) -> study.Result:
+    """Return the analyses of the latest checkpoint and its comparison with earlier ones."""
     from moetron.moe.analysis.own_model import OwnModel
     from moetron.moe.checkpoint.compatibility import tokenizer_fingerprints
     from moetron.moe.checkpoint.vocabulary import vocabulary_of
@@ -100,12 +100,12 @@ def watch_run(given: argparse.Namespace) -> study.Result:
 
 
 def main() -> int:
-    """Analyse what the command line names; the exit code."""
+    """Analyze the model that the command line names; return the exit code."""
     arguments = parser().parse_args()
     quieten_libraries()
     folder = (arguments.model / "config.json").is_file()
     if arguments.output is not None:
         checkpoint_folder.make_run_folder(arguments.output, "--output")
-    result = watch_folder(arguments) if folder else watch_run(arguments)
+    result = analyze_folder(arguments) if folder else analyze_run(arguments)
     print(*figures.write(result, arguments.output or arguments.model / "analysis"), sep="\n")
     return 0

@@ -3,14 +3,14 @@
     python tools/check_parity.py --config RECIPE.yaml --layouts ep2,tp2,pp2vpp2 [-- --flag value]
     python tools/check_parity.py --config RECIPE.yaml --ranks 4 --load RUN
 
-From one checkpoint (RUN's, or one that one rank writes first) every layout trains the same few
-steps with a fresh optimizer, one layout after the other. The table gives the largest relative
+Every layout trains the same few steps from one checkpoint (RUN's, or one that a single rank writes
+first) with a fresh optimizer, one layout after the other. The table gives the largest relative
 differences from one rank: of losses, of gradient norms, and of a parameter's gradient at step 1;
-and the milliseconds of a step. Where the recipe has settings whose meaning follows the layout, all
-runs are made again with what does not, so that a second table shows what that changes and costs.
-Runs are fp32 whatever the recipe says, since bf16's rounding hides faults; flags after -- win.
+and the milliseconds per step. If settings of the recipe depend on the layout, a second table
+repeats all runs with layout-independent settings and shows their effect and cost. Runs are fp32
+whatever the recipe says, since bf16 rounding hides bugs; flags after -- override the recipe.
 
-Exit codes: 0 all layouts within tolerance, 1 one is not or a run failed, 2 something to mend.
+Exit codes: 0 all layouts within tolerance, 1 a layout differs or a run failed, 2 user error.
 """
 
 import argparse
@@ -30,25 +30,25 @@ from moetron.tokenizers.load import load_tokenizer
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the argument parser."""
     parser = ToolParser(description=__doc__)
     add = parser.add_argument
-    add("--config", required=True, metavar="RECIPE.yaml", help="what to train")
+    add("--config", required=True, metavar="RECIPE.yaml", help="recipe to train")
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--layouts", metavar="A,B,...", help="by name, such as tp2,pp2vpp2,ep2zero1")
+    which.add_argument("--layouts", metavar="A,B,...", help="such as tp2,pp2vpp2,ep2zero1")
     which.add_argument("--ranks", type=int, metavar="N", help="all layouts that fill N ranks")
     add("--load", type=Path, metavar="RUN", help="start from this run's weights")
     add("--steps", type=int, default=3, help="steps of each run (default: 3)")
-    add("--loss-tolerance", type=float, default=1e-5, help="relative (default: 1e-5)")
+    add("--loss-tolerance", type=float, default=1e-5, help="relative, of losses (default: 1e-5)")
     add("--norm-tolerance", type=float, default=1e-4, help="of gradient norms (default: 1e-4)")
-    add("--gradient-tolerance", type=float, default=1e-4, help="by parameter (default: 1e-4)")
-    add("--timeout-s", type=float, default=1800.0, help="longest run, in seconds (default: 1800)")
-    add("flags", type=str, nargs="*", metavar="-- FLAGS", help="of pretrain_moe.py")
+    add("--gradient-tolerance", type=float, default=1e-4, help="per parameter (default: 1e-4)")
+    add("--timeout-s", type=float, default=1800.0, help="limit of a run in s (default: 1800)")
+    add("flags", type=str, nargs="*", metavar="-- FLAGS", help="flags of pretrain_moe.py")
     return parser
 
 
 def refuse(options: argparse.Namespace, settings: Settings) -> None:
-    """Refuse what cannot be compared."""
+    """Raise ``UserError`` if the runs cannot be compared."""
     problems = []
     if not 1 <= options.steps <= settings.training.train_iters:
         problems.append(f"--steps {options.steps}: must be 1 to --train-iters of the recipe")
@@ -63,13 +63,13 @@ def refuse(options: argparse.Namespace, settings: Settings) -> None:
             "sgd keep unchanged; add --optimizer adam after --"
         )
     if chosen == "sgd" and settings.optimizer.sgd_momentum == 0:
-        problems.append("--sgd-momentum 0: gradients are read from the momentum; give it one")
+        problems.append("--sgd-momentum 0: gradients are read from the momentum; set it above 0")
     if problems:
         raise UserError("\n".join(problems))
 
 
 def check(options: argparse.Namespace, folder: Path) -> int:
-    """Train every layout below ``folder`` and print how they compare; the exit code."""
+    """Train every layout below ``folder``, print the comparison, return the exit code."""
     flags = ["--config", options.config, "--fp32", *options.flags]
     settings = load([*flags, "--dry-run"]).settings
     refuse(options, settings)
@@ -106,6 +106,6 @@ def check(options: argparse.Namespace, folder: Path) -> int:
 
 
 def main() -> int:
-    """Check what the command line names; the exit code."""
+    """Check the layouts that the command line names; return the exit code."""
     with tempfile.TemporaryDirectory(prefix="parity-") as folder:
         return check(parser().parse_args(), Path(folder))

@@ -1,12 +1,12 @@
-"""Convert checkpoints to and from folders of HuggingFace's, without a GPU, one tensor at a time.
+"""Convert checkpoints to and from HuggingFace folders, without a GPU, one tensor at a time.
 
     python tools/convert_checkpoint.py to-hf   --load RUN --output DIR
     python tools/convert_checkpoint.py from-hf --load DIR --output RUN
     python tools/convert_checkpoint.py inspect --load RUN
 
-RUN is a run's folder (its latest checkpoint) or, to read from, one step_* folder, written in any
-layout. After from-hf, `pretrain_moe.py --config RUN/model.yaml --load RUN --finetune ...` goes on
-from the weights. Exit codes: 0 done, 2 something for the user to change, 1 our fault.
+RUN is a run folder (its latest checkpoint) or, to read from, one step_* folder, written in any
+layout. After from-hf, `pretrain_moe.py --config RUN/model.yaml --load RUN --finetune ...` trains
+from the weights. Exit codes: 0 done, 2 user error, 1 internal error.
 """
 
 import argparse
@@ -29,24 +29,24 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the argument parser."""
     parser = ToolParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("to-hf", help="write a folder that transformers loads")
     load = commands.add_parser("from-hf", help="write a checkpoint to start from")
-    look = commands.add_parser("inspect", help="say what a checkpoint holds")
-    look.add_argument("--verify", action="store_true", help="hold every file against its sum")
+    look = commands.add_parser("inspect", help="describe a checkpoint")
+    look.add_argument("--verify", action="store_true", help="check the SHA-256 of every file")
     for command in (export, load, look):
-        command.add_argument("--load", type=Path, required=True, help="what to read")
+        command.add_argument("--load", type=Path, required=True, help="folder to read")
     for command in (export, load):
         command.add_argument("--output", type=Path, required=True, help="folder to write")
         threads.add_option(command)
     add = export.add_argument
-    add("--model-type", help="HuggingFace's (default: the one that fits)")
+    add("--model-type", help="of HuggingFace (default: the one that matches)")
     add("--dtype", choices=DTYPES, help="of the weights (default: the run's)")
-    add("--max-shard-bytes", type=int, default=5 * 10**9, help="of one file (default: 5e9)")
-    add("--tokenizer-model", metavar="PATH", help="default: the copy in the run's folder")
-    add("--as-causal", action="store_true", help="export a --bidirectional-prefix model, too")
+    add("--max-shard-bytes", type=int, default=5 * 10**9, help="largest file (default: 5e9)")
+    add("--tokenizer-model", metavar="PATH", help="tokenizer (default: the copy in the run folder)")
+    add("--as-causal", action="store_true", help="export a --bidirectional-prefix model as causal")
     return parser
 
 
@@ -99,7 +99,7 @@ def from_hf(arguments: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    """Convert what the command line asks for; the exit code."""
+    """Convert or inspect as the command line says; return the exit code."""
     arguments = parser().parse_args()
     quieten_libraries()
     if arguments.command == "inspect":

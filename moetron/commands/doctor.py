@@ -1,9 +1,9 @@
-"""Say what this machine can run, and why not the rest.
+"""Report what this machine can run, and why it cannot run the rest.
 
     moetron doctor [--json]
 
-Nothing is changed and no network is used. Exit codes: 0 training can run here, 1 something that
-every run needs is missing.
+Changes nothing and uses no network. Exit codes: 0 training can run here, 1 a requirement of every
+run is missing.
 """
 
 import argparse
@@ -35,12 +35,12 @@ OPTIONAL = {
     "wandb": ("log", "Weights & Biases"),
     "scipy": ("base", "--moe-router-type base"),
 }
-"""Distribution -> (extra that brings it, what needs it)."""
+"""Distribution -> (extra that installs it, feature that needs it)."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """Result of one check."""
 
     name: str
     state: State
@@ -48,14 +48,14 @@ class Finding:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the argument parser."""
     parser = ToolParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
     return parser
 
 
 def version_of(name: str) -> str | None:
-    """Version of an installed distribution, read without importing it."""
+    """Return the version of an installed distribution without importing it."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -63,7 +63,7 @@ def version_of(name: str) -> str | None:
 
 
 def packages() -> Iterator[Finding]:
-    """What is installed of what Moetron needs, and of what some commands need."""
+    """Check required and optional packages."""
     for name in NEEDED:
         found = version_of(name)
         yield Finding(name, "ok" if found else "broken", found or "missing: pip install moetron")
@@ -74,14 +74,14 @@ def packages() -> Iterator[Finding]:
 
 
 def machine() -> Iterator[Finding]:
-    """Cores, threads and memory of this process."""
+    """Check cores, threads and memory of this process."""
     import psutil
 
     yield Finding("Python", "ok", f"{platform.python_version()} on {platform.platform()}")
     cores, threads = usable_cores(), cpu_threads(0, 1)
     yield Finding("CPU", "ok", f"{cores} usable cores; one rank would take {threads} threads")
-    free, whole = (getattr(psutil.virtual_memory(), key) / 2**30 for key in ("available", "total"))
-    yield Finding("memory", "ok", f"{free:.1f} of {whole:.1f} GiB available")
+    free, total = (getattr(psutil.virtual_memory(), key) / 2**30 for key in ("available", "total"))
+    yield Finding("memory", "ok", f"{free:.1f} of {total:.1f} GiB available")
     shared = Path("/dev/shm")
     if shared.is_dir():
         room = os.statvfs(shared)
@@ -90,7 +90,7 @@ def machine() -> Iterator[Finding]:
 
 
 def devices() -> Iterator[Finding]:
-    """CUDA and Transformer Engine, tried as a run would try them."""
+    """Check CUDA and Transformer Engine as a run does, and the collectives."""
     quieten_libraries()
     import torch
 
@@ -119,7 +119,7 @@ def devices() -> Iterator[Finding]:
 
 
 def main() -> int:
-    """Look, print; return the exit code."""
+    """Run and print all checks; return the exit code."""
     arguments = parser().parse_args()
     found = [Finding("Moetron", "ok", __version__), *machine(), *packages(), *devices()]
     if arguments.json:

@@ -3,11 +3,11 @@
     python tools/evaluate.py --load RUN --tasks closing_brackets --include-path examples/evaluation
     python tools/evaluate.py --load RUN --tasks arc_easy,hellaswag --output results.json
 
-RUN is a run's folder (its latest checkpoint) or one step_* folder, written in any layout. Tasks are
-the harness's own, where their data are at hand, and those of --include-path. Experts have no
-capacity: each token is served by the experts that it chooses. After --bidirectional-prefix contexts
-see all of themselves if the objective at the checkpoint was prefix_lm or ul2. Exit codes: 0 done, 2
-something for the user to change, 1 our fault.
+RUN is a run folder (its latest checkpoint) or one step_* folder, written in any layout. Tasks are
+the harness's own, if their data are available, and those of --include-path. Experts have no
+capacity limit: no token is dropped. After --bidirectional-prefix, attention over the context is
+bidirectional if the objective at the checkpoint was prefix_lm or ul2. Exit codes: 0 done, 2 user
+error, 1 internal error.
 """
 
 import argparse
@@ -30,22 +30,22 @@ from moetron.tokenizers.run_copy import load_run_tokenizer
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the argument parser."""
     parser = ToolParser(description=__doc__)
     add = parser.add_argument
-    add("--load", type=Path, required=True, metavar="RUN", help="where the checkpoint lies")
-    add("--tasks", required=True, help="names, separated by commas")
-    add("--include-path", type=Path, help="folder with task files of your own")
+    add("--load", type=Path, required=True, metavar="RUN", help="a run or a step_* folder")
+    add("--tasks", required=True, help="comma-separated names")
+    add("--include-path", type=Path, help="folder with your own task files")
     add("--num-fewshot", type=int, help="examples before each question (default: the task's)")
-    add("--limit", type=int, help="questions of each task (default: all)")
-    add("--batch-size", type=int, default=8, help="sequences at once (default: 8)")
-    add("--output", type=Path, metavar="FILE", help="results as JSON")
-    add("--tokenizer-model", metavar="PATH", help="default: the copy in the run's folder")
+    add("--limit", type=int, help="questions per task (default: all)")
+    add("--batch-size", type=int, default=8, help="sequences per batch (default: 8)")
+    add("--output", type=Path, metavar="FILE", help="write the results as JSON")
+    add("--tokenizer-model", metavar="PATH", help="tokenizer (default: the copy in the run folder)")
     return threads.add_option(parser)
 
 
 def require_harness() -> None:
-    """Refuse to start without the harness."""
+    """Raise ``UserError`` if the harness is not installed."""
     try:
         importlib.metadata.version("lm_eval")
     except importlib.metadata.PackageNotFoundError:
@@ -54,7 +54,7 @@ def require_harness() -> None:
 
 
 def run(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:
-    """The harness's results."""
+    """Return the results of the harness."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:
     manager = TaskManager(include_path=arguments.include_path)
     names = arguments.tasks.split(",")
     if unknown := [name for name in names if not manager.match_tasks([name])]:
-        raise UserError(f"--tasks {','.join(unknown)}: unknown; --include-path names your own")
+        raise UserError(f"--tasks {','.join(unknown)}: unknown; --include-path adds your own")
     results: dict[str, Any] = simple_evaluate(
         model,
         tasks=names,
@@ -76,14 +76,14 @@ def run(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:
 
 
 def open_tokenizer(arguments: argparse.Namespace, record: checkpoint_folder.Record) -> Tokenizer:
-    """The run's tokenizer."""
+    """Return the tokenizer of the run."""
     given, saved = arguments.tokenizer_model, record.settings["data"]["tokenizer_model"]
     known = tokenizer_fingerprints(record.stream)
     return load_run_tokenizer(arguments.load, given, saved, known)
 
 
 def main() -> int:
-    """Evaluate what the command line asks for; the exit code."""
+    """Evaluate the tasks that the command line names; return the exit code."""
     arguments = parser().parse_args()
     require_harness()
     quieten_libraries()

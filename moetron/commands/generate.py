@@ -1,12 +1,12 @@
-"""Continue prompts with a trained model, on one rank; text appears as it is made.
+"""Continue prompts with a trained model, on one rank; text is printed as it is generated.
 
     python tools/generate.py --load RUN --prompt "def main(" --max-new-tokens 100
     python tools/generate.py --load RUN --prompts-file FILE        # one prompt a line
     python tools/generate.py --load RUN --mode nlu --prompt "for <extra_id_0> in range(3):"
 
-Experts have no capacity: each token is served by the experts that it chooses. A prompt sees all of
-itself where --bidirectional-prefix let the given part of samples do so (--mode, or objective
-prefix_lm or ul2). Exit codes: 0 done, 2 something for the user to change, 1 our fault.
+Experts have no capacity limit: no token is dropped. Attention over the prompt is bidirectional if
+the model was trained so (--bidirectional-prefix with --mode, or with objective prefix_lm or ul2).
+Exit codes: 0 done, 2 user error, 1 internal error.
 """
 
 import argparse
@@ -32,25 +32,25 @@ from moetron.tokenizers.run_copy import load_run_tokenizer
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the argument parser."""
     parser = ToolParser(description=__doc__)
     add = parser.add_argument
-    add("--load", type=Path, required=True, metavar="RUN", help="a run or a step_* folder of it")
-    add("--prompt", type=str, action="append", help="text to continue; may be given again")
-    add("--prompts-file", type=Path, metavar="FILE", help="more prompts, one a line")
+    add("--load", type=Path, required=True, metavar="RUN", help="a run or a step_* folder")
+    add("--prompt", type=str, action="append", help="text to continue; repeatable")
+    add("--prompts-file", type=Path, metavar="FILE", help="more prompts, one per line")
     add("--mode", choices=get_args(Mode), default="causal", help="UL2's modes: s2s, nlu, nlg")
-    add("--max-new-tokens", type=int, default=100, help="stop after so many (default: 100)")
-    add("--temperature", type=float, default=0.8, help="0: always the likeliest (default: 0.8)")
-    add("--top-k", type=int, default=0, help="choose among so many tokens; 0: all (default)")
-    add("--top-p", type=float, default=0.95, help="share of probability to choose from")
-    add("--seed", type=int, default=0, help="of the draws (default: 0)")
-    add("--no-cache", action="store_true", help="compute the whole sequence for every token")
-    add("--tokenizer-model", metavar="PATH", help="default: the copy in the run's folder")
+    add("--max-new-tokens", type=int, default=100, help="limit (default: 100)")
+    add("--temperature", type=float, default=0.8, help="0: greedy (default: 0.8)")
+    add("--top-k", type=int, default=0, help="sample from the best N tokens; 0: all (default)")
+    add("--top-p", type=float, default=0.95, help="nucleus probability (default: 0.95)")
+    add("--seed", type=int, default=0, help="of sampling (default: 0)")
+    add("--no-cache", action="store_true", help="recompute the full sequence for every token")
+    add("--tokenizer-model", metavar="PATH", help="tokenizer (default: the copy in the run folder)")
     return threads.add_option(parser)
 
 
 def read_prompts(arguments: argparse.Namespace) -> list[str]:
-    """All prompts; an empty one where none is given."""
+    """Return all prompts, or one empty prompt if none is given."""
     prompts = list(arguments.prompt or [])
     if arguments.prompts_file is not None:
         try:
@@ -61,7 +61,7 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
 
 
 def show(prompt: str, following: Iterator[int], tokenizer: Tokenizer) -> int:
-    """Print a prompt and what follows, as far as it is certain; returns the number of tokens."""
+    """Print a prompt and its continuation as it is decoded; return the number of new tokens."""
     if HOLE.search(prompt):
         new = list(following)
         print(filled(prompt, new, tokenizer))
@@ -71,7 +71,7 @@ def show(prompt: str, following: Iterator[int], tokenizer: Tokenizer) -> int:
     for token in following:
         new.append(token)
         text = tokenizer.decode(new)
-        if not text.endswith("\ufffd"):  # perhaps the first bytes of a character
+        if not text.endswith("\ufffd"):  # may be an incomplete character
             print(text[len(shown) :], end="", flush=True)
             shown = text
     print(tokenizer.decode(new)[len(shown) :])
@@ -79,7 +79,7 @@ def show(prompt: str, following: Iterator[int], tokenizer: Tokenizer) -> int:
 
 
 def main() -> int:
-    """Generate what the command line asks for; the exit code."""
+    """Continue the prompts of the command line; return the exit code."""
     arguments = parser().parse_args()
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
     if arguments.max_new_tokens < 1:

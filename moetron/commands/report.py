@@ -1,10 +1,10 @@
-"""Write the report page of a run, or of several to compare; or just a run's curves as a picture.
+"""Write the report page of one or several runs, or the curves of one run as a picture.
 
     python tools/report.py RUN [RUN ...] [--output FILE.html]
     python tools/report.py RUN --output curves.png
 
-RUN is a --save folder. The page (default: RUN/report.html) shows what tools/analyze_routing.py
-found, if it ran. Exit codes: 0 done, 2 something to mend, named in one message.
+RUN is a --save folder. The page (default: RUN/report.html) includes the results of
+tools/analyze_routing.py, if it ran. Exit codes: 0 done, 2 user error, reported in one message.
 """
 
 import sys
@@ -18,13 +18,13 @@ PICTURES = (".png", ".svg", ".pdf")
 
 
 def write(runs: list[Path], output: Path) -> None:
-    """Write a page or a picture, as the name says."""
+    """Write a page or a picture, chosen by the suffix of ``output``."""
     if output.suffix in PICTURES:
         if len(runs) > 1:
             raise UserError(f"--output {output}: a picture shows one run; write .html for several")
         draw(runs[0], output)
     elif output.suffix == ".html":
-        from moetron.moe.analysis.page.build_page import write_page  # a second of imports
+        from moetron.moe.analysis.page.build_page import write_page  # imports plotly: one second
         from moetron.moe.analysis.page.runs import read
 
         write_page([read(run) for run in runs], output)
@@ -33,10 +33,10 @@ def write(runs: list[Path], output: Path) -> None:
 
 
 def main() -> int:
-    """Write, and say where."""
+    """Write the page or picture and print its path; return the exit code."""
     parser = ToolParser(description=__doc__)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="runs' folders")
-    parser.add_argument("--output", type=Path, help="default: report.html in the first run")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders")
+    parser.add_argument("--output", type=Path, help="(default: report.html in the first run)")
     options = parser.parse_args()
     output = options.output or options.runs[0] / "report.html"
     try:

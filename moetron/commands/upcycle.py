@@ -1,13 +1,13 @@
-"""Turn a dense checkpoint into the start of a mixture of experts, without a GPU, tensor by tensor.
+"""Upcycle a dense checkpoint to a mixture of experts, without a GPU, one tensor at a time.
 
     python tools/upcycle.py --load DENSE --output RUN --num-experts 8 --moe-router-topk 2
     python tools/upcycle.py --load DENSE --output RUN --num-experts 64 --moe-router-topk 8 \\
       --moe-ffn-hidden-size 1024 --noise-fraction 0.5
 
-DENSE is a run's folder (its latest checkpoint), one step_* folder, or a folder of HuggingFace's.
-Any flag of pretrain_moe.py about experts says what is made. Then `pretrain_moe.py --config
-RUN/model.yaml --load RUN --finetune ...` goes on. docs/upcycling.md has more. Exit codes: 0 done,
-2 something to mend, 1 our fault.
+DENSE is a run folder (its latest checkpoint), one step_* folder, or a HuggingFace folder. The
+expert flags of pretrain_moe.py describe the result. Train it with `pretrain_moe.py --config
+RUN/model.yaml --load RUN --finetune ...`. See docs/upcycling.md. Exit codes: 0 done, 2 user error,
+1 internal error.
 """
 
 import argparse
@@ -33,23 +33,23 @@ from moetron.tokenizers.run_copy import find_copy, keep, load_copy, name_of
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line, without the flags about experts."""
+    """Return the parser of all arguments but the expert flags."""
     parser = ToolParser(description=__doc__, allow_abbrev=False)
     defaults = UpcyclingSettings()
     add = parser.add_argument
-    add("--load", type=Path, required=True, help="the dense model")
+    add("--load", type=Path, required=True, help="dense model")
     add("--output", type=Path, required=True, help="folder to write")
     add("--router-init-std", type=float, default=defaults.router_init_std, help="(default: 0.02)")
     scaling: dict[str, Any] = {"dest": "weight_scaling", "action": "store_false"}
-    add("--no-weight-scaling", **scaling, help="copy values as they are")
-    add("--noise-fraction", type=float, default=defaults.noise_fraction, help="drawn anew")
+    add("--no-weight-scaling", **scaling, help="copy values unscaled")
+    add("--noise-fraction", type=float, default=defaults.noise_fraction, help="values to redraw")
     add("--noise-std", type=float, default=defaults.noise_std, help="of those (default: 0.02)")
     add("--seed", type=int, default=defaults.seed, help="of router and noise")
     return threads.add_option(parser)
 
 
 def tokenizer_of(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a run or of a folder of HuggingFace's, where it holds one."""
+    """Return the tokenizer of a run or HuggingFace folder, None if it has none."""
     copy = find_copy(folder)
     if copy is None and not (folder / "config.json").is_file():
         return None
@@ -63,19 +63,19 @@ def tokenizer_of(folder: Path) -> Tokenizer | None:
 
 
 def experts(words: list[str]) -> dict[str, dict[str, Any]]:
-    """The section ``moe`` that flags give; UserError for other flags."""
+    """Return the settings of expert flags; raise ``ConfigError`` for other flags."""
     given = flags.parse(words)
     others = list(given.options)
     for group, section in given.settings.items():
         others += section if group != "moe" else ()
-    problems = given.problems + [f"{flag_name(name)} is not about experts" for name in others]
+    problems = given.problems + [f"{flag_name(name)} is not an expert flag" for name in others]
     if problems:
         raise ConfigError(problems)
     return given.settings
 
 
 def main() -> int:
-    """Upcycle; the exit code."""
+    """Upcycle the model that the command line names; return the exit code."""
     own, words = parser().parse_known_args()
     given = experts(words)
     try:
@@ -86,7 +86,7 @@ def main() -> int:
         wrong = [
             (flag_name(str(one["loc"][0])), one["input"], one["msg"]) for one in error.errors()
         ]
-        raise ConfigError([f"{flag} {value}: {said}" for flag, value, said in wrong]) from error
+        raise ConfigError([f"{flag} {value}: {rule}" for flag, value, rule in wrong]) from error
     quieten_libraries()
     from moetron.moe.convert.initial_checkpoint import MODEL_FILE  # torch: seconds
     from moetron.moe.convert.upcycle import dense_folder, dense_run, is_huggingface, upcycle
@@ -108,7 +108,7 @@ def main() -> int:
     upcycle(dense, own.output, settings.moe, options)
     if tokenizer is not None:
         keep(tokenizer, own.output, replace=True)
-    print(f"{own.output}: {settings.moe.num_experts} experts a layer")
+    print(f"{own.output}: {settings.moe.num_experts} experts per layer")
     recipe = own.output / MODEL_FILE
-    print(f"go on: pretrain_moe.py --config {recipe} --load {own.output} --finetune ...")
+    print(f"train it: pretrain_moe.py --config {recipe} --load {own.output} --finetune ...")
     return 0

@@ -1,11 +1,10 @@
-"""What a checkpoint costs: how long training stands still, and how fast files are verified.
+"""Cost of a checkpoint: time that training is blocked, and speed of verification.
 
     python tests/bench/bench_checkpoint.py [--repeats 5] [--folder DIR]
 
-A model of 27 million parameters with Adam's moments in float32. Prints the size of a checkpoint,
-the median seconds of a blocking save, of what --async-save leaves in the way (a copy), and of its
-writing in the background while nothing trains; and SHA-256 and a plain read of the same files from
-the page cache.
+A model of 27 million parameters with Adam's moments in fp32. Prints the size of a checkpoint and
+the median seconds of a blocking save, of the blocking part of --async-save (a copy), of its write
+in the background without training, and of SHA-256 and a plain read from the page cache.
 """
 
 import argparse
@@ -35,7 +34,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--folder", help="where to write; a temporary folder unless given")
+    parser.add_argument("--folder", help="output folder (default: a temporary one)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         fixed = ["--config", str(RECIPE), "--mock-data", "--no-tensorboard", "--save", folder]
@@ -52,7 +51,7 @@ def main() -> None:
 
 
 def measure(loop: Loop, run: Path, blocking: Saver, background: Saver, repeats: int) -> None:
-    """Take turns, so that noise of the machine falls on all alike."""
+    """Measure all in turns, so that machine noise affects them equally."""
     last = checkpoint_folder.step_folder(run, 1)
     size = checkpoint_folder.verify(last) / 1e6
     seconds: dict[str, list[float]] = {}

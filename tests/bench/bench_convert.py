@@ -1,9 +1,9 @@
-"""Time and memory of converting a checkpoint of OLMoE-1B-7B's shape there and back.
+"""Time and memory of converting a checkpoint of OLMoE-1B-7B's shape in both directions.
 
     python tests/bench/bench_convert.py --folder SCRATCH [--layers 16]
 
-The folder that stands for HuggingFace's is sparse (zeros that take no space); what conversion
-writes is not: 2 x 13.8 GB at 16 layers. Beside it, what the disk takes when zeros are written.
+The HuggingFace folder is a sparse file of zeros; the output is not: 2 x 13.8 GB at 16 layers. Also
+prints the write speed of the disk.
 """
 
 import argparse
@@ -20,14 +20,14 @@ import torch
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.convert.families.family import PLACEHOLDERS, function_of
 from moetron.moe.convert.families.registry import FAMILIES
-from moetron.moe.convert.safetensors_folder import WHOLE, header
+from moetron.moe.convert.safetensors_folder import SINGLE, header
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_checkpoint.py"
 GB = 10**9
 
 
 def make_folder(folder: Path, layers: int) -> int:
-    """A sparse folder of bf16 zeros; returns its size in bytes."""
+    """Write a sparse folder of bf16 zeros; return its size in bytes."""
     model = {
         "num_layers": layers,
         "hidden_size": 2048,
@@ -53,14 +53,14 @@ def make_folder(folder: Path, layers: int) -> int:
     (folder / "config.json").write_text(json.dumps({**config, "torch_dtype": "bfloat16"}))
     start = header(plan)
     size = sum(tensor.nbytes for tensor in plan.values())
-    with (folder / WHOLE).open("wb") as file:
+    with (folder / SINGLE).open("wb") as file:
         file.write(start)
         file.truncate(len(start) + size)
     return size
 
 
 def shape_of(name: str) -> tuple[int, ...]:
-    """Shape of one of our tensors in OLMoE-1B-7B."""
+    """Return the shape of one of our tensors in OLMoE-1B-7B."""
     hidden, ffn, experts, vocabulary = 2048, 1024, 64, 50304
     shapes = {
         "word_embeddings.weight": (vocabulary, hidden),
@@ -75,7 +75,7 @@ def shape_of(name: str) -> tuple[int, ...]:
 
 
 def timed(*arguments: str) -> tuple[float, float, float]:
-    """(seconds, those of a processor, peak resident GB) of the tool as a process of its own."""
+    """Run the tool; return (wall seconds, CPU seconds, peak resident GB)."""
     started = time.perf_counter()
     process = subprocess.Popen([sys.executable, str(TOOL), *arguments], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -86,7 +86,7 @@ def timed(*arguments: str) -> tuple[float, float, float]:
 
 
 def disk_speed(folder: Path) -> float:
-    """GB/s of writing 2 GB of zeros and waiting for the disk."""
+    """Return GB/s of writing 2 GB of zeros with fsync."""
     block, path = bytes(10**8), folder / "speed"
     started = time.perf_counter()
     with path.open("wb") as file:
@@ -99,7 +99,7 @@ def disk_speed(folder: Path) -> float:
 
 
 def main() -> None:
-    """Print one line a direction."""
+    """Print one line per direction."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=16)

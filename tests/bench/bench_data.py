@@ -1,11 +1,11 @@
-"""Speed of the data path on this machine; prints figures, asserts nothing.
+"""Speed of the data path on this machine; prints measurements, asserts nothing.
 
     python tests/bench/bench_data.py [--sources 8] [--tokens 100_000_000]
 
 Loader: causal and UL2 samples in random order from several sources, one core, page cache warm: our
-stream one by one and in batches, beside megatron-core's blended GPT datasets on the same shards.
-Start-up: time and memory to the first batch, libraries imported, in fresh processes, over sparse
-files of 1e7, 1e8 and 1e9 tokens, and ours over 1e12; documents are of 1,000 tokens up to 1e9.
+stream one by one and in batches, and megatron-core's blended GPT datasets on the same shards.
+Start-up: time and memory to the first batch after imports, in new processes, on sparse files of
+1e7, 1e8 and 1e9 tokens, and ours on 1e12; documents have 1,000 tokens up to 1e9.
 """
 
 import argparse
@@ -36,7 +36,7 @@ BATCH = 16
 
 
 def make_shards(folder: Path, sources: int, tokens: int) -> list[str]:
-    """Shards of random tokens, ``tokens`` in all."""
+    """Write shards of random tokens, ``tokens`` in total."""
     generator = np.random.default_rng(0)
     prefixes = []
     for source in range(sources):
@@ -51,7 +51,7 @@ def make_shards(folder: Path, sources: int, tokens: int) -> list[str]:
 
 
 def make_sparse_shard(prefix: Path, tokens: int, document_tokens: int) -> str:
-    """A shard of zeros that takes no room on the disk; ``tokens`` rounded down to documents."""
+    """Write a sparse shard of zeros; ``tokens`` is rounded down to documents."""
     documents = tokens // document_tokens
     pointers = np.arange(documents, dtype=POINTER) * document_tokens * 2
     with prefix.with_suffix(".idx").open("wb") as file:
@@ -65,7 +65,7 @@ def make_sparse_shard(prefix: Path, tokens: int, document_tokens: int) -> str:
 
 
 def rate(read: Callable[[int], object], numbers: Iterable[int], tokens_a_call: int) -> float:
-    """Millions of tokens a second of one core's time, over about ``SECONDS``."""
+    """Return millions of tokens per CPU second, over about ``SECONDS``."""
     start, calls = time.process_time(), 0
     for number in numbers:
         read(number)
@@ -76,7 +76,7 @@ def rate(read: Callable[[int], object], numbers: Iterable[int], tokens_a_call: i
 
 
 def bench_ours(prefixes: list[str], seq_length: int) -> None:
-    """Samples in the run's order, then at random numbers, then in batches."""
+    """Measure samples in run order, in random order and in batches."""
     stream = training_stream(prefixes, seq_length, seed=1)
     touch(stream)
     far = np.random.default_rng(1).integers(0, 1 << 40, 1 << 20).tolist()
@@ -92,7 +92,7 @@ def bench_ours(prefixes: list[str], seq_length: int) -> None:
 
 
 def bench_ul2(prefixes: list[str], seq_length: int) -> None:
-    """The same shards as UL2 samples, in the run's order."""
+    """Measure the same shards as UL2 samples, in run order."""
     objective = UL2(
         seq_length,
         encode=lambda text: list(text.encode()),
@@ -108,13 +108,13 @@ def bench_ul2(prefixes: list[str], seq_length: int) -> None:
 
 
 def touch(stream: TokenStream) -> None:
-    """Bring every page of the shards into memory."""
+    """Read every page of the shards into memory."""
     for source in stream.sources:
         source.shards[0].tokens[::1024].sum()
 
 
 def megatron_dataset(prefixes: list[str], seq_length: int) -> Any:
-    """The same shards through BlendedMegatronDatasetBuilder and GPTDataset."""
+    """Return the same shards as a BlendedMegatronDatasetBuilder dataset."""
     from megatron.core.datasets.blended_megatron_dataset_builder import (
         BlendedMegatronDatasetBuilder,
     )
@@ -137,14 +137,14 @@ def megatron_dataset(prefixes: list[str], seq_length: int) -> Any:
 
 
 def bench_megatron(prefixes: list[str], seq_length: int) -> None:
-    """Its samples in the run's order."""
+    """Measure megatron-core's samples in run order."""
     dataset = megatron_dataset(prefixes, seq_length)
     speed = rate(dataset.__getitem__, range(len(dataset)), seq_length)
     print(f"S={seq_length}: megatron-core's blend {speed:.1f} Mtokens/s")
 
 
 def first_batch(loader: str, prefixes: list[str]) -> None:
-    """Print seconds and MiB that the first batch takes in this process."""
+    """Print seconds and MiB of the first batch in this process."""
     import megatron.core.datasets.gpt_dataset  # noqa: F401 - imports do not count
 
     def peak_mib() -> float:
@@ -160,7 +160,7 @@ def first_batch(loader: str, prefixes: list[str]) -> None:
 
 
 def bench_start(folder: Path, sources: int) -> None:
-    """Time and memory to the first batch, ours and megatron-core's, by tokens."""
+    """Measure time and memory to the first batch by tokens, ours and megatron-core's."""
     print(f"first batch of {BATCH} x 4,096, {sources} sources: seconds, MiB more")
     for tokens in (10**7, 10**8, 10**9, 10**12):
         huge = tokens > 10**9
@@ -177,7 +177,7 @@ def bench_start(folder: Path, sources: int) -> None:
 
 
 def main() -> None:
-    """Print all figures."""
+    """Print all measurements."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sources", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=100_000_000)

@@ -1,11 +1,11 @@
-"""Time a rank's experts: grouped products against megatron-core's one after the other.
+"""Time of a rank's experts: grouped matrix products against megatron-core's sequential ones.
 
     python -m tests.bench.bench_experts [--rounds 7] [--threads 2]
 
-Rounds alternate between the two, so that a noisy machine slows both; the ratio is that of medians
-of forward plus backward passes, in wall time and in this process's CPU time, which other programs
-on the machine disturb less. Freed memory is kept, as in a run (--no-keep-memory: as without one).
-Loads are Dirichlet-skewed, as routers' are.
+Rounds alternate between the two, so that machine noise affects both. The ratio is of medians of
+forward plus backward passes, in wall time and in CPU time, which other programs disturb less.
+Freed memory is kept, as in a run (--no-keep-memory disables this). Loads are Dirichlet-skewed, like
+those of routers.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def _skewed_counts(experts: int, rows: int) -> torch.Tensor:
 
 
 def _one_round(module: torch.nn.Module, x: torch.Tensor, counts: torch.Tensor) -> np.ndarray:
-    """[wall, CPU] seconds of one forward and backward pass."""
+    """Return [wall, CPU] seconds of one forward and backward pass."""
     probs = torch.rand(len(x), requires_grad=True)
     grad = torch.randn_like(x)
     start = _clocks()
@@ -96,7 +96,7 @@ def _compare(shape: tuple[int, int, int, int], dtype: torch.dtype, rounds: int) 
 
 
 def main() -> None:
-    """Print two lines for each shape and number format."""
+    """Print two lines per shape and dtype."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)

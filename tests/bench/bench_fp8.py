@@ -1,10 +1,9 @@
-"""Losses of a tiny run in every FP8 recipe beside bf16's.
+"""Losses of a tiny run in every FP8 recipe and in bf16.
 
     python tests/bench/bench_fp8.py [--steps 200] [--flag value ...]
 
-Trains examples/olmoe_1b_7b/tiny.yaml on mock data once for each recipe, from the same weights on
-the same samples, and prints the curves, then the mean loss of the last tenth of the steps over
-bf16's.
+Trains examples/olmoe_1b_7b/tiny.yaml on mock data once per FP8 recipe, from the same weights on the
+same samples. Prints the curves, then the ratio to bf16 of the mean loss of the last tenth.
 """
 
 import argparse
@@ -42,7 +41,7 @@ def main() -> None:
 
 
 def losses(steps: int, flags: list[str]) -> np.ndarray:
-    """The loss of every step of one run."""
+    """Train; return the loss of every step."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "pretrain_moe.py"), "--bf16", "--eval-iters", "0"]
         command += ["--config", str(ROOT / "examples" / "olmoe_1b_7b" / "tiny.yaml")]

@@ -1,21 +1,21 @@
-"""Preprocessing from end to end against the tokenizer library alone and against other tools.
+"""End-to-end preprocessing against the bare tokenizer library and other tools.
 
     python tests/bench/bench_preprocess.py --input 'corpus/*.jsonl' --tokenizer T [--dolma BIN]
 
 One run measures, in turns, with the same tokenizer file and ``--workers``, and prints a table:
 
-library   the tokenizer library's own batch call on texts in memory: one thread's speed times the
-          workers, for gigatoken on its own threads; in a fresh process, so with cold caches.
-          BPE is gigatoken's where it knows the tokenizer; ``--no-fast``: HuggingFace's
+library   batch call of the tokenizer library on texts in memory: one thread's speed times the
+          workers, or gigatoken's own threads; in a new process, so with cold caches.
+          BPE uses gigatoken if it supports the tokenizer; ``--no-fast``: HuggingFace
 one core  the same on one thread
 ours      tools/preprocess_corpus.py
-megatron  Megatron-LM's algorithm: a document a task through a pool of processes, written with
+megatron  Megatron-LM's algorithm: one document per task in a process pool, written with
           megatron-core's IndexedDatasetBuilder
-dolma     ``dolma tokens`` of the command BIN, for a HuggingFace tokenizer
+dolma     ``BIN tokens``, for a HuggingFace tokenizer
 
-MB are 1e6 bytes of UTF-8 text. Speeds are net: the time of one document (start-up) is subtracted.
-The slower tools get ``--others-mb`` of the text. CPU seconds are of all processes; memory is the
-largest process's peak, the library's with all texts in memory. Medians.
+MB are 1e6 bytes of UTF-8 text. Speeds exclude start-up (the time of one document). Slower tools
+get ``--others-mb`` of the text. CPU seconds are of all processes; memory is the peak of the
+largest process, for the library with all texts in memory. Medians.
 """
 
 import argparse
@@ -49,12 +49,12 @@ from moetron.tokenizers.load import load_tokenizer
 ROOT = Path(__file__).parents[2]
 BATCH = 400
 ALONE = ("library", "one core")
-"""What measures itself, with all texts in memory."""
+"""Tools that measure themselves, with all texts in memory."""
 
 
 @dataclass
 class Run:
-    """What a command took."""
+    """Time and memory of a command."""
 
     wall_s: float
     cpu_s: float
@@ -62,29 +62,29 @@ class Run:
 
 
 def measured(command: Sequence[str]) -> tuple[Run, str]:
-    """Run a command to its end; what it took, and the last line that it printed."""
+    """Run a command; return its time and memory and its last output line."""
     start = time.perf_counter()
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
     assert process.stdout is not None
-    said = process.stdout.read().strip().rpartition("\n")[2]
+    output = process.stdout.read().strip().rpartition("\n")[2]
     _, status, usage = os.wait4(process.pid, 0)
     wall_s = time.perf_counter() - start
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)}: exit code {process.returncode}")
-    return Run(wall_s, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1e3), said
+    return Run(wall_s, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1e3), output
 
 
 def texts_of(inputs: Sequence[str]) -> Iterator[str]:
-    """Every text."""
+    """Yield every text."""
     for chunk in read_chunks(find_files(inputs)):
         yield from (found[0] for found in chunk.documents("text") if not isinstance(found, Reject))
 
 
 def library(source: str, rows: str, workers: int, try_fast: bool) -> None:
-    """Print what the library alone takes for the texts, and the tokens that they are."""
+    """Print time of the library on the texts, and the number of tokens."""
     texts = list(texts_of([rows]))
     reference = load_tokenizer(source)
     fast = open_fast(reference) if try_fast else None
@@ -107,18 +107,18 @@ _tokenizer: Tokenizer
 
 
 def _load(source: str) -> None:
-    """Begin a process of Megatron's pool."""
+    """Initialize a process of Megatron's pool."""
     global _tokenizer
     _tokenizer = load_tokenizer(source)
 
 
 def _encode(line: str) -> list[int]:
-    """One document a task."""
+    """Encode one document."""
     return [*_tokenizer.encode(json.loads(line)["text"]), _tokenizer.eod]
 
 
 def megatron(source: str, rows: str, prefix: str, workers: int) -> None:
-    """What tools/preprocess_data.py of Megatron-LM does."""
+    """Preprocess as tools/preprocess_data.py of Megatron-LM."""
     import torch
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
@@ -133,7 +133,7 @@ def megatron(source: str, rows: str, prefix: str, workers: int) -> None:
 def commands(
     source: str, rows: Path, out: str, workers: int, dolma: str, fast: bool
 ) -> dict[str, list[str]]:
-    """The command of each tool."""
+    """Return the command of each tool."""
     python = [sys.executable]
     ours = [*python, str(ROOT / "tools" / "preprocess_corpus.py"), "--input", str(rows)]
     ours += ["--tokenizer", source, "--output-prefix", f"{out}/ours", "--append-eod"]
@@ -153,7 +153,7 @@ def commands(
 
 
 def write_rows(path: Path, texts: Sequence[str]) -> None:
-    """JSONL, and the same packed, as dolma takes it."""
+    """Write JSONL and its gzip copy for dolma."""
     rows = [json.dumps({"id": str(i), "text": text}) + "\n" for i, text in enumerate(texts)]
     path.write_text("".join(rows))
     with gzip.open(f"{path}.gz", "wt", compresslevel=1) as packed:
@@ -161,7 +161,7 @@ def write_rows(path: Path, texts: Sequence[str]) -> None:
 
 
 def prepare(rows: dict[str, Path], inputs: Sequence[str], others_mb: float) -> dict[str, float]:
-    """Write one, few and all texts, shuffled; their MB."""
+    """Write one, few and all texts, shuffled; return their MB."""
     texts = list(texts_of(inputs))
     random.Random(0).shuffle(texts)
     ends = list(accumulate(len(text.encode()) for text in texts))
@@ -172,18 +172,18 @@ def prepare(rows: dict[str, Path], inputs: Sequence[str], others_mb: float) -> d
 
 
 class Bench:
-    """What each tool took for one document and for many, repeat by repeat."""
+    """Measurements of each tool on one document and on many, by repeat."""
 
     def __init__(self, folder: Path, inputs: Sequence[str], others_mb: float) -> None:
         self.rows = {name: folder / f"{name}.jsonl" for name in ("one", "few", "all")}
-        # In a process of its own: what it holds would count as its children's peak.
+        # In a separate process: its memory would count in the peak of its children.
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             self.megabytes = pool.apply(prepare, (self.rows, inputs, others_mb))
         self.runs: dict[tuple[str, str], list[Run]] = {}
         self.tokens = 0
 
     def size(self, tool: str) -> str:
-        """Which text a tool gets."""
+        """Return the name of the text for a tool."""
         return "all" if tool in (*ALONE, "ours") else "few"
 
     def measure(self, tool: str, source: str, workers: int, dolma: str, fast: bool) -> None:
@@ -199,11 +199,11 @@ class Bench:
             self.runs.setdefault((tool, size), []).append(run)
 
     def row(self, tool: str) -> list[str]:
-        """A tool's line of the table."""
+        """Return the table row of a tool."""
         size = self.size(tool)
         megabytes = self.megabytes[size]
         one, whole = self.median(tool, "one"), self.median(tool, size)
-        if tool in ALONE:  # it measures itself, without start-up
+        if tool in ALONE:  # measures itself, without start-up
             one = Run(0.0, 0.0, 0.0)
         base = self.median("library", "all")
         net_s, net_cpu_s = whole.wall_s - one.wall_s, whole.cpu_s - one.cpu_s
@@ -222,7 +222,7 @@ class Bench:
         ]
 
     def median(self, tool: str, size: str) -> Run:
-        """The repeats in one."""
+        """Return the median over repeats."""
         runs = self.runs[tool, size]
         columns = ("wall_s", "cpu_s", "peak_mb")
         return Run(*(statistics.median(getattr(run, name) for run in runs) for name in columns))
@@ -241,7 +241,7 @@ def main() -> None:
     parser.add_argument("--tools", nargs="+", default=["ours", "megatron", "dolma"])
     parser.add_argument("--dolma", default="", metavar="BIN")
     parser.add_argument("--others-mb", type=float, default=10)
-    parser.add_argument("--no-fast", action="store_true", help="HuggingFace's library for BPE")
+    parser.add_argument("--no-fast", action="store_true", help="use HuggingFace's library for BPE")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), args.input, args.others_mb)

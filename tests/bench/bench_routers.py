@@ -1,14 +1,14 @@
-"""Train every router on the same text for some steps; print losses and loads as a Markdown table.
+"""Losses and loads of every router, trained on the same text, as a Markdown table.
 
     python tests/bench/bench_routers.py [--only NAME ...] [--steps 200] [--flag value ...]
 
-Flags are those of pretrain_moe.py: --data-path, --valid-data-path and --tokenizer-model name the
-text; without them samples are synthetic. The model is examples/olmoe_1b_7b/tiny.yaml, a batch 8
+Flags are those of pretrain_moe.py. --data-path, --valid-data-path and --tokenizer-model give the
+text; otherwise samples are synthetic. The model is examples/olmoe_1b_7b/tiny.yaml with batches of 8
 samples of 128 tokens. Losses are nats per token: the mean of the last 20 training steps, and of
---eval-iters batches of validation, where only BPR still looks ahead. Load, dead experts and drops
-are those of the last 20 steps: the busiest and the idlest expert of a layer over the mean, averaged
-over layers; experts of all layers with less than a hundredth of the mean; choices that found no
-slot. Cost is the median CPU time of a step, on one thread, over that of the first row.
+--eval-iters validation batches, where only BPR is non-causal. Load, dead experts and drops are of
+the last 20 steps: largest and smallest expert load over the mean, averaged over layers; experts
+with less than 1 % of the mean; choices without a slot. Cost is the median CPU time per step on one
+thread, relative to the first row.
 """
 
 import argparse
@@ -64,27 +64,27 @@ KINDS = {
 
 
 class Rows:
-    """What the loop reports, kept."""
+    """Sink that keeps the rows of the loop."""
 
     def __init__(self) -> None:
         self.steps: list[Row] = []
 
     def step(self, row: Row) -> None:
-        """Keep a step's row."""
+        """Keep the row of a step."""
         self.steps.append(row)
 
     def validation(self, row: Row) -> None:
-        """None comes: the loop is not run to its end."""
+        """Do nothing; validation is not run."""
 
     def expert_load(self, step: int, loads: Loads) -> None:
-        """Not kept: the recorder has them."""
+        """Do nothing; the recorder has the loads."""
 
     def close(self) -> None:
-        """Nothing to close."""
+        """Do nothing."""
 
 
 def train(flags: list[str], steps: int) -> tuple[list[float], float]:
-    """The figures of one row after its name, and the CPU seconds of a step."""
+    """Train; return the values of one table row and the CPU seconds per step."""
     fixed = ["--config", str(RECIPE), "--train-iters", str(steps)]
     fixed += ["--micro-batch-size", "8", "--global-batch-size", "8", "--cpu-threads", "1"]
     settings = load([*fixed, *flags]).settings
@@ -121,7 +121,7 @@ def train(flags: list[str], steps: int) -> tuple[list[float], float]:
 
 
 def main() -> None:
-    """Train and print row by row."""
+    """Train every router and print its row."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--steps", type=int, default=200)

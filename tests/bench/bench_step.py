@@ -1,13 +1,13 @@
-"""What our training step costs over a bare loop on the same megatron-core modules.
+"""Cost of our training step over a minimal loop on the same megatron-core modules.
 
     python tests/bench/bench_step.py [--steps 20] [--flag value ...]
     torchrun --nproc-per-node 2 tests/bench/bench_step.py --expert-model-parallel-size 2
 
-The model is the quick start's. Steps of three kinds take turns in one process, on one model and one
-optimizer, so that noise of the machine falls on all alike: ours (loading samples, routing counts,
-figures, reports), bare (random tokens, no figures, no checks), and bare with torch's default AdamW
-instead of its fused one. Prints the median of each and of the ratios of paired steps, in wall time
-and in this process's CPU time, which other programs on the machine disturb less.
+The model is that of the quick start. Three kinds of steps alternate in one process, on one model
+and optimizer, so that machine noise affects all equally: ours (loading samples, routing counts,
+metrics, reports), bare (random tokens, no metrics, no checks), and bare with torch's default
+instead of fused AdamW. Prints medians and median ratios of paired steps, in wall time and in CPU
+time, which other programs disturb less.
 """
 
 import argparse
@@ -40,7 +40,7 @@ RECIPE = Path(__file__).parents[2] / "examples" / "quickstart" / "pretrain.yaml"
 WARM_UP = 3
 
 Times = dict[str, list[np.ndarray]]
-"""Kind of step -> [wall, CPU] seconds of each."""
+"""Kind of step -> [wall, CPU] seconds of each step."""
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     options, flags = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
-        # Flags given here come last and win over these.
+        # Flags of the command line come last and override these.
         fixed = ["--config", str(RECIPE), "--mock-data", "--save", folder]
         fixed += ["--vocab-size", "8192", "--expert-model-parallel-size", "1"]
         settings = load([*fixed, *flags]).settings
@@ -59,10 +59,10 @@ def main() -> None:
 
 
 def measure(trainer: Trainer, steps: int) -> None:
-    """Take ``steps`` steps of each kind in turn."""
+    """Run ``steps`` steps of each kind, alternating."""
     settings = trainer.settings
     assert trainer.recorder is not None
-    trainer.recorder.close()  # the bare steps run without its hooks
+    trainer.recorder.close()  # bare steps run without its hooks
     stream = MockStream(1, trainer.vocab_size, settings.model.seq_length)
     sinks = open_sinks(settings, 0) if trainer.runtime.is_main else []
     loop = Loop(trainer, Streams(stream, None), Progress(), sinks, Peak(1.0, "none"))
@@ -90,7 +90,7 @@ def measure(trainer: Trainer, steps: int) -> None:
 
 
 def bare_step(trainer: Trainer, fused: bool = True) -> None:
-    """What megatron-core asks of any training loop, and nothing else."""
+    """Run a step with the minimum that megatron-core requires."""
     for group in trainer.optimizer.param_groups:
         group["fused"] = fused
     settings = trainer.settings
@@ -112,7 +112,7 @@ def bare_step(trainer: Trainer, fused: bool = True) -> None:
 
 
 def bare_forward(trainer: Trainer, _: Any, chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-    """Random tokens, each its own label."""
+    """Run the model on random tokens, which are also the labels."""
     shape = (trainer.settings.training.micro_batch_size, trainer.settings.model.seq_length)
     tokens = torch.randint(trainer.vocab_size, shape)
     positions = torch.arange(shape[1]).expand(shape)
@@ -120,12 +120,12 @@ def bare_forward(trainer: Trainer, _: Any, chunk: torch.nn.Module) -> tuple[torc
 
 
 def bare_loss(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-    """Sum over tokens."""
+    """Return the sum and number of token losses."""
     return losses.sum(), torch.tensor(losses.numel(), dtype=torch.int), None
 
 
 def clocks() -> np.ndarray:
-    """[wall, CPU] in seconds."""
+    """Return [wall, CPU] seconds."""
     return np.array([time.perf_counter(), time.process_time()])
 
 

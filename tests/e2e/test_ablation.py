@@ -1,4 +1,4 @@
-"""A sweep as a user runs it: cut short, gone on with, upcycled, tabled."""
+"""End-to-end sweep: interrupted, resumed, upcycled, written as a table."""
 
 import os
 import signal
@@ -68,10 +68,10 @@ def test_two_variants_two_seeds(tmp_path: Path) -> None:
     assert "upcycled/seed_2 is finished" in third.communicate(timeout=100)[0]
 
 
-def test_mistakes_are_named(tmp_path: Path) -> None:
+def test_user_errors_are_reported(tmp_path: Path) -> None:
     for words, expected in (
-        (("nothing",), "no such file, and no sweep: these are dense_vs_moe, olmoe, st_moe"),
-        (("st_moe",), "--output is missing"),
+        (("nothing",), "no such file or sweep; the sweeps are dense_vs_moe, olmoe, st_moe"),
+        (("st_moe",), "--output: required"),
         (("st_moe", "--dry-run", "--", "--lr", "0"), "baseline: --lr 0: must be"),
     ):
         done = start(*words)

@@ -1,4 +1,4 @@
-"""From a short run with a capacity to its analysis and its page, as a user would."""
+"""Commands from a short run with limited capacity to its analysis and report page."""
 
 import hashlib
 import json
@@ -34,7 +34,7 @@ def _python(*arguments: str) -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of four steps with a checkpoint after two and four."""
+    """Train four steps with checkpoints after steps 2 and 4."""
     folder = tmp_path_factory.mktemp("run")
     _python(
         *(str(ROOT / "pretrain_moe.py"), "--config", TINY, "--train-iters", "4"),
@@ -50,13 +50,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def test_another_tokenizer_than_the_runs_is_refused(run: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_other_than_the_runs_is_refused(run: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(run, tmp_path / "run")
     record, sums = (copy / "step_0000004" / name for name in ("run.json", "SHA256SUMS"))
-    before, told = record.read_bytes(), json.loads(record.read_text())
-    told["stream"]["sources"] = [{"tokenizer": "f" * 64}]
-    record.write_text(json.dumps(told))
-    old, new = (hashlib.sha256(content).hexdigest() for content in (before, record.read_bytes()))
+    before, content = record.read_bytes(), json.loads(record.read_text())
+    content["stream"]["sources"] = [{"tokenizer": "f" * 64}]
+    record.write_text(json.dumps(content))
+    old, new = (hashlib.sha256(data).hexdigest() for data in (before, record.read_bytes()))
     sums.write_text(sums.read_text().replace(old, new))
     tool = str(ROOT / "tools" / "analyze_routing.py")
     shard = f"code={run.parent / 'code'}"
@@ -83,7 +83,7 @@ def test_analysis_and_page_of_a_run(run: Path) -> None:
     shares = np.array(found["domain_specialization"]["k"])
     np.testing.assert_allclose(shares.sum(2), found["topk"])
     drops = np.array(found["dropped_by_position"])  # [layers, buckets]
-    assert (drops[:, -4:].mean(1) > drops[:, :4].mean(1)).all()  # left to right: the end loses
+    assert (drops[:, -4:].mean(1) > drops[:, :4].mean(1)).all()  # left to right: the end is dropped
     assert len(list((run / "analysis").glob("*.png"))) == 8
     _python(str(ROOT / "tools" / "report.py"), str(run))
     page = (run / "report.html").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Commands that cannot work: each ends with exit code 2, one readable message and no traceback."""
+"""Invalid commands: each exits with 2, one readable message and no traceback."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from moetron.moe.config.schema.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU_LIMIT_S = 10.0
-"""A command may take no longer; processor time, since the machine may be busy."""
+"""Limit of processor time per command, since the machine may be busy."""
 HANG_S = 120.0
 
 RECIPE = {
@@ -36,7 +36,7 @@ TEXT = "To be, or not to be, that is the question. " * 20
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with recipes, texts, shards and a checkpoint, some of them broken."""
+    """Return a folder with recipes, texts, shards and checkpoints, some of them broken."""
     here = tmp_path_factory.mktemp("world")
     for name, content in _files().items():
         (here / name).write_text(content, encoding="utf-8")
@@ -94,7 +94,7 @@ def _break_shards(here: Path) -> None:
 
 
 def _write_checkpoint(run_folder: Path) -> None:
-    """A checkpoint as far as it is looked at before torch starts."""
+    """Write the parts of a checkpoint that are read before torch is imported."""
     recipe = yaml.safe_load(_files()["good.yaml"])
     folder = checkpoint_folder.step_folder(run_folder, 3)
     temporary = checkpoint_folder.prepare(folder)
@@ -107,7 +107,7 @@ def _write_checkpoint(run_folder: Path) -> None:
 
 
 def run(here: Path, command: str, **environment: str) -> tuple[int, str]:
-    """Exit code and what was said on the error stream."""
+    """Run a command; return its exit code and standard error."""
     program, *words = command.split()
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
     done = subprocess.run(
@@ -237,7 +237,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("command", BROKEN)
-def test_a_command_that_cannot_work_says_why(world: Path, command: str) -> None:
+def test_an_invalid_command_reports_the_reason(world: Path, command: str) -> None:
     code, message = _timed(world, command)
     assert code == 2, message
     assert re.search(BROKEN[command], message, re.DOTALL), message
@@ -254,8 +254,8 @@ def test_a_port_in_use(world: Path) -> None:
     assert "Traceback" not in message
 
 
-def test_shards_are_named_by_prefix_file_or_family(world: Path) -> None:
-    """As a shell completes them, and as --shard-size-tokens writes them."""
+def test_shards_are_named_by_prefix_file_or_shard_set(world: Path) -> None:
+    """As completed by a shell, and as written by --shard-size-tokens."""
     code, message = run(
         world,
         f"{PREPROCESS} --input text.jsonl --tokenizer bytes --output-prefix split "

@@ -1,4 +1,4 @@
-"""tools/convert_checkpoint.py on a checkpoint that training wrote, as commands."""
+"""tools/convert_checkpoint.py as commands on a trained checkpoint."""
 
 import json
 import os
@@ -25,7 +25,7 @@ cached, plain = (model.generate(tokens, max_new_tokens=8, do_sample=False, use_c
 assert torch.equal(cached, plain) and cached.shape == (1, 28)
 torch.save(logits, sys.argv[2])
 """
-"""What a user does who has transformers and the folder, and nothing of ours."""
+"""Program that loads an exported folder with transformers alone."""
 
 
 def run(*arguments: object, **environment: str) -> str:
@@ -41,7 +41,7 @@ def run(*arguments: object, **environment: str) -> str:
     return done.stdout
 
 
-def test_a_trained_openmoe_goes_out_and_comes_back(tmp_path: Path) -> None:
+def test_a_trained_openmoe_round_trips(tmp_path: Path) -> None:
     folder, recipe = tmp_path / "run", ROOT / "examples" / "openmoe_base" / "tiny.yaml"
     train = (ROOT / "pretrain_moe.py", "--config", recipe, "--no-tensorboard", "--eval-iters", "0")
     short = ("--train-iters", "2", "--lr-warmup-iters", "1")

@@ -1,4 +1,4 @@
-"""A checkpoint from outside runs no code in any command that reads one."""
+"""Untrusted checkpoints execute no code in any command that reads them."""
 
 import os
 import pickle
@@ -56,7 +56,7 @@ def _run(folder: Path, command: tuple[str, ...]) -> subprocess.CompletedProcess[
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run of two steps."""
+    """Return a folder with a run of two steps."""
     folder = tmp_path_factory.mktemp("saved")
     flags = ("--train-iters", "2", "--lr-warmup-iters", "0", "--eval-iters", "0", "--save", "RUN")
     done = _run(folder, (*TRAIN, *flags))
@@ -69,7 +69,7 @@ def _index_that_runs_code(index: bytes) -> bytes:
 
 
 def _object_for_a_tensor(index: bytes) -> bytes:
-    tree = pickle.loads(index)  # noqa: S301 - torch wrote it just now
+    tree = pickle.loads(index)  # noqa: S301 - written by torch above
     for name in ("optimizer.step", "rng.torch", "embedding.word_embeddings.weight"):
         tree.state_dict_metadata[name] = BytesStorageMetadata()
     return pickle.dumps(tree)
@@ -77,19 +77,19 @@ def _object_for_a_tensor(index: bytes) -> bytes:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("spoil", [_index_that_runs_code, _object_for_a_tensor])
-def test_no_command_runs_what_an_index_names(
-    saved: Path, tmp_path: Path, command: str, spoil: Callable[[bytes], bytes]
+@pytest.mark.parametrize("corrupt", [_index_that_runs_code, _object_for_a_tensor])
+def test_no_command_executes_code_of_an_index(
+    saved: Path, tmp_path: Path, command: str, corrupt: Callable[[bytes], bytes]
 ) -> None:
     if command == "evaluate":
         pytest.importorskip("lm_eval")
     shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     step = tmp_path / "run" / "step_0000002"
     record = read_record(step)
-    (step / ".metadata").write_bytes(spoil((step / ".metadata").read_bytes()))
+    (step / ".metadata").write_bytes(corrupt((step / ".metadata").read_bytes()))
     sizes = file_sizes(step)
     files = {name: size for name, size in sizes.items() if name not in ("run.json", SUMS)}
-    write_record(step, replace(record, files=files), {})  # an attacker writes the sums too
+    write_record(step, replace(record, files=files), {})  # an attacker also writes the checksums
     done = _run(tmp_path, COMMANDS[command])
     assert not pwned(tmp_path)
     assert done.returncode == 2, done.stderr

@@ -1,4 +1,4 @@
-"""Runs that are killed, fail on one rank or are told to stop: how they end, and what they leave."""
+"""Runs that are killed, fail on one rank or get SIGTERM: their exit and their checkpoints."""
 
 import os
 import signal
@@ -20,13 +20,13 @@ from tests.parallel.harness import RankFailed, run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 30.0
-"""A job of several ranks must have ended this long after one of them."""
+"""Time limit for a job to end after one of its ranks."""
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
 
 
 @contextmanager
 def job(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A job with its output in ``log``; it and its ranks are gone at the end, whatever happens."""
+    """Run a job with its output in ``log``; kill it and its ranks on exit."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with log.open("wb") as file:
         process = subprocess.Popen(
@@ -43,7 +43,7 @@ def job(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def wait_for(condition: Callable[[], object], process: subprocess.Popen[bytes], log: Path) -> None:
-    """Until ``condition`` holds; fails when the job ends first."""
+    """Wait until ``condition`` holds; fail if the job ends first."""
     deadline = time.monotonic() + 120
     while not condition():
         assert process.poll() is None, log.read_text()
@@ -52,7 +52,7 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen[bytes], 
 
 
 def end_of(process: subprocess.Popen[bytes], log: Path) -> tuple[int, list[str]]:
-    """Exit code and last lines, with no rank left over."""
+    """Wait for the end; return exit code and last lines; fail if a rank survives."""
     ranks = psutil.Process(process.pid).children()
     code = process.wait(LIMIT_S)
     gone, alive = psutil.wait_procs(ranks, timeout=5)
@@ -61,7 +61,7 @@ def end_of(process: subprocess.Popen[bytes], log: Path) -> tuple[int, list[str]]
 
 
 def training(folder: Path) -> list[str]:
-    """An endless run of two ranks that saves every second step."""
+    """Return the command of an endless run of two ranks that saves every second step."""
     flags = "--train-iters 100000 --save-interval 2 --keep-last 2 --expert-model-parallel-size 2"
     recipe = ROOT / "examples" / "olmoe_1b_7b" / "tiny.yaml"
     script = str(ROOT / "pretrain_moe.py")
@@ -108,7 +108,7 @@ FAILING = """
 """
 
 
-def test_a_rank_that_fails_ends_those_that_wait_for_it(tmp_path: Path) -> None:
+def test_a_failing_rank_ends_the_waiting_ranks(tmp_path: Path) -> None:
     log, script = tmp_path / "log", tmp_path / "failing.py"
     script.write_text(textwrap.dedent(FAILING))
     with job([*TORCHRUN, str(script)], log) as process:
@@ -129,10 +129,10 @@ def _save_until_killed(folder: str, layout: str, background: bool, after_s: floa
     chosen = settings(layout, training={"train_iters": 100_000}, checkpoint=checkpoint)
     with parallel_of(chosen):
         loop = start(chosen)
-        begun = checkpoint_folder.latest_step(Path(folder))
+        started_at = checkpoint_folder.latest_step(Path(folder))
 
         def die() -> None:
-            while checkpoint_folder.latest_step(Path(folder)) == begun:
+            while checkpoint_folder.latest_step(Path(folder)) == started_at:
                 time.sleep(0.005)
             time.sleep(after_s)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -141,8 +141,8 @@ def _save_until_killed(folder: str, layout: str, background: bool, after_s: floa
         loop.run(lambda: False)
 
 
-def _kill_and_go_on(folder: Path, layout: str, ranks: int, background: bool, kills: int) -> None:
-    """Each run goes on from what the killed one left, saves, and dies during a save after that."""
+def _kill_and_resume(folder: Path, layout: str, ranks: int, background: bool, kills: int) -> None:
+    """Each run resumes from the killed one, saves, and is killed during a later save."""
     step = 0
     for number in range(kills):
         with pytest.raises(RankFailed, match=r"exit code -9|raised"):
@@ -154,11 +154,11 @@ def _kill_and_go_on(folder: Path, layout: str, ranks: int, background: bool, kil
         step = last.record.progress.step
 
 
-def test_kill_at_random_moments_of_a_run_that_saves_every_step(tmp_path: Path) -> None:
-    _kill_and_go_on(tmp_path / "run", "dp", 1, background=False, kills=6)
+def test_kill_at_random_times_of_a_run_that_saves_every_step(tmp_path: Path) -> None:
+    _kill_and_resume(tmp_path / "run", "dp", 1, background=False, kills=6)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("background", [False, True])
 def test_two_ranks_killed_ten_times_while_they_save(tmp_path: Path, background: bool) -> None:
-    _kill_and_go_on(tmp_path / "run", "ep2_zero", 2, background, kills=10)
+    _kill_and_resume(tmp_path / "run", "ep2_zero", 2, background, kills=10)

@@ -1,4 +1,4 @@
-"""The launchers: what they run, on this node and under SLURM."""
+"""Commands that the launchers run on one node and under SLURM."""
 
 import json
 import os
@@ -28,7 +28,7 @@ SLURM = {
 
 
 def launch(script: str, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a launcher with our interpreter, and without what an outer launcher set."""
+    """Run a launcher with our interpreter and without variables of an outer launcher."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "RANK"))}
     return subprocess.run(
         ["bash", str(ROOT / "examples" / script), *words],
@@ -41,7 +41,7 @@ def launch(script: str, *words: str, **environment: str) -> subprocess.Completed
 
 
 def slurm(folder: Path, srun: str, python: str = "") -> dict[str, str]:
-    """The environment of a job of one node whose ``srun`` is a script of ours, ``python`` too."""
+    """Return the environment of a one-node job with fake ``srun`` and optional ``python``."""
     commands = {"srun": srun, "scontrol": 'echo "${@: -1}"'}
     commands |= {"python": python} if python else {}
     for name, text in commands.items():
@@ -53,11 +53,11 @@ def slurm(folder: Path, srun: str, python: str = "") -> dict[str, str]:
 
 
 def port_of(command: list[str]) -> int:
-    """Where the ranks of a printed command meet."""
+    """Return the rendezvous port of a printed command."""
     return int(command[command.index("--rdzv-endpoint") + 1].split(":")[1])
 
 
-def test_one_node_gets_a_rank_a_device_and_every_flag() -> None:
+def test_one_node_gets_one_rank_per_device_and_every_flag() -> None:
     words = ("olmoe_1b_7b/tiny", "--save", "a folder", "--lr", "1e-3")
     printed = launch("train.sh", *words, PRINT="1", RANKS="4")
     assert shlex.split(printed.stdout) == [
@@ -66,17 +66,17 @@ def test_one_node_gets_a_rank_a_device_and_every_flag() -> None:
     ]
 
 
-def test_a_dry_run_plans_for_as_many_ranks_in_one_process() -> None:
+def test_a_dry_run_plans_for_the_same_ranks_in_one_process() -> None:
     planned = launch("train.sh", "olmoe_1b_7b/tiny", "--dry-run", *FLAGS, RANKS="2")
     assert planned.returncode == 0, planned.stderr
-    assert planned.stdout.count("parameters") == 2  # the section, and a rank's memory
+    assert planned.stdout.count("parameters") == 2  # the section and the memory of a rank
     assert "expert         2 (rank 0 is 0)" in planned.stdout
     wider = launch("train.sh", "olmoe_1b_7b", "--dry-run", *FULL, "--world-size", "64")
     assert "ranks          64" in wider.stdout, wider.stderr
 
 
 def test_ranks_have_time_to_save_and_a_flag_may_have_an_equals_sign(tmp_path: Path) -> None:
-    """Ranks are killed after 30 s unless torchrun is told otherwise; SLURM gives 300."""
+    """By default torchrun kills ranks after 30 s; SLURM allows 300 s."""
     environment = slurm(tmp_path, 'echo "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT $*"')
     run = tmp_path / "a run"
     words = ("slurm/pretrain.sh", "olmoe_1b_7b/tiny", f"--save={run}")
@@ -88,7 +88,7 @@ def test_ranks_have_time_to_save_and_a_flag_may_have_an_equals_sign(tmp_path: Pa
     assert own.stdout.startswith("60 ")
 
 
-def test_many_nodes_meet_at_the_first_and_go_on_from_save(tmp_path: Path) -> None:
+def test_many_nodes_rendezvous_at_the_first_and_resume_from_save(tmp_path: Path) -> None:
     run = str(tmp_path / "a run")
     environment = slurm(tmp_path, 'printf "%q " "$@"')
     environment |= {"SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "1"}
@@ -100,8 +100,8 @@ def test_many_nodes_meet_at_the_first_and_go_on_from_save(tmp_path: Path) -> Non
     ]
 
 
-def test_jobs_that_share_a_node_meet_at_ports_of_their_own(tmp_path: Path) -> None:
-    """Below 32768, where Linux begins to give out ports by itself; a port that is set wins."""
+def test_jobs_that_share_a_node_use_different_ports(tmp_path: Path) -> None:
+    """Ports are below 32768, where Linux starts ephemeral ports; MASTER_PORT overrides."""
     environment = slurm(tmp_path, 'printf "%q " "$@"', python=":")
 
     def port(**more: str) -> int:
@@ -124,10 +124,10 @@ def test_jobs_that_share_a_node_meet_at_ports_of_their_own(tmp_path: Path) -> No
         (("--load", "elsewhere"), "--load elsewhere: there is no such folder"),
     ],
 )
-def test_a_mistake_is_one_message_before_any_rank_starts(
+def test_a_user_error_is_one_message_before_any_rank_starts(
     tmp_path: Path, script: str, words: tuple[str, ...], message: str
 ) -> None:
-    """Of several ranks' settings, of data and of folders."""
+    """For settings of several ranks, for data and for folders."""
     started = tmp_path / "started"
     environment = slurm(tmp_path, f"touch {started}")
     done = launch(script, "olmoe_1b_7b/tiny", *words, **{"RANKS": "2", **environment})
@@ -137,7 +137,7 @@ def test_a_mistake_is_one_message_before_any_rank_starts(
     assert done.stdout == "" and not started.exists()
 
 
-def test_under_plain_torchrun_one_rank_tells_and_the_cause_comes_last() -> None:
+def test_under_plain_torchrun_one_rank_reports_and_the_cause_is_last() -> None:
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3")
     flags = ("--config", CONFIG, "--global-batch-size", "12", "--lr-warmup-iters", "900")
     done = subprocess.run(
@@ -146,17 +146,17 @@ def test_under_plain_torchrun_one_rank_tells_and_the_cause_comes_last() -> None:
         text=True,
         timeout=120,
     )
-    told, _, rest = done.stderr.partition("Traceback")
+    report, _, rest = done.stderr.partition("Traceback")
     message = "--lr-warmup-iters 900 is longer than the run"
-    assert told.count(message) == 1
+    assert report.count(message) == 1
     cause, line, frame = rest.rstrip().splitlines()[-3:]
     assert "1 problem in the settings" in cause and message in line and set(frame) == {"="}
     assert "exitcode  : 2" in rest
 
 
 @pytest.mark.parametrize("reached", [50, 100, 101])
-def test_a_check_ends_as_a_start_would(tmp_path: Path, reached: int) -> None:
-    """Silently where the run can start; a checkpoint behind the last step is refused."""
+def test_a_check_exits_as_a_start_would(tmp_path: Path, reached: int) -> None:
+    """Silent if the run can start; a checkpoint after the last step is refused."""
     write_checkpoint(tmp_path / "run", reached)
     words = ("olmoe_1b_7b/tiny", "--load", str(tmp_path / "run"), "--check")
     done = launch("train.sh", *words, RANKS="2")
@@ -166,7 +166,7 @@ def test_a_check_ends_as_a_start_would(tmp_path: Path, reached: int) -> None:
 
 
 def write_checkpoint(run: Path, step: int) -> None:
-    """A checkpoint of the tiny recipe as far as a start looks at it before torch is loaded."""
+    """Write the parts of a tiny checkpoint that a start reads before it imports torch."""
     settings = load(["--config", CONFIG, "--dry-run"]).settings
     temporary = checkpoint_folder.prepare(checkpoint_folder.step_folder(run, step))
     (temporary / "data.distcp").write_bytes(b"123")
@@ -191,7 +191,7 @@ def test_a_dry_run_under_slurm_plans_in_one_process(tmp_path: Path) -> None:
     assert "ranks          2" in planned.stdout and "started" not in planned.stdout
 
 
-def test_a_requeued_run_that_began_from_another_goes_on_from_its_own(tmp_path: Path) -> None:
+def test_a_requeued_run_resumes_from_its_own_checkpoint(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     environment = slurm(tmp_path, 'printf "%q " "$@"', python=":")
@@ -205,8 +205,8 @@ def test_a_requeued_run_that_began_from_another_goes_on_from_its_own(tmp_path: P
     assert flags(SLURM_RESTART_COUNT="1") == [*own, *words]  # stopped before its first save
     (run / "latest").write_text("step_0000002")
     assert flags() == [*own, *words]
-    wanted = [*own, *words, *own, "--no-finetune", "--no-reset-progress"]
-    assert flags(SLURM_RESTART_COUNT="1") == wanted
+    expected = [*own, *words, *own, "--no-finetune", "--no-reset-progress"]
+    assert flags(SLURM_RESTART_COUNT="1") == expected
 
 
 @pytest.mark.parametrize(
@@ -219,10 +219,10 @@ def test_a_requeued_run_that_began_from_another_goes_on_from_its_own(tmp_path: P
         ("tiny_corpus.sh", [], {}, "bash examples/tiny_corpus.sh DIR"),
         ("slurm/pretrain.sh", ["olmoe"], SLURM, "olmoe/pretrain.yaml; submit from the checkout"),
         ("slurm/pretrain.sh", ["olmoe_1b_7b"], {}, "submit it with sbatch"),
-        ("slurm/pretrain.sh", [], SLURM, "which recipe"),
+        ("slurm/pretrain.sh", [], SLURM, "no recipe: give"),
     ],
 )
-def test_mistakes_are_answered_at_once(
+def test_user_errors_are_reported_at_once(
     script: str, words: list[str], environment: dict[str, str], message: str
 ) -> None:
     done = launch(script, *words, **environment)
@@ -230,7 +230,7 @@ def test_mistakes_are_answered_at_once(
 
 
 @pytest.mark.slow
-def test_two_ranks_train_on_a_node_and_the_job_goes_on_where_they_stopped(tmp_path: Path) -> None:
+def test_two_ranks_train_on_a_node_and_a_slurm_job_resumes(tmp_path: Path) -> None:
     run = str(tmp_path / "run")
     words = ("olmoe_1b_7b/tiny", *FLAGS, "--eval-iters", "0", "--save", run, "--exit-interval", "2")
     first = launch("train.sh", *words, RANKS="2")

@@ -1,4 +1,4 @@
-"""Every tiny recipe trains; OpenMoE and OLMoE live their lives in a command each. Minutes long."""
+"""Training of every tiny recipe, and the life.sh scripts of OpenMoE and OLMoE. Takes minutes."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def test_a_tiny_recipe_learns(recipe: Path, tmp_path: Path) -> None:
     assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.05
 
 
-def test_openmoes_life_and_what_its_report_shows(tmp_path: Path) -> None:
+def test_openmoes_life_and_its_report(tmp_path: Path) -> None:
     run("bash", "examples/openmoe_8b/life.sh", str(tmp_path))
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     shares = re.findall(r"<td>(ul2|causal); code ([0-9.]+)\s%, prose ([0-9.]+)\s%</td>", page)
@@ -58,8 +58,8 @@ def test_openmoes_life_and_what_its_report_shows(tmp_path: Path) -> None:
 
 
 def test_olmoes_life_ends_at_zero_and_its_export_has_its_loss(tmp_path: Path) -> None:
-    told = run("bash", "examples/olmoe_1b_7b/life.sh", str(tmp_path))
-    assert told.splitlines()[-1] == "equal"
+    output = run("bash", "examples/olmoe_1b_7b/life.sh", str(tmp_path))
+    assert output.splitlines()[-1] == "equal"
     metrics, folder = rows(tmp_path / "run" / "metrics.jsonl"), tmp_path / "run"
     anneal = [row["lr"] for row in metrics if row["stage"] == 2]
     assert anneal == sorted(anneal, reverse=True) and anneal[-1] < anneal[0] / 50

@@ -1,4 +1,4 @@
-"""The entry point as a user meets it: shards, training, a signal, a resume, a sample text."""
+"""End-to-end pretraining: shards, training, a signal, a resume, a sample text."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Flags of a tiny run on two real shards and a validation shard, tokenised as bytes."""
+    """Return flags of a tiny run on two real shards and a validation shard of bytes."""
     folder = tmp_path_factory.mktemp("data")
     for name, pattern in (("code", "moe/*/*.py"), ("prose", "*.md"), ("held", "data/*/*.py")):
         done = _python(
@@ -65,9 +65,9 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def whole_run(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that nothing interrupts."""
-    folder = tmp_path_factory.mktemp("whole")
+def full_run(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("full")
     done = _python(str(ROOT / "pretrain_moe.py"), *flags, "--save", str(folder))
     assert done.returncode == 0, done.stderr
     assert f"step {STEPS}/{STEPS} | loss" in done.stdout
@@ -80,22 +80,22 @@ def whole_run(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
-def test_what_a_run_leaves_behind(whole_run: Path) -> None:
-    metrics = _lines(whole_run / "metrics.jsonl")
+def test_files_of_a_run(full_run: Path) -> None:
+    metrics = _lines(full_run / "metrics.jsonl")
     assert [row["step"] for row in metrics] == list(range(1, STEPS + 1))
     assert metrics[-1]["tokens"] == STEPS * 16 * 64
     assert metrics[-1]["lm_loss"] < metrics[0]["lm_loss"]
     assert metrics[0]["aux_loss"] == pytest.approx(1.0, abs=0.2)
     assert 1 <= metrics[0]["expert_load_max_over_mean"] < 16
     assert "dropped_fraction" not in metrics[0]
-    evaluations = _lines(whole_run / "validation.jsonl")
+    evaluations = _lines(full_run / "validation.jsonl")
     assert [row["step"] for row in evaluations] == [4, STEPS]
     assert {row["tokens_evaluated"] for row in evaluations} == {2 * 16 * 64}
-    assert (whole_run / "latest").read_text() == f"step_{STEPS:07d}\n"
+    assert (full_run / "latest").read_text() == f"step_{STEPS:07d}\n"
 
 
-def test_a_run_stopped_by_a_signal_goes_on_bit_by_bit(
-    flags: list[str], whole_run: Path, tmp_path: Path
+def test_a_run_stopped_by_a_signal_resumes_bit_identically(
+    flags: list[str], full_run: Path, tmp_path: Path
 ) -> None:
     command = [sys.executable, str(ROOT / "pretrain_moe.py"), *flags]
     command += ["--save", str(tmp_path), "--load", str(tmp_path)]
@@ -113,11 +113,11 @@ def test_a_run_stopped_by_a_signal_goes_on_bit_by_bit(
     done = _python(*command[1:])
     assert done.returncode == 0, done.stderr
     for name in ("metrics.jsonl", "validation.jsonl"):
-        assert _lines(tmp_path / name) == _lines(whole_run / name)
+        assert _lines(tmp_path / name) == _lines(full_run / name)
 
 
-def test_a_sample_text_from_the_run(whole_run: Path) -> None:
-    tool = (str(ROOT / "tools" / "generate.py"), "--load", str(whole_run), "--prompt", "import ")
+def test_a_sample_text_from_the_run(full_run: Path) -> None:
+    tool = (str(ROOT / "tools" / "generate.py"), "--load", str(full_run), "--prompt", "import ")
     first = _python(*tool, "--max-new-tokens", "12", "--seed", "5")
     assert first.returncode == 0, first.stderr
     assert first.stdout.startswith("import ")
@@ -143,7 +143,7 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(flags: list[str]) -
 
 
 def test_mock_data_do_not_hide_another_vocabulary(tmp_path: Path) -> None:
-    """No shard tells a tokenizer's fingerprint here, and no flag a vocabulary's size."""
+    """Without shards there is no fingerprint, and no flag gives the vocabulary size."""
     letters = tmp_path / "letters.json"
     pieces = {piece: number for number, piece in enumerate(["<|endoftext|>", *"abcdefgh"])}
     Tokenizer(BPE(vocab=pieces, merges=[])).save(str(letters))
@@ -165,7 +165,7 @@ def test_mock_data_do_not_hide_another_vocabulary(tmp_path: Path) -> None:
     assert "step 2/2" in again.stdout
 
 
-def test_dry_run_and_mistakes_are_answered_without_torch() -> None:
+def test_dry_run_and_user_errors_need_no_torch() -> None:
     check = (
         "import runpy, sys; sys.argv = ['pretrain_moe.py', *sys.argv[1:]]\n"
         "try: runpy.run_path(sys.argv.pop(1), run_name='__main__')\n"

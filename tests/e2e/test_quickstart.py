@@ -1,4 +1,4 @@
-"""The quick start as a user runs it; minutes long."""
+"""The quick start from end to end; takes minutes."""
 
 import json
 import subprocess
@@ -39,7 +39,7 @@ def quickstart(out: Path) -> dict[str, Any]:
         (["--out", "s3://bucket/run"], "--out s3://bucket/run: an address, not a path"),
     ],
 )
-def test_a_wrong_option_is_answered_at_once(arguments: list[str], message: str) -> None:
+def test_a_wrong_option_is_reported_at_once(arguments: list[str], message: str) -> None:
     command = ["bash", "examples/quickstart.sh", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
     assert done.returncode == 2

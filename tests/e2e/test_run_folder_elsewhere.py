@@ -1,4 +1,4 @@
-"""A run's folder serves from any place, after the tokenizer that it was started with is gone."""
+"""Run folders work from any directory, and without the original tokenizer."""
 
 import json
 import os
@@ -24,12 +24,12 @@ SIZES = ("--seq-length", "16", "--lr-warmup-iters", "0", "--eval-iters", "0", "-
 
 class Started(NamedTuple):
     run: Path
-    """Of two steps."""
+    """Run folder after two steps."""
     elsewhere: Path
-    """A folder to call commands from."""
+    """Working directory of the commands."""
     shard: str
     flags: tuple[str, ...]
-    """Of the start, given in the folder above the run's."""
+    """Flags of the start, in the parent of the run folder."""
 
 
 def python(cwd: Path, script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -51,7 +51,7 @@ def done(cwd: Path, script: str, *arguments: object) -> str:
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory: pytest.TempPathFactory) -> Started:
-    """A run started with a relative path to a tokenizer, which is deleted afterwards."""
+    """Train with a relative path to a tokenizer, then delete the tokenizer."""
     work = tmp_path_factory.mktemp("work")
     (work / "tok").mkdir()
     (work / "elsewhere").mkdir()
@@ -89,7 +89,7 @@ def test_exports_encode_as_the_shards(started: Started) -> None:
     out = started.elsewhere / "hf"
     convert = "tools/convert_checkpoint.py"
     done(started.elsewhere, convert, "to-hf", "--load", started.run, "--output", out)
-    shard = IndexedDataset(started.shard)  # kept: its rows are views
+    shard = IndexedDataset(started.shard)  # keep a reference: rows are views
     theirs = transformers.AutoTokenizer.from_pretrained(out, local_files_only=True)
     assert theirs(TEXT).input_ids == shard[0].tolist()[:-1]
 

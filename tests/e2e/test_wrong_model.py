@@ -1,4 +1,4 @@
-"""A start that would train another model than asked for, or on another device, says so and ends."""
+"""Starts that would train another model than requested, or on another device, are refused."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ def _run(program: list[str], recipe: str, *flags: str, **environment: str) -> tu
     return done.returncode, done.stderr
 
 
-def test_a_model_that_is_not_the_planned_one_ends_the_run(tmp_path: Path) -> None:
+def test_a_model_that_differs_from_the_plan_ends_the_run(tmp_path: Path) -> None:
     sabotaged = tmp_path / "sabotaged.py"
     sabotaged.write_text(
         "import sys\n"
@@ -38,22 +38,24 @@ def test_a_model_that_is_not_the_planned_one_ends_the_run(tmp_path: Path) -> Non
         "specs._local_layer = lambda *args: local(*args[:3], None)\n"
         "sys.exit(run_guarded(pretrain_moe.main))\n"
     )
-    code, said = _run([str(sabotaged)], "openmoe_8b")
+    code, message = _run([str(sabotaged)], "openmoe_8b")
     assert code == 1
-    assert "the model built is not the one that the settings describe" in said
-    assert "Traceback" not in said
+    assert "the model built is not the one that the settings describe" in message
+    assert "Traceback" not in message
 
 
 def test_transformer_engine_is_refused_for_a_model_that_it_cannot_express() -> None:
-    code, said = _run(["pretrain_moe.py"], "openmoe_8b", "--transformer-impl", "transformer_engine")
+    code, message = _run(
+        ["pretrain_moe.py"], "openmoe_8b", "--transformer-impl", "transformer_engine"
+    )
     assert code == 2
-    assert "--ffn-type double_gated needs --transformer-impl local" in said
+    assert "--ffn-type double_gated needs --transformer-impl local" in message
 
 
-def test_a_broken_transformer_engine_beside_hidden_gpus_does_not_matter(tmp_path: Path) -> None:
+def test_a_broken_transformer_engine_is_ignored_without_visible_gpus(tmp_path: Path) -> None:
     write_transformer_engine(tmp_path, "RuntimeError")
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    code, said = _run(
+    code, message = _run(
         ["pretrain_moe.py"],
         "olmoe_1b_7b",
         "--transformer-impl",
@@ -61,5 +63,5 @@ def test_a_broken_transformer_engine_beside_hidden_gpus_does_not_matter(tmp_path
         PYTHONPATH=path,
         CUDA_VISIBLE_DEVICES="",
     )
-    assert code == 0, said
+    assert code == 0, message
     assert not was_executed(tmp_path)

@@ -1,1 +1,1 @@
-"""Ablations: variants of a recipe, each with several seeds, side by side."""
+"""Ablations: comparison of recipe variants over several seeds."""

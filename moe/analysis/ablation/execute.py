@@ -1,4 +1,4 @@
-"""Run a sweep's runs, side by side or one alone; what was finished is not run again."""
+"""Execution of sweeps: all unfinished runs in parallel, or one run."""
 
 import fcntl
 import math
@@ -25,28 +25,28 @@ _POLL_S = 0.2
 
 
 def finished(run: Run, output: Path) -> bool:
-    """Whether the run's last step is saved."""
+    """Return whether the run's last step is saved."""
     return checkpoint_folder.latest_step(output / run.name) == run.settings.training.train_iters
 
 
 def ended(run: Run, output: Path) -> bool:
-    """Whether the run is finished, or was cut after its loss was no longer finite.
+    """Return whether the run is finished or its loss became non-finite.
 
-    A checkpoint of such a run cannot be loaded.
+    A checkpoint of a non-finite run cannot be loaded.
     """
     if finished(run, output):
         return True
-    from moetron.moe.analysis.curves import read_rows  # matplotlib: a second
+    from moetron.moe.analysis.curves import read_rows  # imports matplotlib: one second
 
     rows = read_rows(output / run.name / "metrics.jsonl")
     return bool(rows) and not math.isfinite(rows[-1]["lm_loss"])
 
 
 def prepare(run: Run, output: Path) -> Path:
-    """The run's folder, with its recipe.
+    """Create the run's folder with its recipe; return it.
 
     Raises:
-        UserError: it holds a run with other settings.
+        UserError: the folder has a run with other settings.
     """
     folder = output / run.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,19 +54,19 @@ def prepare(run: Run, output: Path) -> Path:
     if not path.exists():
         recipe.write(run.settings, path)
     elif validate(recipe.read(path))[0] != run.settings:
-        raise UserError(f"{folder}: holds a run with other settings; name another --output")
+        raise UserError(f"{folder}: has a run with other settings; give another --output")
     return folder
 
 
 def training_command(
     sweep: Sweep, run: Run, output: Path, program: Sequence[str], threads: int
 ) -> list[str]:
-    """Return the command that trains a prepared run to its end; make its upcycled start.
+    """Return the command that trains a prepared run; upcycle its start if needed.
 
-    Losses that are not finite do not end it: it is counted, not fixed.
+    Non-finite losses do not end the run, since sweeps count unstable runs.
 
     Raises:
-        UserError: the run that it starts from is not finished.
+        UserError: its source run is not finished.
     """
     folder = output / run.name
     source = sweep.source(run)
@@ -86,8 +86,8 @@ def training_command(
 
 
 def _upcycled(run: Run, source: Path, target: Path) -> Path:
-    """The start of a run from the end of another one."""
-    from moetron.moe.convert.upcycle import dense_run, upcycle  # torch: seconds
+    """Upcycle the last checkpoint of ``source`` to ``target``; return ``target``."""
+    from moetron.moe.convert.upcycle import dense_run, upcycle  # imports torch: seconds
 
     assert run.upcycle is not None
     if checkpoint_folder.latest_step(target) is None:
@@ -95,24 +95,24 @@ def _upcycled(run: Run, source: Path, target: Path) -> Path:
     return target
 
 
-def run_side_by_side(
+def run_all(
     sweep: Sweep,
     output: Path,
-    at_once: int,
+    jobs: int,
     command: Callable[[str], Sequence[str]],
     stop_requested: Callable[[], bool],
 ) -> dict[Run, int]:
-    """Exit codes of the runs that were not finished; those that start from others come after them.
+    """Run all unfinished runs, sources before their upcycled runs; return their exit codes.
 
     Args:
-        sweep: its runs are numbered from 0.
-        output: the sweep's folder; a run's output goes to its ``log.txt``.
-        at_once: runs at a time.
-        command: of a run's number.
-        stop_requested: asked again and again; then runs get SIGTERM, save, and end.
+        sweep: runs, numbered from 0.
+        output: folder of the sweep; each run writes its output to its ``log.txt``.
+        jobs: parallel runs.
+        command: run number -> command.
+        stop_requested: polled; when True, runs get SIGTERM, save and end.
     """
-    if at_once < 1:
-        raise UserError(f"--jobs {at_once}: must be at least 1")
+    if jobs < 1:
+        raise UserError(f"--jobs {jobs}: must be at least 1")
     waiting = [run for run in sweep.runs if not ended(run, output)]
     running: dict[Run, subprocess.Popen[bytes]] = {}
     codes: dict[Run, int] = {}
@@ -122,7 +122,7 @@ def run_side_by_side(
             stopping, waiting = True, []
             for process in running.values():
                 process.terminate()
-        for run in _ready(sweep, waiting, output)[: at_once - len(running)]:
+        for run in _ready(sweep, waiting, output)[: jobs - len(running)]:
             waiting.remove(run)
             running[run] = _start(prepare(run, output), command(str(sweep.runs.index(run))))
             print(f"{run.name}: started", flush=True)
@@ -130,29 +130,29 @@ def run_side_by_side(
             if (code := process.poll()) is not None:
                 del running[run]
                 codes[run] = code
-                print(f"{run.name}: {_ending(code, stopping)}", flush=True)
+                print(f"{run.name}: {_status(code, stopping)}", flush=True)
         if not running and waiting and not _ready(sweep, waiting, output):
-            codes.update(dict.fromkeys(waiting, 1))  # what they start from failed
+            codes.update(dict.fromkeys(waiting, 1))  # their source failed
             waiting = []
         time.sleep(_POLL_S)
     return codes
 
 
 def slurm_script(sweep: Sweep, command: Sequence[str]) -> str:
-    """A shell script that submits all runs as SLURM arrays.
+    """Return a shell script that submits all runs as SLURM arrays.
 
-    Runs that start from others are an array of their own, which waits for the first one.
+    Upcycled runs are a second array, which waits for the first.
 
     Args:
-        sweep: its runs are numbered from 0.
-        command: takes the run's number from ``SLURM_ARRAY_TASK_ID``.
+        sweep: runs, numbered from 0.
+        command: reads the run number from ``SLURM_ARRAY_TASK_ID``.
     """
     first = sum(run.upcycle is None for run in sweep.runs)
     submit = f"sbatch --parsable --job-name {sweep.name} --requeue --signal B:TERM@300"
     lines = [
         "#!/usr/bin/env bash",
-        f"# Submits {len(sweep.runs)} runs; run it again, and finished ones end at once.",
-        "# SBATCH_PARTITION, SBATCH_GPUS, SBATCH_TIMELIMIT and the like are sbatch's own.",
+        f"# Submit {len(sweep.runs)} runs. Runs that are finished end immediately.",
+        "# SBATCH_PARTITION, SBATCH_GPUS, SBATCH_TIMELIMIT and the like are variables of sbatch.",
         "set -euo pipefail",
         f"run={shlex.quote('exec ' + shlex.join(command))}",
         f'runs="$({submit} --array 0-{first - 1} --wrap "$run")"',
@@ -164,37 +164,39 @@ def slurm_script(sweep: Sweep, command: Sequence[str]) -> str:
 
 
 def _ready(sweep: Sweep, waiting: Sequence[Run], output: Path) -> list[Run]:
-    """Runs that need not wait for another one."""
+    """Return the runs that need not wait for another one."""
     sources = [(run, sweep.source(run)) for run in waiting]
     return [run for run, source in sources if source is None or finished(source, output)]
 
 
 def _start(folder: Path, command: Sequence[str]) -> subprocess.Popen[bytes]:
-    """Start a run in a session of its own, so that a terminal's Ctrl-C comes by us alone."""
+    """Start a run in its own session, so that Ctrl-C reaches only this process."""
     with (folder / LOG).open("ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
 
-def _ending(code: int, stopping: bool) -> str:
+def _status(code: int, stopping: bool) -> str:
     if code == 0:
         return "finished"
     if stopping or code == EXIT_STOPPED:
-        return "stopped; the same command goes on"
+        return "stopped; the same command resumes it"
     return f"failed with exit code {code}: see {LOG}"
 
 
-def run_alone(sweep: Sweep, run: Run, output: Path, program: Sequence[str], threads: int) -> None:
-    """Let a run's training take this process's place: signals and exit code are its own.
+def exec_training(
+    sweep: Sweep, run: Run, output: Path, program: Sequence[str], threads: int
+) -> None:
+    """Replace this process with the training of a run.
 
     Raises:
-        UserError: another process trains it, or `training_command` refuses.
+        UserError: another process trains it, or `training_command` raises.
     """
     lock = os.open(prepare(run, output) / _LOCK, os.O_CREAT | os.O_WRONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise UserError(f"{output / run.name}: another process trains it") from error
-    os.set_inheritable(lock, True)  # held until that program ends
+        raise UserError(f"{output / run.name}: another process trains this run") from error
+    os.set_inheritable(lock, True)  # held until the training ends
     command = training_command(sweep, run, output, program, threads)
     sys.stdout.flush()
     os.execv(command[0], command)

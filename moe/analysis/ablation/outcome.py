@@ -1,4 +1,4 @@
-"""What a run of a sweep came to: whether it was stable, its loss, its speed."""
+"""Outcome of a run of a sweep: stability, loss and speed."""
 
 import math
 from collections.abc import Sequence
@@ -18,24 +18,24 @@ TAIL = 0.1
 
 @dataclass(frozen=True)
 class Outcome:
-    """A run that has ended."""
+    """Result of a run that has ended."""
 
     run: Run
     stable: bool
     loss: float
-    """Validation loss at the end; without one, the mean training loss of the last tenth."""
+    """Final validation loss; without one, the mean training loss of the last tenth."""
     validated: bool
-    """Whether it is the first."""
+    """``loss`` is a validation loss."""
     tokens_per_s: float
-    """Median over steps, of all ranks."""
+    """Sum over ranks, median over steps."""
     losses: list[float]
     """Training loss of each step."""
     tokens: list[int]
-    """Seen after each step."""
+    """Consumed after each step."""
 
 
 def outcome(run: Run, output: Path) -> Outcome | None:
-    """What ``run`` below ``output`` came to; None while it has not ended."""
+    """Return the outcome of ``run`` below ``output``, or None before its end."""
     if not ended(run, output):
         return None
     metrics = read_rows(output / run.name / "metrics.jsonl")
@@ -54,10 +54,10 @@ def outcome(run: Run, output: Path) -> Outcome | None:
 
 
 def is_stable(losses: Sequence[float]) -> bool:
-    """Whether all losses are finite and none spikes, nor climbs, and stays for a while.
+    """Return whether all losses are finite and none spikes or climbs for several steps.
 
-    A spike: the mean of 5 successive losses is more than 1.2 times the lowest median of 20
-    successive losses before them. ST-MoE (arXiv 2202.08906, section 3) counts stable runs by eye.
+    A spike: the mean of 5 consecutive losses is more than 1.2 times the lowest median of 20
+    consecutive losses before them. ST-MoE (arXiv 2202.08906, section 3) judges stability by eye.
     """
     if not all(math.isfinite(loss) for loss in losses):
         return False

@@ -3,14 +3,14 @@
 sweep:
   base: ../olmoe_1b_7b/tiny.yaml   # or a list; relative to the file
   seeds: [1, 2, 3]
-overrides:                         # sections of a recipe, for every variant
+overrides:                         # recipe sections for every variant
   training: {train_iters: 200}
 variants:                          # the first is the baseline
   olmoe: {}
   no_z_loss:
     moe: {moe_z_loss_coeff: null}
   upcycled:
-    upcycle: {variant: dense}      # starts from that variant's run of the same seed
+    upcycle: {variant: dense}      # start from that variant's run of the same seed
 """
 
 import re
@@ -35,21 +35,21 @@ _NAME = re.compile(r"[\w.-]+")
 
 
 class Upcycle(UpcyclingSettings):
-    """A variant's start from another one's last checkpoint; the seed is the run's."""
+    """Options to upcycle another variant's last checkpoint, with the seed of the run."""
 
     variant: str
-    """The dense one."""
+    """Dense variant to start from."""
 
 
 class Head(Group):
-    """The section ``sweep``."""
+    """Section ``sweep``."""
 
     base: list[str]
-    """Recipes, relative to the sweep's file; a later one wins."""
+    """Recipes, relative to the sweep file; later ones override earlier ones."""
     seeds: list[NonNegativeInt]
-    """``--seed`` of each variant's runs: initialisation, dropout and order of the data."""
+    """``--seed`` of the runs of each variant: initialisation, dropout and data order."""
     ranks: PositiveInt = 1
-    """Processes of one run."""
+    """Processes per run."""
 
     @field_validator("base", mode="before")
     @classmethod
@@ -59,7 +59,7 @@ class Head(Group):
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One variant with one seed; equal to itself alone."""
+    """One variant with one seed, compared by identity."""
 
     variant: str
     settings: Settings
@@ -67,31 +67,31 @@ class Run:
 
     @property
     def seed(self) -> int:
-        """Its ``--seed``."""
+        """Return its ``--seed``."""
         return self.settings.training.seed
 
     @property
     def name(self) -> str:
-        """Where it lies below the sweep's folder."""
+        """Return its path below the folder of the sweep."""
         return f"{self.variant}/seed_{self.seed}"
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """All runs, those that start from others last."""
+    """All runs, upcycled ones last."""
 
     name: str
     ranks: int
     variants: list[str]
-    """In the file's order; the first is the baseline."""
+    """In file order; the first is the baseline."""
     runs: list[Run]
 
     def of(self, variant: str) -> list[Run]:
-        """The runs of a variant, seed by seed."""
+        """Return the runs of a variant, by seed."""
         return [run for run in self.runs if run.variant == variant]
 
     def source(self, run: Run) -> Run | None:
-        """The run that ``run`` is upcycled from."""
+        """Return the run that ``run`` is upcycled from."""
         if run.upcycle is None:
             return None
         wanted = run.upcycle.variant, run.seed
@@ -99,14 +99,14 @@ class Sweep:
 
 
 def read(path: Path, flags: Tree) -> Sweep:
-    """Read a sweep's file and check the settings of every variant, without inputs.
+    """Read a sweep file and check the settings of every variant, but not its inputs.
 
     Args:
         path: the file.
-        flags: settings of the command line, which win over recipes, overrides and variants.
+        flags: command-line settings, which override recipes, overrides and variants.
 
     Raises:
-        UserError: all problems of all variants, one a line.
+        UserError: lists all problems of all variants, one per line.
     """
     tree = recipe.read(path, source="")
     unknown = [name for name in tree if name not in _SECTIONS]
@@ -118,7 +118,7 @@ def read(path: Path, flags: Tree) -> Sweep:
     except ValidationError as error:
         raise UserError(_text(f"{path}: sweep", error)) from error
     if not head.seeds or len(set(head.seeds)) < len(head.seeds):
-        raise UserError(f"{path}: sweep: `seeds` must be some numbers, each once")
+        raise UserError(f"{path}: sweep: `seeds` must be distinct numbers, at least one")
     recipes = read_recipes([path.parent / name for name in head.base])
     base = merge(recipes, _sections(f"{path}: overrides", tree.get("overrides", {})))
     problems: list[str] = []
@@ -138,7 +138,7 @@ def read(path: Path, flags: Tree) -> Sweep:
 
 
 def _runs(name: str, variant: Tree, base: Tree, flags: Tree, head: Head) -> list[Run]:
-    """One variant's runs; UserError lists what is wrong with it."""
+    """Return the runs of a variant; raise ``UserError`` with all its problems."""
     if not _NAME.fullmatch(name):
         raise UserError("a variant's name must be letters, digits, `_`, `-` and `.`")
     changes = _sections("sections", variant)
@@ -161,24 +161,24 @@ def _runs(name: str, variant: Tree, base: Tree, flags: Tree, head: Head) -> list
 
 
 def _sections(where: str, tree: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """A tree whose sections are mappings, empty ones too."""
+    """Return a tree with empty sections as mappings; raise ``UserError`` for other values."""
     wrong = [name for name, section in tree.items() if not isinstance(section, dict | None)]
     if wrong:
-        raise UserError(f"{where}: `{wrong[0]}` must hold keys and values")
+        raise UserError(f"{where}: `{wrong[0]}` must be a mapping")
     return {name: section or {} for name, section in tree.items()}
 
 
 def _upcycling_problems(run: Run, runs: list[Run]) -> list[str]:
-    """What is wrong with a run's start."""
+    """Return the problems of upcycling a run."""
     if run.upcycle is None:
         return []
     wanted = run.upcycle.variant, run.seed
     source = next((other for other in runs if (other.variant, other.seed) == wanted), None)
     if source is None or source.upcycle is not None:
-        reason = "is no variant" if source is None else "starts from another one itself"
+        reason = "is not a variant" if source is None else "is itself upcycled"
         return [f"{run.variant}: upcycle: `{wanted[0]}` {reason}"]
     differing = [
-        f"{flag_name(name)} differs from that of {source.variant}, which it starts from"
+        f"{flag_name(name)} differs from that of its source {source.variant}"
         for group in ("model", "attention")
         for name in SHAPE[group]
         if getattr(getattr(run.settings, group), name)
@@ -189,7 +189,7 @@ def _upcycling_problems(run: Run, runs: list[Run]) -> list[str]:
 
 
 def _text(where: str, error: ValidationError) -> str:
-    """Pydantic's findings, one a line."""
+    """Return pydantic's errors, one per line."""
     return "\n".join(
         f"{where}: {'.'.join(map(str, detail['loc']))}: {detail['msg']}"
         for detail in error.errors(include_url=False)

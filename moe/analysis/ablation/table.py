@@ -1,4 +1,4 @@
-"""The table and the picture of a sweep, as papers print them."""
+"""Table and picture of a sweep."""
 
 import statistics
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ from moetron.moe.plan.parameters import count_parameters
 TABLE, PICTURE = "table.md", "table.png"
 _SMOOTHING = 0.02
 Outcomes = dict[str, list[Outcome]]
-"""Finished runs by variant."""
+"""Variant -> ended runs."""
 
 
 def outcomes(sweep: Sweep, output: Path) -> Outcomes:
-    """What is finished below ``output``."""
+    """Return the outcomes of the ended runs below ``output``."""
     return {
         variant: [found for run in sweep.of(variant) if (found := outcome(run, output))]
         for variant in sweep.variants
@@ -28,7 +28,7 @@ def outcomes(sweep: Sweep, output: Path) -> Outcomes:
 
 
 def write(sweep: Sweep, output: Path) -> str:
-    """Write ``table.md`` and ``table.png`` of what is finished; returns the table."""
+    """Write ``table.md`` and ``table.png`` of the ended runs; return the table."""
     found = outcomes(sweep, output)
     text = markdown(sweep, found)
     write_text(output / TABLE, text)
@@ -37,10 +37,10 @@ def write(sweep: Sweep, output: Path) -> str:
 
 
 def markdown(sweep: Sweep, found: Outcomes) -> str:
-    """A row for each variant.
+    """Return a Markdown table with one row per variant.
 
-    Losses are means over stable runs, plus or minus the standard deviation over seeds. Differences
-    are to the baseline's run of the same seed, which saw the same data.
+    Losses are means over stable runs ± standard deviation over seeds. Differences are to the
+    baseline run of the same seed, which has the same data.
     """
     baseline, *_ = sweep.variants
     validated = any(run.validated for runs in found.values() for run in runs)
@@ -78,7 +78,7 @@ def _row(sweep: Sweep, variant: str, found: list[Outcome], baseline: list[Outcom
 
 
 def _spread(values: Sequence[float], sign: str = "") -> str:
-    """Mean and, of several, standard deviation."""
+    """Format the mean and, for several values, the standard deviation."""
     if not values:
         return ""
     text = f"{statistics.mean(values):{sign}.4f}"
@@ -86,9 +86,9 @@ def _spread(values: Sequence[float], sign: str = "") -> str:
 
 
 def draw(found: Outcomes) -> Figure:
-    """Left: the final loss of every run, a line for each variant. Right: training loss, smoothed.
+    """Draw the final loss of every run by variant (left) and smoothed training loss (right).
 
-    A hollow dot is a run that was not stable; one that is not finite is left out.
+    Unstable runs are hollow dots; non-finite ones are left out.
     """
     figure = Figure(figsize=(10, max(3.0, 1.2 + 0.28 * len(found))), layout="constrained")
     left, right = figure.subplots(1, 2)

@@ -1,1 +1,1 @@
-"""The report page of a run, or of several to compare."""
+"""Report page of one run or of several runs."""

@@ -1,4 +1,4 @@
-"""What a reader asks of a run, answered in words with the figure and the rule behind each."""
+"""Questions about a run, answered in words with the value and rule behind each answer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ SPIKE_WINDOW = 50
 SPIKE_DEVIATIONS = 6.0
 SPIKE_LEAST = 0.3  # nats
 FROZEN = 0.8
-"""Routing counts as settled when this share of a token's final experts is chosen."""
+"""Routing is frozen when this share of a token's final experts is chosen."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One line of the page: what was asked, a verdict, and what it rests on."""
+    """One line of the page: question, grade, answer and its rule."""
 
     question: str
     grade: Grade
@@ -27,26 +27,26 @@ class Answer:
 
 
 def spikes(run: Run) -> list[int]:
-    """Steps whose loss leaps above the ``SPIKE_WINDOW`` steps before them."""
+    """Return the steps whose loss spikes above the ``SPIKE_WINDOW`` steps before them."""
     losses = np.array([row["lm_loss"] for row in run.metrics])
     found = []
     for place in range(SPIKE_WINDOW, len(losses)):
         before = losses[place - SPIKE_WINDOW : place]
-        leap = losses[place] - before.mean()
-        if leap > max(SPIKE_DEVIATIONS * before.std(), SPIKE_LEAST):
+        rise = losses[place] - before.mean()
+        if rise > max(SPIKE_DEVIATIONS * before.std(), SPIKE_LEAST):
             found.append(int(run.metrics[place]["step"]))
     return found
 
 
 def health(run: Run) -> list[Answer]:
-    """Whether the run is healthy."""
+    """Answer whether the run is healthy."""
     return [_loss(run), _spikes(run), _load(run), _drops(run)]
 
 
 def routing(run: Run) -> list[Answer]:
-    """When routing froze, which experts specialise, where tokens are dropped."""
+    """Answer when routing froze, which experts specialise and where tokens are dropped."""
     if run.analysis is None:
-        text = "run tools/analyze_routing.py on this run, then this report again"
+        text = "run tools/analyze_routing.py on this run, then repeat this report"
         return [
             Answer("How does the model route?", "unknown", text, "needs analysis/analysis.json")
         ]
@@ -62,14 +62,16 @@ def _loss(run: Run) -> Answer:
     if run.validation:
         text += f"; validation {run.validation[-1]['validation_loss']:.3f}"
     grade: Grade = "good" if last < first else "bad"
-    return Answer("Is the loss falling?", grade, text, "mean of the last tenth below the first's")
+    return Answer(
+        "Is the loss falling?", grade, text, "mean of the last tenth below that of the first"
+    )
 
 
 def _spikes(run: Run) -> Answer:
     found = spikes(run)
     where = f": steps {', '.join(map(str, found[:8]))}" if found else ""
     grade: Grade = "good" if not found else "watch" if len(found) < 5 else "bad"
-    rule = f"a step {SPIKE_DEVIATIONS:.0f} deviations and {SPIKE_LEAST} nats over the 50 before it"
+    rule = f"a step {SPIKE_DEVIATIONS:.0f} deviations and {SPIKE_LEAST} nats above the 50 before it"
     return Answer("Does it spike?", grade, f"{len(found)} spikes{where}", rule)
 
 
@@ -91,7 +93,7 @@ def _drops(run: Run) -> Answer:
     question, rule = "Are tokens dropped?", "choices without a slot: below 1 % good, 10 % bad"
     dropped = run.tail("dropped_fraction")
     if not dropped.size:
-        return Answer(question, "good", "none: dispatch without a capacity", rule)
+        return Answer(question, "good", "none: no capacity limit", rule)
     mean = float(dropped.mean())
     grade: Grade = "good" if mean < 0.01 else "watch" if mean < 0.1 else "bad"
     return Answer(question, grade, f"{100 * mean:.2f} % over the last tenth", rule)
@@ -100,19 +102,19 @@ def _drops(run: Run) -> Answer:
 def _frozen(run: Run) -> Answer:
     assert run.analysis is not None
     rows, last = run.analysis["checkpoints"], run.analysis["checkpoints"][-1]["step"]
-    settled = {
+    frozen = {
         row["step"]: float(np.mean(row["saturation"]["k"])) for row in rows if row["step"] < last
     }
-    early = [step for step, share in settled.items() if share >= FROZEN]
-    first, share = next(iter(settled.items()))
-    text = f"{100 * share:.0f} % of the final experts are chosen at step {first} already; "
-    text += f"{100 * FROZEN:.0f} % at step {early[0]} of {last}" if early else "not settled yet"
+    early = [step for step, share in frozen.items() if share >= FROZEN]
+    first, share = next(iter(frozen.items()))
+    text = f"{100 * share:.0f} % of the final experts are already chosen at step {first}; "
+    text += f"{100 * FROZEN:.0f} % at step {early[0]} of {last}" if early else "not frozen yet"
     rule = f"mean over layers of top-k saturation; chance {100 * run.analysis['chance']['k']:.3g} %"
     return Answer("When did routing freeze?", "finding", text, rule)
 
 
-def _families(domains: Sequence[str]) -> dict[str, list[int]]:
-    """Texts by the first part of their names (``code.python`` is of ``code``) if there are two."""
+def _text_groups(domains: Sequence[str]) -> dict[str, list[int]]:
+    """Group texts by the first part of their names (``code`` of ``code.python``) if it varies."""
     first: dict[str, list[int]] = {}
     for number, domain in enumerate(domains):
         first.setdefault(domain.split(".")[0], []).append(number)
@@ -120,15 +122,15 @@ def _families(domains: Sequence[str]) -> dict[str, list[int]]:
 
 
 def _specialists(run: Run) -> list[Answer]:
-    """For each family of texts, the experts that it visits most beyond the others."""
+    """Answer for each group of texts which experts it uses most compared with the others."""
     assert run.analysis is not None
     analysis, chance = run.analysis, run.analysis["chance"]["k"]
     shares_LCE = np.array(analysis["domain_specialization"]["k"])
-    families = _families(analysis["domains"])
-    shares = np.stack([shares_LCE[:, of].mean(1) for of in families.values()], axis=1)  # [L, F, E]
+    groups = _text_groups(analysis["domains"])
+    shares = np.stack([shares_LCE[:, of].mean(1) for of in groups.values()], axis=1)  # [L, F, E]
     others = (shares.sum(1, keepdims=True) - shares) / max(shares.shape[1] - 1, 1)
     answers = []
-    for number, family in enumerate(families):
+    for number, group in enumerate(groups):
         lead = shares[:, number] - others[:, number]  # [L, E]
         best = np.argsort(-lead, axis=None, kind="stable")[:3]
         texts = []
@@ -140,7 +142,7 @@ def _specialists(run: Run) -> list[Answer]:
                 f"({100 * here:.0f} % of its tokens, {100 * there:.0f} % elsewhere)"
             )
         rule = f"largest lead over the mean of the other texts; chance {100 * chance:.3g} %"
-        question = f"Which experts specialise in {family}?"
+        question = f"Which experts specialise in {group}?"
         answers.append(Answer(question, "finding", "; ".join(texts), rule))
     return answers
 

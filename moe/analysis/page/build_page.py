@@ -1,4 +1,4 @@
-"""Put the page together: one HTML file with its charts, its styles and the plotting library."""
+"""Assembly of the page: one HTML file with charts, styles and the plotting library."""
 
 import html
 from collections.abc import Mapping, Sequence
@@ -20,11 +20,11 @@ from moetron.moe.analysis.page.routing_charts import of_routing
 from moetron.moe.analysis.page.runs import Run
 
 SHOWN_EXPERTS = 16
-"""Experts of a layer whose token ids are listed."""
+"""Experts per layer whose token ids are listed."""
 
 
 def write_page(runs: Sequence[Run], output: Path) -> None:
-    """Write the page of one run, or of several to compare."""
+    """Write the page of one run or of several runs."""
     text = resources.files(__package__).joinpath("template.html").read_text(encoding="utf-8")
     template = Environment(autoescape=True, undefined=StrictUndefined).from_string(text)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -75,13 +75,13 @@ def _content(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _side_by_side(tables: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Any]]]:
-    """(name, value of each run) of every row that a run has; None for a run without it."""
+    """Return (name, value of each run or None) for the rows of all tables."""
     names = dict.fromkeys(name for table in tables for name in table)
     return [(name, [table.get(name) for table in tables]) for name in names]
 
 
 def _words(name: str, analysis: dict[str, Any]) -> list[dict[str, Any]]:
-    """For the last layer the token ids that each expert serves most (OLMoE, section 5.4)."""
+    """Return the most frequent token ids of each expert of the last layer (OLMoE, 5.4)."""
     place = len(analysis["layers"]) - 1
     experts = analysis["top_ids"]["input"][place]
     shares = [sum(share for _, share in ids) for ids in experts]
@@ -98,7 +98,7 @@ def _words(name: str, analysis: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _html(figures: Sequence[go.Figure]) -> list[str]:
-    """Each chart as a piece of HTML that grows and shrinks with the page."""
+    """Return each chart as responsive HTML."""
     for figure in figures:
         _escape(figure)
     return [
@@ -113,7 +113,7 @@ def _html(figures: Sequence[go.Figure]) -> list[str]:
 
 
 def _escape(figure: go.Figure) -> None:
-    """Show names of runs, sources and texts as they are: Plotly reads tags in them."""
+    """Escape names of runs, sources and texts, since Plotly interprets tags in them."""
     for trace in figure.data:
         if trace.name is not None:
             trace.name = html.escape(trace.name, quote=False)

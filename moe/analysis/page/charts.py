@@ -1,4 +1,4 @@
-"""The charts of a run over its tokens: losses, rate, speed, memory, balance, drops, stages."""
+"""Charts over tokens: losses, learning rate, speed, memory, balance, drops, stages."""
 
 import html
 import textwrap
@@ -11,12 +11,12 @@ import plotly.graph_objects as go
 from moetron.moe.analysis.page.runs import Run, thinned
 
 TITLE_WIDTH = 42
-"""Letters of a title's line: what fits on a phone."""
+"""Characters per title line, to fit on a phone."""
 STAGE_COLOURS = ("rgba(31,119,180,0.10)", "rgba(255,127,14,0.12)", "rgba(44,160,44,0.12)")
 
 
 def over_tokens(runs: Sequence[Run]) -> list[go.Figure]:
-    """Every chart that has something to show, runs side by side in the same colours."""
+    """Return every chart that has data, with all runs in each chart."""
     candidates = [
         losses(runs),
         *(by_source(run) for run in runs),
@@ -34,7 +34,7 @@ def over_tokens(runs: Sequence[Run]) -> list[go.Figure]:
 
 
 def losses(runs: Sequence[Run]) -> go.Figure:
-    """Training and validation loss, with stages as bands."""
+    """Return the chart of training and validation loss, with stages as bands."""
     figure = framed("Loss", "nats per token")
     for number, run in enumerate(runs):
         colour = _COLOURS[number % len(_COLOURS)]
@@ -53,7 +53,7 @@ def losses(runs: Sequence[Run]) -> go.Figure:
 
 
 def by_source(run: Run) -> go.Figure | None:
-    """Validation loss of each source."""
+    """Return the chart of validation loss by source, or None."""
     sources = sorted({name for row in run.validation for name in row.get("source_losses", {})})
     if not sources:
         return None
@@ -61,14 +61,14 @@ def by_source(run: Run) -> go.Figure | None:
     for source in sources:
         tokens, values = thinned(run.validation, "source_losses", source)
         figure.add_scatter(x=tokens, y=values, name=source, mode="lines+markers")
-    figure.update_layout(height=340 + 9 * len(sources))  # the legend stands below, in columns
+    figure.update_layout(height=340 + 9 * len(sources))  # the legend is below, in columns
     return figure
 
 
 def curve(
     runs: Sequence[Run], name: str, title: str, unit: str, scale: float = 1.0
 ) -> go.Figure | None:
-    """One figure of metrics.jsonl, times ``scale``."""
+    """Return the chart of a metric times ``scale``, or None if no run has it."""
     figure = framed(title, unit)
     for run in runs:
         tokens, values = thinned(run.metrics, name)
@@ -79,12 +79,12 @@ def curve(
 
 
 def from_zero(figure: go.Figure | None) -> go.Figure | None:
-    """Show a quantity from zero on, so that noise looks no larger than it is."""
+    """Start the y axis at zero, so that noise is not magnified."""
     return None if figure is None else figure.update_yaxes(rangemode="tozero")
 
 
 def heat(run: Run, name: str, title: str, unit: str, floor: float) -> go.Figure | None:
-    """A figure that each step holds by layer, as layers x tokens."""
+    """Return the heat map of a per-layer metric, layers x tokens, or None."""
     layers = run.layers(name)
     if not layers:
         return None
@@ -105,12 +105,12 @@ def heat(run: Run, name: str, title: str, unit: str, floor: float) -> go.Figure 
 
 
 def bar(title: str, **options: Any) -> dict[str, Any]:
-    """A colour bar that names what it measures."""
+    """Return a colour bar with a title."""
     return {"title": {"text": title, "side": "right"}, "thickness": 14, **options}
 
 
 def framed(title: str, y_title: str, x_title: str = "tokens") -> go.Figure:
-    """An empty chart in the page's style."""
+    """Return an empty chart in the style of the page."""
     figure = go.Figure()
     lines = [html.escape(line, quote=False) for line in textwrap.wrap(title, TITLE_WIDTH)]
     figure.update_layout(
@@ -126,7 +126,7 @@ def framed(title: str, y_title: str, x_title: str = "tokens") -> go.Figure:
 
 
 def _bands(figure: go.Figure, run: Run) -> None:
-    """Stages and their objectives behind the curves."""
+    """Draw stages and their objectives behind the curves."""
     stages = run.stages
     for number, stage in enumerate(stages if len(stages) > 1 else ()):
         figure.add_vrect(

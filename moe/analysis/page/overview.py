@@ -1,4 +1,4 @@
-"""The figures at the head of the page: how far a run is, and what it is made of and runs on."""
+"""Head of the page: key metrics, model, data and hardware of a run."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ SHOWN_CHECKPOINTS = 12
 
 
 def glance(run: Run) -> dict[str, tuple[str, str]]:
-    """For each figure its value and what it rests on; validation loss first."""
+    """Return the (value, basis) of each key metric, validation loss first."""
     last, start = run.metrics[-1], _start(run)
     steps = run.settings.get("training", {}).get("train_iters")
     found = {
@@ -31,13 +31,13 @@ def glance(run: Run) -> dict[str, tuple[str, str]]:
 
 
 def setup(run: Run) -> dict[str, str]:
-    """Model, batch, data, layout and hardware of the latest start; empty without one."""
+    """Return model, batch, data, layout and hardware of the latest start, or nothing."""
     start = _start(run)
     if not start:
         return {}
-    threads = f", {counted(start['threads'], 'thread')} a rank" if start["threads"] else ""
+    threads = f", {counted(start['threads'], 'thread')} per rank" if start["threads"] else ""
     return {
-        "parameters": f"{start['parameters']:,}, {start['active_parameters']:,} active a token",
+        "parameters": f"{start['parameters']:,}, {start['active_parameters']:,} active per token",
         **_of_settings(run.settings, start),
         "data": _data(start["sources"]),
         "layout": re.sub(r"(\w+) (\d+)", "\\1\u00a0\\2", layout_text(start["layout"])),
@@ -49,7 +49,7 @@ def setup(run: Run) -> dict[str, str]:
 
 
 def _of_settings(settings: Mapping[str, Row], start: Row) -> dict[str, str]:
-    """What the settings of a checkpoint say; nothing before the first."""
+    """Return architecture and batch from the settings of a checkpoint, or nothing."""
     if not settings:
         return {}
     model, moe, training = settings["model"], settings["moe"], settings["training"]
@@ -63,15 +63,15 @@ def _of_settings(settings: Mapping[str, Row], start: Row) -> dict[str, str]:
         "batch": (
             f"{training['global_batch_size']:,} samples of {model['seq_length']:,} tokens: "
             f"{counted(start['num_microbatches'], 'micro-batch')} of "
-            f"{training['micro_batch_size']:,} a data-parallel rank"
+            f"{training['micro_batch_size']:,} per data-parallel rank"
         ),
     }
 
 
 def events(run: Run) -> list[tuple[int, str]]:
-    """Starts, changes of stage, leaps of the loss and checkpoints, by step."""
+    """Return starts, stage changes, loss spikes and checkpoints, by step."""
     found = [(row["step"], f"started: {layout_text(row['layout'])}") for row in run.starts]
-    found += [(step, "the loss leaps") for step in spikes(run)]
+    found += [(step, "loss spike") for step in spikes(run)]
     for number, stage in enumerate(run.stages[1:], start=2):
         step = next(row["step"] for row in run.metrics if row["tokens"] > stage.first_token)
         found.append((step, f"stage {number} begins: {stage.objective}"))
@@ -102,7 +102,7 @@ def _mfu(run: Run) -> tuple[str, str]:
         return UNKNOWN, "peak of the device unknown"
     peak = last.get("mfu_peak_tflops_per_s")
     basis = f"{last['mfu_peak_basis'].partition(':')[0]}" if peak else "its basis is not recorded"
-    of = f"of {peak:.4g} TFLOP/s a rank, {basis}" if peak else basis
+    of = f"of {peak:.4g} TFLOP/s per rank, {basis}" if peak else basis
     return f"{100 * values.mean():.3g} %", f"{of}; {LAST}"
 
 
@@ -117,7 +117,7 @@ def _memory(run: Run) -> tuple[str, str]:
 def _parameters(start: Row) -> tuple[str, str]:
     if not start:
         return UNKNOWN, "the run has no starts.jsonl"
-    return _short(start["parameters"]), f"{_short(start['active_parameters'])} active a token"
+    return _short(start["parameters"]), f"{_short(start['active_parameters'])} active per token"
 
 
 def _data(sources: Sequence[Row]) -> str:
@@ -127,11 +127,11 @@ def _data(sources: Sequence[Row]) -> str:
     parts = [f"{use['name']} {use['epochs']:.3g}" for use in most[:SHOWN_SOURCES]]
     more = f", {len(most) - SHOWN_SOURCES} more" if len(most) > SHOWN_SOURCES else ""
     count = counted(len(most), "source")
-    return f"{count}; epochs in the whole run: {', '.join(parts)}{more}"
+    return f"{count}; epochs in the full run: {', '.join(parts)}{more}"
 
 
 def _short(number: int) -> str:
-    """A count with three digits and a letter, as tables of models give it."""
+    """Format a count with three digits and a unit letter."""
     for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= unit:
             return f"{number / unit:.3g} {letter}"

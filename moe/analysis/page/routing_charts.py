@@ -1,4 +1,4 @@
-"""The charts of what tools/analyze_routing.py found."""
+"""Charts of the results of tools/analyze_routing.py."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from moetron.moe.analysis.specialization import token_class_entropy
 
 
 def of_routing(analysis: dict[str, Any]) -> list[go.Figure]:
-    """Every chart that an analysis has something for; the section that holds them names the run."""
+    """Return every chart that an analysis has data for."""
     layers = [f"layer {layer}" for layer in analysis["layers"]]
     places = range(len(layers))
     figures = []
@@ -60,14 +60,14 @@ def _load(analysis: dict[str, Any], place: int) -> go.Figure:
     loads_EC = np.array([row["load"][place] for row in rows]).T
     steps = [str(row["step"]) for row in rows]
     figure.add_heatmap(
-        x=steps, z=loads_EC, zmin=0, zmax=2, colorscale="RdBu_r", colorbar=bar("× even share")
+        x=steps, z=loads_EC, zmin=0, zmax=2, colorscale="RdBu_r", colorbar=bar("× mean")
     )
     figure.update_xaxes(type="category")
     return figure
 
 
 def _domains(analysis: dict[str, Any], place: int) -> go.Figure:
-    title = f"Share of a text's tokens that visit an expert, layer {analysis['layers'][place]}"
+    title = f"Share of a text's tokens routed to an expert, layer {analysis['layers'][place]}"
     figure = framed(title, "text", "expert")
     shares_CE = 100 * np.array(analysis["domain_specialization"]["k"])[place]
     chance = 100 * analysis["chance"]["k"]
@@ -88,15 +88,15 @@ def _coactivation(analysis: dict[str, Any], place: int) -> go.Figure:
     title = f"Co-activation, layer {analysis['layers'][place]}"
     figure = framed(title, "expert i", "expert j")
     percent = 100 * np.array(analysis["coactivation"][place])
-    scale = bar("% of tokens of i that j serves too")
+    scale = bar("% of tokens of i also routed to j")
     figure.add_heatmap(z=percent, zmin=0, colorscale="Magma", colorbar=scale)
     return figure
 
 
 def _white_at(middle: float) -> list[tuple[float, str]]:
-    """Blue below ``middle`` (a share of the scale), white there, red above; zero is its start.
+    """Return a scale from zero: blue below ``middle`` (0 to 1), white there, red above.
 
-    Plotly's ``zmid`` makes the scale symmetric, and so runs below zero.
+    Plotly's ``zmid`` would make the scale symmetric and start below zero.
     """
     positions = np.concatenate([np.linspace(0, middle, 6), np.linspace(middle, 1, 6)[1:]])
     colours = sample_colorscale("RdBu_r", np.linspace(0, 1, len(positions)).tolist())

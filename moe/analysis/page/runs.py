@@ -1,4 +1,4 @@
-"""What a run left in its folder, read for the page."""
+"""Reading of run folders for the page."""
 
 import json
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ from moetron.moe.checkpoint import run_folder as checkpoint_folder
 
 Row = dict[str, Any]
 POINTS = 1_000
-"""A curve has at most so many points; each is the mean of equally many steps."""
+"""Largest number of points per curve; each is the mean of equally many steps."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of the data, in tokens of the run."""
+    """Stage of the data, in tokens of the run."""
 
     first_token: int
     last_token: int
@@ -29,25 +29,25 @@ class Stage:
 
 @dataclass(frozen=True)
 class Run:
-    """One run."""
+    """Content of a run folder."""
 
     name: str
-    """Its folder and the one above: ``quickstart/run``."""
+    """Folder and its parent: ``quickstart/run``."""
     metrics: list[Row]
-    """One row a step, as in metrics.jsonl."""
+    """Rows of metrics.jsonl, one per step."""
     validation: list[Row]
     settings: dict[str, dict[str, Any]]
-    """Of its latest checkpoint; empty before the first."""
+    """Settings of the latest checkpoint; empty before the first."""
     checkpoints: list[int]
     """Steps."""
     analysis: Row | None
-    """What tools/analyze_routing.py found."""
+    """Result of tools/analyze_routing.py."""
     starts: list[Row] = field(default_factory=list)
-    """One row a start, as in starts.jsonl; empty for runs of older versions."""
+    """Rows of starts.jsonl, one per start; empty for runs of older versions."""
 
     @property
     def stages(self) -> list[Stage]:
-        """The stages of the data that the run reached; one where it has none."""
+        """Return the data stages that the run reached, at least one."""
         data, end = self.settings.get("data", {}), self.metrics[-1]["tokens"]
         first, stages = 0, []
         for stage in data.get("stages") or [{"objective": data.get("objective", "causal")}]:
@@ -58,24 +58,26 @@ class Run:
         return stages
 
     def tail(self, name: str, share: float = 0.1) -> np.ndarray:
-        """The values of ``name`` over the last ``share`` of the steps that have it; maybe empty."""
+        """Return the values of ``name`` in the last ``share`` of the steps that have it."""
         values = [row[name] for row in self.metrics if name in row]
         return np.array(values[-max(1, round(len(values) * share)) :], dtype=np.float64)
 
     def layers(self, name: str) -> list[str]:
-        """The keys of a figure that a row holds for each layer."""
+        """Return the keys of a per-layer metric."""
         return next((list(row[name]) for row in self.metrics if name in row), [])
 
 
 def read(folder: Path) -> Run:
-    """Read a run's folder.
+    """Read a run folder.
 
     Raises:
-        UserError: there is no metrics.jsonl with a step in it.
+        UserError: the folder has no metrics.jsonl with a step in it.
     """
     metrics = read_rows(folder / "metrics.jsonl")
     if not metrics:
-        raise UserError(f"{folder}: no metrics.jsonl with a step in it: name a run's --save folder")
+        raise UserError(
+            f"{folder}: no metrics.jsonl with a step in it; give the --save folder of a run"
+        )
     analysis = folder / "analysis" / RESULT
     steps = checkpoint_folder.saved_steps(folder)
     latest = checkpoint_folder.step_folder(folder, steps[-1]) if steps else None
@@ -93,7 +95,7 @@ def read(folder: Path) -> Run:
 def thinned(
     rows: Sequence[Row], name: str, inner: str | None = None, points: int = POINTS
 ) -> tuple[list, list]:
-    """(tokens, values) of a curve: at most ``points`` means over neighbouring steps."""
+    """Return (tokens, values) of a curve: at most ``points`` means over neighbouring steps."""
     pairs = [
         (row["tokens"], row[name] if inner is None else row[name][inner])
         for row in rows

@@ -1,4 +1,4 @@
-"""What changes where a stage of the data begins: sources, objective, drops along the sequence."""
+"""Differences between data stages: sources, objective, drops along the sequence."""
 
 from collections.abc import Sequence
 
@@ -10,24 +10,24 @@ from moetron.moe.analysis.page.charts import framed
 from moetron.moe.analysis.page.runs import Row, Run, thinned
 
 SHARES = 60
-"""Points of a curve of shares: one step holds too few samples to show them."""
+"""Points of a curve of shares; single steps have too few samples."""
 
 
 def of_stages(runs: Sequence[Run]) -> list[go.Figure]:
-    """Charts of the runs that have several sources, or drop tokens."""
+    """Return charts of the runs that have several sources or drop tokens."""
     figures = [figure for run in runs for figure in (_sources(run), _drops(run))]
     return [figure for figure in figures if figure is not None]
 
 
 def answers(run: Run) -> list[Answer]:
-    """For each stage that the run reached, its sources and where it drops; nothing for one."""
+    """Answer for each stage, if there are several, its sources and drops."""
     found = []
     for number, stage in enumerate(run.stages if len(run.stages) > 1 else (), start=1):
         rows = [row for row in run.metrics if row.get("stage") == number]
         if shares := _shares(rows):
             parts = ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares.items())
             question = f"What does stage {number} train on?"
-            rule = "objective; each source's share of the tokens that bear loss"
+            rule = "objective; each source's share of the tokens with loss"
             found.append(Answer(question, "finding", f"{stage.objective}; {parts}", rule))
         fractions = _dropped_at(rows)
         if fractions.size:
@@ -41,14 +41,14 @@ def answers(run: Run) -> list[Answer]:
 
 
 def _shares(rows: Sequence[Row]) -> dict[str, float]:
-    """Share of the tokens with loss that each source gave; nothing for a single source."""
+    """Return each source's share of the tokens with loss, or nothing for a single source."""
     names = sorted({name for row in rows for name in row.get("source_tokens", {})})
     counts = [sum(row["source_tokens"].get(name, 0) for row in rows) for name in names]
     return {name: count / sum(counts) for name, count in zip(names, counts, strict=True)}
 
 
 def _dropped_at(rows: Sequence[Row]) -> np.ndarray:
-    """Share of dropped choices by part of the sequence, [16], over the second half of the rows."""
+    """Return the share of dropped choices by part of the sequence, [16], in the later half."""
     late = [
         row["dropped_by_position"]
         for row in rows[len(rows) // 2 :]
@@ -58,7 +58,7 @@ def _dropped_at(rows: Sequence[Row]) -> np.ndarray:
 
 
 def _sources(run: Run) -> go.Figure | None:
-    """Shares of the sources over the run, one on top of the other."""
+    """Return the stacked chart of source shares over the run, or None."""
     rows = [{"tokens": row["tokens"], **_shares([row])} for row in run.metrics]
     names = sorted({name for row in rows for name in row if name != "tokens"})
     if not names:
@@ -70,12 +70,12 @@ def _sources(run: Run) -> go.Figure | None:
     figure.update_yaxes(range=[0, 1], tickformat=".0%")
     for stage in run.stages[1:]:
         figure.add_vline(stage.first_token, line_dash="dash", annotation_text=stage.objective)
-    figure.update_layout(height=340 + 9 * len(names))  # the legend stands below, in columns
+    figure.update_layout(height=340 + 9 * len(names))  # the legend is below, in columns
     return figure
 
 
 def _drops(run: Run) -> go.Figure | None:
-    """Drops along the sequence, a curve for each stage."""
+    """Return the chart of drops along the sequence, one curve per stage, or None."""
     length = run.settings.get("model", {}).get("seq_length")
     figure = framed(
         f"Dropped choices by position in training, {run.name}", "share dropped", "position"

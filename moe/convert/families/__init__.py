@@ -1,1 +1,1 @@
-"""One module a model family of HuggingFace."""
+"""Model families of HuggingFace: their keys and tensors in ours."""

@@ -1,6 +1,6 @@
-"""Which of our settings is which key of HuggingFace's ``config.json``, in both directions.
+"""Mapping between our settings and keys of HuggingFace's ``config.json``, in both directions.
 
-Settings travel as a flat mapping, ``{"model.num_layers": 16, ...}``.
+Settings are a flat mapping, ``{"model.num_layers": 16, ...}``.
 """
 
 from collections.abc import Mapping
@@ -14,19 +14,19 @@ _REQUIRED = object()
 
 
 class Key(Protocol):
-    """Some settings and the keys that say the same."""
+    """Settings and the keys of equal meaning."""
 
     def to_hf(self, values: Values) -> dict[str, Any]:
-        """Keys from settings."""
+        """Return keys from settings."""
         ...
 
     def from_hf(self, config: Values) -> dict[str, Any]:
-        """Settings from keys."""
+        """Return settings from keys."""
         ...
 
 
 def look_up(config: Values, key: str, default: Any) -> Any:
-    """A key of ``config.json``; ``UserError`` where it must be there and is not."""
+    """Return a key of ``config.json``; raise ``UserError`` if it is required and missing."""
     if default is _REQUIRED and key not in config:
         raise UserError(f"config.json: `{key}` is missing")
     return config.get(key, default)
@@ -34,39 +34,39 @@ def look_up(config: Values, key: str, default: Any) -> Any:
 
 @dataclass(frozen=True)
 class Same:
-    """A setting and a key of equal value."""
+    """Setting and key of equal value."""
 
     setting: str
     key: str
     default: Any = _REQUIRED
-    """What HuggingFace's class assumes where the file does not have the key."""
+    """Default of HuggingFace's class for a missing key."""
     alias: str = ""
-    """Another name that some versions of transformers write."""
+    """Name of the key in some versions of transformers."""
 
     def to_hf(self, values: Values) -> dict[str, Any]:
-        """Key from setting."""
+        """Return the key from the setting."""
         return {self.key: values.get(self.setting)}
 
     def from_hf(self, config: Values) -> dict[str, Any]:
-        """Setting from key."""
+        """Return the setting from the key."""
         key = self.alias if self.alias in config else self.key
         return {self.setting: look_up(config, key, self.default)}
 
 
 @dataclass(frozen=True)
 class Not:
-    """A switch whose key says the opposite."""
+    """Switch whose key has the opposite meaning."""
 
     setting: str
     key: str
     default: bool
 
     def to_hf(self, values: Values) -> dict[str, Any]:
-        """Key from setting."""
+        """Return the key from the setting."""
         return {self.key: not values.get(self.setting, True)}
 
     def from_hf(self, config: Values) -> dict[str, Any]:
-        """Setting from key."""
+        """Return the setting from the key."""
         return {self.setting: not config.get(self.key, self.default)}
 
 
@@ -74,31 +74,31 @@ class Not:
 class DenseWidth:
     """``intermediate_size``, the width of the FFN of layers without experts.
 
-    transformers 5 refuses null, which says that there is no such layer: the experts' width is
-    written then, and no module reads it.
+    transformers 5 refuses null. Without such layers the experts' width is written, which no module
+    reads.
     """
 
     def to_hf(self, values: Values) -> dict[str, Any]:
-        """Key from setting."""
+        """Return the key from the setting."""
         width = values.get("model.ffn_hidden_size")
         return {"intermediate_size": width or values["moe.moe_ffn_hidden_size"]}
 
     def from_hf(self, config: Values) -> dict[str, Any]:
-        """Setting from key."""
+        """Return the setting from the key."""
         return {"model.ffn_hidden_size": look_up(config, "intermediate_size", _REQUIRED)}
 
 
 @dataclass(frozen=True)
 class SparseStep:
-    """Qwen's placement: one of each ``decoder_sparse_step`` layers but ``mlp_only_layers``."""
+    """Qwen's expert placement: every ``decoder_sparse_step``-th layer but ``mlp_only_layers``."""
 
     def to_hf(self, values: Values) -> dict[str, Any]:
-        """Keys from the list of sparse layers."""
+        """Return the keys from the list of sparse layers."""
         dense = [i for i, sparse in enumerate(values.get("moe.moe_layer_freq", [])) if not sparse]
         return {"decoder_sparse_step": 1, "mlp_only_layers": dense}
 
     def from_hf(self, config: Values) -> dict[str, Any]:
-        """The list of sparse layers from keys."""
+        """Return the list of sparse layers from the keys."""
         step = config.get("decoder_sparse_step", 1)
         dense = config.get("mlp_only_layers") or []
         layers = range(look_up(config, "num_hidden_layers", _REQUIRED))
@@ -108,15 +108,15 @@ class SparseStep:
 
 @dataclass(frozen=True)
 class FirstDense:
-    """DeepSeek's placement of experts: in all layers but the first few."""
+    """DeepSeek's expert placement: all layers but the first few."""
 
     def to_hf(self, values: Values) -> dict[str, Any]:
-        """The key from the list of sparse layers."""
+        """Return the key from the list of sparse layers."""
         pattern = values.get("moe.moe_layer_freq", [])
         return {"first_k_dense_replace": pattern.index(1) if 1 in pattern else len(pattern)}
 
     def from_hf(self, config: Values) -> dict[str, Any]:
-        """The list of sparse layers from the key."""
+        """Return the list of sparse layers from the key."""
         layers = look_up(config, "num_hidden_layers", _REQUIRED)
         dense = look_up(config, "first_k_dense_replace", _REQUIRED)
         return {"moe.moe_layer_freq": [0] * dense + [1] * (layers - dense)}
@@ -124,34 +124,34 @@ class FirstDense:
 
 @dataclass(frozen=True)
 class OneAsUnset:
-    """A setting that is left out where the key says 1: a scale, or a number of groups."""
+    """Setting that is unset if the key is 1: a scale, or a number of groups."""
 
     setting: str
     key: str
     default: float | None
 
     def to_hf(self, values: Values) -> dict[str, Any]:
-        """Key from setting."""
+        """Return the key from the setting."""
         value = values.get(self.setting)
         return {self.key: self.default if value is None else value}
 
     def from_hf(self, config: Values) -> dict[str, Any]:
-        """Setting from key."""
+        """Return the setting from the key."""
         value = config.get(self.key, self.default)
         return {self.setting: None if value == 1 else value}
 
 
 @dataclass(frozen=True)
 class SharedExperts:
-    """DeepSeek counts shared experts of a routed one's width; we say the width of them all."""
+    """Shared experts: DeepSeek counts them in units of a routed one, we give the total width."""
 
     def to_hf(self, values: Values) -> dict[str, Any]:
-        """The key from settings."""
+        """Return the key from settings."""
         width = values.get("moe.moe_shared_expert_intermediate_size") or 0
         return {"n_shared_experts": width // values["moe.moe_ffn_hidden_size"]}
 
     def from_hf(self, config: Values) -> dict[str, Any]:
-        """The setting from keys."""
+        """Return the setting from keys."""
         width = look_up(config, "moe_intermediate_size", _REQUIRED)
         shared = look_up(config, "n_shared_experts", _REQUIRED) or 0
         return {"moe.moe_shared_expert_intermediate_size": shared * width or None}

@@ -1,4 +1,4 @@
-"""What most decoders of HuggingFace share: keys, and rules for their tensors."""
+"""Keys and tensor rules common to most HuggingFace decoders."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,15 +23,15 @@ UNNORMED: tuple[Key, ...] = (
     Same("model.init_method_std", "initializer_range", 0.02),
     Not("model.untie_embeddings_and_output_weights", "tie_word_embeddings", False),
 )
-"""Keys of every family here."""
+"""Keys of every family."""
 DECODER = (*UNNORMED, Same("model.norm_epsilon", "rms_norm_eps"))
-"""Keys of every family whose norms are RMSNorms with weights."""
+"""Keys of every family with weighted RMSNorms."""
 HEADS: tuple[Key, ...] = (Same("model.num_query_groups", "num_key_value_heads", None), Rope({}))
 """Keys of attention with plain heads."""
 HEAD_DIM = Same("model.kv_channels", "head_dim", None)
 DENSE_WIDTH = DenseWidth()
 FIXED: dict[str, Any] = {"model.make_vocab_size_divisible_by": 1, "model.add_bias_linear": False}
-"""Settings of every family here; HuggingFace's vocabulary is never padded on the way in."""
+"""Settings of every family; an imported vocabulary is not padded."""
 PLAIN_ROUTER: dict[str, Any] = {"moe.moe_router_score_function": "softmax"}
 CONSTANTS: dict[str, Any] = {"hidden_act": "silu"}
 
@@ -40,17 +40,17 @@ GATED = ("gate_proj", "up_proj", "down_proj")
 
 
 def their_layer(layer: int) -> str:
-    """The prefix of a layer's tensors in HuggingFace's files."""
+    """Return the prefix of a layer's tensors in HuggingFace files."""
     return f"model.layers.{layer}."
 
 
 def our_layer(layer: int) -> str:
-    """The prefix of a layer's tensors in our checkpoints."""
+    """Return the prefix of a layer's tensors in our checkpoints."""
     return f"decoder.layers.{layer}."
 
 
 def ends(values: Values) -> list[Rule]:
-    """Embedding, final norm and, unless tied, the output matrix."""
+    """Return rules of embedding, final norm and, unless tied, output matrix."""
     rows = FirstRows(values["model.vocab_size"])
     rules = [
         Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), rows),
@@ -62,9 +62,9 @@ def ends(values: Values) -> list[Rule]:
 
 
 def attention(layer: int, values: Values, bias: bool = False) -> list[Rule]:
-    """Norm, projections and, where there is one, QK-norm; ``bias``: of q, k and v."""
+    """Return rules of norm, projections and optional QK-norm; ``bias``: of q, k and v."""
     ours, theirs = our_layer(layer) + "self_attention.", their_layer(layer) + "self_attn."
-    cut = QueryKeyValue(
+    fused = QueryKeyValue(
         values["model.num_attention_heads"],
         values["model.num_query_groups"],
         values["model.kv_channels"],
@@ -73,7 +73,7 @@ def attention(layer: int, values: Values, bias: bool = False) -> list[Rule]:
     rules = [Rule(f"{ours}linear_qkv.layer_norm_weight", (norm,))]
     for part in ("weight", "bias") if bias else ("weight",):
         names = tuple(f"{theirs}{letter}_proj.{part}" for letter in "qkv")
-        rules.append(Rule(f"{ours}linear_qkv.{part}", names, cut))
+        rules.append(Rule(f"{ours}linear_qkv.{part}", names, fused))
     rules.append(Rule(f"{ours}linear_proj.weight", (f"{theirs}o_proj.weight",)))
     if values["model.qk_layernorm"]:
         rules += [
@@ -84,14 +84,14 @@ def attention(layer: int, values: Values, bias: bool = False) -> list[Rule]:
 
 
 def dense_ffn(layer: int) -> list[Rule]:
-    """Norm and gated FFN of a layer without experts."""
+    """Return rules of norm and gated FFN of a layer without experts."""
     ours, theirs = our_layer(layer) + "mlp.", their_layer(layer)
     norm = theirs + "post_attention_layernorm.weight"
     return [Rule(f"{ours}linear_fc1.layer_norm_weight", (norm,)), *gated(ours, theirs + "mlp.")]
 
 
 def gated(ours: str, theirs: str) -> list[Rule]:
-    """The matrices of one gated FFN, by the prefixes of their names."""
+    """Return rules of the matrices of one gated FFN, given name prefixes."""
     gate, up, down = (f"{theirs}{name}.weight" for name in GATED)
     return [
         Rule(f"{ours}linear_fc1.weight", (gate, up), GateUp()),
@@ -100,7 +100,7 @@ def gated(ours: str, theirs: str) -> list[Rule]:
 
 
 def shared_experts(layer: int, module: str, gate: bool = False) -> list[Rule]:
-    """The always-on experts, HuggingFace's ``mlp.module``; ``gate``: of their output, too."""
+    """Return rules of shared experts, HuggingFace's ``mlp.module``; ``gate``: with output gate."""
     ours, theirs = f"{our_layer(layer)}mlp.shared_experts.", f"{their_layer(layer)}mlp.{module}"
     gates = [Rule(f"{ours}gate_weight", (f"{theirs}_gate.weight",))] if gate else []
     return [*gated(ours, theirs + "."), *gates]
@@ -109,7 +109,7 @@ def shared_experts(layer: int, module: str, gate: bool = False) -> list[Rule]:
 def experts(
     layer: int, values: Values, module: str = "mlp", names: Sequence[str] = GATED
 ) -> list[Rule]:
-    """Norm, router and experts; HuggingFace's ``module`` holds ``gate`` and ``experts.N.NAME``."""
+    """Return rules of norm, router and experts, ``MODULE.gate`` and ``MODULE.experts.N.NAME``."""
     ours, theirs = our_layer(layer), their_layer(layer) + module
     count = values["moe.num_experts"]
     *inner, down = (f"{name}.weight" for name in names)
@@ -132,7 +132,7 @@ def decoder(
     sparse: Callable[[int], list[Rule]],
     dense: Callable[[int], list[Rule]] = dense_ffn,
 ) -> list[Rule]:
-    """All tensors of a decoder, from the rules of one layer's attention, experts, dense FFN."""
+    """Return all rules of a decoder, from rules of one layer's attention, experts, dense FFN."""
     rules = ends(values)
     pattern = values.get("moe.moe_layer_freq") or [0] * values["model.num_layers"]
     for layer, has_experts in enumerate(pattern):

@@ -59,12 +59,12 @@ _FIXED = {**FIXED, "attention.multi_latent_attention": True, "model.qk_layernorm
 _CONSTANTS = {
     **CONSTANTS,
     "attention_bias": False,
-    "rms_norm_eps": 1e-6,  # of the compressed vectors' norms, whatever the others have
+    "rms_norm_eps": 1e-6,  # of the norms of compressed vectors
 }
 
 
 class _Groups:
-    """Node-limited routing: transformers ranks a group by its two best, megatron-core by k/g."""
+    """Node-limited routing: transformers ranks groups by their best 2, megatron-core by k/g."""
 
     _keys = (
         OneAsUnset("moe.moe_router_num_groups", "n_group", 1),
@@ -81,13 +81,13 @@ class _Groups:
         if config["num_experts_per_tok"] != 2 * kept:
             raise UserError(
                 f"config.json: num_experts_per_tok {config['num_experts_per_tok']} is not twice "
-                f"topk_group {kept}, which is what both sides rank groups alike for"
+                f"topk_group {kept}: transformers and megatron-core would rank groups differently"
             )
         return {"moe.moe_router_num_groups": groups, "moe.moe_router_group_topk": kept}
 
 
 class _NoPrediction:
-    """Modules of multi-token prediction stay behind; without the key transformers expects one."""
+    """Multi-token prediction, which is not exported; transformers' default is one module."""
 
     def to_hf(self, values: Values) -> dict[str, object]:
         return {"num_nextn_predict_layers": 0}

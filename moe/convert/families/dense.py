@@ -1,4 +1,4 @@
-"""Dense decoders: Llama, OLMo, Qwen2 and Qwen3, also as the starts of upcycling."""
+"""Dense decoders: Llama, OLMo, Qwen2 and Qwen3, also for upcycling."""
 
 from moetron.moe.convert.families.config_keys import Same, Values
 from moetron.moe.convert.families.decoder_blocks import (

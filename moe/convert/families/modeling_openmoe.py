@@ -1,8 +1,8 @@
-"""OpenMoE (arXiv 2402.01739) for transformers, in one file that needs nothing but torch beside it.
+"""OpenMoE (arXiv 2402.01739) for transformers; this file needs only transformers and torch.
 
 A decoder whose FFNs have four matrices, down(silu(gate x) * up x * linear x). Some layers have
-experts in the place of the FFN, with a dense FFN beside them (the paper's equation 4) or after
-them, with a norm of its own (the released code). Exported folders hold this file; load them with
+experts instead of the FFN, with a dense FFN in parallel (the paper's equation 4) or after them with
+its own norm (the released code). Exported folders include this file; load them with
 ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``. No token is dropped.
 """
 
@@ -18,31 +18,31 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 OUTPUT_FIELDS = {field.name for field in fields(CausalLMOutputWithPast)}
 CACHE_FIELD = "cache" if "cache" in OUTPUT_FIELDS else "past_key_values"
-"""Where an output holds its cache: ``generate`` looks there, in the installed version."""
+"""Output field in which the installed version's ``generate`` expects the cache."""
 
 
 class OpenMoeConfig(PretrainedConfig):
-    """The keys of ``config.json``.
+    """Configuration, ``config.json``.
 
     Args:
         vocab_size: rows of the embedding and of the output matrix, which are separate.
         hidden_size: width of the residual stream.
-        intermediate_size: inner width of a dense layer's FFN; None: there is no such layer.
+        intermediate_size: inner width of a dense layer's FFN; None: no such layer.
         num_hidden_layers: layers.
         num_attention_heads: query heads.
-        num_key_value_heads: key and value heads; None: as many.
+        num_key_value_heads: key and value heads; None: as query heads.
         head_dim: width of a head.
         attention_scale: multiplies attention logits; None: 1 / sqrt(head_dim).
-        max_position_embeddings: longest sequence of training.
+        max_position_embeddings: longest training sequence.
         rms_norm_eps: epsilon of every RMSNorm.
         rope_theta: base of the rotary embedding.
         moe_layers: for each layer 1 if it has experts, else 0.
-        num_experts: experts in such a layer.
-        num_experts_per_tok: experts that a token visits.
-        norm_topk_prob: divide their weights by their sum; otherwise raw softmax probabilities.
+        num_experts: experts per such layer.
+        num_experts_per_tok: experts per token.
+        norm_topk_prob: normalise their weights to sum 1; otherwise raw softmax probabilities.
         moe_intermediate_size: inner width of an expert.
-        shared_expert_intermediate_size: width of the FFN beside the experts; None: there is none.
-        extra_intermediate_size: width of the FFN after the experts; None: there is none.
+        shared_expert_intermediate_size: width of the FFN beside the experts; None: no such FFN.
+        extra_intermediate_size: width of the FFN after the experts; None: no such FFN.
         kwargs: of ``PretrainedConfig``.
     """
 
@@ -93,7 +93,7 @@ class OpenMoeConfig(PretrainedConfig):
 
 
 def rotated(x_BhSd: Tensor, positions_BS: Tensor, theta: float) -> Tensor:
-    """Rotary embedding of heads [B, h, S, d]: channel i turns with channel i + d / 2."""
+    """Apply rotary embedding to heads [B, h, S, d]; channel i pairs with i + d / 2."""
     width = x_BhSd.shape[-1]
     steps = torch.arange(0, width, 2, device=x_BhSd.device, dtype=torch.float32) / width
     angles_BSf = positions_BS[..., None].float() * theta**-steps
@@ -120,7 +120,7 @@ class OpenMoeAttention(nn.Module):
     def forward(
         self, hidden_BSH: Tensor, positions_BS: Tensor, mask: Tensor, cache: DynamicCache | None
     ) -> Tensor:
-        """``mask`` bool [B, 1, S, keys]: what each token sees."""
+        """Attend; ``mask`` bool [B, 1, S, keys] is True for visible keys."""
         query, key, value = (
             project(hidden_BSH).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
@@ -136,7 +136,7 @@ class OpenMoeAttention(nn.Module):
 
 
 class OpenMoeMLP(nn.Module):
-    """down(silu(gate x) * up x * linear x)."""
+    """Double-gated FFN, down(silu(gate x) * up x * linear x)."""
 
     def __init__(self, hidden_size: int, width: int) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class OpenMoeMLP(nn.Module):
 
 
 class OpenMoeExperts(nn.Module):
-    """Each token visits its likeliest experts; scores in fp32."""
+    """Top-k experts with fp32 router scores."""
 
     def __init__(self, config: OpenMoeConfig) -> None:
         super().__init__()
@@ -174,15 +174,15 @@ class OpenMoeExperts(nn.Module):
         output_TH = torch.zeros_like(x_TH)
         for number in chosen_TK.unique().tolist():
             tokens, places = (chosen_TK == number).nonzero(as_tuple=True)
-            served = self.experts[number](x_TH[tokens]) * weights_TK[tokens, places, None]
-            output_TH.index_add_(0, tokens, served.to(x_TH.dtype))
+            outputs = self.experts[number](x_TH[tokens]) * weights_TK[tokens, places, None]
+            output_TH.index_add_(0, tokens, outputs.to(x_TH.dtype))
         if self.shared_expert is not None:
             output_TH = output_TH + self.shared_expert(x_TH)
         return output_TH.view_as(hidden_BSH)
 
 
 class OpenMoeLayer(nn.Module):
-    """Attention, then an FFN or experts, then what follows the experts; each after a norm."""
+    """Pre-norm layer: attention, an FFN or experts, optional extra FFN."""
 
     def __init__(self, config: OpenMoeConfig, layer: int) -> None:
         super().__init__()
@@ -201,7 +201,7 @@ class OpenMoeLayer(nn.Module):
             self.extra_mlp = OpenMoeMLP(hidden, config.extra_intermediate_size)
 
     def forward(self, x_BSH: Tensor, *attended: Any) -> Tensor:
-        """``attended``: further arguments of the attention."""
+        """Run the layer; ``attended`` are further arguments of the attention."""
         x_BSH = x_BSH + self.self_attn(self.input_layernorm(x_BSH), *attended)
         x_BSH = x_BSH + self.mlp(self.post_attention_layernorm(x_BSH))
         if self.extra_mlp is not None:
@@ -210,7 +210,7 @@ class OpenMoeLayer(nn.Module):
 
 
 class OpenMoeModel(nn.Module):
-    """Embedding, layers and the last norm."""
+    """Embedding, layers and final norm."""
 
     def __init__(self, config: OpenMoeConfig) -> None:
         super().__init__()
@@ -244,11 +244,11 @@ class OpenMoeForCausalLM(PreTrainedModel, GenerationMixin):
         cache: DynamicCache | None = None,
         **_: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits [B, S, V] of ``input_ids`` [B, S]; the mean loss of ``labels``, shifted by one.
+        """Return logits [B, S, V] of ``input_ids`` [B, S] and the mean loss of shifted ``labels``.
 
-        ``attention_mask`` [B, keys] is 0 for padding, ``position_ids`` [B, S] count tokens. Keys
-        and values of earlier tokens are in ``past_key_values``, which later versions of
-        transformers 5 call ``cache``.
+        ``attention_mask`` [B, keys] is 0 for padding, ``position_ids`` [B, S] count tokens.
+        ``past_key_values``, named ``cache`` in later versions of transformers 5, has keys and
+        values of earlier tokens.
         """
         cache = past_key_values if cache is None else cache
         if use_cache and cache is None:

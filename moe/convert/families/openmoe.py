@@ -1,7 +1,7 @@
 """OpenMoE: double-gated FFNs, a few layers with experts, each with one more dense FFN.
 
-arXiv 2402.01739 and its code. transformers has no such model: the folder holds one of our own,
-modeling_openmoe.py, which says what each key means.
+arXiv 2402.01739 and its code. transformers has no such model: exported folders include our
+modeling_openmoe.py, which documents each key.
 """
 
 from moetron.moe.convert.families.config_keys import Not, Same, Values
@@ -38,11 +38,11 @@ def _dense(layer: int) -> list[Rule]:
 def _sparse(layer: int, values: Values) -> list[Rule]:
     ours, theirs = our_layer(layer), their_layer(layer)
     rules = experts(layer, values, names=_DOUBLE_GATED)
-    beside = {
+    dense = {
         "mlp.shared_experts.": ("mlp.shared_expert.", "moe_shared_expert_intermediate_size"),
         "extra_mlp.": ("extra_mlp.", "moe_sequential_ffn_hidden_size"),
     }
-    for our_name, (their_name, width) in beside.items():
+    for our_name, (their_name, width) in dense.items():
         if values[f"moe.{width}"] is not None:
             rules += gated(ours + our_name, theirs + their_name)
             rules.append(_linear(ours + our_name, theirs + their_name))

@@ -1,16 +1,13 @@
-"""All families, and which of them a model belongs to."""
+"""Table of all families and the search for the family of a model."""
 
 from moetron.common.errors import UserError
 from moetron.moe.config.schema.field import nearest
 from moetron.moe.convert.families.config_keys import Values
+from moetron.moe.convert.families.decoder_moe import MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
 from moetron.moe.convert.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from moetron.moe.convert.families.dense import LLAMA, OLMO, QWEN2, QWEN3
 from moetron.moe.convert.families.family import Family
-from moetron.moe.convert.families.mixtral import MIXTRAL
-from moetron.moe.convert.families.olmoe import OLMOE
 from moetron.moe.convert.families.openmoe import OPENMOE
-from moetron.moe.convert.families.qwen2_moe import QWEN2_MOE
-from moetron.moe.convert.families.qwen3_moe import QWEN3_MOE
 
 _ALL = (
     OLMOE,
@@ -26,14 +23,14 @@ _ALL = (
     QWEN3,
 )
 FAMILIES = {family.model_type: family for family in _ALL}
-"""By HuggingFace's ``model_type``; the first that fits is taken."""
+"""By HuggingFace's ``model_type``; the first match is taken."""
 
 
 def family_named(model_type: str) -> Family:
-    """The family of a ``model_type``.
+    """Return the family of a ``model_type``.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: the name is unknown.
     """
     if model_type not in FAMILIES:
         raise UserError(
@@ -44,10 +41,10 @@ def family_named(model_type: str) -> Family:
 
 
 def family_of(values: Values) -> Family:
-    """The family that is exactly a model with these settings (`function_of`).
+    """Return the family that matches a model with these settings (`function_of`) exactly.
 
     Raises:
-        UserError: none is; says what keeps the model from the one that it comes closest to.
+        UserError: no family matches; lists the differences from the closest.
     """
     problems = {name: family.problems(values) for name, family in FAMILIES.items()}
     sparse = values["moe.num_experts"] is not None
@@ -55,6 +52,6 @@ def family_of(values: Values) -> Family:
     if problems[closest]:
         listed = "\n".join(f"  - {problem}" for problem in problems[closest])
         raise UserError(
-            f"no architecture of HuggingFace's is exactly this; {closest} differs in\n{listed}"
+            f"no HuggingFace architecture matches exactly; {closest} differs in\n{listed}"
         )
     return FAMILIES[closest]

@@ -13,14 +13,14 @@ YARN = "yarn"
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """One way of stretching rotary frequencies, under its name in HuggingFace's configurations."""
+    """Keys of one type of rotary frequency scaling in HuggingFace's configurations."""
 
     names: Mapping[str, str]
     """Our setting -> key."""
     constants: Mapping[str, Any] = field(default_factory=dict)
-    """Keys that must be there with these values for our modules to be the same function."""
+    """Keys that must be present with these values for our modules to compute the same."""
     optional: Mapping[str, Any] = field(default_factory=dict)
-    """Keys that must have these values where they are there."""
+    """Keys that must have these values if present."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Rope:
     """
 
     scalings: Mapping[str, RopeScaling]
-    """The types that our modules of this family implement, beside ``default``."""
+    """Types other than ``default`` that our modules implement for this family."""
     default: float = 10_000.0
-    """Base where the file names none."""
+    """Base if the file gives none."""
 
     def to_hf(self, values: Values) -> dict[str, Any]:
-        """Keys from settings."""
+        """Return keys from settings."""
         theta, kind = float(values["model.rotary_base"]), values["attention.rope_type"]
         if kind not in self.scalings:
             plain = {"rope_type": "default", "rope_theta": theta}
@@ -54,7 +54,7 @@ class Rope:
         }
 
     def from_hf(self, config: Values) -> dict[str, Any]:
-        """Settings from keys; ``UserError`` for a scaling that our modules do not have."""
+        """Return settings from keys; raise ``UserError`` for an unsupported scaling."""
         keys = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
         kind = keys.get("rope_type", keys.get("type", "default"))
         theta = float(keys.get("rope_theta") or config.get("rope_theta") or self.default)
@@ -83,18 +83,18 @@ class Rope:
 
 
 def _growth(keys: Values, mscale: float) -> float:
-    """YaRN's ``1 + 0.1 mscale ln(factor)``; 1 where nothing is stretched."""
+    """Return YaRN's ``1 + 0.1 mscale ln(factor)``, or 1 if factor <= 1."""
     factor = keys.get("factor") or 1.0
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def _our_factor(keys: Values) -> float:
-    """Multiplier of rotated channels in megatron-core (``_yarn_get_concentration_factor``)."""
+    """Return megatron-core's factor of rotated channels (``_yarn_get_concentration_factor``)."""
     return _growth(keys, keys["mscale"]) / _growth(keys, keys["mscale_all_dim"])
 
 
 def _their_factor(keys: Values) -> float:
-    """The same in transformers (``_compute_yarn_parameters``), which may ignore ``mscale``."""
+    """Return transformers' factor (``_compute_yarn_parameters``), which may ignore ``mscale``."""
     if keys.get("attention_factor") is not None:
         return float(keys["attention_factor"])
     if keys.get("mscale") and keys.get("mscale_all_dim"):
@@ -103,15 +103,15 @@ def _their_factor(keys: Values) -> float:
 
 
 def _attention_factor(keys: Values) -> dict[str, float]:
-    """``attention_factor``, where transformers would derive another one from the other keys."""
+    """Return ``attention_factor`` if transformers would derive another value."""
     ours = _our_factor(keys)
     return {} if math.isclose(ours, _their_factor(keys)) else {"attention_factor": ours}
 
 
 def _yarn_growth(keys: Values) -> tuple[dict[str, Any], set[str]]:
-    """The keys with ``mscale`` and ``mscale_all_dim`` as megatron-core reads them.
+    """Return the keys with megatron-core's ``mscale`` and ``mscale_all_dim``.
 
-    Also returns the names of keys that it cannot express.
+    Also return the names of keys that megatron-core cannot express.
     """
     all_dim = keys.get("mscale_all_dim") or 0.0
     unused = keys.get("attention_factor") is None and not all_dim

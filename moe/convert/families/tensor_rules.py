@@ -1,8 +1,8 @@
-"""Which of our tensors is which of HuggingFace's, as reversible rules.
+"""Reversible rules between our tensors and HuggingFace's.
 
-A rule turns one global tensor of a checkpoint into a list of HuggingFace's and back. Transforms
-only cut and join, so that values pass bit by bit; they run on meta tensors too, which gives shapes
-before anything is read.
+A rule converts one global tensor of a checkpoint to a list of HuggingFace tensors and back.
+Transforms only split and concatenate, so values are bit-identical. They also run on meta tensors,
+which gives shapes before values are read.
 """
 
 from collections.abc import Sequence
@@ -14,20 +14,20 @@ from torch import Tensor
 
 
 class Transform(Protocol):
-    """A reversible cut of one tensor."""
+    """Reversible split of one tensor."""
 
     def split(self, ours: Tensor) -> list[Tensor]:
-        """Ours to theirs, views where that is possible."""
+        """Convert ours to theirs, as views where possible."""
         ...
 
     def join(self, theirs: Sequence[Tensor]) -> Tensor:
-        """Theirs to ours."""
+        """Convert theirs to ours."""
         ...
 
 
 @dataclass(frozen=True)
 class Whole:
-    """The same tensor."""
+    """Identity."""
 
     def split(self, ours: Tensor) -> list[Tensor]:
         """[...] -> [...]."""
@@ -41,7 +41,7 @@ class Whole:
 
 @dataclass(frozen=True)
 class FirstRows:
-    """The first ``rows``: what follows is padding that only some layouts need."""
+    """First ``rows``; the rest is padding of some layouts."""
 
     rows: int
 
@@ -50,14 +50,14 @@ class FirstRows:
         return [ours[: self.rows]]
 
     def join(self, theirs: Sequence[Tensor]) -> Tensor:
-        """[rows, ...] -> [rows, ...]: another layout pads when it loads."""
+        """[rows, ...] -> [rows, ...]; loading pads where a layout needs it."""
         (tensor,) = theirs
         return tensor
 
 
 @dataclass(frozen=True)
 class QueryKeyValue:
-    """Megatron's fused projection: for each key/value head its query heads, then key, then value.
+    """Megatron's fused projection: per key/value head its query heads, then key, then value.
 
     Works on weights [rows, H] and biases [rows].
     """
@@ -75,14 +75,14 @@ class QueryKeyValue:
         return [part.flatten(0, 2) for part in parts]
 
     def join(self, theirs: Sequence[Tensor]) -> Tensor:
-        """The inverse."""
+        """Invert `split`."""
         parts = [part.unflatten(0, (self.groups, -1, self.head_dim)) for part in theirs]
         return torch.cat(parts, dim=1).flatten(0, 2)
 
 
 @dataclass(frozen=True)
 class GateUp:
-    """A gated FFN's first matrix: gate above up, and above linear where there are three parts."""
+    """First matrix of a gated FFN: rows of gate, up and, with three parts, linear."""
 
     parts: int = 2
 
@@ -91,13 +91,13 @@ class GateUp:
         return list(ours.chunk(self.parts))
 
     def join(self, theirs: Sequence[Tensor]) -> Tensor:
-        """The inverse."""
+        """Invert `split`."""
         return torch.cat(list(theirs))
 
 
 @dataclass(frozen=True)
 class PerExpert:
-    """A stack over experts, cut into experts and each of these by another transform."""
+    """Stack over experts, split into experts and each expert by another transform."""
 
     experts: int
     inner: Transform
@@ -107,21 +107,21 @@ class PerExpert:
         return [part for expert in ours for part in self.inner.split(expert)]
 
     def join(self, theirs: Sequence[Tensor]) -> Tensor:
-        """The inverse."""
+        """Invert `split`."""
         parts = len(theirs) // self.experts
         first = self.inner.join(theirs[:parts])
         ours = first.new_empty((self.experts, *first.shape))
-        for expert in range(self.experts):  # a list of all would need the memory twice
+        for expert in range(self.experts):  # torch.stack would need twice the memory
             ours[expert] = self.inner.join(theirs[expert * parts : (expert + 1) * parts])
         return ours
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One of our tensors and those of HuggingFace that hold its values."""
+    """Our tensor and the HuggingFace tensors with its values."""
 
     ours: str
     theirs: tuple[str, ...]
     transform: Transform = Whole()
     fp32: bool = False
-    """Stored in fp32 whatever the weights' type."""
+    """Stored in fp32 whatever the dtype of the weights."""

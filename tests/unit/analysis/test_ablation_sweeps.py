@@ -1,4 +1,4 @@
-"""Sweeps: files, what runs when, what counts as stable, the table."""
+"""Sweeps: files, scheduling of runs, stability, the table."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from moetron.common.errors import UserError
-from moetron.moe.analysis.ablation.execute import finished, prepare, run_side_by_side, slurm_script
+from moetron.moe.analysis.ablation.execute import finished, prepare, run_all, slurm_script
 from moetron.moe.analysis.ablation.outcome import is_stable
 from moetron.moe.analysis.ablation.sweep import Sweep, read
 from moetron.moe.analysis.ablation.table import TABLE, write
@@ -35,7 +35,7 @@ def write_sweep(folder: Path, variants: dict[str, Any], **head: Any) -> Path:
     "path", sorted((ROOT / "examples" / "ablations").glob("*.yaml")), ids=lambda path: path.stem
 )
 def test_shipped_sweeps(path: Path) -> None:
-    """Every variant's settings pass every check, and no two variants are the same."""
+    """Every variant passes all checks, and all variants differ."""
     sweep = read(path, MOCK)
     assert len(sweep.runs) >= 2 * 3
     first = [sweep.of(variant)[0] for variant in sweep.variants]
@@ -70,7 +70,7 @@ def test_all_problems_of_all_variants_at_once(tmp_path: Path) -> None:
     for expected in (
         "typo: unknown key `num_expert`",
         "too_many: --moe-router-topk 17",
-        "lost: upcycle: `nowhere` is no variant",
+        "lost: upcycle: `nowhere` is not a variant",
         "from_experts: --num-experts 16: the model to start from has experts",
         "share: upcycle: noise_fraction",
         "a b: a variant's name",
@@ -96,7 +96,7 @@ def test_seeds_must_be_numbers_each_once(tmp_path: Path, seeds: list[Any]) -> No
         ([8.0 - 0.05 * n for n in range(100)], True),
         ([4.0] * 50 + [float("nan")] * 50, False),
         ([4.0, float("inf")], False),
-        ([4.0, 9.0], True),  # too short to say
+        ([4.0, 9.0], True),  # too short to judge
     ],
 )
 def test_stability(losses: list[float], stable: bool) -> None:
@@ -107,12 +107,12 @@ FAKE = """
 import pathlib, sys, time
 folder, log = pathlib.Path(sys.argv[1]), sys.argv[2]
 steps, code, seconds = int(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5])
-def note(word):
+def log_line(word):
     with open(log, "a") as file:
         file.write(word + " " + folder.parent.name + "\\n")
-note("start")
+log_line("start")
 time.sleep(seconds)
-note("end")
+log_line("end")
 if code == 0:
     (folder / "latest").write_text(f"step_{steps:07d}\\n")
 sys.exit(code)
@@ -120,7 +120,7 @@ sys.exit(code)
 
 
 class Fakes:
-    """Commands that note when they start and end, and leave what a finished run leaves."""
+    """Commands that log their start and end and write the files of a finished run."""
 
     def __init__(self, sweep: Sweep, output: Path, seconds: float = 0.3) -> None:
         self.sweep, self.output, self.seconds = sweep, output, seconds
@@ -151,8 +151,8 @@ def never() -> bool:
     return False
 
 
-def test_side_by_side_in_order_and_never_twice(fakes: Fakes) -> None:
-    codes = run_side_by_side(fakes.sweep, fakes.output, 2, fakes, never)
+def test_runs_in_parallel_in_order_and_once(fakes: Fakes) -> None:
+    codes = run_all(fakes.sweep, fakes.output, 2, fakes, never)
     assert list(codes.values()) == [0] * 6
     lines = fakes.lines()
     running = peak = 0
@@ -162,13 +162,13 @@ def test_side_by_side_in_order_and_never_twice(fakes: Fakes) -> None:
     assert peak == 2
     assert lines.index("start up") > lines.index("end dense")
     assert all(finished(run, fakes.output) for run in fakes.sweep.runs)
-    assert run_side_by_side(fakes.sweep, fakes.output, 2, fakes, never) == {}
+    assert run_all(fakes.sweep, fakes.output, 2, fakes, never) == {}
     assert len(fakes.lines()) == len(lines)
 
 
-def test_a_failure_fails_what_starts_from_it_alone(fakes: Fakes) -> None:
+def test_a_failure_fails_only_runs_upcycled_from_it(fakes: Fakes) -> None:
     fakes.codes = {"dense": 3}
-    codes = run_side_by_side(fakes.sweep, fakes.output, 4, fakes, never)
+    codes = run_all(fakes.sweep, fakes.output, 4, fakes, never)
     assert {(run.variant, code) for run, code in codes.items()} == {
         ("dense", 3),
         ("other", 0),
@@ -178,7 +178,7 @@ def test_a_failure_fails_what_starts_from_it_alone(fakes: Fakes) -> None:
 
 def test_a_stop_reaches_the_runs_and_starts_no_others(fakes: Fakes) -> None:
     fakes.seconds = 60
-    codes = run_side_by_side(fakes.sweep, fakes.output, 2, fakes, lambda: bool(fakes.lines()))
+    codes = run_all(fakes.sweep, fakes.output, 2, fakes, lambda: bool(fakes.lines()))
     assert len(codes) == 2
     assert all(code != 0 for code in codes.values())
 
@@ -191,7 +191,7 @@ def test_other_settings_in_a_folder_are_refused(fakes: Fakes, tmp_path: Path) ->
 
 
 def test_the_slurm_script_submits_all_runs_in_two_arrays(fakes: Fakes, tmp_path: Path) -> None:
-    """With an sbatch that notes its arguments and runs what it wraps."""
+    """Uses an sbatch that logs its arguments and runs the wrapped command."""
     (tmp_path / "sbatch").write_text(
         '#!/bin/sh\nfor word; do last="$word"; done\necho "$@" >> "$LOG"\n'
         'SLURM_ARRAY_TASK_ID=3 sh -c "$last" >&2\necho "77;cluster"\n'
@@ -208,7 +208,7 @@ def test_the_slurm_script_submits_all_runs_in_two_arrays(fakes: Fakes, tmp_path:
     assert "--array 4-5 --dependency afterany:77 " in second
 
 
-def leave_run(folder: Path, losses: list[float], validation: float, speed: float) -> None:
+def write_run_files(folder: Path, losses: list[float], validation: float, speed: float) -> None:
     folder.mkdir(parents=True)
     rows = [
         {"step": n, "tokens": 10 * n, "lm_loss": loss, "tokens_per_s": speed}
@@ -226,11 +226,11 @@ def test_the_table(tmp_path: Path) -> None:
     sweep = read(path, {"training": {"train_iters": 100}, "model": {"hidden_size": 32}})
     output = tmp_path / "out"
     for seed, loss in ((1, 3.0), (2, 3.2)):
-        leave_run(output / f"base/seed_{seed}", [4.0] * 100, loss, 1000 * seed)
-    leave_run(output / "dense/seed_1", [4.0] * 100, 3.5, 3000)
-    leave_run(output / "dense/seed_2", [4.0] * 60 + [float("nan")] * 40, float("nan"), 3000)
-    (output / "dense/seed_2/latest").write_text("step_0000070\n")  # cut after it diverged
-    leave_run(output / "half_run/seed_1", [4.0] * 50 + [6.0] * 50, 6.0, 500)
+        write_run_files(output / f"base/seed_{seed}", [4.0] * 100, loss, 1000 * seed)
+    write_run_files(output / "dense/seed_1", [4.0] * 100, 3.5, 3000)
+    write_run_files(output / "dense/seed_2", [4.0] * 60 + [float("nan")] * 40, float("nan"), 3000)
+    (output / "dense/seed_2/latest").write_text("step_0000070\n")  # stopped after it diverged
+    write_run_files(output / "half_run/seed_1", [4.0] * 50 + [6.0] * 50, 6.0, 500)
     text = write(sweep, output)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     assert rows[0][4:6] == ["validation loss", "against base"]

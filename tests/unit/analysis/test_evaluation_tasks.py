@@ -1,4 +1,4 @@
-"""Requests of lm-evaluation-harness, answered by a model that counts on."""
+"""Requests of lm-evaluation-harness, answered by a model that predicts the next byte value."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +12,8 @@ from moetron.moe.analysis.lm_eval_model import HarnessModel
 from moetron.tokenizers.byte_level import ByteTokenizer
 
 
-class CountsOn(torch.nn.Module):
-    """After byte n it is all but sure of byte n + 1."""
+class NextByte(torch.nn.Module):
+    """Model that predicts byte n + 1 after byte n."""
 
     max_sequence_length = 16
     bidirectional_prefix = False
@@ -31,13 +31,13 @@ def _requests(*arguments: Any) -> list[SimpleNamespace]:
 
 
 def test_answers() -> None:
-    model = HarnessModel(CountsOn(), ByteTokenizer(), batch_size=2)
+    model = HarnessModel(NextByte(), ByteTokenizer(), batch_size=2)
     right, wrong = model.loglikelihood(_requests(("ab", "cd"), ("ab", "dc")), disable_tqdm=True)
     assert right == (pytest.approx(0, abs=1e-5), True)
     assert wrong == (pytest.approx(-40, abs=1e-4), False)
     long = "".join(chr(33 + number) for number in range(40))  # three windows
     (total,) = model.loglikelihood_rolling(_requests((long,)))
-    assert total == pytest.approx(-20, abs=1e-4)  # the first byte alone is a surprise
+    assert total == pytest.approx(-20, abs=1e-4)  # only the first byte is improbable
     texts = model.generate_until(
         _requests(("ab", {"until": ["f"]}), ("0", {"max_gen_toks": 3, "until": []}))
     )

@@ -1,4 +1,4 @@
-"""The report page: what it says of made-up runs, and that a browser draws all of it."""
+"""Report page: its text for synthetic runs, and rendering in a browser."""
 
 import json
 import re
@@ -26,13 +26,13 @@ ROOT = Path(__file__).parents[3]
 STEPS = 200
 
 
-def metrics(drop: float | None = None, leap_at: int | None = None) -> list[dict[str, Any]]:
+def metrics(drop: float | None = None, spike_at: int | None = None) -> list[dict[str, Any]]:
     rows = []
     for step in range(1, STEPS + 1):
         row: dict[str, Any] = {
             "step": step,
             "tokens": 100 * step,
-            "lm_loss": 8.0 - step / 100 + (2.0 if step == leap_at else 0.01 * (step % 2)),
+            "lm_loss": 8.0 - step / 100 + (2.0 if step == spike_at else 0.01 * (step % 2)),
             "expert_load": {"layer_0": 1.5, "layer_1": 5.0 - step / 100},
             "grad_norm": 1.0,
             "lr": 1e-3,
@@ -51,8 +51,8 @@ def metrics(drop: float | None = None, leap_at: int | None = None) -> list[dict[
     return rows
 
 
-def begun() -> dict[str, Any]:
-    """A line of starts.jsonl."""
+def start_row() -> dict[str, Any]:
+    """Return a line of starts.jsonl."""
     layout = {"world_size": 4, "hosts": 2, "TP": 2, "PP": 1, "CP": 1, "DP": 2, "EP": 2, "ETP": 1}
     return {
         "step": 0,
@@ -73,7 +73,7 @@ def begun() -> dict[str, Any]:
 
 
 def analysis() -> dict[str, Any]:
-    """Two layers, four experts; code goes to expert 2 of layer 1; half the drops lie at the end."""
+    """Return an analysis of 2 layers and 4 experts; code uses expert 2 of layer 1."""
     shares = np.full((2, 2, 4), 0.5)
     shares[1, 0] = [0.4, 0.4, 0.95, 0.25]
     shares[1, 1] = [0.6, 0.6, 0.05, 0.75]
@@ -122,12 +122,12 @@ def run(**kind: Any) -> Run:
     return Run("tiny", metrics(**kind), [], {}, [100, 200], analysis())
 
 
-def test_a_sound_run_is_called_sound_and_a_leap_is_found() -> None:
+def test_a_healthy_run_is_graded_good_and_a_spike_is_found() -> None:
     grades = {answer.question: answer.grade for answer in answers.health(run())}
     assert grades["Is the loss falling?"] == "good"
     assert grades["Does it spike?"] == "good"
     assert grades["Are experts balanced?"] == "watch"  # layer 1 ends at about 3.1
-    assert answers.spikes(run(leap_at=120)) == [120]
+    assert answers.spikes(run(spike_at=120)) == [120]
 
 
 @pytest.mark.parametrize(("drop", "grade"), [(0.001, "good"), (0.05, "watch"), (0.3, "bad")])
@@ -138,7 +138,7 @@ def test_drops_are_graded(drop: float, grade: str) -> None:
 def test_routing_answers_name_experts_steps_and_places() -> None:
     text = {answer.question: answer.text for answer in answers.routing(run())}
     assert text["When did routing freeze?"] == (
-        "75 % of the final experts are chosen at step 100 already; 80 % at step 150 of 200"
+        "75 % of the final experts are already chosen at step 100; 80 % at step 150 of 200"
     )
     specialist = text["Which experts specialise in code?"]
     assert specialist.startswith("expert 2 in layer 1 (95 % of its tokens, 5 % elsewhere)")
@@ -147,8 +147,8 @@ def test_routing_answers_name_experts_steps_and_places() -> None:
     )
 
 
-def test_texts_of_one_family_are_asked_about_together() -> None:
-    """Half of code's two texts goes to expert 2 of layer 1 less often than the other half."""
+def test_texts_of_one_group_are_answered_together() -> None:
+    """One of the two code texts uses expert 2 of layer 1 less often."""
     found = analysis()
     found["domains"] = ["code.c", "code.python", "prose.books"]
     shares = np.array(found["domain_specialization"]["k"])  # [L, code and prose, E]
@@ -163,7 +163,7 @@ def test_texts_of_one_family_are_asked_about_together() -> None:
     assert "Which experts specialise in prose?" in text and len(text) == 4
 
 
-def test_stages_become_bands_up_to_where_the_run_is() -> None:
+def test_stages_become_bands_up_to_the_end_of_the_run() -> None:
     stages = [{"objective": "ul2", "until_tokens": 5_000}, {"objective": "causal"}]
     staged = Run("tiny", metrics(), [], {"data": {"stages": stages}}, [], None)
     found = [(stage.first_token, stage.last_token, stage.objective) for stage in staged.stages]
@@ -215,17 +215,17 @@ def write_run(folder: Path, **kind: Any) -> Run:
     lines = [json.dumps(row) for row in metrics(**kind)]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "analysis" / "analysis.json").write_text(json.dumps(analysis()))
-    (folder / "starts.jsonl").write_text(json.dumps(begun()) + "\n")
+    (folder / "starts.jsonl").write_text(json.dumps(start_row()) + "\n")
     return read(folder)
 
 
 def own_text(page: Path) -> str:
-    """The page without the plotting library."""
+    """Return the page without the plotting library."""
     text = page.read_text(encoding="utf-8")
     return re.sub(r"<script>.*?</script>", "", text, count=1, flags=re.DOTALL)
 
 
-def test_the_page_stands_alone_and_escapes_what_it_shows(tmp_path: Path) -> None:
+def test_the_page_is_self_contained_and_escaped(tmp_path: Path) -> None:
     hostile = [write_run(tmp_path / name, drop=0.1) for name in ("<script>alert(1)", "<b>b")]
     assert hostile[0].analysis is not None
     hostile[0].analysis["domains"] = ["</script><i>code", "prose"]
@@ -237,14 +237,14 @@ def test_the_page_stands_alone_and_escapes_what_it_shows(tmp_path: Path) -> None
         assert tag not in own and tag.replace("<", "\\u003c").replace(">", "\\u003e") not in own
 
 
-def test_the_head_of_the_page_says_what_ran_where_and_how_well(tmp_path: Path) -> None:
+def test_the_head_of_the_page_shows_metrics_setup_and_hardware(tmp_path: Path) -> None:
     one = write_run(tmp_path / "a")
     figures = overview.glance(one)
     assert next(iter(figures)) == "validation loss"
-    assert figures["parameters"] == ("6.92 B", "1.28 B active a token")
+    assert figures["parameters"] == ("6.92 B", "1.28 B active per token")
     assert figures["MFU"] == (
         "40 %",
-        "of 989 TFLOP/s a rank, datasheet, dense bf16; mean of the last tenth",
+        "of 989 TFLOP/s per rank, datasheet, dense bf16; mean of the last tenth",
     )
     assert figures["peak memory"] == ("3.00 GiB", "GPU memory of the largest rank")
     rows = overview.setup(one)
@@ -253,7 +253,7 @@ def test_the_head_of_the_page_says_what_ran_where_and_how_well(tmp_path: Path) -
     )
     assert rows["hardware"] == "NVIDIA H100 80GB HBM3"
     assert rows["layers"] == "Transformer Engine implementation, bf16 with fp32 main parameters"
-    assert rows["data"] == "1 source; epochs in the whole run: <b>web</b> 0.25"
+    assert rows["data"] == "1 source; epochs in the full run: <b>web</b> 0.25"
     for runs in ([one], [one, run()]):  # the other has no starts.jsonl
         write_page(runs, tmp_path / "r.html")
         own = own_text(tmp_path / "r.html")
@@ -263,7 +263,7 @@ def test_the_head_of_the_page_says_what_ran_where_and_how_well(tmp_path: Path) -
 
 
 def test_checkpoints_are_one_event() -> None:
-    long = Run("tiny", metrics(), [], {}, list(range(1, 1001)), None, [begun()])
+    long = Run("tiny", metrics(), [], {}, list(range(1, 1001)), None, [start_row()])
     assert overview.events(long) == [
         (0, "started: 4 ranks on 2 hosts: TP 2, PP 1, CP 1, DP 2, EP 2, ETP 1"),
         (1000, "latest of 1,000 checkpoints kept: 1, 2, 3, ..., 998, 999, 1000"),
@@ -276,8 +276,8 @@ def test_every_chart_names_its_axes_and_no_scale_runs_below_zero() -> None:
         row |= {"aux_loss": 1.0, "z_loss": 2.0, "source_tokens": {"a": 1, "b": 3}}
         row["dropped_by_position"] = {"layer_1": [0.0, 0.2]}
     validation = [{"step": 9, "tokens": 9, "validation_loss": 1.0, "source_losses": {"a": 1.0}}]
-    whole = Run("tiny", rows, validation, {}, [100], analysis(), [begun()])
-    charts = [*over_tokens([whole]), *stages.of_stages([whole]), *of_routing(analysis())]
+    full = Run("tiny", rows, validation, {}, [100], analysis(), [start_row()])
+    charts = [*over_tokens([full]), *stages.of_stages([full]), *of_routing(analysis())]
     assert len(charts) > 20
     for chart in charts:
         title, layout = chart.layout.title.text, chart.layout
@@ -340,7 +340,7 @@ def test_chromium_draws_every_chart_without_an_error(tmp_path: Path) -> None:
 
 
 def test_the_quick_start_keeps_the_checkpoints_of_its_saturation_curve() -> None:
-    """README and docs/analysis.md show it, and the command that draws it."""
+    """README and docs/analysis.md show the curve and its command."""
     recipe = yaml.safe_load((ROOT / "examples" / "quickstart" / "pretrain.yaml").read_text())
     kept = recipe["checkpoint"].get("keep_last")
     assert kept is None or kept * recipe["checkpoint"]["save_interval"] >= 700

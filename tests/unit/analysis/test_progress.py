@@ -1,4 +1,4 @@
-"""How far an analysis is, where no terminal watches, and of which of a run's checkpoints."""
+"""Progress lines without a terminal, and the checkpoint that they name."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from moetron.moe.analysis.progress import shown
 from moetron.moe.analysis.routing_trace import Windows
 
 
-def test_a_log_gets_lines_now_and_then_and_at_the_end(
+def test_lines_are_printed_at_intervals_and_at_the_end(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter(range(0, 100, 4))

@@ -1,4 +1,4 @@
-"""Analyses against slow references on random choices, and on routings with known answers."""
+"""Analyses against slow references on random choices, and on routing with known results."""
 
 import itertools
 from collections import Counter
@@ -26,7 +26,7 @@ LAYERS, TOKENS, K, EXPERTS, CLASSES = 2, 60, 3, 8, 4
 def random_choices(
     seed: int, tokens: int = TOKENS, experts: int = EXPERTS, topk: int = K
 ) -> np.ndarray:
-    """Ranked choices int16 [L, T, K] without repetition."""
+    """Return ranked choices int16 [L, T, K] without repetition."""
     scores = np.random.default_rng(seed).random((LAYERS, tokens, experts))
     return np.argsort(scores, axis=2)[:, :, :topk].astype(np.int16)
 
@@ -36,7 +36,7 @@ def routed(ranked_LTK: np.ndarray, kept_LTE: np.ndarray | None = None) -> Routed
     return Routed(ranked_LTK, kept, np.zeros(ranked_LTK.shape[1], dtype=np.int64))
 
 
-def test_a_map_leaves_out_what_was_not_chosen() -> None:
+def test_padding_is_not_in_the_map() -> None:
     ranked = np.array([[[2, 0], [1, -1]]], dtype=np.int16)
     expected = [[[True, False, True], [False, True, False]]]
     assert chosen(ranked, 3).tolist() == expected
@@ -59,7 +59,7 @@ def test_saturation_of_identical_routing_is_one_and_of_chance_topk_over_experts(
     np.testing.assert_allclose(many, K / EXPERTS, atol=0.01)
 
 
-def test_chance_for_olmoes_64_experts_of_which_a_token_takes_8() -> None:
+def test_chance_for_olmoes_64_experts_with_top_8() -> None:
     one, two = (random_choices(seed, 20_000, experts=64, topk=8) for seed in (9, 10))
     np.testing.assert_allclose(saturation(one, two, 64, 1), 0.0156, atol=0.003)
     np.testing.assert_allclose(saturation(one, two, 64, 8), 0.125, atol=0.003)
@@ -126,7 +126,7 @@ def test_a_router_of_token_ids_is_fully_specialised() -> None:
 def test_rare_ids_are_left_out() -> None:
     ids = np.array([0] * 10 + [1] * 9)
     ranked = np.zeros((LAYERS, 19, 1), dtype=np.int16)
-    ranked[:, :5] = 1  # id 0 is split evenly, id 1 goes to one expert
+    ranked[:, :5] = 1  # id 0 is split evenly, id 1 uses one expert
     counts = ClassCounts(LAYERS, 2, EXPERTS, top=1)
     counts.add(ids, routed(ranked))
     assert vocabulary_specialization(counts, min_tokens=10).tolist() == [0.5, 0.5]
@@ -135,7 +135,7 @@ def test_rare_ids_are_left_out() -> None:
 def test_drops_are_counted_by_position() -> None:
     ranked = random_choices(9, tokens=24)  # three windows of 8
     kept = chosen(ranked, EXPERTS)
-    kept[:, 7::8] = False  # the last position of each window loses all
+    kept[:, 7::8] = False  # all choices at the last position are dropped
     drops = Drops(LAYERS, seq_length=8)
     drops.add(routed(ranked, kept))
     assert drops.fractions(buckets=4)[0].tolist() == [0.0, 0.0, 0.0, 0.5]
@@ -148,7 +148,7 @@ def test_similarity_of_copies_is_one_and_of_opposites_minus_one() -> None:
 
 
 def test_entropy_of_token_classes() -> None:
-    """Numbers go to one expert, words to two evenly; one token begins as a number and is none."""
+    """Numbers use one expert, words two evenly; "12th" is neither."""
     show = ["7", " 12", "cat", "Dog", "12th"].__getitem__
     by_id = ClassCounts(LAYERS, 5, EXPERTS, top=1)
     ids = np.array([0, 1, 1, 2, 2, 3, 3, 4])
@@ -165,6 +165,6 @@ def test_entropy_of_token_classes() -> None:
 
 
 @pytest.mark.parametrize("wrong", ["digits", "=x", "digits=["])
-def test_token_classes_that_say_nothing_are_refused(wrong: str) -> None:
+def test_invalid_token_classes_are_refused(wrong: str) -> None:
     with pytest.raises(UserError, match="--token-class"):
         token_classes([wrong])

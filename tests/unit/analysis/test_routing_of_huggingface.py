@@ -1,4 +1,4 @@
-"""Watching a HuggingFace model: what is reported is what its routers chose."""
+"""Routing of a HuggingFace model: reported choices are those of its routers."""
 
 from pathlib import Path
 
@@ -47,5 +47,5 @@ def test_a_dense_model_is_refused(tmp_path: Path) -> None:
         num_attention_heads=2,
     )
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="does not show the logits of its routers"):
+    with pytest.raises(UserError, match="does not return router logits"):
         HuggingFaceModel(tmp_path)

@@ -1,4 +1,4 @@
-"""Tiny models of transformers, one a family, with weights that show every mistake."""
+"""Tiny transformers models, one per family, with random weights that expose every error."""
 
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,7 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
 
 
 def build(model_type: str, **changes: Any) -> transformers.PreTrainedModel:
-    """A random model: weights of 0.1, and norms and biases away from their usual 1 and 0."""
+    """Return a random model: weights of 0.1, norms and biases away from 1 and 0."""
     config = transformers.AutoConfig.for_model(
         model_type, **{**SIZES, **OF_FAMILY[model_type], **changes}
     )
@@ -133,14 +133,14 @@ def build(model_type: str, **changes: Any) -> transformers.PreTrainedModel:
 
 
 def saved(folder: Path, model_type: str, **changes: Any) -> transformers.PreTrainedModel:
-    """The same, written by transformers itself."""
+    """Return the same model, saved by transformers."""
     model = build(model_type, **changes)
     model.save_pretrained(folder)
     return model
 
 
 def loaded(folder: Path) -> transformers.PreTrainedModel:
-    """What transformers makes of a folder."""
+    """Load a folder with transformers."""
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
         folder, output_loading_info=True
     )

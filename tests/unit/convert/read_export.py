@@ -1,4 +1,4 @@
-"""What a user of transformers does with exported folders; imports nothing of ours.
+"""Program that reads exported folders with transformers alone, as a user would.
 
 ``python read_export.py TOKENS OUT FOLDER...`` saves ``{folder: logits}`` in float32, and fails
 where a folder does not load, or loads with tensors missing, unexpected or of another type.

@@ -1,4 +1,4 @@
-"""Checkpoints written and read one tensor at a time."""
+"""Writing and reading checkpoints one tensor at a time."""
 
 import weakref
 from pathlib import Path
@@ -10,8 +10,8 @@ from moetron.moe.convert.checkpoint_tensors import CheckpointTensors, write_tens
 SHAPES = {f"decoder.layers.{layer}.weight": torch.empty(3, 2, device="meta") for layer in range(6)}
 
 
-def test_what_is_written_is_read_and_not_kept(tmp_path: Path) -> None:
-    """When a tensor is made, no more than the one before it is still there."""
+def test_tensors_round_trip_and_are_freed(tmp_path: Path) -> None:
+    """When a tensor is produced, at most the previous one is still in memory."""
     made: dict[str, weakref.ref[torch.Tensor]] = {}
     alive = []
 

@@ -1,4 +1,4 @@
-"""What fits into a family of HuggingFace's, and what is refused by name."""
+"""Matching of models to HuggingFace families, and refusals that name the setting."""
 
 from typing import Any
 
@@ -58,7 +58,7 @@ def test_the_family_is_found(model_type: str, model: dict[str, Any], moe: dict[s
     assert family_of(found).model_type == model_type
 
 
-def test_what_only_training_shows_makes_no_difference() -> None:
+def test_training_only_settings_are_ignored() -> None:
     changed = {
         "moe_input_jitter_eps": 0.01,
         "moe_expert_capacity_factor": 1.25,
@@ -91,7 +91,7 @@ def test_what_only_training_shows_makes_no_difference() -> None:
         ("moe", {"moe_router_topk_scaling_factor": 2.0}, "--moe-router-topk-scaling-factor 2.0"),
     ],
 )
-def test_what_has_no_place_is_refused_by_name(
+def test_unsupported_settings_are_refused_by_name(
     group: str, changes: dict[str, Any], flag: str
 ) -> None:
     problems = FAMILIES["olmoe"].problems(values(OLMOE, **{group: changes}))
@@ -99,12 +99,12 @@ def test_what_has_no_place_is_refused_by_name(
     assert any(problem.startswith(flag) for problem in problems), problems
 
 
-def test_a_model_of_no_family_is_told_the_closest() -> None:
+def test_a_model_of_no_family_gets_the_closest() -> None:
     with pytest.raises(UserError, match=r"olmoe differs in\n  - --rotary-percent 0.5: olmoe has 1"):
         family_of(values(OLMOE, model={"rotary_percent": 0.5}))
 
 
-def test_experts_and_none_are_different_families() -> None:
+def test_dense_and_sparse_models_are_different_families() -> None:
     assert FAMILIES["olmoe"].problems(values({"model": OLMOE["model"]})) == [
         "--num-experts None: olmoe is a mixture of experts"
     ]
@@ -153,7 +153,7 @@ def test_no_width_is_null_where_all_layers_have_experts(family: str) -> None:
     assert config["intermediate_size"] == 8
 
 
-def test_heads_that_do_not_divide_the_width_are_refused_where_transformers_5_does() -> None:
+def test_widths_not_divisible_by_heads_are_refused_as_by_transformers_5() -> None:
     odd = {"model": {**SIZES, "hidden_size": 18, "kv_channels": 4}}
     with pytest.raises(UserError, match="--hidden-size 18: llama has a multiple of its 4 heads"):
         family_of(values(odd))

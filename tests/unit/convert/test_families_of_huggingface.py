@@ -1,4 +1,4 @@
-"""Folders of transformers become checkpoints and come back, with the same logits on the way."""
+"""Import and export of transformers folders with equal logits and weights."""
 
 import json
 from collections.abc import Iterator
@@ -40,7 +40,7 @@ def our_model(run: Path) -> Iterator[GPTModel]:
 
 
 def sequences() -> torch.Tensor:
-    """1,000 of them, [1000, LENGTH]: half random, half the bytes of this repository's texts."""
+    """Return tokens [1000, LENGTH]: half random, half bytes of this repository's texts."""
     generator = torch.Generator().manual_seed(3)
     random = torch.randint(VOCABULARY, (500, LENGTH), generator=generator)
     texts = sorted(Path(__file__).resolve().parents[3].glob("*.md"))
@@ -62,7 +62,7 @@ def export(run: Path, output: Path, **options: Any) -> None:
 
 
 @pytest.mark.parametrize("model_type", hf_models.OF_FAMILY)
-def test_import_computes_the_same_and_comes_back(tmp_path: Path, model_type: str) -> None:
+def test_import_computes_the_same_and_round_trips(tmp_path: Path, model_type: str) -> None:
     theirs = hf_models.saved(tmp_path / "hf", model_type)
     family, _ = from_hf(tmp_path / "hf", tmp_path / "run", None, None)
     assert family.model_type == model_type
@@ -82,15 +82,15 @@ def test_import_computes_the_same_and_comes_back(tmp_path: Path, model_type: str
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "back"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    # The weights are equal to the bit; a batch of another size need not add in the same order.
+    # Weights are bit-identical; another batch size may sum in another order.
     with torch.no_grad():
         again = hf_models.loaded(tmp_path / "back")(tokens[:50]).logits
     assert (again - expected[:50]).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("model_type", hf_models.OF_FAMILY)
-def test_generation_with_a_cache_is_generation_without(model_type: str) -> None:
-    """Also for the model class of our own, whichever name transformers gives the cache."""
+def test_generation_is_the_same_with_and_without_cache(model_type: str) -> None:
+    """Also for our own model class, whichever name transformers gives the cache."""
     model = hf_models.build(model_type)
     prompt = torch.arange(3, 13)[None]
     cached, plain = (
@@ -101,7 +101,7 @@ def test_generation_with_a_cache_is_generation_without(model_type: str) -> None:
     assert torch.equal(cached, plain)
 
 
-def test_modules_that_predict_further_ahead_stay_behind(
+def test_multi_token_prediction_is_not_exported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     chosen = checkpoint_runs.settings(
@@ -113,9 +113,9 @@ def test_modules_that_predict_further_ahead_stay_behind(
     with checkpoint_runs.parallel_of(chosen):
         checkpoint_runs.start(chosen).run(lambda: False)
     to_hf(tmp_path / "run", tmp_path / "hf", Export(), checkpoint_runs.VOCABULARY, NO_IDS, {})
-    for said in (caplog.text, (tmp_path / "hf" / "README.md").read_text()):
-        assert "multi-token prediction stay behind (1, in " in said
-        assert "bidirectional" not in said and "capacity" not in said
+    for text in (caplog.text, (tmp_path / "hf" / "README.md").read_text()):
+        assert "Multi-token prediction modules are not exported (1, in " in text
+        assert "bidirectional" not in text and "capacity" not in text
     tokens = sequences()[:10] % checkpoint_runs.VOCABULARY
     with our_model(tmp_path / "run") as model, torch.no_grad():
         positions = torch.arange(LENGTH)[None].expand_as(tokens)
@@ -123,7 +123,7 @@ def test_modules_that_predict_further_ahead_stay_behind(
         assert (hf_models.loaded(tmp_path / "hf")(tokens).logits - ours).abs().max() <= 1e-5
 
 
-def test_what_training_did_otherwise_is_refused_or_written_down(
+def test_differences_from_training_are_refused_or_documented(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     chosen = checkpoint_runs.settings(
@@ -140,15 +140,15 @@ def test_what_training_did_otherwise_is_refused_or_written_down(
         to_hf(tmp_path / "run", tmp_path / "hf", Export(), *arguments)
     assert not (tmp_path / "hf").exists()
     to_hf(tmp_path / "run", tmp_path / "hf", Export(as_causal=True), *arguments)
-    for said in (caplog.text, (tmp_path / "hf" / "README.md").read_text()):
-        assert "Trained with --bidirectional-prefix" in said
-        assert "--moe-expert-capacity-factor 1.25 (in evaluation 2)" in said
-        assert "multi-token" not in said
+    for text in (caplog.text, (tmp_path / "hf" / "README.md").read_text()):
+        assert "Trained with --bidirectional-prefix" in text
+        assert "--moe-expert-capacity-factor 1.25 (in evaluation 2)" in text
+        assert "ulti-token" not in text
     assert "after step 1 (64 tokens)" in (tmp_path / "hf" / "README.md").read_text()
 
 
-def test_a_vocabulary_that_the_checkpoint_has_not_is_not_exported(tmp_path: Path) -> None:
-    """One row too few would be cut off, and one too many be missing, without a word."""
+def test_a_wrong_vocabulary_size_is_refused(tmp_path: Path) -> None:
+    """Otherwise a row would be lost or missing silently."""
     hf_models.saved(tmp_path / "hf", "olmoe")
     from_hf(tmp_path / "hf", tmp_path / "run", None, None)
     for ids in (VOCABULARY - 1, VOCABULARY + 1):
@@ -158,7 +158,7 @@ def test_a_vocabulary_that_the_checkpoint_has_not_is_not_exported(tmp_path: Path
     assert not (tmp_path / "back" / "README.md").exists(), "nothing differs"
 
 
-def test_deepseeks_layers_behind_the_last_are_left_out_where_its_key_says_so(
+def test_deepseeks_prediction_layers_are_left_out_as_its_key_says(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "hf"
@@ -180,7 +180,7 @@ def test_deepseeks_layers_behind_the_last_are_left_out_where_its_key_says_so(
     assert "left out: model.layers.3." in caplog.text
 
 
-def test_a_tokenizer_that_reads_otherwise_in_the_folder_stays_out(
+def test_a_tokenizer_that_encodes_differently_is_not_exported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     hf_models.saved(tmp_path / "hf", "olmoe")

@@ -43,7 +43,7 @@ NEUTRAL: dict[str, dict[str, Any]] = {
     "precision": {"bf16": False},
     "data": {"mock_data": True},
 }
-"""What lets two readers compute the same, beside a capacity that drops no token."""
+"""Settings under which both readers compute the same, besides unlimited capacity."""
 YARN = {"rope_type": "yarn", "rotary_scaling_factor": 8.0, "original_max_position_embeddings": 64}
 CHANGED: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "yarn": ("deepseek_v2_lite", {"attention": YARN}),
@@ -52,7 +52,7 @@ CHANGED: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "deepseek_without_dense_layers": ("deepseek_v2_lite", {"moe": {"moe_layer_freq": 1}}),
     "bf16": ("olmoe_1b_7b", {"precision": {"bf16": True}}),
 }
-"""Further instances of what one of the readers could drop or refuse."""
+"""Further cases that a reader could ignore or refuse."""
 
 
 def settings_of(recipe: str, changes: Mapping[str, Mapping[str, Any]]) -> Settings:
@@ -68,7 +68,7 @@ def settings_of(recipe: str, changes: Mapping[str, Mapping[str, Any]]) -> Settin
 
 
 def recipes() -> list[str]:
-    """Recipes that have a counterpart in transformers."""
+    """Return the recipes that have a counterpart in transformers."""
     names = sorted(path.parent.name for path in (ROOT / "examples").glob("*/tiny.yaml"))
     found = []
     for name in names:
@@ -82,12 +82,12 @@ def recipes() -> list[str]:
 
 RECIPES = recipes()
 MSCALE_IGNORED = {"imported deepseek_v2"}
-"""transformers 4 leaves YaRN's ``mscale_all_dim`` out of DeepSeek-V2's attention scale."""
+"""transformers 4 omits YaRN's ``mscale_all_dim`` from DeepSeek-V2's attention scale."""
 CASES = [*RECIPES, *CHANGED, *(f"imported {family}" for family in hf_models.OF_FAMILY)]
 
 
 def perturbed(model: torch.nn.Module) -> None:
-    """Move every weight, so that none is a norm's 1 or a bias's 0."""
+    """Change every weight, so that no norm is 1 and no bias 0."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -100,7 +100,7 @@ def runtime() -> Runtime:
 
 
 def write_run(case: str, folder: Path) -> None:
-    """A checkpoint of the case's model with random weights."""
+    """Write a checkpoint of the case's model with random weights."""
     if case.startswith("imported "):
         hf_models.saved(folder / "source", case.removeprefix("imported "))
         from_hf(folder / "source", folder / "run", None, None)
@@ -133,7 +133,7 @@ def tokens() -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def exports(tokens: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """For each case its exported folder and our logits."""
+    """Return the exported folder and our logits for each case."""
     found: dict[str, Any] = {}
     for case in CASES:
         folder = tmp_path_factory.mktemp("case")
@@ -146,7 +146,7 @@ def exports(tokens: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> d
 def read(
     exports: Mapping[str, Any], tokens: torch.Tensor, folder: Path, packages: Path | None
 ) -> dict[str, Any]:
-    """What a version of transformers computes from all exports."""
+    """Return the logits of a transformers version for all exports."""
     torch.save(tokens, folder / "tokens.pt")
     paths = [str(packages)] if packages else []
     environment = {
@@ -197,7 +197,7 @@ def test_logits_are_ours(
     folder, expected = exports[case]
     assert expected.std() > 0.05
     differences = (found["logits"][str(folder)][..., :VOCABULARY] - expected).abs()
-    if case == "bf16":  # rounding alone may choose another expert for a token
+    if case == "bf16":  # rounding may change the chosen experts of a token
         assert differences.mean() <= 0.02
     else:
         assert differences.max() <= 2e-5

@@ -1,4 +1,4 @@
-"""Rotary embeddings as keys that both transformers 4 and 5 read, there and back."""
+"""Rotary keys for transformers 4 and 5, in both directions."""
 
 from typing import Any
 
@@ -36,9 +36,7 @@ def test_both_readers_find_a_scaling() -> None:
 
 
 @pytest.mark.parametrize(("mscale", "all_dim"), GROWTHS)
-def test_growths_are_what_transformers_computes_and_come_back(
-    mscale: float, all_dim: float
-) -> None:
+def test_factors_match_transformers_and_round_trip(mscale: float, all_dim: float) -> None:
     transformers = pytest.importorskip("transformers")
     ours = {**YARN, "attention.mscale": mscale, "attention.mscale_all_dim": all_dim}
     config = ROPE.to_hf(ours)
@@ -59,12 +57,12 @@ def test_growths_are_what_transformers_computes_and_come_back(
         ({"mscale": None, "mscale_all_dim": 0.7}, "mscale"),
     ],
 )
-def test_what_our_modules_do_not_compute_is_refused(changes: dict[str, Any], key: str) -> None:
+def test_unsupported_scalings_are_refused(changes: dict[str, Any], key: str) -> None:
     scaled = {**ROPE.to_hf(YARN)["rope_parameters"], **changes}
     with pytest.raises(UserError, match=f"with this {key} is not supported"):
         ROPE.from_hf({"rope_parameters": scaled})
 
 
-def test_a_growth_that_transformers_ignores_is_ignored() -> None:
+def test_a_factor_that_transformers_ignores_is_ignored() -> None:
     scaled = {**ROPE.to_hf(YARN)["rope_parameters"], "mscale": 0.5}
     assert ROPE.from_hf({"rope_parameters": scaled})["attention.mscale"] == 1.0

@@ -27,7 +27,7 @@ def test_the_library_reads_one_file(tmp_path: Path) -> None:
 
 
 def test_shards_are_full_and_indexed(tmp_path: Path) -> None:
-    """24, 8, 32 and 10 bytes into files of 40."""
+    """Tensors of 24, 8, 32 and 10 bytes in files of at most 40."""
     files = shards(TENSORS, 40)
     assert [list(file) for file in files] == [["a", "b"], ["c"], ["d"]]
     write_folder(tmp_path, files, iter(TENSORS.items()))
@@ -42,13 +42,13 @@ def test_shards_are_full_and_indexed(tmp_path: Path) -> None:
     assert torch.equal(folder.read("d"), TENSORS["d"])
 
 
-def test_a_tensor_larger_than_a_file_stands_alone() -> None:
+def test_a_tensor_larger_than_a_file_gets_its_own() -> None:
     assert [list(file) for file in shards(TENSORS, 1)] == [["a"], ["b"], ["c"], ["d"]]
 
 
-def test_what_is_missing_is_named(tmp_path: Path) -> None:
+def test_missing_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(UserError, match=r"as pickles .* are not read"):
+    with pytest.raises(UserError, match=r"pickled weights .* are not supported"):
         TensorFolder(tmp_path)
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "../other.safetensors"}}))
     with pytest.raises(UserError, match=r"other.safetensors is missing"):

@@ -13,15 +13,15 @@ from moetron.moe.convert.families.tensor_rules import (
 )
 
 
-def test_fused_projection_comes_apart_by_group() -> None:
-    """Two groups of two query heads, one channel a head: q q k v, q q k v."""
+def test_fused_projection_is_split_by_group() -> None:
+    """Two groups of two query heads, one channel per head: q q k v, q q k v."""
     fused = torch.tensor([10, 11, 20, 30, 12, 13, 21, 31])
     query, key, value = QueryKeyValue(heads=4, groups=2, head_dim=1).split(fused)
     assert query.tolist() == [10, 11, 12, 13]
     assert (key.tolist(), value.tolist()) == ([20, 21], [30, 31])
 
 
-def test_experts_come_one_after_the_other_gate_before_up() -> None:
+def test_experts_are_in_order_and_gate_precedes_up() -> None:
     stack = torch.tensor([[[1], [2]], [[3], [4]]])  # [experts, 2F, H] = [2, 2, 1]
     parts = PerExpert(2, GateUp()).split(stack)
     assert [part.item() for part in parts] == [1, 2, 3, 4]

@@ -1,4 +1,4 @@
-"""Dense models become mixtures that first compute the same."""
+"""Upcycled mixtures that initially compute the dense model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,7 +47,7 @@ def dense_settings(steps: int, ffn_type: str = "swiglu", **checkpoint: Any) -> S
 
 
 def first_steps(chosen: Settings, moe: dict[str, Any], load: Path, save: Path) -> list[float]:
-    """Losses of the steps from the weights at ``load``."""
+    """Return the losses of training from the weights at ``load``."""
     checkpoint = {"load": str(load), "save": str(save), "finetune": True}
     tree = chosen.model_dump(mode="json") | {"checkpoint": checkpoint, "moe": moe}
     run(Settings.model_validate(tree))
@@ -74,14 +74,16 @@ def test_the_first_loss_is_the_dense_models(
     before = first_steps(dense, {}, tmp_path / "dense", tmp_path / "dense_on")
     after = first_steps(dense, moe, tmp_path / "sparse", tmp_path / "sparse_on")
     assert after[0] == pytest.approx(before[0], abs=1e-5)
-    assert after[-1] != pytest.approx(before[-1], abs=1e-5)  # the first step's rate is 0
+    assert after[-1] != pytest.approx(
+        before[-1], abs=1e-5
+    )  # the learning rate of the first step is 0
     trained = CheckpointTensors(checkpoint_folder.find(tmp_path / "sparse_on"))
     experts = trained.read("decoder.layers.1.mlp.experts.experts.linear_fc2.weight")
     assert len({tuple(expert.flatten().tolist()) for expert in experts}) == moe["num_experts"]
 
 
 class Zeros:
-    """One dense layer's FFN of zeros; counts what is read."""
+    """Dense layer with an FFN of zeros; counts reads."""
 
     shapes = {
         "decoder.layers.0.mlp.linear_fc1.layer_norm_weight": (16,),
@@ -107,7 +109,7 @@ def sparse_settings(**moe: Any) -> Settings:
     return dense_settings(1).model_copy(update={"moe": MoESettings(**{**FINE, **moe})})
 
 
-def test_what_is_drawn_anew_depends_on_seed_and_name_alone() -> None:
+def test_random_values_depend_only_on_seed_and_name() -> None:
     name = "decoder.layers.0.mlp.experts.experts.linear_fc1.weight"
     options = UpcyclingSettings(noise_fraction=0.5, noise_std=0.1)
     first, second = (UpcycledWeights(Zeros(), sparse_settings_of_one(), options) for _ in "12")
@@ -128,11 +130,11 @@ def test_what_is_drawn_anew_depends_on_seed_and_name_alone() -> None:
 
 
 def sparse_settings_of_one() -> Settings:
-    """The mixture of `Zeros`."""
+    """Return the mixture upcycled from `Zeros`."""
     return sparse_settings(moe_layer_freq=[1, 0])
 
 
-def test_shapes_are_known_before_anything_is_read() -> None:
+def test_shapes_need_no_reads() -> None:
     dense = Zeros()
     weights = UpcycledWeights(dense, sparse_settings_of_one(), OPTIONS)
     shapes = {name: tuple(weights.empty(name).shape) for name in weights.names()}
@@ -163,7 +165,7 @@ def test_shapes_are_known_before_anything_is_read() -> None:
         ({}, {"ffn_type": "double_gated"}, ["--ffn-type double_gated"]),
     ],
 )
-def test_what_cannot_become_a_mixture(
+def test_impossible_mixtures_are_refused(
     tmp_path: Path, moe: dict[str, Any], model: dict[str, Any], lines: list[str]
 ) -> None:
     chosen = dense_settings(1)
@@ -189,8 +191,8 @@ def model_of(folder: Path, vocabulary: int) -> Iterator[torch.nn.Module]:
 
 
 @pytest.mark.parametrize("model_type", ["llama", "olmo", "qwen2", "qwen3"])
-def test_folders_of_huggingface(tmp_path: Path, model_type: str) -> None:
-    """Logits of the mixture are those of transformers' dense model."""
+def test_upcycling_of_huggingface_folders(tmp_path: Path, model_type: str) -> None:
+    """The mixture computes the logits of the dense transformers model."""
     pytest.importorskip("transformers")
     from tests.unit.convert import hf_models
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moetron.moe.routing.coefficients import (
+from moetron.moe.plan.published_coefficients import (
     CONVENTIONS,
     Convention,
     balance_coefficient,
