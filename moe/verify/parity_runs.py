@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from moetron.common.errors import ConfigError
+from moetron.common.errors import ConfigError, UserError
+from moetron.common.process import EXIT_USER
 from moetron.moe.config.command import load
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.plan.named_layouts import Layout
@@ -99,7 +100,8 @@ class Runs:
                 raise RunFailed(f"{layout.name}: not done after {self.timeout_s:g} s") from error
         if process.returncode != 0:
             tail = "\n".join(output.splitlines()[-TAIL_LINES:])
-            raise RunFailed(f"{layout.name}: exit code {process.returncode}:\n{tail}")
+            kind = UserError if process.returncode == EXIT_USER else RunFailed
+            raise kind(f"{layout.name}: exit code {process.returncode}:\n{tail}")
 
 
 def train_all(
