@@ -18,74 +18,16 @@ from moetron.moe.checkpoint.run_folder import (
 )
 from moetron.moe.checkpoint.vocabulary import vocabulary_problem
 from moetron.moe.config.schema.field import flag_name
-from moetron.moe.config.schema.settings import Settings
+from moetron.moe.config.schema.roles import Role
+from moetron.moe.config.schema.settings import Settings, with_role
 
 SHAPE = {
-    "model": (
-        "num_layers",
-        "hidden_size",
-        "num_attention_heads",
-        "num_query_groups",
-        "kv_channels",
-        "ffn_hidden_size",
-        "ffn_type",
-        "normalization",
-        "norm_affine",
-        "qk_layernorm",
-        "qk_layernorm_scope",
-        "swiglu",
-        "add_bias_linear",
-        "untie_embeddings_and_output_weights",
-        "mtp_num_layers",
-    ),
-    "attention": (
-        "add_qkv_bias",
-        "multi_latent_attention",
-        "q_lora_rank",
-        "kv_lora_rank",
-        "qk_head_dim",
-        "qk_pos_emb_head_dim",
-        "v_head_dim",
-    ),
-    "moe": (
-        "num_experts",
-        "moe_layer_freq",
-        "moe_layer_position",
-        "first_k_dense_replace",
-        "moe_ffn_hidden_size",
-        "moe_router_enable_expert_bias",
-        "moe_router_type",
-        "moe_global_aux_loss_counts",
-        "moe_shared_expert_intermediate_size",
-        "moe_shared_expert_gate",
-        "moe_sequential_ffn_hidden_size",
-        "moe_expert_multiplicative_bias",
-    ),
+    group: tuple(name for name in names if name != "vocab_size")
+    for group, names in with_role(Role.SHAPE).items()
 }
-"""Settings that say which tensors there are, beside the vocabulary's size."""
-FUNCTION = {
-    "model": ("position_embedding_type", "rotary_base", "rotary_percent", "norm_epsilon"),
-    "attention": (
-        "softmax_scale",
-        "rope_type",
-        "rotary_scaling_factor",
-        "original_max_position_embeddings",
-        "beta_fast",
-        "beta_slow",
-        "mscale",
-        "mscale_all_dim",
-    ),
-    "moe": (
-        "moe_router_topk",
-        "moe_router_pre_softmax",
-        "moe_router_score_function",
-        "moe_router_topk_scaling_factor",
-        "moe_router_num_groups",
-        "moe_router_group_topk",
-    ),
-    "optimizer": ("optimizer",),
-}
-"""Settings that a run cannot change half-way; --finetune may."""
+"""Settings that decide which tensors exist; vocabulary.py compares the vocabulary's size."""
+FUNCTION = with_role(Role.FUNCTION)
+"""Settings that only --finetune may change."""
 
 
 def check_folders(settings: Settings, stream_state: Mapping[str, Any]) -> None:

@@ -9,10 +9,9 @@ from moetron.common.errors import UserError
 from moetron.moe.checkpoint.compatibility import changed_data
 from moetron.moe.checkpoint.run_folder import Record, find, latest_step, read_record
 from moetron.moe.config.schema.field import flag_name
-from moetron.moe.config.schema.settings import Settings
+from moetron.moe.config.schema.roles import Role
+from moetron.moe.config.schema.settings import ROLES, Settings
 
-_OWN = ("checkpoint", "logging", "validation")
-"""Groups of settings that say nothing about what is trained."""
 _WIDTH = 80
 """Characters of a value that is shown."""
 
@@ -91,15 +90,12 @@ def _differences(
 
 
 def _changes(record: Record, settings: Settings) -> Iterator[str]:
-    """One line for each setting that differs; those that the checkpoint does not know are new.
-
-    Where the tokenizer lies may differ: its fingerprint is compared elsewhere.
-    """
-    for group, fields in settings.model_dump(mode="json").items():
-        before = {} if group in _OWN else record.settings.get(group, {})
-        for name, value in fields.items():
-            if name in before and before[name] != value and name != "tokenizer_model":
-                yield f"  {flag_name(name)} {_text(value)} (was {_text(before[name])})"
+    """Yield one line for each setting that differs and is also in the checkpoint."""
+    tree = settings.model_dump(mode="json")
+    for (group, name), role in ROLES.items():
+        before, value = record.settings.get(group, {}), tree[group][name]
+        if role is not Role.RUN and name in before and before[name] != value:
+            yield f"  {flag_name(name)} {_text(value)} (was {_text(before[name])})"
 
 
 def _text(value: Any) -> str:

@@ -18,6 +18,7 @@ from pydantic import (
 
 from moetron.moe.config.schema.field import Group, Rule
 from moetron.moe.config.schema.paths import LocalPath
+from moetron.moe.config.schema.roles import Role, Run
 
 _SHARD_FILES = (".bin", ".idx")
 
@@ -79,6 +80,8 @@ class StageSettings(Group):
 class DataSettings(Group):
     """Where samples come from."""
 
+    default_role = Role.TRAINING
+
     data_path: DataPath | None = None
     """Training shards: PREFIX PREFIX ..., mixed in proportion to their size, or WEIGHT PREFIX
     WEIGHT PREFIX ... A prefix is the path without .bin or .idx, which are dropped from its end."""
@@ -123,7 +126,7 @@ class DataSettings(Group):
     mock_data: bool = False
     """Deterministic synthetic samples instead of all shards; of stages, only their learning rates
     count."""
-    tokenizer_model: LocalPath | None = None
+    tokenizer_model: Run[LocalPath | None] = None
     """A SentencePiece .model file, a HuggingFace tokenizer.json (or its folder), or 'bytes'."""
     num_workers: NonNegativeInt = 0
     """Processes that load samples beside each rank; 0: the rank itself."""

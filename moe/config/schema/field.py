@@ -4,11 +4,13 @@ import difflib
 import types
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
+
+from moetron.moe.config.schema.roles import Role
 
 _BOUNDS = {Gt: ("gt", ">"), Ge: ("ge", ">="), Lt: ("lt", "<"), Le: ("le", "<=")}
 _NAMES = {bool: "true or false", int: "integer", float: "number", str: "text"}
@@ -35,6 +37,8 @@ class Group(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
+    default_role: ClassVar[Role | None] = None
+    """Role of fields that name none; None: every field names its own."""
 
     @field_validator("*", mode="before")
     @classmethod

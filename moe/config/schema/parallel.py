@@ -5,10 +5,13 @@ from typing import Literal
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from moetron.moe.config.schema.field import Group
+from moetron.moe.config.schema.roles import Role
 
 
 class ParallelSettings(Group):
     """Layout: how the model and the batch are cut over ranks."""
+
+    default_role = Role.TRAINING
 
     tensor_model_parallel_size: PositiveInt = 1
     """Ranks that share each matrix (TP)."""

@@ -5,10 +5,13 @@ from typing import Literal
 from pydantic import NonNegativeInt, PositiveInt
 
 from moetron.moe.config.schema.field import Group, negative_flag
+from moetron.moe.config.schema.roles import Role
 
 
 class PrecisionSettings(Group):
     """Number formats."""
+
+    default_role = Role.TRAINING
 
     bf16: bool = negative_flag(False, "fp32")
     """bfloat16 parameters with fp32 main parameters and gradients; otherwise all fp32."""

@@ -6,10 +6,13 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from moetron.moe.config.schema.field import Group
 from moetron.moe.config.schema.paths import LocalPath
+from moetron.moe.config.schema.roles import Function, Role, Unexported
 
 
 class TrainingSettings(Group):
     """Length of the run and size of its batches."""
+
+    default_role = Role.TRAINING
 
     train_iters: PositiveInt
     """Optimizer steps of the whole run."""
@@ -32,7 +35,9 @@ class TrainingSettings(Group):
 class OptimizerSettings(Group):
     """The optimizer."""
 
-    optimizer: Literal["adam", "sgd", "adafactor", "muon"] = "adam"
+    default_role = Role.TRAINING
+
+    optimizer: Function[Unexported[Literal["adam", "sgd", "adafactor", "muon"]]] = "adam"
     """Kind of optimizer; adam is AdamW (decoupled weight decay); adafactor has factored moments,
     no momentum, and steps relative to a parameter's size (T5, ST-MoE, OpenMoE); muon moves hidden
     matrices by orthogonal updates, vocabulary matrices and vectors by AdamW (Moonlight)."""
@@ -76,6 +81,8 @@ class OptimizerSettings(Group):
 class LearningRateSettings(Group):
     """The learning rate as a pure function of the step or of the tokens seen."""
 
+    default_role = Role.TRAINING
+
     lr: PositiveFloat
     """Peak learning rate."""
     min_lr: NonNegativeFloat = 0.0
@@ -103,6 +110,8 @@ class LearningRateSettings(Group):
 class CheckpointSettings(Group):
     """Saving and loading."""
 
+    default_role = Role.RUN
+
     save: LocalPath | None = None
     """The run's folder: checkpoints, metrics.jsonl, TensorBoard."""
     load: LocalPath | None = None
@@ -126,6 +135,8 @@ class CheckpointSettings(Group):
 class ValidationSettings(Group):
     """Evaluation inside the run."""
 
+    default_role = Role.RUN
+
     eval_interval: PositiveInt | None = None
     """Evaluate every so many steps; unset: only at the end."""
     eval_iters: NonNegativeInt = 10
@@ -134,6 +145,8 @@ class ValidationSettings(Group):
 
 class LoggingSettings(Group):
     """What is written down, and how often."""
+
+    default_role = Role.RUN
 
     log_interval: PositiveInt = 1
     """Steps between progress lines (metrics.jsonl always has every step)."""

@@ -11,6 +11,7 @@ from moetron.moe.config.schema.field import Group
 from moetron.moe.config.schema.model import ModelSettings
 from moetron.moe.config.schema.parallel import ParallelSettings
 from moetron.moe.config.schema.precision import PrecisionSettings
+from moetron.moe.config.schema.roles import Role, is_exported, role_of
 from moetron.moe.config.schema.run import (
     CheckpointSettings,
     LearningRateSettings,
@@ -44,3 +45,27 @@ def fields() -> Iterator[tuple[str, str, FieldInfo]]:
         assert group.annotation is not None
         for name, field in group.annotation.model_fields.items():
             yield group_name, name, field
+
+
+def _roles() -> dict[tuple[str, str], Role]:
+    groups = {name: group.annotation for name, group in Settings.model_fields.items()}
+    return {
+        (group, name): role_of(field, groups[group].default_role) for group, name, field in fields()
+    }
+
+
+ROLES = _roles()
+"""Role of every setting, by group and name."""
+EXPORTED = frozenset(
+    (group, name) for group, name, field in fields() if is_exported(field, ROLES[group, name])
+)
+"""Settings that a converted model shows."""
+
+
+def with_role(role: Role) -> dict[str, tuple[str, ...]]:
+    """Return the names of the settings with a role, by group."""
+    found: dict[str, tuple[str, ...]] = {}
+    for group, name, _ in fields():
+        if ROLES[group, name] is role:
+            found[group] = (*found.get(group, ()), name)
+    return found

@@ -7,64 +7,13 @@ from typing import Any
 from moetron.common.errors import UserError
 from moetron.moe.config.schema import derived
 from moetron.moe.config.schema.field import flag_name
-from moetron.moe.config.schema.settings import Settings, fields
+from moetron.moe.config.schema.settings import EXPORTED, Settings, fields
 from moetron.moe.convert.families.config_keys import Key, Values
 from moetron.moe.convert.families.tensor_rules import Rule
 
 CONFIG = "config.json"
-OTHER_GROUPS = {
-    "parallel",
-    "precision",
-    "training",
-    "optimizer",
-    "learning_rate",
-    "data",
-    "validation",
-    "checkpoint",
-    "logging",
-}
-"""Groups of settings that say nothing about the model."""
-TRAINING_ONLY = {
-    "model": {
-        "init_method",
-        "init_method_cutoff",
-        "init_method_scale",
-        "embedding_init_method_std",
-        "query_init_folds_scale",
-        "scaled_output_init",
-        "hidden_dropout",
-        "attention_dropout",
-        "make_vocab_size_divisible_by",
-        "transformer_impl",
-        "attention_backend",
-        "mtp_num_layers",
-        "mtp_loss_scaling_factor",
-        "output_z_loss_coeff",
-    },
-    "moe": {
-        "moe_router_dtype",
-        "moe_router_bias_update_rate",
-        "moe_router_init_method_std",
-        "moe_expert_dropout",
-        "moe_router_load_balancing_type",
-        "moe_aux_loss_coeff",
-        "moe_z_loss_coeff",
-        "moe_input_jitter_eps",
-        "moe_global_aux_loss_counts",
-        "moe_aux_loss_first_choice_only",
-        "moe_capacity_scope",
-        "moe_expert_capacity_factor",
-        "moe_eval_capacity_factor",
-        "moe_minimum_capacity",
-        "moe_capacity_includes_topk",
-        "moe_pad_expert_input_to_capacity",
-        "moe_token_drop_policy",
-        "moe_token_dispatcher_type",
-        "moe_grouped_gemm",
-        "moe_shared_expert_overlap",
-    },
-}
-"""Settings of the model that a trained dropless model no longer shows. All others must fit."""
+OTHER_GROUPS = set(Settings.model_fields) - {group for group, _ in EXPORTED}
+"""Groups of settings that do not describe the model."""
 PLACEHOLDERS: dict[str, dict[str, Any]] = {
     "training": {"train_iters": 1, "micro_batch_size": 1, "global_batch_size": 1},
     "learning_rate": {"lr": 1e-5},
@@ -159,7 +108,7 @@ def function_of(settings: Settings) -> dict[str, Any]:
     values = {
         f"{group}.{name}": tree[group][name]
         for group, name, _ in fields()
-        if group not in OTHER_GROUPS and name not in TRAINING_ONLY.get(group, set())
+        if (group, name) in EXPORTED
     }
     del values["moe.moe_layer_position"], values["moe.first_k_dense_replace"]
     del values["model.swiglu"]
