@@ -47,14 +47,13 @@ def fields() -> Iterator[tuple[str, str, FieldInfo]]:
             yield group_name, name, field
 
 
-def _roles() -> dict[tuple[str, str], Role]:
-    groups = {name: group.annotation for name, group in Settings.model_fields.items()}
-    return {
-        (group, name): role_of(field, groups[group].default_role) for group, name, field in fields()
-    }
+def _role(group: str, field: FieldInfo) -> Role:
+    kind = Settings.model_fields[group].annotation
+    assert kind is not None
+    return role_of(field, kind.default_role)
 
 
-ROLES = _roles()
+ROLES = {(group, name): _role(group, field) for group, name, field in fields()}
 """Role of every setting, by group and name."""
 EXPORTED = frozenset(
     (group, name) for group, name, field in fields() if is_exported(field, ROLES[group, name])

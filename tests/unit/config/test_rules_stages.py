@@ -41,12 +41,12 @@ def test_caps_of_single_sources_are_names_and_numbers() -> None:
     }
     assert make().data.epoch_caps() == {}
     for wrong, rule in (
-        (["code"], "'code' stands alone"),
-        (["4", "code"], "'code', the epochs of '4', is no number above 0"),
-        (["code", "0"], "'0', the epochs of 'code', is no number above 0"),
-        (["code", "nan"], "'nan', the epochs of 'code', is no number above 0"),
-        (["a", "1", "b"], "'b' stands alone"),
-        (["a", "1", "a", "2"], "'a' stands there twice"),
+        (["code"], "'code' has no pair"),
+        (["4", "code"], "'code', the epochs of '4', is not a number above 0"),
+        (["code", "0"], "'0', the epochs of 'code', is not a number above 0"),
+        (["code", "nan"], "'nan', the epochs of 'code', is not a number above 0"),
+        (["a", "1", "b"], "'b' has no pair"),
+        (["a", "1", "a", "2"], "'a' is given twice"),
     ):
         _, problems, faulty = validate({"data": {"source_max_epochs": wrong}})
         assert "source_max_epochs" in faulty
