@@ -31,7 +31,7 @@ from moetron.moe.config.machine import (
     nvidia_driver,
     transformer_engine_is_installed,
 )
-from moetron.moe.config.rules.case import said
+from moetron.moe.config.rules.case import given
 from moetron.moe.config.schema.implementation import beyond_transformer_engine, is_local
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.host.usable import cuda_fault, transformer_engine_fault
@@ -155,7 +155,7 @@ def _why_local(settings: Settings) -> str | None:
 
 
 def _lacks(settings: Settings, names: list[str]) -> str:
-    return f"megatron-core's Transformer Engine layers cannot express {said(settings, *names)}"
+    return f"megatron-core's Transformer Engine layers cannot express {given(settings, *names)}"
 
 
 def _check_again(settings: Settings, device: torch.device, te: bool) -> None:

@@ -1,4 +1,4 @@
-"""The settings tree: every knob of a run, once."""
+"""Settings tree of a run."""
 
 from collections.abc import Iterator
 
@@ -23,7 +23,7 @@ from moetron.moe.config.schema.run import (
 
 
 class Settings(Group):
-    """All settings of a run, in the groups that a recipe's YAML and ``--help`` show."""
+    """Settings of a run, in the groups of recipes and ``--help``."""
 
     model: ModelSettings
     attention: AttentionSettings = AttentionSettings()
@@ -40,7 +40,7 @@ class Settings(Group):
 
 
 def fields() -> Iterator[tuple[str, str, FieldInfo]]:
-    """(group, field name, field) of every knob; field names are unique over all groups."""
+    """Yield (group, name, field) of every setting; names are unique over all groups."""
     for group_name, group in Settings.model_fields.items():
         assert group.annotation is not None
         for name, field in group.annotation.model_fields.items():

@@ -67,7 +67,7 @@ def test_a_real_run_needs_inputs(tmp_path: Path) -> None:
     (line,) = inputs(mock_data=False, data_path=several, tokenizer_model="bytes")
     assert line.startswith(f"--data-path {tmp_path / 'b'}: there is no file")
     (line,) = inputs(**shards, tokenizer_model=str(tmp_path / "t.json"))
-    assert line.startswith(f"--tokenizer-model {tmp_path / 't.json'}: there is no such file")
+    assert line.startswith(f"--tokenizer-model {tmp_path / 't.json'}: no such file")
     (line,) = inputs(**shards, tokenizer_model="bytes", eval_interval=5)
     assert line == "--eval-interval 5 needs --valid-data-path"
 

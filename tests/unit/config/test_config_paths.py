@@ -78,7 +78,7 @@ def test_a_file_address_is_answered_with_its_path(recipe: Path) -> None:
 
 def test_an_unset_variable_of_the_shell_is_no_path(recipe: Path) -> None:
     (line,) = problems("--config", str(recipe), "--dry-run", "--save", "")
-    assert line == "--save : empty: give a path (an unset variable of the shell?)"
+    assert line == "--save : empty: give a path (unset shell variable?)"
 
 
 def test_what_a_shell_would_expand(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

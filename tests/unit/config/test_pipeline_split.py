@@ -96,8 +96,8 @@ def test_a_virtual_stage_as_long_as_a_stage_is_no_interleaving() -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({**PP2, FIRST: 1, EMBEDDING: True}, "are different ways to cut stages: use one"),
-        ({**PP2, LAYOUT: "Ett|ttL", LAST: 2}, "are different ways to cut stages: use one"),
+        ({**PP2, FIRST: 1, EMBEDDING: True}, "are different ways to split stages: use one"),
+        ({**PP2, LAYOUT: "Ett|ttL", LAST: 2}, "are different ways to split stages: use one"),
         ({FIRST: 4}, "--decoder-first-pipeline-num-layers 4 needs --pipeline-model-parallel-size"),
         ({EMBEDDING: True}, "needs --pipeline-model-parallel-size above 1"),
         ({**PP2, FIRST: 1, LAST: 2}, "must add up to --num-layers 4 with two stages"),
@@ -109,7 +109,7 @@ def test_a_virtual_stage_as_long_as_a_stage_is_no_interleaving() -> None:
                 "num_layers": 8,
                 FIRST: 1,
             },
-            "leave 7 of --num-layers 8 for 3 other stage(s), which must share them evenly, 1 or "
+            "leave 7 of --num-layers 8 for 3 other stage(s), which need equal numbers, 1 or "
             "more each: use --num-layers 7 or 10",
         ),
         (
@@ -117,7 +117,7 @@ def test_a_virtual_stage_as_long_as_a_stage_is_no_interleaving() -> None:
             "--num-layers 4 + 1 for --account-for-embedding-in-pipeline-split is not a multiple of "
             "--pipeline-model-parallel-size 2: use --num-layers 3 or 5",
         ),
-        ({**PP2, LAYOUT: "Ett|txL"}, "x is no part of a model; write E (embedding)"),
+        ({**PP2, LAYOUT: "Ett|txL"}, "x is unknown; write E (embedding)"),
         ({LAYOUT: "Ett|ttL"}, "2 stages need --pipeline-model-parallel-size above 1"),
         ({**PP2, LAYOUT: "Et|t|ttL"}, "3 stages are not a multiple of"),
         ({**PP2, LAYOUT: "ttE|ttL"}, "the first stage must begin with the only E"),

@@ -38,14 +38,14 @@ SIGMOID = {"moe_router_score_function": "sigmoid"}
             "no layer experts",
         ),
         ({"first_k_dense_replace": 4}, "--first-k-dense-replace 4 give no layer experts"),
-        ({"moe_layer_position": "last"}, "does nothing without --moe-layer-freq N above 1"),
+        ({"moe_layer_position": "last"}, "has no effect without --moe-layer-freq N above 1"),
         (
             {"moe_layer_position": "last", "moe_layer_freq": [1, 1, 1, 1]},
-            "does nothing without --moe-layer-freq N above 1",
+            "has no effect without --moe-layer-freq N above 1",
         ),
         (
             {"first_k_dense_replace": 1, "moe_layer_freq": [1, 1, 1, 1]},
-            "--first-k-dense-replace 1 does nothing beside a list of layers",
+            "--first-k-dense-replace 1 has no effect with a list of layers",
         ),
         ({"moe_router_topk": 1}, "--moe-router-topk 1 needs --moe-router-pre-softmax"),
         (
@@ -66,7 +66,7 @@ SIGMOID = {"moe_router_score_function": "sigmoid"}
         ),
         (
             {"moe_router_load_balancing_type": "sinkhorn", "moe_expert_capacity_factor": 1.0},
-            "cannot go with --moe-router-load-balancing-type sinkhorn",
+            "is incompatible with --moe-router-load-balancing-type sinkhorn",
         ),
         (
             {
@@ -74,7 +74,7 @@ SIGMOID = {"moe_router_score_function": "sigmoid"}
                 "moe_router_num_groups": 2,
                 "moe_router_group_topk": 1,
             },
-            "sinkhorn knows no groups",
+            "sinkhorn does not support groups",
         ),
         (
             {"moe_global_aux_loss_counts": "previous_step"},
@@ -133,7 +133,7 @@ SIGMOID = {"moe_router_score_function": "sigmoid"}
         ),
         (
             {"moe_router_num_groups": 4, "moe_router_group_topk": 3},
-            "--moe-router-topk 2 must share out evenly over --moe-router-group-topk 3",
+            "--moe-router-topk 2 must be a multiple of --moe-router-group-topk 3",
         ),
         (
             {"moe_router_num_groups": 4, "moe_router_group_topk": 1, "moe_router_topk": 4},

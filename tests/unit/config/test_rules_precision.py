@@ -24,10 +24,10 @@ PIPELINE = {"pipeline_model_parallel_size": 2, "world_size": 2}
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"fp8_recipe": "mxfp8"}, "--fp8-recipe mxfp8 does nothing without --fp8-format"),
-        ({"first_last_layers_bf16": True}, "--first-last-layers-bf16 does nothing without"),
+        ({"fp8_recipe": "mxfp8"}, "--fp8-recipe mxfp8 has no effect without --fp8-format"),
+        ({"first_last_layers_bf16": True}, "--first-last-layers-bf16 has no effect without"),
         ({**MXFP8, "fp8_margin": 1}, "--fp8-margin 1 is for --fp8-recipe delayed"),
-        ({**DELAYED, "first_last_layers_bf16": True}, "does not go with --fp8-recipe delayed"),
+        ({**DELAYED, "first_last_layers_bf16": True}, "is incompatible with --fp8-recipe delayed"),
         (
             {
                 **MXFP8,
@@ -46,14 +46,14 @@ PIPELINE = {"pipeline_model_parallel_size": 2, "world_size": 2}
             },
             "cannot recompute linear layers in a pipeline",
         ),
-        ({"fp8_param_gather": True}, "--fp8-param-gather does nothing without --fp8-format"),
+        ({"fp8_param_gather": True}, "--fp8-param-gather has no effect without --fp8-format"),
         ({**GATHERED, "device": "cpu"}, "--fp8-param-gather needs Transformer Engine's layers"),
         (
             {**GATHERED, "use_distributed_optimizer": False},
             "--fp8-param-gather needs --use-distributed-optimizer",
         ),
         ({**GATHERED, "bf16": False}, "--fp8-param-gather needs --bf16"),
-        ({**GATHERED, "fp8_recipe": "mxfp8"}, "gradient buffers to be used twice"),
+        ({**GATHERED, "fp8_recipe": "mxfp8"}, "reuse of gradient buffers"),
     ],
 )
 def test_a_rule_fires_alone(changes: dict[str, Any], expected: str) -> None:

@@ -54,11 +54,18 @@ def test_caps_of_single_sources_are_names_and_numbers() -> None:
         assert f"--source-max-epochs {' '.join(wrong)}: {rule}; {form}" in problems
 
 
-@pytest.mark.parametrize("stage", [{"until_tokens": 5}, {"data_path": ["a"], "typo": 1}, "a: ["])
-def test_a_stage_of_another_form_is_refused(stage: Any) -> None:
+@pytest.mark.parametrize(
+    ("stage", "rule"),
+    [
+        ({"until_tokens": 5}, "entry 1 lacks `data_path`"),
+        ({"data_path": ["a"], "typo": 1}, "entry 1 has the unknown key `typo`"),
+        ("a: [", "mapping of data_path"),
+    ],
+)
+def test_a_malformed_stage_is_refused(stage: Any, rule: str) -> None:
     _, problems, faulty = validate({"data": {"stages": [stage]}})
     assert "stages" in faulty
-    assert any("--stages" in line and "mapping of data_path" in line for line in problems)
+    assert any("--stages" in line and rule in line for line in problems)
 
 
 @pytest.mark.parametrize(

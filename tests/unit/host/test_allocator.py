@@ -12,7 +12,7 @@ from moetron.moe.host.allocator import peak_memory_bytes
 LARGE_BYTES = 128 * 2**20  # above every threshold that glibc sets by itself
 FAULTS = f"""
 import resource
-from moetron.moe.host.memory import keep_freed_memory
+from moetron.moe.host.allocator import keep_freed_memory
 assert {{keep}} is False or keep_freed_memory()
 b"x" * {LARGE_BYTES}
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
