@@ -1,4 +1,4 @@
-"""Whether a checkpoint fits the settings that are to load it."""
+"""Compatibility of checkpoints with settings."""
 
 import json
 import os
@@ -31,17 +31,17 @@ FUNCTION = with_role(Role.FUNCTION)
 
 
 def check_folders(settings: Settings, stream_state: Mapping[str, Any]) -> None:
-    """What is wrong with --load and --save, before anything heavy starts; imports no torch.
+    """Check --load and --save before the run starts, without torch.
 
-    Files are looked at by rank 0 alone, since thousands of ranks may share a disk.
+    Only rank 0 reads files, since thousands of ranks may share a disk.
 
     Raises:
-        UserError: nothing to load, damage, another architecture, no permission to save, or a longer
-            run at --save than the one that starts.
+        UserError: nothing to load, damage, another architecture, no permission to save, or --save
+            holds a later step than the start of this run.
     """
     options, step = settings.checkpoint, 0
-    begins = options.load is not None and options.load == options.save
-    if options.load is not None and not (begins and latest_step(Path(options.load)) is None):
+    may_start = options.load is not None and options.load == options.save
+    if options.load is not None and not (may_start and latest_step(Path(options.load)) is None):
         folder = find(Path(options.load))
         record = read_record(folder)
         require_fit(folder, record, settings, stream_state)
@@ -60,7 +60,7 @@ def require_fit(
     stream_state: Mapping[str, Any],
     embedding_rows: int | None = None,
 ) -> None:
-    """``UserError`` with every difference between a checkpoint and the settings that load it."""
+    """Raise ``UserError`` with all differences between a checkpoint and the settings."""
     problems = differences(record, settings, stream_state, embedding_rows)
     if problems:
         raise UserError("\n".join([f"--load {folder}: does not fit:", *problems]))
@@ -72,16 +72,15 @@ def differences(
     stream_state: Mapping[str, Any],
     embedding_rows: int | None = None,
 ) -> list[str]:
-    """One line for each difference that forbids loading.
+    """Return one line per difference that forbids loading.
 
-    ``embedding_rows``: the checkpoint's, where its tensors have been looked at.
+    ``embedding_rows``: rows of the checkpoint's embedding, if its tensors are known.
     """
     options = settings.checkpoint
-    checked = [(group, name) for group, names in SHAPE.items() for name in names]
-    if not options.finetune:
-        checked += [(group, name) for group, names in FUNCTION.items() for name in names]
+    lists = [SHAPE] if options.finetune else [SHAPE, FUNCTION]
+    checked = [(group, name) for part in lists for group in part for name in part[group]]
     if options.no_load_optim:
-        checked.remove(("optimizer", "optimizer"))
+        checked = [(group, name) for group, name in checked if group != "optimizer"]
     ours = settings.model_dump(mode="json")
     problems = [
         f"  - {flag_name(name)} {_text(ours[group][name])}: the checkpoint has {_text(theirs)}"
@@ -100,19 +99,19 @@ def differences(
 
 
 def changed_data(record: Record, stream_state: Mapping[str, Any]) -> list[str]:
-    """What differs between a checkpoint's stream of samples and this one: its parts' names."""
+    """Return the names of parts in which a checkpoint's sample stream differs from this one."""
     ours, theirs = json.loads(json.dumps(stream_state)), record.stream
     return sorted(key for key in theirs | ours if theirs.get(key) != ours.get(key))
 
 
 def tokenizer_fingerprints(stream_state: Mapping[str, Any]) -> list[str]:
-    """Fingerprints of the tokenizers that the sources name."""
+    """Return the fingerprints of the sources' tokenizers."""
     sources = stream_state.get("sources", [])
     return sorted({source["tokenizer"] for source in sources if source.get("tokenizer")})
 
 
 def _text(value: Any) -> str:
-    """A JSON value as a flag takes it."""
+    """Return a JSON value as flags write it."""
     if isinstance(value, list):
         return " ".join(map(_text, value))
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)

@@ -1,4 +1,4 @@
-"""From Settings to megatron-core's own configurations. The only module here that imports torch."""
+"""Conversion of Settings to megatron-core's configurations. The only module here with torch."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ padded_vocab_size = derived.padded_vocab_size
 
 @dataclass
 class ModelConfig(TransformerConfig):
-    """megatron-core's configuration and what our own modules read besides."""
+    """megatron-core's model configuration with the fields of our own modules."""
 
     moe_eval_capacity_factor: float | None = None
     moe_minimum_capacity: int = 0
@@ -53,18 +53,18 @@ class ModelConfig(TransformerConfig):
 
 @dataclass
 class LatentModelConfig(ModelConfig, MLATransformerConfig):
-    """The same for latent attention."""
+    """ModelConfig with latent attention."""
 
 
 def params_dtype(settings: Settings) -> torch.dtype:
-    """Number format of parameters, activations and what pipeline stages exchange."""
+    """Return the dtype of parameters, activations and pipeline communication."""
     return torch.bfloat16 if settings.precision.bf16 else torch.float32
 
 
 def draw_weight_(weight: torch.Tensor, std: float, cutoff: float | None) -> torch.Tensor:
-    """Fill ``weight`` in place from N(0, std^2), cut at +-``cutoff`` x std if given.
+    """Fill ``weight`` in place from N(0, std^2), truncated at +-``cutoff`` x std if given.
 
-    Drawn in fp32 and rounded: torch's truncated normal is coarse in bf16, and a bf16 run starts
+    Samples in fp32 and casts: torch's truncated normal is coarse in bf16, and a bf16 run starts
     from the rounded weights of an fp32 run of the same seed.
     """
     drawn = torch.empty_like(weight, dtype=torch.float32)
@@ -77,19 +77,19 @@ def draw_weight_(weight: torch.Tensor, std: float, cutoff: float | None) -> torc
 
 
 def draw_scaled_(weight: torch.Tensor, scale: float, ranks: int) -> torch.Tensor:
-    """Fill ``weight`` from N(0, scale / inputs); ``ranks`` share its inputs, the last axis."""
+    """Fill ``weight`` from N(0, scale / inputs); ``ranks`` shard its inputs, the last axis."""
     return draw_weight_(weight, math.sqrt(scale / (weight.shape[-1] * ranks)), None)
 
 
 def init_method(
     model: ModelSettings, shrink: float = 1.0, ranks: int = 1
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The in-place initialiser of a matrix.
+    """Return the in-place initialiser of a matrix.
 
     Args:
-        model: which distribution.
-        shrink: divides the standard deviation.
-        ranks: how many tensor ranks share the matrix's inputs.
+        model: settings with the distribution.
+        shrink: divisor of the standard deviation.
+        ranks: number of tensor-parallel ranks that shard the matrix's inputs.
     """
     if model.init_method == "variance_scaling":
         scale = model.init_method_scale / shrink**2
@@ -202,10 +202,10 @@ def _fp8(precision: PrecisionSettings) -> dict[str, Any]:
 
 
 def transformer_config(settings: Settings, transformer_engine: bool = False) -> ModelConfig:
-    """megatron-core's model configuration; the settings must have passed ``checks.problems``.
+    """Return megatron-core's model configuration of settings that passed ``checks.problems``.
 
-    ``transformer_engine``: its layers will run, and FP8 is theirs; megatron-core knows nothing of
-    the local implementation's emulation.
+    ``transformer_engine``: whether its layers run, with its FP8. The local implementation emulates
+    FP8 without megatron-core.
     """
     dtype = params_dtype(settings)
     fp8 = transformer_engine and settings.precision.fp8_format is not None
@@ -229,10 +229,10 @@ def transformer_config(settings: Settings, transformer_engine: bool = False) -> 
 
 
 def optimizer_config(settings: Settings) -> OptimizerConfig:
-    """megatron-core's optimizer configuration, without per-parameter overrides of the decay.
+    """Return megatron-core's optimizer configuration, without per-parameter overrides.
 
-    It knows no Adafactor, and Muon only with a package that PyPI does not have: SGD without
-    momentum, which keeps nothing, holds their place.
+    It lacks Adafactor, and its Muon needs a package that PyPI does not have: stateless SGD is their
+    placeholder.
     """
     optimizer = settings.optimizer
     is_ours = optimizer.optimizer in ("adafactor", "muon")
@@ -256,7 +256,7 @@ def optimizer_config(settings: Settings) -> OptimizerConfig:
 
 
 def ddp_config(settings: Settings) -> DistributedDataParallelConfig:
-    """Gradient reduction. Finite checks are the training loop's, so megatron-core's are off."""
+    """Return the gradient reduction's configuration; the training loop does finite checks."""
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=settings.precision.accumulate_allreduce_grads_in_fp32,
         overlap_grad_reduce=settings.parallel.overlap_grad_reduce,

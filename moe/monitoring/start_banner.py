@@ -1,4 +1,4 @@
-"""Where a run starts, and which settings and data differ from its checkpoint's."""
+"""Start of a run, and differences of settings and data from its checkpoint."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -17,10 +17,10 @@ _WIDTH = 80
 
 
 def announce(settings: Settings, stream_state: Mapping[str, Any]) -> None:
-    """Print ``opening``, from rank 0; imports no torch.
+    """Print ``opening`` from rank 0, without torch.
 
     Raises:
-        UserError: the checkpoint lies behind the last step.
+        UserError: the checkpoint is past the last step.
     """
     lines = opening(settings, stream_state)
     if lines and os.environ.get("RANK", "0") == "0":
@@ -28,13 +28,13 @@ def announce(settings: Settings, stream_state: Mapping[str, Any]) -> None:
 
 
 def opening(settings: Settings, stream_state: Mapping[str, Any]) -> list[str]:
-    """Return what differs between a run and the checkpoint that it resumes from.
+    """Return the differences between a run and the checkpoint that it resumes from.
 
-    One line for each setting, one for the data; none for a run that does not resume.
-    ``stream_state``: what identifies the samples.
+    One line per setting and one for data; none for a run that does not resume. ``stream_state``:
+    identity of the samples.
 
     Raises:
-        UserError: the checkpoint lies behind the last step.
+        UserError: the checkpoint is past the last step.
     """
     folder, options = _checkpoint(settings), settings.checkpoint
     if folder is None or options.finetune or options.reset_progress:
@@ -44,7 +44,7 @@ def opening(settings: Settings, stream_state: Mapping[str, Any]) -> list[str]:
 
 
 def origin(settings: Settings) -> str:
-    """Return where weights and position come from: a fresh model, or which checkpoint."""
+    """Return the source of weights and position: random weights or a checkpoint."""
     folder, options = _checkpoint(settings), settings.checkpoint
     if folder is None:
         return f"random weights, seed {settings.training.seed}"
@@ -59,10 +59,10 @@ def origin(settings: Settings) -> str:
 
 
 def _checkpoint(settings: Settings) -> Path | None:
-    """The checkpoint to load; None for a fresh start, also in a --load --save folder without one.
+    """Return the checkpoint to load, or None for a new run (with --load, if it equals --save).
 
     Raises:
-        UserError: --load names none.
+        UserError: --load has no checkpoint.
     """
     options = settings.checkpoint
     if options.load is None:

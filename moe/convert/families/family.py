@@ -1,4 +1,4 @@
-"""A model family of HuggingFace: what it is called, its keys, its tensors; what fits into it."""
+"""HuggingFace model architecture: names, config keys, tensors, and supported settings."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -18,32 +18,32 @@ PLACEHOLDERS: dict[str, dict[str, Any]] = {
     "training": {"train_iters": 1, "micro_batch_size": 1, "global_batch_size": 1},
     "learning_rate": {"lr": 1e-5},
 }
-"""What settings must say and a folder of HuggingFace's does not."""
+"""Required settings that a HuggingFace folder lacks."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture of HuggingFace's transformers."""
+    """Architecture of HuggingFace's transformers."""
 
     model_type: str
     architecture: str
     experts: bool
-    """Whether its models are mixtures."""
+    """Models are mixtures of experts."""
     keys: tuple[Key, ...]
     fixed: Mapping[str, Any]
-    """Settings that the architecture has no key for."""
+    """Settings without a key in the architecture."""
     constants: Mapping[str, Any]
-    """Keys that must say this (or be absent) for our modules to be the same function."""
+    """Keys that must have these values, or be absent, for our modules to compute the same."""
     rules: Callable[[Values], list[Rule]]
-    """The tensors, from the settings that `function_of` gives."""
+    """Tensor rules, from the settings of `function_of`."""
     whole_heads: bool = False
-    """transformers 5 refuses a hidden size that is not a multiple of the number of heads."""
+    """The hidden size must be a multiple of the number of heads (transformers 5)."""
     code: str | None = None
-    """A file of convert/families that goes into the folder: the model, where transformers has none.
-    It is loaded with ``trust_remote_code=True``."""
+    """Model code in convert/families to copy into the folder, for models that transformers lacks;
+    loaded with ``trust_remote_code=True``."""
 
     def config(self, values: Values) -> dict[str, Any]:
-        """``config.json`` of a model with these settings."""
+        """Return ``config.json`` of a model with these settings."""
         config: dict[str, Any] = {
             "architectures": [self.architecture],
             "model_type": self.model_type,
@@ -54,10 +54,10 @@ class Family:
         return config
 
     def settings(self, config: Values) -> dict[str, dict[str, Any]]:
-        """The sections of settings that describe a model with this ``config.json``.
+        """Return the settings sections of a model with this ``config.json``.
 
         Raises:
-            UserError: it says something that is not supported; all such keys at once.
+            UserError: keys have unsupported values; lists all of them.
         """
         problems = [
             f"config.json: `{key}` is {config[key]!r}, and only {value!r} is supported"
@@ -76,9 +76,9 @@ class Family:
         return tree
 
     def problems(self, values: Values) -> list[str]:
-        """Why a model with these settings is not exactly one of this family; empty if it is.
+        """Return why this architecture cannot represent these settings; empty if it can.
 
-        Found by going there and back: a setting that does not survive has no place there.
+        Converts them there and back: a setting that changes is not representable.
         """
         if (values["moe.num_experts"] is not None) != self.experts:
             kind = "a mixture of experts" if self.experts else "a dense model"
@@ -100,9 +100,9 @@ class Family:
 
 
 def function_of(settings: Settings) -> dict[str, Any]:
-    """``{"model.num_layers": 16, ...}``: what a trained model computes, unset sizes resolved.
+    """Return ``{"model.num_layers": 16, ...}``: settings of a trained model, sizes resolved.
 
-    ``model.vocab_size`` is the number of rows that a single rank has; unset stays unset.
+    ``model.vocab_size`` is the number of embedding rows at TP 1; None if unset.
     """
     model, tree = settings.model, settings.model_dump(mode="json")
     values = {
@@ -113,7 +113,7 @@ def function_of(settings: Settings) -> dict[str, Any]:
     del values["moe.moe_layer_position"], values["moe.first_k_dense_replace"]
     del values["model.swiglu"]
     values["model.ffn_type"] = derived.ffn_type(model)
-    if settings.moe.moe_router_load_balancing_type == "sinkhorn":  # weighs its choices otherwise
+    if settings.moe.moe_router_load_balancing_type == "sinkhorn":  # other weights
         values["moe.moe_router_load_balancing_type"] = "sinkhorn"
     sparse = derived.moe_layers(settings)
     values["moe.moe_layer_freq"] = [int(flag) for flag in sparse]
@@ -139,10 +139,10 @@ def function_of(settings: Settings) -> dict[str, Any]:
 
 
 def require_same(found: Iterable[str], expected: Iterable[str], where: str, family: Family) -> None:
-    """No tensor is left over and none is missing: experts are not lost without a word.
+    """Check that no tensor is missing or unexpected.
 
     Raises:
-        UserError: names the first few.
+        UserError: names the first few such tensors.
     """
     missing = sorted(set(expected) - set(found))
     unexpected = sorted(set(found) - set(expected))
@@ -156,7 +156,7 @@ def require_same(found: Iterable[str], expected: Iterable[str], where: str, fami
 
 
 def _text(value: Any) -> str:
-    """A value as a flag takes it."""
+    """Return a value as flags write it."""
     if isinstance(value, list):
         return " ".join(map(str, value))
     return "unset" if value is None else str(value).lower()

@@ -8,7 +8,7 @@ import pytest
 from moetron.common.errors import ConfigError
 from moetron.moe.config.command import load
 from moetron.moe.config.flags import parse
-from moetron.moe.config.foreign_names import DIFFERENT, FAMILIES, SAME
+from moetron.moe.config.foreign_names import DIFFERENT, PREFIXES, SAME
 from moetron.moe.config.schema.field import nearest
 from moetron.moe.config.schema.settings import Settings, fields
 
@@ -24,8 +24,8 @@ def test_answers_name_settings_that_exist() -> None:
 def test_no_name_of_ours_is_foreign() -> None:
     assert not (SAME.keys() | DIFFERENT.keys()) & OURS
     assert not SAME.keys() & DIFFERENT.keys()
-    families = tuple(f"{family}_" for family in FAMILIES)
-    assert not [name for name in OURS if name.startswith(families)]
+    prefixes = tuple(f"{prefix}_" for prefix in PREFIXES)
+    assert not [name for name in OURS if name.startswith(prefixes)]
 
 
 @pytest.mark.parametrize(

@@ -138,9 +138,9 @@ def test_auto_takes_local_layers_for_what_transformer_engine_cannot_express(
     assert not device.uses_transformer_engine(openmoe)
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    assert record.getMessage().endswith("layers cannot express --ffn-type double_gated")
+    assert record.getMessage().endswith("layers do not support --ffn-type double_gated")
     with pytest.raises(
-        UserError, match="cannot express --ffn-type double_gated; use --transformer-impl auto"
+        UserError, match="do not support --ffn-type double_gated; use --transformer-impl auto"
     ):
         device.prepare_device(
             settings(impl="transformer_engine", model={"ffn_type": "double_gated"})

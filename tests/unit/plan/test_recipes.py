@@ -1,30 +1,19 @@
 """Every recipe's parameters against published counts and HuggingFace's own models."""
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from moetron.commands import plan
 from moetron.moe.plan.parameters import ParameterCount, count_parameters
 
 TOOL = Path(__file__).resolve().parents[3] / "tools" / "plan.py"
 
-
-def _tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("plan_tool", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-PLAN = _tool()
 
 PUBLISHED: dict[str, tuple[float, float | None, float]] = {
     # total and active without token prediction, and how exactly they are published
@@ -119,12 +108,12 @@ HUGGINGFACE: dict[str, dict[str, Any]] = {
 
 
 def _count(name: str) -> ParameterCount:
-    settings = PLAN.planned(PLAN.find(name), None, 0, []).settings
+    settings = plan.planned(plan.find(name), None, 0, []).settings
     return count_parameters(settings, settings.model.vocab_size)
 
 
 def test_every_recipe_is_held_to_a_number() -> None:
-    assert set(PLAN.recipe_names()) == set(PUBLISHED)
+    assert set(plan.recipe_names()) == set(PUBLISHED)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -148,10 +137,14 @@ def test_huggingface(name: str) -> None:
 
 
 def test_every_recipe_has_a_page_that_the_table_names() -> None:
-    page = (PLAN.EXAMPLES / "README.md").read_text(encoding="utf-8")
-    for name in PLAN.recipe_names():
+    page = (plan.recipes_folder() / "README.md").read_text(encoding="utf-8")
+    for name in plan.recipe_names():
         assert f"[{name}]({name}/README.md)" in page
-        assert (PLAN.EXAMPLES / name / "README.md").read_text(encoding="utf-8").startswith("# ")
+        assert (
+            (plan.recipes_folder() / name / "README.md")
+            .read_text(encoding="utf-8")
+            .startswith("# ")
+        )
 
 
 def test_decoders_by_hand() -> None:
@@ -171,9 +164,9 @@ def test_decoders_by_hand() -> None:
 
 
 def test_flags_count_among_the_fewest_ranks() -> None:
-    path = PLAN.find("olmoe_1b_7b")
-    assert PLAN.planned(path, None, 0, []).world_size == 8
-    assert PLAN.planned(path, None, 0, ["--pipeline-model-parallel-size", "2"]).world_size == 16
+    path = plan.find("olmoe_1b_7b")
+    assert plan.planned(path, None, 0, []).world_size == 8
+    assert plan.planned(path, None, 0, ["--pipeline-model-parallel-size", "2"]).world_size == 16
 
 
 def test_list_and_errors() -> None:
@@ -183,9 +176,9 @@ def test_list_and_errors() -> None:
 
     listed = run("--list")
     assert listed.returncode == 0, listed.stderr
-    assert [line.split()[1] for line in listed.stdout.splitlines()[2:]] == PLAN.recipe_names()
+    assert [line.split()[1] for line in listed.stdout.splitlines()[2:]] == plan.recipe_names()
     assert "6,919,161,856" in listed.stdout
-    page = (PLAN.EXAMPLES / "README.md").read_text(encoding="utf-8")
+    page = (plan.recipes_folder() / "README.md").read_text(encoding="utf-8")
     assert listed.stdout in page, "paste `python tools/plan.py --list` into examples/README.md"
     unknown = run("olmoe")
     assert unknown.returncode == 2 and "olmoe_1b_7b" in unknown.stderr
