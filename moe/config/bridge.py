@@ -168,7 +168,7 @@ def _experts(settings: Settings) -> dict[str, Any]:
         "num_moe_experts": moe.num_experts,
         "moe_layer_freq": [int(has_experts) for has_experts in derived.moe_layers(settings)],
         "moe_ffn_hidden_size": derived.expert_ffn_size(settings),
-        # megatron-core refuses a softmax over one winner; these routers take none.
+        # megatron-core refuses a softmax over one expert; these routers have none.
         "moe_router_pre_softmax": moe.moe_router_pre_softmax or moe.moe_router_type in EVEN_WEIGHTS,
         # megatron-core does not know noisy top-k's own losses.
         "moe_router_load_balancing_type": "none" if noisy_load else balance,

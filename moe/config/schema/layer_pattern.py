@@ -28,8 +28,8 @@ def _value(node: ast.expr) -> int | list[int] | None:
         return node.value if type(node.value) is int else None
     if isinstance(node, ast.List):
         items = [_value(item) for item in node.elts]
-        whole = [item for item in items if isinstance(item, int)]
-        return whole if len(whole) == len(items) else None
+        integers = [item for item in items if isinstance(item, int)]
+        return integers if len(integers) == len(items) else None
     if not isinstance(node, ast.BinOp):
         return None
     left, right = _value(node.left), _value(node.right)

@@ -10,21 +10,21 @@ T = TypeVar("T")
 
 
 class Role(Enum):
-    """What a setting decides."""
+    """Effect of a setting, and so when it may change."""
 
     SHAPE = "shape"
-    """Which tensors exist: a checkpoint with another value is never loaded."""
+    """Set of tensors; a checkpoint with another value is never loaded."""
     FUNCTION = "function"
-    """What the tensors compute, or the optimizer's state: only --finetune may change it."""
+    """Function of the tensors, or the optimizer's state; only --finetune may change it."""
     TRAINING = "training"
-    """How the model trains: a resumed run may change it and reports the change."""
+    """Training procedure; a resumed run may change it and reports the change."""
     RUN = "run"
-    """Saving, evaluation, logging, places: a resumed run may change it without a report."""
+    """Saving, evaluation, logging, paths; a resumed run may change it without a report."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """Whether a converted model shows a setting, where its role does not imply it."""
+    """Export to converted models, where it differs from the role's default."""
 
     shown: bool
 

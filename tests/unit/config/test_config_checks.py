@@ -1,4 +1,4 @@
-"""All cross-checks together; each rule by itself is in test_rules_*.py."""
+"""All cross-checks together; test_rules_*.py test single rules."""
 
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -79,13 +79,13 @@ def test_saving_needs_a_folder(name: str, tmp_path: Path) -> None:
     assert inputs(**{name: 3}, save=str(tmp_path / "new")) == []
 
 
-def test_what_would_be_written_nowhere_is_refused() -> None:
+def test_outputs_need_a_save_folder() -> None:
     assert inputs(async_save=True) == ["--async-save needs --save FOLDER"]
     assert inputs(tensorboard_dir="tb") == ["--tensorboard-dir tb needs --save FOLDER"]
 
 
 @pytest.mark.parametrize("installed", [False, True])
-def test_wandb_is_looked_for_before_anything_starts(
+def test_wandb_is_checked_before_the_run(
     installed: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def version(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Which layers a stage holds: megatron-core's own answers, for every way of saying it."""
+"""Pipeline splits, against megatron-core's, for all ways to specify them."""
 
 from typing import Any
 
@@ -50,9 +50,7 @@ ways = st.one_of(
 
 @settings(max_examples=150, deadline=None)
 @given(st.integers(2, 16), st.integers(2, 4), ways)
-def test_stages_hold_what_megatron_gives_them(
-    layers: int, stages: int, way: dict[str, Any]
-) -> None:
+def test_stages_match_megatrons(layers: int, stages: int, way: dict[str, Any]) -> None:
     chosen = {"num_layers": layers, "pipeline_model_parallel_size": stages, **way}
     assume(not found(world_size=stages, global_batch_size=24, **chosen))
     ours = make(**chosen)
@@ -88,7 +86,7 @@ def test_a_written_layout_by_hand() -> None:
     assert megatron_layout(make()) is None
 
 
-def test_a_virtual_stage_as_long_as_a_stage_is_no_interleaving() -> None:
+def test_a_virtual_stage_as_long_as_a_stage_does_not_interleave() -> None:
     chosen = make(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=2)
     assert virtual_pipeline_size(chosen) is None
 

@@ -68,7 +68,7 @@ def test_latent_attention_on_tensor_ranks(changes: dict[str, Any], rule: str) ->
     assert rule in problem
 
 
-def test_what_goes_together() -> None:
+def test_compatible_settings() -> None:
     assert not found(**LATENT, hidden_size=60, rope_type="yarn", rotary_scaling_factor=4.0)
     assert not found(rope_type="llama3", rotary_scaling_factor=8.0, mtp_num_layers=2)
     block = {"recompute_method": "block", "recompute_num_layers": 2}

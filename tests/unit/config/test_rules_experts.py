@@ -1,4 +1,4 @@
-"""Experts, routing, capacity and dispatch: each rule fires alone, on what it is for."""
+"""Rules on experts, routing, capacity and dispatch, each triggered alone."""
 
 from typing import Any
 
@@ -181,7 +181,7 @@ def test_rule(changes: dict[str, Any], expected: str) -> None:
     assert expected in line
 
 
-def test_flex_where_deep_ep_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flex_with_deep_ep(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "deep_ep")
     flex = {"moe_token_dispatcher_type": "flex", "device": "cuda"}
     assert not found(world_size=2, expert_model_parallel_size=2, **flex)
@@ -189,7 +189,7 @@ def test_flex_where_deep_ep_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "flex needs --expert-model-parallel-size" in problem
 
 
-def test_padding_of_shared_slots_needs_a_dispatcher_that_counts_on_none() -> None:
+def test_padding_of_shared_capacity_needs_allgather() -> None:
     padded = {"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True}
     for layout in ({"tensor_model_parallel_size": 2}, {"context_parallel_size": 2}):
         assert found(2, **padded, **layout)
@@ -208,5 +208,5 @@ def test_padding_of_shared_slots_needs_a_dispatcher_that_counts_on_none() -> Non
         },
     ],
 )
-def test_a_slot_is_enough(changes: dict[str, Any]) -> None:
+def test_a_capacity_of_one_is_enough(changes: dict[str, Any]) -> None:
     assert found(**changes) == []

@@ -1,4 +1,4 @@
-"""Feed-forward blocks and initialisation: each rule fires alone, on what it is for."""
+"""Rules on feed-forward blocks and initialisation, each triggered alone."""
 
 from typing import Any
 
@@ -70,8 +70,8 @@ def test_rule(changes: dict[str, Any], expected: str) -> None:
 
 
 @pytest.mark.parametrize("name", BEYOND)
-def test_what_transformer_engine_cannot_express(name: str) -> None:
-    """``auto`` takes local layers for it, ``transformer_engine`` is refused."""
+def test_models_that_transformer_engine_does_not_support(name: str) -> None:
+    """``auto`` selects local layers; ``transformer_engine`` is refused."""
     chosen = make(**BEYOND[name])
     assert beyond_transformer_engine(chosen) == [name]
     assert is_local(chosen, te=True)
@@ -81,7 +81,7 @@ def test_what_transformer_engine_cannot_express(name: str) -> None:
     assert "needs --transformer-impl local (or auto, which selects it)" in line
 
 
-def test_a_plain_model_takes_transformer_engine_where_it_can_be_used() -> None:
+def test_a_plain_model_uses_transformer_engine_if_usable() -> None:
     assert not beyond_transformer_engine(make())
     assert not is_local(make(), te=True) and is_local(make(), te=False)
     assert is_local(make(transformer_impl="local"), te=True)

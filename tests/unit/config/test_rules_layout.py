@@ -1,4 +1,4 @@
-"""The cut over ranks and the batch: each rule fires alone, on what it is for."""
+"""Rules on partitioning over ranks and on the batch, each triggered alone."""
 
 from typing import Any
 
@@ -139,6 +139,6 @@ def test_rule(changes: dict[str, Any], expected: str) -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4, 8])
-def test_tensor_ranks_share_key_heads_or_hold_one_together(groups: int) -> None:
+def test_tensor_ranks_shard_or_replicate_key_heads(groups: int) -> None:
     layout = {"tensor_model_parallel_size": 4, "num_query_groups": groups}
     assert not found(4, **layout)

@@ -1,4 +1,4 @@
-"""Shape, implementation and recomputation: each rule fires alone, on what it is for."""
+"""Rules on shape, implementation and recomputation, each triggered alone."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Optimizers, parameter groups, and what is said of routers that look ahead."""
+"""Rules on optimizers and parameter groups, and detection of routers that look ahead."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""FP8: each rule fires alone, on what it is for, and the bridge hands settings to megatron-core."""
+"""Rules on FP8, each triggered alone, and FP8 settings in megatron-core's configuration."""
 
 from typing import Any
 
@@ -56,7 +56,7 @@ PIPELINE = {"pipeline_model_parallel_size": 2, "world_size": 2}
         ({**GATHERED, "fp8_recipe": "mxfp8"}, "reuse of gradient buffers"),
     ],
 )
-def test_a_rule_fires_alone(changes: dict[str, Any], expected: str) -> None:
+def test_a_rule_is_reported_alone(changes: dict[str, Any], expected: str) -> None:
     problems = found(**changes)
     assert len(problems) == 1 and expected in problems[0], problems
 
@@ -70,23 +70,23 @@ def test_a_rule_fires_alone(changes: dict[str, Any], expected: str) -> None:
         {**DELAYED, "recompute_granularity": "selective", "recompute_modules": ["moe"]},
     ],
 )
-def test_what_goes_together(changes: dict[str, Any]) -> None:
+def test_compatible_settings(changes: dict[str, Any]) -> None:
     assert found(**changes) == []
 
 
-def test_which_layers_run_in_fp8() -> None:
+def test_layers_in_fp8() -> None:
     assert fp8_layers(make()) == [False] * 4
     assert fp8_layers(make(**MXFP8)) == [True] * 4
     kept = make(**MXFP8, first_last_layers_bf16=True, num_layers_at_end_in_bf16=2)
     assert fp8_layers(kept) == [False, True, False, False]
 
 
-def test_megatron_core_learns_of_fp8_only_with_transformer_engine(
+def test_megatron_core_has_fp8_only_with_transformer_engine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings = make(**DELAYED, fp8_margin=2, fp8_amax_history_len=16, fp8_amax_compute_algo="max")
     assert bridge.transformer_config(settings).fp8 is None
-    # The configuration asks for a version of Transformer Engine that is not installed here.
+    # The configuration requires a version of Transformer Engine, which is not installed here.
     monkeypatch.setattr(
         "megatron.core.transformer.transformer_config.is_te_min_version", lambda *_: True
     )

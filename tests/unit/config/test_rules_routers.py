@@ -1,4 +1,4 @@
-"""Routers other than plain top-k: each rule fires alone, on what it is for."""
+"""Rules on routers other than plain top-k, each triggered alone."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def _kind(kind: str, **changes: Any) -> dict[str, Any]:
     return {"moe_router_type": kind, **NEEDS[kind], **changes}
 
 
-def test_every_router_can_be_had() -> None:
+def test_every_router_is_accepted() -> None:
     annotation = MoESettings.model_fields["moe_router_type"].annotation
     assert set(NEEDS) == set(annotation.__args__)
     for kind in NEEDS:

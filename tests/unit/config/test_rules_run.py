@@ -1,4 +1,4 @@
-"""Learning rate, data and loading: each rule fires alone, on what it is for."""
+"""Rules on learning rate, data and loading, each triggered alone."""
 
 from typing import Any
 

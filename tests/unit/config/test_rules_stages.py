@@ -1,4 +1,4 @@
-"""Stages of the data: from a recipe or a flag, and the rules for them."""
+"""Data stages from recipes and flags, and their rules."""
 
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ def test_a_malformed_stage_is_refused(stage: Any, rule: str) -> None:
         ([{**LAST, "learning_rate": {"lr": 1, "min_lr": 2}}], {}, "stage 1: min_lr 2.0 exceeds lr"),
     ],
 )
-def test_each_rule_fires_alone(stages: Any, changes: Any, expected: str) -> None:
+def test_each_rule_is_reported_alone(stages: Any, changes: Any, expected: str) -> None:
     (line,) = with_stages(*stages, **changes)
     assert expected in line
 
@@ -100,7 +100,7 @@ def test_the_documented_example_is_valid() -> None:
     assert found(**{"mock_data": False, **recipe.loads(example)["data"]}) == []
 
 
-def test_mock_data_take_the_place_of_all_shards() -> None:
+def test_mock_data_replace_all_shards() -> None:
     stage = {**LAST, "learning_rate": {"lr": "4.0e-5"}}
     settings = make(stages=[stage], valid_data_path=["nowhere"])
     assert settings.data.stages is not None
@@ -133,7 +133,7 @@ def test_fim_sources_need_a_name_and_a_fim_stage() -> None:
     (line,) = with_stages(FIRST, LAST, fim_sources=["a", "b"])
     assert line == "--fim-sources a b needs --objective fim (in a stage, at least)"
     assert with_stages({**FIRST, "objective": "fim"}, LAST, fim_sources=["a"]) == []
-    assert found(fim_sources=["a"]) == []  # mock data take the place of all stages
+    assert found(fim_sources=["a"]) == []  # mock data replace all stages
     (line,) = with_stages({**LAST, "objective": "fim"}, fim_sources=[])
     assert line.startswith("--fim-sources is empty: name sources")
     assert flags.parse(["--fim-sources", "a", "b"]).settings["data"]["fim_sources"] == ["a", "b"]

@@ -80,7 +80,7 @@ REPLACED_EXPERTS = names(
     """moe_layer_freq moe_ffn_hidden_size moe_router_pre_softmax moe_router_dtype
     moe_router_load_balancing_type"""
 )
-"""Settings whose value bridge.py computes although megatron-core has the name."""
+"""Settings of a name in megatron-core whose value bridge.py computes."""
 CARRIED_PRECISION = names(
     """fp8_recipe fp8_margin fp8_amax_history_len fp8_amax_compute_algo first_last_layers_bf16
     num_layers_at_start_in_bf16 num_layers_at_end_in_bf16 bf16"""

@@ -1,4 +1,4 @@
-"""Every recipe's parameters against published counts and HuggingFace's own models."""
+"""Parameters of all recipes, against published counts and HuggingFace's models."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ TOOL = Path(__file__).resolve().parents[3] / "tools" / "plan.py"
 
 
 PUBLISHED: dict[str, tuple[float, float | None, float]] = {
-    # total and active without token prediction, and how exactly they are published
+    # total and active without token prediction, and the precision of the published values
     "olmoe_1b_7b": (6_919_161_856, 1_282_017_280, 0),  # facts: the released model's own
     "olmoe_dense_1b": (1_279_920_128, 1_279_920_128, 0),  # the released block, FFN 8192
     "olmo_1b": (1_176_764_416, 1_176_764_416, 0),
@@ -27,9 +27,9 @@ PUBLISHED: dict[str, tuple[float, float | None, float]] = {
     "deepseek_moe_16b": (16.4e9, 2.8e9, 0.011),  # no HuggingFace class; the card rounds
     "qwen1_5_moe": (14.3e9, 2.7e9, 5e-3),
     "qwen2_57b_a14b": (57.4e9, 14.2e9, 5e-3),
-    "qwen3_30b_a3b": (30.5e9, 3.35e9, 2e-3),  # the card's 3.3 is cut off
+    "qwen3_30b_a3b": (30.5e9, 3.35e9, 2e-3),  # the card truncates to 3.3
     "deepseek_v2_lite": (15.7e9, None, 1e-3),  # 2.4 B active leaves vocabulary matrices out
-    "deepseek_v3": (671e9, 37.6e9, 2e-3),  # the paper's 37 is cut off
+    "deepseek_v3": (671e9, 37.6e9, 2e-3),  # the paper truncates to 37
     # Decoders of encoder-decoders, by hand below.
     "gshard": (39_392_266_240, None, 0),
     "st_moe_l": (2_035_817_472, None, 0),
@@ -112,7 +112,7 @@ def _count(name: str) -> ParameterCount:
     return count_parameters(settings, settings.model.vocab_size)
 
 
-def test_every_recipe_is_held_to_a_number() -> None:
+def test_every_recipe_has_a_published_count() -> None:
     assert set(plan.recipe_names()) == set(PUBLISHED)
 
 
@@ -148,7 +148,7 @@ def test_every_recipe_has_a_page_that_the_table_names() -> None:
 
 
 def test_decoders_by_hand() -> None:
-    """L x 4 H A + FFNs + routers + embeddings + norms of the decoder-only adaptations."""
+    """Count L x 4 H A + FFNs + routers + embeddings + norms of the decoder-only adaptations."""
     switch = 12 * 4 * 768 * 768 + 6 * 3 * 768 * 2048 * (1 + 128) + 6 * 768 * 128
     assert _count("switch_base").main == switch + 2 * 32128 * 768 + 25 * 768
     gshard = 36 * 4 * 1024 * 2048 + 18 * 2 * 1024 * 8192 * (1 + 128) + 18 * 1024 * 128
@@ -163,7 +163,7 @@ def test_decoders_by_hand() -> None:
         assert _count(name).main == dense + sparse + ends
 
 
-def test_flags_count_among_the_fewest_ranks() -> None:
+def test_flags_change_the_smallest_world_size() -> None:
     path = plan.find("olmoe_1b_7b")
     assert plan.planned(path, None, 0, []).world_size == 8
     assert plan.planned(path, None, 0, ["--pipeline-model-parallel-size", "2"]).world_size == 16
