@@ -1,4 +1,4 @@
-"""Whether a checkpoint fits the settings that are to load it."""
+"""Compatibility of checkpoints with settings."""
 
 import json
 import os
@@ -18,88 +18,30 @@ from moetron.moe.checkpoint.run_folder import (
 )
 from moetron.moe.checkpoint.vocabulary import vocabulary_problem
 from moetron.moe.config.schema.field import flag_name
-from moetron.moe.config.schema.settings import Settings
+from moetron.moe.config.schema.roles import Role
+from moetron.moe.config.schema.settings import Settings, with_role
 
 SHAPE = {
-    "model": (
-        "num_layers",
-        "hidden_size",
-        "num_attention_heads",
-        "num_query_groups",
-        "kv_channels",
-        "ffn_hidden_size",
-        "ffn_type",
-        "normalization",
-        "norm_affine",
-        "qk_layernorm",
-        "qk_layernorm_scope",
-        "swiglu",
-        "add_bias_linear",
-        "untie_embeddings_and_output_weights",
-        "mtp_num_layers",
-    ),
-    "attention": (
-        "add_qkv_bias",
-        "multi_latent_attention",
-        "q_lora_rank",
-        "kv_lora_rank",
-        "qk_head_dim",
-        "qk_pos_emb_head_dim",
-        "v_head_dim",
-    ),
-    "moe": (
-        "num_experts",
-        "moe_layer_freq",
-        "moe_layer_position",
-        "first_k_dense_replace",
-        "moe_ffn_hidden_size",
-        "moe_router_enable_expert_bias",
-        "moe_router_type",
-        "moe_global_aux_loss_counts",
-        "moe_shared_expert_intermediate_size",
-        "moe_shared_expert_gate",
-        "moe_sequential_ffn_hidden_size",
-        "moe_expert_multiplicative_bias",
-    ),
+    group: tuple(name for name in names if name != "vocab_size")
+    for group, names in with_role(Role.SHAPE).items()
 }
-"""Settings that say which tensors there are, beside the vocabulary's size."""
-FUNCTION = {
-    "model": ("position_embedding_type", "rotary_base", "rotary_percent", "norm_epsilon"),
-    "attention": (
-        "softmax_scale",
-        "rope_type",
-        "rotary_scaling_factor",
-        "original_max_position_embeddings",
-        "beta_fast",
-        "beta_slow",
-        "mscale",
-        "mscale_all_dim",
-    ),
-    "moe": (
-        "moe_router_topk",
-        "moe_router_pre_softmax",
-        "moe_router_score_function",
-        "moe_router_topk_scaling_factor",
-        "moe_router_num_groups",
-        "moe_router_group_topk",
-    ),
-    "optimizer": ("optimizer",),
-}
-"""Settings that a run cannot change half-way; --finetune may."""
+"""Settings that decide which tensors exist; vocabulary.py compares the vocabulary's size."""
+FUNCTION = with_role(Role.FUNCTION)
+"""Settings that only --finetune may change."""
 
 
 def check_folders(settings: Settings, stream_state: Mapping[str, Any]) -> None:
-    """What is wrong with --load and --save, before anything heavy starts; imports no torch.
+    """Check --load and --save before the run starts, without torch.
 
-    Files are looked at by rank 0 alone, since thousands of ranks may share a disk.
+    Only rank 0 reads files, since thousands of ranks may share a disk.
 
     Raises:
-        UserError: nothing to load, damage, another architecture, no permission to save, or a longer
-            run at --save than the one that starts.
+        UserError: nothing to load, damage, another architecture, no permission to save, or --save
+            holds a later step than the start of this run.
     """
     options, step = settings.checkpoint, 0
-    begins = options.load is not None and options.load == options.save
-    if options.load is not None and not (begins and latest_step(Path(options.load)) is None):
+    may_start = options.load is not None and options.load == options.save
+    if options.load is not None and not (may_start and latest_step(Path(options.load)) is None):
         folder = find(Path(options.load))
         record = read_record(folder)
         require_fit(folder, record, settings, stream_state)
@@ -118,7 +60,7 @@ def require_fit(
     stream_state: Mapping[str, Any],
     embedding_rows: int | None = None,
 ) -> None:
-    """``UserError`` with every difference between a checkpoint and the settings that load it."""
+    """Raise ``UserError`` with all differences between a checkpoint and the settings."""
     problems = differences(record, settings, stream_state, embedding_rows)
     if problems:
         raise UserError("\n".join([f"--load {folder}: does not fit:", *problems]))
@@ -130,16 +72,15 @@ def differences(
     stream_state: Mapping[str, Any],
     embedding_rows: int | None = None,
 ) -> list[str]:
-    """One line for each difference that forbids loading.
+    """Return one line per difference that forbids loading.
 
-    ``embedding_rows``: the checkpoint's, where its tensors have been looked at.
+    ``embedding_rows``: rows of the checkpoint's embedding, if its tensors are known.
     """
     options = settings.checkpoint
-    checked = [(group, name) for group, names in SHAPE.items() for name in names]
-    if not options.finetune:
-        checked += [(group, name) for group, names in FUNCTION.items() for name in names]
+    lists = [SHAPE] if options.finetune else [SHAPE, FUNCTION]
+    checked = [(group, name) for part in lists for group in part for name in part[group]]
     if options.no_load_optim:
-        checked.remove(("optimizer", "optimizer"))
+        checked = [(group, name) for group, name in checked if group != "optimizer"]
     ours = settings.model_dump(mode="json")
     problems = [
         f"  - {flag_name(name)} {_text(ours[group][name])}: the checkpoint has {_text(theirs)}"
@@ -158,19 +99,19 @@ def differences(
 
 
 def changed_data(record: Record, stream_state: Mapping[str, Any]) -> list[str]:
-    """What differs between a checkpoint's stream of samples and this one: its parts' names."""
+    """Return the names of parts in which a checkpoint's sample stream differs from this one."""
     ours, theirs = json.loads(json.dumps(stream_state)), record.stream
     return sorted(key for key in theirs | ours if theirs.get(key) != ours.get(key))
 
 
 def tokenizer_fingerprints(stream_state: Mapping[str, Any]) -> list[str]:
-    """Fingerprints of the tokenizers that the sources name."""
+    """Return the fingerprints of the sources' tokenizers."""
     sources = stream_state.get("sources", [])
     return sorted({source["tokenizer"] for source in sources if source.get("tokenizer")})
 
 
 def _text(value: Any) -> str:
-    """A JSON value as a flag takes it."""
+    """Return a JSON value as flags write it."""
     if isinstance(value, list):
         return " ".join(map(_text, value))
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)

@@ -1,1 +1,1 @@
-"""Settings: one typed source for every knob, its flag, its YAML key, its help and its checks."""
+"""Settings, with their flags, YAML keys, help and checks."""

@@ -1,5 +1,6 @@
-"""From Settings to megatron-core's own configurations. The only module here that imports torch."""
+"""Conversion of Settings to megatron-core's configurations. The only module here with torch."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -14,8 +15,8 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from moetron.moe.config.schema import derived, pipeline_split
-from moetron.moe.config.schema.attention import AttentionSettings
 from moetron.moe.config.schema.experts import EVEN_WEIGHTS
+from moetron.moe.config.schema.field import Group
 from moetron.moe.config.schema.model import ModelSettings
 from moetron.moe.config.schema.precision import PrecisionSettings
 from moetron.moe.config.schema.settings import Settings
@@ -25,7 +26,7 @@ padded_vocab_size = derived.padded_vocab_size
 
 @dataclass
 class ModelConfig(TransformerConfig):
-    """megatron-core's configuration and what our own modules read besides."""
+    """megatron-core's model configuration with the fields of our own modules."""
 
     moe_eval_capacity_factor: float | None = None
     moe_minimum_capacity: int = 0
@@ -52,18 +53,18 @@ class ModelConfig(TransformerConfig):
 
 @dataclass
 class LatentModelConfig(ModelConfig, MLATransformerConfig):
-    """The same for latent attention."""
+    """ModelConfig with latent attention."""
 
 
 def params_dtype(settings: Settings) -> torch.dtype:
-    """Number format of parameters, activations and what pipeline stages exchange."""
+    """Return the dtype of parameters, activations and pipeline communication."""
     return torch.bfloat16 if settings.precision.bf16 else torch.float32
 
 
 def draw_weight_(weight: torch.Tensor, std: float, cutoff: float | None) -> torch.Tensor:
-    """Fill ``weight`` in place from N(0, std^2), cut at +-``cutoff`` x std if given.
+    """Fill ``weight`` in place from N(0, std^2), truncated at +-``cutoff`` x std if given.
 
-    Drawn in fp32 and rounded: torch's truncated normal is coarse in bf16, and a bf16 run starts
+    Samples in fp32 and casts: torch's truncated normal is coarse in bf16, and a bf16 run starts
     from the rounded weights of an fp32 run of the same seed.
     """
     drawn = torch.empty_like(weight, dtype=torch.float32)
@@ -76,19 +77,19 @@ def draw_weight_(weight: torch.Tensor, std: float, cutoff: float | None) -> torc
 
 
 def draw_scaled_(weight: torch.Tensor, scale: float, ranks: int) -> torch.Tensor:
-    """Fill ``weight`` from N(0, scale / inputs); ``ranks`` share its inputs, the last axis."""
+    """Fill ``weight`` from N(0, scale / inputs); ``ranks`` shard its inputs, the last axis."""
     return draw_weight_(weight, math.sqrt(scale / (weight.shape[-1] * ranks)), None)
 
 
 def init_method(
     model: ModelSettings, shrink: float = 1.0, ranks: int = 1
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The in-place initialiser of a matrix.
+    """Return the in-place initialiser of a matrix.
 
     Args:
-        model: which distribution.
-        shrink: divides the standard deviation.
-        ranks: how many tensor ranks share the matrix's inputs.
+        model: settings with the distribution.
+        shrink: divisor of the standard deviation.
+        ranks: number of tensor-parallel ranks that shard the matrix's inputs.
     """
     if model.init_method == "variance_scaling":
         scale = model.init_method_scale / shrink**2
@@ -112,6 +113,7 @@ def _initialisation(settings: Settings) -> dict[str, Any]:
         "init_method": init_method(model),
         "init_method_std": model.init_method_std,
         "embedding_init_method": embedding,
+        "embedding_init_method_std": None,  # part of embedding_init_method
         "output_layer_init_method": init_method(model, shrink, ranks),
         "router_init_method": router,
         "use_cpu_initialization": False,
@@ -127,32 +129,28 @@ _ACTIVATIONS = {
 }
 
 
+def same_names(group: Group, config: type[ModelConfig]) -> dict[str, Any]:
+    """Return the settings of a group that ``config`` has fields of the same name for."""
+    known = {field.name for field in dataclasses.fields(config)}
+    return {name: value for name, value in group if name in known}
+
+
 def _blocks(model: ModelSettings) -> dict[str, Any]:
     return {
-        "num_layers": model.num_layers,
-        "hidden_size": model.hidden_size,
-        "num_attention_heads": model.num_attention_heads,
         "num_query_groups": derived.query_groups(model),
         "kv_channels": derived.head_dim(model),
         "ffn_hidden_size": derived.dense_ffn_size(model),
-        "normalization": model.normalization,
         "layernorm_epsilon": model.norm_epsilon,
         # megatron-core sums the gradients of what it calls qk_layernorm over tensor ranks: right
         # for a norm per head, wrong for a full-width norm, of which each rank holds a part.
         "qk_layernorm": model.qk_layernorm and model.qk_layernorm_scope == "head",
-        "norm_affine": model.norm_affine,
         "gated_linear_unit": derived.ffn_inner_matrices(model) > 1,
         "double_gated": derived.ffn_type(model) == "double_gated",
         "activation_func": _ACTIVATIONS[derived.ffn_type(model)],
-        "add_bias_linear": model.add_bias_linear,
-        "mtp_num_layers": model.mtp_num_layers,
-        "mtp_loss_scaling_factor": model.mtp_loss_scaling_factor,
-        "output_z_loss_coeff": model.output_z_loss_coeff,
-        "hidden_dropout": model.hidden_dropout,
-        "attention_dropout": model.attention_dropout,
         "attention_backend": (
             AttnBackend.unfused if model.attention_backend == "unfused" else AttnBackend.auto
         ),
+        "transformer_impl": ModelConfig.transformer_impl,  # ours has other values
         "bias_activation_fusion": False,
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
@@ -162,69 +160,21 @@ def _blocks(model: ModelSettings) -> dict[str, Any]:
     }
 
 
-def _attention(settings: Settings) -> dict[str, Any]:
-    attention = settings.attention
-    shared = {"add_qkv_bias": attention.add_qkv_bias, "softmax_scale": attention.softmax_scale}
-    if not attention.multi_latent_attention:
-        return shared
-    own = (set(AttentionSettings.model_fields) - set(shared)) | {"rotary_base", "rotary_percent"}
-    values = {**attention.model_dump(), **settings.model.model_dump()}
-    return {**shared, **{name: values[name] for name in own}}
-
-
 def _experts(settings: Settings) -> dict[str, Any]:
-    """Nothing for a dense model: megatron-core refuses an expert width without experts."""
     moe = settings.moe
-    if moe.num_experts is None:
-        return {}
     balance = moe.moe_router_load_balancing_type
     noisy_load = balance == "noisy_load"
-    same_name = (
-        "moe_router_topk",
-        "moe_router_score_function",
-        "moe_router_topk_scaling_factor",
-        "moe_router_num_groups",
-        "moe_router_group_topk",
-        "moe_router_enable_expert_bias",
-        "moe_router_bias_update_rate",
-        "moe_router_type",
-        "moe_expert_choice_eval",
-        "moe_second_expert_threshold",
-        "moe_router_temperature",
-        "moe_router_final_temperature",
-        "moe_router_anneal_samples",
-        "moe_aux_loss_coeff",
-        "moe_aux_loss_first_choice_only",
-        "moe_global_aux_loss_counts",
-        "moe_z_loss_coeff",
-        "moe_input_jitter_eps",
-        "moe_expert_capacity_factor",
-        "moe_eval_capacity_factor",
-        "moe_minimum_capacity",
-        "moe_capacity_includes_topk",
-        "moe_capacity_scope",
-        "moe_pad_expert_input_to_capacity",
-        "moe_token_drop_policy",
-        "moe_token_dispatcher_type",
-        "moe_grouped_gemm",
-        "moe_shared_expert_intermediate_size",
-        "moe_shared_expert_gate",
-        "moe_expert_multiplicative_bias",
-        "moe_expert_dropout",
-        "moe_shared_expert_overlap",
-    )
     return {
         "num_moe_experts": moe.num_experts,
         "moe_layer_freq": [int(has_experts) for has_experts in derived.moe_layers(settings)],
         "moe_ffn_hidden_size": derived.expert_ffn_size(settings),
-        # megatron-core refuses a softmax over one winner, which these do not take.
+        # megatron-core refuses a softmax over one expert; these routers have none.
         "moe_router_pre_softmax": moe.moe_router_pre_softmax or moe.moe_router_type in EVEN_WEIGHTS,
         # megatron-core does not know noisy top-k's own losses.
         "moe_router_load_balancing_type": "none" if noisy_load else balance,
         "moe_noisy_load_loss": noisy_load,
         "routing_seed": settings.training.seed,
         "moe_router_dtype": None if moe.moe_router_dtype == "params" else moe.moe_router_dtype,
-        **{name: getattr(moe, name) for name in same_name},
     }
 
 
@@ -233,69 +183,56 @@ def _layout(settings: Settings) -> dict[str, Any]:
     rounds = pipeline_split.virtual_pipeline_size(settings)
     interleaved = rounds is not None
     return {
-        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "sequence_parallel": derived.sequence_parallel(parallel),
-        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "virtual_pipeline_model_parallel_size": rounds,
         "pipeline_model_parallel_layout": pipeline_split.megatron_layout(settings),
-        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "account_for_embedding_in_pipeline_split": False,  # part of the layout
+        "account_for_loss_in_pipeline_split": False,
         "expert_tensor_parallel_size": derived.expert_tensor_parallel_size(parallel),
-        "context_parallel_size": parallel.context_parallel_size,
         # With megatron-core's defaults an interleaved pipeline of two stages batches two sends
         # between one pair of ranks, which change places: gradients would be silently wrong.
         "overlap_p2p_comm": interleaved,
         "batch_p2p_comm": not interleaved,
         "deallocate_pipeline_outputs": parallel.pipeline_model_parallel_size > 1,
-        "recompute_granularity": parallel.recompute_granularity,
-        "recompute_method": parallel.recompute_method,
-        "recompute_num_layers": parallel.recompute_num_layers,
-        "recompute_modules": parallel.recompute_modules,
     }
 
 
 def _fp8(precision: PrecisionSettings) -> dict[str, Any]:
-    same_name = (
-        "fp8_recipe",
-        "fp8_margin",
-        "fp8_amax_history_len",
-        "fp8_amax_compute_algo",
-        "first_last_layers_bf16",
-        "num_layers_at_start_in_bf16",
-        "num_layers_at_end_in_bf16",
-    )
-    shared = {name: getattr(precision, name) for name in same_name}
-    kept = precision.fp8_param_gather
-    return {"fp8": precision.fp8_format, "fp8_param": kept, **shared}
+    return {"fp8": precision.fp8_format, "fp8_param": precision.fp8_param_gather}
 
 
 def transformer_config(settings: Settings, transformer_engine: bool = False) -> ModelConfig:
-    """megatron-core's model configuration; the settings must have passed ``checks.problems``.
+    """Return megatron-core's model configuration of settings that passed ``checks.problems``.
 
-    ``transformer_engine``: its layers will run, and FP8 is theirs; megatron-core knows nothing of
-    the local implementation's emulation.
+    ``transformer_engine``: whether its layers run, with its FP8. The local implementation emulates
+    FP8 without megatron-core.
     """
     dtype = params_dtype(settings)
     fp8 = transformer_engine and settings.precision.fp8_format is not None
     kind = LatentModelConfig if settings.attention.multi_latent_attention else ModelConfig
-    return kind(
-        **_blocks(settings.model),
-        **_attention(settings),
-        **_initialisation(settings),
-        **_experts(settings),
-        **_layout(settings),
-        **(_fp8(settings.precision) if fp8 else {}),
-        bf16=settings.precision.bf16,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        calculate_per_token_loss=settings.training.calculate_per_token_loss,
-    )
+    groups: list[Group] = [settings.model, settings.attention, settings.parallel]
+    values = {**_blocks(settings.model), **_initialisation(settings), **_layout(settings)}
+    if settings.moe.num_experts is not None:  # without experts megatron-core refuses their width
+        groups.append(settings.moe)
+        values |= _experts(settings)
+    if fp8:
+        groups.append(settings.precision)
+        values |= _fp8(settings.precision)
+    carried = {name: value for group in groups for name, value in same_names(group, kind).items()}
+    values |= {
+        "bf16": settings.precision.bf16,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "calculate_per_token_loss": settings.training.calculate_per_token_loss,
+    }
+    return kind(**carried | values)
 
 
 def optimizer_config(settings: Settings) -> OptimizerConfig:
-    """megatron-core's optimizer configuration, without per-parameter overrides of the decay.
+    """Return megatron-core's optimizer configuration, without per-parameter overrides.
 
-    It knows no Adafactor, and Muon only with a package that PyPI does not have: SGD without
-    momentum, which keeps nothing, holds their place.
+    It lacks Adafactor, and its Muon needs a package that PyPI does not have: stateless SGD is their
+    placeholder.
     """
     optimizer = settings.optimizer
     is_ours = optimizer.optimizer in ("adafactor", "muon")
@@ -319,7 +256,7 @@ def optimizer_config(settings: Settings) -> OptimizerConfig:
 
 
 def ddp_config(settings: Settings) -> DistributedDataParallelConfig:
-    """Gradient reduction. Finite checks are the training loop's, so megatron-core's are off."""
+    """Return the gradient reduction's configuration; the training loop does finite checks."""
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=settings.precision.accumulate_allreduce_grads_in_fp32,
         overlap_grad_reduce=settings.parallel.overlap_grad_reduce,

@@ -1,4 +1,4 @@
-"""From the command line to checked settings."""
+"""Reading of flags and recipes into checked settings."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -18,23 +18,23 @@ from moetron.moe.config.validate import Tree, validate
 
 @dataclass(frozen=True)
 class Command:
-    """What the user asked for."""
+    """Parsed and checked command line."""
 
     settings: Settings
     config: list[Path]
-    """The recipes that were read."""
+    """Recipes in the order of reading."""
     dry_run: bool
-    """Check and plan only."""
+    """Only check and plan."""
     check: bool
-    """Check as a real start does, inputs too, and stop before any rank starts."""
+    """Check as a real start does, including inputs, and stop before any rank starts."""
     build: bool
-    """In a dry run: build the rank's share on the meta device too."""
+    """In a dry run, also build the rank's shard on the meta device."""
     world_size: int
     """Ranks: --world-size in a dry run or check, else torchrun's, else 1."""
     rank: int
     """This rank: --rank in a dry run, else torchrun's, else 0."""
     notes: list[str]
-    """Settings that are read otherwise than they say, for the user to know."""
+    """Lines on settings without effect, to show to the user."""
 
 
 def load(argv: Sequence[str]) -> Command:
@@ -62,18 +62,18 @@ def load(argv: Sequence[str]) -> Command:
     problems += [line for line in found if line.split()[0] not in valueless]
     if problems or settings is None:
         raise ConfigError(problems)
-    said = notes(settings)
-    return Command(settings, config, dry_run, check_only, build, world_size, rank, said)
+    lines = notes(settings)
+    return Command(settings, config, dry_run, check_only, build, world_size, rank, lines)
 
 
 def check(tree: Tree, world_size: int, dry_run: bool) -> tuple[Settings | None, list[str]]:
-    """Settings of a tree, and all that is wrong with their values and with them together.
+    """Return the settings of a tree, and all problems of single values and of combinations.
 
-    Settings are None where a required field is missing or faulty; then the cross-checks report what
-    is wrong whatever it is. A dry run needs no inputs.
+    Settings are None if a required field is missing or faulty; cross-checks then report only
+    problems that do not depend on it. A dry run needs no inputs.
     """
     settings, problems, faulty = validate(tree)
-    tried = [settings] if settings is not None else _stood_in(tree, faulty)
+    tried = [settings] if settings is not None else _with_stand_ins(tree, faulty)
     found = [_without(faulty, _cross_checks(one, world_size, dry_run)) for one in tried]
     problems += [line for line in found[0] if all(line in lines for lines in found)]
     return settings, problems
@@ -89,11 +89,11 @@ STAND_INS: dict[str, tuple[Any, Any]] = {
     "global_batch_size": (5040, 10080),
     "lr": (1.0, 2.0),
 }
-"""Two values for each required setting: a problem that both lead to does not come from them."""
+"""Two values for each required setting: a problem with both does not depend on them."""
 
 
-def _stood_in(tree: Tree, faulty: set[str]) -> list[Settings]:
-    """Settings with each of the two stand-ins for required values that are missing or faulty."""
+def _with_stand_ins(tree: Tree, faulty: set[str]) -> list[Settings]:
+    """Return settings with the first and with the second stand-ins for faulty required values."""
     required = [(group, name) for group, name, field in fields() if field.is_required()]
     found = []
     for which in (0, 1):
@@ -108,16 +108,16 @@ def _stood_in(tree: Tree, faulty: set[str]) -> list[Settings]:
 
 
 def _refuse_addresses(names: Sequence[str]) -> None:
-    """ConfigError for recipes that are not named by a path."""
+    """Raise ConfigError for recipes that are not named by a path."""
     found = [(name, path_problem(name)) for name in names]
     if problems := [f"--config {name}: {problem}" for name, problem in found if problem]:
         raise ConfigError(problems)
 
 
 def read_recipes(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """Group -> field -> value of recipes of which a later one wins over an earlier one, unchecked.
+    """Return the unchecked values of recipes by group and field; a later recipe wins.
 
-    Raises ConfigError for a file that is no recipe.
+    Raises ConfigError for a file that is not a recipe.
     """
     tree: dict[str, dict[str, Any]] = {}
     for path in paths:
@@ -126,15 +126,15 @@ def read_recipes(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
 
 
 def merge(first: Tree, second: Tree) -> dict[str, dict[str, Any]]:
-    """The second wins: flags over recipes, a later recipe over an earlier one."""
+    """Return both trees merged; the second wins."""
     groups = [*first, *(group for group in second if group not in first)]
     return {group: {**first.get(group, {}), **second.get(group, {})} for group in groups}
 
 
 def _ranks(options: Mapping[str, Any], imagined: bool, problems: list[str]) -> tuple[int, int]:
-    """(world size, rank), with what is wrong about them appended to ``problems``.
+    """Return (world size, rank) and append their problems to ``problems``.
 
-    ``imagined``: the command starts no ranks, so that flags may name others than torchrun's.
+    ``imagined``: the command starts no ranks, so flags may differ from torchrun's environment.
     """
     values = {"world_size": 1, "rank": 0}
     environment = {} if "world_size" in options else os.environ  # a rank of another world
@@ -155,7 +155,7 @@ def _ranks(options: Mapping[str, Any], imagined: bool, problems: list[str]) -> t
 
 
 def _cross_checks(settings: Settings, world_size: int, dry_run: bool) -> list[str]:
-    """Rules over several settings; in a real run also its inputs and this host's device."""
+    """Return broken rules over several settings, and in a real run over inputs and device."""
     device = settings.parallel.device
     found = checks.problems(
         settings,
@@ -172,6 +172,6 @@ def _cross_checks(settings: Settings, world_size: int, dry_run: bool) -> list[st
 
 
 def _without(faulty: set[str], found: list[str]) -> list[str]:
-    """Drop cross-check lines that rest on a faulty field's stand-in default."""
+    """Return cross-check lines that do not name a faulty field."""
     names = {flag_name(name) for name in faulty}
     return [line for line in found if not names & set(line.replace(":", " ").split())]

@@ -1,9 +1,8 @@
 """Command-line flags, generated from the settings tree.
 
-argparse rather than a typed command-line library: Megatron's flags are flat while the settings are
-a tree, and a user wants every problem of flags and recipe in one message, whereas such libraries
-stop at the first. So values stay text here, and pydantic judges flags and recipe together
-(validate.py).
+argparse, not a typed command-line library: Megatron's flags are flat while settings are a tree, and
+all problems of flags and recipe are reported together, whereas such libraries stop at the first.
+Values remain text here; pydantic validates flags and recipe together (validate.py).
 """
 
 import argparse
@@ -39,7 +38,7 @@ _HELP_COLUMN = 30
 _TRUTH = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(
     ("false", "no", "off", "0"), False
 )
-"""What a switch's value means."""
+"""Values of a switch."""
 _OWN_SWITCHES = ("dry_run", "build")
 """Options of the command that take no value."""
 _MISSING = object()
@@ -47,7 +46,7 @@ _MISSING = object()
 
 @dataclass
 class Given:
-    """What the command line says, still unchecked."""
+    """Unchecked command line."""
 
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Group -> field -> text, list of texts, switch or None."""
@@ -57,14 +56,14 @@ class Given:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises instead of exiting."""
+    """Parser that raises ConfigError in place of exiting."""
 
     def error(self, message: str) -> Any:
         raise ConfigError([message])
 
 
 class _Formatter(argparse.HelpFormatter):
-    """Wraps at spaces alone, keeps ``[default: X]`` in one piece, and paragraphs apart."""
+    """Formatter that wraps only at spaces and keeps ``[default: X]`` and paragraphs intact."""
 
     def __init__(self, prog: str) -> None:
         width = min(shutil.get_terminal_size().columns - 2, _HELP_WIDTH)
@@ -77,7 +76,7 @@ class _Formatter(argparse.HelpFormatter):
         return [line.replace("\xa0", " ") for line in lines]
 
     def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
-        """``--flag X`` although a missing value passes, to be reported with all else."""
+        """Show ``--flag X``; a missing value passes argparse and is reported later."""
         metavar = str(action.metavar or default_metavar)
         return f"{metavar} ..." if action.nargs == "*" else metavar
 
@@ -88,9 +87,9 @@ class _Formatter(argparse.HelpFormatter):
 
 
 class _Switch(argparse.Action):
-    """A flag that turns a switch on and, of a setting, one that turns it off.
+    """Pair of flags that turn a switch on and off.
 
-    Both take a truth value too; what is none is kept as text, for pydantic to refuse.
+    Both also take a truth value; any other value remains text, for pydantic to refuse.
     """
 
     def __call__(
@@ -104,13 +103,13 @@ class _Switch(argparse.Action):
 
 @dataclass(frozen=True)
 class _Refused:
-    """A flag that turns something off, with a value that is not true."""
+    """Flag that turns a switch off, given with a value other than true."""
 
-    said: str
+    text: str
 
 
 def default_text(setting: FieldInfo) -> str:
-    """A field's default as help and docs show it."""
+    """Return a field's default for help and docs."""
     if setting.is_required():
         return "required"
     if setting.default is None:
@@ -140,7 +139,7 @@ def _add(group: Any, name: str, setting: FieldInfo) -> None:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that are the command's own and no settings."""
+    """Add the command's own options, which are not settings."""
     command = parser.add_argument_group("command")
     value: dict[str, Any] = {"nargs": "?", "const": _MISSING, "default": argparse.SUPPRESS}
     switch: dict[str, Any] = {**value, "action": _Switch, "const": True}
@@ -148,7 +147,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--config",
         action="append",
         metavar="RECIPE.yaml",
-        help="recipe: a section for each group below; given again, the later one wins key by key",
+        help="recipe: a section for each group below; if repeated, later recipes win key by key",
         **value,
     )
     command.add_argument(
@@ -160,7 +159,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--check",
         action="store_true",
         default=argparse.SUPPRESS,
-        help="check settings, data and folders as a start with --world-size ranks does; then stop",
+        help="check settings, data and folders as a start with --world-size ranks does; then exit",
     )
     command.add_argument(
         "--world-size", metavar="N", help="ranks to plan or check for (--dry-run, --check)", **value
@@ -168,13 +167,13 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     command.add_argument("--rank", metavar="R", help="rank to plan for (with --dry-run)", **value)
     command.add_argument(
         "--build",
-        help="build that rank's share without memory and compare it with the plan (with --dry-run)",
+        help="build that rank's shard without memory and compare it with the plan (with --dry-run)",
         **switch,
     )
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of every flag, in the groups of the settings tree."""
+    """Return the parser of all flags, in the groups of the settings tree."""
     made = _Parser(
         prog="pretrain_moe.py",
         usage=_USAGE,
@@ -193,7 +192,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _names() -> Iterator[str]:
-    """Every flag there is."""
+    """Yield all flags."""
     yield from ("--help", "--config", "--dry-run", "--check", "--world-size", "--rank", "--build")
     for _, name, setting in fields():
         yield flag_name(name)
@@ -202,7 +201,7 @@ def _names() -> Iterator[str]:
 
 
 def _unknown(extras: Sequence[str], valid: Sequence[str]) -> list[str]:
-    """One problem for each unknown flag, or for each value that belongs to no flag."""
+    """Return a problem for each unknown flag, else for each value without a flag."""
     problems = []
     for extra in extras:
         if extra.startswith("-"):
@@ -212,7 +211,7 @@ def _unknown(extras: Sequence[str], valid: Sequence[str]) -> list[str]:
 
 
 def _stray(word: str, valid: Sequence[str]) -> str:
-    """What is wrong with a word that belongs to no flag."""
+    """Return the problem of a word without a flag."""
     name, equals, value = word.partition("=")
     flag = flag_name(name.rpartition(".")[2])
     remedy = f"; write {flag} {value}" if equals and flag in valid else ""
@@ -220,7 +219,7 @@ def _stray(word: str, valid: Sequence[str]) -> str:
 
 
 def _explicit(argv: Sequence[str]) -> list[str]:
-    """The command line with ``--switch=value`` for switches, which take no other word."""
+    """Return the command line with ``--switch=value`` for switches."""
     switches = {
         flag
         for _, name, setting in fields()
@@ -241,7 +240,7 @@ def _explicit(argv: Sequence[str]) -> list[str]:
 
 
 def parse(argv: Sequence[str]) -> Given:
-    """Read the command line. Only ``--help`` exits; every problem is returned, none is raised."""
+    """Parse the command line and return all problems; only ``--help`` exits."""
     made = parser()
     try:
         namespace, extras = made.parse_known_args(_explicit(argv))
@@ -256,7 +255,7 @@ def parse(argv: Sequence[str]) -> Given:
                 given.options[name] = [path for path in value if path is not _MISSING]
         elif isinstance(value, _Refused):
             given.problems.append(
-                f"{value.said}: it turns off and takes no value; {flag_name(name)} turns on"
+                f"{value.text}: it turns off and takes no value; {flag_name(name)} turns on"
             )
         elif name in known:
             group, setting = known[name]
@@ -269,9 +268,9 @@ def parse(argv: Sequence[str]) -> Given:
 
 
 def _plain(value: Any, setting: FieldInfo) -> Any:
-    """``none``, or YAML's ``null``, as None for an optional setting.
+    """Return None for ``none`` or ``null`` of an optional setting, else the value.
 
-    One text becomes a scalar where a field takes both.
+    A single word becomes a scalar if the field also takes one.
     """
     alone = value[0] if isinstance(value, list) and len(value) == 1 else value
     if is_optional(setting) and isinstance(alone, str) and alone.lower() in ("none", "null"):

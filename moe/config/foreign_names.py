@@ -1,8 +1,8 @@
-"""Names of other programs for settings of this one, and of settings that it does not have.
+"""Setting names of other programs, with ours or with advice.
 
-Keys are written with underscores. ``{field}`` in an answer is a setting of ours. Sources: the flags
-of Megatron-LM core_v0.16.1 (megatron/training/arguments.py), and of its earlier versions; keys of
-config.json and of TrainingArguments in transformers.
+Keys have underscores. ``{field}`` in an answer is a setting of ours. Sources: flags of Megatron-LM
+core_v0.16.1 (megatron/training/arguments.py) and earlier versions; keys of config.json and of
+TrainingArguments in transformers.
 """
 
 SAME: dict[str, str] = {
@@ -98,13 +98,13 @@ SAME: dict[str, str] = {
     "train_steps": "train_iters",
     "warmup_steps": "lr_warmup_iters",
 }
-"""Another name -> the setting of ours with the same meaning and scale."""
+"""Foreign name -> our setting of the same meaning and scale."""
 
 _FUSED = "leave it out: the layer implementation chooses its kernels ({transformer_impl})"
-_LOGGED = "leave it out: metrics.jsonl has what is measured of every step"
+_LOGGED = "leave it out: metrics.jsonl has all metrics of every step"
 _FP16 = "float16 and its loss scale are not supported: use {bf16}"
-_SIGNAL = "leave it out: SIGTERM and SIGINT save, and the run ends with exit code 75"
-_ALWAYS = "leave it out: it is always so"
+_SIGNAL = "leave it out: on SIGTERM or SIGINT the run saves and exits with code 75"
+_ALWAYS = "leave it out: it is always on"
 _COPIES = (
     "leave it out: it is the ranks / ({tensor_model_parallel_size} x "
     "{pipeline_model_parallel_size} x {context_parallel_size})"
@@ -142,7 +142,7 @@ DIFFERENT: dict[str, str] = {
     "optimizer_offload_fraction": "not supported: use {use_distributed_optimizer}",
     "recompute_activations": "use {recompute_granularity} selective",
     "tp_comm_overlap": "not supported: leave it out",
-    "use_cpu_initialization": "leave it out: {device} decides where weights are drawn",
+    "use_cpu_initialization": "leave it out: weights are initialised on {device}",
     "use_megatron_fsdp": "FSDP is not supported: use {use_distributed_optimizer}",
     "use_torch_fsdp2": "FSDP is not supported: use {use_distributed_optimizer}",
     # Megatron-LM: model
@@ -152,14 +152,14 @@ DIFFERENT: dict[str, str] = {
         "leave it out: rotary positions need no table; {seq_length} is a sample's length, "
         "{original_max_position_embeddings} that before YaRN"
     ),
-    "no_position_embedding": "leave it out: no positions are learned ({position_embedding_type})",
+    "no_position_embedding": "leave it out: positions are not learned ({position_embedding_type})",
     "openai_gelu": "use {ffn_type} gelu",
     "padded_vocab_size": "use {vocab_size} and {make_vocab_size_divisible_by}",
     "quick_geglu": "use {ffn_type} geglu",
-    "squared_relu": "not supported: {ffn_type} lists the FFNs there are",
+    "squared_relu": "not supported: see {ffn_type}",
     "rotary_interleaved": "not supported: channels are rotated in halves, as HuggingFace does",
     "rotary_seq_len_interpolation_factor": "use {rope_type} yarn with {rotary_scaling_factor}",
-    "spec": "leave it out: layers follow from the settings of the model",
+    "spec": "leave it out: layers follow from the model settings",
     "use_mcore_models": _ALWAYS,
     "use_rope_scaling": "use {rope_type} llama3 with {rotary_scaling_factor}",
     "use_rotary_position_embeddings": "use {position_embedding_type} rope, which is the default",
@@ -169,7 +169,7 @@ DIFFERENT: dict[str, str] = {
     "moe_enable_deepep": "use {moe_token_dispatcher_type} flex",
     "moe_extended_tp": "use {expert_tensor_parallel_size}",
     "moe_layer_recompute": "use {recompute_granularity} selective with {recompute_modules} moe",
-    "moe_per_layer_logging": "leave it out: {expert_load_interval} sets how often layers are shown",
+    "moe_per_layer_logging": "leave it out: {expert_load_interval} sets its interval",
     "moe_permute_fusion": _FUSED,
     "moe_router_fusion": _FUSED,
     "moe_use_legacy_grouped_gemm": "use {moe_grouped_gemm}",
@@ -201,7 +201,7 @@ DIFFERENT: dict[str, str] = {
     "min_loss_scale": _FP16,
     "use_precision_aware_optimizer": _DTYPES,
     # Megatron-LM: training
-    "data_parallel_random_init": "not supported: all copies start equal",
+    "data_parallel_random_init": "not supported: all replicas start equal",
     "decoupled_lr": _DECOUPLED,
     "decoupled_min_lr": _DECOUPLED,
     "end_weight_decay": "not supported: {weight_decay} is constant",
@@ -222,19 +222,19 @@ DIFFERENT: dict[str, str] = {
     "warmup": _WARMUP,
     "weight_decay_incr_style": "not supported: {weight_decay} is constant",
     # Megatron-LM: data
-    "data_cache_path": "leave it out: there is no index to keep",
-    "dataloader_type": "leave it out: samples are shuffled anew in each epoch",
+    "data_cache_path": "leave it out: there is no index cache",
+    "dataloader_type": "leave it out: samples are reshuffled in each epoch",
     "fim_data": "use {objective} fim",
     "merge_file": _TOKENIZER,
     "num_dataset_builder_threads": "leave it out: there is no index to build",
-    "reset_attention_mask": "not supported: samples are cut from documents one after the other",
-    "reset_position_ids": "not supported: samples are cut from documents one after the other",
+    "reset_attention_mask": "not supported: samples are slices of concatenated documents",
+    "reset_position_ids": "not supported: samples are slices of concatenated documents",
     "split": (
-        "hold documents out with tools/preprocess_corpus.py --holdout-fraction, and give them as "
+        "hold out documents with tools/preprocess_corpus.py --holdout-fraction, and give them as "
         "{valid_data_path}"
     ),
     "test_data_path": "no test in the run: use {valid_data_path}, or tools/evaluate.py after it",
-    "tokenizer_type": "leave it out: the file says it; " + _TOKENIZER,
+    "tokenizer_type": "leave it out: it follows from the file; " + _TOKENIZER,
     "vocab_extra_ids": "leave it out: sentinels are the tokenizer's (tools/train_tokenizer.py)",
     "vocab_file": _TOKENIZER,
     "yaml_cfg": "use --config RECIPE.yaml",
@@ -257,7 +257,7 @@ DIFFERENT: dict[str, str] = {
     "no_save_rng": "not supported: a checkpoint has the states; {no_load_rng} skips them",
     "non_persistent_save_interval": "use {save_interval} with {keep_last}",
     "pretrained_checkpoint": "use {load} with {finetune}",
-    "save_retain_interval": "not supported: {keep_last} says how many checkpoints stay",
+    "save_retain_interval": "not supported: {keep_last} is the number of checkpoints to keep",
     "tensorboard_log_interval": "leave it out: TensorBoard has every step",
     "use_checkpoint_args": "give --config RUN/settings.yaml with {load} RUN",
     "use_dist_ckpt": _ALWAYS,
@@ -308,9 +308,9 @@ DIFFERENT: dict[str, str] = {
     "warmup_ratio": _WARMUP,
     "zero_stage": "use {use_distributed_optimizer}, which is stage 1",
 }
-"""Another name -> what to do instead, where no setting has the same meaning, scale or sign."""
+"""Foreign name -> advice, where no setting has the same meaning, scale or sign."""
 
-FAMILIES: dict[str, str] = {
+PREFIXES: dict[str, str] = {
     "cuda_graph": "CUDA graphs are not supported",
     "dino": "vision models are not supported",
     "grpo": "reinforcement learning is not supported",
@@ -325,4 +325,4 @@ FAMILIES: dict[str, str] = {
     "straggler": "straggler detection is not supported",
     "vision": "vision models are not supported",
 }
-"""The first words of Megatron-LM's flags of a subject that is not here -> what to do."""
+"""First word of Megatron-LM's flags of an unsupported subject -> advice."""

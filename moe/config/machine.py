@@ -1,6 +1,6 @@
-"""What a machine seems to offer, found without importing torch.
+"""Detection of GPU and Transformer Engine without importing torch.
 
-Checks on settings go by this before a run starts; `moetron.moe.host.usable` then tries.
+Checks of settings use this before a run starts; `moetron.moe.host.usable` then tries them.
 """
 
 import os
@@ -17,9 +17,9 @@ _QUERY_TIMEOUT_S = 20
 
 
 def nvidia_driver() -> str | None:
-    """Where an NVIDIA driver shows itself; None: nowhere.
+    """Return evidence of an NVIDIA driver (a path), or None.
 
-    Containers may lack the entry in /proc, and WSL the device files: `nvidia-smi` is asked last.
+    Containers may lack the entry in /proc, and WSL the device files; `nvidia-smi` is tried last.
     """
     if _PROC.exists():
         return str(_PROC)
@@ -38,9 +38,9 @@ def nvidia_driver() -> str | None:
 
 
 def hidden_gpus() -> str | None:
-    """The assignment to CUDA_VISIBLE_DEVICES that hides every GPU; None: they are not hidden.
+    """Return the assignment to CUDA_VISIBLE_DEVICES if it hides every GPU, else None.
 
-    CUDA ignores every entry from the first invalid one on: an empty list, -1, SLURM's NoDevFiles.
+    CUDA ignores all entries from the first invalid one: an empty list, -1, SLURM's NoDevFiles.
     """
     value = os.environ.get("CUDA_VISIBLE_DEVICES")
     if value is None:
@@ -51,14 +51,14 @@ def hidden_gpus() -> str | None:
 
 
 def expected_device(wanted: str) -> Literal["cpu", "cuda"]:
-    """Where ``--device wanted`` would run, going by the driver."""
+    """Return the device of ``--device wanted``, judging by the driver."""
     if wanted == "auto":
         return "cpu" if hidden_gpus() is not None or nvidia_driver() is None else "cuda"
     return "cuda" if wanted == "cuda" else "cpu"
 
 
 def transformer_engine_is_installed() -> bool:
-    """Whether there is a distribution of that name; it may still fail to import."""
+    """Return whether Transformer Engine is installed; it may still fail to import."""
     try:
         metadata.version("transformer-engine")
     except metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Recipes: settings as a YAML file, one section a group, field names as keys."""
+"""Recipes: settings as a YAML file with one section per group and field names as keys."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ from moetron.moe.config.synonyms import key_answer
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice instead of keeping the last."""
+    """SafeLoader that refuses duplicate keys in place of keeping the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -33,10 +33,10 @@ class _Loader(yaml.SafeLoader):
 
 
 def read(path: Path, source: str = "--config ") -> dict[str, dict[str, Any]]:
-    """Group -> field -> value, unchecked beyond YAML itself; ``source`` is said before the path.
+    """Read a recipe's values by group and field; only YAML itself is checked.
 
-    Raises ConfigError, with the line where there is one, for a file that cannot be read or is not a
-    mapping of mappings.
+    Raises ConfigError, with the line if known, for a file that cannot be read or is not a mapping
+    of mappings. ``source`` precedes the path in messages.
     """
     try:
         return loads(path.read_text(encoding="utf-8"))
@@ -52,7 +52,7 @@ def read(path: Path, source: str = "--config ") -> dict[str, dict[str, Any]]:
 
 
 def loads(text: str) -> dict[str, dict[str, Any]]:
-    """``read`` for text at hand; raises yaml.YAMLError for what is no YAML."""
+    """Parse a recipe's text; raise yaml.YAMLError for invalid YAML."""
     tree = yaml.load(text, Loader=_Loader)
     if not isinstance(tree, dict) or not tree:
         raise ConfigError(["must hold sections such as `model:`"])
@@ -63,7 +63,7 @@ def loads(text: str) -> dict[str, dict[str, Any]]:
 
 
 def _no_section(name: str) -> str:
-    """What is wrong with a top-level key that holds no mapping."""
+    """Return the problem of a top-level key that is not a mapping."""
     home = {field: group for group, field, _ in fields()}
     if name in Settings.model_fields:
         return f"`{name}` must hold keys and values, indented"
@@ -73,7 +73,7 @@ def _no_section(name: str) -> str:
 
 
 def _yaml_problem(error: yaml.YAMLError) -> str:
-    """A YAML error in one line, with its place."""
+    """Return a YAML error in one line, with its position."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
         return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
@@ -81,9 +81,9 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
 
 
 def dump(settings: Settings) -> str:
-    """All settings as a recipe; reading it back gives equal settings."""
+    """Return all settings as a recipe; reading it gives equal settings."""
     tree = settings.model_dump(mode="json")
-    # Not allow_unicode: PyYAML writes U+0085 bare then, and reads it back as a line's end.
+    # Not allow_unicode: PyYAML would write U+0085 unescaped and read it as a line break.
     return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None)
 
 

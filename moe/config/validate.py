@@ -1,4 +1,4 @@
-"""From an unchecked tree of values to Settings, with pydantic's findings in the user's words."""
+"""Validation of a tree of values, with pydantic's errors as readable messages."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -23,7 +23,7 @@ Tree = Mapping[str, Mapping[str, Any]]
 
 
 def _unknown_keys(tree: Tree) -> list[str]:
-    """One problem for each section or key that is no setting."""
+    """Return a problem for each unknown section or key."""
     home = {name: group for group, name, _ in fields()}
     problems = []
     for group, section in tree.items():
@@ -39,7 +39,7 @@ def _unknown_keys(tree: Tree) -> list[str]:
 
 
 def _known(tree: Tree) -> dict[str, dict[str, Any]]:
-    """The tree without unknown sections and keys, and with every group present."""
+    """Return the tree without unknown sections and keys, with every group present."""
     kept: dict[str, dict[str, Any]] = {group: {} for group in Settings.model_fields}
     for group, name, _ in fields():
         if name in tree.get(group, {}):
@@ -48,7 +48,7 @@ def _known(tree: Tree) -> dict[str, dict[str, Any]]:
 
 
 def _value_text(value: Any) -> str:
-    """A value as YAML and flags write it."""
+    """Return a value as YAML and flags write it."""
     if isinstance(value, list | tuple):
         return " ".join(_value_text(item) for item in value)
     if value is None:
@@ -59,9 +59,9 @@ def _value_text(value: Any) -> str:
 def _problem(
     group: str, name: str, field: FieldInfo, value: Any, missing: bool, error: object
 ) -> str:
-    """What is wrong with one field's value, and the rule it breaks.
+    """Return the problem of one field's value and the rule it breaks.
 
-    ``error``: what a validator of our own said; None: it was pydantic's judgement.
+    ``error``: the error of our own validator; None: the error is pydantic's.
     """
     flag = flag_name(name)
     if missing:
@@ -75,7 +75,7 @@ def _problem(
 
 
 def _inside(detail: ErrorDetails) -> Rule | None:
-    """What is wrong inside a mapping of a list, such as a stage; None for another place."""
+    """Return the problem inside a mapping of a list, such as a stage, or None."""
     _, _, *place = detail["loc"]
     if len(place) < 2 or not isinstance(place[-1], str):
         return None
@@ -90,10 +90,10 @@ def _inside(detail: ErrorDetails) -> Rule | None:
 
 
 def validate(tree: Tree) -> tuple[Settings | None, list[str], set[str]]:
-    """(settings, problems, names of faulty fields).
+    """Return (settings, problems, names of faulty fields).
 
-    A faulty field with a default falls back to it, so that the cross-checks can still look at the
-    rest; settings is None where a required field is missing or faulty.
+    A faulty field with a default falls back to it, so that cross-checks can check the rest;
+    settings are None if a required field is missing or faulty.
     """
     problems = _unknown_keys(tree)
     kept = _known(tree)
@@ -110,8 +110,8 @@ def validate(tree: Tree) -> tuple[Settings | None, list[str], set[str]]:
         faulty.add(name)
         missing = detail["type"] == "missing" and len(detail["loc"]) == 2
         value = kept[group].get(name)
-        said = detail.get("ctx", {}).get("error") or _inside(detail)
-        problems.append(_problem(group, name, known[group, name], value, missing, said))
+        own = detail.get("ctx", {}).get("error") or _inside(detail)
+        problems.append(_problem(group, name, known[group, name], value, missing, own))
     if any(known[group, name].is_required() for group, name in known if name in faulty):
         return None, problems, faulty
     for group, name in known:

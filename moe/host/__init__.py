@@ -1,1 +1,1 @@
-"""What lets unmodified megatron-core run on CPU and gloo, and device-agnostic helpers."""
+"""Support for unmodified megatron-core on CPU and gloo, and device-agnostic helpers."""

@@ -1,9 +1,9 @@
-"""Patch megatron-core 0.16.1: its own bugs on every device, and what it takes for granted of CUDA.
+"""Patches of megatron-core 0.16.1: bugs on every device, and assumptions of CUDA.
 
-`adapt_host` is called once by the entry point, before any process group or model is made. Importing
-this module changes nothing. Each patch set is a function whose docstring names the lines of
-megatron-core that need it; megatron-core itself is patched, but for the functions of ``torch.cuda``
-in cuda_functions.py.
+The entry point calls `adapt_host` once, before it creates process groups or a model. Importing this
+module changes nothing. Each patch set is a function whose docstring names the lines of
+megatron-core that need it. Only megatron-core is patched, except for the functions of
+``torch.cuda`` in cuda_functions.py.
 """
 
 from collections.abc import Callable, Collection
@@ -30,7 +30,7 @@ _undo: dict[str, list[Patch]] = {}
 
 
 def adapt_host(skip: Collection[str] = ()) -> None:
-    """Apply every patch set that this device needs and that is not yet applied.
+    """Apply the patch sets that this device needs and that are not applied yet.
 
     Args:
         skip: names in `ADAPTATIONS` to leave out (tests show what breaks without each).
@@ -42,7 +42,7 @@ def adapt_host(skip: Collection[str] = ()) -> None:
 
 
 def restore_host(names: Collection[str] = tuple(ADAPTATIONS)) -> None:
-    """Undo patch sets (all of them unless named)."""
+    """Undo patch sets (all by default)."""
     for name in names:
         for patch in reversed(_undo.pop(name, [])):
             patch.apply()

@@ -1,4 +1,4 @@
-"""Memory of a rank: its peak, and what a rank on the CPU has freed and will want again."""
+"""Memory of a rank: its peak, and reuse of freed memory on the CPU."""
 
 import ctypes
 import resource
@@ -12,12 +12,12 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # glibc's <malloc.h>
 
 
 def keep_freed_memory() -> bool:
-    """Let the C library keep what it frees; whether it can (glibc).
+    """Make the C library keep freed memory; return whether it can (glibc).
 
-    glibc gives a large tensor's pages back to the kernel as soon as it is freed, and every step
-    pays for zeroed pages again. Here large tensors come from the heap, which never shrinks: see
-    M_MMAP_MAX and M_TRIM_THRESHOLD in mallopt(3). The peak stays what it was; what lies between
-    peaks is no longer lent to other programs.
+    glibc returns a large tensor's pages to the kernel when it is freed, so every step pays for
+    zeroed pages again. Here large tensors come from the heap, which never shrinks: see M_MMAP_MAX
+    and M_TRIM_THRESHOLD in mallopt(3). The peak does not change; memory freed between peaks is not
+    available to other programs.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and all(
@@ -26,10 +26,10 @@ def keep_freed_memory() -> bool:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory of this rank since its start.
+    """Return the peak memory of this rank since its start.
 
-    On a GPU the most that torch's allocator had handed out at once (``max_memory_allocated``); on a
-    CPU the largest resident set of this process, without its data workers.
+    On a GPU: the peak of torch's allocator (``max_memory_allocated``). On a CPU: the peak resident
+    set of this process, without data workers.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

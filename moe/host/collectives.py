@@ -1,4 +1,4 @@
-"""Collectives that gloo lacks, made of those that it has."""
+"""Collectives that gloo lacks, built from those that it has."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,14 +10,14 @@ from torch.distributed import ProcessGroup
 def gather_uneven(
     rows: torch.Tensor, group: ProcessGroup, sizes: Sequence[int], out: torch.Tensor
 ) -> torch.Tensor:
-    """Concatenate the ranks' rows, of which rank r has ``sizes[r]``, into ``out``.
+    """Concatenate the ranks' rows, ``sizes[r]`` of rank r, into ``out``.
 
-    gloo gathers equal shapes only, so every rank pads its rows to the longest.
+    gloo gathers only equal shapes, so every rank pads its rows to the longest.
 
     Args:
         rows: [sizes[rank], ...] of this rank.
-        group: who takes part.
-        sizes: rows of every rank of the group.
+        group: the process group.
+        sizes: number of rows of every rank.
         out: [sum(sizes), ...], written and returned.
     """
     longest = max(sizes)
@@ -30,7 +30,7 @@ def gather_uneven(
 
 
 def allow_uneven(gather: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """megatron-core's ``_gather_along_first_dim``, with unequal sizes served by `gather_uneven`."""
+    """Return megatron-core's ``_gather_along_first_dim`` with `gather_uneven` for unequal sizes."""
 
     def gather_along_first_dim(
         input_: torch.Tensor,

@@ -1,7 +1,7 @@
-"""Which positions of a sequence a context-parallel rank holds, and how to see all of them.
+"""Sharding of sequences over context-parallel ranks, and gathering of all positions.
 
-A sequence of S positions is cut into 2 C chunks for C ranks; rank r holds chunks r and 2 C - 1 - r,
-so that every rank has the same work under a causal mask (megatron-core's
+A sequence of S positions is split into 2 C chunks for C ranks; rank r holds chunks r and
+2 C - 1 - r, so that every rank has the same work under a causal mask (megatron-core's
 ``get_batch_on_this_cp_rank``, utils.py:1994).
 """
 
@@ -11,20 +11,20 @@ from torch.distributed import ProcessGroup
 
 
 def chunks_of_rank(rank: int, ranks: int) -> tuple[int, int]:
-    """The two chunks, of 2 x ``ranks``, that a rank holds, in the order in which it holds them."""
+    """Return the two chunks, of 2 x ``ranks``, of a rank, in its order."""
     return rank, 2 * ranks - 1 - rank
 
 
 def from_rank_order(ranks: int) -> list[int]:
-    """For each chunk of a sequence its place where ranks' chunks stand one after the other."""
+    """Return for each chunk of a sequence its index in the concatenation of all ranks' chunks."""
     held = [chunk for rank in range(ranks) for chunk in chunks_of_rank(rank, ranks)]
     return [held.index(chunk) for chunk in range(2 * ranks)]
 
 
 def gather_sequence(local: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
-    """Every rank's positions in the sequence's order.
+    """Return all ranks' positions in sequence order.
 
-    One all-gather forward; backward a reduce-scatter sums what all ranks' uses of a position ask.
+    Forward is an all-gather; backward is a reduce-scatter that sums gradients from all ranks.
 
     Args:
         local: [S / C, ...], this rank's two chunks.
@@ -37,5 +37,5 @@ def gather_sequence(local: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
     gathered = gather_from_sequence_parallel_region(local.contiguous(), group=group)
     by_chunk = gathered.unflatten(0, (chunks, -1))
     order = torch.tensor(from_rank_order(group.size()), device=local.device)
-    whole: torch.Tensor = by_chunk.index_select(0, order).flatten(0, 1)
-    return whole
+    sequence: torch.Tensor = by_chunk.index_select(0, order).flatten(0, 1)
+    return sequence

@@ -1,6 +1,6 @@
-"""String constants of megatron-core's functions that name CUDA, rewritten to name the CPU.
+"""Patches that replace CUDA by the CPU in string constants of megatron-core's functions.
 
-Paths in docstrings are below ``megatron/core``.
+Paths in docstrings are relative to ``megatron/core``.
 """
 
 from megatron.core import utils as core_utils
@@ -23,7 +23,7 @@ _HALF_NAMES = {
 
 
 def schedule_scalars() -> list[Patch]:
-    """Token counters of the schedules: pipeline_parallel/schedules.py:596, 983, 2138."""
+    """Patch token counters of the schedules: pipeline_parallel/schedules.py:596, 983, 2138."""
     return [
         with_constants(schedules.forward_backward_no_pipelining, _TO_CPU),
         with_constants(schedules.forward_backward_pipelining_with_interleaving, _TO_CPU),
@@ -32,7 +32,7 @@ def schedule_scalars() -> list[Patch]:
 
 
 def optimizer_scalars() -> list[Patch]:
-    """Scalars of optimizer steps.
+    """Patch scalars of optimizer steps.
 
     optimizer/optimizer.py:473 to 485 and 907, optimizer/clip_grads.py:90 to 115, 174 and 207,
     utils.py:1207.
@@ -48,7 +48,7 @@ def optimizer_scalars() -> list[Patch]:
 
 
 def parameter_types() -> list[Patch]:
-    """Names of parameter types.
+    """Patch names of parameter types.
 
     optimizer/optimizer.py:671 and 690, optimizer/distrib_optimizer.py:361, 420 and 582.
     """
@@ -62,7 +62,7 @@ def parameter_types() -> list[Patch]:
 
 
 def causal_masks() -> list[Patch]:
-    """Masks of the unfused attention: transformer/utils.py:35 and 40."""
+    """Patch masks of unfused attention: transformer/utils.py:35 and 40."""
     return [
         with_constants(transformer_utils.get_default_causal_mask, _TO_CPU),
         with_constants(transformer_utils.get_sliding_window_causal_mask, _TO_CPU),
@@ -70,17 +70,17 @@ def causal_masks() -> list[Patch]:
 
 
 def loss_tracker() -> list[Patch]:
-    """Auxiliary losses of a rank without experts: transformer/moe/moe_utils.py:998."""
+    """Patch auxiliary losses of a rank without experts: transformer/moe/moe_utils.py:998."""
     return [with_constants(moe_utils.track_moe_metrics, _TO_CPU)]
 
 
 def broadcast_sizes() -> list[Patch]:
-    """Sizes of a broadcast batch: tensor_parallel/data.py:37."""
+    """Patch sizes of a broadcast batch: tensor_parallel/data.py:37."""
     return [with_constants(parallel_data._build_key_size_numel_dictionaries, _TO_CPU)]
 
 
 def checkpoint_exchange() -> list[Patch]:
-    """Buffers of checkpoint loading and planning.
+    """Patch buffers of checkpoint loading and planning.
 
     dist_checkpointing/exchange_utils.py:98 to 110 and 326,
     dist_checkpointing/strategies/state_dict_saver.py:204.

@@ -1,7 +1,7 @@
-"""Stand-ins for functions of ``torch.cuda`` that megatron-core calls on a host without CUDA.
+"""Replacements of ``torch.cuda`` functions that megatron-core calls without CUDA.
 
-Only those that it calls from dozens of places. Without CUDA each of them raises, so that nothing
-that worked changes its meaning. Paths in docstrings are below ``megatron/core``.
+Only functions with dozens of callers are replaced. Without CUDA each of them raises, so no working
+code changes behaviour. Paths in docstrings are relative to ``megatron/core``.
 """
 
 import logging
@@ -15,7 +15,7 @@ from moetron.moe.host.patching import Patch
 
 
 def current_device() -> list[Patch]:
-    """``torch.cuda.current_device()`` is the default device: the CPU, or meta inside its context.
+    """Make ``torch.cuda.current_device()`` the default device: CPU, or meta in its context.
 
     Needed by about 60 factories, among them tensor_parallel/layers.py:261, mappings.py:148,
     transformer/moe/router.py:169, models/common/embeddings/rotary_pos_embedding.py:162.
@@ -24,7 +24,7 @@ def current_device() -> list[Patch]:
 
 
 def tensor_cuda() -> list[Patch]:
-    """``Tensor.cuda()`` keeps the tensor where it is.
+    """Make ``Tensor.cuda()`` return the tensor itself.
 
     Needed by tensor_parallel/data.py:84, utils.py:898,
     models/common/language_module/language_module.py:244, dist_checkpointing/exchange_utils.py:336
@@ -38,7 +38,7 @@ def tensor_cuda() -> list[Patch]:
 
 
 def cuda_streams() -> list[Patch]:
-    """Streams and events whose work is done when asked.
+    """Replace streams and events by synchronous ones.
 
     Needed by transformer/moe/token_dispatcher.py:445 and 871 to 897 (whose copy stream must differ
     from the current stream), transformer/moe/shared_experts.py:123, parallel_state.py:933,
@@ -57,13 +57,13 @@ def cuda_streams() -> list[Patch]:
 
 
 def random_states() -> list[Patch]:
-    """The "CUDA" generator is the host's; its change inside a fork is no reason for a warning.
+    """Use the CPU's generator as the "CUDA" generator, without a warning on changes in a fork.
 
     Needed by tensor_parallel/random.py:235 to 238 and 422 (seeding), 55 and 107 (states) and 262
-    (the warning). Ranks are processes, so that states remain distinct over ranks.
+    (the warning). Ranks are processes, so states remain distinct over ranks.
     """
 
-    def not_about_the_host(record: logging.LogRecord) -> bool:
+    def is_unexpected(record: logging.LogRecord) -> bool:
         return "CPU RNG state changed" not in record.msg
 
     logger = logging.getLogger(parallel_random.__name__)
@@ -73,7 +73,7 @@ def random_states() -> list[Patch]:
         Patch(torch.cuda, "set_rng_state", streams.set_rng_state),
         Patch(parallel_random, "_get_cuda_rng_state", streams.get_rng_state),
         Patch(parallel_random, "_set_cuda_rng_state", streams.set_rng_state),
-        Patch(logger, "filters", [*logger.filters, not_about_the_host]),
+        Patch(logger, "filters", [*logger.filters, is_unexpected]),
     ]
 
 

@@ -1,20 +1,19 @@
-"""Which device a rank computes on, whose layers it builds, and which backend its collectives use.
+"""Selection of device, layer implementation and collective backend.
 
-The one place that decides. What the machine offers is tried in `moetron.moe.host.usable`; each
-combination has an outcome:
+`moetron.moe.host.usable` tests CUDA and Transformer Engine. Outcome of each combination:
 
 | CUDA | --device auto | cpu | cuda |
 |---|---|---|---|
 | no driver | CPU | CPU | refused |
-| every GPU hidden | CPU, said why | CPU | refused |
+| every GPU hidden | CPU, logged | CPU | refused |
 | a driver, but CUDA does not start | refused | CPU | refused |
 | usable | the rank's GPU | refused | the rank's GPU |
 
 | on a GPU, Transformer Engine | --transformer-impl auto | local | transformer_engine |
 |---|---|---|---|
-| absent or broken | local layers, said why | local | refused |
+| absent or broken | local layers, logged | local | refused |
 | usable | its layers | local | its layers |
-| usable, but cannot express the model | local layers, said why | local | refused |
+| usable, but does not support the model | local layers, logged | local | refused |
 
 On a CPU layers are local, and `--transformer-impl transformer_engine` is refused.
 """
@@ -31,7 +30,7 @@ from moetron.moe.config.machine import (
     nvidia_driver,
     transformer_engine_is_installed,
 )
-from moetron.moe.config.rules.case import said
+from moetron.moe.config.rules.case import given
 from moetron.moe.config.schema.implementation import beyond_transformer_engine, is_local
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.host.usable import cuda_fault, transformer_engine_fault
@@ -40,14 +39,14 @@ logger = logging.getLogger(__name__)
 
 
 def prepare_device(settings: Settings) -> torch.device:
-    """Decide device and layers of a run, before any process group starts.
+    """Select device and layers of a run, before process groups start.
 
-    Says on rank 0 why ``--transformer-impl auto`` takes local layers on a GPU, and why ``--device
-    auto`` takes the CPU of a machine with a driver.
+    Rank 0 logs why ``--transformer-impl auto`` selects local layers on a GPU, and why ``--device
+    auto`` selects the CPU of a machine with a driver.
 
     Raises:
-        UserError: what is asked for cannot be used.
-        ConfigError: settings that went with the expected device or layers do not go with these.
+        UserError: the requested device or layers are unusable.
+        ConfigError: settings that fit the expected device or layers do not fit the actual ones.
     """
     device = resolve_device(settings.parallel.device)
     uses_transformer_engine(settings)
@@ -60,12 +59,12 @@ def prepare_device(settings: Settings) -> torch.device:
 
 
 def resolve_device(device: str) -> torch.device:
-    """The rank's device for ``--device auto|cpu|cuda``.
+    """Return the rank's device for ``--device auto|cpu|cuda``.
 
     Raises:
-        UserError: CUDA is asked for, or there is a driver, and CUDA cannot be used; the machine has
-            fewer GPUs than ranks; or the CPU is asked for where there is a GPU, because
-            megatron-core takes a GPU that it sees.
+        UserError: CUDA is requested, or there is a driver, and CUDA is unusable; the machine has
+            fewer GPUs than ranks; or the CPU is requested on a machine with a visible GPU, which
+            megatron-core would use.
     """
     fault = cuda_fault()
     if device == "cpu" and fault is None:
@@ -86,7 +85,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def _started(index: int, wanted: str) -> torch.device:
-    """GPU ``index``, with CUDA initialised: a driver may be too old for what it lists."""
+    """Return GPU ``index`` after initialising CUDA; a driver may be too old for its GPUs."""
     try:
         torch.cuda.init()
         count = torch.cuda.device_count()
@@ -105,15 +104,15 @@ def _started(index: int, wanted: str) -> torch.device:
 
 
 def backend_for(device: torch.device) -> str:
-    """The torch.distributed backend of a device."""
+    """Return the torch.distributed backend of a device."""
     return "nccl" if device.type == "cuda" else "gloo"
 
 
 def uses_transformer_engine(settings: Settings) -> bool:
-    """Whether layers are Transformer Engine's.
+    """Return whether layers are Transformer Engine's.
 
     Raises:
-        UserError: it is asked for and cannot be used, or cannot express the model.
+        UserError: it is requested, and is unusable or does not support the model.
     """
     wanted = settings.model.transformer_impl
     if wanted == "local":
@@ -133,7 +132,7 @@ def uses_transformer_engine(settings: Settings) -> bool:
 
 
 def _why_cpu(settings: Settings) -> str | None:
-    """Why ``--device auto`` takes the CPU of a machine with a driver; None: it does not."""
+    """Return why ``--device auto`` selects the CPU of a machine with a driver, or None."""
     fault = cuda_fault()
     if settings.parallel.device != "auto" or fault is None or nvidia_driver() is None:
         return None
@@ -141,7 +140,7 @@ def _why_cpu(settings: Settings) -> str | None:
 
 
 def _why_local(settings: Settings) -> str | None:
-    """Why ``auto`` takes local layers on a GPU; None: it does not, or they were asked for."""
+    """Return why ``auto`` selects local layers on a GPU, or None."""
     if settings.model.transformer_impl != "auto":
         return None
     fault, beyond = transformer_engine_fault(), beyond_transformer_engine(settings)
@@ -155,11 +154,11 @@ def _why_local(settings: Settings) -> str | None:
 
 
 def _lacks(settings: Settings, names: list[str]) -> str:
-    return f"megatron-core's Transformer Engine layers cannot express {said(settings, *names)}"
+    return f"megatron-core's Transformer Engine layers do not support {given(settings, *names)}"
 
 
 def _check_again(settings: Settings, device: torch.device, te: bool) -> None:
-    """Refuse what only the device and layers that were expected went with."""
+    """Raise ConfigError for settings that fit only the expected device and layers."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     expected = expected_device(settings.parallel.device), transformer_engine_is_installed()
     if expected == (device.type, te):

@@ -1,6 +1,6 @@
-"""What megatron-core does in a way that only CUDA and NCCL allow, done as a CPU and gloo can.
+"""Patches of megatron-core's behaviour that requires CUDA or NCCL.
 
-Paths in docstrings are below ``megatron/core``.
+Paths in docstrings are relative to ``megatron/core``.
 """
 
 import inspect
@@ -22,20 +22,20 @@ from moetron.moe.host.patching import Patch
 
 
 def rotary_chunks() -> list[Patch]:
-    """Cut rotary angles over context-parallel ranks without pinned memory.
+    """Shard rotary angles over context-parallel ranks without pinned memory.
 
     models/common/embeddings/rope_utils.py:62, called by rotary_pos_embedding.py:204 and
     yarn_rotary_pos_embedding.py:186.
     """
 
-    def cut(angles: torch.Tensor, seq_dim: int, cp_group: ProcessGroup) -> torch.Tensor:
+    def shard(angles: torch.Tensor, seq_dim: int, cp_group: ProcessGroup) -> torch.Tensor:
         batch = {"angles": angles.movedim(seq_dim, 1)}
         held: torch.Tensor = core_utils.get_batch_on_this_cp_rank(batch, cp_group)["angles"]
         return held.movedim(1, seq_dim)
 
     name = "get_pos_emb_on_this_cp_rank"
     return [
-        Patch(module, name, cut) for module in (rotary_pos_embedding, yarn_rotary_pos_embedding)
+        Patch(module, name, shard) for module in (rotary_pos_embedding, yarn_rotary_pos_embedding)
     ]
 
 
@@ -49,7 +49,7 @@ def eager_router() -> list[Patch]:
 
 
 def split_sizes() -> list[Patch]:
-    """Hand split sizes to ``all_to_all_single`` as numbers, as on a GPU, instead of a tensor.
+    """Pass split sizes to ``all_to_all_single`` as numbers, as on a GPU, not as a tensor.
 
     transformer/moe/moe_utils.py:1092 converts CUDA tensors only; used by
     transformer/moe/token_dispatcher.py:879 to 887.
@@ -71,11 +71,11 @@ def uneven_gather() -> list[Patch]:
 
 
 def pipeline_outputs() -> list[Patch]:
-    """Keep a stage's output until its backward pass: gloo reads what it sends after isend returns.
+    """Keep a stage's output until its backward pass: gloo reads the buffer after isend returns.
 
-    pipeline_parallel/schedules.py:154 frees it as soon as an overlapped send of an interleaved
-    pipeline is under way, so that the next stage would receive whatever memory holds by then;
-    line 168, the backward pass of a freed output, goes with it.
+    pipeline_parallel/schedules.py:154 frees it during an overlapped send of an interleaved
+    pipeline, so the next stage would receive arbitrary memory; line 168 is the backward pass of a
+    freed output.
     """
 
     def keep(out: Any, deallocate_pipeline_outputs: bool = False) -> None:

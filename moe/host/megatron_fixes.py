@@ -1,7 +1,7 @@
-"""Bugs of megatron-core 0.16.1 that any device meets, patched wherever they are.
+"""Patches of bugs in megatron-core 0.16.1 on every device.
 
-Paths in docstrings are below ``megatron/core``. Each function returns no patch where Transformer
-Engine is present, since the faulty code is then not reached or right.
+Paths in docstrings are relative to ``megatron/core``. Each function returns no patch if Transformer
+Engine is present, since the faulty code is then correct or not reached.
 """
 
 from megatron.core.tensor_parallel import random as parallel_random
@@ -12,31 +12,31 @@ from moetron.moe.host.patching import Patch
 
 
 def latent_attention() -> list[Patch]:
-    """Build latent attention without asking for Transformer Engine's classes.
+    """Build latent attention without Transformer Engine's classes.
 
-    transformer/multi_latent_attention.py:184 calls ``isinstance`` with a mock that the import in
-    line 54 takes for a class.
+    transformer/multi_latent_attention.py:184 calls ``isinstance`` with a mock, imported as a class
+    in line 54.
     """
     present = isinstance(multi_latent_attention.TELinear, type)
     return [] if present else [Patch(multi_latent_attention, "HAVE_TE", False)]
 
 
 def router_gemm() -> list[Patch]:
-    """Define the Transformer Engine GEMM that the router asks for as absent.
+    """Define the router's Transformer Engine GEMM as None.
 
-    transformer/moe/moe_utils.py:1192 and 1225 read ``te_general_gemm``, which the failed import in
-    line 24 leaves undefined.
+    transformer/moe/moe_utils.py:1192 and 1225 read ``te_general_gemm``, which is undefined after
+    the failed import in line 24.
     """
     present = hasattr(moe_utils, "te_general_gemm")
     return [] if present else [Patch(moe_utils, "te_general_gemm", None)]
 
 
 def discarded_outputs() -> list[Patch]:
-    """Recompute norms (--recompute-modules layernorm) without asking Transformer Engine for FP8.
+    """Recompute norms (--recompute-modules layernorm) without Transformer Engine's FP8.
 
-    tensor_parallel/random.py:637 takes its own default, ``fp8=False``, for FP8, since it is not
-    None; called so by transformer/transformer_layer.py:577 and 672. With Transformer Engine the
-    default stays: its contexts then exist, and FP8 layers need them.
+    tensor_parallel/random.py:637 treats its default, ``fp8=False``, as FP8, since it is not None;
+    callers: transformer/transformer_layer.py:577 and 672. With Transformer Engine the default
+    remains: its contexts then exist, and FP8 layers need them.
     """
     if parallel_random.HAVE_TE:
         return []

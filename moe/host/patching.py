@@ -1,4 +1,4 @@
-"""Replace an attribute and put it back; rewrite the constants of a function."""
+"""Reversible patches of attributes and of constants in functions."""
 
 import inspect
 from collections.abc import Mapping
@@ -11,14 +11,14 @@ _ABSENT = object()
 
 @dataclass(frozen=True)
 class Patch:
-    """``owner.name`` is to be ``value``."""
+    """Assignment of ``value`` to ``owner.name``."""
 
     owner: Any
     name: str
     value: Any
 
     def apply(self) -> "Patch":
-        """Set the attribute; returns the patch that undoes it."""
+        """Set the attribute and return the patch that undoes it."""
         before = getattr(self.owner, self.name, _ABSENT)
         if self.value is _ABSENT:
             delattr(self.owner, self.name)
@@ -28,17 +28,17 @@ class Patch:
 
 
 def with_constants(function: Any, replacements: Mapping[str, str]) -> Patch:
-    """The patch that replaces string constants in the code of one function.
+    """Return the patch that replaces string constants in the code of one function.
 
-    Narrower than a patch of what the function calls: ``torch.zeros(1, device="cuda")`` in one
-    function of megatron-core becomes ``device="cpu"``, while ``torch.zeros`` stays itself.
+    Narrower than a patch of the called function: ``torch.zeros(1, device="cuda")`` in one function
+    of megatron-core becomes ``device="cpu"``, while ``torch.zeros`` is unchanged.
 
     Args:
-        function: a function or a method looked up on its class; decorators are looked through.
-        replacements: whole constants, old -> new; also inside tuples and nested functions.
+        function: a function, or a method of a class; decorators are unwrapped.
+        replacements: full constants, old -> new; also in tuples and nested functions.
 
     Raises:
-        LookupError: a constant does not occur, so megatron-core is not the version adapted to.
+        LookupError: a constant is absent, so megatron-core is another version.
     """
     target = inspect.unwrap(getattr(function, "__func__", function))
     assert isinstance(target, FunctionType)

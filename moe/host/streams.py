@@ -1,4 +1,4 @@
-"""Stand-ins for CUDA streams, events and random states on a host, where work is done when asked."""
+"""Synchronous CPU replacements of CUDA streams, events and random states."""
 
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -8,13 +8,13 @@ import torch
 
 
 class HostEvent:
-    """A point in time: on a host, whatever was recorded before is already done."""
+    """Event that is complete when recorded."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self._at_s = 0.0
 
     def record(self, stream: Any = None) -> None:
-        """Take the time; all earlier work is done."""
+        """Record the time; all earlier work is complete."""
         self._at_s = time.perf_counter()
 
     def wait(self, stream: Any = None) -> None:
@@ -28,15 +28,15 @@ class HostEvent:
         return True
 
     def elapsed_time(self, end: "HostEvent") -> float:
-        """Milliseconds from this event to ``end``."""
+        """Return the milliseconds from this event to ``end``."""
         return (end._at_s - self._at_s) * 1e3
 
 
 class HostStream:
-    """An order of work; a host has one order, so that all streams agree."""
+    """Stream that runs work at once."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
-        """Take and ignore a device and a priority."""
+        """Ignore device and priority."""
 
     def wait_stream(self, stream: "HostStream") -> None:
         """Nothing to wait for."""
@@ -45,7 +45,7 @@ class HostStream:
         """Nothing to wait for."""
 
     def record_event(self, event: HostEvent | None = None) -> HostEvent:
-        """The event (a new one unless given), recorded now."""
+        """Record and return an event, by default a new one."""
         event = event or HostEvent()
         event.record(self)
         return event
@@ -62,12 +62,12 @@ MAIN_STREAM = HostStream()
 
 
 def main_stream(device: Any = None) -> HostStream:
-    """The stream that work runs on: never equal to a stream that someone made."""
+    """Return the main stream, which differs from every created stream."""
     return MAIN_STREAM
 
 
 def on_stream(stream: Any) -> AbstractContextManager[None]:
-    """Context that "runs on" a stream."""
+    """Return a null context in place of one that selects a stream."""
     return nullcontext()
 
 
@@ -78,15 +78,15 @@ def synchronize(device: Any = None) -> None:
 def get_rng_state(
     device: Any = None, clone: bool = False, graph_safe: bool = False
 ) -> torch.Tensor:
-    """The state (uint8) of the host's generator, which draws for tensors on the host."""
+    """Return the state (uint8) of the CPU's generator."""
     return torch.get_rng_state()
 
 
 def set_rng_state(new_state: torch.Tensor, device: Any = None, graph_safe: bool = False) -> None:
-    """Set the state of the host's generator."""
+    """Set the state of the CPU's generator."""
     torch.set_rng_state(new_state)
 
 
 def manual_seed(seed: int) -> None:
-    """Seed the host's generator alone."""
+    """Seed only the CPU's generator."""
     torch.default_generator.manual_seed(seed)

@@ -1,11 +1,10 @@
-"""What of the machine can be used, found by trying: CUDA, and Transformer Engine.
+"""Tests of whether CUDA and Transformer Engine are usable.
 
-megatron-core imports Transformer Engine while it is itself imported, and takes nothing but an
-ImportError (in places, a ModuleNotFoundError) for its absence. An installation without its
-libraries (OSError, RuntimeError) or without a visible GPU would end every run, and one of which
-only a part imports would be half used. `guard_imports` comes before megatron-core's first import
-(moe/__init__.py) and makes each of these a ModuleNotFoundError.
-Nothing here imports torch before it is asked.
+megatron-core imports Transformer Engine when it is imported, and handles only an ImportError (in
+places, a ModuleNotFoundError) as its absence. An installation without its libraries (OSError,
+RuntimeError) or without a visible GPU would end every run, and a partial one would be half used.
+`guard_imports` runs before megatron-core's first import (moe/__init__.py) and turns all of these
+into a ModuleNotFoundError. This module imports torch lazily.
 """
 
 import functools
@@ -28,22 +27,22 @@ _TE_PACKAGE = f"{_TE}.pytorch"
 
 @dataclass(frozen=True)
 class CudaFault:
-    """Why CUDA cannot be used."""
+    """Reason why CUDA is unusable."""
 
     reason: str
     is_broken: bool
-    """A driver is there and no GPU is hidden: CUDA should be usable."""
+    """There is a driver and no GPU is hidden, so CUDA should be usable."""
 
 
 @functools.cache
 def cuda_fault() -> CudaFault | None:
-    """Why CUDA cannot be used, None where it can; starts no CUDA context.
+    """Return why CUDA is unusable, or None; start no CUDA context.
 
-    Asked once: torch tells its reason only the first time.
+    Cached: torch reports its reason only the first time.
     """
     import torch
 
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         present = torch.cuda.is_available()
     if present:
@@ -55,33 +54,33 @@ def cuda_fault() -> CudaFault | None:
         return CudaFault("there is no NVIDIA driver", is_broken=False)
     if torch.version.cuda is None:
         reason = f"torch {torch.__version__} is built without CUDA"
-    elif said:
-        reason = " ".join(str(said[-1].message).split())
+    elif caught:
+        reason = " ".join(str(caught[-1].message).split())
     else:
         reason = f"torch {torch.__version__} for CUDA {torch.version.cuda} finds no device"
     return CudaFault(f"{reason} (driver found: {driver})", is_broken=True)
 
 
 def transformer_engine_fault() -> str | None:
-    """Why Transformer Engine cannot be used, None where it can; imports it."""
+    """Import Transformer Engine; return why it is unusable, or None."""
     cuda = cuda_fault()
     if cuda is not None:
         return f"it needs a GPU, and {cuda.reason}"
     try:
         importlib.import_module(_TE_PACKAGE)
     except Exception as error:
-        return _told(error)
+        return _reason(error)
     return None
 
 
 def guard_imports() -> None:
-    """Let Transformer Engine be imported only where it works; done once for a process."""
+    """Allow imports of Transformer Engine only if it works; idempotent."""
     if not any(isinstance(finder, _Guard) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Guard())
 
 
-def _told(error: Exception) -> str:
-    """One line of an error; that of the original where the guard raised this one."""
+def _reason(error: Exception) -> str:
+    """Return an error in one line; for an error of the guard, its original reason."""
     if isinstance(error, _BlockedError):
         return error.reason
     if isinstance(error, ModuleNotFoundError) and error.name == _TE:
@@ -89,18 +88,18 @@ def _told(error: Exception) -> str:
     return f"its import fails: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
-class _BlockedError(ModuleNotFoundError):  # megatron-core's random.py takes no other
+class _BlockedError(ModuleNotFoundError):  # megatron-core's random.py handles no other
     def __init__(self, reason: str) -> None:
         super().__init__(f"{_TE} cannot be used: {reason}", name=_TE)
         self.reason = reason
 
 
 class _Guard(importlib.abc.MetaPathFinder):
-    """Finds Transformer Engine as the other finders do, and lets a `_Trial` load it."""
+    """Finder of Transformer Engine that loads it through a `_Trial`."""
 
     def __init__(self) -> None:
         self.fault: str | None = None
-        """Why the trial failed; it is made once."""
+        """Reason of a failed trial, which runs once."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -116,14 +115,14 @@ class _Guard(importlib.abc.MetaPathFinder):
 
 
 class _Trial(importlib.abc.Loader):
-    """Loads the package and its part for torch, or raises and leaves nothing behind."""
+    """Loader of the package and its torch part that cleans up if either fails."""
 
     def __init__(self, loader: Any, guard: _Guard) -> None:
         self._loader = loader
         self._guard = guard
 
     def __getattr__(self, name: str) -> Any:
-        """What else importlib and inspect ask of a loader."""
+        """Delegate other attributes to the original loader."""
         return getattr(self._loader, name)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
@@ -140,7 +139,7 @@ class _Trial(importlib.abc.Loader):
             self._loader.exec_module(module)
             importlib.import_module(_TE_PACKAGE)
         except Exception as error:
-            self._guard.fault = _told(error)
+            self._guard.fault = _reason(error)
             for name in [name for name in sys.modules if name.startswith(f"{_TE}.")]:
                 del sys.modules[name]
             raise _BlockedError(self._guard.fault) from error

@@ -1,4 +1,4 @@
-"""Where a run starts, and which settings and data differ from its checkpoint's."""
+"""Start of a run, and differences of settings and data from its checkpoint."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -9,19 +9,18 @@ from moetron.common.errors import UserError
 from moetron.moe.checkpoint.compatibility import changed_data
 from moetron.moe.checkpoint.run_folder import Record, find, latest_step, read_record
 from moetron.moe.config.schema.field import flag_name
-from moetron.moe.config.schema.settings import Settings
+from moetron.moe.config.schema.roles import Role
+from moetron.moe.config.schema.settings import ROLES, Settings
 
-_OWN = ("checkpoint", "logging", "validation")
-"""Groups of settings that say nothing about what is trained."""
 _WIDTH = 80
 """Characters of a value that is shown."""
 
 
 def announce(settings: Settings, stream_state: Mapping[str, Any]) -> None:
-    """Print ``opening``, from rank 0; imports no torch.
+    """Print ``opening`` from rank 0, without torch.
 
     Raises:
-        UserError: the checkpoint lies behind the last step.
+        UserError: the checkpoint is past the last step.
     """
     lines = opening(settings, stream_state)
     if lines and os.environ.get("RANK", "0") == "0":
@@ -29,13 +28,13 @@ def announce(settings: Settings, stream_state: Mapping[str, Any]) -> None:
 
 
 def opening(settings: Settings, stream_state: Mapping[str, Any]) -> list[str]:
-    """Return what differs between a run and the checkpoint that it resumes from.
+    """Return the differences between a run and the checkpoint that it resumes from.
 
-    One line for each setting, one for the data; none for a run that does not resume.
-    ``stream_state``: what identifies the samples.
+    One line per setting and one for data; none for a run that does not resume. ``stream_state``:
+    identity of the samples.
 
     Raises:
-        UserError: the checkpoint lies behind the last step.
+        UserError: the checkpoint is past the last step.
     """
     folder, options = _checkpoint(settings), settings.checkpoint
     if folder is None or options.finetune or options.reset_progress:
@@ -45,7 +44,7 @@ def opening(settings: Settings, stream_state: Mapping[str, Any]) -> list[str]:
 
 
 def origin(settings: Settings) -> str:
-    """Return where weights and position come from: a fresh model, or which checkpoint."""
+    """Return the source of weights and position: random weights or a checkpoint."""
     folder, options = _checkpoint(settings), settings.checkpoint
     if folder is None:
         return f"random weights, seed {settings.training.seed}"
@@ -60,10 +59,10 @@ def origin(settings: Settings) -> str:
 
 
 def _checkpoint(settings: Settings) -> Path | None:
-    """The checkpoint to load; None for a fresh start, also in a --load --save folder without one.
+    """Return the checkpoint to load, or None for a new run (with --load, if it equals --save).
 
     Raises:
-        UserError: --load names none.
+        UserError: --load has no checkpoint.
     """
     options = settings.checkpoint
     if options.load is None:
@@ -91,15 +90,12 @@ def _differences(
 
 
 def _changes(record: Record, settings: Settings) -> Iterator[str]:
-    """One line for each setting that differs; those that the checkpoint does not know are new.
-
-    Where the tokenizer lies may differ: its fingerprint is compared elsewhere.
-    """
-    for group, fields in settings.model_dump(mode="json").items():
-        before = {} if group in _OWN else record.settings.get(group, {})
-        for name, value in fields.items():
-            if name in before and before[name] != value and name != "tokenizer_model":
-                yield f"  {flag_name(name)} {_text(value)} (was {_text(before[name])})"
+    """Yield one line for each setting that differs and is also in the checkpoint."""
+    tree = settings.model_dump(mode="json")
+    for (group, name), role in ROLES.items():
+        before, value = record.settings.get(group, {}), tree[group][name]
+        if role is not Role.RUN and name in before and before[name] != value:
+            yield f"  {flag_name(name)} {_text(value)} (was {_text(before[name])})"
 
 
 def _text(value: Any) -> str:

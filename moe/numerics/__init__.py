@@ -1,1 +1,1 @@
-"""Emulated number formats."""
+"""Emulation of number formats."""

@@ -1,8 +1,8 @@
-"""FP8 numerics: how an operand of a matrix product is scaled and rounded. Pure maths.
+"""FP8 numerics: scaling and rounding of matrix-product operands.
 
-Every function gives float32 values that FP8 numbers times their scale can represent; products of
-them in float32 are what a tensor core computes. docs/fp8.md compares each definition with
-Transformer Engine's (``transformer_engine/common/recipe``, ``tests/pytorch/references``).
+Results are float32 values that FP8 numbers times their scale represent exactly; their float32
+products are those of a tensor core. docs/fp8.md compares each definition with Transformer Engine's
+(``transformer_engine/common/recipe``, ``tests/pytorch/references``).
 """
 
 from dataclasses import dataclass
@@ -14,33 +14,33 @@ import torch.nn.functional as F
 from moetron.moe.config.schema.precision import PrecisionSettings
 
 Role = Literal["input", "weight", "gradient"]
-"""What an operand is: activations, a weight, or the gradient of a layer's output."""
+"""Role of an operand: activations, a weight, or the gradient of a layer's output."""
 BLOCK_SIZE = {"blockwise": 128, "mxfp8": 32}
 
 
 @dataclass(frozen=True)
 class Fp8Numerics:
-    """A recipe and its number formats."""
+    """FP8 recipe and its number formats."""
 
     recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
     forward: torch.dtype = torch.float8_e4m3fn
-    """Of activations and weights."""
+    """Format of activations and weights."""
     backward: torch.dtype = torch.float8_e4m3fn
-    """Of gradients of outputs."""
+    """Format of output gradients."""
     margin: int = 0
-    """Delayed scaling: powers of two that a scale stays below the largest."""
+    """Delayed scaling: scales are divided by 2^margin."""
     amax_history_len: int = 1
-    """Delayed scaling: amaxes that are remembered."""
+    """Delayed scaling: length of the amax history."""
     amax_compute_algo: Literal["most_recent", "max"] = "most_recent"
-    """Delayed scaling: which of them counts."""
+    """Delayed scaling: amax of the history that sets the scale."""
 
     def dtype(self, role: Role) -> torch.dtype:
-        """The format of an operand."""
+        """Return the format of an operand."""
         return self.backward if role == "gradient" else self.forward
 
 
 def fp8_numerics(precision: PrecisionSettings) -> Fp8Numerics | None:
-    """What the settings ask for; None: no FP8. ``hybrid`` is e4m3 forward and e5m2 backward."""
+    """Return the FP8 numerics of the settings, or None; ``hybrid`` has e5m2 gradients."""
     if precision.fp8_format is None:
         return None
     return Fp8Numerics(
@@ -53,9 +53,9 @@ def fp8_numerics(precision: PrecisionSettings) -> Fp8Numerics | None:
 
 
 def scale_of(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """max_fp8 / amax: what brings the largest magnitude to the end of the format's range.
+    """Return max_fp8 / amax, which maps the largest magnitude to the end of the format's range.
 
-    1 where ``amax`` (float32) is 0 or not finite; the largest float32 where the quotient overflows.
+    1 if ``amax`` (float32) is 0 or not finite; the largest float32 if the quotient overflows.
     """
     limit = torch.finfo(torch.float32).max
     scale = (torch.finfo(dtype).max / amax).clamp(max=limit)
@@ -63,7 +63,7 @@ def scale_of(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def power_of_two_scale(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`scale_of` rounded down to a power of two, at most 2^127.
+    """Return `scale_of` rounded down to a power of two, at most 2^127.
 
     Its reciprocal is the E8M0 scale of the OCP microscaling formats as Transformer Engine computes
     it, amax / max_fp8 rounded *up* to a power of two, so that nothing saturates.
@@ -73,7 +73,7 @@ def power_of_two_scale(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def round_to_fp8(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Nearest value (ties to even) of x x scale in ``dtype``, divided by the scale: float32.
+    """Round x * scale to ``dtype`` (nearest, ties to even) and divide by the scale: float32.
 
     Args:
         x: any floating dtype; magnitudes beyond the range saturate, NaN stays NaN.
@@ -86,9 +86,9 @@ def round_to_fp8(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> to
 
 
 def block_amax(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """For each element of x [..., M, K] the largest magnitude in its block of rows x columns.
+    """Return for each element of x [..., M, K] the amax of its block of rows x columns: float32.
 
-    Blocks start at the first row and column; those at the ends hold what is left. float32.
+    Blocks start at the first row and column; the last ones may be smaller.
     """
     height, width = x.shape[-2:]
     padded = F.pad(x.abs().float(), (0, -width % columns, 0, -height % rows))
@@ -99,9 +99,9 @@ def block_amax(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 
 
 def segment_amax(x_TK: torch.Tensor, segment_T: torch.Tensor, segments: int) -> torch.Tensor:
-    """Largest magnitude of each column in each segment of rows: float32 [segments, K].
+    """Return the amax of each column in each segment of rows: float32 [segments, K].
 
-    ``segment_T`` (int64) names the segment of each row; a segment without rows gets 0.
+    ``segment_T`` (int64) is the segment of each row; a segment without rows gets 0.
     """
     amax = torch.zeros(segments, x_TK.shape[1], device=x_TK.device)
     index_TK = segment_T.unsqueeze(1).expand_as(x_TK)
@@ -109,7 +109,7 @@ def segment_amax(x_TK: torch.Tensor, segment_T: torch.Tensor, segments: int) -> 
 
 
 class Rows:
-    """Which rows of a token tensor belong to which expert; a dense layer is a single expert.
+    """Assignment of rows of a token tensor to experts; a dense layer is a single expert.
 
     Args:
         ends_E: int [experts], one past each expert's last row, ascending.
@@ -126,11 +126,11 @@ class Rows:
         self.expert_T = experts_E.repeat_interleave(sizes_E)
 
     def amax(self, x_TK: torch.Tensor) -> torch.Tensor:
-        """Largest magnitude of each expert's rows: float32 [experts], 0 where there are none."""
+        """Return the amax of each expert's rows: float32 [experts], 0 without rows."""
         return segment_amax(x_TK, self.expert_T, self.experts).amax(1)
 
     def down_amax(self, x_TK: torch.Tensor, size: int) -> torch.Tensor:
-        """For each element the largest of its column among ``size`` rows of its expert."""
+        """Return for each element the amax of its column in its block of ``size`` expert rows."""
         blocks_E = -(-self._sizes_E // size)
         first_E = blocks_E.cumsum(0) - blocks_E
         within_T = torch.arange(self.count, device=x_TK.device) - self._starts_E[self.expert_T]
@@ -148,11 +148,11 @@ class DelayedScale:
     def __init__(self, numerics: Fp8Numerics, role: Role) -> None:
         self._numerics = numerics
         self._dtype = numerics.dtype(role)
-        self._history_LE = torch.empty(0)  # [remembered calls, experts], the newest first
+        self._history_LE = torch.empty(0)  # [calls, experts], newest first
         self._scale_E = torch.empty(0)
 
     def use(self, amax_E: torch.Tensor, record: bool) -> torch.Tensor:
-        """The scales of this call, float32 [experts]; ``amax_E`` changes those of the next one.
+        """Return this call's scales, float32 [experts]; ``amax_E`` updates those of the next call.
 
         An expert whose amax is 0 or not finite keeps its scale.
         """
@@ -160,7 +160,7 @@ class DelayedScale:
             length = self._numerics.amax_history_len
             self._history_LE = amax_E.new_zeros(length, len(amax_E))
             self._scale_E = torch.ones_like(amax_E)
-        if self._scale_E.device != amax_E.device:  # a checkpoint's state comes on the CPU
+        if self._scale_E.device != amax_E.device:  # a checkpoint's state is on the CPU
             self._history_LE = self._history_LE.to(amax_E.device)
             self._scale_E = self._scale_E.to(amax_E.device)
         scale_E = self._scale_E
@@ -174,7 +174,7 @@ class DelayedScale:
         return scale_E
 
     def state(self) -> torch.Tensor:
-        """The history, the newest amaxes first, and the scales: float32 [history + 1, experts].
+        """Return history (newest first) and scales: float32 [history + 1, experts].
 
         Empty before the first call.
         """
@@ -183,7 +183,7 @@ class DelayedScale:
         return torch.cat([self._history_LE, self._scale_E.unsqueeze(0)])
 
     def set_state(self, state: torch.Tensor) -> None:
-        """Go on from a state, which may have been kept with another length of history."""
+        """Restore a state, which may have another history length."""
         length = self._numerics.amax_history_len
         history_LE = state[:-1][:length]
         self._history_LE = F.pad(history_LE, (0, 0, 0, length - len(history_LE)))
@@ -193,15 +193,15 @@ class DelayedScale:
 def quantize_tokens(
     x_TK: torch.Tensor, rows: Rows, numerics: Fp8Numerics, role: Role, over_tokens: bool
 ) -> torch.Tensor:
-    """Round activations or gradients with scales of their own (every recipe but ``delayed``).
+    """Round activations or gradients with current scaling (every recipe but ``delayed``).
 
     Args:
         x_TK: [tokens, channels].
-        rows: experts of the rows: no scale spans two of them.
+        rows: experts of the rows; no scale spans two experts.
         numerics: the recipe.
         role: "input" or "gradient".
-        over_tokens: the product sums over tokens (weight gradient), not over channels: the axis
-            along which blocks lie.
+        over_tokens: the product sums over tokens (weight gradient), not over channels; blocks are
+            along that axis.
 
     Returns:
         float32 [tokens, channels].
@@ -218,7 +218,7 @@ def quantize_tokens(
 def quantize_weights(
     weight_ENK: torch.Tensor, numerics: Fp8Numerics, over_outputs: bool
 ) -> torch.Tensor:
-    """Round weights with scales of their own (every recipe but ``delayed``).
+    """Round weights with current scaling (every recipe but ``delayed``).
 
     Args:
         weight_ENK: [experts, outputs, inputs].

@@ -1,4 +1,4 @@
-"""Matrix products of a layer with FP8 operands: forward, input gradient and weight gradient."""
+"""Matrix products with FP8 operands: forward, input gradient and weight gradient."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,19 +17,19 @@ from moetron.moe.numerics.fp8_emulation import (
 )
 
 Operand = Callable[[bool], torch.Tensor]
-"""A quantised operand; the argument says whether the product sums over its first axis (tokens of
-activations and gradients, outputs of weights) rather than over its last."""
+"""Quantised operand; the argument: the product sums over its first axis (tokens of activations and
+gradients, outputs of weights), not over its last."""
 
 
 class Fp8Product(torch.nn.Module):
-    """y = x W^T of a linear layer, or of each of a rank's experts, with FP8 operands.
+    """Product y = x W^T of a linear layer, or of each expert of a rank, with FP8 operands.
 
-    y = q(x) q(W)^T, dx = q(dy) q(W), dW = q(dy)^T q(x), each product in float32 and its result
-    rounded to the dtype of x or W. Every operand is quantised from high precision for the axis that
-    its product sums over; recipes with one scale a tensor quantise once.
+    y = q(x) q(W)^T, dx = q(dy) q(W), dW = q(dy)^T q(x), each in float32 and cast to the dtype of x
+    or W. Every operand is quantised from high precision for the axis that its product sums over;
+    recipes with one scale per tensor quantise once.
 
     Args:
-        numerics: the recipe. ``delayed`` makes this object stateful.
+        numerics: the recipe; ``delayed`` is stateful.
     """
 
     def __init__(self, numerics: Fp8Numerics) -> None:
@@ -56,7 +56,7 @@ class Fp8Product(torch.nn.Module):
         return y_TN
 
     def state(self) -> torch.Tensor | None:
-        """What ``delayed`` remembers, [roles, history + 1, experts]; None before the first call.
+        """Return the state of ``delayed``, [roles, history + 1, experts], or None before a call.
 
         Roles are inputs, weights and gradients; see ``DelayedScale.state``.
         """
@@ -68,19 +68,19 @@ class Fp8Product(torch.nn.Module):
         return torch.stack([state if len(state) else blank for state in states])
 
     def set_state(self, state: torch.Tensor) -> None:
-        """Go on from what ``state`` returned."""
+        """Restore a state returned by ``state``."""
         for scale, part in zip(self._scales.values(), state.unbind(), strict=True):
             scale.set_state(part)
 
     def tokens(self, x_TK: torch.Tensor, rows: Rows, role: Role, record: bool) -> Operand:
-        """Activations or gradients; ``record``: remember their amax for calls to come."""
+        """Quantise activations or gradients; ``record``: add their amax to the history."""
         if self.numerics.recipe == "delayed":
             scale_E = self._scales[role].use(rows.amax(x_TK), record)
             return self._fixed(x_TK, scale_E[rows.expert_T].unsqueeze(1), role)
         return lambda first: quantize_tokens(x_TK, rows, self.numerics, role, first)
 
     def weights(self, weight_ENK: torch.Tensor, record: bool) -> Operand:
-        """Weights; ``record``: remember their amax for calls to come."""
+        """Quantise weights; ``record``: add their amax to the history."""
         if self.numerics.recipe == "delayed":
             amax_E = weight_ENK.abs().float().amax((1, 2))
             scale_E = self._scales["weight"].use(amax_E, record)
@@ -125,7 +125,7 @@ def _multiply(x_TK: torch.Tensor, matrix_EKN: torch.Tensor, rows: Rows) -> torch
 
 
 def _multiply_transposed(grad_TN: torch.Tensor, x_TK: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """[experts, N, K]: over each expert's rows."""
+    """Return grad^T x over each expert's rows: [experts, N, K]."""
     if rows.experts == 1:
         return (grad_TN.t() @ x_TK).unsqueeze(0)
     return F.grouped_mm(grad_TN.t(), x_TK, offs=rows.ends_E)

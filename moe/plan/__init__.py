@@ -1,1 +1,1 @@
-"""Parameters, FLOPs, memory and throughput of a recipe, by arithmetic alone."""
+"""Calculation of a recipe's parameters, FLOPs, memory and peak throughput."""

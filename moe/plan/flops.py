@@ -1,4 +1,4 @@
-"""Model FLOPs: what the mathematics of a step needs, whatever the implementation recomputes."""
+"""Model FLOPs of a step, without recomputation."""
 
 from moetron.moe.config.schema import derived
 from moetron.moe.config.schema.settings import Settings
@@ -6,14 +6,14 @@ from moetron.moe.plan.parameters import count_parameters, norms_ahead
 
 
 def flops_per_token(settings: Settings, vocab_size: int) -> int:
-    """FLOPs of one token's forward and backward pass.
+    """Return the FLOPs of one token's forward and backward pass.
 
-    ``6 N + 3 L S A (w + v)``: N active parameters in matrix products (the padded output layer and
-    the router included, embedding look-up and norms not), L layers, S sequence length, A heads, w
-    and v the channels of a query head and of a value head. A product costs 2 FLOPs a parameter
-    forward and twice that backward. Attention's two products cost 2 S A (w + v) forward over the
-    whole sequence; a causal mask leaves half, and that half is counted. A module of multi-token
-    prediction adds its projection, its layer and the output layer once more.
+    ``6 N + 3 L S A (w + v)``: N active parameters in matrix products (including the padded output
+    layer and the router, excluding embedding look-up and norms), L layers, S sequence length, A
+    heads, w and v the channels of a query head and of a value head. A product costs 2 FLOPs per
+    parameter forward and twice that backward. Attention's two products cost 2 S A (w + v) forward
+    over the full sequence, of which the causal half is counted. A multi-token prediction module
+    adds its projection, its layer and the output layer.
     """
     model = settings.model
     count, ahead = count_parameters(settings, vocab_size), model.mtp_num_layers or 0

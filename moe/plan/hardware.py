@@ -9,11 +9,11 @@ PEAK_BF16_TFLOPS_PER_S = {
     "L40S": 362.0,
 }
 """Dense bf16 tensor-core TFLOP/s with fp32 accumulation, from NVIDIA's data sheets (half of the
-figure that they print "with sparsity"). Keys are parts of ``torch.cuda.get_device_name()``."""
+value "with sparsity"). Keys are parts of ``torch.cuda.get_device_name()``."""
 
 
 def peak_tflops_per_s(device_name: str) -> float | None:
-    """The peak of a device by its name, the longest key that fits; None: not in the table."""
+    """Return the peak of a device by the longest key in its name, or None."""
     words = device_name.replace("-", " ").lower()
     fitting = [key for key in PEAK_BF16_TFLOPS_PER_S if f" {key.lower()} " in f" {words} "]
     return PEAK_BF16_TFLOPS_PER_S[max(fitting, key=len)] if fitting else None

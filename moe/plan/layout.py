@@ -1,4 +1,4 @@
-"""Which part of the model and of the batch a rank holds."""
+"""Position of a rank in a parallel layout."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from moetron.moe.config.schema.settings import Settings
 
 @dataclass(frozen=True)
 class Position:
-    """A rank's place in every parallel dimension, counted from 0."""
+    """Index of a rank in every parallel dimension."""
 
     tensor: int
     context: int
@@ -20,10 +20,10 @@ class Position:
 
 
 def position(settings: Settings, world_size: int, rank: int) -> Position:
-    """The place of ``rank``: megatron-core's order tp-cp-ep-dp-pp, the first varying fastest.
+    """Return the position of ``rank`` in megatron-core's order tp-cp-ep-dp-pp, tp fastest.
 
-    Attention and dense layers see tp-cp-dp-pp, expert layers see etp-ep-edp-pp
-    (megatron-core, parallel_state.py, RankGenerator).
+    Attention and dense layers have tp-cp-dp-pp, expert layers etp-ep-edp-pp (megatron-core,
+    parallel_state.py, RankGenerator).
     """
     parallel = settings.parallel
     rest, tensor = divmod(rank, parallel.tensor_model_parallel_size)

@@ -1,4 +1,4 @@
-"""Bytes that a rank needs, from the settings alone."""
+"""Memory per rank, computed from settings."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from moetron.moe.plan.parameters import hidden_matrices, per_rank
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank. The first three are exact; activations are an estimate."""
+    """Bytes of one rank. The first three are exact; activations are estimated."""
 
     parameters: int
     gradients: int
@@ -20,7 +20,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of them, without allocator slack and communication buffers."""
+        """Sum, without allocator slack and communication buffers."""
         states = self.parameters + self.gradients + self.optimizer
         return states + self.activations + self.logits
 
@@ -30,12 +30,12 @@ def _number_bytes(settings: Settings) -> int:
 
 
 def _optimizer_bytes(settings: Settings, parameters: int, matrices: int) -> int:
-    """fp32 moments (without Adafactor's rows and columns), and main parameters in bf16.
+    """Return bytes of fp32 moments (without Adafactor's rows and columns) and main parameters.
 
     Args:
-        settings: the run's.
-        parameters: those whose state a rank keeps.
-        matrices: how many of them Muon would move, which keeps one moment where AdamW keeps two.
+        settings: the run's settings.
+        parameters: parameters whose state the rank keeps.
+        matrices: number of these that Muon would update, with one moment rather than two.
     """
     kept = {"adam": 2, "sgd": int(settings.optimizer.sgd_momentum > 0), "adafactor": 0, "muon": 2}
     chosen = settings.optimizer.optimizer
@@ -44,20 +44,20 @@ def _optimizer_bytes(settings: Settings, parameters: int, matrices: int) -> int:
 
 
 def _tokens(settings: Settings) -> int:
-    """Tokens of one micro-batch on one context-parallel rank."""
+    """Return the tokens of one micro-batch on one context-parallel rank."""
     parallel, model = settings.parallel, settings.model
     return model.seq_length * settings.training.micro_batch_size // parallel.context_parallel_size
 
 
 def _residual(settings: Settings) -> float:
-    """Numbers a token has of the residual stream on one rank."""
+    """Return the residual-stream elements per token on one rank."""
     parallel = settings.parallel
     ranks = parallel.tensor_model_parallel_size if derived.sequence_parallel(parallel) else 1
     return settings.model.hidden_size / ranks
 
 
 def _recomputed(settings: Settings) -> set[str]:
-    """Modules that selective recomputation takes."""
+    """Return the modules of selective recomputation."""
     parallel = settings.parallel
     if parallel.recompute_granularity != "selective":
         return set()
@@ -65,16 +65,18 @@ def _recomputed(settings: Settings) -> set[str]:
 
 
 def _attention(settings: Settings) -> float:
-    """Numbers a token keeps of attention: queries, keys and values before and after rotation,
-    attention's output; the score matrix only where attention materialises it; every token's keys
-    and values where context-parallel ranks gather them (all but Transformer Engine's attention).
+    """Return the attention elements kept per token.
+
+    These are queries, keys and values before and after rotation, and the output; the score matrix
+    only if attention materialises it; every token's keys and values if context-parallel ranks
+    gather them (all but Transformer Engine's attention).
     """
     model, parallel = settings.model, settings.parallel
     head, value_head = derived.attention_widths(settings)
     groups, ranks = derived.query_groups(model), parallel.tensor_model_parallel_size
     keys = max(groups, ranks) * (head + value_head)
     kept, inside = model.num_attention_heads * (2 * head + value_head) + 2 * keys, 0
-    if groups < ranks:  # every rank gathers the projections of all, of which its value is a view
+    if groups < ranks:  # every rank gathers all projections; its value is a view of them
         kept += ranks * (model.num_attention_heads + 2 * groups) * head
     gathers = model.transformer_impl != "transformer_engine" and parallel.device != "cuda"
     if gathers and parallel.context_parallel_size > 1:
@@ -86,8 +88,8 @@ def _attention(settings: Settings) -> float:
     return (kept + inside) / ranks
 
 
-def _expert_visits(settings: Settings) -> float:
-    """Experts that serve a token on average, balanced routing assumed; empty slots included."""
+def _experts_per_token(settings: Settings) -> float:
+    """Return the mean experts per token with balanced routing, including padding."""
     moe = settings.moe
     if moe.moe_expert_capacity_factor is None:
         return moe.moe_router_topk
@@ -97,8 +99,10 @@ def _expert_visits(settings: Settings) -> float:
 
 
 def _ffn(settings: Settings, has_experts: bool) -> float:
-    """Numbers a token keeps of a layer's FFN: for each that it visits the inner widths, and of
-    routed experts its copies before and after (2 H each).
+    """Return the FFN elements kept per token.
+
+    These are the inner widths of each FFN it passes, and for routed experts its copies before and
+    after (2 H each).
     """
     model, moe, parallel = settings.model, settings.moe, settings.parallel
     tensor, recomputed = parallel.tensor_model_parallel_size, _recomputed(settings)
@@ -107,10 +111,10 @@ def _ffn(settings: Settings, has_experts: bool) -> float:
         return 0 if "mlp" in recomputed else inner * derived.dense_ffn_size(model) / tensor
     if "moe" in recomputed:
         return 0
-    # Tokens are sharded over TP ranks and gathered over ETP ranks, which also share F.
+    # Tokens are sharded over TP ranks and gathered over ETP ranks, which also shard F.
     gathered = derived.expert_tensor_parallel_size(parallel) / tensor
     widths = (inner - ("moe_act" in recomputed)) * derived.expert_ffn_size(settings)
-    routed = _expert_visits(settings) * (2 * model.hidden_size * gathered + widths / tensor)
+    routed = _experts_per_token(settings) * (2 * model.hidden_size * gathered + widths / tensor)
     shared = 0 if "shared_experts" in recomputed else moe.moe_shared_expert_intermediate_size or 0
     after = moe.moe_sequential_ffn_hidden_size
     if after is not None:
@@ -120,9 +124,9 @@ def _ffn(settings: Settings, has_experts: bool) -> float:
 
 
 def _layer_activations(settings: Settings, has_experts: bool) -> int:
-    """Numbers that a layer keeps for the backward pass, of one micro-batch on one rank.
+    """Return the elements that a layer keeps for backward, per micro-batch and rank.
 
-    Beside attention and FFN: the inputs and outputs of both norms (4 H a token).
+    In addition to attention and FFN: the inputs and outputs of both norms (4 H per token).
     """
     norms = 2 if "layernorm" in _recomputed(settings) else 4
     per_token = norms * _residual(settings) + _attention(settings) + _ffn(settings, has_experts)
@@ -130,7 +134,7 @@ def _layer_activations(settings: Settings, has_experts: bool) -> int:
 
 
 def _chunk_activations(settings: Settings, chunk: range) -> tuple[int, int]:
-    """(kept for each micro-batch in flight, made once more at a time) by one chunk's layers."""
+    """Return one chunk's elements (kept per micro-batch in flight, recomputed at a time)."""
     parallel, pattern = settings.parallel, derived.routed_layers(settings)
     layers = [_layer_activations(settings, pattern[layer]) for layer in chunk]
     if parallel.recompute_granularity != "full" or not layers:
@@ -145,7 +149,7 @@ def _chunk_activations(settings: Settings, chunk: range) -> tuple[int, int]:
 
 
 def _activation_bytes(settings: Settings, stage: int, microbatches: int) -> int:
-    """Activations of all micro-batches in flight on a stage of a 1F1B pipeline."""
+    """Return activation bytes of all micro-batches in flight on a stage of a 1F1B pipeline."""
     stages, held = settings.parallel.pipeline_model_parallel_size, stage_chunks(settings, stage)
     if stage == stages - 1:
         held[-1] = range(held[-1].start, held[-1].stop + (settings.model.mtp_num_layers or 0))
@@ -159,35 +163,36 @@ def _activation_bytes(settings: Settings, stage: int, microbatches: int) -> int:
 
 
 def memory_per_rank(settings: Settings, vocab_size: int, world_size: int, stage: int) -> Memory:
-    """What a rank of pipeline stage ``stage`` holds at the peak of a step, in bytes.
+    """Return the peak memory of a rank of pipeline stage ``stage``, in bytes.
 
-    bf16 parameters 2 bytes, else 4; gradients 4, or 2 in bf16 without fp32 accumulation; Adam 8
-    (Muon's matrices 4), and 4 of main parameters in bf16, both shared by data-parallel ranks under
-    the distributed optimizer (experts by theirs); fp32 logits and their gradient on the last stage.
+    Per parameter: 2 bytes in bf16, else 4; gradients 4, or 2 in bf16 without fp32 accumulation;
+    Adam 8 (Muon's matrices 4), and 4 for main parameters in bf16, both sharded over data-parallel
+    ranks by the distributed optimizer (experts over expert-data-parallel ranks). The last stage has
+    fp32 logits and their gradient.
     """
     parallel, training = settings.parallel, settings.training
     held = per_rank(settings, vocab_size, stage)
     count = held.dense + held.expert
     fp32_gradients = settings.precision.accumulate_allreduce_grads_in_fp32
-    dense_share = expert_share = 1
+    dense_ranks = expert_ranks = 1
     if parallel.use_distributed_optimizer:
-        dense_share = (
+        dense_ranks = (
             derived.data_parallel_size(parallel, world_size) * parallel.context_parallel_size
         )
-        expert_share = derived.expert_data_parallel_size(parallel, world_size)
+        expert_ranks = derived.expert_data_parallel_size(parallel, world_size)
     logits = 0
     if stage == parallel.pipeline_model_parallel_size - 1:
         tokens = settings.model.seq_length * training.micro_batch_size
         rows = derived.padded_vocab_size(vocab_size, settings)
-        cut = parallel.tensor_model_parallel_size * parallel.context_parallel_size
-        logits = 2 * 4 * tokens * rows // cut * (1 + (settings.model.mtp_num_layers or 0))
+        ranks = parallel.tensor_model_parallel_size * parallel.context_parallel_size
+        logits = 2 * 4 * tokens * rows // ranks * (1 + (settings.model.mtp_num_layers or 0))
     microbatches = derived.num_microbatches(settings, world_size)
     return Memory(
         parameters=count * _number_bytes(settings),
         gradients=count * (4 if fp32_gradients else _number_bytes(settings)),
         optimizer=_optimizer_bytes(
             settings,
-            held.dense // dense_share + held.expert // expert_share,
+            held.dense // dense_ranks + held.expert // expert_ranks,
             hidden_matrices(settings, vocab_size, stage),
         ),
         activations=_activation_bytes(settings, stage, microbatches),

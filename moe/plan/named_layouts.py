@@ -1,4 +1,4 @@
-"""Layouts by name, such as ``tp2ep2`` or ``pp2vpp2``: sizes in any order, what is unnamed is 1."""
+"""Layouts by name, such as ``tp2ep2`` or ``pp2vpp2``: sizes in any order, 1 by default."""
 
 import itertools
 import math
@@ -12,17 +12,17 @@ from moetron.moe.config.schema.field import flag_name
 from moetron.moe.config.schema.settings import Settings
 
 _SIZE = re.compile(r"(etp|ep|tp|vpp|pp|cp|dp|zero)([1-9]\d*)")
-_GRAMMAR = "sizes such as tp2, pp2, vpp2, ep2, etp1, cp2, dp2 and zero1, strung together"
+_GRAMMAR = "sizes such as tp2, pp2, vpp2, ep2, etp1, cp2, dp2 and zero1, concatenated"
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Parallel sizes of a run, and on how many ranks."""
+    """Parallel sizes of a run."""
 
     tp: int = 1
     pp: int = 1
     vpp: int = 1
-    """Virtual stages of a pipeline rank."""
+    """Virtual stages per pipeline rank."""
     cp: int = 1
     ep: int = 1
     etp: int | None = None
@@ -30,23 +30,23 @@ class Layout:
     zero: int = 0
     """1: distributed optimizer."""
     dp: int = 1
-    """Data-parallel ranks asked for; experts may bring more."""
+    """Minimum data-parallel ranks; experts may need more."""
 
     @property
     def name(self) -> str:
-        """The name that reads back as this layout."""
+        """Name that `parse` reads as this layout."""
         plain = vars(Layout())
         named = (f"{key}{size}" for key, size in vars(self).items() if size != plain[key])
         return "".join(named) or "dp1"
 
     @property
     def smallest_world_size(self) -> int:
-        """The fewest ranks that hold both the dense and the expert side."""
+        """Smallest world size for both the dense and the expert side."""
         etp = self.tp if self.etp is None else self.etp
         return math.lcm(self.tp * self.pp * self.cp * self.dp, etp * self.ep * self.pp)
 
     def values(self, num_layers: int) -> dict[str, Any]:
-        """Parallel settings of this layout for a model of ``num_layers``; no overlaps."""
+        """Return the parallel settings for a model of ``num_layers``, without overlaps."""
         chunk = max(1, num_layers // (self.pp * self.vpp)) if self.vpp > 1 else None
         return {
             "tensor_model_parallel_size": self.tp,
@@ -67,7 +67,7 @@ class Layout:
         }
 
     def flags(self, settings: Settings) -> list[str]:
-        """Flags that give a run of ``settings`` this layout, whatever its recipe says."""
+        """Return flags that override the layout of a run of ``settings``."""
         words = []
         for name, value in self.values(settings.model.num_layers).items():
             if isinstance(value, bool):
@@ -78,10 +78,10 @@ class Layout:
 
 
 def parse(name: str) -> Layout:
-    """The layout of a name.
+    """Return the layout of a name.
 
     Raises:
-        UserError: the name is no layout, or says a size twice.
+        UserError: the name is not a layout or repeats a size.
     """
     sizes = _SIZE.findall(name)
     keys = [key for key, _ in sizes]
@@ -89,14 +89,14 @@ def parse(name: str) -> Layout:
         raise UserError(f"--layouts {name!r}: must be {_GRAMMAR}")
     layout = Layout(**{key: int(size) for key, size in sizes})
     if layout.zero > 1:
-        raise UserError(f"--layouts {name!r}: zero1 is the only one, the distributed optimizer")
+        raise UserError(f"--layouts {name!r}: only zero1 is supported, the distributed optimizer")
     return layout
 
 
 def layouts_of(world_size: int) -> Iterator[Layout]:
-    """Layouts that fill exactly ``world_size`` ranks, data parallelism taking what is left.
+    """Yield layouts of exactly ``world_size`` ranks; data parallelism takes the remaining ranks.
 
-    Sizes are divisors of ``world_size``; the checks of the settings have not been asked yet.
+    Sizes are divisors of ``world_size``; layouts are not yet checked against settings.
     """
     sizes = [size for size in range(1, world_size + 1) if world_size % size == 0]
     for tp, pp, cp, ep in itertools.product(sizes, repeat=4):

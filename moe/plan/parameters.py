@@ -1,4 +1,4 @@
-"""How many parameters a model has, by part and by rank, from its settings alone."""
+"""Parameter counts by part and by rank, computed from settings."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,37 +20,37 @@ Part = Literal[
     "shared_experts",
     "token_prediction",
 ]
-Cut = Literal["none", "tensor", "expert"]
-"""What a tensor is divided by over ranks: nothing, TP, or EP x ETP."""
+Sharding = Literal["none", "tensor", "expert"]
+"""Ranks that shard a tensor: none, TP, or EP x ETP."""
 
 
 @dataclass(frozen=True)
 class Tensors:
-    """Parameters of one kind that are cut alike."""
+    """Parameters of one part with the same sharding."""
 
     part: Part
     elements: int
-    cut: Cut
+    sharding: Sharding
     is_expert: bool = False
-    """Whether its gradients are reduced over the expert-data-parallel group."""
+    """Gradients are reduced over the expert-data-parallel group."""
     is_vector: bool = False
-    """Whether it is a vector, or one for each expert, in whatever shape."""
+    """A vector, or one per expert, in any shape."""
 
     @property
     def is_hidden_matrix(self) -> bool:
-        """Whether Muon moves it (moe/training/optimizer.py); AdamW moves the others."""
+        """Muon updates it (moe/training/optimizer.py); AdamW updates the others."""
         return not self.is_vector and self.part not in ("embedding", "output", "norms")
 
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters of a whole model, padding rows of the vocabulary included."""
+    """Parameters of a model, including padding rows of the vocabulary."""
 
     parts: dict[Part, int]
     active: int
-    """Parameters that one token meets: k of E experts, everything else; no token prediction."""
+    """Active parameters per token: k of E experts and the rest, without token prediction."""
     active_ahead: int
-    """What it meets besides in the modules of multi-token prediction, which only train."""
+    """Active parameters per token of multi-token prediction modules, used only in training."""
 
     @property
     def total(self) -> int:
@@ -59,7 +59,7 @@ class ParameterCount:
 
     @property
     def main(self) -> int:
-        """All but those of multi-token prediction: the size that model cards name."""
+        """All but multi-token prediction: the size in model cards."""
         return self.total - self.parts["token_prediction"]
 
     @property
@@ -70,7 +70,7 @@ class ParameterCount:
 
 @dataclass(frozen=True)
 class RankParameters:
-    """Parameters that one rank holds."""
+    """Parameters of one rank."""
 
     dense: int
     """Reduced over data- and context-parallel ranks."""
@@ -79,7 +79,7 @@ class RankParameters:
 
 
 def _norm(settings: Settings, width: int) -> int:
-    """A norm's weight, and the bias that LayerNorm has."""
+    """Return the parameters of a norm: a weight, and LayerNorm's bias."""
     if not settings.model.norm_affine:
         return 0
     return width * (2 if settings.model.normalization == "LayerNorm" else 1)
@@ -104,7 +104,7 @@ def _attention(settings: Settings) -> Iterator[Tensors]:
 
 
 def _latent_attention(settings: Settings) -> Iterator[Tensors]:
-    """Compressing projections and norms on every tensor rank, the others cut by heads."""
+    """Yield latent attention; TP replicates compression and norms and shards the rest by heads."""
     model, latent = settings.model, settings.attention
     width, heads = model.hidden_size, model.num_attention_heads
     head, value_head = derived.attention_widths(settings)
@@ -123,22 +123,22 @@ def _latent_attention(settings: Settings) -> Iterator[Tensors]:
 
 
 def _ffn(
-    settings: Settings, part: Part, ffn_size: int, copies: int = 1, cut: Cut = "tensor"
+    settings: Settings, part: Part, ffn_size: int, copies: int = 1, sharding: Sharding = "tensor"
 ) -> Iterator[Tensors]:
-    """``copies`` FFNs of width ``ffn_size``; the bias of the output is not cut over TP."""
-    model, is_expert = settings.model, cut == "expert"
+    """Yield ``copies`` FFNs of width ``ffn_size``; TP does not shard the output bias."""
+    model, is_expert = settings.model, sharding == "expert"
     inner = ffn_size * derived.ffn_inner_matrices(model)
     matrices = model.hidden_size * (inner + ffn_size)
-    yield Tensors(part, copies * matrices, cut, is_expert)
+    yield Tensors(part, copies * matrices, sharding, is_expert)
     if model.add_bias_linear:
-        yield Tensors(part, copies * inner, cut, is_expert, is_vector=True)
-        # Experts have biases only where ETP is 1, so that theirs are cut over EP alone.
-        output_cut: Cut = cut if is_expert else "none"
-        yield Tensors(part, copies * model.hidden_size, output_cut, is_expert, is_vector=True)
+        yield Tensors(part, copies * inner, sharding, is_expert, is_vector=True)
+        # Experts have biases only at ETP 1, so theirs are sharded only over EP.
+        output: Sharding = sharding if is_expert else "none"
+        yield Tensors(part, copies * model.hidden_size, output, is_expert, is_vector=True)
 
 
 def layer(settings: Settings, has_experts: bool) -> Iterator[Tensors]:
-    """The parameters of one transformer layer."""
+    """Yield the parameters of one transformer layer."""
     model, moe = settings.model, settings.moe
     yield Tensors("norms", 2 * _norm(settings, model.hidden_size), "none")
     yield from _attention(settings)
@@ -164,28 +164,28 @@ def layer(settings: Settings, has_experts: bool) -> Iterator[Tensors]:
 
 
 def _prediction(settings: Settings) -> Iterator[Tensors]:
-    """One module of multi-token prediction beside its layer: three norms and a projection."""
+    """Yield one multi-token prediction module without its layer: three norms and a projection."""
     width = settings.model.hidden_size
     yield Tensors("norms", 3 * _norm(settings, width), "none")
     yield Tensors("token_prediction", 2 * width * width, "tensor")
 
 
 def _ahead(settings: Settings) -> list[Tensors]:
-    """All modules of multi-token prediction, layers included."""
+    """Return all multi-token prediction modules, including layers."""
     has_experts = derived.moe_layers(settings)[-1]
     module = [*_prediction(settings), *layer(settings, has_experts)]
     return module * (settings.model.mtp_num_layers or 0)
 
 
 def norms_ahead(settings: Settings) -> int:
-    """Parameters of norms in the modules of multi-token prediction."""
+    """Return the norm parameters of multi-token prediction modules."""
     return sum(tensor.elements for tensor in _ahead(settings) if tensor.part == "norms")
 
 
 def _ends(settings: Settings, vocab_size: int, first: bool, last: bool) -> Iterator[Tensors]:
-    """What the first and the last chunk of the model hold beside layers.
+    """Yield the parameters of the first and last chunk outside of layers.
 
-    Tied embeddings sit on both, and so do those that multi-token prediction looks up.
+    Tied embeddings, and those that multi-token prediction looks up, are on both.
     """
     matrix = derived.padded_vocab_size(vocab_size, settings) * settings.model.hidden_size
     untied = settings.model.untie_embeddings_and_output_weights
@@ -199,7 +199,7 @@ def _ends(settings: Settings, vocab_size: int, first: bool, last: bool) -> Itera
 
 
 def count_parameters(settings: Settings, vocab_size: int) -> ParameterCount:
-    """Parameters of the whole model, once each, by part."""
+    """Return the parameters of the model by part."""
     parts: dict[Part, int] = dict.fromkeys(get_args(Part), 0)
     tensors = list(_ends(settings, vocab_size, first=True, last=True))
     for has_experts in derived.moe_layers(settings):
@@ -207,11 +207,11 @@ def count_parameters(settings: Settings, vocab_size: int) -> ParameterCount:
     ahead = _ahead(settings)
     for tensor in [*tensors, *(replace(tensor, part="token_prediction") for tensor in ahead)]:
         parts[tensor.part] += tensor.elements
-    return ParameterCount(parts, _met(settings, tensors), _met(settings, ahead))
+    return ParameterCount(parts, _active(settings, tensors), _active(settings, ahead))
 
 
-def _met(settings: Settings, tensors: list[Tensors]) -> int:
-    """Parameters of ``tensors`` that one token meets."""
+def _active(settings: Settings, tensors: list[Tensors]) -> int:
+    """Return the parameters of ``tensors`` that are active for one token."""
     experts = sum(tensor.elements for tensor in tensors if tensor.part == "experts")
     count = settings.moe.num_experts or 1
     idle = experts // count * (count - settings.moe.moe_router_topk)
@@ -219,12 +219,12 @@ def _met(settings: Settings, tensors: list[Tensors]) -> int:
 
 
 def per_rank(settings: Settings, vocab_size: int, stage: int) -> RankParameters:
-    """Parameters that a rank of pipeline stage ``stage`` holds under the settings' layout."""
+    """Return the parameters of a rank of pipeline stage ``stage``."""
     return _sums(_held(settings, vocab_size, stage))
 
 
 def per_chunk(settings: Settings, vocab_size: int, stage: int, chunk: int) -> RankParameters:
-    """Parameters of chunk ``chunk`` (virtual stage, from 0) of a rank of pipeline stage ``stage``.
+    """Return the parameters of chunk ``chunk`` (virtual stage) of a rank of stage ``stage``.
 
     The chunks of a rank add up to `per_rank`.
     """
@@ -239,13 +239,13 @@ def _sums(held: list[tuple[Tensors, int]]) -> RankParameters:
 
 
 def hidden_matrices(settings: Settings, vocab_size: int, stage: int) -> int:
-    """Parameters of a rank of pipeline stage ``stage`` that Muon updates."""
+    """Return the parameters of a rank of pipeline stage ``stage`` that Muon updates."""
     held = _held(settings, vocab_size, stage)
     return sum(elements for tensor, elements in held if tensor.is_hidden_matrix)
 
 
 def _held(settings: Settings, vocab_size: int, stage: int) -> list[tuple[Tensors, int]]:
-    """Tensors of a stage, and how many of their elements one of its ranks holds."""
+    """Return the tensors of a stage with the elements that one of its ranks holds."""
     chunks = range(len(stage_chunks(settings, stage)))
     held = (_held_by_chunk(settings, vocab_size, stage, chunk) for chunk in chunks)
     return list(chain.from_iterable(held))
@@ -254,9 +254,9 @@ def _held(settings: Settings, vocab_size: int, stage: int) -> list[tuple[Tensors
 def _held_by_chunk(
     settings: Settings, vocab_size: int, stage: int, chunk: int
 ) -> list[tuple[Tensors, int]]:
-    """The same of one of the stage's chunks."""
+    """Return the tensors of a stage's chunk with the elements that one rank holds."""
     parallel = settings.parallel
-    divisor: dict[Cut, int] = {
+    divisor: dict[Sharding, int] = {
         "none": 1,
         "tensor": parallel.tensor_model_parallel_size,
         "expert": parallel.expert_model_parallel_size
@@ -270,4 +270,4 @@ def _held_by_chunk(
         tensors += layer(settings, pattern[index])
     if last:
         tensors += _ahead(settings)
-    return [(tensor, tensor.elements // divisor[tensor.cut]) for tensor in tensors]
+    return [(tensor, tensor.elements // divisor[tensor.sharding]) for tensor in tensors]

@@ -1,4 +1,4 @@
-"""The plan of a run as text: what ``--dry-run`` prints."""
+"""Text of a run's plan, for ``--dry-run``."""
 
 from itertools import chain
 
@@ -12,7 +12,7 @@ from moetron.moe.plan.parameters import count_parameters
 
 
 def render(settings: Settings, vocab_size: int, world_size: int, rank: int) -> str:
-    """The whole plan; the settings must have passed ``checks.problems`` for ``world_size``."""
+    """Return the plan of settings that passed ``checks.problems`` for ``world_size``."""
     sections = {
         "parameters": _parameters(settings, vocab_size),
         "layout": _layout(settings, world_size, rank),
@@ -24,13 +24,13 @@ def render(settings: Settings, vocab_size: int, world_size: int, rank: int) -> s
 
 
 def section(title: str, rows: list[tuple[str, str]]) -> str:
-    """A titled table of names and values."""
+    """Return a titled table of names and values."""
     width = max(len(name) for name, _ in rows)
     return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows)])
 
 
 def gib(number_bytes: int) -> str:
-    """A number of bytes in GiB."""
+    """Return a number of bytes as text in GiB."""
     return f"{number_bytes / 2**30:,.3f} GiB"
 
 
@@ -107,7 +107,7 @@ def _run(settings: Settings, vocab_size: int, world_size: int) -> list[tuple[str
 
 
 def _learning_rate(settings: Settings) -> list[tuple[str, str]]:
-    """Where the schedule's segments begin and end; the shape between them is its style's."""
+    """Return the ends of the schedule's segments."""
     rate, lengths = settings.learning_rate, derived.schedule_lengths(settings)
     unit = lengths.unit.removesuffix("s")
     points: list[tuple[str, str]] = [("style", rate.lr_decay_style)]

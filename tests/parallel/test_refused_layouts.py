@@ -38,10 +38,10 @@ _IGNORED = "does nothing here"
 _TWO_WAYS = "says in two ways how stages are cut: one of them would be ignored"
 _OWN_SCORES = "weights are not of these scores, a balance loss would be"
 WORKS: dict[str, Works] = {
-    r"--moe-router-topk-scaling-factor # cannot go with --moe-router-type \w+": Works(
+    r"--moe-router-topk-scaling-factor # is incompatible with --moe-router-type \w+": Works(
         _IGNORED, {"moe_router_topk_scaling_factor": None}
     ),
-    "--moe-router-load-balancing-type sinkhorn knows no groups": Works(
+    "--moe-router-load-balancing-type sinkhorn does not support groups": Works(
         _IGNORED, {"moe_router_num_groups": None, "moe_router_group_topk": None}
     ),
     "--moe-router-type base gives each token one expert": Works(_IGNORED, {"moe_router_topk": 1}),
@@ -49,10 +49,10 @@ WORKS: dict[str, Works] = {
         _IGNORED, {"moe_router_score_function": "softmax"}
     ),
     r"--moe-router-type \w+ needs --moe-router-score-function softmax": Works(_OWN_SCORES),
-    r"--moe-router-type (hash|reinforce) knows only the main model's tokens": Works(
+    r"--moe-router-type (hash|reinforce) routes only the main model's tokens": Works(
         "modules that predict further tokens would route by another token's id or reward"
     ),
-    "--moe-router-topk # must share out evenly over --moe-router-group-topk #": Works(
+    "--moe-router-topk # must be a multiple of --moe-router-group-topk #": Works(
         "a group would be judged by its best 0 experts: all are equal, the first ones win"
     ),
     "--hidden-size # is not a multiple of --num-attention-heads #": Works(
@@ -64,7 +64,7 @@ WORKS: dict[str, Works] = {
     "--recompute-num-layers # exceeds the # layers of a stage": Works(
         "more than all layers: block recomputation takes all, and another layout would not"
     ),
-    r"--\S+ #( and --\S+ #)* are different ways to cut stages": Works(_TWO_WAYS),
+    r"--\S+ #( and --\S+ #)* are different ways to split stages": Works(_TWO_WAYS),
 }
 """By rule, as `kind` words it. A rule that is not here must refuse nothing that works."""
 

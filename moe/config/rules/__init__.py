@@ -1,1 +1,1 @@
-"""The cross-checks, one module a subject; each yields a line for every rule that is broken."""
+"""Cross-checks of settings by subject; each yields a line per broken rule."""

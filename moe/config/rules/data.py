@@ -1,4 +1,4 @@
-"""Where samples come from: blends, stages, objectives."""
+"""Rules on data: blends, stages, objectives."""
 
 from collections.abc import Iterator
 
@@ -8,12 +8,12 @@ from moetron.moe.config.schema.field import flag_name
 
 
 def data(case: Case) -> Iterator[str]:
-    """Where samples come from, and how large the vocabulary is."""
+    """Check data sources and the vocabulary's size."""
     source = case.settings.data
     if source.mock_data and source.data_path is not None:
         yield "--mock-data and --data-path exclude each other: drop one"
     if case.settings.model.vocab_size is None and source.tokenizer_model is None:
-        yield "the vocabulary's size is unknown: give --tokenizer-model, or --vocab-size N"
+        yield "the vocabulary size is unknown: give --tokenizer-model or --vocab-size N"
     for name in ("data_path", "valid_data_path"):
         yield from _blend(flag_name(name), getattr(source, name))
     if source.stages is not None:
@@ -22,11 +22,11 @@ def data(case: Case) -> Iterator[str]:
 
 
 def _stages(case: Case, stages: list[StageSettings]) -> Iterator[str]:
-    """Stages one after the other."""
+    """Check the sequence of stages."""
     if case.settings.data.data_path or not stages:
         yield "--stages needs at least one stage and excludes --data-path"
     if case.settings.data.objective != "causal":
-        yield f"{case.said('objective')}: with --stages, each stage names its own objective"
+        yield f"{case.given('objective')}: with --stages, each stage names its own objective"
     last_end = 0
     for number, stage in enumerate(stages, 1):
         yield from _blend(f"--stages, stage {number}", stage.data_path)
@@ -44,17 +44,17 @@ def _stages(case: Case, stages: list[StageSettings]) -> Iterator[str]:
 
 
 def _fim_sources(case: Case) -> Iterator[str]:
-    """Sources for infilling, and a stage that infills."""
+    """Check that sources of infilling are used by a stage."""
     data = case.settings.data
     objectives = {stage.objective for stage in data.planned_stages()}
     if data.fim_sources == []:
-        yield "--fim-sources is empty: name sources, or leave it out for all of them"
+        yield "--fim-sources is empty: name sources, or leave it out for all"
     elif data.fim_sources and not data.mock_data and "fim" not in objectives:
-        yield f"{case.said('fim_sources')} needs --objective fim (in a stage, at least)"
+        yield f"{case.given('fim_sources')} needs --objective fim (in a stage, at least)"
 
 
 def _blend(flag: str, items: list[str] | None) -> Iterator[str]:
-    """PREFIX PREFIX ..., or WEIGHT PREFIX WEIGHT PREFIX ..."""
+    """Check the form PREFIX PREFIX ... or WEIGHT PREFIX WEIGHT PREFIX ..."""
     if items is None:
         return
     if not items:
@@ -63,7 +63,7 @@ def _blend(flag: str, items: list[str] | None) -> Iterator[str]:
     if not any(weighted):
         return
     if weighted != [True, False] * (len(items) // 2):
-        yield f"{flag} {' '.join(items)}: give prefixes alone, or pairs WEIGHT PREFIX"
+        yield f"{flag} {' '.join(items)}: give only prefixes, or pairs WEIGHT PREFIX"
     for weight in items[::2]:
         number = number_or_none(weight)
         if number is not None and not 0 < number < float("inf"):
@@ -71,7 +71,7 @@ def _blend(flag: str, items: list[str] | None) -> Iterator[str]:
 
 
 def bidirectional_prefix(case: Case) -> Iterator[str]:
-    """Attention that looks ahead inside the given part of a sample."""
+    """Check bidirectional attention in the prefix of samples."""
     data, model = case.settings.data, case.settings.model
     if not data.bidirectional_prefix:
         return
@@ -80,14 +80,11 @@ def bidirectional_prefix(case: Case) -> Iterator[str]:
         yield "--bidirectional-prefix needs --objective prefix_lm or ul2 (in a stage, at least)"
     if case.settings.parallel.context_parallel_size > 1:
         yield (
-            f"--bidirectional-prefix and {case.said('context_parallel_size')}: ranks that hold "
-            "parts of a sequence attend causally alone; use --context-parallel-size 1"
+            f"--bidirectional-prefix and {case.given('context_parallel_size')}: context "
+            "parallelism supports only causal attention; use --context-parallel-size 1"
         )
     if case.local and model.attention_backend == "unfused":
-        yield (
-            "--bidirectional-prefix needs an attention that takes a mask: use "
-            "--attention-backend sdpa"
-        )
+        yield ("--bidirectional-prefix needs attention with a mask: use --attention-backend sdpa")
 
 
 RULES = (data, bidirectional_prefix)

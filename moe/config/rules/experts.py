@@ -1,4 +1,4 @@
-"""Experts, routing, capacity and dispatch."""
+"""Rules on experts, routing, capacity and dispatch."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -21,50 +21,51 @@ _NEED_EXPERTS = (
 
 
 def presence(case: Case) -> Iterator[str]:
-    """Expert settings in a dense model; which layers have experts."""
+    """Check expert settings of a dense model, and the placement of experts."""
     moe = case.settings.moe
     if moe.num_experts is None:
         for name in _NEED_EXPERTS:
             if getattr(moe, name) is not None:
-                yield f"{case.said(name)} needs --num-experts: add it or leave this out"
+                yield f"{case.given(name)} needs --num-experts: add it or leave this out"
         for name in ("moe_router_enable_expert_bias", "moe_shared_expert_gate"):
             if getattr(moe, name):
-                yield f"{case.said(name)} needs --num-experts: add it or leave this out"
+                yield f"{case.given(name)} needs --num-experts: add it or leave this out"
         return
     if moe.moe_router_topk > moe.num_experts:
         yield (
-            f"{case.said('moe_router_topk')} exceeds {case.said('num_experts')}: a token visits "
-            f"different experts; use --moe-router-topk {moe.num_experts} or less"
+            f"{case.given('moe_router_topk')} exceeds {case.given('num_experts')}: a token needs "
+            f"distinct experts; use --moe-router-topk {moe.num_experts} or less"
         )
     yield from _placement(case, moe)
 
 
 def _placement(case: Case, moe: MoESettings) -> Iterator[str]:
-    """Which layers have experts."""
+    """Check the layers with experts."""
     listed, layers = isinstance(moe.moe_layer_freq, list), case.settings.model.num_layers
     if isinstance(moe.moe_layer_freq, list) and len(moe.moe_layer_freq) != layers:
         yield (
             f"--moe-layer-freq lists {len(moe.moe_layer_freq)} layers, but "
-            f"{case.said('num_layers')}: give one 0 or 1 for each layer"
+            f"{case.given('num_layers')}: give one 0 or 1 for each layer"
         )
     elif not any(moe_layers(case.settings)):
         yield (
-            f"{case.said('moe_layer_freq', 'moe_layer_position', 'first_k_dense_replace')} give "
+            f"{case.given('moe_layer_freq', 'moe_layer_position', 'first_k_dense_replace')} give "
             "no layer experts: change one, or leave out --num-experts"
         )
     if moe.moe_layer_position == "last" and (listed or moe.moe_layer_freq == 1):
-        yield "--moe-layer-position last does nothing without --moe-layer-freq N above 1: drop it"
+        yield "--moe-layer-position last has no effect without --moe-layer-freq N above 1: drop it"
     if moe.first_k_dense_replace and listed:
-        yield f"{case.said('first_k_dense_replace')} does nothing beside a list of layers: drop it"
+        used = case.given("first_k_dense_replace")
+        yield f"{used} has no effect with a list of layers: drop it"
 
 
 def parallelism(case: Case) -> Iterator[str]:
-    """How experts are cut over ranks."""
+    """Check the partitioning of experts over ranks."""
     moe, parallel = case.settings.moe, case.settings.parallel
     if moe.num_experts is None:
         for name in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
             if (getattr(parallel, name) or 1) > 1:
-                yield f"{case.said(name)} needs --num-experts: add it or use {flag_name(name)} 1"
+                yield f"{case.given(name)} needs --num-experts: add it or use {flag_name(name)} 1"
         return
     yield from not_multiple(
         case,
@@ -75,13 +76,13 @@ def parallelism(case: Case) -> Iterator[str]:
     )
     if parallel.tensor_model_parallel_size > 1 and parallel.sequence_parallel is False:
         yield (
-            f"experts with {case.said('tensor_model_parallel_size')} need sequence parallelism: "
+            f"experts with {case.given('tensor_model_parallel_size')} need sequence parallelism: "
             "drop --no-sequence-parallel"
         )
 
 
 def scores(case: Case) -> Iterator[str]:
-    """From logits to weights."""
+    """Check the computation of weights from logits."""
     moe = case.settings.moe
     balance, softmax = (
         moe.moe_router_load_balancing_type,
@@ -92,7 +93,7 @@ def scores(case: Case) -> Iterator[str]:
     weighed = balance != "sinkhorn" and moe.moe_router_type not in EVEN_WEIGHTS
     if moe.moe_router_topk == 1 and softmax and weighed and not moe.moe_router_pre_softmax:
         yield (
-            "--moe-router-topk 1 needs --moe-router-pre-softmax: the softmax over one winner is 1 "
+            "--moe-router-topk 1 needs --moe-router-pre-softmax: a softmax over one expert is 1 "
             "and gives the router no gradient"
         )
     if moe.moe_router_pre_softmax and not softmax:
@@ -102,27 +103,27 @@ def scores(case: Case) -> Iterator[str]:
     if balance == "sinkhorn" and moe.moe_aux_loss_coeff:
         yield (
             f"--moe-router-load-balancing-type sinkhorn has no balance loss, but "
-            f"{case.said('moe_aux_loss_coeff')}: set it to 0"
+            f"{case.given('moe_aux_loss_coeff')}: set it to 0"
         )
     if balance == "none" and moe.moe_aux_loss_coeff:
         yield (
-            f"{case.said('moe_aux_loss_coeff')} has no effect with "
+            f"{case.given('moe_aux_loss_coeff')} has no effect with "
             "--moe-router-load-balancing-type none: choose aux_loss or set it to 0"
         )
     if moe.moe_global_aux_loss_counts != "running" and balance != "global_aux_loss":
         yield (
-            f"{case.said('moe_global_aux_loss_counts')} needs "
+            f"{case.given('moe_global_aux_loss_counts')} needs "
             "--moe-router-load-balancing-type global_aux_loss"
         )
     if balance == "sinkhorn" and moe.moe_router_num_groups:
         yield (
-            "--moe-router-load-balancing-type sinkhorn knows no groups: "
+            "--moe-router-load-balancing-type sinkhorn does not support groups: "
             "drop --moe-router-num-groups and --moe-router-group-topk"
         )
 
 
 def groups(case: Case) -> Iterator[str]:
-    """Group-limited routing."""
+    """Check group-limited routing."""
     moe = case.settings.moe
     experts, count, chosen = moe.num_experts, moe.moe_router_num_groups, moe.moe_router_group_topk
     if (count is None) != (chosen is None):
@@ -132,24 +133,24 @@ def groups(case: Case) -> Iterator[str]:
     yield from not_multiple(case, "num_experts", experts, "moe_router_num_groups", count)
     if chosen > count:
         yield (
-            f"{case.said('moe_router_group_topk')} exceeds {case.said('moe_router_num_groups')}: "
+            f"{case.given('moe_router_group_topk')} exceeds {case.given('moe_router_num_groups')}: "
             f"use {count} or less"
         )
     if moe.moe_router_topk % chosen:
         yield (
-            f"{case.said('moe_router_topk')} must share out evenly over "
-            f"{case.said('moe_router_group_topk')}: use --moe-router-group-topk "
+            f"{case.given('moe_router_topk')} must be a multiple of "
+            f"{case.given('moe_router_group_topk')}: use --moe-router-group-topk "
             f"{nearest_divisors(moe.moe_router_topk, chosen)}"
         )
     elif experts % count == 0 and moe.moe_router_topk > chosen * (experts // count):
         yield (
-            f"{case.said('moe_router_topk')} exceeds the {chosen * (experts // count)} experts of "
+            f"{case.given('moe_router_topk')} exceeds the {chosen * (experts // count)} experts of "
             f"{chosen} groups: raise --moe-router-group-topk"
         )
 
 
 def capacity(case: Case) -> Iterator[str]:
-    """Limited expert capacity and what it drops."""
+    """Check limited expert capacity and token dropping."""
     moe = case.settings.moe
     limited = moe.moe_expert_capacity_factor is not None
     for name, used in (
@@ -161,19 +162,19 @@ def capacity(case: Case) -> Iterator[str]:
         ("moe_capacity_scope", moe.moe_capacity_scope != "micro_batch"),
     ):
         if used and not limited:
-            yield f"{case.said(name)} needs --moe-expert-capacity-factor: add it or leave this out"
+            yield f"{case.given(name)} needs --moe-expert-capacity-factor: add it or leave this out"
     if limited and moe.moe_router_load_balancing_type == "sinkhorn":
         yield (
-            f"{case.said('moe_expert_capacity_factor')} cannot go with "
+            f"{case.given('moe_expert_capacity_factor')} is incompatible with "
             "--moe-router-load-balancing-type sinkhorn: choose aux_loss or leave the factor out"
         )
     if limited:
         yield from _slots(case, moe)
     parallel = case.settings.parallel
     shared = parallel.tensor_model_parallel_size * parallel.context_parallel_size > 1
-    # allgather sends what the map says; alltoall counts on so many slots from each rank.
-    cuts_slots = shared and moe.moe_token_dispatcher_type != "allgather"
-    if moe.moe_pad_expert_input_to_capacity and cuts_slots and moe.moe_capacity_scope != "rank":
+    # allgather follows the routing map; alltoall assumes a fixed number of slots from each rank.
+    fixed_slots = shared and moe.moe_token_dispatcher_type != "allgather"
+    if moe.moe_pad_expert_input_to_capacity and fixed_slots and moe.moe_capacity_scope != "rank":
         yield (
             "--moe-pad-expert-input-to-capacity with --tensor-model-parallel-size or "
             "--context-parallel-size above 1 needs slots for each rank: use "
@@ -182,7 +183,7 @@ def capacity(case: Case) -> Iterator[str]:
 
 
 def _slots(case: Case, moe: MoESettings) -> Iterator[str]:
-    """A training or validation batch of which an expert may serve no token."""
+    """Check that every expert has a capacity of at least one token."""
     parallel, tokens = case.settings.parallel, case.settings.model.seq_length
     if moe.moe_capacity_scope != "sequence":
         tokens *= case.settings.training.micro_batch_size
@@ -198,7 +199,7 @@ def _slots(case: Case, moe: MoESettings) -> Iterator[str]:
             moe.moe_minimum_capacity == 0
         ):
             yield (
-                f"{case.said(name)} leaves an expert no slot: round({factor} x {tokens:,} tokens "
+                f"{case.given(name)} leaves an expert no slot: round({factor} x {tokens:,} tokens "
                 f"of a {moe.moe_capacity_scope.replace('_', '-')} / {experts} experts) is 0; use a "
                 f"factor above {experts / 2 / tokens:g}, --moe-minimum-capacity 1 or more, or a "
                 "larger --micro-batch-size"
@@ -206,7 +207,7 @@ def _slots(case: Case, moe: MoESettings) -> Iterator[str]:
 
 
 def dispatch(case: Case) -> Iterator[str]:
-    """The token dispatcher and the overlap it allows."""
+    """Check the token dispatcher and its overlap."""
     moe, parallel = case.settings.moe, case.settings.parallel
     if moe.num_experts is None:
         return

@@ -1,4 +1,4 @@
-"""Kinds of feed-forward blocks, what only our own grouped experts offer, and initialisation."""
+"""Rules on FFN kinds, on options of local grouped experts, and on initialisation."""
 
 from collections.abc import Iterator
 
@@ -8,25 +8,25 @@ from moetron.moe.config.schema.field import flag_name
 from moetron.moe.config.schema.implementation import beyond_transformer_engine
 
 _ALIGNMENT = 8
-"""Widths of an expert are multiples of this on every rank: 16 bytes of bf16."""
+"""Required divisor of an expert's widths on every rank: 16 bytes of bf16."""
 _GROUPED_ONLY = ("ffn_type", "moe_expert_multiplicative_bias", "moe_expert_dropout")
-"""Of the settings beyond Transformer Engine, those that shape the grouped experts."""
+"""Local-only settings that need grouped experts."""
 
 
 def kinds(case: Case) -> Iterator[str]:
-    """Blocks that megatron-core and Transformer Engine lack."""
+    """Check blocks that megatron-core and Transformer Engine lack."""
     settings = case.settings
     moe, is_double = settings.moe, derived.ffn_type(settings.model) == "double_gated"
     if settings.model.ffn_type is not None and not settings.model.swiglu:
-        yield f"--no-swiglu does nothing with {case.said('ffn_type')}: drop it"
+        yield f"--no-swiglu has no effect with {case.given('ffn_type')}: drop it"
     if is_double and settings.model.add_bias_linear:
         yield "--ffn-type double_gated has no biases: use --disable-bias-linear"
     for name in beyond_transformer_engine(settings):
         if name.startswith("moe_") and moe.num_experts is None:
-            yield f"{case.said(name)} needs --num-experts: add it or leave this out"
+            yield f"{case.given(name)} needs --num-experts: add it or leave this out"
         if not case.local:
             yield (
-                f"{case.said(name)} needs --transformer-impl local (or auto, which takes it): "
+                f"{case.given(name)} needs --transformer-impl local (or auto, which selects it): "
                 "megatron-core's Transformer Engine layers have no such block"
             )
         if name in _GROUPED_ONLY:
@@ -34,25 +34,25 @@ def kinds(case: Case) -> Iterator[str]:
 
 
 def _grouped(case: Case, name: str) -> Iterator[str]:
-    """Experts that exist only as a grouped product in high precision."""
+    """Check options of experts that need a grouped GEMM in high precision."""
     settings = case.settings
     if settings.precision.fp8_format is not None:
-        yield f"{case.said(name)} does not go with {case.said('fp8_format')}: drop one"
+        yield f"{case.given(name)} is incompatible with {case.given('fp8_format')}: drop one"
     if settings.moe.num_experts is None:
         return
     if not settings.moe.moe_grouped_gemm:
-        yield f"{case.said(name)} needs --moe-grouped-gemm"
+        yield f"{case.given(name)} needs --moe-grouped-gemm"
     ranks = derived.expert_tensor_parallel_size(settings.parallel)
     widths = (settings.model.hidden_size, derived.expert_ffn_size(settings) // ranks)
     if any(width % _ALIGNMENT for width in widths):
         yield (
-            f"{case.said(name)}: --hidden-size and {flag_name('moe_ffn_hidden_size')} of a rank, "
+            f"{case.given(name)}: --hidden-size and {flag_name('moe_ffn_hidden_size')} of a rank, "
             f"{widths[0]} and {widths[1]}, must be multiples of {_ALIGNMENT}"
         )
 
 
 def initialisation(case: Case) -> Iterator[str]:
-    """Variance scaling knows a matrix's inputs from the ranks that share them."""
+    """Check initialisation: variance scaling derives a matrix's inputs from one TP size."""
     settings = case.settings
     parallel, is_scaled = settings.parallel, settings.model.init_method == "variance_scaling"
     ranks = derived.expert_tensor_parallel_size(parallel)
@@ -64,9 +64,9 @@ def initialisation(case: Case) -> Iterator[str]:
         )
     folds, latent = settings.model.query_init_folds_scale, settings.attention.multi_latent_attention
     if folds and latent:
-        yield "--query-init-folds-scale does not go with --multi-latent-attention"
+        yield "--query-init-folds-scale is incompatible with --multi-latent-attention"
     if settings.moe.moe_router_init_method_std is not None and settings.moe.num_experts is None:
-        yield f"{case.said('moe_router_init_method_std')} needs --num-experts: add it or drop this"
+        yield f"{case.given('moe_router_init_method_std')} needs --num-experts: add it or drop this"
 
 
 RULES = (kinds, initialisation)

@@ -1,4 +1,4 @@
-"""What a real run needs beyond a consistent recipe: data, folders, and that they are there."""
+"""Rules on inputs of a real run: data, folders, packages."""
 
 from collections.abc import Iterator
 from importlib import metadata
@@ -9,47 +9,47 @@ from moetron.moe.config.schema.data import number_or_none
 from moetron.moe.config.schema.field import flag_name
 
 _ENDINGS = (".bin", ".idx")
-_FIRST_OF_FAMILY = "_00000"
-"""Between a prefix and its ending, where an output was split into shards."""
+_FIRST_OF_SET = "_00000"
+"""Suffix of the prefix of a shard set's first shard."""
 
 
 def prefixes(items: list[str]) -> list[str]:
-    """The prefixes of PREFIX PREFIX ..., or of WEIGHT PREFIX WEIGHT PREFIX ..."""
+    """Return the prefixes of PREFIX PREFIX ... or of WEIGHT PREFIX WEIGHT PREFIX ..."""
     if not items or number_or_none(items[0]) is None:
         return items
     return items[1::2]
 
 
 def data(case: Case) -> Iterator[str]:
-    """Shards and the tokenizer that wrote them."""
+    """Check that shards and their tokenizer exist."""
     source = case.settings.data
     if not source.mock_data and not source.planned_stages():
-        yield "no data: give --data-path PREFIX (or WEIGHT PREFIX ...), or --mock-data to try"
+        yield "no data: give --data-path PREFIX (or WEIGHT PREFIX ...), or --mock-data for a test"
     if not source.mock_data and source.planned_stages() and source.tokenizer_model is None:
-        yield "--data-path needs --tokenizer-model: the one its shards were written with"
+        yield "--data-path needs --tokenizer-model: the tokenizer of its shards"
     evaluates = case.settings.validation.eval_interval is not None
     if evaluates and not source.mock_data and source.valid_data_path is None:
-        yield f"{case.said('eval_interval')} needs --valid-data-path"
+        yield f"{case.given('eval_interval')} needs --valid-data-path"
     paths = [("data_path", source.data_path), ("valid_data_path", source.valid_data_path)]
     paths += [("stages", stage.data_path) for stage in source.stages or []]
     for name, items in [] if source.mock_data else paths:
         for prefix in dict.fromkeys(prefixes(source.rooted(items or []))):
             absent = [prefix + end for end in _ENDINGS if not Path(prefix + end).is_file()]
-            family = all(Path(prefix + _FIRST_OF_FAMILY + end).is_file() for end in _ENDINGS)
-            if absent and not family:
+            shard_set = all(Path(prefix + _FIRST_OF_SET + end).is_file() for end in _ENDINGS)
+            if absent and not shard_set:
                 yield f"{flag_name(name)} {prefix}: {_no_shard(prefix, absent)}"
     tokenizer = source.tokenizer_model
-    gone = tokenizer not in (None, "bytes") and not Path(str(tokenizer)).exists()
-    if gone and not _has_tokenizer(case.settings.checkpoint.load):
+    missing = tokenizer not in (None, "bytes") and not Path(str(tokenizer)).exists()
+    if missing and not _has_tokenizer(case.settings.checkpoint.load):
         yield (
-            f"{case.said('tokenizer_model')}: there is no such file or folder; give a "
-            "SentencePiece .model, a HuggingFace tokenizer.json (or its folder), or bytes; names "
-            "on the HuggingFace hub are not looked up"
+            f"{case.given('tokenizer_model')}: no such file or folder; give a SentencePiece "
+            ".model, a HuggingFace tokenizer.json (or its folder), or bytes; HuggingFace hub names "
+            "are not looked up"
         )
 
 
 def _no_shard(prefix: str, absent: list[str]) -> str:
-    """Why there is no shard of a prefix, and what to do."""
+    """Return why a prefix has no shard, with the remedy."""
     path = Path(prefix)
     if path.is_dir():
         return "a folder: give the prefix of a shard in it, such as {}".format(path / "train")
@@ -63,7 +63,7 @@ def _no_shard(prefix: str, absent: list[str]) -> str:
 
 
 def _has_tokenizer(load: str | None) -> bool:
-    """Whether the run that --load names keeps a copy of its tokenizer (tokenizers/run_copy.py)."""
+    """Return whether the run at --load has a copy of its tokenizer (tokenizers/run_copy.py)."""
     if load is None:
         return False
     path = Path(load).resolve()
@@ -72,7 +72,7 @@ def _has_tokenizer(load: str | None) -> bool:
 
 
 def folders(case: Case) -> Iterator[str]:
-    """Where checkpoints go and come from."""
+    """Check the folders of --save and --load."""
     wanted = case.settings.checkpoint
     needs_save = {
         "save_interval": wanted.save_interval,
@@ -84,29 +84,29 @@ def folders(case: Case) -> Iterator[str]:
     }
     for name, value in needs_save.items():
         if value is not None and wanted.save is None:
-            yield f"{case.said(name)} needs --save FOLDER"
+            yield f"{case.given(name)} needs --save FOLDER"
     for name in ("finetune", "reset_progress", "no_load_optim", "no_load_rng"):
         if getattr(wanted, name) and wanted.load is None:
             yield f"{flag_name(name)} needs --load FOLDER"
-    # --load equal to --save goes on where a run stopped, and begins it the first time.
+    # --load equal to --save resumes a run, or starts it the first time.
     if wanted.load not in (None, wanted.save) and not Path(str(wanted.load)).is_dir():
-        yield f"{case.said('load')}: there is no such folder"
+        yield f"{case.given('load')}: there is no such folder"
     if wanted.save is not None and Path(wanted.save).exists() and not Path(wanted.save).is_dir():
-        yield f"{case.said('save')} is a file: name a folder"
+        yield f"{case.given('save')} is a file: name a folder"
 
 
 def packages(case: Case) -> Iterator[str]:
-    """Optional packages that a setting needs."""
+    """Check optional packages."""
     logging = case.settings.logging
     if logging.wandb_project is None:
         for name in ("wandb_entity", "wandb_exp_name"):
             if getattr(logging, name) is not None:
-                yield f"{case.said(name)} needs --wandb-project"
+                yield f"{case.given(name)} needs --wandb-project"
     else:
         try:
             metadata.version("wandb")
         except metadata.PackageNotFoundError:
-            yield f"{case.said('wandb_project')} needs the package wandb: install moetron[log]"
+            yield f"{case.given('wandb_project')} needs the package wandb: install moetron[log]"
 
 
 RULES = (data, folders, packages)

@@ -1,4 +1,4 @@
-"""FP8: what a recipe needs and what goes with it."""
+"""Rules on FP8."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ _HOLD_LINEAR_LAYERS = {"mlp", "moe", "shared_experts"}
 
 
 def fp8(case: Case) -> Iterator[str]:
-    """Flags that need another one, and layers that stay out of FP8."""
+    """Check FP8 flags, and layers that stay in bfloat16."""
     precision, parallel = case.settings.precision, case.settings.parallel
     changed = [
         name
@@ -19,37 +19,37 @@ def fp8(case: Case) -> Iterator[str]:
     ]
     if precision.fp8_format is None:
         for name in changed:
-            yield f"{case.said(name)} does nothing without --fp8-format: add it or leave it out"
+            yield f"{case.given(name)} has no effect without --fp8-format: add it or leave it out"
         return
     if precision.fp8_recipe != "delayed":
         for name in changed:
             if name in _DELAYED_ONLY:
-                yield f"{case.said(name)} is for --fp8-recipe delayed: leave it out"
+                yield f"{case.given(name)} is for --fp8-recipe delayed: leave it out"
     if not precision.first_last_layers_bf16:
         return
     if precision.fp8_recipe == "delayed":
         yield (
-            "--first-last-layers-bf16 does not go with --fp8-recipe delayed (megatron-core): "
+            "--first-last-layers-bf16 is incompatible with --fp8-recipe delayed (megatron-core): "
             "use --fp8-recipe tensorwise, blockwise or mxfp8"
         )
     layers = case.settings.model.num_layers // parallel.pipeline_model_parallel_size
     for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
         if getattr(precision, name) > layers:
             yield (
-                f"{case.said(name)} exceeds the {layers} layers of a pipeline stage: "
+                f"{case.given(name)} exceeds the {layers} layers of a pipeline stage: "
                 f"use at most {layers}"
             )
 
 
 def parameters(case: Case) -> Iterator[str]:
-    """Parameters kept in FP8 (arguments.py of Megatron-LM)."""
+    """Check parameters in FP8 (arguments.py of Megatron-LM)."""
     settings, flag = case.settings, "--fp8-param-gather"
     if not settings.precision.fp8_param_gather or settings.precision.fp8_format is None:
         return
     if case.local:
         yield (
-            f"{flag} needs Transformer Engine's layers on a GPU: leave it out, emulated products "
-            "round the same weights"
+            f"{flag} needs Transformer Engine's layers on a GPU: leave it out; emulation rounds "
+            "the same weights"
         )
     if not settings.parallel.use_distributed_optimizer:
         yield f"{flag} needs --use-distributed-optimizer: add it"
@@ -57,27 +57,27 @@ def parameters(case: Case) -> Iterator[str]:
         yield f"{flag} needs --bf16: add it"
     if settings.precision.fp8_recipe == "mxfp8":
         yield (
-            f"{flag} with --fp8-recipe mxfp8 needs gradient buffers to be used twice, which our "
-            "step does not do: use tensorwise or blockwise"
+            f"{flag} with --fp8-recipe mxfp8 needs reuse of gradient buffers, which is not "
+            "supported: use tensorwise or blockwise"
         )
 
 
 def recomputed(case: Case) -> Iterator[str]:
-    """A layer that is run again must find the scales that it ran with first."""
+    """Check that a recomputed layer uses the scales of its first run."""
     precision, parallel = case.settings.precision, case.settings.parallel
     if precision.fp8_format is None or precision.fp8_recipe != "delayed":
         return
     modules = set(parallel.recompute_modules or [])
     if modules & {"moe_act", "layernorm"}:
         yield (
-            "--recompute-modules moe_act and layernorm do not go with --fp8-recipe delayed "
+            "--recompute-modules moe_act and layernorm are incompatible with --fp8-recipe delayed "
             "(megatron-core): leave them out or use --fp8-recipe tensorwise"
         )
     again = parallel.recompute_granularity == "full" or bool(modules & _HOLD_LINEAR_LAYERS)
     if case.local and again and parallel.pipeline_model_parallel_size > 1:
         yield (
             "--fp8-recipe delayed, emulated, cannot recompute linear layers in a pipeline: other "
-            "micro-batches move the scales in between; use --fp8-recipe tensorwise, blockwise or "
+            "micro-batches change the scales; use --fp8-recipe tensorwise, blockwise or "
             "mxfp8, or --recompute-granularity selective with core_attn"
         )
 

@@ -1,4 +1,4 @@
-"""The run: learning rate, checkpoints, evaluation and logs."""
+"""Rules on the learning rate, checkpoints and evaluation."""
 
 from collections.abc import Iterator
 
@@ -7,57 +7,57 @@ from moetron.moe.config.schema.derived import schedule_lengths
 
 
 def learning_rate(case: Case) -> Iterator[str]:
-    """The schedule's rates, the unit of its lengths, and how its segments fit into the run."""
+    """Check the schedule's rates, the unit of its lengths, and its segments."""
     rate = case.settings.learning_rate
     for name in ("min_lr", "lr_warmup_init"):
         if getattr(rate, name) > rate.lr:
-            yield f"{case.said(name)} exceeds {case.said('lr')}: use at most {rate.lr}"
+            yield f"{case.given(name)} exceeds {case.given('lr')}: use at most {rate.lr}"
     given = {unit: list(_given(case, unit)) for unit in ("iters", "tokens")}
     if given["iters"] and given["tokens"]:
         yield (
-            f"{case.said(*given['iters'], *given['tokens'])} measure the schedule in steps and in "
-            "tokens: give all of them in one unit"
+            f"{case.given(*given['iters'], *given['tokens'])} measure the schedule in steps and in "
+            "tokens: use one unit"
         )
     else:
         yield from _segments(case)
 
 
 def _given(case: Case, unit: str) -> Iterator[str]:
-    """The fields that give a length in ``unit``."""
+    """Yield the names of fields that give a length in ``unit``."""
     for stem in ("lr_warmup", "lr_decay", "lr_wsd_decay"):
         if getattr(case.settings.learning_rate, f"{stem}_{unit}") is not None:
             yield f"{stem}_{unit}"
 
 
 def _segments(case: Case) -> Iterator[str]:
-    """Warm-up, plateau and decay."""
+    """Check warm-up, plateau and decay."""
     lengths, style = schedule_lengths(case.settings), case.settings.learning_rate.lr_decay_style
     suffix = "tokens" if lengths.unit == "tokens" else "iters"
     end, final = f"the schedule, which ends at {lengths.end} {lengths.unit}", lengths.final_decay
     if lengths.warmup > lengths.run:
         yield (
-            f"{case.said(f'lr_warmup_{suffix}')} is longer than the run of {lengths.run} "
+            f"{case.given(f'lr_warmup_{suffix}')} is longer than the run of {lengths.run} "
             f"{lengths.unit}: shorten it, or raise --train-iters"
         )
     elif lengths.warmup >= lengths.end and style != "constant":
         yield (
-            f"{case.said(f'lr_warmup_{suffix}')} leaves nothing of {end} from the start of the "
+            f"{case.given(f'lr_warmup_{suffix}')} leaves nothing of {end} from the start of the "
             "run: shorten the warm-up"
         )
     if style != "WSD":
         if final is not None:
-            yield f"{case.said(f'lr_wsd_decay_{suffix}')} needs --lr-decay-style WSD"
+            yield f"{case.given(f'lr_wsd_decay_{suffix}')} needs --lr-decay-style WSD"
     elif final is None:
         yield "--lr-decay-style WSD needs --lr-wsd-decay-iters (or --lr-wsd-decay-tokens)"
     elif lengths.warmup + final > lengths.end:
         yield (
-            f"{case.said(f'lr_wsd_decay_{suffix}')} and a warm-up of {lengths.warmup} exceed "
+            f"{case.given(f'lr_wsd_decay_{suffix}')} and a warm-up of {lengths.warmup} exceed "
             f"{end}: shorten one"
         )
 
 
 def checkpoint(case: Case) -> Iterator[str]:
-    """What a load keeps."""
+    """Check what a load restores."""
     if case.settings.checkpoint.finetune and case.settings.checkpoint.reset_progress:
         yield (
             "--finetune (fresh optimizer) and --reset-progress (old one) exclude each other: "
@@ -66,10 +66,10 @@ def checkpoint(case: Case) -> Iterator[str]:
 
 
 def evaluation(case: Case) -> Iterator[str]:
-    """Evaluation inside the run; without validation data there is none."""
+    """Check evaluation during training."""
     validation = case.settings.validation
     if validation.eval_interval is not None and validation.eval_iters == 0:
-        yield f"{case.said('eval_interval')} needs --eval-iters above 0"
+        yield f"{case.given('eval_interval')} needs --eval-iters above 0"
 
 
 RULES = (learning_rate, checkpoint, evaluation)

@@ -1,1 +1,1 @@
-"""The settings: one module a group, and what follows from them by arithmetic."""
+"""Settings groups and values computed from them."""

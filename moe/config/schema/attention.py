@@ -1,45 +1,46 @@
-"""Attention beyond heads and widths: latent attention, rotary scaling, biases, scale."""
+"""Attention settings beyond heads and widths."""
 
 from typing import Literal
 
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from moetron.moe.config.schema.field import Group
+from moetron.moe.config.schema.roles import Function, Shape
 
 
 class AttentionSettings(Group):
     """Attention beyond heads and widths: latent attention, rotary scaling, biases, scale."""
 
-    add_qkv_bias: bool = False
-    """Biases in the query, key and value projections alone (Qwen1.5, Qwen2)."""
-    softmax_scale: PositiveFloat | None = None
-    """Multiplies attention logits (OpenMoE: 1); unset: 1 / sqrt(width of a head)."""
-    rope_type: Literal["rope", "llama3", "yarn"] = "rope"
-    """Rotary frequencies: plain; Llama 3.1's scaling for longer sequences; YaRN
+    add_qkv_bias: Shape[bool] = False
+    """Use biases in the query, key and value projections only (Qwen1.5, Qwen2)."""
+    softmax_scale: Function[PositiveFloat | None] = None
+    """Scale of attention logits (OpenMoE: 1); unset: 1 / sqrt(head width)."""
+    rope_type: Function[Literal["rope", "llama3", "yarn"]] = "rope"
+    """Rotary frequencies: plain (rope), Llama 3.1's scaling for longer sequences (llama3) or YaRN
     (arXiv 2309.00071)."""
-    rotary_scaling_factor: PositiveFloat = 1.0
-    """How much longer sequences are than those of the first training (llama3, yarn)."""
-    original_max_position_embeddings: PositiveInt = 4096
-    """Sequence length of the first training (yarn)."""
-    beta_fast: PositiveFloat = 32.0
-    """YaRN: channels that turn more often than this over the first length stay as they are."""
-    beta_slow: PositiveFloat = 1.0
-    """YaRN: channels that turn less often than this are slowed by the whole factor."""
-    mscale: NonNegativeFloat = 1.0
-    """YaRN: growth of the rotated channels, 1 + 0.1 mscale ln(factor), divided by the same of
-    --mscale-all-dim."""
-    mscale_all_dim: NonNegativeFloat = 0.0
-    """YaRN: growth of all logits of latent attention, (1 + 0.1 mscale_all_dim ln(factor))^2."""
-    multi_latent_attention: bool = False
-    """DeepSeek's latent attention (arXiv 2405.04434, section 2.1): keys and values from one
-    compressed vector a token. --qk-layernorm normalises the compressed vectors."""
-    q_lora_rank: PositiveInt | None = None
-    """Latent attention: width of the compressed queries; unset: queries are not compressed."""
-    kv_lora_rank: PositiveInt = 512
-    """Latent attention: width of the compressed keys and values."""
-    qk_head_dim: PositiveInt = 128
-    """Latent attention: channels of a query or key head that are not rotated."""
-    qk_pos_emb_head_dim: PositiveInt = 64
-    """Latent attention: rotated channels, whose key all heads share."""
-    v_head_dim: PositiveInt = 128
-    """Latent attention: channels of a value head."""
+    rotary_scaling_factor: Function[PositiveFloat] = 1.0
+    """Sequence length divided by the original training length (llama3, yarn)."""
+    original_max_position_embeddings: Function[PositiveInt] = 4096
+    """Original training sequence length (yarn)."""
+    beta_fast: Function[PositiveFloat] = 32.0
+    """YaRN: channels with more rotations than this over the original length are unchanged."""
+    beta_slow: Function[PositiveFloat] = 1.0
+    """YaRN: channels with fewer rotations than this are scaled by the full factor."""
+    mscale: Function[NonNegativeFloat] = 1.0
+    """YaRN: scale of rotated channels, 1 + 0.1 mscale ln(factor), divided by the same expression
+    with --mscale-all-dim."""
+    mscale_all_dim: Function[NonNegativeFloat] = 0.0
+    """YaRN: scale of all latent-attention logits, (1 + 0.1 mscale_all_dim ln(factor))^2."""
+    multi_latent_attention: Shape[bool] = False
+    """Use DeepSeek's multi-head latent attention (arXiv 2405.04434, section 2.1): keys and values
+    come from one compressed vector per token. --qk-layernorm normalises the compressed vectors."""
+    q_lora_rank: Shape[PositiveInt | None] = None
+    """Latent attention: width of compressed queries; unset: queries are not compressed."""
+    kv_lora_rank: Shape[PositiveInt] = 512
+    """Latent attention: width of compressed keys and values."""
+    qk_head_dim: Shape[PositiveInt] = 128
+    """Latent attention: unrotated channels per query or key head."""
+    qk_pos_emb_head_dim: Shape[PositiveInt] = 64
+    """Latent attention: rotated channels per head; all heads share their key."""
+    v_head_dim: Shape[PositiveInt] = 128
+    """Latent attention: channels per value head."""

@@ -1,4 +1,4 @@
-"""Where samples come from, and what they ask of the model."""
+"""Data settings: sources, stages, objectives and the tokenizer."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,12 +18,13 @@ from pydantic import (
 
 from moetron.moe.config.schema.field import Group, Rule
 from moetron.moe.config.schema.paths import LocalPath
+from moetron.moe.config.schema.roles import Role, Run
 
 _SHARD_FILES = (".bin", ".idx")
 
 
 def _bare_prefixes(words: list[str]) -> list[str]:
-    """Prefixes without the .bin or .idx of their files; both files of a shard are one prefix."""
+    """Return prefixes without .bin or .idx; both files of a shard give one prefix."""
     bare: list[str] = []
     for last, word in zip(["", *words], words, strict=False):
         prefix, ending = word[:-4], word[-4:]
@@ -35,41 +36,41 @@ def _bare_prefixes(words: list[str]) -> list[str]:
 
 
 Word = Annotated[str, Field(coerce_numbers_to_str=True)]
-"""A name or a number; a recipe may write numbers as such."""
+"""Text; numbers in a recipe are converted."""
 DataPath = Annotated[list[LocalPath], AfterValidator(_bare_prefixes)]
-"""Prefixes of shards, or pairs of a weight and a prefix."""
+"""Shard prefixes, or pairs of weight and prefix."""
 ObjectiveName = Literal["causal", "prefix_lm", "ul2", "fim"]
 
 
 class StageLearningRate(Group):
-    """The learning rate of one stage, from its first token to its last."""
+    """Learning rate of one stage, from its first token to its last."""
 
     lr: PositiveFloat
     """Learning rate at the start of the stage."""
     min_lr: NonNegativeFloat = 0.0
-    """Learning rate at its end."""
+    """Learning rate at the end of the stage."""
     lr_decay_style: Literal["constant", "linear", "cosine"] = "linear"
-    """Shape of the way between them; constant: lr throughout."""
+    """Shape of the decay; constant: lr throughout."""
 
 
 class StageSettings(Group):
-    """A stage of the data: from the one before it (or the start) until a number of tokens."""
+    """Data stage: from the end of the previous stage (or the start) to a token count."""
 
     data_path: DataPath
-    """As `data_path` of the data settings."""
+    """Training shards, as in `data_path` of the data settings."""
     until_tokens: PositiveInt | None = None
-    """Tokens of the run at which the next stage begins; left out for the last."""
+    """Tokens of the run at which the next stage begins; omitted for the last stage."""
     objective: ObjectiveName = "causal"
-    """What samples ask of the model."""
+    """Training objective."""
     seed: NonNegativeInt | None = None
-    """Seed of the order; unset: the run's, so that sources go on where the stage before stopped."""
+    """Data-order seed; unset: the run's, so that sources continue from the previous stage."""
     learning_rate: StageLearningRate | None = None
-    """Its learning rate; unset: the run's schedule goes on."""
+    """Learning rate of the stage; unset: the run's schedule continues."""
 
     @model_validator(mode="before")
     @classmethod
     def _read_text(cls, value: Any) -> Any:
-        """A stage as a flag gives it: a YAML mapping in one word."""
+        """Parse a stage given as a flag: a YAML mapping in one word."""
         try:
             return yaml.safe_load(value) if isinstance(value, str) else value
         except yaml.YAMLError as error:
@@ -77,83 +78,83 @@ class StageSettings(Group):
 
 
 class DataSettings(Group):
-    """Where samples come from."""
+    """Training and validation data."""
+
+    default_role = Role.TRAINING
 
     data_path: DataPath | None = None
-    """Training shards: PREFIX PREFIX ..., mixed in proportion to their size, or WEIGHT PREFIX
-    WEIGHT PREFIX ... A prefix is the path without .bin or .idx, which are dropped from its end."""
+    """Training shards: PREFIX PREFIX ..., mixed in proportion to size, or WEIGHT PREFIX WEIGHT
+    PREFIX ... A prefix is a path without .bin or .idx; either ending is dropped."""
     data_root: LocalPath | None = None
-    """Folder that relative prefixes start from; unset: the working directory."""
+    """Base folder of relative prefixes; unset: the working directory."""
     objective: ObjectiveName = "causal"
-    """What samples ask of the model: every next token (causal), the second part of a text after the
-    first (prefix_lm), OpenMoE's mixture of denoisers (ul2), or documents of which some have their
-    middle moved to the end (fim)."""
+    """Training objective: next-token prediction (causal), prediction of the second part of a text
+    from the first (prefix_lm), OpenMoE's mixture of denoisers (ul2) or fill-in-the-middle (fim)."""
     bidirectional_prefix: bool = False
-    """The given part of a prefix_lm or ul2 sample sees all of itself; otherwise only what came
-    before."""
+    """Use bidirectional attention in the prefix of prefix_lm and ul2 samples; otherwise attention
+    is causal."""
     fim_rate: float = Field(default=0.5, ge=0, le=1)
-    """fim: share of documents whose middle moves to the end."""
+    """fim: fraction of documents whose middle is moved to the end."""
     fim_spm_rate: float = Field(default=0.5, ge=0, le=1)
-    """fim: share of those in the order suffix, prefix, middle instead of prefix, suffix, middle."""
+    """fim: fraction of these in the order suffix, prefix, middle, not prefix, suffix, middle."""
     fim_prefix_token: str = "<fim_prefix>"
-    """fim: token of the tokenizer before the prefix."""
+    """fim: tokenizer token before the prefix."""
     fim_middle_token: str = "<fim_middle>"
-    """fim: token before the middle."""
+    """fim: tokenizer token before the middle."""
     fim_suffix_token: str = "<fim_suffix>"
-    """fim: token before the suffix."""
+    """fim: tokenizer token before the suffix."""
     fim_sources: list[Word] | None = None
-    """fim: only the sources of these names (prefixes without their folders), in every fim stage;
-    the others give causal samples. Validation shards NAME.valid, NAME_val and the like count as
-    NAME. Unset: all."""
+    """fim: apply only to sources of these names (prefixes without folders), in every fim stage; the
+    others give causal samples. Validation shards NAME.valid, NAME_val and the like count as NAME.
+    Unset: all."""
     repetition_max_count: int | None = Field(default=None, ge=5)
-    """Mask the loss of a sample in which an n-gram stands this many times in a row (OLMoE: 32)."""
+    """Mask the loss of a sample in which an n-gram repeats this many times in a row (OLMoE: 32)."""
     repetition_max_period: PositiveInt = 13
-    """Longest such n-gram, in tokens."""
+    """Longest repeated n-gram to detect, in tokens."""
     stages: list[StageSettings] | None = None
-    """Instead of --data-path, mappings of data_path, until_tokens (all but the last), objective,
-    seed and learning_rate (lr, min_lr, lr_decay_style): other sources, weights, objective or
-    learning rate from a number of tokens on."""
+    """Data stages, in place of --data-path: mappings of data_path, until_tokens (all but the last),
+    objective, seed and learning_rate (lr, min_lr, lr_decay_style)."""
     max_epochs: PositiveFloat | None = None
-    """Refuse a run that would go through a source more often than this, over all stages."""
+    """Maximum epochs over any source, all stages together; a longer run is refused."""
     source_max_epochs: list[Word] | None = None
-    """The same of single sources, in place of --max-epochs: NAME EPOCHS NAME EPOCHS ...; a name is
-    a prefix without its folders."""
+    """Maximum epochs of single sources, in place of --max-epochs: NAME EPOCHS NAME EPOCHS ...; a
+    name is a prefix without folders."""
     valid_data_path: DataPath | None = None
-    """Validation shards, written the same way."""
+    """Validation shards, in the same form."""
     mock_data: bool = False
-    """Deterministic synthetic samples instead of all shards; of stages, only their learning rates
-    count."""
-    tokenizer_model: LocalPath | None = None
-    """A SentencePiece .model file, a HuggingFace tokenizer.json (or its folder), or 'bytes'."""
+    """Use deterministic synthetic samples in place of shards; of stages, only learning rates
+    apply."""
+    tokenizer_model: Run[LocalPath | None] = None
+    """SentencePiece .model file, HuggingFace tokenizer.json (or its folder), or 'bytes'."""
     num_workers: NonNegativeInt = 0
-    """Processes that load samples beside each rank; 0: the rank itself."""
+    """Data-loading processes per rank; 0: the rank loads its own samples."""
     eod_mask_loss: bool = False
-    """No loss on end-of-document tokens."""
+    """Mask the loss on end-of-document tokens."""
 
     @field_validator("source_max_epochs")
     @classmethod
     def _names_and_numbers(cls, words: list[str] | None) -> list[str] | None:
-        """Refuse another form."""
+        """Refuse anything but pairs of a name and a positive number."""
         if words is None:
             return None
         form = "give NAME EPOCHS NAME EPOCHS ..., such as code 4 web 1.5"
         if len(words) % 2:
-            raise Rule(f"{words[-1]!r} stands alone; {form}")
+            raise Rule(f"{words[-1]!r} has no pair; {form}")
         for name, word in zip(words[::2], words[1::2], strict=True):
             number = number_or_none(word)
             if number is None or not number > 0:
-                raise Rule(f"{word!r}, the epochs of {name!r}, is no number above 0; {form}")
+                raise Rule(f"{word!r}, the epochs of {name!r}, is not a number above 0; {form}")
         if twice := [name for name in words[::2] if words[::2].count(name) > 1]:
-            raise Rule(f"{twice[0]!r} stands there twice; {form}")
+            raise Rule(f"{twice[0]!r} is given twice; {form}")
         return words
 
     def epoch_caps(self) -> dict[str, float]:
-        """``source_max_epochs`` by name."""
+        """Return ``source_max_epochs`` by name."""
         words = self.source_max_epochs or []
         return dict(zip(words[::2], map(float, words[1::2]), strict=True))
 
     def planned_stages(self) -> list[StageSettings]:
-        """The stages; a run without them is one stage, or none where it has no shards."""
+        """Return the stages: one for a run without ``stages``, none for a run without shards."""
         if self.stages is not None:
             return self.stages
         if self.data_path is None:
@@ -161,7 +162,7 @@ class DataSettings(Group):
         return [StageSettings(data_path=self.data_path, objective=self.objective)]
 
     def rooted(self, data_path: Sequence[str]) -> list[str]:
-        """A data path with its prefixes below ``data_root``."""
+        """Return a data path with its prefixes below ``data_root``."""
         root = self.data_root
         if root is None:
             return list(data_path)
@@ -172,7 +173,7 @@ class DataSettings(Group):
 
 
 def number_or_none(word: str) -> float | None:
-    """The number that a word of a data path spells: a weight; None for a prefix."""
+    """Return a word of a data path as a number (a weight), or None for a prefix."""
     try:
         return float(word)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What follows from the settings by arithmetic: sizes left unset, layout, batches."""
+"""Values computed from settings: unset sizes, layout, batches, schedule."""
 
 import math
 from bisect import bisect_right
@@ -11,37 +11,37 @@ from moetron.moe.config.schema.settings import Settings
 
 
 def head_dim(model: ModelSettings) -> int:
-    """Channels of one attention head."""
+    """Return the channels of one attention head."""
     return model.kv_channels or model.hidden_size // model.num_attention_heads
 
 
 def query_groups(model: ModelSettings) -> int:
-    """Key/value heads."""
+    """Return the number of key/value heads."""
     return model.num_query_groups or model.num_attention_heads
 
 
 def dense_ffn_size(model: ModelSettings) -> int:
-    """Width F of a dense FFN."""
+    """Return the width F of a dense FFN."""
     return model.ffn_hidden_size or 4 * model.hidden_size
 
 
 def ffn_type(model: ModelSettings) -> FfnType:
-    """Kind of every FFN."""
+    """Return the kind of every FFN."""
     return model.ffn_type or ("swiglu" if model.swiglu else "gelu")
 
 
 def ffn_inner_matrices(model: ModelSettings) -> int:
-    """Matrices of an FFN before its inner activation."""
+    """Return the number of an FFN's matrices before its inner activation."""
     return {"swiglu": 2, "geglu": 2, "gelu": 1, "relu": 1, "double_gated": 3}[ffn_type(model)]
 
 
 def expert_ffn_size(settings: Settings) -> int:
-    """Width F of one expert's FFN."""
+    """Return the width F of one expert's FFN."""
     return settings.moe.moe_ffn_hidden_size or dense_ffn_size(settings.model)
 
 
 def moe_layers(settings: Settings) -> list[bool]:
-    """For each layer, whether it has experts."""
+    """Return for each layer whether it has experts."""
     layers, moe = settings.model.num_layers, settings.moe
     frequency = moe.moe_layer_freq
     if moe.num_experts is None:
@@ -54,13 +54,13 @@ def moe_layers(settings: Settings) -> list[bool]:
 
 
 def routed_layers(settings: Settings) -> list[bool]:
-    """`moe_layers`, and the same for each module of multi-token prediction, which follow them."""
+    """Return `moe_layers` followed by the same for each multi-token prediction module."""
     layers = moe_layers(settings)
     return layers + layers[-1:] * (settings.model.mtp_num_layers or 0)
 
 
 def attention_widths(settings: Settings) -> tuple[int, int]:
-    """Channels of a query (and key) head, and of a value head."""
+    """Return the channels of a query (and key) head, and of a value head."""
     latent = settings.attention
     if latent.multi_latent_attention:
         return latent.qk_head_dim + latent.qk_pos_emb_head_dim, latent.v_head_dim
@@ -68,7 +68,7 @@ def attention_widths(settings: Settings) -> tuple[int, int]:
 
 
 def fp8_layers(settings: Settings) -> list[bool]:
-    """For each layer, whether its linear layers and experts run in FP8."""
+    """Return for each layer whether its linear layers and experts run in FP8."""
     layers, precision = settings.model.num_layers, settings.precision
     if precision.fp8_format is None:
         return [False] * layers
@@ -79,17 +79,17 @@ def fp8_layers(settings: Settings) -> list[bool]:
 
 
 def sequence_parallel(parallel: ParallelSettings) -> bool:
-    """Whether norms and dropout are sharded along the sequence: never on one tensor rank."""
+    """Return whether norms and dropout are sharded along the sequence; never at TP 1."""
     return parallel.tensor_model_parallel_size > 1 and parallel.sequence_parallel is not False
 
 
 def expert_tensor_parallel_size(parallel: ParallelSettings) -> int:
-    """Ranks that share each expert's matrices."""
+    """Return the tensor-parallel ranks of each expert."""
     return parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
 
 
 def data_parallel_size(parallel: ParallelSettings, world_size: int) -> int:
-    """Ranks that hold different samples (context-parallel ranks hold parts of the same one)."""
+    """Return the ranks with different samples; context-parallel ranks hold parts of the same."""
     return world_size // (
         parallel.tensor_model_parallel_size
         * parallel.pipeline_model_parallel_size
@@ -98,7 +98,7 @@ def data_parallel_size(parallel: ParallelSettings, world_size: int) -> int:
 
 
 def expert_data_parallel_size(parallel: ParallelSettings, world_size: int) -> int:
-    """Ranks that hold the same experts."""
+    """Return the number of ranks with the same experts."""
     return world_size // (
         expert_tensor_parallel_size(parallel)
         * parallel.expert_model_parallel_size
@@ -107,20 +107,20 @@ def expert_data_parallel_size(parallel: ParallelSettings, world_size: int) -> in
 
 
 def smallest_world_size(parallel: ParallelSettings) -> int:
-    """The fewest ranks that hold both the dense and the expert side of a layout."""
+    """Return the smallest world size of a layout, for its dense and its expert side."""
     dense = parallel.tensor_model_parallel_size * parallel.context_parallel_size
     experts = expert_tensor_parallel_size(parallel) * parallel.expert_model_parallel_size
     return math.lcm(dense, experts) * parallel.pipeline_model_parallel_size
 
 
 def num_microbatches(settings: Settings, world_size: int) -> int:
-    """Micro-batches a data-parallel rank takes in one step at the full global batch size."""
+    """Return the micro-batches per data-parallel rank and step at the full global batch size."""
     ranks = data_parallel_size(settings.parallel, world_size)
     return settings.training.global_batch_size // (settings.training.micro_batch_size * ranks)
 
 
 def padded_vocab_size(vocab_size: int, settings: Settings) -> int:
-    """Rows of the embedding: the vocabulary rounded up so that tensor ranks can share it."""
+    """Return the rows of the embedding: the vocabulary, padded for tensor-parallel sharding."""
     multiple = (
         settings.model.make_vocab_size_divisible_by * settings.parallel.tensor_model_parallel_size
     )
@@ -128,26 +128,26 @@ def padded_vocab_size(vocab_size: int, settings: Settings) -> int:
 
 
 def padded_to(multiple: int, number: int) -> int:
-    """The least multiple that is not below ``number``."""
+    """Return ``number`` rounded up to a multiple of ``multiple``."""
     return -(-number // multiple) * multiple
 
 
 def with_vocabulary(settings: Settings, vocab_size: int) -> Settings:
-    """The settings with the size of the vocabulary said, where it was the tokenizer's."""
+    """Return the settings with an explicit vocabulary size."""
     model = settings.model.model_copy(update={"vocab_size": vocab_size})
     return settings.model_copy(update={"model": model})
 
 
 def with_tokenizer(settings: Settings, source: str) -> Settings:
-    """The settings with another place of the same tokenizer."""
+    """Return the settings with another path of the same tokenizer."""
     data = settings.data.model_copy(update={"tokenizer_model": source})
     return settings.model_copy(update={"data": data})
 
 
 def global_batch_size_at(settings: Settings, consumed_samples: int) -> int:
-    """Samples of the step that follows ``consumed_samples``.
+    """Return the batch size of the step that follows ``consumed_samples``.
 
-    The ramp is a staircase spread evenly over its samples, as in megatron-core's
+    The ramp has equal steps over its samples, as in megatron-core's
     num_microbatches_calculator.py.
     """
     full = settings.training.global_batch_size
@@ -159,7 +159,7 @@ def global_batch_size_at(settings: Settings, consumed_samples: int) -> int:
 
 
 def total_samples(settings: Settings) -> int:
-    """Samples of the whole run, the batch-size ramp included."""
+    """Return the samples of the run, including the batch-size ramp."""
     full, seen, step = settings.training.global_batch_size, 0, 0
     while step < settings.training.train_iters and global_batch_size_at(settings, seen) < full:
         seen += global_batch_size_at(settings, seen)
@@ -168,18 +168,21 @@ def total_samples(settings: Settings) -> int:
 
 
 def stage_starts(settings: Settings) -> list[int]:
-    """The first sample of each stage; a stage ends with the first that reaches until_tokens."""
+    """Return the first sample of each stage.
+
+    A stage ends with the first sample that reaches until_tokens.
+    """
     ends = [stage.until_tokens for stage in settings.data.stages or []]
     return [0, *(-(-end // settings.model.seq_length) for end in ends if end is not None)]
 
 
 def stage_at(settings: Settings, sample: int) -> int:
-    """Number of the stage that a sample belongs to, from 0."""
+    """Return the index of the stage that a sample belongs to."""
     return bisect_right(stage_starts(settings), sample) - 1
 
 
 def objective_at(settings: Settings, sample: int) -> str:
-    """What training sample number ``sample`` asks of the model; mock samples are causal."""
+    """Return the training objective of a sample; mock samples are causal."""
     if settings.data.mock_data:
         return "causal"
     stages = settings.data.planned_stages()
@@ -187,13 +190,13 @@ def objective_at(settings: Settings, sample: int) -> str:
 
 
 def reads_prefix(settings: Settings, consumed_samples: int, has_mode: bool) -> bool:
-    """Whether what is given sees all of itself, as the given part of samples did in training.
+    """Return whether a prompt has bidirectional attention, as prefixes of samples in training.
 
     Args:
-        settings: of the run.
-        consumed_samples: of the checkpoint; the last of them tells the objective.
-        has_mode: the prompt has the form of one of UL2's modes; otherwise it is plain text, which
-            is read as the given part of a sample if samples had one.
+        settings: the run's settings.
+        consumed_samples: samples of the checkpoint; the last one determines the objective.
+        has_mode: whether the prompt has the form of one of UL2's modes; otherwise it is plain text,
+            which is a prefix if training samples had one.
     """
     if not settings.data.bidirectional_prefix:
         return False
@@ -201,14 +204,23 @@ def reads_prefix(settings: Settings, consumed_samples: int, has_mode: bool) -> b
     return has_mode or objective in ("prefix_lm", "ul2")
 
 
+def masks_losses(settings: Settings) -> bool:
+    """Return whether the loss of some tokens of training samples may be masked."""
+    data = settings.data
+    stages = data.planned_stages()
+    filtered = data.eod_mask_loss or data.repetition_max_count is not None
+    uneven = filtered or any(stage.objective != "causal" for stage in stages)
+    return uneven and not data.mock_data
+
+
 def expert_slots(
     factor: float, tokens: int, experts: int, topk: int, includes_topk: bool, minimum: int
 ) -> int:
-    """Tokens that an expert with a capacity serves, of a group of ``tokens``; may be 0.
+    """Return an expert's capacity for ``tokens`` tokens; may be 0.
 
     - includes_topk: ceil(factor k T / E), megatron-core's (GShard, arXiv 2006.16668, k = 2);
     - otherwise round(factor T / E), halves to even: flaxformer's (moe_layers.py), the convention
-      of Switch, ST-MoE and OpenMoE. With k = 2 it gives half as many slots.
+      of Switch, ST-MoE and OpenMoE. With k = 2 it is half of the former.
     """
     even = tokens * topk / experts if includes_topk else tokens / experts
     slots = math.ceil(even * factor) if includes_topk else round(factor * tokens / experts)
@@ -217,20 +229,23 @@ def expert_slots(
 
 @dataclass(frozen=True)
 class ScheduleLengths:
-    """Lengths of the learning rate's segments, all in one unit."""
+    """Lengths of the learning-rate schedule's segments, in one unit."""
 
     unit: Literal["steps", "tokens"]
     run: int
-    """The whole run."""
+    """Length of the run."""
     warmup: int
     end: int
-    """Where the decay has ended, counted from the start of the run."""
+    """End of the decay, from the start of the run."""
     final_decay: int | None
     """WSD's decay before ``end``."""
 
 
 def schedule_lengths(settings: Settings) -> ScheduleLengths:
-    """In tokens if any length is given in tokens, else in steps; ends with the run by default."""
+    """Return the segments in tokens if any length is in tokens, else in steps.
+
+    By default the decay ends with the run.
+    """
     rate = settings.learning_rate
     tokens = (rate.lr_warmup_tokens, rate.lr_decay_tokens, rate.lr_wsd_decay_tokens)
     if any(length is not None for length in tokens):
@@ -243,7 +258,7 @@ def schedule_lengths(settings: Settings) -> ScheduleLengths:
 
 
 def looks_ahead(settings: Settings) -> list[str]:
-    """Flags by which a token's experts depend on later tokens in training."""
+    """Return the flags that make a token's experts depend on later tokens in training."""
     moe = settings.moe
     found: list[str] = []
     if moe.num_experts is None:
@@ -259,7 +274,7 @@ def looks_ahead(settings: Settings) -> list[str]:
 
 
 def notes(settings: Settings) -> list[str]:
-    """A line for each setting that has no effect here, where Megatron ignores it too."""
+    """Return a line for each setting without effect, which Megatron ignores too."""
     parallel, found = settings.parallel, []
     if parallel.sequence_parallel and not sequence_parallel(parallel):
         found.append("--sequence-parallel has no effect with --tensor-model-parallel-size 1")

@@ -13,131 +13,136 @@ from pydantic import (
 
 from moetron.moe.config.schema.field import Group
 from moetron.moe.config.schema.layer_pattern import layer_pattern
+from moetron.moe.config.schema.roles import Exported, Function, Shape, Training, Unexported
 
 EVEN_WEIGHTS = ("hash", "reinforce")
-"""Values of --moe-router-type that give every chosen expert weight 1 / k, without a softmax."""
+"""Values of --moe-router-type that give every selected expert weight 1 / k, without a softmax."""
 
 
 class MoESettings(Group):
     """Experts, routing and balance."""
 
-    num_experts: PositiveInt | None = None
-    """Routed experts in a layer (E); unset: a dense model."""
-    moe_layer_freq: PositiveInt | list[Annotated[int, Field(ge=0, le=1)]] = 1
-    """Which layers have experts: one of every n; or a list of 0 or 1 for each layer, also as
-    Megatron's expression ([0]*3+[1]*23)*1."""
-    moe_layer_position: Literal["first", "last"] = "first"
-    """Which of every n layers has experts: layers 0, n, 2n, ... (Megatron, DeepSeek), or n - 1,
-    2n - 1, ... (OpenMoE, ST-MoE, Qwen)."""
-    first_k_dense_replace: NonNegativeInt = 0
-    """First layers that have no experts, whatever --moe-layer-freq n says (DeepSeek)."""
-    moe_ffn_hidden_size: PositiveInt | None = None
+    num_experts: Shape[PositiveInt | None] = None
+    """Routed experts per layer (E); unset: a dense model."""
+    moe_layer_freq: Shape[PositiveInt | list[Annotated[int, Field(ge=0, le=1)]]] = 1
+    """Layers with experts: one of every n, or a list with 0 or 1 for each layer, also as Megatron's
+    expression ([0]*3+[1]*23)*1."""
+    moe_layer_position: Shape[Literal["first", "last"]] = "first"
+    """Position of the layer with experts among every n: layers 0, n, 2n, ... (Megatron, DeepSeek),
+    or n - 1, 2n - 1, ... (OpenMoE, ST-MoE, Qwen)."""
+    first_k_dense_replace: Shape[NonNegativeInt] = 0
+    """Number of first layers without experts, overriding --moe-layer-freq n (DeepSeek)."""
+    moe_ffn_hidden_size: Shape[PositiveInt | None] = None
     """Width of one expert's FFN (F); unset: --ffn-hidden-size."""
-    moe_router_topk: PositiveInt = 2
-    """Experts that a token visits (k)."""
-    moe_router_pre_softmax: bool = False
-    """Softmax over all experts before the top-k, weights not renormalised (OLMoE, OpenMoE);
-    otherwise softmax over the k winners."""
-    moe_router_type: Literal[
-        "topk",
-        "expert_choice",
-        "base",
-        "random_second",
-        "noisy_topk",
-        "straight_through",
-        "gumbel",
-        "relaxed_topk",
-        "reinforce",
-        "hash",
+    moe_router_topk: Function[PositiveInt] = 2
+    """Experts per token (k)."""
+    moe_router_pre_softmax: Function[bool] = False
+    """Apply the softmax over all experts before the top-k, without renormalising (OLMoE, OpenMoE);
+    otherwise over the k selected experts."""
+    moe_router_type: Shape[
+        Literal[
+            "topk",
+            "expert_choice",
+            "base",
+            "random_second",
+            "noisy_topk",
+            "straight_through",
+            "gumbel",
+            "relaxed_topk",
+            "reinforce",
+            "hash",
+        ]
     ] = "topk"
-    """Who chooses whom, and what gradient weights have; docs/routers.md says what each trades."""
-    moe_expert_choice_eval: Literal["expert_choice", "topk"] = "expert_choice"
-    """Evaluation of expert choice during training: experts choose and look ahead, or each token
-    takes its k best, as generation and scoring always do."""
-    moe_second_expert_threshold: PositiveFloat = 0.2
-    """random_second: weight from which a further expert is always visited."""
-    moe_router_temperature: PositiveFloat = 1.0
-    """gumbel, relaxed_topk: divides the logits."""
-    moe_router_final_temperature: PositiveFloat = 0.1
+    """Routing algorithm; docs/routers.md compares them."""
+    moe_expert_choice_eval: Training[Exported[Literal["expert_choice", "topk"]]] = "expert_choice"
+    """Routing of expert choice in evaluation during training: experts choose and look ahead, or
+    each token takes its k best, as generation and scoring always do."""
+    moe_second_expert_threshold: Training[Exported[PositiveFloat]] = 0.2
+    """random_second: weight from which a further expert is always selected."""
+    moe_router_temperature: Training[Exported[PositiveFloat]] = 1.0
+    """gumbel, relaxed_topk: temperature of the logits."""
+    moe_router_final_temperature: Training[Exported[PositiveFloat]] = 0.1
     """gumbel: temperature at the end of --moe-router-anneal-samples."""
-    moe_router_anneal_samples: PositiveInt | None = None
-    """gumbel: samples over which the temperature falls, geometrically; unset: it stays."""
-    moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
-    """How logits become scores."""
-    moe_router_dtype: Literal["fp32", "fp64", "params"] = "fp32"
-    """Precision of the router's product and probabilities; params: that of the parameters."""
-    moe_router_topk_scaling_factor: PositiveFloat | None = None
-    """Multiplies the combine weights."""
-    moe_router_num_groups: PositiveInt | None = None
+    moe_router_anneal_samples: Training[Exported[PositiveInt | None]] = None
+    """gumbel: samples over which the temperature decays geometrically; unset: no decay."""
+    moe_router_score_function: Function[Literal["softmax", "sigmoid"]] = "softmax"
+    """Function from logits to scores."""
+    moe_router_dtype: Training[Literal["fp32", "fp64", "params"]] = "fp32"
+    """Precision of the router's matrix product and probabilities; params: that of parameters."""
+    moe_router_topk_scaling_factor: Function[PositiveFloat | None] = None
+    """Factor of the combine weights."""
+    moe_router_num_groups: Function[PositiveInt | None] = None
     """Node-limited routing: number of expert groups."""
-    moe_router_group_topk: PositiveInt | None = None
-    """Node-limited routing: groups that a token may visit."""
-    moe_router_enable_expert_bias: bool = False
-    """Balance by a bias on the selection (sigmoid scores only), no auxiliary loss."""
-    moe_router_bias_update_rate: NonNegativeFloat = 1e-3
-    """Step of that bias."""
-    moe_router_load_balancing_type: Literal[
-        "aux_loss", "seq_aux_loss", "global_aux_loss", "noisy_load", "sinkhorn", "none"
+    moe_router_group_topk: Function[PositiveInt | None] = None
+    """Node-limited routing: expert groups per token."""
+    moe_router_enable_expert_bias: Shape[bool] = False
+    """Balance by a selection bias in place of an auxiliary loss (sigmoid scores only)."""
+    moe_router_bias_update_rate: Training[NonNegativeFloat] = 1e-3
+    """Step size of the selection bias."""
+    moe_router_load_balancing_type: Training[
+        Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "noisy_load", "sinkhorn", "none"]
     ] = "aux_loss"
     """Scope of the balance loss (micro-batch, sequence, global batch), noisy top-k's own losses, or
-    Sinkhorn's balanced choices instead of a loss."""
-    moe_aux_loss_first_choice_only: bool = False
-    """The balance loss counts each token's best expert alone (ST-MoE); otherwise all k."""
-    moe_global_aux_loss_counts: Literal["running", "previous_step"] = "running"
-    """Which choices global_aux_loss counts: a running mean over the micro-batches of the step so
-    far (Megatron), or all of the previous step, the same in every layout."""
-    moe_aux_loss_coeff: NonNegativeFloat = 0.0
-    """Coefficient of the balance loss, megatron-core's scale: summed over layers, 1 x coefficient a
-    layer when balanced."""
-    moe_z_loss_coeff: NonNegativeFloat | None = None
+    Sinkhorn assignment in place of a loss."""
+    moe_aux_loss_first_choice_only: Training[bool] = False
+    """Count only each token's best expert in the balance loss (ST-MoE); otherwise all k."""
+    moe_global_aux_loss_counts: Shape[Unexported[Literal["running", "previous_step"]]] = "running"
+    """Token counts of global_aux_loss: a running mean over the step's micro-batches so far
+    (Megatron), or all of the previous step, identical in every layout."""
+    moe_aux_loss_coeff: Training[NonNegativeFloat] = 0.0
+    """Coefficient of the balance loss, in megatron-core's scale: summed over layers, 1 x
+    coefficient per layer when balanced."""
+    moe_z_loss_coeff: Training[NonNegativeFloat | None] = None
     """Coefficient of the router z-loss, summed over layers."""
-    moe_input_jitter_eps: PositiveFloat | None = None
+    moe_input_jitter_eps: Training[PositiveFloat | None] = None
     """Multiply the router's input by U[1 - eps, 1 + eps] in training."""
-    moe_expert_capacity_factor: PositiveFloat | None = None
-    """Slots an expert has for the tokens of --moe-capacity-scope, as a multiple of an even share;
-    unset: dropless."""
-    moe_capacity_scope: Literal["micro_batch", "sequence", "rank"] = "micro_batch"
-    """Tokens that share an expert's slots: one micro-batch's, one sequence's (both the same in any
-    layout), or those of the micro-batch that one rank holds (Megatron; follows TP and CP)."""
-    moe_eval_capacity_factor: PositiveFloat | None = None
-    """The same in evaluation during training; unset: as in training. Generation and scoring
-    (tools/generate.py, tools/evaluate.py) have no capacity."""
-    moe_minimum_capacity: NonNegativeInt = 0
-    """Slots an expert has at least (OpenMoE, ST-MoE: 4); settings that leave none are refused."""
-    moe_capacity_includes_topk: bool = True
-    """An even share is k x tokens / E, slots are rounded up (Megatron); otherwise tokens / E, slots
-    are rounded to the nearest (Switch, ST-MoE, OpenMoE)."""
-    moe_pad_expert_input_to_capacity: bool = False
+    moe_expert_capacity_factor: Training[PositiveFloat | None] = None
+    """Capacity of an expert for the tokens of --moe-capacity-scope, as a multiple of a balanced
+    load; unset: dropless."""
+    moe_capacity_scope: Training[Literal["micro_batch", "sequence", "rank"]] = "micro_batch"
+    """Tokens that compete for an expert's capacity: a micro-batch, a sequence (both identical in
+    any layout), or one rank's part of a micro-batch (Megatron; depends on TP and CP)."""
+    moe_eval_capacity_factor: Training[PositiveFloat | None] = None
+    """Capacity factor in evaluation during training; unset: as in training. Generation and scoring
+    (tools/generate.py, tools/evaluate.py) are dropless."""
+    moe_minimum_capacity: Training[NonNegativeInt] = 0
+    """Minimum capacity of an expert (OpenMoE, ST-MoE: 4); a capacity of 0 is refused."""
+    moe_capacity_includes_topk: Training[bool] = True
+    """A balanced load is k x tokens / E, capacity is rounded up (Megatron); otherwise tokens / E,
+    rounded to the nearest (Switch, ST-MoE, OpenMoE)."""
+    moe_pad_expert_input_to_capacity: Training[bool] = False
     """Pad every expert's input to its capacity."""
-    moe_token_drop_policy: Literal["probs", "position", "choice", "batch_prioritized"] = "probs"
-    """Which choices an overfull expert serves: those of highest probability; the first ones,
-    sequence by sequence, from left to right; the same, but all first choices before all second ones
-    (GShard, OpenMoE); or first choices first, tokens by their highest probability (V-MoE's BPR).
-    All but position and choice look ahead."""
-    moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex"] = "alltoall"
-    """How tokens travel to their experts."""
-    moe_grouped_gemm: bool = True
-    """Run a rank's experts as one grouped GEMM; otherwise one after the other."""
-    moe_shared_expert_intermediate_size: PositiveInt | None = None
-    """Total width of the always-on shared experts; unset: none."""
-    moe_shared_expert_gate: bool = False
+    moe_token_drop_policy: Training[Literal["probs", "position", "choice", "batch_prioritized"]] = (
+        "probs"
+    )
+    """Tokens that an expert over capacity keeps: highest probability (probs); first in order,
+    sequence by sequence, left to right (position); the same, with all first choices before all
+    second choices (choice; GShard, OpenMoE); or first choices first, then by each token's highest
+    probability (batch_prioritized; V-MoE's BPR). All but position and choice look ahead."""
+    moe_token_dispatcher_type: Training[Literal["allgather", "alltoall", "flex"]] = "alltoall"
+    """Token dispatcher."""
+    moe_grouped_gemm: Training[bool] = True
+    """Run a rank's experts as one grouped GEMM; otherwise sequentially."""
+    moe_shared_expert_intermediate_size: Shape[PositiveInt | None] = None
+    """Total width of shared experts; unset: none."""
+    moe_shared_expert_gate: Shape[bool] = False
     """Multiply the shared experts' output by sigmoid(w x) (Qwen1.5-MoE, Qwen2-MoE)."""
-    moe_sequential_ffn_hidden_size: PositiveInt | None = None
-    """Width of a dense FFN that follows the experts with a norm of its own: x += FFN(norm x)
-    (OpenMoE's code, ST-MoE's sparse-dense stack); unset: none."""
-    moe_expert_multiplicative_bias: bool = False
-    """Multiply each expert's inner activation by a vector that starts at one (ST-MoE)."""
-    moe_expert_dropout: float = Field(default=0.0, ge=0, lt=1)
+    moe_sequential_ffn_hidden_size: Shape[PositiveInt | None] = None
+    """Width of a dense FFN with its own norm after the experts: x += FFN(norm x) (OpenMoE's code,
+    ST-MoE's sparse-dense stack); unset: none."""
+    moe_expert_multiplicative_bias: Shape[bool] = False
+    """Multiply each expert's inner activation by a learned vector, initially ones (ST-MoE)."""
+    moe_expert_dropout: Training[float] = Field(default=0.0, ge=0, lt=1)
     """Dropout on experts' inner activation (ST-MoE's fine-tuning)."""
-    moe_router_init_method_std: PositiveFloat | None = None
-    """Standard deviation of the router's first weights, drawn from a normal (OpenMoE: 0.02); unset:
-    as the other matrices."""
-    moe_shared_expert_overlap: bool = False
-    """Overlap the shared experts with the dispatch (GPU only)."""
+    moe_router_init_method_std: Training[PositiveFloat | None] = None
+    """Standard deviation of the router's normal initialisation (OpenMoE: 0.02); unset: as other
+    matrices."""
+    moe_shared_expert_overlap: Training[bool] = False
+    """Overlap shared experts with token dispatch (GPU only)."""
 
     @field_validator("moe_layer_freq", mode="before")
     @classmethod
     def _read_expression(cls, value: Any) -> Any:
-        """Megatron's expressions as lists; a number stays one."""
+        """Parse Megatron's expressions into lists; leave numbers alone."""
         expression = isinstance(value, str) and "[" in value
         return layer_pattern(value) if expression else value

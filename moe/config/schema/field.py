@@ -1,14 +1,16 @@
-"""The base of every settings group, and what a field can say beyond its type."""
+"""Base class of settings groups, and inspection of their fields."""
 
 import difflib
 import types
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
+
+from moetron.moe.config.schema.roles import Role
 
 _BOUNDS = {Gt: ("gt", ">"), Ge: ("ge", ">="), Lt: ("lt", "<"), Le: ("le", "<=")}
 _NAMES = {bool: "true or false", int: "integer", float: "number", str: "text"}
@@ -16,7 +18,7 @@ _NAMES = {bool: "true or false", int: "integer", float: "number", str: "text"}
 
 @dataclass(frozen=True)
 class Kind:
-    """What a text is, as help and messages call it; part of an Annotated type."""
+    """Name of a text type in help and messages; part of an Annotated type."""
 
     name: str
 
@@ -26,20 +28,22 @@ _OFF = ("no", "disable")
 
 
 class Rule(ValueError):
-    """What a validator says in place of the field's type: the rule and the remedy."""
+    """Validation error that states rule and remedy in place of the field's type."""
 
 
 class Group(BaseModel):
-    """A group of settings: frozen, strict about unknown keys, documented by field docstrings."""
+    """Group of settings: frozen, refuses unknown keys, documented by field docstrings."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
+    default_role: ClassVar[Role | None] = None
+    """Role of fields that name none; None: every field names its own."""
 
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_switch_for_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """``num_layers: yes`` would silently become 1."""
+        """Refuse ``num_layers: yes``, which would become 1."""
         assert info.field_name is not None
         if isinstance(value, bool) and bool not in choices(cls.model_fields[info.field_name]):
             raise ValueError("must not be a truth value")
@@ -48,24 +52,24 @@ class Group(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _split_text(cls, value: Any, info: ValidationInfo) -> Any:
-        """One text for a list of words or numbers holds them with spaces between (Megatron)."""
+        """Split one text for a list of words or numbers at spaces, as Megatron does."""
         assert info.field_name is not None
         field = cls.model_fields[info.field_name]
         return value.split() if isinstance(value, str) and takes_words(field) else value
 
 
 def negative_flag(default: bool, name: str) -> Any:
-    """A switch whose "off" flag is ``--name`` (Megatron's word for it) instead of ``--no-...``."""
+    """Return a switch field whose "off" flag is Megatron's ``--name``, not ``--no-...``."""
     return Field(default=default, json_schema_extra={"negative_flag": name})
 
 
 def flag_name(field_name: str) -> str:
-    """``num_layers`` -> ``--num-layers``."""
+    """Return the flag of a field: ``num_layers`` -> ``--num-layers``."""
     return "--" + field_name.replace("_", "-")
 
 
 def negative_flag_name(field_name: str, field: FieldInfo) -> str:
-    """The flag that turns a switch off: ``--no-...`` unless the field names another.
+    """Return the flag that turns a switch off: ``--no-...`` unless the field names another.
 
     ``no_load_optim`` -> ``--load-optim``.
     """
@@ -78,7 +82,7 @@ def negative_flag_name(field_name: str, field: FieldInfo) -> str:
 
 
 def _branches(annotation: Any) -> Iterator[Any]:
-    """The members of a union, one level; an annotation that is no union is its only member."""
+    """Yield the members of a union, or the annotation itself if it is not a union."""
     if get_origin(annotation) in (Union, types.UnionType):
         yield from get_args(annotation)
     else:
@@ -86,37 +90,37 @@ def _branches(annotation: Any) -> Iterator[Any]:
 
 
 def _bare(annotation: Any) -> Any:
-    """An annotation without its constraints."""
+    """Return an annotation without its constraints."""
     return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
 def choices(field: FieldInfo) -> list[Any]:
-    """The types that a field takes, constraints removed: ``PositiveInt | None`` -> [int, None]."""
+    """Return the types of a field without constraints: ``PositiveInt | None`` -> [int, None]."""
     return [_bare(branch) for branch in _branches(field.annotation)]
 
 
 def literals(field: FieldInfo) -> list[str]:
-    """The words that a field takes, if it takes no others."""
+    """Return the words of a field's Literal types."""
     return [word for choice in choices(field) for word in get_args(choice) if isinstance(word, str)]
 
 
 def is_optional(field: FieldInfo) -> bool:
-    """Whether a field can be unset (``null`` in YAML, ``none`` as a flag)."""
+    """Return whether a field can be unset (``null`` in YAML, ``none`` as a flag)."""
     return type(None) in choices(field)
 
 
 def is_switch(field: FieldInfo) -> bool:
-    """Whether a field is on or off (or, with ``| None``, left open)."""
+    """Return whether a field is a switch."""
     return bool in choices(field)
 
 
 def is_list(field: FieldInfo) -> bool:
-    """Whether a field takes several values."""
+    """Return whether a field takes several values."""
     return any(get_origin(choice) in (list, tuple) for choice in choices(field))
 
 
 def takes_words(field: FieldInfo) -> bool:
-    """Whether a field takes several words or numbers, and never a single one or a mapping."""
+    """Return whether a field takes only lists of words or numbers."""
     kinds = [choice for choice in choices(field) if choice is not type(None)]
     return all(
         get_origin(kind) in (list, tuple) and _bare(get_args(kind)[0]) in _NAMES for kind in kinds
@@ -151,16 +155,16 @@ def _type_text(annotation: Any, constraints: tuple[Any, ...] = ()) -> str:
 
 
 def type_text(field: FieldInfo) -> str:
-    """A field's type in words: ``integer > 0``, ``one of adam, sgd``, ``list of (text)``."""
+    """Return a field's type in words: ``integer > 0``, ``one of adam, sgd``, ``list of (text)``."""
     branches = [branch for branch in _branches(field.annotation) if branch is not type(None)]
     return " or ".join(_type_text(branch, tuple(field.metadata)) for branch in branches)
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """``; did you mean X?`` for the valid name that ``name`` misspells, or the empty string.
+    """Return ``; did you mean X?`` for the valid name that ``name`` misspells, else "".
 
-    Only a name of the same meaning counts: every word of ``name`` is, misspelt or shortened, a word
-    of the valid one, which may have one word more; and both turn something on, or both off.
+    Every word of ``name`` must be a word of the valid name, misspelt or shortened; the valid name
+    may have one more word. Both turn something on, or both turn something off.
     """
     found = [word for word in valid if _misspells(_words(name), _words(word))]
     best = max(found, key=lambda word: _ratio(name.lstrip("-"), word.lstrip("-")), default=None)
@@ -168,7 +172,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def _words(name: str) -> list[str]:
-    """``--num-layers`` and ``num_layers`` -> ["num", "layers"]."""
+    """Return the words of a name: ``--num-layers`` or ``num_layers`` -> ["num", "layers"]."""
     return name.strip("-_").lower().replace("_", "-").split("-")
 
 
@@ -177,7 +181,7 @@ def _ratio(first: str, second: str) -> float:
 
 
 def _misspells(wrong: list[str], right: list[str]) -> bool:
-    """Whether two names mean the same."""
+    """Return whether ``wrong`` is a misspelling of ``right``."""
     if (wrong[0] in _OFF) != (right[0] in _OFF):
         return False
     if "".join(wrong) == "".join(right):  # top-k, topk
@@ -192,6 +196,6 @@ def _misspells(wrong: list[str], right: list[str]) -> bool:
 
 
 def _closeness(word: str, other: str) -> float:
-    """1 for the same word, or for one that begins the other; else how alike they are."""
+    """Return 1 if one word is a prefix of the other, else their similarity ratio."""
     short, long = sorted((word, other), key=len)
     return 1.0 if len(short) > 2 and long.startswith(short) else _ratio(word, other)

@@ -1,4 +1,4 @@
-"""Megatron's expressions for --moe-layer-freq, such as ``([0]*3+[1]*23)*1``, without ``eval``."""
+"""Parser of Megatron's --moe-layer-freq expressions, such as ``([0]*3+[1]*23)*1``."""
 
 import ast
 
@@ -6,12 +6,12 @@ MOST_LAYERS = 10_000
 
 
 def layer_pattern(text: str) -> list[int]:
-    """The list that an expression of integers in brackets, ``+``, ``*`` and parentheses makes.
+    """Return the list of an expression of integers in brackets, ``+``, ``*`` and parentheses.
 
     Megatron-LM evaluates it as Python (``moe_freq_type`` in megatron/training/arguments.py).
 
     Raises:
-        ValueError: anything else is in it, or the list is absurdly long.
+        ValueError: the expression holds anything else, or the list exceeds ``MOST_LAYERS``.
     """
     try:
         made = _value(ast.parse(text.strip(), mode="eval").body)
@@ -23,13 +23,13 @@ def layer_pattern(text: str) -> list[int]:
 
 
 def _value(node: ast.expr) -> int | list[int] | None:
-    """An integer, a list, or None for what is neither."""
+    """Return the integer or list of a node, or None for anything else."""
     if isinstance(node, ast.Constant):
         return node.value if type(node.value) is int else None
     if isinstance(node, ast.List):
         items = [_value(item) for item in node.elts]
-        whole = [item for item in items if isinstance(item, int)]
-        return whole if len(whole) == len(items) else None
+        integers = [item for item in items if isinstance(item, int)]
+        return integers if len(integers) == len(items) else None
     if not isinstance(node, ast.BinOp):
         return None
     left, right = _value(node.left), _value(node.right)

@@ -1,10 +1,11 @@
-"""What the model is: its shape and its blocks."""
+"""Model settings: shape and blocks."""
 
 from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from moetron.moe.config.schema.field import Group, negative_flag
+from moetron.moe.config.schema.roles import Exported, Function, Shape, Training, Unexported
 
 FfnType = Literal["swiglu", "geglu", "gelu", "relu", "double_gated"]
 
@@ -12,85 +13,84 @@ FfnType = Literal["swiglu", "geglu", "gelu", "relu", "double_gated"]
 class ModelSettings(Group):
     """Shape and blocks of the transformer."""
 
-    num_layers: PositiveInt
+    num_layers: Shape[PositiveInt]
     """Number of transformer layers."""
-    hidden_size: PositiveInt
+    hidden_size: Shape[PositiveInt]
     """Width of the residual stream (H)."""
-    num_attention_heads: PositiveInt
+    num_attention_heads: Shape[PositiveInt]
     """Number of query heads."""
-    num_query_groups: PositiveInt | None = None
+    num_query_groups: Shape[PositiveInt | None] = None
     """Number of key/value heads; unset: as many as query heads."""
-    kv_channels: PositiveInt | None = None
+    kv_channels: Shape[PositiveInt | None] = None
     """Width of one head; unset: hidden size / heads."""
-    ffn_hidden_size: PositiveInt | None = None
+    ffn_hidden_size: Shape[PositiveInt | None] = None
     """Width of the dense FFN (F); unset: 4 x hidden size. Layers with experts use
     --moe-ffn-hidden-size."""
-    seq_length: PositiveInt
-    """Tokens a sample holds."""
-    normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    seq_length: Training[Exported[PositiveInt]]
+    """Tokens per sample."""
+    normalization: Shape[Literal["RMSNorm", "LayerNorm"]] = "RMSNorm"
     """Kind of normalisation."""
-    norm_affine: bool = True
-    """Norms have weights; off: they only normalise (OLMo-1B, a trial of ST-MoE)."""
-    norm_epsilon: PositiveFloat = 1e-5
-    """Epsilon of every normalisation."""
-    qk_layernorm: bool = False
+    norm_affine: Shape[bool] = True
+    """Give norms weights; off: they only normalise (OLMo-1B, an ablation of ST-MoE)."""
+    norm_epsilon: Function[PositiveFloat] = 1e-5
+    """Epsilon of all norms."""
+    qk_layernorm: Shape[bool] = False
     """Normalise queries and keys before rotary embedding."""
-    qk_layernorm_scope: Literal["head", "full"] = "head"
-    """What --qk-layernorm normalises over: each head's channels (Megatron's way), or the full
-    projection before the head split (OLMoE's way)."""
-    position_embedding_type: Literal["rope", "none"] = "rope"
-    """Kind of position information."""
-    rotary_base: PositiveInt = 10_000
+    qk_layernorm_scope: Shape[Literal["head", "full"]] = "head"
+    """Scope of --qk-layernorm: each head's channels (Megatron), or the full projection before the
+    head split (OLMoE)."""
+    position_embedding_type: Function[Literal["rope", "none"]] = "rope"
+    """Position embedding."""
+    rotary_base: Function[PositiveInt] = 10_000
     """Rotary base (theta)."""
-    rotary_percent: float = Field(default=1.0, gt=0, le=1)
-    """Share of a head's channels that is rotated."""
-    swiglu: bool = True
-    """Gated FFN with SiLU: down(silu(gate x) * up x); otherwise down(gelu(up x))."""
-    ffn_type: FfnType | None = None
-    """Kind of FFN, dense and of experts: gated by SiLU or GELU (swiglu, geglu), two matrices with
-    an activation between them (gelu, relu), or OpenMoE's four, down(silu(gate x) * up x * linear x)
-    (double_gated); unset: swiglu or gelu as --swiglu says."""
-    add_bias_linear: bool = negative_flag(False, "disable-bias-linear")
-    """Biases in linear layers."""
-    untie_embeddings_and_output_weights: bool = True
-    """Separate matrices for the input embedding and the output layer."""
-    init_method_std: PositiveFloat = 0.02
+    rotary_percent: Function[float] = Field(default=1.0, gt=0, le=1)
+    """Fraction of a head's channels that is rotated."""
+    swiglu: Shape[bool] = True
+    """Use a gated FFN with SiLU, down(silu(gate x) * up x); otherwise down(gelu(up x))."""
+    ffn_type: Shape[FfnType | None] = None
+    """Kind of dense and expert FFN: gated by SiLU or GELU (swiglu, geglu), two matrices with an
+    activation between them (gelu, relu), or OpenMoE's four, down(silu(gate x) * up x * linear x)
+    (double_gated); unset: swiglu or gelu, by --swiglu."""
+    add_bias_linear: Shape[bool] = negative_flag(False, "disable-bias-linear")
+    """Use biases in linear layers."""
+    untie_embeddings_and_output_weights: Shape[bool] = True
+    """Use separate matrices for the input embedding and the output layer."""
+    init_method_std: Training[Exported[PositiveFloat]] = 0.02
     """Standard deviation of the weight initialisation."""
-    init_method: Literal["normal", "truncated_normal", "variance_scaling"] = "normal"
+    init_method: Training[Literal["normal", "truncated_normal", "variance_scaling"]] = "normal"
     """Distribution of the weight initialisation; variance_scaling: normal with standard deviation
     sqrt(scale / inputs) (T5, Switch, ST-MoE, OpenMoE)."""
-    init_method_scale: PositiveFloat = 0.1
+    init_method_scale: Training[PositiveFloat] = 0.1
     """Scale of variance_scaling (Switch, section 2.4: 0.1)."""
-    embedding_init_method_std: PositiveFloat | None = None
-    """Standard deviation of the input embedding, drawn from a normal (T5, OpenMoE: 1); unset: as
-    the other matrices, with --init-method-std."""
-    query_init_folds_scale: bool = False
-    """Divide the first query weights by sqrt(width of a head) (T5, OpenMoE), for --softmax-scale
-    1."""
-    init_method_cutoff: PositiveFloat = 3.0
-    """Where truncated_normal cuts, in standard deviations (OLMoE: 3)."""
-    scaled_output_init: bool = True
+    embedding_init_method_std: Training[PositiveFloat | None] = None
+    """Standard deviation of the input embedding's normal initialisation (T5, OpenMoE: 1); unset: as
+    other matrices, with --init-method-std."""
+    query_init_folds_scale: Training[bool] = False
+    """Divide initial query weights by sqrt(head width) (T5, OpenMoE), for --softmax-scale 1."""
+    init_method_cutoff: Training[PositiveFloat] = 3.0
+    """Cutoff of truncated_normal, in standard deviations (OLMoE: 3)."""
+    scaled_output_init: Training[bool] = True
     """Divide the standard deviation of output projections by sqrt(2 x layers), as Megatron does;
     OLMoE does not."""
-    mtp_num_layers: PositiveInt | None = None
-    """Modules that each predict one token further ahead (multi-token prediction, arXiv 2412.19437,
-    section 2.2): a projection and a layer of the last layer's kind; unset: none."""
-    mtp_loss_scaling_factor: PositiveFloat = 0.1
-    """Weight of the mean of these modules' losses."""
-    output_z_loss_coeff: PositiveFloat | None = None
-    """Coefficient of the z-loss on the output: each token adds coefficient x (log Z)^2, Z the sum
-    of exp over its logits (PaLM, T5X's z_loss, OpenMoE: 1e-4); unset: none."""
-    hidden_dropout: float = Field(default=0.0, ge=0, lt=1)
+    mtp_num_layers: Shape[Unexported[PositiveInt | None]] = None
+    """Multi-token prediction modules (arXiv 2412.19437, section 2.2), each one token further ahead:
+    a projection and a layer of the last layer's kind; unset: none."""
+    mtp_loss_scaling_factor: Training[PositiveFloat] = 0.1
+    """Weight of the mean multi-token prediction loss."""
+    output_z_loss_coeff: Training[PositiveFloat | None] = None
+    """Coefficient of the output z-loss: coefficient x (log Z)^2 per token, where Z is the sum of
+    exp over its logits (PaLM, T5X's z_loss, OpenMoE: 1e-4); unset: none."""
+    hidden_dropout: Training[float] = Field(default=0.0, ge=0, lt=1)
     """Dropout on residual branches."""
-    attention_dropout: float = Field(default=0.0, ge=0, lt=1)
+    attention_dropout: Training[float] = Field(default=0.0, ge=0, lt=1)
     """Dropout on attention probabilities."""
-    vocab_size: PositiveInt | None = None
-    """Size of the vocabulary before padding; unset: the tokenizer's."""
-    make_vocab_size_divisible_by: PositiveInt = 128
-    """The embedding's rows are padded to a multiple of this times the tensor-parallel size."""
-    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Layer implementation; auto: Transformer Engine on a GPU where it can be used and can express
-    the model, else local."""
-    attention_backend: Literal["auto", "sdpa", "unfused"] = "auto"
+    vocab_size: Shape[PositiveInt | None] = None
+    """Vocabulary size before padding; unset: the tokenizer's."""
+    make_vocab_size_divisible_by: Training[PositiveInt] = 128
+    """Pad the embedding's rows to a multiple of this times the tensor-parallel size."""
+    transformer_impl: Training[Literal["auto", "local", "transformer_engine"]] = "auto"
+    """Layer implementation; auto: Transformer Engine on a GPU if it is usable and supports the
+    model, else local."""
+    attention_backend: Training[Literal["auto", "sdpa", "unfused"]] = "auto"
     """Core attention of the local implementation: scaled_dot_product_attention (auto, sdpa) or
     megatron-core's own, which materialises the s x s matrix (unfused)."""

@@ -1,4 +1,4 @@
-"""Paths that a user names: they lie on a mounted file system and are no addresses."""
+"""Checks of user-given paths, which must be on a mounted file system."""
 
 import argparse
 import os
@@ -17,24 +17,24 @@ _VARIABLE = re.compile(r"(?:^|/)(\$(?:\w+|\{\w+\}))")
 
 
 def path_problem(text: str) -> str | None:
-    """Why ``text`` is no path of a file system, with the remedy; None where it may be one."""
+    """Return why ``text`` is not a file-system path, with the remedy, or None."""
     if address := _ADDRESS.match(text):
         scheme, rest = address.groups()
         if scheme.lower() == "file":
             return f"an address, not a path: give the path alone, {rest}"
         return (
             f"an address, not a path: remote storage ({scheme}://) is not supported; give a path "
-            "on a mounted file system, and copy or mount what lies elsewhere"
+            "on a mounted file system"
         )
     if not text:
-        return "empty: give a path (an unset variable of the shell?)"
+        return "empty: give a path (unset shell variable?)"
     if variable := _VARIABLE.search(text):
         return f"the variable {variable[1]} is not expanded here: write its value"
     return None
 
 
 def local_path(text: str) -> str:
-    """``text`` with a leading ``~`` expanded; raises Rule where it is no path."""
+    """Return ``text`` with a leading ``~`` expanded; raise Rule if it is not a path."""
     if problem := path_problem(text):
         raise Rule(problem)
     return os.path.expanduser(text)  # noqa: PTH111 - Path's raises for ~nobody
@@ -43,14 +43,13 @@ def local_path(text: str) -> str:
 LocalPath = Annotated[
     str, Field(coerce_numbers_to_str=True), Kind("path"), AfterValidator(local_path)
 ]
-"""The type of every setting that names a file, a folder or a prefix of files. A recipe may write a
-name, or a weight among prefixes, as a number."""
+"""Type of settings that name a file, a folder or a prefix. Numbers in a recipe become text."""
 
 
 class ToolParser(argparse.ArgumentParser):
-    """The parser of every tool: arguments of text or of type Path are paths, and are checked.
+    """Parser of tools: checks arguments without a type or of type Path as paths.
 
-    An argument that is free text says ``type=str``. The description is shown as it is written.
+    Free text needs ``type=str``. The description is shown unwrapped.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -60,7 +59,7 @@ class ToolParser(argparse.ArgumentParser):
         self.register("type", Path, lambda text: Path(_checked(text)))
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's; an unknown flag is answered with the nearest one."""
+        """Parse as argparse does; suggest the nearest flag for an unknown one."""
         given, extras = self.parse_known_args(args, namespace)
         flags = [word.partition("=")[0] for word in extras if word.startswith("-")]
         if flags:
@@ -71,27 +70,27 @@ class ToolParser(argparse.ArgumentParser):
         return given
 
     def add_foreign(self, answers: Mapping[str, str]) -> None:
-        """Answer flags of another program's tool of the same purpose."""
+        """Add flags of another program's similar tool, each refused with a hint."""
         for flag, answer in answers.items():
             hidden: dict[str, Any] = {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
             self.add_argument(flag, nargs="*", action=_Foreign, const=answer, **hidden)
 
     def add_subparsers(self, **settings: Any) -> Any:
-        """As argparse's; the words of a command are checked by its own parser."""
+        """Add subparsers as argparse does, without checking command names as paths."""
         commands = super().add_subparsers(**settings)
         commands.type = str
         return commands
 
 
 class _Foreign(argparse.Action):
-    """A flag that another program has: its use ends with the answer."""
+    """Flag of another program; using it is an error with a hint."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
         parser.error(f"unknown flag {option}: {self.const}")
 
 
 def _checked(text: str) -> str:
-    """``local_path`` with argparse's error."""
+    """Return ``local_path`` of a text, with argparse's error type."""
     try:
         return local_path(text)
     except Rule as error:

@@ -1,8 +1,8 @@
-"""Which layers each chunk of the pipeline holds, whichever settings say so.
+"""Assignment of layers to pipeline chunks.
 
-A pipeline of P stages holds P x V chunks: stage 0 of round 0, stage 1 of round 0, ... With V > 1
-(virtual stages) it is interleaved. The embedding stands before the layers of the first chunk, the
-output layer after those of the last, with modules of multi-token prediction before it.
+A pipeline of P stages has P x V chunks: stage 0 of round 0, stage 1 of round 0, ... With V > 1
+(virtual stages) it is interleaved. The embedding precedes the layers of the first chunk; the output
+layer follows those of the last, after the multi-token prediction modules.
 """
 
 import re
@@ -13,10 +13,10 @@ from moetron.moe.config.schema.settings import Settings
 
 
 def expand(layout: str) -> list[str]:
-    """The chunks of a --pipeline-model-parallel-layout, each a word of E, t, m and L.
+    """Return the chunks of a --pipeline-model-parallel-layout, each a word of E, t, m and L.
 
     Megatron's grammar (PipelineParallelLayerLayout.parse_str_to_list of megatron-core 0.16.1):
-    ``|`` ends a chunk, ``x*3`` and ``(tt|)*3`` repeat, commas mean nothing. Letters are not judged.
+    ``|`` ends a chunk, ``x*3`` and ``(tt|)*3`` repeat, commas are ignored. Letters are not checked.
     """
     text = re.sub(r"[,\s]", "", layout)
     for group in (r"\(([^()]+)\)\*(\d{1,4})(?!\d)", r"([^()])\*(\d{1,4})(?!\d)"):
@@ -25,7 +25,7 @@ def expand(layout: str) -> list[str]:
 
 
 def chunk_sizes(settings: Settings) -> list[int]:
-    """Layers of every chunk, in the order of the model; adds up only where the rules are kept."""
+    """Return the layers of every chunk in model order; correct only for checked settings."""
     parallel, layers = settings.parallel, settings.model.num_layers
     stages = parallel.pipeline_model_parallel_size
     if parallel.pipeline_model_parallel_layout is not None:
@@ -44,7 +44,7 @@ def chunk_sizes(settings: Settings) -> list[int]:
 
 
 def _between(first: int | None, last: int | None, layers: int, stages: int) -> list[int]:
-    """The first and last stages as told, the others alike."""
+    """Return stages with the given first and last sizes and equal others."""
     ends = [[] if size is None else [size] for size in (first, last)]
     others = stages - len(ends[0]) - len(ends[1])
     rest = layers - sum(ends[0] + ends[1])
@@ -52,7 +52,7 @@ def _between(first: int | None, last: int | None, layers: int, stages: int) -> l
 
 
 def accounted(parallel: ParallelSettings) -> int:
-    """How many of embedding and loss take the place of a layer."""
+    """Return how many of embedding and loss count as a layer."""
     embedding, loss = (
         parallel.account_for_embedding_in_pipeline_split,
         parallel.account_for_loss_in_pipeline_split,
@@ -61,13 +61,13 @@ def accounted(parallel: ParallelSettings) -> int:
 
 
 def virtual_pipeline_size(settings: Settings) -> int | None:
-    """Rounds V of an interleaved pipeline; None: a plain one."""
+    """Return the rounds V of an interleaved pipeline, or None."""
     rounds = len(chunk_sizes(settings)) // settings.parallel.pipeline_model_parallel_size
     return rounds if rounds > 1 else None
 
 
 def stage_chunks(settings: Settings, stage: int) -> list[range]:
-    """The layers of each chunk that a pipeline stage holds, round by round."""
+    """Return the layers of each chunk of a pipeline stage, round by round."""
     sizes = chunk_sizes(settings)
     ends = list(accumulate(sizes))
     chunks = [range(end - size, end) for end, size in zip(ends, sizes, strict=True)]
@@ -75,7 +75,7 @@ def stage_chunks(settings: Settings, stage: int) -> list[range]:
 
 
 def megatron_layout(settings: Settings) -> list[list[str]] | None:
-    """TransformerConfig.pipeline_model_parallel_layout of these settings; None for one stage."""
+    """Return TransformerConfig.pipeline_model_parallel_layout, or None for one stage."""
     if settings.parallel.pipeline_model_parallel_size == 1:
         return None
     chunks = [["decoder"] * size for size in chunk_sizes(settings)]

@@ -1,4 +1,4 @@
-"""A model family of HuggingFace: what it is called, its keys, its tensors; what fits into it."""
+"""HuggingFace model architecture: names, config keys, tensors, and supported settings."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -7,94 +7,43 @@ from typing import Any
 from moetron.common.errors import UserError
 from moetron.moe.config.schema import derived
 from moetron.moe.config.schema.field import flag_name
-from moetron.moe.config.schema.settings import Settings, fields
+from moetron.moe.config.schema.settings import EXPORTED, Settings, fields
 from moetron.moe.convert.families.config_keys import Key, Values
 from moetron.moe.convert.families.tensor_rules import Rule
 
 CONFIG = "config.json"
-OTHER_GROUPS = {
-    "parallel",
-    "precision",
-    "training",
-    "optimizer",
-    "learning_rate",
-    "data",
-    "validation",
-    "checkpoint",
-    "logging",
-}
-"""Groups of settings that say nothing about the model."""
-TRAINING_ONLY = {
-    "model": {
-        "init_method",
-        "init_method_cutoff",
-        "init_method_scale",
-        "embedding_init_method_std",
-        "query_init_folds_scale",
-        "scaled_output_init",
-        "hidden_dropout",
-        "attention_dropout",
-        "make_vocab_size_divisible_by",
-        "transformer_impl",
-        "attention_backend",
-        "mtp_num_layers",
-        "mtp_loss_scaling_factor",
-        "output_z_loss_coeff",
-    },
-    "moe": {
-        "moe_router_dtype",
-        "moe_router_bias_update_rate",
-        "moe_router_init_method_std",
-        "moe_expert_dropout",
-        "moe_router_load_balancing_type",
-        "moe_aux_loss_coeff",
-        "moe_z_loss_coeff",
-        "moe_input_jitter_eps",
-        "moe_global_aux_loss_counts",
-        "moe_aux_loss_first_choice_only",
-        "moe_capacity_scope",
-        "moe_expert_capacity_factor",
-        "moe_eval_capacity_factor",
-        "moe_minimum_capacity",
-        "moe_capacity_includes_topk",
-        "moe_pad_expert_input_to_capacity",
-        "moe_token_drop_policy",
-        "moe_token_dispatcher_type",
-        "moe_grouped_gemm",
-        "moe_shared_expert_overlap",
-    },
-}
-"""Settings of the model that a trained dropless model no longer shows. All others must fit."""
+OTHER_GROUPS = set(Settings.model_fields) - {group for group, _ in EXPORTED}
+"""Groups of settings that do not describe the model."""
 PLACEHOLDERS: dict[str, dict[str, Any]] = {
     "training": {"train_iters": 1, "micro_batch_size": 1, "global_batch_size": 1},
     "learning_rate": {"lr": 1e-5},
 }
-"""What settings must say and a folder of HuggingFace's does not."""
+"""Required settings that a HuggingFace folder lacks."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture of HuggingFace's transformers."""
+    """Architecture of HuggingFace's transformers."""
 
     model_type: str
     architecture: str
     experts: bool
-    """Whether its models are mixtures."""
+    """Models are mixtures of experts."""
     keys: tuple[Key, ...]
     fixed: Mapping[str, Any]
-    """Settings that the architecture has no key for."""
+    """Settings without a key in the architecture."""
     constants: Mapping[str, Any]
-    """Keys that must say this (or be absent) for our modules to be the same function."""
+    """Keys that must have these values, or be absent, for our modules to compute the same."""
     rules: Callable[[Values], list[Rule]]
-    """The tensors, from the settings that `function_of` gives."""
+    """Tensor rules, from the settings of `function_of`."""
     whole_heads: bool = False
-    """transformers 5 refuses a hidden size that is not a multiple of the number of heads."""
+    """The hidden size must be a multiple of the number of heads (transformers 5)."""
     code: str | None = None
-    """A file of convert/families that goes into the folder: the model, where transformers has none.
-    It is loaded with ``trust_remote_code=True``."""
+    """Model code in convert/families to copy into the folder, for models that transformers lacks;
+    loaded with ``trust_remote_code=True``."""
 
     def config(self, values: Values) -> dict[str, Any]:
-        """``config.json`` of a model with these settings."""
+        """Return ``config.json`` of a model with these settings."""
         config: dict[str, Any] = {
             "architectures": [self.architecture],
             "model_type": self.model_type,
@@ -105,10 +54,10 @@ class Family:
         return config
 
     def settings(self, config: Values) -> dict[str, dict[str, Any]]:
-        """The sections of settings that describe a model with this ``config.json``.
+        """Return the settings sections of a model with this ``config.json``.
 
         Raises:
-            UserError: it says something that is not supported; all such keys at once.
+            UserError: keys have unsupported values; lists all of them.
         """
         problems = [
             f"config.json: `{key}` is {config[key]!r}, and only {value!r} is supported"
@@ -127,9 +76,9 @@ class Family:
         return tree
 
     def problems(self, values: Values) -> list[str]:
-        """Why a model with these settings is not exactly one of this family; empty if it is.
+        """Return why this architecture cannot represent these settings; empty if it can.
 
-        Found by going there and back: a setting that does not survive has no place there.
+        Converts them there and back: a setting that changes is not representable.
         """
         if (values["moe.num_experts"] is not None) != self.experts:
             kind = "a mixture of experts" if self.experts else "a dense model"
@@ -151,20 +100,20 @@ class Family:
 
 
 def function_of(settings: Settings) -> dict[str, Any]:
-    """``{"model.num_layers": 16, ...}``: what a trained model computes, unset sizes resolved.
+    """Return ``{"model.num_layers": 16, ...}``: settings of a trained model, sizes resolved.
 
-    ``model.vocab_size`` is the number of rows that a single rank has; unset stays unset.
+    ``model.vocab_size`` is the number of embedding rows at TP 1; None if unset.
     """
     model, tree = settings.model, settings.model_dump(mode="json")
     values = {
         f"{group}.{name}": tree[group][name]
         for group, name, _ in fields()
-        if group not in OTHER_GROUPS and name not in TRAINING_ONLY.get(group, set())
+        if (group, name) in EXPORTED
     }
     del values["moe.moe_layer_position"], values["moe.first_k_dense_replace"]
     del values["model.swiglu"]
     values["model.ffn_type"] = derived.ffn_type(model)
-    if settings.moe.moe_router_load_balancing_type == "sinkhorn":  # weighs its choices otherwise
+    if settings.moe.moe_router_load_balancing_type == "sinkhorn":  # other weights
         values["moe.moe_router_load_balancing_type"] = "sinkhorn"
     sparse = derived.moe_layers(settings)
     values["moe.moe_layer_freq"] = [int(flag) for flag in sparse]
@@ -190,10 +139,10 @@ def function_of(settings: Settings) -> dict[str, Any]:
 
 
 def require_same(found: Iterable[str], expected: Iterable[str], where: str, family: Family) -> None:
-    """No tensor is left over and none is missing: experts are not lost without a word.
+    """Check that no tensor is missing or unexpected.
 
     Raises:
-        UserError: names the first few.
+        UserError: names the first few such tensors.
     """
     missing = sorted(set(expected) - set(found))
     unexpected = sorted(set(found) - set(expected))
@@ -207,7 +156,7 @@ def require_same(found: Iterable[str], expected: Iterable[str], where: str, fami
 
 
 def _text(value: Any) -> str:
-    """A value as a flag takes it."""
+    """Return a value as flags write it."""
     if isinstance(value, list):
         return " ".join(map(str, value))
     return "unset" if value is None else str(value).lower()

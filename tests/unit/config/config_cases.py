@@ -22,7 +22,7 @@ BASE: dict[str, Any] = {
 
 
 def make(**changes: Any) -> Settings:
-    """A small consistent MoE with the named fields changed, whatever their group."""
+    """Return a small consistent MoE with the named fields changed."""
     tree: dict[str, dict[str, Any]] = {group: {} for group in Settings.model_fields}
     for name, value in {**BASE, **changes}.items():
         tree[HOME[name]][name] = value
@@ -30,5 +30,5 @@ def make(**changes: Any) -> Settings:
 
 
 def found(world_size: int = 1, device: str = "cpu", te: bool = False, **changes: Any) -> list[str]:
-    """The problems of ``make(**changes)``."""
+    """Return the problems of ``make(**changes)``."""
     return problems(make(**changes), world_size, device=device, te=te)

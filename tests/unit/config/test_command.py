@@ -1,4 +1,4 @@
-"""The whole way from a command line to settings, or to every problem at once."""
+"""Command lines to settings, or to all problems at once."""
 
 import subprocess
 import sys
@@ -112,17 +112,17 @@ def test_missing_required_settings_are_all_named() -> None:
         assert sum(line.startswith(f"--{name} is missing") for line in found) == 1
 
 
-def test_a_flag_without_its_value_is_told_once(path: Path) -> None:
+def test_a_flag_without_value_is_reported_once(path: Path) -> None:
     path.write_text(path.read_text().replace("lr: 1e-3", ""))
     assert problems("--config", path, "--lr") == ["--lr needs a value"]
 
 
-def test_a_config_flag_without_its_value_hides_no_recipe(path: Path) -> None:
+def test_a_config_flag_without_value_keeps_other_recipes(path: Path) -> None:
     assert problems("--config", path, "--config") == ["--config needs a value"]
 
 
 @pytest.mark.parametrize(
-    ("stage", "said"),
+    ("stage", "message"),
     [
         ("{data_path: [a], untill_tokens: 5}", "unknown key `untill_tokens`; did you mean until_"),
         ("{until_tokens: 5}", "entry 1 lacks `data_path`"),
@@ -130,12 +130,12 @@ def test_a_config_flag_without_its_value_hides_no_recipe(path: Path) -> None:
         ("{data_path: a, learning_rate: {rate: 1}}", "entry 1.learning_rate"),
     ],
 )
-def test_what_is_wrong_inside_a_stage_is_named(path: Path, stage: str, said: str) -> None:
+def test_problems_inside_a_stage(path: Path, stage: str, message: str) -> None:
     (problem,) = problems("--config", path, "--no-mock-data", "--dry-run", "--stages", stage)
-    assert problem.startswith(f"--stages {stage}: entry 1") and said in problem
+    assert problem.startswith(f"--stages {stage}: entry 1") and message in problem
 
 
-def test_a_truth_value_is_no_number(tmp_path: Path) -> None:
+def test_a_truth_value_is_not_a_number(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(RECIPE.replace("num_layers: 2", "num_layers: yes"))
     assert problems("--config", path) == [
@@ -151,10 +151,10 @@ def test_no_cross_check_on_the_default_behind_a_faulty_value(path: Path) -> None
 
 @pytest.mark.parametrize("name", list(REQUIRED))
 @pytest.mark.parametrize("recipe_name", ["olmoe_1b_7b", "deepseek_v3", "openmoe_8b"])
-def test_a_faulty_required_value_hides_nothing_and_adds_nothing(
+def test_a_faulty_required_value_neither_hides_nor_adds_problems(
     recipe_name: str, name: str
 ) -> None:
-    """The recipes are sound: whatever stands in for the value may not be found wrong."""
+    """The recipes are valid, so no problem may come from a stand-in."""
     path = ROOT / "examples" / recipe_name / "pretrain.yaml"
     parallel = ParallelSettings.model_validate(recipe.read(path).get("parallel", {}))
     ranks = smallest_world_size(parallel)
@@ -209,7 +209,7 @@ def test_other_lists_are_one_text_too(path: Path) -> None:
     assert settings.training.rampup_batch_size == (2, 1, 8)
 
 
-def test_a_recipe_without_sections_is_told_where_keys_belong(tmp_path: Path) -> None:
+def test_a_recipe_without_sections_is_refused_with_the_sections(tmp_path: Path) -> None:
     (tmp_path / "flat.yaml").write_text("num_layers: 2\nnum_hidden_layers: 2\ntrain_iter: 3\n")
     ends = [line.split("flat.yaml: ")[1] for line in problems("--config", tmp_path / "flat.yaml")]
     assert ends == [
@@ -246,7 +246,7 @@ def test_a_missing_recipe_does_not_hide_flag_problems(tmp_path: Path) -> None:
     assert found[0] == "unknown flag --foo" and "No such file" in found[1]
 
 
-def test_broken_settings_are_answered_without_torch() -> None:
+def test_broken_settings_are_reported_without_torch() -> None:
     program = (
         "import sys\nfrom moetron.moe.config.command import load\n"
         "try: load(['--foo'])\nexcept ValueError: pass\nprint('torch' in sys.modules)"
@@ -257,8 +257,8 @@ def test_broken_settings_are_answered_without_torch() -> None:
     assert done.stdout.strip() == "False"
 
 
-def test_what_follows_from_a_stand_in_is_not_reported(path: Path) -> None:
-    """The rule of shared key heads names the channels, which come from the hidden size."""
+def test_problems_of_stand_ins_are_not_reported(path: Path) -> None:
+    """The rule on shared key heads names channels, which depend on the hidden size."""
     three = ["--tensor-model-parallel-size", 3, "--dry-run", "--world-size", 3]
     heads = ["--num-attention-heads", 3, "--num-query-groups", 1, "--seq-length", 15]
     (line,) = problems("--config", path, *three, *heads, "--hidden-size", "abc")

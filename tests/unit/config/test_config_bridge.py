@@ -1,4 +1,4 @@
-"""What megatron-core is told, and that it accepts whatever our checks accept."""
+"""Conversion to megatron-core's configurations, which accept all checked settings."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def test_olmoe_block() -> None:
     assert (config.hidden_dropout, config.attention_dropout) == (0.0, 0.0)
     assert config.bf16 and config.params_dtype == config.pipeline_dtype == torch.bfloat16
     assert config.calculate_per_token_loss
-    assert not config.qk_layernorm  # a full-width norm is ours, megatron-core's is per head
+    assert not config.qk_layernorm  # full-width norms are ours; megatron-core's are per head
     assert not config.use_cpu_initialization and not config.deallocate_pipeline_outputs
     fusions = ("bias_activation_fusion", "bias_dropout_fusion", "masked_softmax_fusion")
     assert not any(getattr(config, fusion) for fusion in fusions)

@@ -1,4 +1,4 @@
-"""All cross-checks together; each rule by itself is in test_rules_*.py."""
+"""All cross-checks together; test_rules_*.py test single rules."""
 
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -67,7 +67,7 @@ def test_a_real_run_needs_inputs(tmp_path: Path) -> None:
     (line,) = inputs(mock_data=False, data_path=several, tokenizer_model="bytes")
     assert line.startswith(f"--data-path {tmp_path / 'b'}: there is no file")
     (line,) = inputs(**shards, tokenizer_model=str(tmp_path / "t.json"))
-    assert line.startswith(f"--tokenizer-model {tmp_path / 't.json'}: there is no such file")
+    assert line.startswith(f"--tokenizer-model {tmp_path / 't.json'}: no such file")
     (line,) = inputs(**shards, tokenizer_model="bytes", eval_interval=5)
     assert line == "--eval-interval 5 needs --valid-data-path"
 
@@ -79,13 +79,13 @@ def test_saving_needs_a_folder(name: str, tmp_path: Path) -> None:
     assert inputs(**{name: 3}, save=str(tmp_path / "new")) == []
 
 
-def test_what_would_be_written_nowhere_is_refused() -> None:
+def test_outputs_need_a_save_folder() -> None:
     assert inputs(async_save=True) == ["--async-save needs --save FOLDER"]
     assert inputs(tensorboard_dir="tb") == ["--tensorboard-dir tb needs --save FOLDER"]
 
 
 @pytest.mark.parametrize("installed", [False, True])
-def test_wandb_is_looked_for_before_anything_starts(
+def test_wandb_is_checked_before_the_run(
     installed: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def version(name: str) -> str:
@@ -140,7 +140,7 @@ layouts = st.fixed_dictionaries(
         "rampup_batch_size": st.tuples(sizes, sizes, sizes),
         "seq_length": sizes,
         "lr_warmup_tokens": sizes,
-        "data_path": st.lists(st.sampled_from(["1", "x", "0"]), max_size=4),
+        "data_path": st.lists(st.sampled_from(["1", "x"]), max_size=4),
     },
 )
 

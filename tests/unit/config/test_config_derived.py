@@ -1,4 +1,4 @@
-"""Arithmetic on settings: worked examples, and megatron-core's own where it has a calculator."""
+"""Values computed from settings, against worked examples and megatron-core's calculator."""
 
 from typing import Any
 
@@ -37,7 +37,7 @@ def test_unset_sizes() -> None:
         ({"moe_layer_freq": 2, "first_k_dense_replace": 1}, [False, False, True, False]),
     ],
 )
-def test_which_layers_have_experts(changes: dict[str, object], layers: list[bool]) -> None:
+def test_layers_with_experts(changes: dict[str, object], layers: list[bool]) -> None:
     assert derived.moe_layers(make(**changes)) == layers
 
 
@@ -67,7 +67,7 @@ def test_padded_vocabulary(vocab_size: int, tensor: int, rows: int) -> None:
 
 
 def test_ramp_by_hand() -> None:
-    # Two stairs (4 -> 8 -> 12) of 10 samples each: 4 4 4 (12 seen) 8 (20 seen) 12 12 ...
+    # Two steps (4 -> 8 -> 12) of 10 samples each: 4 4 4 (12 seen) 8 (20 seen) 12 12 ...
     settings = make(rampup_batch_size=(4, 4, 20), global_batch_size=12, train_iters=6)
     assert [derived.global_batch_size_at(settings, n) for n in (0, 9, 10, 19, 20)] == [
         4, 4, 8, 8, 12,
@@ -92,7 +92,7 @@ def test_ramp_is_megatrons(
     theirs = RampupBatchsizeNumMicroBatchesCalculator(
         full, 1, 1, False, 1, start, increment, ramp_samples
     )
-    # Where a stair's edge is no whole number of samples, theirs divides in floating point.
+    # If a step ends at a fractional number of samples, theirs divides in floating point.
     if consumed * stairs % ramp_samples == 0 and ramp_samples % stairs:
         return
     theirs.update(consumed, consistency_check=False)
@@ -149,7 +149,7 @@ def test_objectives(changes: dict[str, Any], sample: int, objective: str) -> Non
         ({"bidirectional_prefix": True}, 9, False, False),
     ],
 )
-def test_what_prompts_are_read_as(
+def test_prompts_with_bidirectional_attention(
     changes: dict[str, Any], consumed: int, has_mode: bool, expected: bool
 ) -> None:
     assert derived.reads_prefix(make(**changes), consumed, has_mode) is expected

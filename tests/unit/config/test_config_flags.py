@@ -1,4 +1,4 @@
-"""Flags come from the settings tree, and reading them never stops at the first problem."""
+"""Flags of the settings tree; parsing reports all problems."""
 
 import re
 
@@ -130,8 +130,8 @@ def test_switches_of_the_command_take_a_truth_value() -> None:
 
 
 @pytest.mark.parametrize("columns", ["60", "200"])
-def test_help_is_whole_at_any_width(columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lines fit the terminal, no word is split at a hyphen, and no default from its label."""
+def test_help_is_complete_at_any_width(columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines fit the terminal; words are not split at hyphens, nor defaults from their labels."""
     monkeypatch.setenv("COLUMNS", columns)
     text = parser().format_help()
     assert "megatron-core" in text and not re.search(r"\w-\n", text)

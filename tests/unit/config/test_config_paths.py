@@ -1,4 +1,4 @@
-"""Paths of settings and tools lie on a mounted file system: an address is refused before a run."""
+"""Paths of settings and tools: addresses and shell variables are refused before a run."""
 
 import argparse
 import ast
@@ -65,23 +65,23 @@ def test_an_address_in_a_recipe_and_in_a_stage_is_refused(recipe: Path) -> None:
     assert loads.startswith("--load az://b/run: an address")
 
 
-def test_a_recipe_is_no_address() -> None:
+def test_a_recipe_address_is_refused() -> None:
     first, second = problems("--foo", "--config", "gs://bucket/recipe.yaml")
     assert first == "unknown flag --foo"
     assert second.startswith("--config gs://bucket/recipe.yaml: an address, not a path")
 
 
-def test_a_file_address_is_answered_with_its_path(recipe: Path) -> None:
+def test_a_file_address_is_refused_with_its_path(recipe: Path) -> None:
     (line,) = problems("--config", str(recipe), "--dry-run", "--load", "file:///data/run")
     assert line == "--load file:///data/run: an address, not a path: give the path alone, /data/run"
 
 
-def test_an_unset_variable_of_the_shell_is_no_path(recipe: Path) -> None:
+def test_an_unset_shell_variable_is_refused(recipe: Path) -> None:
     (line,) = problems("--config", str(recipe), "--dry-run", "--save", "")
-    assert line == "--save : empty: give a path (an unset variable of the shell?)"
+    assert line == "--save : empty: give a path (unset shell variable?)"
 
 
-def test_what_a_shell_would_expand(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shell_expansions(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     argv = ["--config", str(recipe), "--dry-run"]
     assert load([*argv, "--save=~/run"]).settings.checkpoint.save == "/home/me/run"
@@ -103,7 +103,7 @@ def parse(*argv: str) -> argparse.Namespace:
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
         (["--load", "s3://b/run"], "argument --load: s3://b/run: an address, not a path"),
         (["--input", "a", "code=gs://b/c"], "argument --input: code=gs://b/c: an address"),
@@ -116,12 +116,12 @@ def parse(*argv: str) -> argparse.Namespace:
     ],
 )
 def test_a_tools_arguments_are_paths(
-    argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
         parse(*argv)
     assert stopped.value.code == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_tools_text_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +132,7 @@ def test_a_tools_text_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     assert given.input == ["0.5", "a"]
 
 
-def test_preprocessing_answers_megatrons_flags() -> None:
+def test_preprocessing_gives_hints_for_megatrons_flags() -> None:
     program = [sys.executable, str(ROOT / "tools" / "preprocess_corpus.py"), "--json-keys", "text"]
     done = subprocess.run(program, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
@@ -152,7 +152,7 @@ def test_every_tool_checks_its_paths(tool: Path) -> None:
 
 @pytest.mark.parametrize("tool", COMMANDS, ids=lambda path: path.stem)
 def test_help_of_a_tool_shows_lines_as_they_are_written(tool: Path) -> None:
-    """A backslash at a line's end in a docstring would join the two in help."""
+    """A backslash at the end of a docstring line would join two lines in help."""
     source = tool.read_text(encoding="utf-8")
     doc = ast.get_docstring(ast.parse(source), clean=False)
     assert doc is not None

@@ -1,4 +1,4 @@
-"""YAML recipes: read strictly, written so that reading gives equal settings."""
+"""Strict reading of YAML recipes, and round trips."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ SMALL = {
         ("model: 3\nmoe: [1]\n", "`model` must hold keys and values, indented"),
     ],
 )  # fmt: skip
-def test_broken_yaml_names_the_place(tmp_path: Path, text: str, problem: str) -> None:
+def test_broken_yaml_is_reported_with_its_position(tmp_path: Path, text: str, problem: str) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError) as caught:
@@ -70,7 +70,7 @@ positive = st.floats(1e-300, 1e300)
 
 
 def is_path(text: str) -> bool:
-    """Whether a data path keeps a text as it is."""
+    """Return whether a data path leaves a text unchanged."""
     kept = path_problem(text) is None and not text.startswith("~")
     return kept and not text.endswith((".bin", ".idx"))
 
@@ -106,7 +106,7 @@ def test_round_trip(
     assert Settings.model_validate(recipe.loads(recipe.dump(settings))) == settings
 
 
-def test_write_replaces_the_file_and_leaves_nothing_else(tmp_path: Path) -> None:
+def test_write_replaces_the_file_atomically(tmp_path: Path) -> None:
     settings, path = Settings.model_validate(SMALL), tmp_path / "settings.yaml"
     path.write_text("old")
     recipe.write(settings, path)

@@ -1,4 +1,4 @@
-"""A name of another program is answered with ours, or with why there is none."""
+"""Hints for setting names of other programs."""
 
 import re
 from pathlib import Path
@@ -8,24 +8,24 @@ import pytest
 from moetron.common.errors import ConfigError
 from moetron.moe.config.command import load
 from moetron.moe.config.flags import parse
-from moetron.moe.config.foreign_names import DIFFERENT, FAMILIES, SAME
+from moetron.moe.config.foreign_names import DIFFERENT, PREFIXES, SAME
 from moetron.moe.config.schema.field import nearest
 from moetron.moe.config.schema.settings import Settings, fields
 
 OURS = {name for _, name, _ in fields()}
 
 
-def test_answers_name_settings_that_exist() -> None:
+def test_hints_name_existing_settings() -> None:
     assert set(SAME.values()) <= OURS
     named = {name for text in DIFFERENT.values() for name in re.findall(r"\{(\w+)\}", text)}
     assert named <= OURS
 
 
-def test_no_name_of_ours_is_foreign() -> None:
+def test_our_names_are_not_foreign() -> None:
     assert not (SAME.keys() | DIFFERENT.keys()) & OURS
     assert not SAME.keys() & DIFFERENT.keys()
-    families = tuple(f"{family}_" for family in FAMILIES)
-    assert not [name for name in OURS if name.startswith(families)]
+    prefixes = tuple(f"{prefix}_" for prefix in PREFIXES)
+    assert not [name for name in OURS if name.startswith(prefixes)]
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_the_nearest_name_is_a_misspelt_one(wrong: str, right: str) -> None:
         ("lr-decay-steps", "lr-decay-style"),
     ],
 )
-def test_a_name_of_another_meaning_is_not_near(wrong: str, opposite_or_other: str) -> None:
+def test_a_name_of_another_meaning_is_not_suggested(wrong: str, opposite_or_other: str) -> None:
     assert nearest(wrong, [opposite_or_other]) == ""
 
 

@@ -1,4 +1,4 @@
-"""The published mixtures below examples/: weights, stages, learning rates."""
+"""Published mixtures in examples/: weights, stages, learning rates."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ CODE = {"redpajama/github", "the_stack_dedup"}
 
 
 def settings(folder: str) -> Settings:
-    """The folder's data in OLMoE's run: what is tested does not look at the model."""
+    """Return OLMoE's run with the folder's data; the tests do not depend on the model."""
     data = EXAMPLES / folder / "data.yaml"
     argv = ["--config", str(OLMOE), "--config", str(data), "--data-root", "/corpora"]
     return load([*argv, "--dry-run", "--world-size=8", "--device=cuda"]).settings

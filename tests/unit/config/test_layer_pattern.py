@@ -1,4 +1,4 @@
-"""Megatron's layer expressions: the values Python gives, and nothing else is run."""
+"""Megatron's layer expressions have Python's values, and nothing else is evaluated."""
 
 import pytest
 from hypothesis import given
@@ -27,7 +27,7 @@ expressions = st.recursive(
 
 
 @given(expressions)
-def test_is_what_python_makes_of_it(text: str) -> None:
+def test_values_are_those_of_python(text: str) -> None:
     assert layer_pattern(text) == eval(text)  # noqa: S307 (made of the grammar above)
 
 
@@ -39,7 +39,7 @@ def test_anything_else_is_refused(text: str) -> None:
         layer_pattern(text)
 
 
-def test_an_absurd_length_is_refused_before_it_is_made() -> None:
+def test_an_excessive_length_is_refused_before_allocation() -> None:
     with pytest.raises(ValueError, match="more than 10,000 layers"):
         layer_pattern("[1]*10000000000000")
 

@@ -1,4 +1,4 @@
-"""Signs of a driver, of hidden GPUs and of Transformer Engine, on machines that are made up."""
+"""Detection of drivers, hidden GPUs and Transformer Engine on simulated machines."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from moetron.moe.config.command import load
 
 @pytest.fixture(autouse=True)
 def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A machine without a driver."""
+    """Simulate a machine without a driver."""
     monkeypatch.setattr(machine, "_PROC", tmp_path / "version")
     monkeypatch.setattr(machine, "_DEVICE_FOLDER", tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -29,7 +29,7 @@ def test_no_driver() -> None:
     assert machine.expected_device("auto") == "cpu"
 
 
-def test_a_driver_shows_itself_in_proc_dev_or_nvidia_smi(tmp_path: Path) -> None:
+def test_a_driver_is_found_in_proc_dev_or_nvidia_smi(tmp_path: Path) -> None:
     (tmp_path / "nvidiactl").touch()  # without a device
     _nvidia_smi(tmp_path, "No devices were found", 6)
     assert machine.nvidia_driver() is None

@@ -1,4 +1,4 @@
-"""Which layers a stage holds: megatron-core's own answers, for every way of saying it."""
+"""Pipeline splits, against megatron-core's, for all ways to specify them."""
 
 from typing import Any
 
@@ -50,9 +50,7 @@ ways = st.one_of(
 
 @settings(max_examples=150, deadline=None)
 @given(st.integers(2, 16), st.integers(2, 4), ways)
-def test_stages_hold_what_megatron_gives_them(
-    layers: int, stages: int, way: dict[str, Any]
-) -> None:
+def test_stages_match_megatrons(layers: int, stages: int, way: dict[str, Any]) -> None:
     chosen = {"num_layers": layers, "pipeline_model_parallel_size": stages, **way}
     assume(not found(world_size=stages, global_batch_size=24, **chosen))
     ours = make(**chosen)
@@ -88,7 +86,7 @@ def test_a_written_layout_by_hand() -> None:
     assert megatron_layout(make()) is None
 
 
-def test_a_virtual_stage_as_long_as_a_stage_is_no_interleaving() -> None:
+def test_a_virtual_stage_as_long_as_a_stage_does_not_interleave() -> None:
     chosen = make(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=2)
     assert virtual_pipeline_size(chosen) is None
 
@@ -96,8 +94,8 @@ def test_a_virtual_stage_as_long_as_a_stage_is_no_interleaving() -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({**PP2, FIRST: 1, EMBEDDING: True}, "are different ways to cut stages: use one"),
-        ({**PP2, LAYOUT: "Ett|ttL", LAST: 2}, "are different ways to cut stages: use one"),
+        ({**PP2, FIRST: 1, EMBEDDING: True}, "are different ways to split stages: use one"),
+        ({**PP2, LAYOUT: "Ett|ttL", LAST: 2}, "are different ways to split stages: use one"),
         ({FIRST: 4}, "--decoder-first-pipeline-num-layers 4 needs --pipeline-model-parallel-size"),
         ({EMBEDDING: True}, "needs --pipeline-model-parallel-size above 1"),
         ({**PP2, FIRST: 1, LAST: 2}, "must add up to --num-layers 4 with two stages"),
@@ -109,7 +107,7 @@ def test_a_virtual_stage_as_long_as_a_stage_is_no_interleaving() -> None:
                 "num_layers": 8,
                 FIRST: 1,
             },
-            "leave 7 of --num-layers 8 for 3 other stage(s), which must share them evenly, 1 or "
+            "leave 7 of --num-layers 8 for 3 other stage(s), which need equal numbers, 1 or "
             "more each: use --num-layers 7 or 10",
         ),
         (
@@ -117,7 +115,7 @@ def test_a_virtual_stage_as_long_as_a_stage_is_no_interleaving() -> None:
             "--num-layers 4 + 1 for --account-for-embedding-in-pipeline-split is not a multiple of "
             "--pipeline-model-parallel-size 2: use --num-layers 3 or 5",
         ),
-        ({**PP2, LAYOUT: "Ett|txL"}, "x is no part of a model; write E (embedding)"),
+        ({**PP2, LAYOUT: "Ett|txL"}, "x is unknown; write E (embedding)"),
         ({LAYOUT: "Ett|ttL"}, "2 stages need --pipeline-model-parallel-size above 1"),
         ({**PP2, LAYOUT: "Et|t|ttL"}, "3 stages are not a multiple of"),
         ({**PP2, LAYOUT: "ttE|ttL"}, "the first stage must begin with the only E"),

@@ -1,4 +1,4 @@
-"""docs/configuration.md and every recipe below examples/ follow the settings."""
+"""docs/configuration.md and all recipes in examples/ match the settings."""
 
 from pathlib import Path
 

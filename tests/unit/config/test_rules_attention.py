@@ -14,19 +14,19 @@ LATENT: dict[str, Any] = {"multi_latent_attention": True, "kv_lora_rank": 16}
     ("changes", "rule"),
     [
         ({"q_lora_rank": 8}, "--q-lora-rank 8 needs --multi-latent-attention"),
-        ({**LATENT, "kv_channels": 8}, "--kv-channels 8 does nothing with"),
-        ({**LATENT, "num_query_groups": 2}, "--num-query-groups 2 does nothing with"),
-        ({**LATENT, "softmax_scale": 1.0}, "--softmax-scale 1.0 does nothing with"),
+        ({**LATENT, "kv_channels": 8}, "--kv-channels 8 has no effect with"),
+        ({**LATENT, "num_query_groups": 2}, "--num-query-groups 2 has no effect with"),
+        ({**LATENT, "softmax_scale": 1.0}, "--softmax-scale 1.0 has no effect with"),
         ({**LATENT, "add_qkv_bias": True}, "--add-qkv-bias: --multi-latent-attention has no"),
         (
             {**LATENT, "qk_layernorm": True, "qk_layernorm_scope": "full"},
-            "--qk-layernorm-scope full does not go with",
+            "--qk-layernorm-scope full is incompatible with",
         ),
         ({**LATENT, "position_embedding_type": "none"}, "needs --position-embedding-type rope"),
         ({**LATENT, "qk_pos_emb_head_dim": 7}, "--qk-pos-emb-head-dim 7 must be even"),
-        ({**LATENT, "attention_backend": "unfused"}, "does not go with --attention-backend"),
+        ({**LATENT, "attention_backend": "unfused"}, "is incompatible with --attention-backend"),
         ({"rope_type": "yarn"}, "--rope-type yarn needs --multi-latent-attention"),
-        ({**LATENT, "rope_type": "llama3"}, "--rope-type llama3 does not go with"),
+        ({**LATENT, "rope_type": "llama3"}, "--rope-type llama3 is incompatible with"),
         ({"rotary_scaling_factor": 4.0}, "--rotary-scaling-factor 4.0 needs --rope-type"),
         ({"moe_shared_expert_gate": True}, "--moe-shared-expert-gate needs --moe-shared-expert-"),
         (
@@ -68,7 +68,7 @@ def test_latent_attention_on_tensor_ranks(changes: dict[str, Any], rule: str) ->
     assert rule in problem
 
 
-def test_what_goes_together() -> None:
+def test_compatible_settings() -> None:
     assert not found(**LATENT, hidden_size=60, rope_type="yarn", rotary_scaling_factor=4.0)
     assert not found(rope_type="llama3", rotary_scaling_factor=8.0, mtp_num_layers=2)
     block = {"recompute_method": "block", "recompute_num_layers": 2}

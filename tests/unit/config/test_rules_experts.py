@@ -1,4 +1,4 @@
-"""Experts, routing, capacity and dispatch: each rule fires alone, on what it is for."""
+"""Rules on experts, routing, capacity and dispatch, each triggered alone."""
 
 from typing import Any
 
@@ -38,14 +38,14 @@ SIGMOID = {"moe_router_score_function": "sigmoid"}
             "no layer experts",
         ),
         ({"first_k_dense_replace": 4}, "--first-k-dense-replace 4 give no layer experts"),
-        ({"moe_layer_position": "last"}, "does nothing without --moe-layer-freq N above 1"),
+        ({"moe_layer_position": "last"}, "has no effect without --moe-layer-freq N above 1"),
         (
             {"moe_layer_position": "last", "moe_layer_freq": [1, 1, 1, 1]},
-            "does nothing without --moe-layer-freq N above 1",
+            "has no effect without --moe-layer-freq N above 1",
         ),
         (
             {"first_k_dense_replace": 1, "moe_layer_freq": [1, 1, 1, 1]},
-            "--first-k-dense-replace 1 does nothing beside a list of layers",
+            "--first-k-dense-replace 1 has no effect with a list of layers",
         ),
         ({"moe_router_topk": 1}, "--moe-router-topk 1 needs --moe-router-pre-softmax"),
         (
@@ -66,7 +66,7 @@ SIGMOID = {"moe_router_score_function": "sigmoid"}
         ),
         (
             {"moe_router_load_balancing_type": "sinkhorn", "moe_expert_capacity_factor": 1.0},
-            "cannot go with --moe-router-load-balancing-type sinkhorn",
+            "is incompatible with --moe-router-load-balancing-type sinkhorn",
         ),
         (
             {
@@ -74,7 +74,7 @@ SIGMOID = {"moe_router_score_function": "sigmoid"}
                 "moe_router_num_groups": 2,
                 "moe_router_group_topk": 1,
             },
-            "sinkhorn knows no groups",
+            "sinkhorn does not support groups",
         ),
         (
             {"moe_global_aux_loss_counts": "previous_step"},
@@ -133,7 +133,7 @@ SIGMOID = {"moe_router_score_function": "sigmoid"}
         ),
         (
             {"moe_router_num_groups": 4, "moe_router_group_topk": 3},
-            "--moe-router-topk 2 must share out evenly over --moe-router-group-topk 3",
+            "--moe-router-topk 2 must be a multiple of --moe-router-group-topk 3",
         ),
         (
             {"moe_router_num_groups": 4, "moe_router_group_topk": 1, "moe_router_topk": 4},
@@ -181,7 +181,7 @@ def test_rule(changes: dict[str, Any], expected: str) -> None:
     assert expected in line
 
 
-def test_flex_where_deep_ep_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flex_with_deep_ep(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "deep_ep")
     flex = {"moe_token_dispatcher_type": "flex", "device": "cuda"}
     assert not found(world_size=2, expert_model_parallel_size=2, **flex)
@@ -189,7 +189,7 @@ def test_flex_where_deep_ep_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "flex needs --expert-model-parallel-size" in problem
 
 
-def test_padding_of_shared_slots_needs_a_dispatcher_that_counts_on_none() -> None:
+def test_padding_of_shared_capacity_needs_allgather() -> None:
     padded = {"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True}
     for layout in ({"tensor_model_parallel_size": 2}, {"context_parallel_size": 2}):
         assert found(2, **padded, **layout)
@@ -208,5 +208,5 @@ def test_padding_of_shared_slots_needs_a_dispatcher_that_counts_on_none() -> Non
         },
     ],
 )
-def test_a_slot_is_enough(changes: dict[str, Any]) -> None:
+def test_a_capacity_of_one_is_enough(changes: dict[str, Any]) -> None:
     assert found(**changes) == []

@@ -1,4 +1,4 @@
-"""Feed-forward blocks and initialisation: each rule fires alone, on what it is for."""
+"""Rules on feed-forward blocks and initialisation, each triggered alone."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ GROUPED = ("ffn_type", "moe_expert_multiplicative_bias", "moe_expert_dropout")
     [
         (
             {"ffn_type": "geglu", "swiglu": False},
-            "--no-swiglu does nothing with --ffn-type geglu",
+            "--no-swiglu has no effect with --ffn-type geglu",
         ),
         (
             {"num_experts": None, "ffn_type": "double_gated", "add_bias_linear": True},
@@ -39,7 +39,7 @@ GROUPED = ("ffn_type", "moe_expert_multiplicative_bias", "moe_expert_dropout")
             "--moe-sequential-ffn-hidden-size 64 needs --num-experts",
         ),
         *(
-            ({**BEYOND[name], **FP8}, "does not go with --fp8-format hybrid: drop one")
+            ({**BEYOND[name], **FP8}, "is incompatible with --fp8-format hybrid: drop one")
             for name in GROUPED
         ),
         *(
@@ -56,7 +56,7 @@ GROUPED = ("ffn_type", "moe_expert_multiplicative_bias", "moe_expert_dropout")
         ),
         (
             {"query_init_folds_scale": True, "multi_latent_attention": True},
-            "--query-init-folds-scale does not go with --multi-latent-attention",
+            "--query-init-folds-scale is incompatible with --multi-latent-attention",
         ),
         (
             {"num_experts": None, "moe_router_init_method_std": 0.1},
@@ -70,18 +70,18 @@ def test_rule(changes: dict[str, Any], expected: str) -> None:
 
 
 @pytest.mark.parametrize("name", BEYOND)
-def test_what_transformer_engine_cannot_express(name: str) -> None:
-    """``auto`` takes local layers for it, ``transformer_engine`` is refused."""
+def test_models_that_transformer_engine_does_not_support(name: str) -> None:
+    """``auto`` selects local layers; ``transformer_engine`` is refused."""
     chosen = make(**BEYOND[name])
     assert beyond_transformer_engine(chosen) == [name]
     assert is_local(chosen, te=True)
     on_gpu = {"device": "cuda", "te": True}
     assert not found(**on_gpu, **BEYOND[name])
     (line,) = found(**on_gpu, **BEYOND[name], transformer_impl="transformer_engine")
-    assert "needs --transformer-impl local (or auto, which takes it)" in line
+    assert "needs --transformer-impl local (or auto, which selects it)" in line
 
 
-def test_a_plain_model_takes_transformer_engine_where_it_can_be_used() -> None:
+def test_a_plain_model_uses_transformer_engine_if_usable() -> None:
     assert not beyond_transformer_engine(make())
     assert not is_local(make(), te=True) and is_local(make(), te=False)
     assert is_local(make(transformer_impl="local"), te=True)

@@ -1,4 +1,4 @@
-"""The cut over ranks and the batch: each rule fires alone, on what it is for."""
+"""Rules on partitioning over ranks and on the batch, each triggered alone."""
 
 from typing import Any
 
@@ -29,11 +29,11 @@ KEYS = {"num_attention_heads": 12, "kv_channels": 5, "position_embedding_type": 
         ),
         (
             {**TP2, "num_query_groups": 1, "qk_layernorm": True, "qk_layernorm_scope": "full"},
-            "that hold one head together need --qk-layernorm-scope head",
+            "several ranks per head need --qk-layernorm-scope head",
         ),
         (
             {**TP2, "num_query_groups": 1, "query_init_folds_scale": True},
-            "that hold one head together do not go with --query-init-folds-scale",
+            "several ranks per head are incompatible with --query-init-folds-scale",
         ),
         (
             {"world_size": 4, "tensor_model_parallel_size": 4, **KEYS, "num_query_groups": 1},
@@ -107,7 +107,7 @@ KEYS = {"num_attention_heads": 12, "kv_channels": 5, "position_embedding_type": 
         ({"rampup_batch_size": (16, 2, 100)}, "the start must be below --global-batch-size 16"),
         (
             {"rampup_batch_size": (4, 8, 100)},
-            "not a whole number of increments: use an increment of 6 or 12",
+            "not an integer number of increments: use an increment of 6 or 12",
         ),
         (
             {"rampup_batch_size": (2, 7, 100)},
@@ -116,7 +116,7 @@ KEYS = {"num_attention_heads": 12, "kv_channels": 5, "position_embedding_type": 
         ),
         (
             {**PP2, "num_layers_per_virtual_pipeline_stage": 1, "rampup_batch_size": (4, 4, 100)},
-            "cannot go with virtual pipeline stages",
+            "is incompatible with virtual pipeline stages",
         ),
         (
             {"use_distributed_optimizer": True, "optimizer": "sgd"},
@@ -126,7 +126,7 @@ KEYS = {"num_attention_heads": 12, "kv_channels": 5, "position_embedding_type": 
             {"overlap_param_gather": True, "overlap_grad_reduce": True},
             "--overlap-param-gather needs --use-distributed-optimizer",
         ),
-        ({"ddp_bucket_size": 5}, "--ddp-bucket-size 5 does nothing without --overlap-grad-reduce"),
+        ({"ddp_bucket_size": 5}, "--ddp-bucket-size 5 has no effect without --overlap-grad-reduce"),
         (
             {"overlap_param_gather": True, "use_distributed_optimizer": True},
             "--overlap-param-gather needs --overlap-grad-reduce",
@@ -139,6 +139,6 @@ def test_rule(changes: dict[str, Any], expected: str) -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4, 8])
-def test_tensor_ranks_share_key_heads_or_hold_one_together(groups: int) -> None:
+def test_tensor_ranks_shard_or_replicate_key_heads(groups: int) -> None:
     layout = {"tensor_model_parallel_size": 4, "num_query_groups": groups}
     assert not found(4, **layout)

@@ -1,4 +1,4 @@
-"""Shape, implementation and recomputation: each rule fires alone, on what it is for."""
+"""Rules on shape, implementation and recomputation, each triggered alone."""
 
 from typing import Any
 
@@ -20,11 +20,11 @@ TP2 = {"world_size": 2, "tensor_model_parallel_size": 2}
             {"num_query_groups": 3},
             "--num-attention-heads 8 is not a multiple of --num-query-groups 3",
         ),
-        ({"kv_channels": 7}, "rotary embedding needs an even number of channels a head"),
-        ({"rotary_percent": 0.1}, "rotary embedding needs an even number of channels a head"),
+        ({"kv_channels": 7}, "rotary embedding needs an even number of channels per head"),
+        ({"rotary_percent": 0.1}, "rotary embedding needs an even number of channels per head"),
         (
             {"qk_layernorm_scope": "full"},
-            "--qk-layernorm-scope full does nothing without --qk-layernorm",
+            "--qk-layernorm-scope full has no effect without --qk-layernorm",
         ),
         (
             {"transformer_impl": "transformer_engine", "device": "cuda"},
@@ -33,12 +33,12 @@ TP2 = {"world_size": 2, "tensor_model_parallel_size": 2}
         ({"transformer_impl": "transformer_engine", "te": True}, "needs a CUDA device"),
         (
             {"world_size": 2, "context_parallel_size": 2, "attention_backend": "unfused"},
-            "--context-parallel-size 2 does not go with --attention-backend unfused",
+            "--context-parallel-size 2 is incompatible with --attention-backend unfused",
         ),
         ({"add_bias_linear": True}, "--add-bias-linear: experts have no biases"),
         (
             {"qk_layernorm": True, "qk_layernorm_scope": "full", "norm_affine": False},
-            "--no-norm-affine: a norm with --qk-layernorm-scope full has weights",
+            "--no-norm-affine: the norm of --qk-layernorm-scope full has weights",
         ),
         (
             {"qk_layernorm": True, "qk_layernorm_scope": "full", "normalization": "LayerNorm"},
@@ -46,7 +46,7 @@ TP2 = {"world_size": 2, "tensor_model_parallel_size": 2}
         ),
         (
             {"recompute_num_layers": 1},
-            "--recompute-num-layers 1 does nothing without --recompute-granularity",
+            "--recompute-num-layers 1 has no effect without --recompute-granularity",
         ),
         (
             {"recompute_granularity": "full", "recompute_num_layers": 1},

@@ -1,4 +1,4 @@
-"""Optimizers, parameter groups, and what is said of routers that look ahead."""
+"""Rules on optimizers and parameter groups, and detection of routers that look ahead."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ from moetron.moe.config.schema.derived import looks_ahead
         ({"expert_wd_mult": 0.0, "num_experts": None}, "--expert-wd-mult 0.0 needs --num-experts"),
         (
             {"router_lr_mult": 2.0, "moe_router_type": "hash"},
-            "--moe-router-type hash learns nothing",
+            "--moe-router-type hash has no weights",
         ),
     ],
 )

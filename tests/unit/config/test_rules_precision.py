@@ -1,4 +1,4 @@
-"""FP8: each rule fires alone, on what it is for, and the bridge hands settings to megatron-core."""
+"""Rules on FP8, each triggered alone, and FP8 settings in megatron-core's configuration."""
 
 from typing import Any
 
@@ -24,10 +24,10 @@ PIPELINE = {"pipeline_model_parallel_size": 2, "world_size": 2}
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"fp8_recipe": "mxfp8"}, "--fp8-recipe mxfp8 does nothing without --fp8-format"),
-        ({"first_last_layers_bf16": True}, "--first-last-layers-bf16 does nothing without"),
+        ({"fp8_recipe": "mxfp8"}, "--fp8-recipe mxfp8 has no effect without --fp8-format"),
+        ({"first_last_layers_bf16": True}, "--first-last-layers-bf16 has no effect without"),
         ({**MXFP8, "fp8_margin": 1}, "--fp8-margin 1 is for --fp8-recipe delayed"),
-        ({**DELAYED, "first_last_layers_bf16": True}, "does not go with --fp8-recipe delayed"),
+        ({**DELAYED, "first_last_layers_bf16": True}, "is incompatible with --fp8-recipe delayed"),
         (
             {
                 **MXFP8,
@@ -46,17 +46,17 @@ PIPELINE = {"pipeline_model_parallel_size": 2, "world_size": 2}
             },
             "cannot recompute linear layers in a pipeline",
         ),
-        ({"fp8_param_gather": True}, "--fp8-param-gather does nothing without --fp8-format"),
+        ({"fp8_param_gather": True}, "--fp8-param-gather has no effect without --fp8-format"),
         ({**GATHERED, "device": "cpu"}, "--fp8-param-gather needs Transformer Engine's layers"),
         (
             {**GATHERED, "use_distributed_optimizer": False},
             "--fp8-param-gather needs --use-distributed-optimizer",
         ),
         ({**GATHERED, "bf16": False}, "--fp8-param-gather needs --bf16"),
-        ({**GATHERED, "fp8_recipe": "mxfp8"}, "gradient buffers to be used twice"),
+        ({**GATHERED, "fp8_recipe": "mxfp8"}, "reuse of gradient buffers"),
     ],
 )
-def test_a_rule_fires_alone(changes: dict[str, Any], expected: str) -> None:
+def test_a_rule_is_reported_alone(changes: dict[str, Any], expected: str) -> None:
     problems = found(**changes)
     assert len(problems) == 1 and expected in problems[0], problems
 
@@ -70,23 +70,23 @@ def test_a_rule_fires_alone(changes: dict[str, Any], expected: str) -> None:
         {**DELAYED, "recompute_granularity": "selective", "recompute_modules": ["moe"]},
     ],
 )
-def test_what_goes_together(changes: dict[str, Any]) -> None:
+def test_compatible_settings(changes: dict[str, Any]) -> None:
     assert found(**changes) == []
 
 
-def test_which_layers_run_in_fp8() -> None:
+def test_layers_in_fp8() -> None:
     assert fp8_layers(make()) == [False] * 4
     assert fp8_layers(make(**MXFP8)) == [True] * 4
     kept = make(**MXFP8, first_last_layers_bf16=True, num_layers_at_end_in_bf16=2)
     assert fp8_layers(kept) == [False, True, False, False]
 
 
-def test_megatron_core_learns_of_fp8_only_with_transformer_engine(
+def test_megatron_core_has_fp8_only_with_transformer_engine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings = make(**DELAYED, fp8_margin=2, fp8_amax_history_len=16, fp8_amax_compute_algo="max")
     assert bridge.transformer_config(settings).fp8 is None
-    # The configuration asks for a version of Transformer Engine that is not installed here.
+    # The configuration requires a version of Transformer Engine, which is not installed here.
     monkeypatch.setattr(
         "megatron.core.transformer.transformer_config.is_te_min_version", lambda *_: True
     )

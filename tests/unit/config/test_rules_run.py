@@ -1,4 +1,4 @@
-"""Learning rate, data and loading: each rule fires alone, on what it is for."""
+"""Rules on learning rate, data and loading, each triggered alone."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from config_cases import found
             "--lr-warmup-iters 1 and --lr-warmup-tokens 1 measure the schedule in steps and in "
             "tokens",
         ),
-        ({"lr_warmup_iters": 1, "lr_decay_tokens": 9999}, "give all of them in one unit"),
+        ({"lr_warmup_iters": 1, "lr_decay_tokens": 9999}, "use one unit"),
         ({"lr_warmup_iters": 101}, "--lr-warmup-iters 101 is longer than the run of 100 steps"),
         (
             {"lr_warmup_tokens": 51201},
@@ -34,10 +34,10 @@ from config_cases import found
             "and a warm-up of 50 exceed the schedule, which ends at 100 steps",
         ),
         ({"data_path": ["a"]}, "--mock-data and --data-path exclude each other"),
-        ({"vocab_size": None}, "the vocabulary's size is unknown"),
-        ({"valid_data_path": ["1", "a", "b"]}, "give prefixes alone, or pairs WEIGHT PREFIX"),
+        ({"vocab_size": None}, "the vocabulary size is unknown"),
+        ({"valid_data_path": ["1", "a", "b"]}, "give only prefixes, or pairs WEIGHT PREFIX"),
         ({"valid_data_path": []}, "--valid-data-path is empty"),
-        ({"valid_data_path": ["a", "1"]}, "--valid-data-path a 1: give prefixes alone"),
+        ({"valid_data_path": ["a", "1"]}, "--valid-data-path a 1: give only prefixes"),
         ({"valid_data_path": ["0", "a"]}, "weight '0' must be a number above 0"),
         ({"valid_data_path": ["inf", "a"]}, "weight 'inf' must be a number above 0"),
         ({"finetune": True, "reset_progress": True}, "exclude each other"),

@@ -1,4 +1,4 @@
-"""Stages of the data: from a recipe or a flag, and the rules for them."""
+"""Data stages from recipes and flags, and their rules."""
 
 from pathlib import Path
 from typing import Any
@@ -41,12 +41,12 @@ def test_caps_of_single_sources_are_names_and_numbers() -> None:
     }
     assert make().data.epoch_caps() == {}
     for wrong, rule in (
-        (["code"], "'code' stands alone"),
-        (["4", "code"], "'code', the epochs of '4', is no number above 0"),
-        (["code", "0"], "'0', the epochs of 'code', is no number above 0"),
-        (["code", "nan"], "'nan', the epochs of 'code', is no number above 0"),
-        (["a", "1", "b"], "'b' stands alone"),
-        (["a", "1", "a", "2"], "'a' stands there twice"),
+        (["code"], "'code' has no pair"),
+        (["4", "code"], "'code', the epochs of '4', is not a number above 0"),
+        (["code", "0"], "'0', the epochs of 'code', is not a number above 0"),
+        (["code", "nan"], "'nan', the epochs of 'code', is not a number above 0"),
+        (["a", "1", "b"], "'b' has no pair"),
+        (["a", "1", "a", "2"], "'a' is given twice"),
     ):
         _, problems, faulty = validate({"data": {"source_max_epochs": wrong}})
         assert "source_max_epochs" in faulty
@@ -55,17 +55,17 @@ def test_caps_of_single_sources_are_names_and_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "expected"),
+    ("stage", "rule"),
     [
         ({"until_tokens": 5}, "entry 1 lacks `data_path`"),
         ({"data_path": ["a"], "typo": 1}, "entry 1 has the unknown key `typo`"),
-        ("a: [", "must be list of (mapping of data_path"),
+        ("a: [", "mapping of data_path"),
     ],
 )
-def test_a_stage_of_another_form_is_refused(stage: Any, expected: str) -> None:
+def test_a_malformed_stage_is_refused(stage: Any, rule: str) -> None:
     _, problems, faulty = validate({"data": {"stages": [stage]}})
     assert "stages" in faulty
-    assert any("--stages" in line and expected in line for line in problems)
+    assert any("--stages" in line and rule in line for line in problems)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_a_stage_of_another_form_is_refused(stage: Any, expected: str) -> None:
         ([{**LAST, "learning_rate": {"lr": 1, "min_lr": 2}}], {}, "stage 1: min_lr 2.0 exceeds lr"),
     ],
 )
-def test_each_rule_fires_alone(stages: Any, changes: Any, expected: str) -> None:
+def test_each_rule_is_reported_alone(stages: Any, changes: Any, expected: str) -> None:
     (line,) = with_stages(*stages, **changes)
     assert expected in line
 
@@ -100,7 +100,7 @@ def test_the_documented_example_is_valid() -> None:
     assert found(**{"mock_data": False, **recipe.loads(example)["data"]}) == []
 
 
-def test_mock_data_take_the_place_of_all_shards() -> None:
+def test_mock_data_replace_all_shards() -> None:
     stage = {**LAST, "learning_rate": {"lr": "4.0e-5"}}
     settings = make(stages=[stage], valid_data_path=["nowhere"])
     assert settings.data.stages is not None
@@ -133,7 +133,7 @@ def test_fim_sources_need_a_name_and_a_fim_stage() -> None:
     (line,) = with_stages(FIRST, LAST, fim_sources=["a", "b"])
     assert line == "--fim-sources a b needs --objective fim (in a stage, at least)"
     assert with_stages({**FIRST, "objective": "fim"}, LAST, fim_sources=["a"]) == []
-    assert found(fim_sources=["a"]) == []  # mock data take the place of all stages
+    assert found(fim_sources=["a"]) == []  # mock data replace all stages
     (line,) = with_stages({**LAST, "objective": "fim"}, fim_sources=[])
     assert line.startswith("--fim-sources is empty: name sources")
     assert flags.parse(["--fim-sources", "a", "b"]).settings["data"]["fim_sources"] == ["a", "b"]

@@ -1,4 +1,4 @@
-"""Every rule that is written is asked: the files of moe/config/rules against checks.py."""
+"""checks.py runs every rule of moe/config/rules."""
 
 import ast
 from pathlib import Path
@@ -13,7 +13,7 @@ ASKED |= {(r.__module__.split(".")[-1], r.__name__) for r in checks.INPUT_RULES}
 
 
 def rules_of(path: Path) -> set[str]:
-    """Public functions that take a case alone and yield problems."""
+    """Return public functions that take only a case and yield problems."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     return {
         node.name
@@ -25,11 +25,11 @@ def rules_of(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
-def test_every_rule_of_a_file_is_asked(path: Path) -> None:
+def test_every_rule_of_a_module_runs(path: Path) -> None:
     written = {(path.stem, name) for name in rules_of(path)}
     assert written <= ASKED, f"never asked: {sorted(written - ASKED)}"
 
 
-def test_no_rule_is_asked_twice_and_the_walk_sees_them_all() -> None:
+def test_no_rule_runs_twice_and_all_modules_are_found() -> None:
     assert len(ASKED) == len(checks.SETTINGS_RULES) + len(checks.INPUT_RULES) >= 37
     assert {(path.stem, name) for path in FOLDER.glob("*.py") for name in rules_of(path)} == ASKED

@@ -1,4 +1,4 @@
-"""A tiny.yaml is its recipe's block at another size; a life.yaml trains on its recipe's stages."""
+"""tiny.yaml has its recipe's blocks at another size; life.yaml has its recipe's stages."""
 
 from pathlib import Path
 
@@ -14,11 +14,11 @@ EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 TINY = sorted(EXAMPLES.glob("*/tiny.yaml"))
 BLOCK = ("model", "attention", "moe", "optimizer")
 COEFFICIENTS = ("moe_aux_loss_coeff", "moe_z_loss_coeff", "output_z_loss_coeff")
-"""Of losses beside the model's: the first two depend on layers, the third is not for the small."""
+"""Auxiliary losses: the first two depend on layers, tiny models do not use the third."""
 
 
 def settings(*names: str, flags: tuple[str, ...] = ()) -> Settings:
-    """Recipes on top of each other, as a dry run on the fewest ranks reads them."""
+    """Return the merged settings of recipes, as a dry run on the fewest ranks reads them."""
     paths = [EXAMPLES / f"{name}.yaml" for name in names]
     parallel = [recipe.read(path).get("parallel", {}) for path in paths]
     ranks = max(smallest_world_size(ParallelSettings.model_validate(tree)) for tree in parallel)
@@ -27,7 +27,7 @@ def settings(*names: str, flags: tuple[str, ...] = ()) -> Settings:
 
 
 def life(name: str) -> Settings:
-    """The settings that examples/NAME/life.sh trains with."""
+    """Return the settings of examples/NAME/life.sh."""
     flags = ("--tokenizer-model", "umt5.model", "--vocab-size", "2048", "--data-root", "/data")
     return settings(f"{name}/tiny", f"{name}/life", flags=flags)
 
@@ -47,7 +47,7 @@ def test_only_sizes_differ(path: Path) -> None:
 
 
 def test_openmoes_life_has_the_stages_of_its_recipe() -> None:
-    """Objectives and the share of code; what is code, is code."""
+    """Objectives and the fraction of code match."""
 
     def shares(run: Settings, code: set[str]) -> list[tuple[str, float]]:
         found = []
@@ -65,7 +65,7 @@ def test_openmoes_life_has_the_stages_of_its_recipe() -> None:
 
 
 def test_olmoes_life_anneals_as_its_recipe_does() -> None:
-    """The same mixture in a fresh order; the learning rate from the floor, a tenth, to zero."""
+    """The same mixture in a new order; the learning rate goes from a tenth of the peak to zero."""
     for run in (life("olmoe_1b_7b"), settings("olmoe_1b_7b/pretrain", "olmoe_1b_7b/data")):
         main, anneal = run.data.planned_stages()
         assert main.data_path == anneal.data_path and main.seed != anneal.seed == 42

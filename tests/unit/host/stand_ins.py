@@ -1,4 +1,4 @@
-"""Machines that are made up: drivers, GPUs and installations of Transformer Engine."""
+"""Simulated machines: drivers, GPUs and installations of Transformer Engine."""
 
 import sys
 import warnings
@@ -15,7 +15,7 @@ BROKEN = ("ImportError", "RuntimeError", "OSError")
 
 
 def write_transformer_engine(folder: Path, kind: str, part: bool = False) -> None:
-    """A package on the disk that raises ``kind`` when imported; "fine": it does not.
+    """Create a package on disk whose import raises ``kind``; "fine": no error.
 
     ``part``: the package imports, its part for torch raises.
     """
@@ -28,7 +28,7 @@ def write_transformer_engine(folder: Path, kind: str, part: bool = False) -> Non
 
 
 def was_executed(folder: Path) -> bool:
-    """Whether the package was run at all."""
+    """Return whether the package ran."""
     return (folder / "executed").exists()
 
 

@@ -1,4 +1,4 @@
-"""Each adaptation on its own: megatron-core's own code fails without it and works with it."""
+"""Each adaptation alone: megatron-core's code fails without it and works with it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -64,7 +64,7 @@ def _broadcast() -> None:
 
 
 def _dispatch() -> None:
-    """Rank r sends one token to expert 0 and two to expert 1; one expert lives on each rank."""
+    """Each rank sends one token to expert 0 and two to expert 1; each rank has one expert."""
     groups = ProcessGroupCollection.use_mpu_process_groups()
     rank, ranks = groups.ep.rank(), groups.ep.size()
     experts = 2 // ranks
@@ -103,8 +103,8 @@ def _rotary_chunks() -> None:
     group = torch.distributed.group.WORLD
     rotary = RotaryEmbedding(kv_channels=8, rotary_percent=1.0, cp_group=group)
     held = {0: [0, 1, 6, 7], 1: [2, 3, 4, 5]}[group.rank()]
-    whole = rotary(8, packed_seq=True)  # which is not cut
-    assert torch.equal(rotary(8), whole[held])
+    full = rotary(8, packed_seq=True)  # not sharded
+    assert torch.equal(rotary(8), full[held])
 
 
 def _latent_attention() -> None:
@@ -136,8 +136,8 @@ def _gather_uneven() -> None:
     rank = torch.distributed.get_rank()
     for sizes in ([1, 3], [0, 2], [2, 2]):
         rows = torch.full((sizes[rank], 2), float(rank))
-        whole = mappings._gather_along_first_dim(rows, group, output_split_sizes=sizes)
-        assert whole[:, 1].tolist() == [0.0] * sizes[0] + [1.0] * sizes[1]
+        full = mappings._gather_along_first_dim(rows, group, output_split_sizes=sizes)
+        assert full[:, 1].tolist() == [0.0] * sizes[0] + [1.0] * sizes[1]
 
 
 def _settings(bf16: bool, distributed: bool = False) -> Settings:
@@ -314,7 +314,7 @@ def test_nothing_on_import_idempotent_and_undone() -> None:
 
 
 def _pretend_cuda() -> None:
-    """With CUDA the functions of torch and megatron-core that name it stay as they are."""
+    """With CUDA, functions of torch and megatron-core that name it are not patched."""
     torch.cuda.is_available = lambda: True
     before = _originals()
     adapt_host()

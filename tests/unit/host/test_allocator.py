@@ -1,4 +1,4 @@
-"""Freed memory stays with the process, and its peak is known."""
+"""Retention of freed memory, and the peak."""
 
 import resource
 import subprocess
@@ -19,7 +19,7 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 b"x" * {LARGE_BYTES}
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-"""Prints the page faults of filling what was filled and freed before."""
+"""Program that prints page faults of refilling freed memory."""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
@@ -32,8 +32,8 @@ def test_freed_pages_are_used_again() -> None:
     assert faults[False] > 0.9 * pages > 0.1 * pages > faults[True]
 
 
-def test_the_peak_on_a_cpu_is_what_this_process_held() -> None:
-    """Not what the program that started it held (getrusage(2) reports that), nor what is left."""
+def test_the_peak_on_a_cpu_is_this_process_only() -> None:
+    """Not the parent's peak (which getrusage(2) reports), nor the current size."""
     code = (
         "import torch\n"
         "from moetron.moe.host.allocator import peak_memory_bytes\n"

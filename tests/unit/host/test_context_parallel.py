@@ -1,4 +1,4 @@
-"""Which chunks a context-parallel rank holds: what megatron-core's batches are cut into."""
+"""Chunks of context-parallel ranks, against megatron-core's batches."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def test_two_ranks() -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
-def test_order_undoes_the_cut(ranks: int) -> None:
+def test_order_inverts_the_sharding(ranks: int) -> None:
     held = [chunk for rank in range(ranks) for chunk in chunks_of_rank(rank, ranks)]
     assert [held[place] for place in from_rank_order(ranks)] == list(range(2 * ranks))
 
@@ -25,13 +25,13 @@ def _gather() -> tuple[torch.Tensor, torch.Tensor]:
     with model_parallel(context_parallel_size=2):
         group = parallel_state.get_context_parallel_group()
         local = get_batch_on_this_cp_rank({"x": positions}, group)["x"].view(6, 1).requires_grad_()
-        whole = gather_sequence(local, group)
-        (whole * positions.view(12, 1) * (group.rank() + 1)).sum().backward()
+        sequence = gather_sequence(local, group)
+        (sequence * positions.view(12, 1) * (group.rank() + 1)).sum().backward()
     assert local.grad is not None
-    return whole.detach().view(12), torch.stack([local.detach(), local.grad]).view(2, 6)
+    return sequence.detach().view(12), torch.stack([local.detach(), local.grad]).view(2, 6)
 
 
-def test_gather_sums_what_every_rank_asks() -> None:
-    for whole, (local, gradient) in run_ranks(_gather, 2):
-        assert whole.tolist() == list(range(12))
+def test_gather_sums_gradients_of_all_ranks() -> None:
+    for sequence, (local, gradient) in run_ranks(_gather, 2):
+        assert sequence.tolist() == list(range(12))
         assert torch.equal(gradient, 3 * local)

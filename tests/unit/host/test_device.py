@@ -1,4 +1,4 @@
-"""What each machine does with each wish: device and layers, or one readable refusal."""
+"""Device and layers for each request on each machine, or one readable error."""
 
 import logging
 import sys
@@ -28,7 +28,7 @@ def _forget_stand_ins() -> Iterator[None]:
 
 @pytest.fixture
 def on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """Pretend a machine, where ``device`` asks what it can use."""
+    """Simulate a machine for ``device``."""
 
     def machine(cuda: str, te: str = "absent", part: bool = False) -> None:
         pretend(monkeypatch, tmp_path, cuda, te, part)
@@ -83,7 +83,7 @@ def test_on_a_cpu_layers_are_local(
 
 @pytest.mark.parametrize("te", ["absent", "OSError", "fine"])
 @pytest.mark.parametrize(("cuda", "reason"), BROKEN_CUDA.items())
-def test_a_driver_without_usable_cuda_stops_unless_the_cpu_is_asked_for(
+def test_a_driver_without_usable_cuda_is_refused_unless_the_cpu_is_requested(
     on: Any, cuda: str, reason: str, te: str
 ) -> None:
     on(cuda, te)
@@ -129,7 +129,7 @@ def test_on_a_gpu_with_transformer_engine(on: Any, caplog: pytest.LogCaptureFixt
     assert not caplog.records
 
 
-def test_auto_takes_local_layers_for_what_transformer_engine_cannot_express(
+def test_auto_selects_local_layers_for_unsupported_models(
     on: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     on("gpu", "fine")
@@ -138,16 +138,16 @@ def test_auto_takes_local_layers_for_what_transformer_engine_cannot_express(
     assert not device.uses_transformer_engine(openmoe)
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    assert record.getMessage().endswith("layers cannot express --ffn-type double_gated")
+    assert record.getMessage().endswith("layers do not support --ffn-type double_gated")
     with pytest.raises(
-        UserError, match="cannot express --ffn-type double_gated; use --transformer-impl auto"
+        UserError, match="do not support --ffn-type double_gated; use --transformer-impl auto"
     ):
         device.prepare_device(
             settings(impl="transformer_engine", model={"ffn_type": "double_gated"})
         )
 
 
-def test_only_one_rank_says_why(
+def test_only_one_rank_logs_the_reason(
     on: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     on("gpu")
@@ -156,16 +156,16 @@ def test_only_one_rank_says_why(
     assert not caplog.records
 
 
-def test_what_only_the_expected_layers_went_with_is_refused(on: Any) -> None:
-    """Recomputed activations of experts are Transformer Engine's, which fails to import."""
+def test_settings_that_fit_only_the_expected_layers_are_refused(on: Any) -> None:
+    """Recomputing expert activations needs Transformer Engine, which fails to import."""
     parallel = {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]}
     on("gpu", "OSError")
     with pytest.raises(ConfigError, match="moe_act needs Transformer Engine's grouped experts"):
         device.prepare_device(settings(parallel={"device": "auto", **parallel}))
 
 
-def test_what_was_wrong_before_is_not_said_again(on: Any) -> None:
-    """By checks on settings, which come first; generation, say, need not keep them all."""
+def test_known_problems_are_not_reported_again(on: Any) -> None:
+    """Settings checks run first; commands such as generation need not pass all of them."""
     batch = {"train_iters": 1, "micro_batch_size": 3, "global_batch_size": 4}
     on("gpu", "OSError")
     device.prepare_device(settings(training=batch))

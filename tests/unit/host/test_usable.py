@@ -1,4 +1,4 @@
-"""Transformer Engine is imported where it works; anywhere else its import is an ImportError."""
+"""Imports of Transformer Engine succeed only where it works; otherwise ImportError."""
 
 import importlib
 import importlib.util
@@ -17,7 +17,7 @@ from tests.unit.host.stand_ins import write_transformer_engine as write
 ROOT = Path(__file__).parents[3]
 
 
-def test_why_cuda_cannot_be_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_reasons_for_unusable_cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     reasons = {
         "no driver": ("there is no NVIDIA driver", False),
         "hidden": ("CUDA_VISIBLE_DEVICES= hides every GPU", False),
@@ -36,7 +36,7 @@ def test_why_cuda_cannot_be_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 @pytest.mark.parametrize("part", [False, True])
 @pytest.mark.parametrize("error", BROKEN)
-def test_a_broken_package_is_tried_once_and_leaves_nothing_behind(
+def test_a_broken_package_is_tried_once_and_cleaned_up(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: str, part: bool
 ) -> None:
     pretend(monkeypatch, tmp_path, "gpu", error, part)
@@ -50,7 +50,7 @@ def test_a_broken_package_is_tried_once_and_leaves_nothing_behind(
 
 
 @pytest.mark.parametrize("cuda", ["no driver", "hidden", "too old"])
-def test_without_a_gpu_it_is_not_even_run(
+def test_without_a_gpu_the_package_does_not_run(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cuda: str
 ) -> None:
     pretend(monkeypatch, tmp_path, cuda, "fine")
@@ -60,9 +60,7 @@ def test_without_a_gpu_it_is_not_even_run(
     assert not was_executed(tmp_path)
 
 
-def test_a_working_package_is_imported_as_ever(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_working_package_is_imported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pretend(monkeypatch, tmp_path, "gpu", "fine")
     module = importlib.import_module("transformer_engine")
     assert module.__file__ == str(tmp_path / "transformer_engine" / "__init__.py")
@@ -83,7 +81,7 @@ def test_one_guard_for_a_process() -> None:
 
 
 def _import_everything(folder: Path, before: str) -> str:
-    """Import the model and its training in a process of its own; what megatron-core has of it."""
+    """Import the model and training in a new process; return megatron-core's view of TE."""
     program = (
         f"{before}\nimport moetron.moe.training.build_trainer\n"
         "from megatron.core.transformer.moe import moe_utils\n"

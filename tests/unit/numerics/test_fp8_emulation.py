@@ -1,4 +1,4 @@
-"""FP8 scales and rounding, against values worked out by hand."""
+"""FP8 scales and rounding, against hand-computed values."""
 
 import pytest
 import torch
@@ -79,7 +79,7 @@ def test_blocks_of_tokens_stay_within_an_expert() -> None:
 
 
 def test_delayed_scaling_uses_the_amaxes_of_earlier_calls() -> None:
-    """Scales of calls with amaxes 2, 8, 4, nothing, then one more: 448 / 2^margin / amax."""
+    """Scales of calls with amaxes 2, 8, 4, 0 and one more: 448 / 2^margin / amax."""
     amaxes = (2.0, 8.0, 4.0, 0.0, 1.0)
     used = {}
     for algo, length in (("most_recent", 1), ("max", 2)):
@@ -89,20 +89,20 @@ def test_delayed_scaling_uses_the_amaxes_of_earlier_calls() -> None:
         kept = float(scale.use(torch.tensor([100.0]), record=False))
         assert float(scale.use(torch.tensor([100.0]), record=True)) == kept == 224.0
     assert used == {
-        "most_recent": [1.0, 112.0, 28.0, 56.0, 56.0],  # nothing seen: the scale stays
+        "most_recent": [1.0, 112.0, 28.0, 56.0, 56.0],  # amax 0: the scale is kept
         "max": [1.0, 112.0, 28.0, 28.0, 56.0],
     }
 
 
 def test_a_state_from_a_checkpoint_follows_the_activations_to_their_device() -> None:
     scale = DelayedScale(Fp8Numerics("delayed", amax_history_len=2), "input")
-    scale.set_state(torch.ones(3, 4))  # read on the CPU
+    scale.set_state(torch.ones(3, 4))  # loaded on the CPU
     for _ in range(2):
         assert scale.use(torch.ones(4, device="meta"), record=True).is_meta
     assert scale.state().is_meta
 
 
-def test_delayed_scales_are_an_experts_own_and_in_the_format_of_the_role() -> None:
+def test_delayed_scales_are_per_expert_in_the_format_of_the_role() -> None:
     scale = DelayedScale(Fp8Numerics("delayed", backward=E5M2), "gradient")
     scale.use(torch.tensor([1.0, 0.0, float("inf")]), record=True)
     assert scale.use(torch.zeros(3), record=True).tolist() == [57344.0, 1.0, 1.0]
@@ -129,7 +129,7 @@ def test_hybrid_rounds_gradients_to_e5m2() -> None:
 
 
 @pytest.mark.parametrize(("recipe", "size"), [("blockwise", 128), ("mxfp8", 32)])
-def test_blocks_lie_along_the_axis_that_is_summed(recipe: str, size: int) -> None:
+def test_blocks_are_along_the_summed_axis(recipe: str, size: int) -> None:
     """A value of 448 in a corner gives its block scale 1, at which its neighbours of 2^-10 round to
     0 (a tie between 0 and 2^-9, to even); elsewhere scales are 2^18 and 2^-10 stays.
     """
@@ -144,7 +144,7 @@ def test_blocks_lie_along_the_axis_that_is_summed(recipe: str, size: int) -> Non
 
 
 def test_weight_blocks() -> None:
-    """Squares of 128 for blockwise, 32 along the summed axis for mxfp8, never over two experts."""
+    """Blocks are 128 x 128 for blockwise and 32 along the summed axis for mxfp8, per expert."""
     weight = torch.full((2, 129, 129), 2.0**-10)
     weight[0, 0, 0] = 448.0
     lost = {
@@ -166,7 +166,7 @@ def test_weight_blocks() -> None:
 @pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "mxfp8"])
 @settings(deadline=None)
 @given(seed=st.integers(0, 2**32))
-def test_rounding_twice_changes_nothing(recipe: str, seed: int) -> None:
+def test_rounding_is_idempotent(recipe: str, seed: int) -> None:
     x = torch.randn(70, 40, generator=torch.Generator().manual_seed(seed))
     numerics, rows = Fp8Numerics(recipe), _rows(30, 70)
     once = quantize_tokens(x, rows, numerics, "input", False)

@@ -1,4 +1,4 @@
-"""Products of FP8 operands against sums worked out by hand and against plain products."""
+"""Products of FP8 operands, against hand-computed and plain products."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def _ends(*ends: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_product_by_hand(recipe: str) -> None:
-    """Every scale is 1: 17 -> 16, 19 -> 20 in e4m3, 9 -> 8 in e5m2.
+    """All scales are 1: 17 -> 16, 19 -> 20 in e4m3, 9 -> 8 in e5m2.
 
     Amaxes are the formats' largest numbers, along the axis that each product sums over; the first
     call of delayed scaling starts from 1.
@@ -54,7 +54,7 @@ def test_delayed_scales_follow_one_call_later_and_not_in_evaluation() -> None:
 def test_experts_are_independent_and_close_to_plain_products(
     recipe: str, dtype: torch.dtype
 ) -> None:
-    """Three experts, the second without tokens, equal each one's own dense product."""
+    """Three experts, the second without tokens, equal their dense products."""
     generator = torch.Generator().manual_seed(1)
     sizes = (40, 0, 90)
     x = torch.randn(130, 64, generator=generator).to(dtype).requires_grad_()

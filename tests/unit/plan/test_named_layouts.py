@@ -1,4 +1,4 @@
-"""Layouts by name: reading, writing, ranks, flags."""
+"""Named layouts: parsing, names, ranks, flags."""
 
 from pathlib import Path
 
@@ -30,12 +30,12 @@ def test_names(name: str, layout: Layout, ranks: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "2tp", "tp", "tp0", "tp2x", "tp2tp4", "zero2", "tp-2"])
-def test_what_is_no_name(name: str) -> None:
+def test_invalid_names(name: str) -> None:
     with pytest.raises(UserError, match="--layouts"):
         parse(name)
 
 
-def test_flags_are_the_layout_whatever_the_recipe_says() -> None:
+def test_flags_override_the_layout_of_the_recipe() -> None:
     base = load(["--config", TINY, "--num-layers", "4"]).settings
     recipe = ["--config", TINY, "--num-layers", "4", "--pipeline-model-parallel-size", "4"]
     recipe += ["--overlap-grad-reduce", "--dry-run", "--world-size=4"]

@@ -1,4 +1,4 @@
-"""FLOPs, memory, places of ranks and the page that shows them."""
+"""FLOPs, memory, rank positions and the rendered plan."""
 
 import math
 from typing import Any
@@ -24,7 +24,7 @@ def test_flops_by_hand() -> None:
     assert flops_per_token(tied, 10) == flops_per_token(dense, 10)
 
 
-def test_only_chosen_experts_cost_flops() -> None:
+def test_only_selected_experts_cost_flops() -> None:
     few, many = (
         settings({}, {"num_experts": experts, "moe_router_topk": 2, "moe_ffn_hidden_size": 4})
         for experts in (4, 8)
@@ -71,7 +71,7 @@ def test_muon_keeps_one_moment_of_hidden_matrices() -> None:
     assert memory_per_rank(with_mains, 16, 1, 0).optimizer == 4 * (3 * total - matrices)
 
 
-def test_the_distributed_optimizer_shares_dense_and_expert_states_apart() -> None:
+def test_the_distributed_optimizer_shards_dense_and_expert_states_separately() -> None:
     layout = {"expert_model_parallel_size": 4, "use_distributed_optimizer": True}
     chosen = settings({}, {"num_experts": 4}, **layout)
     held = per_rank(chosen, 16, 0)
@@ -91,7 +91,7 @@ def test_recomputation_and_pipelines_change_activations() -> None:
     assert stages == [plain, plain // 2]  # two micro-batches of one layer, and one
 
 
-def test_places_of_ranks_are_megatrons() -> None:
+def test_positions_of_ranks_are_megatrons() -> None:
     from megatron.core.parallel_state import RankGenerator
 
     tp, cp, dp, pp, ep, etp, edp = 2, 2, 2, 3, 4, 1, 2
@@ -122,14 +122,14 @@ def _activations(model: dict[str, Any], moe: dict[str, Any], **parallel: Any) ->
 
 
 def test_recomputed_modules_are_not_kept() -> None:
-    """In numbers a token and layer, of which there are 2 x 16; H = 8, an expert's F = 4."""
+    """Values are elements per token and layer, of which there are 2 x 16; H = 8, expert F = 4."""
     model, moe = {}, {"num_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 4}
     plain = _activations(model, moe)
 
     def saved(*modules: str, **changes: Any) -> float:
         chosen = {"recompute_granularity": "selective", "recompute_modules": list(modules)}
-        whole = _activations({**model, **changes}, moe) if changes else plain
-        return (whole - _activations({**model, **changes}, moe, **chosen)) / (2 * 16)
+        full = _activations({**model, **changes}, moe) if changes else plain
+        return (full - _activations({**model, **changes}, moe, **chosen)) / (2 * 16)
 
     assert saved("layernorm") == 2 * 8
     assert saved("moe_act") == 2 * 4
@@ -140,8 +140,8 @@ def test_recomputed_modules_are_not_kept() -> None:
 
 def test_full_recomputation_in_units_and_blocks() -> None:
     model = {"num_layers": 4}
-    whole, one_input = _activations(model, {}), 16 * 8
-    layer = whole // 4
+    full, one_input = _activations(model, {}), 16 * 8
+    layer = full // 4
 
     def full(method: str, layers: int) -> int:
         chosen = {"recompute_method": method, "recompute_num_layers": layers}
@@ -152,7 +152,7 @@ def test_full_recomputation_in_units_and_blocks() -> None:
     assert full("block", 3) == 3 * one_input + layer + layer
 
 
-def test_blocks_leave_out_what_predicts_further_tokens() -> None:
+def test_block_recomputation_excludes_token_prediction() -> None:
     model = {"num_layers": 2, "mtp_num_layers": 1}
     plain, one_input = _activations({"num_layers": 2}, {}), 16 * 8
     predictor = _activations(model, {}) - plain
@@ -164,7 +164,7 @@ def test_blocks_leave_out_what_predicts_further_tokens() -> None:
     assert full(2) == full(3) == 2 * one_input + plain // 2 + predictor
 
 
-def test_capacity_without_k_serves_fewer_choices() -> None:
+def test_capacity_without_k_keeps_fewer_tokens() -> None:
     moe = {"num_experts": 4, "moe_router_topk": 2, "moe_expert_capacity_factor": 1.0}
     dropless = _activations({}, {"num_experts": 4, "moe_router_topk": 2})
     assert _activations({}, moe) == dropless
@@ -177,7 +177,7 @@ def test_capacity_without_k_serves_fewer_choices() -> None:
     )
 
 
-def test_ranks_that_hold_a_key_head_together_keep_the_whole_projection() -> None:
+def test_ranks_that_share_a_key_head_keep_the_full_projection() -> None:
     """16 x 2 positions of two layers: a head is 8 / 4 wide, the projection 4 + 2 of them."""
     model = {"num_attention_heads": 4, "num_query_groups": 1}
     alone = _activations(model, {})
@@ -193,7 +193,7 @@ def test_context_ranks_gather_keys_and_values() -> None:
     assert own == _activations({}, {}) // 2
 
 
-def test_uneven_stages_hold_what_they_are_given() -> None:
+def test_uneven_stages_have_the_given_layers() -> None:
     model = {"num_layers": 4}
     chosen = settings(
         model, {}, pipeline_model_parallel_size=2, decoder_first_pipeline_num_layers=3

@@ -1,4 +1,4 @@
-"""Parameter counts: published ones, ones by hand, and shards that add up to the whole."""
+"""Parameter counts, against published and hand-computed ones, and sums of shards."""
 
 from pathlib import Path
 from typing import Any
@@ -133,13 +133,13 @@ def test_biases_and_gates_by_hand() -> None:
 def test_shards_add_up(parallel: dict[str, int]) -> None:
     model = {"num_layers": 4, "qk_layernorm": True, "qk_layernorm_scope": "full"}
     moe = {"num_experts": 8, "moe_layer_freq": [1, 1, 0, 1], "moe_ffn_hidden_size": 4}
-    cut = settings(model, moe, **parallel)
-    count = count_parameters(cut, 16)
+    sharded = settings(model, moe, **parallel)
+    count = count_parameters(sharded, 16)
     tensor = parallel.get("tensor_model_parallel_size", 1)
     experts = parallel.get("expert_model_parallel_size", 1)
     experts *= parallel.get("expert_tensor_parallel_size", tensor)
     stages = parallel.get("pipeline_model_parallel_size", 1)
-    held = [per_rank(cut, 16, stage) for stage in range(stages)]
+    held = [per_rank(sharded, 16, stage) for stage in range(stages)]
     assert sum(rank.expert for rank in held) * experts == count.parts["experts"]
     replicated = count.parts["router"] + 9 * 8  # the router, and nine norms of 8
     sharded = count.total - count.parts["experts"] - replicated
@@ -149,14 +149,14 @@ def test_shards_add_up(parallel: dict[str, int]) -> None:
 def test_interleaved_stages_hold_every_other_layer() -> None:
     moe = {"num_experts": 8, "moe_layer_freq": [1, 0, 1, 0]}
     layout = {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}
-    cut = settings({"num_layers": 4}, moe, **layout)
-    assert per_rank(cut, 16, 0).expert > 0
-    assert per_rank(cut, 16, 1).expert == 0
+    sharded = settings({"num_layers": 4}, moe, **layout)
+    assert per_rank(sharded, 16, 0).expert > 0
+    assert per_rank(sharded, 16, 1).expert == 0
 
 
-def test_tied_embeddings_sit_on_both_ends_of_a_pipeline() -> None:
+def test_tied_embeddings_are_on_both_ends_of_a_pipeline() -> None:
     tied = {"untie_embeddings_and_output_weights": False}
     for stages, copies in ((1, 1), (2, 2)):
-        cut = settings(tied, {}, pipeline_model_parallel_size=stages)
-        whole = sum(per_rank(cut, 16, stage).dense for stage in range(stages))
-        assert whole == count_parameters(cut, 16).total + (copies - 1) * 16 * 8
+        sharded = settings(tied, {}, pipeline_model_parallel_size=stages)
+        total = sum(per_rank(sharded, 16, stage).dense for stage in range(stages))
+        assert total == count_parameters(sharded, 16).total + (copies - 1) * 16 * 8

@@ -1,26 +1,22 @@
-"""Every recipe's parameters against published counts and HuggingFace's own models."""
+"""Parameters of all recipes, against published counts and HuggingFace's models."""
 
-import importlib
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moetron.common.recipes import recipes_folder
+from moetron.commands import plan
 from moetron.moe.plan.parameters import ParameterCount, count_parameters
 
 TOOL = Path(__file__).resolve().parents[3] / "tools" / "plan.py"
 
 
-PLAN: ModuleType = importlib.import_module("moetron.commands.plan")
-
 PUBLISHED: dict[str, tuple[float, float | None, float]] = {
-    # total and active without token prediction, and how exactly they are published
+    # total and active without token prediction, and the precision of the published values
     "olmoe_1b_7b": (6_919_161_856, 1_282_017_280, 0),  # facts: the released model's own
     "olmoe_dense_1b": (1_279_920_128, 1_279_920_128, 0),  # the released block, FFN 8192
     "olmo_1b": (1_176_764_416, 1_176_764_416, 0),
@@ -31,9 +27,9 @@ PUBLISHED: dict[str, tuple[float, float | None, float]] = {
     "deepseek_moe_16b": (16.4e9, 2.8e9, 0.011),  # no HuggingFace class; the card rounds
     "qwen1_5_moe": (14.3e9, 2.7e9, 5e-3),
     "qwen2_57b_a14b": (57.4e9, 14.2e9, 5e-3),
-    "qwen3_30b_a3b": (30.5e9, 3.35e9, 2e-3),  # the card's 3.3 is cut off
+    "qwen3_30b_a3b": (30.5e9, 3.35e9, 2e-3),  # the card truncates to 3.3
     "deepseek_v2_lite": (15.7e9, None, 1e-3),  # 2.4 B active leaves vocabulary matrices out
-    "deepseek_v3": (671e9, 37.6e9, 2e-3),  # the paper's 37 is cut off
+    "deepseek_v3": (671e9, 37.6e9, 2e-3),  # the paper truncates to 37
     # Decoders of encoder-decoders, by hand below.
     "gshard": (39_392_266_240, None, 0),
     "st_moe_l": (2_035_817_472, None, 0),
@@ -112,12 +108,12 @@ HUGGINGFACE: dict[str, dict[str, Any]] = {
 
 
 def _count(name: str) -> ParameterCount:
-    settings = PLAN.planned(PLAN.find(name), None, 0, []).settings
+    settings = plan.planned(plan.find(name), None, 0, []).settings
     return count_parameters(settings, settings.model.vocab_size)
 
 
-def test_every_recipe_is_held_to_a_number() -> None:
-    assert set(PLAN.recipe_names()) == set(PUBLISHED)
+def test_every_recipe_has_a_published_count() -> None:
+    assert set(plan.recipe_names()) == set(PUBLISHED)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -141,14 +137,18 @@ def test_huggingface(name: str) -> None:
 
 
 def test_every_recipe_has_a_page_that_the_table_names() -> None:
-    page = (recipes_folder() / "README.md").read_text(encoding="utf-8")
-    for name in PLAN.recipe_names():
+    page = (plan.recipes_folder() / "README.md").read_text(encoding="utf-8")
+    for name in plan.recipe_names():
         assert f"[{name}]({name}/README.md)" in page
-        assert (recipes_folder() / name / "README.md").read_text(encoding="utf-8").startswith("# ")
+        assert (
+            (plan.recipes_folder() / name / "README.md")
+            .read_text(encoding="utf-8")
+            .startswith("# ")
+        )
 
 
 def test_decoders_by_hand() -> None:
-    """L x 4 H A + FFNs + routers + embeddings + norms of the decoder-only adaptations."""
+    """Count L x 4 H A + FFNs + routers + embeddings + norms of the decoder-only adaptations."""
     switch = 12 * 4 * 768 * 768 + 6 * 3 * 768 * 2048 * (1 + 128) + 6 * 768 * 128
     assert _count("switch_base").main == switch + 2 * 32128 * 768 + 25 * 768
     gshard = 36 * 4 * 1024 * 2048 + 18 * 2 * 1024 * 8192 * (1 + 128) + 18 * 1024 * 128
@@ -163,10 +163,10 @@ def test_decoders_by_hand() -> None:
         assert _count(name).main == dense + sparse + ends
 
 
-def test_flags_count_among_the_fewest_ranks() -> None:
-    path = PLAN.find("olmoe_1b_7b")
-    assert PLAN.planned(path, None, 0, []).world_size == 8
-    assert PLAN.planned(path, None, 0, ["--pipeline-model-parallel-size", "2"]).world_size == 16
+def test_flags_change_the_smallest_world_size() -> None:
+    path = plan.find("olmoe_1b_7b")
+    assert plan.planned(path, None, 0, []).world_size == 8
+    assert plan.planned(path, None, 0, ["--pipeline-model-parallel-size", "2"]).world_size == 16
 
 
 def test_list_and_errors() -> None:
@@ -176,9 +176,9 @@ def test_list_and_errors() -> None:
 
     listed = run("--list")
     assert listed.returncode == 0, listed.stderr
-    assert [line.split()[1] for line in listed.stdout.splitlines()[2:]] == PLAN.recipe_names()
+    assert [line.split()[1] for line in listed.stdout.splitlines()[2:]] == plan.recipe_names()
     assert "6,919,161,856" in listed.stdout
-    page = (recipes_folder() / "README.md").read_text(encoding="utf-8")
+    page = (plan.recipes_folder() / "README.md").read_text(encoding="utf-8")
     assert listed.stdout in page, "paste `python tools/plan.py --list` into examples/README.md"
     unknown = run("olmoe")
     assert unknown.returncode == 2 and "olmoe_1b_7b" in unknown.stderr
