@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def version_of(name: str) -> str | None:
-    """Return the version of an installed distribution without importing it."""
+    """Version of an installed distribution, read without importing it."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

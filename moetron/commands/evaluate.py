@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def require_harness() -> None:
-    """Raise ``UserError`` if the harness is not installed."""
+    """Refuse to start without the harness."""
     try:
         importlib.metadata.version("lm_eval")
     except importlib.metadata.PackageNotFoundError:

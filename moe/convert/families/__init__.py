@@ -1,1 +1,1 @@
-"""Model families of HuggingFace: their keys and tensors in ours."""
+"""HuggingFace model families: mapping of config keys and tensors to ours."""
