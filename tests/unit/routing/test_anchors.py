@@ -10,7 +10,7 @@ from router_cases import hidden_states, make_router
 from router_cases import parallel_state as parallel_state
 
 from moetron.moe.config.schema.settings import Settings
-from moetron.moe.routing.coefficients import CONVENTIONS, balance_coefficient
+from moetron.moe.plan.published_coefficients import CONVENTIONS, balance_coefficient
 from moetron.moe.routing.losses import read_auxiliary_losses
 from moetron.moe.routing.router import Router
 
