@@ -155,7 +155,7 @@ def _micro_batches(case: Case, router: Router) -> Iterator[tuple[Any, ...]]:
         if case.masked == "nothing":
             mask_BS = torch.ones_like(mask_BS)
         if case.masked == "losses":
-            router.loss_tokens.bring(mask_BS.sum())
+            router.loss_tokens.set_next(mask_BS.sum())
         padding_BS = ~mask_BS if case.masked == "padding" else None
         count = router.tokens.own(mask_BS.transpose(0, 1)).sum()
         torch.distributed.all_reduce(count, group=router.tp_group)  # a context rank's tokens

@@ -12,7 +12,7 @@ from moetron.data.stream.mock_stream import MockStream
 from moetron.moe.checkpoint.save_load import save_checkpoint
 from moetron.moe.config.schema.pipeline_split import virtual_pipeline_size
 from moetron.moe.config.schema.settings import Settings
-from moetron.moe.monitoring.sinks import MACHINE_FIGURES
+from moetron.moe.monitoring.sinks import MACHINE_METRICS
 from moetron.moe.training.build_trainer import build_loop, build_trainer
 from moetron.moe.training.loop import Loop
 from moetron.moe.training.runtime import Runtime
@@ -121,7 +121,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run without what depends on the clock; floats compare to the last bit."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
-    return [{name: row[name] for name in row if name not in MACHINE_FIGURES} for row in rows]
+    return [{name: row[name] for name in row if name not in MACHINE_METRICS} for row in rows]
 
 
 def assert_identical(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:

@@ -32,10 +32,10 @@ def _settings(recipe: str, world_size: int, flags: list[str]) -> Settings:
 
 
 def _share(recipe: str, world_size: int, rank: int, flags: list[str]) -> dict[str, Any]:
-    """``build_share`` in a process whose own group of one rank makes way for the imagined one."""
+    """``build_rank`` in a process whose own group of one rank makes way for the imagined one."""
     torch.distributed.destroy_process_group()
     settings = _settings(recipe, world_size, flags)
-    share = dry_run.build_share(settings, VOCABULARY, world_size, rank)
+    share = dry_run.build_rank(settings, VOCABULARY, world_size, rank)
     torch.distributed.init_process_group(
         "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
     )
@@ -119,7 +119,7 @@ def test_a_large_layout_is_the_plans() -> None:
 
 def _rendered() -> str:
     torch.distributed.destroy_process_group()
-    text = dry_run.render_share(_settings("tiny.yaml", 2, ["--bf16"]), VOCABULARY, 2, 1)
+    text = dry_run.render_rank(_settings("tiny.yaml", 2, ["--bf16"]), VOCABULARY, 2, 1)
     torch.distributed.init_process_group(
         "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
     )

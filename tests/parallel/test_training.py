@@ -13,7 +13,7 @@ from moetron.moe.checkpoint.position import Progress
 from moetron.moe.checkpoint.save_load import load_checkpoint, save_checkpoint
 from moetron.moe.config.command import load
 from moetron.moe.config.schema.settings import Settings
-from moetron.moe.monitoring.sinks import MACHINE_FIGURES, Row
+from moetron.moe.monitoring.sinks import MACHINE_METRICS, Row
 from moetron.moe.training.build_trainer import build_trainer
 from moetron.moe.training.evaluate import evaluate
 from moetron.moe.training.loop import Loop
@@ -39,7 +39,7 @@ class _Rows:
         self.validations: list[Row] = []
 
     def step(self, row: Row) -> None:
-        self.steps.append({key: value for key, value in row.items() if key not in MACHINE_FIGURES})
+        self.steps.append({key: value for key, value in row.items() if key not in MACHINE_METRICS})
 
     def validation(self, row: Row) -> None:
         self.validations.append(row)

@@ -36,10 +36,11 @@ def test_every_save_is_told_once(
 def test_a_progress_bar_is_not_torn(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
     chosen = settings("dp", checkpoint={"save": str(tmp_path)}, training={"train_iters": 1})
     with parallel_of(chosen):
         start(chosen).run(lambda: False)
     out, err = capsys.readouterr()
-    assert re.fullmatch(SAVED, out.strip())
+    assert re.fullmatch(SAVED, out.splitlines()[-1])
     assert "1/1" in err and "saved" not in err

@@ -172,7 +172,7 @@ def test_states_that_mean_nothing_here_are_drawn_from_the_seed(
             caplog.clear()
             assert start(again).progress.step == 1
         told = [record.getMessage() for record in caplog.records if "random" in record.message]
-        assert told == [f"{reason}: random numbers are seeded anew from seed and step 1"]
+        assert told == [f"{reason}: random numbers are reseeded from seed and step 1"]
         assert random.random() == host  # the host's own goes on
         found.append(_draws()[:2])
     assert found[0] == found[1] != found[2]
@@ -262,7 +262,7 @@ def test_nan_is_never_loaded_in_silence(tmp_path: Path, what: str) -> None:
         [*_, state] = leaves(trainer.optimizer)[-1].optimizer.state.values()
         state["exp_avg"].view(-1)[-1] = torch.nan
     save_checkpoint(tmp_path, Progress(1), trainer.chunks, trainer.optimizer, bf16(), {})
-    with pytest.raises(UserError, match="1 tensors hold NaN or were never written"):
+    with pytest.raises(UserError, match="1 tensors hold NaN or were not fully written"):
         start(bf16(load=str(tmp_path)))
 
 
@@ -284,7 +284,7 @@ def test_what_was_never_written_is_not_loaded(
         return loaded
 
     monkeypatch.setattr(checkpoint, "load_tensors", skip_one)
-    with pytest.raises(UserError, match=f"1 tensors hold NaN or were never written.*{name}"):
+    with pytest.raises(UserError, match=f"1 tensors hold NaN or were not fully written.*{name}"):
         start(bf16(load=str(saved)))
 
 

@@ -250,7 +250,9 @@ def test_readers_divide_the_files_among_them(tmp_path: Path) -> None:
 def test_the_way_out_of_damage_is_a_way_out(tmp_path: Path) -> None:
     write(tmp_path, 1)
     _flip(".metadata")(write(tmp_path, 2))
-    with pytest.raises(UserError, match="to go on from step_0000001, delete step_0000002") as error:
+    with pytest.raises(
+        UserError, match="to resume from step_0000001, delete step_0000002"
+    ) as error:
         checkpoint_folder.read(tmp_path)
     assert f"and `latest` in {tmp_path}" in str(error.value)
     shutil.rmtree(tmp_path / "step_0000002")

@@ -11,7 +11,7 @@ from moetron.moe.config.bridge import transformer_config
 from moetron.moe.inference.generation import GrowingSequence, continuation
 from moetron.moe.inference.sampling import Sampling
 from moetron.moe.inference.scoring import score
-from moetron.moe.layers.attention import SdpaAttention, narrower, prefix_mask
+from moetron.moe.layers.attention import SdpaAttention, prefix_mask, shorten_prefix
 from moetron.moe.layers.build_model import build_model
 from moetron.moe.layers.language_model import LanguageModel
 from tests.parallel.harness import model_parallel
@@ -162,7 +162,7 @@ def test_attention_of_transformer_engine_gets_the_masks_that_it_needs(
 def test_narrower_prefixes(ahead: int) -> None:
     prefixes = torch.arange(9)
     expected = prefix_mask((prefixes - ahead).clamp(min=0), 8)
-    assert torch.equal(narrower(prefix_mask(prefixes, 8), ahead), expected)
+    assert torch.equal(shorten_prefix(prefix_mask(prefixes, 8), ahead), expected)
 
 
 def test_modules_of_multi_token_prediction_do_not_see_their_labels() -> None:

@@ -12,9 +12,9 @@ from moetron.moe.routing.capacity import (
     NOT_CHOSEN,
     Capacity,
     Policy,
-    filled_up,
+    fill_free_slots,
     from_groups,
-    served,
+    kept_choices,
     to_groups,
 )
 
@@ -48,7 +48,7 @@ def test_few_tokens_find_a_slot(tokens: int, policy: Policy, includes_topk: bool
     generator = torch.Generator().manual_seed(tokens)
     probs = torch.rand(tokens, 16, generator=generator)
     chosen = torch.zeros_like(probs).bool().scatter(1, probs.topk(2, dim=1).indices, True)
-    kept = served_alone(probs, chosen, slots, policy)
+    kept = kept_in_one_group(probs, chosen, slots, policy)
     assert torch.equal(kept.sum(0), chosen.sum(0).clamp(max=1))
 
 
@@ -73,28 +73,28 @@ PROBS = torch.tensor([[0.2, 0.0], [0.6, 0.4], [0.0, 0.3], [0.6, 0.4]])
     ],
 )
 def test_served(policy: str, slots: int, expected: list[list[int]]) -> None:
-    assert served_alone(PROBS, CHOSEN, slots, policy).int().tolist() == expected
+    assert kept_in_one_group(PROBS, CHOSEN, slots, policy).int().tolist() == expected
 
 
-def served_alone(
+def kept_in_one_group(
     probs: torch.Tensor, chosen: torch.Tensor, slots: int, policy: str
 ) -> torch.Tensor:
-    """`served` for a single group."""
-    return served(probs.masked_fill(~chosen, NOT_CHOSEN)[None], slots, policy)[0]
+    """`kept_choices` for a single group."""
+    return kept_choices(probs.masked_fill(~chosen, NOT_CHOSEN)[None], slots, policy)[0]
 
 
 @pytest.mark.parametrize("policy", get_args(Policy))
 def test_groups_do_not_meet(policy: str) -> None:
-    merit = PROBS.masked_fill(~CHOSEN, NOT_CHOSEN)
-    both = torch.stack([merit, merit.flip(0)])
-    alone = [served(group[None], 1, policy)[0] for group in both]
-    assert torch.equal(served(both, 1, policy), torch.stack(alone))
+    priority = PROBS.masked_fill(~CHOSEN, NOT_CHOSEN)
+    both = torch.stack([priority, priority.flip(0)])
+    alone = [kept_choices(group[None], 1, policy)[0] for group in both]
+    assert torch.equal(kept_choices(both, 1, policy), torch.stack(alone))
 
 
 def test_first_rows_fill_free_slots() -> None:
     kept = torch.tensor([[0, 1], [0, 0], [1, 1], [0, 0]]).bool()[None]
-    assert filled_up(kept, 2)[0].int().tolist() == [[1, 1], [0, 0], [1, 1], [0, 0]]
-    assert filled_up(kept, 4).all()
+    assert fill_free_slots(kept, 2)[0].int().tolist() == [[1, 1], [0, 0], [1, 1], [0, 0]]
+    assert fill_free_slots(kept, 4).all()
 
 
 @st.composite
@@ -114,18 +114,18 @@ def test_experts_are_full_before_they_drop(
     routing: tuple[torch.Tensor, torch.Tensor, int], policy: str
 ) -> None:
     probs, chosen, slots = routing
-    kept = served_alone(probs, chosen, slots, policy)
+    kept = kept_in_one_group(probs, chosen, slots, policy)
     dropped = chosen & ~kept
     assert not (kept & ~chosen).any()
     assert torch.equal(kept.sum(0), chosen.sum(0).clamp(max=slots))
-    padded = filled_up(kept[None], slots)[0]
+    padded = fill_free_slots(kept[None], slots)[0]
     assert (padded.sum(0) == slots).all() and not (kept & ~padded).any()
     if policy not in ("probs", "position"):
         return
     rows = torch.arange(len(probs)).unsqueeze(1).expand_as(chosen)
-    merit = probs if policy == "probs" else -rows.float()
-    worst_kept = merit.masked_fill(~kept, torch.inf).amin(0)
-    best_dropped = merit.masked_fill(~dropped, -torch.inf).amax(0)
+    priority = probs if policy == "probs" else -rows.float()
+    worst_kept = priority.masked_fill(~kept, torch.inf).amin(0)
+    best_dropped = priority.masked_fill(~dropped, -torch.inf).amax(0)
     assert (worst_kept > best_dropped).all()
 
 
@@ -138,7 +138,7 @@ def test_by_probability_as_megatron_core(
     topk = int(chosen[0].sum())
     _, theirs = apply_router_token_dropping(probs, chosen, topk, factor)
     slots = Capacity(factor).slots(*probs.shape, topk, training=True)
-    assert torch.equal(served_alone(probs, chosen, slots, "probs"), theirs)
+    assert torch.equal(kept_in_one_group(probs, chosen, slots, "probs"), theirs)
 
 
 def test_groups_of_two_sequences() -> None:

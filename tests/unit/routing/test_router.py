@@ -107,13 +107,13 @@ def test_position_serves_sequence_by_sequence() -> None:
     )
     router = _routers(settings)[0]
     torch.nn.init.zeros_(router.weight)  # so that all tokens choose the same two experts
-    probs, served = router(torch.randn(16, 2, 16, dtype=torch.bfloat16))
+    probs, kept = router(torch.randn(16, 2, 16, dtype=torch.bfloat16))
     assert router.chosen is not None
     assert sorted(router.chosen.sum(0).tolist()) == [0] * 6 + [TOKENS] * 2
-    served_sb = served.any(dim=1).view(16, 2)
-    assert served_sb[:, 0].tolist() == [True] * 4 + [False] * 12  # 32 tokens / 8 experts
-    assert not served_sb[:, 1].any()
-    assert torch.equal(probs > 0, served)
+    kept_sb = kept.any(dim=1).view(16, 2)
+    assert kept_sb[:, 0].tolist() == [True] * 4 + [False] * 12  # 32 tokens / 8 experts
+    assert not kept_sb[:, 1].any()
+    assert torch.equal(probs > 0, kept)
 
 
 def test_one_rank_is_the_whole_micro_batch() -> None:
@@ -215,7 +215,7 @@ def test_recomputed_passes_weigh_as_their_own_micro_batch() -> None:
     router = _routers(_settings())[0]
     known = []
     for count in (3, 7):
-        router.loss_tokens.bring(torch.tensor(count))
+        router.loss_tokens.set_next(torch.tensor(count))
         with torch.no_grad():
             router(_hidden())
     for _ in range(2):
