@@ -41,7 +41,7 @@ class Runtime:
 
     @property
     def holds_loss(self) -> bool:
-        """Return whether this rank reports the language-model loss: tensor rank 0 of the last stage."""
+        """Return whether this rank reports the loss: tensor rank 0 of the last stage."""
         last_stage = self.groups.pp.rank() == self.groups.pp.size() - 1
         return last_stage and self.groups.tp.rank() == 0
 

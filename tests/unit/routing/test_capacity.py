@@ -1,4 +1,4 @@
-"""How many tokens an expert takes, and which ones."""
+"""Expert capacity: number of slots and the choices that get them."""
 
 from typing import get_args
 
@@ -41,8 +41,8 @@ def test_slots(capacity: Capacity, training: bool, expected: int) -> None:
 @pytest.mark.parametrize("tokens", [1, 2, 3, 5, 7, 13])
 @pytest.mark.parametrize("policy", get_args(Policy))
 @pytest.mark.parametrize("includes_topk", [True, False])
-def test_few_tokens_find_a_slot(tokens: int, policy: Policy, includes_topk: bool) -> None:
-    """Odd numbers of tokens, and so few that the rule alone leaves no slot."""
+def test_few_tokens_get_a_slot(tokens: int, policy: Policy, includes_topk: bool) -> None:
+    """Odd numbers of tokens, and so few that the rule gives no slot."""
     slots = Capacity(0.3, includes_topk=includes_topk).slots(tokens, 16, 2, training=False)
     assert slots == 1
     generator = torch.Generator().manual_seed(tokens)
@@ -72,23 +72,23 @@ PROBS = torch.tensor([[0.2, 0.0], [0.6, 0.4], [0.0, 0.3], [0.6, 0.4]])
         ("position", 4, CHOSEN.int().tolist()),
     ],
 )
-def test_served(policy: str, slots: int, expected: list[list[int]]) -> None:
+def test_kept_choices(policy: str, slots: int, expected: list[list[int]]) -> None:
     assert kept_in_one_group(PROBS, CHOSEN, slots, policy).int().tolist() == expected
 
 
 def kept_in_one_group(
     probs: torch.Tensor, chosen: torch.Tensor, slots: int, policy: str
 ) -> torch.Tensor:
-    """`kept_choices` for a single group."""
+    """Return `kept_choices` of a single group."""
     return kept_choices(probs.masked_fill(~chosen, NOT_CHOSEN)[None], slots, policy)[0]
 
 
 @pytest.mark.parametrize("policy", get_args(Policy))
-def test_groups_do_not_meet(policy: str) -> None:
+def test_groups_are_independent(policy: str) -> None:
     priority = PROBS.masked_fill(~CHOSEN, NOT_CHOSEN)
     both = torch.stack([priority, priority.flip(0)])
-    alone = [kept_choices(group[None], 1, policy)[0] for group in both]
-    assert torch.equal(kept_choices(both, 1, policy), torch.stack(alone))
+    separate = [kept_choices(group[None], 1, policy)[0] for group in both]
+    assert torch.equal(kept_choices(both, 1, policy), torch.stack(separate))
 
 
 def test_first_rows_fill_free_slots() -> None:
@@ -99,7 +99,7 @@ def test_first_rows_fill_free_slots() -> None:
 
 @st.composite
 def routings(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Probabilities without ties, top-k choices, slots."""
+    """Draw probabilities without ties, top-k choices and slots."""
     tokens, experts = draw(st.integers(1, 24)), draw(st.integers(1, 6))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     probs = torch.rand(tokens, experts, generator=generator).add(0.1)
@@ -110,7 +110,7 @@ def routings(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, int]:
 
 @settings(deadline=None)
 @given(routings(), st.sampled_from(get_args(Policy)))
-def test_experts_are_full_before_they_drop(
+def test_only_full_experts_drop(
     routing: tuple[torch.Tensor, torch.Tensor, int], policy: str
 ) -> None:
     probs, chosen, slots = routing
@@ -131,7 +131,7 @@ def test_experts_are_full_before_they_drop(
 
 @settings(deadline=None)
 @given(routings(), st.floats(0.1, 4))
-def test_by_probability_as_megatron_core(
+def test_policy_probs_equals_megatron_core(
     routing: tuple[torch.Tensor, torch.Tensor, int], factor: float
 ) -> None:
     probs, chosen, _ = routing
