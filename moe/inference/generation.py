@@ -131,6 +131,7 @@ class GrowingSequence:
                 positions,
                 mask,
                 inference_context=context,
+                # All-gather of the vocabulary over the tensor group, which is this rank alone.
                 runtime_gather_output=True,
             )
         if context is not None:

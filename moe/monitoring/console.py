@@ -40,9 +40,11 @@ class Console:
         """Print an evaluation."""
         sources = ", ".join(f"{name} {loss:.4f}" for name, loss in row["source_losses"].items())
         by_source = f" ({sources})" if len(row["source_losses"]) > 1 else ""
-        self.say(f"step {row['step']} | validation loss {row['validation_loss']:.4f}{by_source}")
+        self.print_line(
+            f"step {row['step']} | validation loss {row['validation_loss']:.4f}{by_source}"
+        )
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """Print a separate line, above the bar."""
         if self._bar is not None:
             self._bar.write(text)

@@ -142,15 +142,15 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder), purge_step=last_step + 1)
 
     def step(self, row: Row) -> None:
-        """One scalar for each number."""
+        """Write one scalar for each number."""
         self._write("train", row)
 
     def validation(self, row: Row) -> None:
-        """One scalar for each number."""
+        """Write one scalar for each number."""
         self._write("validation", row)
 
     def expert_load(self, step: int, loads: Loads) -> None:
-        """A histogram of each layer's experts, and all of them as an image."""
+        """Write a histogram of each layer's experts, and a heat map of all."""
         for name, load_E in loads.items():
             self._writer.add_histogram(f"expert_load/{name}", load_E, step)
         if loads:
@@ -202,15 +202,15 @@ class WandB:
         self._first_step = self._run.starting_step
 
     def step(self, row: Row) -> None:
-        """One scalar for each number."""
+        """Write one scalar for each number."""
         self._log("train", row)
 
     def validation(self, row: Row) -> None:
-        """One scalar for each number."""
+        """Write one scalar for each number."""
         self._log("validation", row)
 
     def expert_load(self, step: int, loads: Loads) -> None:
-        """A histogram of each layer's experts, and all of them as an image."""
+        """Write a histogram of each layer's experts, and a heat map of all."""
         found = {
             f"expert_load/{name}": self._wandb.Histogram(load_E) for name, load_E in loads.items()
         }

@@ -144,7 +144,7 @@ class Router(TopKRouter):
         return result
 
     def apply_input_jitter(self, input: torch.Tensor) -> torch.Tensor:
-        """``input`` [s, b, H] times U[1 - eps, 1 + eps] in training, the same in every layout."""
+        """Multiply ``input`` [s, b, H] by U[1 - eps, 1 + eps] in training, equal in all layouts."""
         eps = self.config.moe_input_jitter_eps
         if not eps or not self.training:
             return input

@@ -119,6 +119,7 @@ def _join(settings: Settings, backend: str) -> None:
         )
         return
     try:
+        # Rendezvous of all ranks at MASTER_ADDR:MASTER_PORT; the default group holds them all.
         torch.distributed.init_process_group(backend, timeout=timeout)
     except torch.distributed.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
