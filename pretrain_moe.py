@@ -51,9 +51,9 @@ def plan(command: Command, vocab_size: int) -> int:
     print(render(command.settings, vocab_size, command.world_size, command.rank))
     if command.build:
         quieten_libraries()
-        from moetron.moe.verify.dry_run import render_share  # torch: seconds
+        from moetron.moe.verify.dry_run import render_rank  # torch: seconds
 
-        print(render_share(command.settings, vocab_size, command.world_size, command.rank))
+        print(render_rank(command.settings, vocab_size, command.world_size, command.rank))
     return 0
 
 

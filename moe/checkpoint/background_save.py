@@ -1,4 +1,4 @@
-"""When checkpoints are written: at once, or on a thread while training goes on."""
+"""Saver of checkpoints, blocking or on a thread while training continues."""
 
 import logging
 import sys
@@ -22,18 +22,18 @@ from moetron.moe.config.schema.settings import Settings
 logger = logging.getLogger(__name__)
 
 CLOSE_S = 120.0
-"""How long a run that failed waits for the checkpoint that it was writing."""
+"""Time that a failed run waits for the checkpoint in progress."""
 
 
 class Saver:
-    """Saves a run's checkpoints, one at a time.
+    """Saver of a run's checkpoints, one at a time.
 
-    With ``--async-save`` a save copies this rank's share to host memory and returns; a thread
-    writes the copy. ``latest`` moves when all ranks have theirs on disk, as in a blocking save, so
-    that whatever happens meanwhile leaves the checkpoint before.
+    With ``--async-save`` a save copies this rank's tensors to host memory and returns; a thread
+    writes the copy. As in a blocking save, ``latest`` moves when all ranks' files are on disk: a
+    crash before that keeps the previous checkpoint.
 
     Args:
-        settings: the run's, with ``checkpoint.save`` set if anything is to be saved.
+        settings: the run's, with ``checkpoint.save`` set if `save` is called.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -49,9 +49,9 @@ class Saver:
         optimizer: MegatronOptimizer,
         stream_state: Mapping[str, Any],
     ) -> None:
-        """Save, after the save before has ended; a collective over all ranks.
+        """Save, after the previous save has ended; a collective over all ranks.
 
-        Rank 0 prints a line when a save has ended, and when one goes to the background. Arguments
+        Rank 0 prints a line when a save ends and when one continues in the background. Arguments
         and errors are those of ``save_checkpoint``.
         """
         self.wait()
@@ -64,7 +64,9 @@ class Saver:
             )
             _report_saved(progress, saved, start_s)
             return
-        if self._group is None:  # gloo, whatever trains: it must not get between NCCL's calls
+        if self._group is None:
+            # A gloo group of all ranks for the thread's collectives: on the training groups they
+            # would interleave with NCCL calls in an order that differs between ranks.
             minutes = self._settings.parallel.distributed_timeout_minutes
             self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=minutes))
         write = take_checkpoint(
@@ -81,18 +83,18 @@ class Saver:
         self._writing = self._thread.submit(write_and_report)
 
     def check(self) -> None:
-        """Raise what a save in the background met, if it has ended."""
+        """Raise the error of a background save that has ended."""
         if self._writing is not None and self._writing.done():
             self.wait()
 
     def wait(self) -> None:
-        """Until nothing is being written; raises what the save met."""
+        """Wait for the background save; raise its error."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def close(self) -> None:
-        """Let a save that is under way end, within ``CLOSE_S``; for a run that has failed."""
+        """Wait up to ``CLOSE_S`` for a save in progress; for a run that has failed."""
         if self._writing is None:
             return
         done, _ = wait([self._writing], CLOSE_S)
@@ -103,7 +105,7 @@ class Saver:
 
 
 def _report_saved(progress: Progress, folder: Path, start_s: float) -> None:
-    """Print where a checkpoint lies, its size and the seconds since its save began."""
+    """Print the folder and size of a checkpoint and the seconds since its save began."""
     if dist.get_rank() == 0:
         megabytes = sum(file_sizes(folder).values()) / 1e6
         seconds = time.perf_counter() - start_s
@@ -111,7 +113,7 @@ def _report_saved(progress: Progress, folder: Path, start_s: float) -> None:
 
 
 def _report(progress: Progress, text: str) -> None:
-    """Print a line from rank 0, above a progress bar if there is one; on any thread."""
+    """Print a line on rank 0, above a progress bar if there is one; callable from any thread."""
     if dist.get_rank() == 0:
         tqdm.write(f"step {progress.step} | {text}")
         sys.stdout.flush()

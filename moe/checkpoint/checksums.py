@@ -1,7 +1,7 @@
-"""Contents of a checkpoint's files by SHA-256, in the list that ``sha256sum --check`` reads.
+"""SHA-256 of a checkpoint's files, in the format of ``sha256sum --check``.
 
-A flipped bit of any file is found: of a listed one because its sum differs, of the list itself
-because it no longer agrees with the files. Nothing here talks to other ranks or imports torch.
+A flipped bit is found in any file: in a listed one because its sum differs, in the list itself
+because it no longer matches the files. Nothing here communicates or imports torch.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ _CHUNK_BYTES = 1 << 22
 
 
 def sum_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     digest, buffer = hashlib.sha256(), bytearray(_CHUNK_BYTES)
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
@@ -38,10 +38,10 @@ def write_sums(folder: Path, known: Mapping[str, str]) -> None:
 
 
 def read_sums(folder: Path) -> dict[str, str]:
-    """The listed files and their sums.
+    """Return the listed files and their sums.
 
     Raises:
-        ValueError: the list is absent or not one.
+        ValueError: the list is missing or malformed.
     """
     try:
         *lines, end = (folder / SUMS).read_bytes().decode("ascii").split("\n")
@@ -57,10 +57,10 @@ def read_sums(folder: Path) -> dict[str, str]:
 
 
 def changed(folder: Path, names: Iterable[str]) -> list[str]:
-    """Those of ``names`` whose contents are not what was written; all of them are read.
+    """Read the files ``names``; return those whose contents differ from what was written.
 
     Raises:
-        ValueError: the list is absent or not one.
+        ValueError: the list is missing or malformed.
     """
     sums, names = read_sums(folder), list(names)
     with ThreadPoolExecutor(THREADS) as pool:

@@ -1,13 +1,13 @@
-"""What FP8 scales remember of earlier steps (the host's emulation of ``delayed`` scaling).
+"""History of FP8 scales in a checkpoint (the host's emulation of ``delayed`` scaling).
 
-Every rank has amaxes of its own, so every rank writes its own: the key ``fp8.RANK.FIRST.NAME`` is
-float32 [roles, history + 1, experts] (``Fp8Product.state``), NAME a layer's product, counted over
-the whole model, and FIRST the first of the rank's experts in it. A run of the same layout goes on
+Amaxes differ between ranks, so every rank writes its own: the key ``fp8.RANK.FIRST.NAME`` is
+float32 [roles, history + 1, experts] (``Fp8Product.state``), NAME a layer's product, numbered over
+the full model, and FIRST the first of the rank's experts in it. A run of the same layout resumes
 from them bit by bit. In another layout a product takes the largest amax, and so the smallest scale,
-of all that ranks remembered of it: nothing saturates that did not before.
+of all ranks' histories: nothing saturates that did not before.
 
 Transformer Engine keeps its own as ``_extra_state`` objects, which megatron-core saves with the
-model: for each layer and expert once, whatever the layout, since amaxes are reduced over ranks.
+model: once for each layer and expert in any layout, since amaxes are reduced over ranks.
 """
 
 import logging
@@ -36,11 +36,11 @@ _EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Place:
-    """Where a state belongs."""
+    """Owner of a state: rank, first expert and product."""
 
     rank: int
     first: int
-    """The first of the experts, counted over all ranks; 0 for a layer without experts."""
+    """First expert, numbered over all ranks; 0 for a layer without experts."""
     name: str
 
     @property
@@ -50,13 +50,13 @@ class Place:
 
     @classmethod
     def of(cls, key: str) -> "Place | None":
-        """The place that a key names; None: the key of something else."""
+        """Parse a key; None: it is not an FP8 state's."""
         match = _KEY.fullmatch(key)
         return None if match is None else cls(int(match[1]), int(match[2]), match[3])
 
 
 def fp8_entries(model: Sequence[torch.nn.Module]) -> ShardedStateDict:
-    """What to save, {key: sharded tensor}: nothing without delayed scaling."""
+    """Return the entries to save, {key: sharded tensor}: none without delayed scaling."""
     states = {place.key: product.state() for place, _, product in _products(model)}
     return {
         key: ShardedTensor.from_rank_offsets(key, state)
@@ -68,13 +68,15 @@ def fp8_entries(model: Sequence[torch.nn.Module]) -> ShardedStateDict:
 def restore_fp8(
     folder: Path, keys: Collection[str], model: Sequence[torch.nn.Module], same_layout: bool
 ) -> None:
-    """Go on from what a checkpoint holds; a product that it knows nothing of starts from 1.
+    """Restore the scales of a checkpoint; products without a saved state start from 1.
+
+    No communication: every rank reads the states that it needs.
 
     Args:
         folder: a verified checkpoint.
-        keys: of all that it holds.
+        keys: all keys of the checkpoint.
         model: this rank's chunks.
-        same_layout: whether ranks are those that saved.
+        same_layout: whether the checkpoint has the layout of this run.
     """
     saved = [place for place in map(Place.of, keys) if place is not None]
     if same_layout:
@@ -96,7 +98,7 @@ def restore_fp8(
 
 
 def _merged(place: Place, experts: int, states: dict[Place, torch.Tensor]) -> torch.Tensor | None:
-    """[roles, history + 1, experts] for a product, from all states of it; None if some lack."""
+    """Merge a product's states to [roles, history + 1, experts]; None if an expert has none."""
     columns = []
     for expert in range(place.first, place.first + experts):
         known = [
@@ -106,9 +108,9 @@ def _merged(place: Place, experts: int, states: dict[Place, torch.Tensor]) -> to
         ]
         if not known:
             return None
-        together = torch.stack(known)
-        scale = together[..., -1:].amin(0)
-        columns.append(torch.cat([together[..., :-1].amax(0), scale], dim=-1))
+        stacked = torch.stack(known)
+        scale = stacked[..., -1:].amin(0)
+        columns.append(torch.cat([stacked[..., :-1].amax(0), scale], dim=-1))
     return torch.stack(columns, dim=-1)
 
 
@@ -121,7 +123,7 @@ def _read(folder: Path, places: Sequence[Place]) -> dict[Place, torch.Tensor]:
 
 
 def _products(model: Sequence[torch.nn.Module]) -> Iterator[tuple[Place, int, Fp8Product]]:
-    """(place, experts, product) of every product on this rank."""
+    """Yield (place, experts, product) for every product on this rank."""
     for chunk in unwrap_model(list(model)):
         for path, module in chunk.named_modules():
             if isinstance(module, Fp8Product):
@@ -130,7 +132,7 @@ def _products(model: Sequence[torch.nn.Module]) -> Iterator[tuple[Place, int, Fp
 
 
 def _name(chunk: Any, path: str) -> str:
-    """A product's name, whatever the pipeline and however its experts are run."""
+    """Return a product's name, independent of pipeline and experts' implementation."""
     name = _EXPERT.sub(".experts.", path)
     layer = _LAYER.match(name)
     if layer is None:
@@ -140,7 +142,7 @@ def _name(chunk: Any, path: str) -> str:
 
 
 def _experts(chunk: Any, path: str) -> tuple[int, int]:
-    """The first of a product's experts, counted over all ranks, and their number: 0, 1 if dense."""
+    """Return a product's first expert, numbered over all ranks, and their count: 0, 1 if dense."""
     head, inside, _ = path.partition(".experts.")
     if not inside:
         return 0, 1

@@ -1,7 +1,7 @@
-"""The index of a checkpoint's tensors, checked value by value and built anew.
+"""The index of a checkpoint's tensors, rebuilt from checked values.
 
-What a checkpoint may hold is what Moetron writes: tensors, and the FP8 state of Transformer
-Engine's layers. Every file that the index names lies in the checkpoint's own folder.
+A checkpoint may hold only what Moetron writes: tensors, and the FP8 state of Transformer Engine's
+layers. Every file that the index names must be in the checkpoint's own folder.
 """
 
 import re
@@ -20,7 +20,7 @@ _DIMENSIONS = 16
 
 
 class _Malformed(ValueError):
-    """The index is not one of ours."""
+    """The index was not written by Moetron."""
 
 
 def read_index(folder: Path) -> Any:
@@ -41,7 +41,7 @@ def read_index(folder: Path) -> Any:
 
 
 class _Builder:
-    """Makes torch's classes from what was read."""
+    """Builder of torch's index classes from inert records."""
 
     def __init__(self, folder: Path, names: Names) -> None:
         self._folder = folder
@@ -49,7 +49,7 @@ class _Builder:
         self._files: dict[str, bool] = {}
 
     def metadata(self, tree: Any) -> Any:
-        """Build the whole index; the writer's plan is left out, as nothing reads it."""
+        """Build the index without the writer's plan, which nothing reads."""
         from torch.distributed.checkpoint.metadata import Metadata  # seconds
 
         state = self._fields(tree, "Metadata")
@@ -93,7 +93,7 @@ class _Builder:
         offsets, sizes = self._size(part.get("offsets")), self._size(part.get("sizes"))
         same = len(offsets) == len(sizes) == len(size)
         if not same or any(o + s > n for o, s, n in zip(offsets, sizes, size, strict=True)):
-            raise _Malformed(f"a part of {name} lies outside of it")
+            raise _Malformed(f"a part of {name} is outside of it")
         return ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
 
     def _dtype(self, name: str, properties: Any) -> Any:
@@ -127,7 +127,7 @@ class _Builder:
         return place, _StorageInfo(self._file(info.get("relative_path")), start, length)
 
     def _file(self, name: Any) -> str:
-        """The name of a file that lies in the folder itself."""
+        """Check the name of a file directly in the folder and return it."""
         name = _require(name, str, "the name of a file")
         if name not in self._files:
             path = self._folder / name

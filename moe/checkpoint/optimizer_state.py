@@ -1,9 +1,10 @@
 """Optimizer state as sharded tensors named after parameters, so that any layout loads any other.
 
-megatron-core 0.16.1 saves the optimizer by its own structure: one chained optimizer against two
-does not load, and the distributed optimizer's flat shards cannot be restored with torch's Adam.
-Here every moment and every fp32 main parameter becomes a sharded tensor that takes its place from
-its parameter's entry in the model's sharded state dict. Keys, for a parameter NAME:
+megatron-core 0.16.1 saves the optimizer by its own structure: a state of two chained optimizers
+does not load into one, and the distributed optimizer's flat shards cannot be restored with torch's
+Adam. Here every moment and every fp32 main parameter becomes a sharded tensor whose place in the
+global tensor is that of its parameter in the model's sharded state dict. Keys, for a parameter
+NAME:
 
 - ``optimizer.state.exp_avg.NAME`` and ``optimizer.state.exp_avg_sq.NAME`` (Adam), or
   ``optimizer.state.momentum_buffer.NAME`` (SGD, Muon's matrices);
@@ -11,14 +12,14 @@ its parameter's entry in the model's sharded state dict. Keys, for a parameter N
 - ``optimizer.step``, once.
 
 Adafactor's ``exp_avg_sq_row`` and ``exp_avg_sq_col`` are written at the parameter's full shape,
-each value along its row or column, so that they are cut like the parameter.
+each value repeated along its row or column, so that they are sharded like the parameter.
 
 The first two kinds are also the keys of megatron-core's plain optimizer.
 
-The distributed optimizer cuts its buffers into one flat shard a data-parallel rank, blind to
-parameters. To save, the rank that holds a parameter's first element gathers the rest of it from
-its neighbours, so that no rank holds more than its shard and one parameter besides. To load, each
-rank reads the parameters that its shard touches.
+The distributed optimizer splits its buffers into one flat shard per data-parallel rank, regardless
+of parameter boundaries. To save, the rank that holds a parameter's first element receives the rest
+of it from the following ranks, so that no rank holds more than its shard and one more parameter. To
+load, each rank reads the parameters that overlap its shard.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -62,16 +63,16 @@ class Span:
     start: int
     end: int
     first_rank: int
-    """Rank of the group with the parameter's first element: it writes the parameter."""
+    """Rank in the group that holds the parameter's first element and writes the parameter."""
     last_rank: int
-    """Rank of the group with the parameter's last element."""
+    """Rank in the group that holds the parameter's last element."""
     shard: int
-    """Elements of the buffer that a rank holds."""
+    """Elements of the buffer per rank."""
     offset: int
-    """Place of the parameter's first element in the first rank's shard."""
+    """Index of the parameter's first element in the first rank's shard."""
 
     def numel_of(self, rank: int, numel: int) -> int:
-        """Elements of a parameter of ``numel`` elements that ``rank`` holds."""
+        """Return how many of a parameter's ``numel`` elements ``rank`` holds."""
         low = (rank - self.first_rank) * self.shard - self.offset
         return min(numel, low + self.shard) - max(0, low)
 
@@ -81,9 +82,10 @@ class Slot:
     """One parameter's optimizer state on this rank."""
 
     entry: Entry
-    """The model's entry: the parameter, its name and its place in the global tensor."""
+    """Entry of the model: the parameter, its name and its place in the global tensor."""
     main: Tensor
-    """What the optimizer steps: fp32, the parameter's shape, or flat [end - start] with a span."""
+    """Tensor that the optimizer updates: fp32, the parameter's shape; flat [end - start] if split
+    by a span."""
     state: dict[str, Tensor]
     """The inner optimizer's live state for ``main``; empty before the first step."""
     moments: tuple[str, ...]
@@ -96,15 +98,15 @@ class Slot:
 
     @property
     def separate_main(self) -> bool:
-        """Whether the fp32 values live apart from the model's parameter."""
+        """Return whether the fp32 main parameter is separate from the model's."""
         return self.parameter.dtype != torch.float32
 
     def names(self) -> tuple[str, ...]:
-        """The tensors that a checkpoint holds for this parameter beside its weights."""
+        """Return the names of the tensors that a checkpoint holds beside the weights."""
         return (*self.moments, MAIN) if self.separate_main else self.moments
 
     def local(self, name: str) -> Tensor:
-        """The part of a tensor to save that lies here; a moment that does not exist yet is zero."""
+        """Return this rank's part of a tensor to save; a moment before the first step is zero."""
         if name == MAIN:
             return self.main
         moment = self.state.get(name)
@@ -114,12 +116,12 @@ class Slot:
 
 
 def is_entry(value: object) -> bool:
-    """Whether a value of a sharded state dict stands for a tensor."""
+    """Return whether a value of a sharded state dict is a tensor's entry."""
     return isinstance(value, ShardedTensor | ShardedTensorFactory)
 
 
 def leaves(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """The optimizers of a chain that step something (dense and expert parameters, mostly)."""
+    """Return the optimizers of a chain that own parameters (usually dense and expert ones)."""
     chain = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
     return [leaf for leaf in chain if not leaf.is_stub_optimizer]
 
@@ -127,10 +129,10 @@ def leaves(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
 def sharded_optimizer_state(
     optimizer: MegatronOptimizer, model_state: ShardedStateDict
 ) -> ShardedStateDict:
-    """Everything to save, {key: sharded tensor}; a collective over each data-parallel group.
+    """Return the entries to save, {key: sharded tensor}; collective over each data-parallel group.
 
     Args:
-        optimizer: what ``get_megatron_optimizer`` returned.
+        optimizer: from ``get_megatron_optimizer``.
         model_state: sharded state dicts of the model's chunks, whose tensors are the parameters.
     """
     entries = _entries(model_state)
@@ -145,13 +147,13 @@ def sharded_optimizer_state(
 def load_request(
     optimizer: MegatronOptimizer, model_state: ShardedStateDict, saved: Collection[str]
 ) -> tuple[ShardedStateDict, Callable[[ShardedStateDict], None]]:
-    """What to read, {key: sharded tensor of NaN}, and what puts the answer into the optimizer.
+    """Return the entries to read, {key: sharded tensor of NaN}, and a function that restores them.
 
     Args:
-        optimizer: what ``get_megatron_optimizer`` returned, stepped or not.
+        optimizer: from ``get_megatron_optimizer``, before or after its first step.
         model_state: sharded state dicts of the model's chunks.
-        saved: keys that the checkpoint holds. Main parameters come from ``fp32_param``, or from the
-            weights where it has none at all: a bf16 run loads an fp32 run's checkpoint exactly.
+        saved: keys of the checkpoint. Main parameters come from ``fp32_param``, or from the weights
+            if it has none: a bf16 run loads an fp32 run's checkpoint exactly.
     """
     entries = _entries(model_state)
     slots = [slot for leaf in leaves(optimizer) for slot in _slots(leaf, entries)]
@@ -175,7 +177,7 @@ def load_request(
 
 
 def exact_entry(entry: Entry, saved: Collection[str]) -> Entry:
-    """The model's entry, read from the saved fp32 main parameter where that is more exact."""
+    """Return the model's entry, redirected to the saved fp32 main parameter if more exact."""
     if entry.data.dtype != torch.float32:
         return entry
     exact = replace(entry, key=f"{PREFIX}.{MAIN}.{entry.key}")
@@ -183,13 +185,13 @@ def exact_entry(entry: Entry, saved: Collection[str]) -> Entry:
 
 
 def is_saved(entry: Entry, saved: Collection[str]) -> bool:
-    """Whether a checkpoint with the keys ``saved`` holds all that ``entry`` asks for."""
+    """Return whether a checkpoint with the keys ``saved`` holds all parts of ``entry``."""
     parts = entry.build() if isinstance(entry, ShardedTensorFactory) else entry
     return all(part.key in saved for part in nested_values({"": parts}))
 
 
 def optimizer_step(optimizer: MegatronOptimizer) -> int:
-    """Steps made so far: torch's Adam counts them by parameter, Transformer Engine's by group."""
+    """Return the steps done: torch's Adam counts by parameter, Transformer Engine's by group."""
     steps = {0}
     for leaf in leaves(optimizer):
         steps.update(int(group["step"]) for group in leaf.optimizer.param_groups if "step" in group)
@@ -199,7 +201,7 @@ def optimizer_step(optimizer: MegatronOptimizer) -> int:
 
 
 def _set_step(leaf: MegatronOptimizer, step: int) -> None:
-    if isinstance(leaf.optimizer, torch.optim.SGD):  # which counts nothing
+    if isinstance(leaf.optimizer, torch.optim.SGD):  # it has no counter
         return
     inner = leaf.optimizer
     by_parameter = isinstance(inner, torch.optim.Adam | torch.optim.AdamW)
@@ -217,7 +219,7 @@ def _set_step(leaf: MegatronOptimizer, step: int) -> None:
 
 
 def _entries(model_state: ShardedStateDict) -> dict[int, Entry]:
-    """Model entries by the identity of the parameter they hold."""
+    """Return model entries by the ``id`` of their parameter."""
     return {id(entry.data): entry for entry in nested_values(model_state) if is_entry(entry)}
 
 
@@ -228,12 +230,12 @@ def _slots(leaf: MegatronOptimizer, entries: dict[int, Entry]) -> Iterator[Slot]
     inner = leaf.optimizer
     for parameter, main, span in mains(leaf):
         assert id(parameter) in entries, "a trained parameter is not in the model's sharded state"
-        kept = inner.moments(main) if isinstance(inner, Adafactor | Muon) else moments
-        yield Slot(entries[id(parameter)], main, inner.state[main], kept, span)
+        own = inner.moments(main) if isinstance(inner, Adafactor | Muon) else moments
+        yield Slot(entries[id(parameter)], main, inner.state[main], own, span)
 
 
 def mains(leaf: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor, Span | None]]:
-    """(model parameter, main parameter, span); in the same order on all ranks of a span's group."""
+    """Yield (model parameter, main parameter, span) in the same order on all ranks of the group."""
     if isinstance(leaf, DistributedOptimizer):
         shards = dict(_distributed_mains(leaf))
         for buffer in leaf.buffers:
@@ -263,7 +265,7 @@ def _paired(
 
 
 def _span(leaf: DistributedOptimizer, bucket: _ParamAndGradBucket, start: int, end: int) -> Span:
-    """The span of a parameter at ``[start, end)`` of the buffer that holds ``bucket``."""
+    """Return the span of a parameter at ``[start, end)`` of the buffer that holds ``bucket``."""
     group = leaf.data_parallel_group
     shard = bucket.grad_data.numel() // group.size()
     first_rank, offset = divmod(start - bucket.offset, shard)
@@ -287,13 +289,15 @@ def _saved_entries(slot: Slot) -> ShardedStateDict:
 
 
 def _gather(pieces: Tensor, span: Span, parameter: Tensor) -> list[Tensor]:
-    """Whole tensors on the span's first rank, none elsewhere.
+    """Return full tensors on the span's first rank, none elsewhere.
 
     Args:
         pieces: this rank's parts, fp32 [tensors, end - start].
-        span: where they lie.
-        parameter: gives the shape of the whole.
+        span: their place in the parameter.
+        parameter: gives the full shape.
     """
+    # Point-to-point within the data-parallel group (experts: theirs): only ranks that hold a part
+    # of the parameter take part, all of them in the order of `mains`.
     if span.group.rank() != span.first_rank:
         dist.send(pieces, dist.get_global_rank(span.group, span.first_rank), span.group)
         return []
@@ -302,24 +306,24 @@ def _gather(pieces: Tensor, span: Span, parameter: Tensor) -> list[Tensor]:
         part = pieces.new_empty(len(pieces), span.numel_of(rank, parameter.numel()))
         dist.recv(part, dist.get_global_rank(span.group, rank), span.group)
         parts.append(part)
-    return [whole.view(parameter.shape) for whole in torch.cat(parts, dim=1).unbind()]
+    return [full.view(parameter.shape) for full in torch.cat(parts, dim=1).unbind()]
 
 
 def _restore_slot(slot: Slot, loaded: ShardedStateDict) -> None:
     for name in slot.names():
-        whole = loaded[_key(slot, name)]
+        tensor = loaded[_key(slot, name)]
         if slot.span is not None:
-            whole = whole.view(-1)[slot.span.start : slot.span.end].clone()
+            tensor = tensor.view(-1)[slot.span.start : slot.span.end].clone()
         if name == MAIN:
-            slot.main.data.copy_(whole)
+            slot.main.data.copy_(tensor)
         elif name in FACTOR_AXIS:
-            slot.state[name] = whole.narrow(FACTOR_AXIS[name], 0, 1).clone()
+            slot.state[name] = tensor.narrow(FACTOR_AXIS[name], 0, 1).clone()
         else:
-            slot.state[name] = whole
+            slot.state[name] = tensor
 
 
 def _placed(slot: Slot) -> Entry:
-    """The model's entry; with a span, its first rank is the main replica, not rank 0."""
+    """Return the model's entry; with a span, its first rank is the main replica, not rank 0."""
     if slot.span is None:
         return slot.entry
     replica = slot.span.group.rank() - slot.span.first_rank
@@ -328,7 +332,7 @@ def _placed(slot: Slot) -> Entry:
 
 
 def _key(slot: Slot, name: str) -> str:
-    """The entry's key in the state dict of this rank; entries of stacked tensors share ``.key``."""
+    """Return the key in this rank's state dict; entries of stacked tensors have equal ``.key``."""
     return f"{PREFIX}.{name}.{id(slot.parameter)}"
 
 

@@ -1,4 +1,4 @@
-"""How far a run has come: the whole of its data position."""
+"""Position of a run in its steps and its data."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ class Progress:
     """Tokens of those samples, masked ones included."""
 
     def after(self, samples: int, seq_length: int) -> "Progress":
-        """The position one step of ``samples`` samples later."""
+        """Return the position after one more step of ``samples`` samples."""
         return Progress(
             self.step + 1,
             self.consumed_samples + samples,

@@ -14,15 +14,15 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_c
 from torch import Tensor
 
 CUDA = "rng.cuda"
-"""Key of the default CUDA generator's state: present exactly in checkpoints written on GPUs."""
+"""Key of the default CUDA generator's state: present only in checkpoints written on GPUs."""
 HOST = frozenset({"rng.python", "rng.numpy"})
 """Keys of the states that any device can restore."""
 _TEXT_BYTES = 16_384
-"""Room for a Mersenne Twister's 624 words as JSON."""
+"""Size of the JSON text of a Mersenne Twister's 624 words, padded."""
 
 
 def rng_entries() -> ShardedStateDict:
-    """The states of this rank, {key: sharded uint8 [1, bytes]}: row ``rank`` of [ranks, bytes]."""
+    """Return this rank's states, {key: sharded uint8 [1, bytes]}, a row of [ranks, bytes]."""
     place = (0, dist.get_rank(), dist.get_world_size())
     return {
         f"rng.{name}": ShardedTensor.from_rank_offsets(f"rng.{name}", state[None], place)
@@ -31,7 +31,7 @@ def rng_entries() -> ShardedStateDict:
 
 
 def mismatch(wanted: Collection[str], held: Collection[str]) -> str | None:
-    """Return why this rank cannot restore its device's states, None where it can.
+    """Return why this rank cannot restore its device's states, None if it can.
 
     Args:
         wanted: keys of ``rng_entries`` here.
@@ -45,7 +45,7 @@ def mismatch(wanted: Collection[str], held: Collection[str]) -> str | None:
 
 
 def restore_rng(loaded: ShardedStateDict) -> None:
-    """Restore states that ``rng_entries`` requested: all of them, or some of ``HOST`` alone."""
+    """Restore states that ``rng_entries`` requested: all of them, or only some of ``HOST``."""
     states = {key.removeprefix("rng."): state[0].cpu() for key, state in loaded.items()}
     if "python" in states:
         random.setstate(_python_state(_from_bytes(states.pop("python"))))
@@ -61,7 +61,7 @@ def restore_rng(loaded: ShardedStateDict) -> None:
 
 
 def reseed(seed: int, step: int) -> None:
-    """Set states that depend on (seed, step) and the place in the layout alone."""
+    """Seed every generator from (seed, step) and the rank's place in the layout."""
     value = int(np.random.SeedSequence((seed, step)).generate_state(1)[0]) >> 2
     value += 100 * parallel_state.get_pipeline_model_parallel_rank()
     random.seed(value)

@@ -1,11 +1,11 @@
-"""Checkpoint folders as files: names, what is in them, which one counts, what may be deleted.
+"""Checkpoint folders on disk: names, contents, the latest one, deletion.
 
 A run's folder holds ``step_0000100/`` and the like, and ``latest``, a text file with the name of
-the one to go on from. A folder holds the tensors' files, the settings, ``run.json`` (`Record`), and
-the sums of all of them (``integrity``). It is written as ``step_0000100.tmp`` and renamed when
-everything in it is on disk; ``latest`` moves after that. So a folder without ``.tmp`` is whole,
-``latest`` names a whole one, and what a crash leaves behind is a ``.tmp`` or a whole folder that
-``latest`` does not name yet. Nothing here talks to other ranks.
+the one to resume from. A folder holds the tensors' files, the settings, ``run.json`` (`Record`),
+and the sums of all of them (checksums.py). It is written as ``step_0000100.tmp`` and renamed when
+everything in it is on disk; ``latest`` moves after that. So a folder without ``.tmp`` is complete,
+``latest`` names a complete one, and a crash leaves a ``.tmp`` or a complete folder that ``latest``
+does not name yet. Nothing here communicates.
 """
 
 import json
@@ -34,15 +34,15 @@ _NAME = re.compile(r"step_(\d{7,})")
 
 @dataclass(frozen=True)
 class Record:
-    """What ``run.json`` says about a checkpoint."""
+    """Contents of ``run.json``."""
 
     progress: Progress
     settings: dict[str, dict[str, Any]]
     """The settings tree as JSON."""
     layout: dict[str, Any]
-    """World size, parallel sizes, and the layers of each chunk of the pipeline."""
+    """World size, parallel sizes, and the number of layers of each pipeline chunk."""
     stream: dict[str, Any]
-    """What identifies the stream of samples."""
+    """Identity of the stream of samples."""
     versions: dict[str, str]
     files: dict[str, int]
     """Size in bytes of every other file of the folder."""
@@ -55,9 +55,9 @@ class Checkpoint:
     folder: Path
     record: Record
     keys: frozenset[str]
-    """Names of the tensors that it holds."""
+    """Names of its tensors."""
     embedding_rows: int | None
-    """Ids of the vocabulary and their padding; None: it holds no embedding."""
+    """Rows of the vocabulary with padding; None: it holds no embedding."""
 
 
 def one_rank_settings(record: Record, cpu_threads: int = 0) -> Settings:
@@ -65,10 +65,10 @@ def one_rank_settings(record: Record, cpu_threads: int = 0) -> Settings:
 
     Args:
         record: the checkpoint's.
-        cpu_threads: of this process; those of the machine that trained do not apply here.
+        cpu_threads: of this process; those of the training machine do not apply.
 
     Raises:
-        UserError: another version of Moetron wrote them, and they mean nothing here.
+        UserError: another version of Moetron wrote settings that are invalid here.
     """
     here = {"cpu_threads": cpu_threads}
     settings, problems, _ = validate({**record.settings, "parallel": here})
@@ -82,17 +82,17 @@ def one_rank_settings(record: Record, cpu_threads: int = 0) -> Settings:
 
 
 def step_folder(run_folder: Path, step: int) -> Path:
-    """Where the checkpoint of ``step`` lies."""
+    """Return the folder of the checkpoint of ``step``."""
     return run_folder / f"step_{step:07d}"
 
 
 def temporary_folder(folder: Path) -> Path:
-    """Where a checkpoint is written before it is whole."""
+    """Return the folder in which a checkpoint is written before it is complete."""
     return folder.with_name(folder.name + ".tmp")
 
 
 def saved_steps(run_folder: Path) -> list[int]:
-    """Steps of the whole checkpoints of a run, in order."""
+    """Return the steps of the complete checkpoints of a run, in order."""
     if not run_folder.is_dir():
         return []
     matches = (_NAME.fullmatch(path.name) for path in run_folder.iterdir())
@@ -100,7 +100,7 @@ def saved_steps(run_folder: Path) -> list[int]:
 
 
 def latest_step(run_folder: Path) -> int | None:
-    """The step that ``latest`` names; without that file, the last whole checkpoint's."""
+    """Return the step that ``latest`` names; without that file, the last complete checkpoint's."""
     try:
         name = (run_folder / LATEST).read_text(encoding="utf-8").strip()
     except FileNotFoundError:
@@ -114,7 +114,7 @@ def latest_step(run_folder: Path) -> int | None:
 
 
 def find(path: Path) -> Path:
-    """The checkpoint that ``--load path`` means: a step folder itself, or a run's latest."""
+    """Return the step folder for ``--load path``: ``path`` itself, or a run's latest checkpoint."""
     if not path.is_dir():
         raise UserError(f"--load {path}: no such folder")
     if _NAME.fullmatch(path.name):
@@ -132,10 +132,10 @@ def find(path: Path) -> Path:
 
 
 def read(path: Path) -> Checkpoint:
-    """Find a checkpoint and look at all of it but the tensors; ``UserError`` says what is wrong.
+    """Find a checkpoint and check all of it but the tensors; ``UserError`` names the problem.
 
-    Looked at are the record, the presence and size of every file, and the index of the tensors,
-    which is read without running anything that it names. ``verify`` reads all.
+    Checks the record, the presence and size of every file, and the index of the tensors, which is
+    read without executing anything that it names. ``verify`` reads all files.
     """
     folder = find(path)
     record = read_record(folder)
@@ -146,10 +146,10 @@ def read(path: Path) -> Checkpoint:
     return Checkpoint(folder, record, frozenset(tensors), rows)
 
 
-def verify(folder: Path, share: int = 0, shares: int = 1) -> int:
-    """Read every file of a step folder against its sum; returns the bytes read.
+def verify(folder: Path, reader: int = 0, readers: int = 1) -> int:
+    """Check every file of a step folder against its sum; return the bytes read.
 
-    ``share`` of ``shares`` readers, who divide the files among them, reads its part alone.
+    Reader number ``reader`` of ``readers``, which divide the files, reads only its own part.
 
     Raises:
         UserError: a file is missing or has changed since it was written; names it.
@@ -157,13 +157,13 @@ def verify(folder: Path, share: int = 0, shares: int = 1) -> int:
     record = read_record(folder)
     verify_files(folder, record)
     largest_first = sorted(record.files, key=lambda name: (-record.files[name], name))
-    names = largest_first[share::shares]
+    names = largest_first[reader::readers]
     _refuse_changes(folder, names)
     return sum(record.files[name] for name in names)
 
 
 def verify_files(folder: Path, record: Record) -> None:
-    """``UserError`` where a file is missing or has not the size that it was written with."""
+    """Raise ``UserError`` if a file is missing or its size has changed."""
     for name, size in record.files.items():
         file = folder / name
         if file.is_symlink() or file.resolve().parent != folder.resolve():
@@ -188,17 +188,17 @@ def _refuse_changes(folder: Path, names: Collection[str]) -> None:
 
 
 def damaged(folder: Path, what: str) -> UserError:
-    """The error of a damaged checkpoint; it offers the one before where ``folder`` is the last."""
+    """Return the error of a damaged checkpoint; it names the previous one if ``folder`` is last."""
     run_folder, steps = folder.parent, saved_steps(folder.parent)
     remedy = ""
     if len(steps) > 1 and step_folder(run_folder, steps[-1]).name == folder.name:
         before = step_folder(run_folder, steps[-2]).name
-        remedy = f"; to go on from {before}, delete {folder.name} and `{LATEST}` in {run_folder}"
+        remedy = f"; to resume from {before}, delete {folder.name} and `{LATEST}` in {run_folder}"
     return UserError(f"--load {folder}: damaged: {what}{remedy}")
 
 
 def read_record(folder: Path) -> Record:
-    """What ``run.json`` of a step folder says."""
+    """Read ``run.json`` of a step folder."""
     path = folder / RECORD
     if not path.is_file():
         raise UserError(f"--load {folder}: not a complete checkpoint: {RECORD} is missing")
@@ -219,8 +219,8 @@ def write_record(folder: Path, record: Record, sums: Mapping[str, str]) -> None:
 
     Args:
         folder: holds everything else.
-        record: its ``files`` are all that the folder holds.
-        sums: of files whose sum is known already.
+        record: its ``files`` are all files of the folder.
+        sums: sums that are known already.
     """
     tree = {"format": FORMAT, **asdict(record)}
     write_text(folder / RECORD, json.dumps(tree, indent=1, sort_keys=True) + "\n")
@@ -228,15 +228,15 @@ def write_record(folder: Path, record: Record, sums: Mapping[str, str]) -> None:
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
-    """Size in bytes of every file below ``folder``, by relative name."""
+    """Return the size in bytes of every file below ``folder``, by relative name."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
 def make_run_folder(run_folder: Path, flag: str = "--save") -> None:
-    """Make a run's folder where it is missing; ``UserError`` where that cannot be done.
+    """Make a run's folder if it is missing; raise ``UserError`` if it is not writable.
 
-    ``flag``: by which the user named it.
+    ``flag``: the flag that names it.
     """
     try:
         run_folder.mkdir(parents=True, exist_ok=True)
@@ -247,12 +247,12 @@ def make_run_folder(run_folder: Path, flag: str = "--save") -> None:
 
 
 def prepare(folder: Path, flag: str = "--save") -> Path:
-    """An empty temporary folder for a checkpoint; what crashes left behind is removed.
+    """Make an empty temporary folder for a checkpoint and remove leftovers of crashes.
 
-    ``flag``: by which the user named the run's folder.
+    ``flag``: the flag that names the run's folder.
 
-    Raises ``UserError`` where a checkpoint of that step is already the run's own: ``latest`` names
-    it or a later one. A whole folder beyond ``latest`` is a crash's, and is replaced.
+    Raises ``UserError`` if ``latest`` names this step's checkpoint or a later one. A complete
+    folder beyond ``latest`` is a leftover of a crash and is replaced.
     """
     run_folder = folder.parent
     make_run_folder(run_folder, flag)
@@ -271,7 +271,7 @@ def prepare(folder: Path, flag: str = "--save") -> Path:
 
 
 def commit(folder: Path, keep_last: int | None) -> None:
-    """Turn the temporary folder into the checkpoint, then move ``latest``, then delete old ones."""
+    """Rename the temporary folder to the checkpoint, move ``latest``, delete old checkpoints."""
     sync_folder(temporary_folder(folder))
     rename(temporary_folder(folder), folder)
     write_text(folder.parent / LATEST, folder.name + "\n")
@@ -290,25 +290,25 @@ def prune(run_folder: Path, keep_last: int) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint so that a crash on the way leaves a ``.tmp``, never half a checkpoint."""
+    """Delete a checkpoint; a crash meanwhile leaves a ``.tmp``, never a partial checkpoint."""
     if folder.exists():
         rename(folder, temporary_folder(folder))
         shutil.rmtree(temporary_folder(folder))
 
 
 def refuse_to_rewrite(run_folder: Path, step: int) -> None:
-    """``UserError`` where a run that starts at ``step`` would write over a longer one."""
+    """Raise ``UserError`` if a run that starts at ``step`` would overwrite a longer one."""
     reached = latest_step(run_folder)
     if reached is not None and reached > step:
         raise UserError(
             f"--save {run_folder}: holds a run that reached step {reached}, and this one starts at "
-            f"step {step}; go on with --load {run_folder}, without --finetune and "
+            f"step {step}; resume with --load {run_folder}, without --finetune and "
             "--reset-progress, or name another folder"
         )
 
 
 def missing(wanted: Collection[str], checkpoint: Checkpoint) -> str:
-    """Names that are wanted and not there, the first few of them; empty when all are."""
+    """Return the first few of the ``wanted`` names that are missing; empty if none is."""
     names = sorted(set(wanted) - checkpoint.keys)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more

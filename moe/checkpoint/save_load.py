@@ -1,8 +1,9 @@
 """Saving and loading a run: weights, optimizer state, position, random-number states.
 
-Tensors go through megatron-core's dist_checkpointing, so that any layout loads what any other
-wrote (for the optimizer see ``optimizer_state``); ``run.json`` and ``settings.yaml`` lie beside
-them. All functions here are collectives over all ranks.
+Tensors are saved with megatron-core's dist_checkpointing, so that any layout loads what any other
+wrote (for the optimizer see ``optimizer_state``), next to ``run.json`` and ``settings.yaml``. Every
+rank writes and reads the tensors of its own shards; rank 0 alone handles folder names, records and
+``latest``, while the others wait. All public functions here are collectives over all ranks.
 """
 
 import importlib.metadata
@@ -48,7 +49,7 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 MODEL_METADATA = {"non_homogeneous_layers": True}
-"""Each layer under its own name, whether or not all layers are alike."""
+"""Save each layer under its own name, also if all layers are alike."""
 
 
 def save_checkpoint(
@@ -59,15 +60,15 @@ def save_checkpoint(
     settings: Settings,
     stream_state: Mapping[str, Any],
 ) -> Path:
-    """Write ``run_folder/step_NNNNNNN`` and move ``latest`` to it; returns the new folder.
+    """Write ``run_folder/step_NNNNNNN`` and move ``latest`` to it; return the new folder.
 
     Args:
-        run_folder: a folder that all ranks share; made where it is missing.
+        run_folder: on storage visible to all ranks; made if it is missing.
         progress: position of the run.
         model: the model's chunks on this rank, wrapped or not.
-        optimizer: what ``get_megatron_optimizer`` returned.
-        settings: the run's; ``checkpoint.keep_last`` says what is deleted afterwards.
-        stream_state: what identifies the stream of samples (``SampleStream.state()``).
+        optimizer: from ``get_megatron_optimizer``.
+        settings: the run's; older checkpoints are deleted by ``checkpoint.keep_last``.
+        stream_state: identity of the stream of samples (``SampleStream.state()``).
 
     Raises:
         UserError: the folder cannot be written, or the run has saved this step already.
@@ -84,10 +85,10 @@ def take_checkpoint(
     stream_state: Mapping[str, Any],
     group: dist.ProcessGroup | None = None,
 ) -> Callable[[], Path]:
-    """Collect what ``save_checkpoint`` writes; the function returned writes it.
+    """Collect the contents of a checkpoint; return a function that writes them.
 
-    With ``group``, a group of all ranks that nothing else uses meanwhile, what is collected is a
-    copy in host memory, and every rank may call the function on a thread and go on training.
+    With ``group``, a group of all ranks reserved for this purpose, the contents are copied to host
+    memory, and every rank may call the function on a thread while training continues.
     """
     folder = checkpoint_folder.step_folder(run_folder, progress.step)
     temporary = _on_rank_0(lambda: checkpoint_folder.prepare(folder))
@@ -100,6 +101,8 @@ def take_checkpoint(
     }
     contents = Contents(copied=group is not None)
     with _without_future_warnings():
+        # Collective over all ranks: megatron-core validates that the main replicas cover every
+        # global tensor exactly once.
         dist_checkpointing.save(tensors, str(temporary), sharded_strategy=contents)
 
     state = dict(stream_state)
@@ -119,7 +122,7 @@ def _complete(
     stream_state: dict[str, Any],
     sums: Mapping[str, str],
 ) -> None:
-    """What comes after the tensors: settings, record, and the names that make it a checkpoint."""
+    """Write settings and record after the tensors, and rename the folder to its final name."""
     temporary = checkpoint_folder.temporary_folder(folder)
     recipe.write(settings, temporary / "settings.yaml")
     record = Record(
@@ -141,19 +144,18 @@ def load_checkpoint(
     settings: Settings,
     stream_state: Mapping[str, Any],
 ) -> Progress:
-    """Load ``path``, a run's folder (its latest checkpoint) or a step folder; returns its position.
+    """Load ``path``, a run's folder (its latest checkpoint) or a step folder; return its position.
 
-    ``settings.checkpoint`` says what is left out: ``finetune`` loads the weights alone and starts
-    at step 0, ``reset_progress`` starts there with weights and optimizer, ``no_load_optim`` leaves
-    the optimizer fresh, ``no_load_rng`` the random numbers. A checkpoint of the same layout resumes
-    bit by bit; one of another layout or another kind of device gets random numbers seeded anew from
-    (seed, step).
+    ``settings.checkpoint`` excludes parts: ``finetune`` loads only the weights and starts at step
+    0, ``reset_progress`` starts there with weights and optimizer, ``no_load_optim`` keeps the
+    optimizer fresh, ``no_load_rng`` the random numbers. A checkpoint of the same layout resumes bit
+    by bit; with another layout or kind of device random numbers are reseeded from (seed, step).
 
-    Where --load is --save itself and holds nothing yet, the run starts: so one command begins a run
-    and goes on with it.
+    If --load equals --save and holds no checkpoint yet, the run starts at step 0: one command
+    starts a run and resumes it.
 
     Raises:
-        UserError: nothing there, incomplete or damaged, or of another architecture, vocabulary or
+        UserError: no checkpoint, incomplete or damaged, or of another architecture, vocabulary or
             tokenizer.
     """
     checkpoint = _on_rank_0(lambda: _read_compatible(path, settings, stream_state))
@@ -174,7 +176,7 @@ def load_checkpoint(
 
 
 def load_weights(path: Path, model: Sequence[torch.nn.Module], vocab_size: int) -> None:
-    """Load the weights alone, into any layout, without an optimizer: to run a model, not train it.
+    """Load only the weights, into any layout, without an optimizer, for inference.
 
     Args:
         path: a run's folder (its latest checkpoint) or one step folder.
@@ -182,7 +184,7 @@ def load_weights(path: Path, model: Sequence[torch.nn.Module], vocab_size: int) 
         vocab_size: the model's, before padding.
 
     Raises:
-        UserError: nothing there, incomplete or damaged, or of another architecture or vocabulary.
+        UserError: no checkpoint, incomplete or damaged, or of another architecture or vocabulary.
     """
     checkpoint = _on_rank_0(lambda: checkpoint_folder.read(path))
     require_vocabulary(checkpoint, vocab_size)
@@ -203,7 +205,7 @@ def _read_compatible(
 
 
 def _verify(checkpoint: Checkpoint) -> None:
-    """Every file against its sum, dealt out to the ranks; all raise what one of them finds."""
+    """Check every file against its sum, files divided among ranks; all raise the first error."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     found: list[UserError | None] = [None] * ranks
     mine = None
@@ -211,6 +213,8 @@ def _verify(checkpoint: Checkpoint) -> None:
         checkpoint_folder.verify(checkpoint.folder, rank, ranks)
     except UserError as error:
         mine = error
+    # All-gather over all ranks: a rank that raised alone would leave the others waiting in the
+    # next collective.
     dist.all_gather_object(found, mine)
     for damage in filter(None, found):
         raise damage
@@ -219,7 +223,7 @@ def _verify(checkpoint: Checkpoint) -> None:
 def _load_model(
     checkpoint: Checkpoint, model: Sequence[torch.nn.Module], same_layout: bool
 ) -> None:
-    """Parameters, and what FP8 scales remember."""
+    """Load parameters and FP8 scales."""
     weights = _model_state(model)
     parameters = [(entry.key, entry.data.detach()) for entry in _entries(weights)]
     for _, data in parameters:
@@ -252,10 +256,10 @@ def _load_optimizer(
 
 
 def _load_rng(checkpoint: Checkpoint, settings: Settings) -> None:
-    """Restore random-number states, or seed them anew where they cannot mean the same here.
+    """Restore random-number states, or reseed them if they do not apply here.
 
-    States belong to ranks of one layout and to one kind of device. What does not fit is drawn from
-    (seed, step), and rank 0 says so.
+    States belong to ranks of one layout and to one kind of device. Others are seeded from (seed,
+    step), with a warning on rank 0.
     """
     step, request = checkpoint.record.progress.step, rng_entries()
     reason: str | None
@@ -267,14 +271,14 @@ def _load_rng(checkpoint: Checkpoint, settings: Settings) -> None:
         reseed(settings.training.seed, step)
         request = {key: request[key] for key in request.keys() & HOST & checkpoint.keys}
         if dist.get_rank() == 0:
-            text = "%s: random numbers are seeded anew from seed and step %d"
+            text = "%s: random numbers are reseeded from seed and step %d"
             logger.warning(text, reason, step)
     if request:
         restore_rng(_load(checkpoint, request, "--no-load-rng resumes without"))
 
 
 def _load(checkpoint: Checkpoint, request: ShardedStateDict, remedy: str) -> ShardedStateDict:
-    """Read what ``request`` names; complains of absent names, of other shapes and of damage."""
+    """Read the entries of ``request``; raise UserError for missing names, shapes and damage."""
     built, _ = extract_matching_values(request, optimizer_state.is_entry)
     apply_factories(built)
     wanted = {entry.key for entry in nested_values(built)}
@@ -283,6 +287,8 @@ def _load(checkpoint: Checkpoint, request: ShardedStateDict, remedy: str) -> Sha
         raise UserError(f"--load {checkpoint.folder}: holds no {absent}; {remedy}")
     try:
         with _without_future_warnings():
+            # Collective over all ranks, although every rank reads its own shards from the files:
+            # torch's planner gathers and scatters the plans, and so reports errors to all ranks.
             return load_tensors(request, checkpoint.folder)
     except (CheckpointingException, CheckpointException) as error:
         raise UserError(
@@ -291,20 +297,20 @@ def _load(checkpoint: Checkpoint, request: ShardedStateDict, remedy: str) -> Sha
 
 
 def _refuse_nan(checkpoint: Checkpoint, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Everything was NaN before it was read: what still is was never written."""
+    """Raise UserError for tensors with NaN: they were filled with it, so they were not read."""
     unwritten = [
         name for name, tensor in tensors if tensor.is_floating_point() and tensor.isnan().any()
     ]
     if unwritten:
         names = ", ".join(sorted(unwritten)[:3])
         raise UserError(
-            f"--load {checkpoint.folder}: {len(unwritten)} tensors hold NaN or were never written "
-            f"whole (rank {dist.get_rank()}): {names}"
+            f"--load {checkpoint.folder}: {len(unwritten)} tensors hold NaN or were not fully "
+            f"written (rank {dist.get_rank()}): {names}"
         )
 
 
 def _model_state(model: Sequence[torch.nn.Module]) -> ShardedStateDict:
-    """Sharded state of each chunk, without the empty objects that layers keep for FP8's sake."""
+    """Return the sharded state of each chunk, without the empty FP8 objects of layers."""
     return {
         f"model{number}": {
             name: value
@@ -333,27 +339,29 @@ def _layout(settings: Settings) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that a checkpoint depends on."""
+    """Return the versions of Python and of the packages that a checkpoint depends on."""
     packages = ("torch", "megatron-core", "numpy")
     versions = {name: importlib.metadata.version(name) for name in packages}
     return {"python": platform.python_version(), "moetron": __version__, **versions}
 
 
 def _merged(own: dict[str, str], group: dist.ProcessGroup | None) -> dict[str, str]:
-    """The dictionaries of all ranks as one, on rank 0."""
+    """Merge the dictionaries of all ranks on rank 0."""
     parts: list[Any] = [None] * dist.get_world_size()
+    # Gather to rank 0, which alone writes the list of sums.
     dist.gather_object(own, parts if dist.get_rank() == 0 else None, dst=0, group=group)
     return {name: value for part in parts for name, value in (part or {}).items()}
 
 
 def _on_rank_0(action: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
-    """Do something on rank 0 while the others wait; all get its result or raise its error."""
+    """Run ``action`` on rank 0; all ranks return its result or raise its error."""
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             outcome[0] = action()
         except Exception as error:
             outcome[1] = error
+    # Broadcast from rank 0 to all ranks: also the barrier after a change of the file system.
     dist.broadcast_object_list(outcome, src=0, group=group)
     result, failure = outcome
     if failure is not None:
@@ -363,7 +371,7 @@ def _on_rank_0(action: Callable[[], Result], group: dist.ProcessGroup | None = N
 
 @contextmanager
 def _without_future_warnings() -> Iterator[None]:
-    """Torch warns about classes and functions of its own that megatron-core still calls."""
+    """Silence torch's warnings about its deprecated functions that megatron-core still calls."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield

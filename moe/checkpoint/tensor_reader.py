@@ -1,4 +1,4 @@
-"""Load a checkpoint's tensors from an index that was read safely, and nothing else."""
+"""Load a checkpoint's tensors, and nothing else, from a safely read index."""
 
 import io
 from collections.abc import Iterator
@@ -24,7 +24,10 @@ from moetron.moe.host.patching import Patch
 
 
 class IndexedReader(dcp.FileSystemReader):
-    """Reads tensors, and of objects, which torch unpickles freely, the FP8 state of layers."""
+    """Reader of tensors and, as the only objects, of the FP8 state of layers.
+
+    torch unpickles objects without restriction; here they are checked first.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(folder)
@@ -36,7 +39,7 @@ class IndexedReader(dcp.FileSystemReader):
         return self.index
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Hand the planner what its plan asks for; objects are checked and packed anew first."""
+        """Give the planner the items of its plan; objects are checked and repacked first."""
         objects = [item for item in plan.items if item.type == LoadItemType.BYTE_IO]
         for item in objects:
             planner.load_bytes(item, self._layer_state(item.storage_index))
@@ -44,7 +47,7 @@ class IndexedReader(dcp.FileSystemReader):
         return super().read_data(replace(plan, items=tensors), planner)
 
     def _layer_state(self, place: MetadataIndex) -> io.BytesIO:
-        """The state of one layer: uint8 tensors, each empty or a pickle that is only data."""
+        """Return the state of one layer: uint8 tensors, each empty or a pickle of plain data."""
         info = self.index.storage_data[place]
         with (self._folder / info.relative_path).open("rb") as file:
             file.seek(info.offset)
@@ -65,7 +68,7 @@ class IndexedReader(dcp.FileSystemReader):
 
 
 class _NoCommonState(LoadCommonStrategy):
-    """Leaves ``common.pt`` unread: Moetron keeps nothing in it."""
+    """Strategy that does not read ``common.pt``: Moetron stores nothing in it."""
 
     def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
         return {}
@@ -84,7 +87,7 @@ class _NoCommonState(LoadCommonStrategy):
 
 @contextmanager
 def _indexed_readers() -> Iterator[None]:
-    """Let megatron-core read files through `IndexedReader` (strategies/torch.py:750 in 0.16.1)."""
+    """Make megatron-core read files with `IndexedReader` (strategies/torch.py:750 in 0.16.1)."""
 
     def reader(checkpoint_dir: str | Path, cache_metadata: bool = False) -> IndexedReader:
         return IndexedReader(checkpoint_dir)
@@ -97,10 +100,10 @@ def _indexed_readers() -> Iterator[None]:
 
 
 def load_tensors(request: ShardedStateDict, folder: Path) -> ShardedStateDict:
-    """Load what ``request`` names from a step folder into its tensors (collective over all ranks).
+    """Load the entries of ``request`` from a step folder (collective over all ranks).
 
-    As megatron-core's ``dist_checkpointing.load``, with its reader of the ``torch_dist`` format,
-    whatever format the folder claims.
+    As megatron-core's ``dist_checkpointing.load``, always with its reader of the ``torch_dist``
+    format.
     """
     with _indexed_readers():
         return dist_checkpointing.load(

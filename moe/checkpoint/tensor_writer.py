@@ -1,4 +1,4 @@
-"""A checkpoint's tensors to files, at once or on a thread while training goes on."""
+"""Write a checkpoint's tensors to files, blocking or on a thread while training continues."""
 
 import hashlib
 import io
@@ -26,10 +26,10 @@ THREADS = 2
 
 
 class Contents(torch_strategy.TorchDistSaveShardedStrategy):
-    """What ``dist_checkpointing.save`` hands over, kept until ``write`` puts it on disk.
+    """Save strategy that holds the tensors of ``dist_checkpointing.save`` until ``write``.
 
     megatron-core's own writer (strategies/filesystem_async.py) forks processes around a spawned
-    manager even for a blocking save: seconds of start-up, and a hang when one of them dies.
+    manager even for a blocking save: seconds of start-up, and a hang if one of them dies.
 
     Args:
         copied: keep copies in host memory, so that the tensors may change before they are written.
@@ -50,18 +50,20 @@ class Contents(torch_strategy.TorchDistSaveShardedStrategy):
         self._tensors = torch_strategy.mcore_to_pyt_state_dict(grouped)
 
     def write(self, folder: Path, group: dist.ProcessGroup | None) -> dict[str, str]:
-        """Write what was kept, every file synced to disk; a collective over ``group``.
+        """Write the held tensors and sync every file to disk; a collective over ``group``.
 
         Returns:
-            SHA-256 of the files that this rank wrote, taken on their way to the disk.
+            SHA-256 of the files that this rank wrote, computed while writing.
 
         Raises:
-            RunError: on every rank, where one of them could not write.
+            RunError: on every rank, if one of them could not write.
         """
         files = _SummingFileSystem()
         writer = _Writer(folder, files)
         planner = torch_strategy.MCoreSavePlanner(flatten_state_dict=False)
         try:
+            # torch gathers the plans of ``group`` (None: all ranks) on its rank 0, scatters them
+            # back, and gathers the results there for the index; a failure reaches all ranks.
             save_tensors(self._tensors, storage_writer=writer, planner=planner, process_group=group)
         except CheckpointException as error:  # not an Exception, for torch
             raise _readable(folder, error) from error
@@ -69,25 +71,25 @@ class Contents(torch_strategy.TorchDistSaveShardedStrategy):
 
 
 def _readable(folder: Path, error: CheckpointException) -> Exception:
-    """What a save met, without torch's tracebacks where it is the disk's fault."""
+    """Return the error to raise for a failed save, without torch's tracebacks for disk errors."""
     causes = {rank: cause for rank, (cause, _) in sorted(error.failures.items())}
     if not all(isinstance(cause, OSError) for cause in causes.values()):
         return RuntimeError(f"cannot write {folder}: {error}")
-    said = "; ".join(f"rank {rank}: {cause}" for rank, cause in causes.items())
-    return RunError(f"cannot write {folder}: {said}; checkpoints before it are untouched")
+    reasons = "; ".join(f"rank {rank}: {cause}" for rank, cause in causes.items())
+    return RunError(f"cannot write {folder}: {reasons}; checkpoints before it are untouched")
 
 
 def _copy(part: Any) -> Any:
-    """Objects are serialised at once and need no copy."""
+    """Copy a tensor to host memory; objects are serialised immediately and need no copy."""
     if not isinstance(part, ShardedTensor):
         return part
     return replace(part, data=part.data.detach().to("cpu", copy=True))
 
 
 class _SummingFile(io.FileIO):
-    """A file that is written from start to end, and its SHA-256.
+    """File written sequentially, with its SHA-256.
 
-    What the disk answers is noted in ``failures``: torch tells of a broken archive instead.
+    Write errors are recorded in ``failures``: torch reports a broken archive instead.
     """
 
     def __init__(self, path: PathLike[str] | str, failures: list[Exception]) -> None:
@@ -96,7 +98,7 @@ class _SummingFile(io.FileIO):
         self._failures = failures
 
     def write(self, data: Any) -> int:
-        """Write bytes; the sum takes in what the file took."""
+        """Write bytes and update the sum with those that were written."""
         try:
             count = super().write(data)
         except OSError as error:
@@ -107,16 +109,16 @@ class _SummingFile(io.FileIO):
 
 
 class _SummingFileSystem(FileSystem):
-    """Files whose sums are known as soon as they are written."""
+    """File system that records the sums of the files it writes."""
 
     def __init__(self) -> None:
         self.sums: dict[str, str] = {}
         self.failures: list[Exception] = []
-        """What writing met, on whatever thread, the cause first."""
+        """Errors of all writing threads, the cause first."""
 
     @contextmanager
     def create_stream(self, path: str | PathLike[str], mode: str) -> Iterator[Any]:
-        """A stream to write a file of tensors."""
+        """Open a stream to write a file of tensors."""
         if mode != "wb":
             with super().create_stream(path, mode) as stream:
                 yield stream
@@ -132,7 +134,7 @@ class _SummingFileSystem(FileSystem):
 
 
 class _Writer(FileSystemWriter):
-    """torch's, which loses what its helper threads meet: a file cut short would pass for whole."""
+    """torch's writer, but raising errors of its helper threads, which would truncate files."""
 
     def __init__(self, folder: Path, files: _SummingFileSystem) -> None:
         super().__init__(folder, thread_count=THREADS, sync_files=True)
@@ -141,7 +143,7 @@ class _Writer(FileSystemWriter):
     def write_data(
         self, plan: SavePlan, planner: SavePlanner
     ) -> torch.futures.Future[list[WriteResult]]:
-        """Write this rank's share, or raise what any thread met: all ranks then hear of it."""
+        """Write this rank's tensors, or raise the first error of any thread, on all ranks."""
         written = None
         try:
             written = super().write_data(plan, planner)

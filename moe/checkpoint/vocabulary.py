@@ -1,9 +1,9 @@
-"""Whether a checkpoint's vocabulary is the one that is to read it; imports no torch.
+"""Check that a checkpoint's vocabulary matches the model's; imports no torch.
 
-Rows of vocabulary matrices are padded for tensor ranks to share, so megatron-core lets their number
-differ between a save and a load: rows too many are cut off, rows too few become zeros, whether they
-are padding or not. So numbers of ids are compared here, and of older checkpoints that do not name
-theirs, the rows of the embedding.
+Vocabulary matrices are padded to a multiple of the tensor ranks, so megatron-core lets their rows
+differ between a save and a load: surplus rows are dropped, missing rows become zeros, whether they
+are padding or not. So the numbers of ids are compared here; for older checkpoints without this
+number, the rows of the embedding.
 """
 
 from pathlib import Path
@@ -15,21 +15,21 @@ from moetron.moe.config.schema.settings import Settings
 
 
 def saved_vocabulary(record: Record) -> int | None:
-    """Ids before padding; None: an older checkpoint, whose run had them from its tokenizer.
+    """Return the ids before padding; None: an older checkpoint that took them from a tokenizer.
 
-    Even then mock data were drawn from so many ids.
+    Older runs on mock data record the number with the stream.
     """
     size: int | None = record.settings.get("model", {}).get("vocab_size")
     return size or record.stream.get("mock", {}).get("vocab_size")
 
 
 def vocabulary_problem(record: Record, vocab_size: int, rows: int | None = None) -> str | None:
-    """Why a model of ``vocab_size`` ids cannot take a checkpoint's weights, or None if it can.
+    """Return why a model of ``vocab_size`` ids cannot load a checkpoint's weights, None if it can.
 
     Args:
         record: the checkpoint's.
         vocab_size: ids before padding.
-        rows: of the checkpoint's embedding; None: not looked at.
+        rows: of the checkpoint's embedding; None: not checked.
     """
     model, parallel = (record.settings.get(group, {}) for group in ("model", "parallel"))
     multiple = model.get("make_vocab_size_divisible_by", 1)
@@ -48,22 +48,22 @@ def vocabulary_problem(record: Record, vocab_size: int, rows: int | None = None)
 
 
 def require_vocabulary(checkpoint: Checkpoint, vocab_size: int) -> None:
-    """``UserError`` unless the checkpoint's vocabulary has ``vocab_size`` ids before padding."""
+    """Raise UserError unless the checkpoint's vocabulary has ``vocab_size`` ids before padding."""
     problem = vocabulary_problem(checkpoint.record, vocab_size, checkpoint.embedding_rows)
     if problem is not None:
         raise UserError(f"--load {checkpoint.folder}: {problem}")
 
 
 def vocabulary_of(path: Path, settings: Settings, tokenizer_size: int | None) -> int:
-    """Ids of a checkpoint's model before padding, of which a tokenizer uses no other.
+    """Return the ids of a checkpoint's model before padding, after a check of the tokenizer's.
 
     Args:
-        path: where the checkpoint lies, for the message.
-        settings: the checkpoint's; where they name no size, it is the tokenizer's.
-        tokenizer_size: ids of the tokenizer that is to serve it; None: there is none.
+        path: the checkpoint, for the message.
+        settings: the checkpoint's; without a size, the tokenizer's is used.
+        tokenizer_size: ids of the tokenizer to use; None: there is none.
 
     Raises:
-        UserError: the tokenizer has ids that the model does not know, or neither says a size.
+        UserError: the tokenizer has more ids than the model, or neither has a size.
     """
     size = settings.model.vocab_size or tokenizer_size
     if size is None:

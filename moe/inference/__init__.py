@@ -1,1 +1,1 @@
-"""Generate text and score it."""
+"""Text generation and scoring."""

@@ -1,4 +1,7 @@
-"""Continue sequences of tokens with a trained model, on one rank."""
+"""Generation of tokens with a trained model, on one rank.
+
+Shape suffixes: B sequences, S positions, V vocabulary.
+"""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,11 +21,11 @@ from moetron.moe.training.runtime import Runtime
 
 
 def dropless(settings: Settings) -> Settings:
-    """The same model without capacity: every token is served by the experts that it chooses.
+    """Return settings without expert capacity: no choice is dropped.
 
-    Generation and scoring take this, so that a token's experts depend on nothing that comes later,
-    and on nothing beside it in a batch: slots are counted for batches of training. For the same
-    reason tokens choose their k best where experts chose tokens (--moe-router-type expert_choice).
+    Generation and scoring use this, so that a token's experts depend neither on later tokens nor on
+    other sequences of the batch: slots are defined for training batches. For the same reason tokens
+    choose their k best after training with --moe-router-type expert_choice.
     """
     changes = {
         "moe_expert_capacity_factor": None,
@@ -37,18 +40,18 @@ def dropless(settings: Settings) -> Settings:
 def load_model(
     path: Path, settings: Settings, vocab_size: int, runtime: Runtime, limited: bool = False
 ) -> LanguageModel:
-    """The model of the checkpoint at ``path``, in evaluation mode.
+    """Load the model of the checkpoint at ``path`` in evaluation mode.
 
-    Modules of multi-token prediction are left out: they serve training, and the next token's logits
-    do not depend on them.
+    Modules of multi-token prediction are omitted: only training uses them, and the next token's
+    logits do not depend on them.
 
     Args:
         path: a run's folder or one step_* folder, written in any layout.
         settings: of that checkpoint, for one rank.
         vocab_size: before padding.
         runtime: of one rank.
-        limited: whether experts have the capacity of evaluation during training; otherwise none,
-            see `dropless`.
+        limited: whether experts have the evaluation capacity of training; otherwise none, see
+            `dropless`.
     """
     settings = settings if limited else dropless(settings)
     shape = settings.model.model_copy(update={"mtp_num_layers": None})
@@ -60,32 +63,32 @@ def load_model(
 
 
 def needed_mask(model: LanguageModel, prefix_B: torch.Tensor, length: int) -> torch.Tensor | None:
-    """The mask bool [b, 1, s, s] of a pass over the first ``length`` tokens of sequences.
+    """Return the mask bool [b, 1, s, s] for the first ``length`` tokens of sequences.
 
-    None where samples had no part that sees all of itself: the model is causal then. Otherwise
-    attention modules expect a mask in every pass over more than one token, prefix or not.
+    None for a causal model. A model trained with bidirectional prefixes needs a mask in every pass
+    over more than one token, even without a prefix.
 
     Args:
         model: any.
-        prefix_B: how many of each sequence's first tokens see each other, int64 [b].
+        prefix_B: length of each sequence's bidirectional prefix, int64 [b].
         length: s.
     """
     return prefix_mask(prefix_B, length) if model.bidirectional_prefix else None
 
 
 class GrowingSequence:
-    """The logits that follow a sequence, as it grows.
+    """A growing sequence and the logits of its next token.
 
-    With ``cached`` the keys and values of earlier tokens are kept (megatron-core's
-    ``StaticInferenceContext``), and only new tokens are computed. Where the sequence outgrows the
-    length that the model was trained on, all but the last half of that length is forgotten, with
-    and without a cache.
+    With ``cached`` the keys and values of earlier tokens are cached (megatron-core's
+    ``StaticInferenceContext``), and only new tokens are computed. When the sequence exceeds the
+    length that the model was trained on, only the last half of that length is kept, with and
+    without a cache.
 
     Args:
-        model: on one rank; experts without capacity (`dropless`), or both ways differ.
-        cached: whether to keep keys and values.
-        prefix: how many of the first tokens see each other; they come in one piece. More than 0
-            needs a model that was trained so.
+        model: on one rank; experts without capacity (`dropless`), or results differ with a cache.
+        cached: whether to cache keys and values.
+        prefix: length of the bidirectional prefix, which the first `extend` must contain. Above 0
+            it needs a model trained with prefixes.
     """
 
     def __init__(self, model: LanguageModel, cached: bool = True, prefix: int = 0) -> None:
@@ -98,17 +101,17 @@ class GrowingSequence:
         self._context: StaticInferenceContext | None = None
 
     def extend(self, tokens: Sequence[int]) -> torch.Tensor:
-        """Append at least one token; logits [padded vocabulary] of what follows the last."""
+        """Append at least one token; return the next token's logits [padded vocabulary]."""
         assert tokens
         self._window += tokens
         if len(self._window) > self._limit:
-            forgotten = len(self._window) - max(self._limit // 2, 1)
-            del self._window[:forgotten]
-            self._prefix = max(self._prefix - forgotten, 0)
+            dropped = len(self._window) - max(self._limit // 2, 1)
+            del self._window[:dropped]
+            self._prefix = max(self._prefix - dropped, 0)
             self._context = None
         if not self._cached:
             return self._logits(self._window, None)
-        if self._context is None or len(tokens) > 1:  # a cache is extended one by one
+        if self._context is None or len(tokens) > 1:  # a cache grows by single tokens
             self._context = StaticInferenceContext(1, self._limit)
             return self._logits(self._window, self._context)
         return self._logits(tokens, self._context)
@@ -120,7 +123,7 @@ class GrowingSequence:
         first = 0 if context is None else context.sequence_len_offset
         positions = torch.arange(first, first + len(tokens), device=device)[None]
         prefix_B = torch.tensor([self._prefix], device=device)
-        # A single token that extends a cache sees all of it, and needs no mask.
+        # A single token that extends a cache sees all of it and needs no mask.
         mask = None if first else needed_mask(self._model, prefix_B, len(tokens))
         with torch.no_grad():
             logits_BSV = self._model(
@@ -128,6 +131,7 @@ class GrowingSequence:
                 positions,
                 mask,
                 inference_context=context,
+                # All-gather of the vocabulary over the tensor group, which is this rank alone.
                 runtime_gather_output=True,
             )
         if context is not None:
@@ -143,15 +147,15 @@ def continuation(
     cached: bool = True,
     reads_prefix: bool = False,
 ) -> Iterator[int]:
-    """Tokens that follow ``prompt``, without end.
+    """Yield tokens after ``prompt`` without end.
 
     Args:
         model: on one rank.
         prompt: at least one token id.
-        vocab_size: ids below this are real; the rows of the padding are never chosen.
-        sampling: how tokens are drawn.
+        vocab_size: before padding; padding ids are never chosen.
+        sampling: sampling parameters.
         cached: see `GrowingSequence`.
-        reads_prefix: whether tokens of the prompt see each other in both directions.
+        reads_prefix: whether the prompt is a bidirectional prefix.
     """
     generator = torch.Generator().manual_seed(sampling.seed)
     sequence = GrowingSequence(model, cached, len(prompt) if reads_prefix else 0)
@@ -163,7 +167,7 @@ def continuation(
 
 
 def draw(logits_V: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """One token id from float32 logits [vocabulary]."""
+    """Sample a token id from float32 logits [vocabulary]."""
     if sampling.temperature == 0:
         return int(logits_V.argmax())
     scaled_V = logits_V / sampling.temperature

@@ -1,4 +1,4 @@
-"""How the next token is drawn; imports no torch."""
+"""Sampling parameters; imports no torch."""
 
 from dataclasses import dataclass
 
@@ -10,17 +10,17 @@ class Sampling:
     """Temperature, top-k and top-p (nucleus) sampling.
 
     Raises:
-        UserError: values that mean nothing, all of them.
+        UserError: names all invalid values.
     """
 
     temperature: float = 1.0
-    """Divides the logits; 0 takes the likeliest token."""
+    """Divisor of the logits; 0 takes the most likely token."""
     top_k: int = 0
-    """Choose among so many of the likeliest; 0: among all."""
+    """Sample among this many most likely tokens; 0: among all."""
     top_p: float = 1.0
-    """Choose among the likeliest that make up this share of the probability."""
+    """Sample among the most likely tokens with this total probability."""
     seed: int = 0
-    """Of the draws."""
+    """Seed of the generator."""
 
     def __post_init__(self) -> None:
         rules = (

@@ -1,4 +1,7 @@
-"""How likely a trained model finds given tokens, on one rank."""
+"""Log-likelihood of given tokens under a trained model, on one rank.
+
+Shape suffixes: B sequences, S positions, C tokens of a continuation, V vocabulary.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +14,12 @@ from moetron.moe.layers.language_model import LanguageModel
 
 @dataclass(frozen=True)
 class Score:
-    """What a model says of a continuation."""
+    """Score of a continuation."""
 
     log_likelihood: float
     """Sum of the log-probabilities of its tokens, in nats."""
     greedy: bool
-    """Whether each of them is the likeliest of the whole vocabulary."""
+    """Whether each token is the most likely one."""
 
 
 def score(
@@ -27,14 +30,14 @@ def score(
 ) -> list[Score]:
     """Score continuations after their contexts.
 
-    Sequences of like length go through the model together, filled up behind their ends, where no
-    token before looks. Of a sequence longer than the model's, the beginning is left out.
+    Sequences of similar length form a batch, padded at the end, where attention does not reach. A
+    sequence longer than the model's loses its beginning.
 
     Args:
-        model: on one rank; experts without capacity, which fillers would use up.
+        model: on one rank; experts without capacity, which padding would use.
         pairs: (context, continuation), neither of them empty.
-        batch_size: sequences that go through the model at once.
-        reads_prefix: whether tokens of a context see each other in both directions.
+        batch_size: sequences per forward pass.
+        reads_prefix: whether a context is a bidirectional prefix.
     """
     limit = model.max_sequence_length + 1
     rows = [
@@ -52,7 +55,7 @@ def score(
 def _score_batch(
     model: LanguageModel, batch: Sequence[tuple[list[int], int]], reads_prefix: bool
 ) -> list[Score]:
-    """Score rows of (tokens, how many of the last ones count), the longest first."""
+    """Score rows of (tokens, number of last tokens to score), the longest first."""
     width = len(batch[0][0]) - 1
     device = next(model.parameters()).device
     inputs_BS = torch.zeros(len(batch), width, dtype=torch.long, device=device)

@@ -1,4 +1,7 @@
-"""Core attention on ``torch.nn.functional.scaled_dot_product_attention``."""
+"""Core attention on ``torch.nn.functional.scaled_dot_product_attention``.
+
+Shape suffixes: B samples of a micro-batch, S positions of a sequence.
+"""
 
 import math
 from contextlib import AbstractContextManager, nullcontext
@@ -17,10 +20,12 @@ from moetron.moe.host.context_parallel import chunks_of_rank, gather_sequence
 
 
 def prefix_mask(prefix_B: torch.Tensor, length: int) -> torch.Tensor:
-    """Causal attention whose first tokens see each other: bool [b, 1, s, s], True: forbidden.
+    """Return the mask of causal attention with a bidirectional prefix: bool [b, 1, s, s].
+
+    True marks forbidden pairs.
 
     Args:
-        prefix_B: how many of each sample's first tokens see each other, int64 [b].
+        prefix_B: length of each sample's bidirectional prefix, int64 [b].
         length: of the samples (s).
     """
     place_S = torch.arange(length, device=prefix_B.device)
@@ -29,11 +34,11 @@ def prefix_mask(prefix_B: torch.Tensor, length: int) -> torch.Tensor:
     return (ahead_SS & outside_BS[:, None, :])[:, None]
 
 
-def narrower(mask_B1SS: torch.Tensor, ahead: int) -> torch.Tensor:
-    """The mask of `prefix_mask` for prefixes that are ``ahead`` tokens shorter.
+def shorten_prefix(mask_B1SS: torch.Tensor, ahead: int) -> torch.Tensor:
+    """Return the mask of `prefix_mask` for prefixes that are ``ahead`` tokens shorter.
 
-    Position i of the n-th module of multi-token prediction holds token i + n as well. What sees
-    all of the given part must hold none of the tokens after it, which the module predicts.
+    Position i of the n-th module of multi-token prediction also holds token i + n. Positions with
+    bidirectional attention must not hold tokens after the prefix, which the module predicts.
     """
     shorter = torch.ones_like(mask_B1SS).triu(1)
     shorter[..., :-ahead] &= mask_B1SS[..., ahead:]
@@ -41,24 +46,24 @@ def narrower(mask_B1SS: torch.Tensor, ahead: int) -> torch.Tensor:
 
 
 class SdpaAttention(MegatronModule):
-    """softmax(scale x q k^T + mask) v without the s x s matrix in memory.
+    """Attention, softmax(scale x q k^T + mask) v, without the s x s matrix in memory.
 
-    Takes the place of megatron-core's ``DotProductAttention``: same constructor, same ``forward``.
+    Replaces megatron-core's ``DotProductAttention``: same constructor, same ``forward``.
 
     Args:
         config: megatron-core's.
         layer_number: 1-based; only with ``apply_query_key_layer_scaling``.
-        attn_mask_type: which mask holds when ``forward`` gets none.
-        attention_type: "self" or "cross"; makes no difference here.
+        attn_mask_type: mask to apply when ``forward`` gets none.
+        attention_type: "self" or "cross"; ignored.
         attention_dropout: dropout of the probabilities; unset: the configuration's.
         softmax_scale: unset: 1 / sqrt(head width).
-        cp_comm_type: taken and ignored: keys and values are gathered.
-        k_channels: taken and ignored, as is ``v_channels``: tensors say their widths.
+        cp_comm_type: ignored: keys and values are gathered.
+        k_channels: ignored, as is ``v_channels``: widths come from the tensors.
         pg_collection: ``cp`` is read, with context parallelism.
 
     Raises:
-        ValueError: the configuration asks for what is only in Transformer Engine or
-            ``DotProductAttention``: a sliding window, an attention sink.
+        ValueError: the configuration has a sliding window or an attention sink, which only
+            Transformer Engine and ``DotProductAttention`` implement.
     """
 
     def __init__(
@@ -95,17 +100,17 @@ class SdpaAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> torch.Tensor:
-        """Attend.
+        """Return the attention output of this rank's heads.
 
-        With context parallelism the arguments hold this rank's chunks of the sequence (context.py),
-        and the result does.
+        With context parallelism arguments and result hold this rank's chunks of the sequence
+        (host/context_parallel.py).
 
         Args:
             query: [sq, b, heads, width].
             key: [sk, b, key/value heads, width].
             value: like ``key``, of any width.
             attention_mask: bool, broadcast to [b, heads, sq, sk], True where attention is
-                forbidden; it replaces the causal mask. None: as ``attn_mask_type`` says. Not
+                forbidden; it replaces the causal mask. None: see ``attn_mask_type``. Not
                 supported with context parallelism.
             attn_mask_type: unset: the constructor's.
             attention_bias: not supported.
@@ -120,7 +125,7 @@ class SdpaAttention(MegatronModule):
             assert attention_mask is None, "a mask with context parallelism"
             return self._attend_across(query, key, value, mask_type, self.cp_group)
         sq, sk = query.shape[0], key.shape[0]
-        # One query is the newest position of a cached sequence: it sees everything.
+        # A single query is the newest position of a cached sequence and sees all of it.
         causal = attention_mask is None and mask_type == AttnMaskType.causal and sq > 1
         assert not causal or sq == sk, "a causal mask is for self-attention"
         allowed = None if attention_mask is None else ~attention_mask
@@ -134,8 +139,10 @@ class SdpaAttention(MegatronModule):
         mask_type: AttnMaskType,
         group: ProcessGroup,
     ) -> torch.Tensor:
-        """Each chunk of queries sees the whole sequence, or causally the part up to itself."""
+        """Attend from this context rank's queries to the full sequence, causally if the mask is."""
         widths = [key.shape[-1], value.shape[-1]]
+        # All-gather over the context group: each rank holds the keys and values of its own chunks,
+        # and its queries need those of all earlier positions. Backward is a reduce-scatter.
         keys, values = gather_sequence(torch.cat([key, value], dim=-1), group).split(widths, -1)
         if mask_type != AttnMaskType.causal:
             return self._attend(query, keys, values)
@@ -172,7 +179,10 @@ class SdpaAttention(MegatronModule):
         return context.permute(2, 0, 1, 3).flatten(2)
 
     def _dropout_rng(self) -> AbstractContextManager[None]:
-        """Ranks that hold different heads of the same tokens must drop differently."""
+        """Return the generator context that gives tensor ranks different dropout masks.
+
+        They hold different heads of the same tokens.
+        """
         if self.config.sequence_parallel or not (self.dropout and self.training):
             return nullcontext()
         fork: AbstractContextManager[None] = tensor_parallel.get_cuda_rng_tracker().fork()

@@ -27,23 +27,23 @@ def build_model(
     post_process: bool = True,
     vp_stage: int | None = None,
 ) -> LanguageModel:
-    """One pipeline stage (or virtual stage) of the model, weights drawn.
+    """Build one pipeline stage (or virtual stage) of the model with initialised weights.
 
-    megatron's parallel state and random states must be up (and `adapt_host` called on a host).
-    Logits stay split over tensor ranks along the vocabulary. Under ``torch.device("meta")`` on an
-    adapted host nothing is allocated.
+    megatron's parallel state and random states must be initialised (and `adapt_host` called on a
+    host). Logits stay split over tensor ranks along the vocabulary. Under ``torch.device("meta")``
+    on an adapted host nothing is allocated.
 
     Args:
-        settings: the whole tree.
+        settings: the full tree.
         config: ``transformer_config(settings)``.
-        vocab_size: rows of the vocabulary; padded here as ``--make-vocab-size-divisible-by`` says
+        vocab_size: rows of the vocabulary; padded here to ``--make-vocab-size-divisible-by``
             (padding a padded size changes nothing).
         pre_process: this stage holds the embedding.
         post_process: this stage holds the final norm and the output layer.
         vp_stage: virtual pipeline stage; None without interleaving.
 
     Raises:
-        RunError: the parameters built are not those that the settings plan (moe/plan).
+        RunError: the parameter counts differ from those planned for the settings (moe/plan).
     """
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = settings.model
@@ -81,7 +81,7 @@ def build_model(
 
 
 def count_built(chunks: Iterable[torch.nn.Module]) -> RankParameters:
-    """Parameters that exist in the chunks of a rank, by what their gradients are reduced over."""
+    """Count the parameters in the chunks of a rank, dense and expert ones."""
     held = {False: 0, True: 0}
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
@@ -92,22 +92,22 @@ def count_built(chunks: Iterable[torch.nn.Module]) -> RankParameters:
 def _check_parameters(
     planned: RankParameters, built: RankParameters, stage: int, vp_stage: int | None
 ) -> None:
-    """Compare counts: a spec that leaves out a block of the settings trains another model."""
+    """Raise RunError unless the counts agree: a spec that omits a block trains another model."""
     if built == planned:
         return
     place = f"pipeline stage {stage}" + ("" if vp_stage is None else f", chunk {vp_stage}")
     raise RunError(
         f"the model built is not the one that the settings describe: {place} has "
         f"{built.dense:,} parameters and {built.expert:,} of experts on a rank, planned were "
-        f"{planned.dense:,} and {planned.expert:,}. This is a fault of Moetron or of the installed "
+        f"{planned.dense:,} and {planned.expert:,}. This is a bug in Moetron or in the installed "
         "megatron-core: please report it with the settings"
     )
 
 
 def _shrink_queries(attention: SelfAttention) -> None:
-    """Divide query rows of ``linear_qkv`` by sqrt(head width); keys and values stay as drawn.
+    """Divide the query rows of ``linear_qkv`` by sqrt(head width); keys and values are unchanged.
 
-    Rows of a query group follow each other: its queries, its key, its value.
+    The rows of a query group are its queries, its key and its value, in this order.
     """
     width, weight = attention.hidden_size_per_attention_head, attention.linear_qkv.weight
     queries = (

@@ -1,4 +1,4 @@
-"""Grouped experts as OpenMoE and ST-MoE have them."""
+"""Variants of grouped experts used by OpenMoE and ST-MoE."""
 
 from typing import Any
 
@@ -16,19 +16,19 @@ from moetron.moe.layers.experts import GroupedExperts, sharded_tensor
 
 
 class VariantExperts(GroupedExperts):
-    """Grouped experts with what the configuration asks for of the following.
+    """Grouped experts with any of the following options.
 
     - ``double_gated``: down((silu(gate x) * up x) * linear x), OpenMoE's unit; ``weight1``
       [E, 3F, H] holds gate, up and linear.
     - ``moe_expert_multiplicative_bias``: the inner activation [F] times ``inner_scale`` [E, F],
-      ones at first (ST-MoE, arXiv 2202.08906, appendix C).
+      initialised to ones (ST-MoE, arXiv 2202.08906, appendix C).
     - ``moe_expert_dropout``: dropout of the inner activation (the same, section 4); ranks draw
       their own random numbers.
 
     Args:
         num_local_experts: experts on this rank.
         config: see `grouped_gemm_fits`.
-        submodules: taken and ignored.
+        submodules: ignored.
         pg_collection: as in `GroupedExperts`.
     """
 
@@ -52,7 +52,7 @@ class VariantExperts(GroupedExperts):
 
     @staticmethod
     def fc1_parts(config: ModelConfig) -> int:
-        """Matrices [F, H] that ``weight1`` holds of an expert."""
+        """Return the number of matrices [F, H] per expert in ``weight1``."""
         return 3 if config.double_gated else GroupedExperts.fc1_parts(config)
 
     def _inner(self, hidden: torch.Tensor, tokens_per_expert: torch.Tensor) -> torch.Tensor:
@@ -76,7 +76,7 @@ class VariantExperts(GroupedExperts):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """As `GroupedExperts`, and ``inner_scale`` [experts, F]."""
+        """Return the entries of `GroupedExperts` and ``inner_scale`` [experts, F]."""
         entries = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         if self.config.moe_expert_multiplicative_bias:
             axis, tensor_ranks = len(sharded_offsets), (self.tp_group.rank(), self.tp_group.size())

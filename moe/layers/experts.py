@@ -1,4 +1,8 @@
-"""A rank's experts as grouped matrix products."""
+"""A rank's experts as grouped matrix products.
+
+E experts on this rank, F this rank's part of their inner width, H hidden size. ``rows`` are token
+copies that the dispatcher's all-to-all brought to this rank, sorted by local expert.
+"""
 
 from functools import partial
 from typing import Any
@@ -21,7 +25,7 @@ _ALIGNMENT_BYTES = 16  # of the rows of every operand of grouped_mm
 
 
 def grouped_gemm_fits(config: TransformerConfig, expert_tensor_ranks: int) -> bool:
-    """Whether `GroupedExperts` can run this configuration: no biases, aligned row lengths."""
+    """Return whether `GroupedExperts` supports this configuration: no biases, aligned rows."""
     assert config.moe_ffn_hidden_size is not None
     rows = (config.hidden_size, config.moe_ffn_hidden_size // expert_tensor_ranks)
     aligned = all(row * config.params_dtype.itemsize % _ALIGNMENT_BYTES == 0 for row in rows)
@@ -29,11 +33,11 @@ def grouped_gemm_fits(config: TransformerConfig, expert_tensor_ranks: int) -> bo
 
 
 def mark_gradient_ranks(experts: torch.nn.Module, groups: ProcessGroupCollection) -> None:
-    """Say whether experts' gradients are summed over the ranks over which dense parameters' are.
+    """Set ``allreduce`` on experts: True if gradients are reduced over the dense DP group.
 
-    megatron-core 0.16.1 (tensor_parallel/layers.py, extensions/transformer_engine.py) looks at the
-    expert-parallel size alone, so that with one expert rank and ETP other than TP it leaves out
-    ranks, silently.
+    False: over the expert data-parallel group. megatron-core 0.16.1 (tensor_parallel/layers.py,
+    extensions/transformer_engine.py) looks only at the expert-parallel size, so that with one
+    expert rank and ETP other than TP it silently omits ranks.
     """
     like_dense = groups.ep.size() == 1 and groups.expt_tp.size() == groups.tp.size()
     for parameter in experts.parameters():
@@ -41,7 +45,7 @@ def mark_gradient_ranks(experts: torch.nn.Module, groups: ProcessGroupCollection
 
 
 class _ContiguousGrad(torch.autograd.Function):
-    """Identity. The backward pass of grouped_mm refuses expanded gradients such as ``sum()``'s."""
+    """Identity with a contiguous gradient: grouped_mm rejects expanded ones such as ``sum()``'s."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -53,17 +57,20 @@ class _ContiguousGrad(torch.autograd.Function):
 
 
 class GroupedExperts(MegatronModule):
-    """down(act(x W1)) of every expert that this rank holds, weighted by the token's probability.
+    """The experts of this rank, down(act(x W1)), weighted by the token's probability.
 
-    Takes the place of megatron-core's ``SequentialMLP``: same constructor and ``forward``, same
-    numbers drawn at initialisation, same global tensors in a checkpoint, so that either loads the
-    other's. ``weight1`` [E, 2F or F, H] (gate above up) and ``weight2`` [E, H, F] hold E local
-    experts of width F; with expert tensor parallelism F is this rank's share.
+    Replaces megatron-core's ``SequentialMLP``: same constructor and ``forward``, same numbers drawn
+    at initialisation, same global tensors in a checkpoint, so that either loads the other's.
+    ``weight1`` [E, 2F or F, H] (gate above up) and ``weight2`` [E, H, F] hold E local experts of
+    width F; with expert tensor parallelism F is this rank's shard of the width.
+
+    No collective here: the dispatcher exchanges tokens over the expert group before and after, and
+    sums the partial outputs over the expert tensor group.
 
     Args:
         num_local_experts: experts on this rank.
         config: megatron-core's; see `grouped_gemm_fits`.
-        submodules: taken and ignored.
+        submodules: ignored.
         pg_collection: ``ep``, ``expt_tp``, ``expt_dp`` and ``tp`` are read.
     """
 
@@ -94,7 +101,7 @@ class GroupedExperts(MegatronModule):
 
     @staticmethod
     def fc1_parts(config: TransformerConfig) -> int:
-        """Matrices [F, H] that ``weight1`` holds of an expert."""
+        """Return the number of matrices [F, H] per expert in ``weight1``."""
         return 2 if config.gated_linear_unit else 1
 
     def _empty_weight(self, rows: int, columns: int) -> torch.nn.Parameter:
@@ -108,7 +115,7 @@ class GroupedExperts(MegatronModule):
         return torch.nn.Parameter(weight)
 
     def _draw_weights(self) -> None:
-        """Draw expert by expert, as ``SequentialMLP`` does."""
+        """Initialise expert by expert, in the order of ``SequentialMLP``."""
         with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
             for fc1, fc2 in zip(self.weight1.detach(), self.weight2.detach(), strict=True):
                 self.config.init_method(fc1)
@@ -141,11 +148,11 @@ class GroupedExperts(MegatronModule):
     def _product(
         self, layer: str, x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor
     ) -> torch.Tensor:
-        """Each expert's rows times its weight transposed, in one of the two layers."""
+        """Multiply each expert's rows by its transposed weight, in one of the two layers."""
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
 
     def _inner(self, hidden: torch.Tensor, tokens_per_expert: torch.Tensor) -> torch.Tensor:
-        """What the second layer multiplies, before the token's probability: [rows, F]."""
+        """Return the input of the second layer, before the token's probability: [rows, F]."""
         activation = self.config.activation_func
         if self.config.gated_linear_unit:
             gate, up = hidden.chunk(2, dim=-1)
@@ -158,9 +165,9 @@ class GroupedExperts(MegatronModule):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """The global tensors of ``SequentialMLP``: fc1 [experts, 2F or F, H], fc2 [experts, H, F].
+        """Return shards of ``SequentialMLP``'s tensors: fc1 [experts, 2F or F, H], fc2 [.., H, F].
 
-        fc1 of a gated unit is shards of gate and up, since a tensor rank holds rows of both.
+        fc1 of a gated unit has separate shards of gate and up: a tensor rank holds rows of both.
         """
         assert not (metadata or {}).get("singleton_local_shards", False)
         axis = len(sharded_offsets)
@@ -198,7 +205,7 @@ class GroupedExperts(MegatronModule):
     def _extra_states(
         self, prefix: str, sharded_offsets: tuple[tuple[int, int, int], ...]
     ) -> dict[str, Any]:
-        """The empty objects that ``SequentialMLP``'s linear layers keep in a checkpoint."""
+        """Return the empty objects that ``SequentialMLP``'s linear layers write to a checkpoint."""
         first = self.ep_group.rank() * self.num_local_experts
         total = self.ep_group.size() * self.num_local_experts
         replica = (0, self.tp_group.rank(), self.dp_group.rank())
@@ -214,7 +221,7 @@ class GroupedExperts(MegatronModule):
         }
 
     def backward_dw(self) -> None:
-        """Weight gradients are never delayed here."""
+        """Do nothing: weight gradients are never delayed here."""
 
 
 def sharded_tensor(
@@ -225,7 +232,10 @@ def sharded_tensor(
     offsets: tuple[tuple[int, int, int], ...],
     prepended: int,
 ) -> ShardedTensor:
-    """A shard of the global tensor ``key``: (axis, number, count) in ``shard`` and ``offsets``."""
+    """Return a shard of the global tensor ``key``.
+
+    ``shard`` and ``offsets`` hold (axis, number, count).
+    """
     return ShardedTensor.from_rank_offsets(
         key, data, *offsets, shard, replica_id=replica_id, prepend_axis_num=prepended
     )

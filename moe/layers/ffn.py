@@ -15,9 +15,9 @@ from torch.distributed import ProcessGroup
 class DoubleGatedMLP(MLP):
     """down((silu(gate x) * up x) * linear x): flaxformer's MLP with activations (swiglu, linear).
 
-    Takes the place of megatron-core's ``MLP``; ``linear_fc1`` holds gate and up, and
-    ``linear_fc1_linear`` [F, H] the third matrix, cut over tensor ranks like them. 4 H F
-    parameters (OpenMoE's flaxformer, t5/dense.py; the paper's own count has three matrices).
+    Replaces megatron-core's ``MLP``; ``linear_fc1`` holds gate and up, and ``linear_fc1_linear``
+    [F, H] the third matrix, split over tensor ranks in the same way. 4 H F parameters (OpenMoE's
+    flaxformer, t5/dense.py; the paper's own count has three matrices).
 
     Args:
         config: megatron-core's, of a gated unit without biases.
@@ -57,7 +57,7 @@ class DoubleGatedMLP(MLP):
     def forward(
         self, hidden_states: torch.Tensor, per_token_scale: torch.Tensor | None = None, **_: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[s, b, H] -> [s, b, H], and no bias."""
+        """Map [s, b, H] to [s, b, H]; no bias."""
         assert per_token_scale is None
         gate, up = self.linear_fc1(hidden_states)[0].chunk(2, dim=-1)
         linear = self.linear_fc1_linear(hidden_states)[0]
@@ -68,7 +68,7 @@ class DoubleGatedMLP(MLP):
 
 
 class DoubleGatedSharedExpertMLP(SharedExpertMLP, DoubleGatedMLP):
-    """Shared experts of the same kind: OpenMoE's extra FFN beside the experts (paper, Eq 4)."""
+    """Double-gated shared experts: OpenMoE's extra FFN beside the experts (paper, Eq 4)."""
 
 
 class SequentialFfnLayer(TransformerLayer):
@@ -80,7 +80,7 @@ class SequentialFfnLayer(TransformerLayer):
     Args:
         config: megatron-core's.
         submodules: of ``TransformerLayer``.
-        extra_mlp: what builds the FFN.
+        extra_mlp: spec of the FFN.
         ffn_hidden_size: its width.
         args: of ``TransformerLayer``, as are ``kwargs``.
     """

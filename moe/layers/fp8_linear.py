@@ -15,14 +15,14 @@ from moetron.moe.numerics.fp8_matmul import Fp8Product
 
 
 def fp8_linear(product: Fp8Product, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """X [..., K] times weight [N, K] transposed."""
+    """Multiply x [..., K] by the transposed weight [N, K]."""
     x_TK = x.reshape(-1, x.shape[-1])
     ends = torch.tensor([len(x_TK)], dtype=torch.int32, device=x.device)
     return product(x_TK, weight.unsqueeze(0), ends).view(*x.shape[:-1], -1)
 
 
 class Fp8ColumnParallelLinear(ColumnParallelLinear):
-    """megatron-core's layer with an FP8 product; the gathered sequence is what is quantised.
+    """megatron-core's layer with an FP8 product; the gathered sequence is quantised.
 
     Args:
         numerics: the recipe.
@@ -44,15 +44,19 @@ class Fp8ColumnParallelLinear(ColumnParallelLinear):
         **_: Any,
     ) -> torch.Tensor:
         if sequence_parallel:
+            # All-gather over the tensor group: ranks hold different positions but all multiply the
+            # full sequence by their columns. Backward reduce-scatters the input gradient.
             input = gather_from_sequence_parallel_region(input, group=tp_group)
         elif allreduce_dgrad:
+            # Identity; backward all-reduces over the tensor group, whose ranks each compute the
+            # input gradient of their own columns.
             input = copy_to_tensor_model_parallel_region(input, group=tp_group)
         output = fp8_linear(self._fp8, input, weight)
         return output if bias is None else output + bias
 
 
 class Fp8RowParallelLinear(RowParallelLinear):
-    """megatron-core's layer with an FP8 product; partial sums are added in high precision.
+    """megatron-core's layer with an FP8 product; ``forward`` sums partial results unquantised.
 
     Args:
         numerics: the recipe.
@@ -68,7 +72,7 @@ class Fp8RowParallelLinear(RowParallelLinear):
 
 
 class Fp8GroupedExperts(GroupedExperts):
-    """Grouped experts with FP8 products; every expert has scales of its own.
+    """Grouped experts with FP8 products; every expert has its own scales.
 
     Args:
         numerics: the recipe.

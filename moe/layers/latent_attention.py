@@ -1,4 +1,4 @@
-"""DeepSeek's latent attention on tensor ranks, without Transformer Engine."""
+"""DeepSeek's multi-head latent attention on tensor ranks, without Transformer Engine."""
 
 from dataclasses import replace
 from typing import Any
@@ -18,16 +18,16 @@ from moetron.moe.numerics.fp8_matmul import Fp8Product
 
 
 class ReplicatedLinear(torch.nn.Module):
-    """x W^T with the whole of W [outputs, inputs] on every tensor rank, each with its own tokens.
+    """Linear layer x W^T, W [outputs, inputs] replicated on tensor ranks with different tokens.
 
     Under sequence parallelism the gradient of W is partial; the attribute ``sequence_parallel``
-    asks ``finalize_model_grads`` to sum it over tensor ranks.
+    makes ``finalize_model_grads`` all-reduce it over the tensor group.
 
     Args:
-        config: gives the initialisation and the dtype.
+        config: initialisation and dtype.
         inputs: width of x.
         outputs: width of the result.
-        numerics: how the product emulates FP8; None: it does not.
+        numerics: FP8 emulation of the product; None: no emulation.
     """
 
     def __init__(
@@ -43,27 +43,27 @@ class ReplicatedLinear(torch.nn.Module):
         self._fp8 = None if numerics is None else Fp8Product(numerics)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """[s, b, inputs] -> [s, b, outputs], and no bias."""
+        """Map [s, b, inputs] to [s, b, outputs]; no bias."""
         if self._fp8 is None:
             return F.linear(x, self.weight), None
         return fp8_linear(self._fp8, x, self.weight), None
 
 
 class LatentAttention(MLASelfAttention):
-    """megatron-core's latent attention with a right gradient under tensor parallelism.
+    """megatron-core's latent attention with a correct gradient under tensor parallelism.
 
-    Every rank's heads use the one rotated key of a token. megatron-core 0.16.1 without Transformer
-    Engine cuts the projection that makes it over tensor ranks and gathers the result
-    (multi_latent_attention.py:628), so that its gradient holds one rank's heads alone. Here, as in
+    All heads of a token share one rotated key. megatron-core 0.16.1 without Transformer Engine
+    splits the projection that computes it over tensor ranks and gathers the result
+    (multi_latent_attention.py:628), so that its gradient holds only one rank's heads. Here, as in
     Transformer Engine's path, every rank computes the compressed vectors of its part of the
-    sequence; gathering the sequence sums the heads' gradients on the way back. Needs sequence
-    parallelism where there are several tensor ranks.
+    sequence, and megatron-core all-gathers the sequence over the tensor group; the reduce-scatter
+    in the backward pass sums the heads' gradients. Several tensor ranks need sequence parallelism.
 
     Args:
         config: megatron-core's.
         submodules: ``linear_*_down_proj`` are not read.
         args: of ``MLASelfAttention``, as are ``kwargs``.
-        numerics: how the compressing projections emulate FP8; None: they do not.
+        numerics: FP8 emulation of the down projections; None: no emulation.
     """
 
     def __init__(
@@ -80,5 +80,5 @@ class LatentAttention(MLASelfAttention):
         width = config.hidden_size
         if config.q_lora_rank is not None:
             self.linear_q_down_proj = ReplicatedLinear(config, width, config.q_lora_rank, numerics)
-        kept = config.kv_lora_rank + config.qk_pos_emb_head_dim
-        self.linear_kv_down_proj = ReplicatedLinear(config, width, kept, numerics)
+        cached = config.kv_lora_rank + config.qk_pos_emb_head_dim
+        self.linear_kv_down_proj = ReplicatedLinear(config, width, cached, numerics)

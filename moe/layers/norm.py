@@ -1,9 +1,9 @@
-"""Normalisations of the local implementation: RMSNorm and LayerNorm, full-width QK-norm.
+"""Normalisations of the local implementation: RMSNorm, LayerNorm, full-width QK-norm.
 
 megatron-core's ``WrappedTorchNorm`` refuses sequence parallelism (transformer/torch_norm.py:28).
-Under it every rank normalises its own tokens with the whole weight, so that the weight's gradient
-is partial and must be summed over tensor-parallel ranks: the attribute ``sequence_parallel`` asks
-``finalize_model_grads`` for that.
+Under it every rank normalises its own tokens with the full weight, so that the weight's gradient
+is partial: the attribute ``sequence_parallel`` makes ``finalize_model_grads`` all-reduce it over
+the tensor group.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 
 
 class _RMSNorm(torch.autograd.Function):
-    """See `rms_norm`. Saves one activation; on a CPU 1.1 to 3 times as fast as F.rms_norm."""
+    """Autograd of `rms_norm`. Saves one activation; 1.1 to 3 times F.rms_norm's speed on a CPU."""
 
     @staticmethod
     def forward(
@@ -32,6 +32,7 @@ class _RMSNorm(torch.autograd.Function):
         x_fp32 = x.float()
         square = torch.linalg.vector_norm(x_fp32, dim=-1, keepdim=True).square_()
         ctx.group, ctx.width = group, _global_width(x, group)
+        # All-reduce over the tensor group if it splits the width: the mean is over all of it.
         inverse_rms = _all_reduce(square, group).div_(ctx.width).add_(epsilon).rsqrt_()
         ctx.save_for_backward(x, weight, inverse_rms)
         return (x_fp32 * inverse_rms).mul_(weight).to(x.dtype)
@@ -44,6 +45,7 @@ class _RMSNorm(torch.autograd.Function):
         grad_fp32 = grad.float()
         product = (grad_fp32 * normed).flatten(0, -2)
         projection = torch.mv(product, weight.float()).view_as(inverse_rms)
+        # The same group: every element's gradient depends on the products of the full width.
         projection = _all_reduce(projection, ctx.group).div_(ctx.width)
         grad_x = (grad_fp32 * weight).sub_(normed.mul_(projection)).mul_(inverse_rms)
         return grad_x.to(x.dtype), product.sum(0).to(weight.dtype), None, None
@@ -62,28 +64,28 @@ def _all_reduce(tensor: torch.Tensor, group: ProcessGroup | None) -> torch.Tenso
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, epsilon: float, group: ProcessGroup | None = None
 ) -> torch.Tensor:
-    """``x / sqrt(mean(x^2) + epsilon) * weight``, computed in fp32, in the type of ``x``.
+    """Return ``x / sqrt(mean(x^2) + epsilon) * weight``, computed in fp32, in the dtype of ``x``.
 
     Args:
         x: [..., width], any float type.
         weight: [width].
         epsilon: added to the mean square.
         group: ranks that hold equal shards of the last dimension; the mean runs over all of them.
-            One all-reduce of a number for each token in the forward and in the backward pass.
+            Forward and backward each all-reduce one number per token.
     """
     result: torch.Tensor = _RMSNorm.apply(x, weight, epsilon, group)
     return result
 
 
 def _is_affine(config: TransformerConfig) -> bool:
-    """Whether norms have weights: a setting of ours, of which megatron-core knows nothing."""
+    """Return whether norms have weights: a setting that megatron-core lacks."""
     return getattr(config, "norm_affine", True)
 
 
 class RMSNorm(torch.nn.Module):
     """Root-mean-square norm (Zhang & Sennrich 2019), built from a layer spec.
 
-    ``norm_affine`` says whether it has a weight (ST-MoE's trial, arXiv 2202.08906, table 4: none).
+    ``norm_affine``: whether it has a weight (ST-MoE's trial, arXiv 2202.08906, table 4: none).
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
@@ -98,7 +100,7 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., hidden] -> [..., hidden]."""
+        """Normalise [..., hidden]."""
         return rms_norm(x, self.weight, self.eps)
 
 
@@ -113,19 +115,19 @@ class LayerNorm(torch.nn.LayerNorm):
 
 
 class FullWidthRMSNorm(torch.nn.Module):
-    """RMSNorm over a whole query or key projection, of which each tensor rank holds some heads.
+    """RMSNorm over a full query or key projection whose heads are split over tensor ranks.
 
     OLMoE's QK-norm (arXiv 2409.02060, Table 10): before the split into heads and before the
     rotary embedding. Weight [heads x head width], sharded like the heads.
 
     Args:
         config: megatron-core's.
-        hidden_size: width of one head (what megatron-core tells a QK-norm).
-        heads: heads of the whole projection: query heads, or key/value heads.
-        tp_group: the tensor-parallel ranks.
+        hidden_size: width of one head (as megatron-core passes it to a QK-norm).
+        heads: heads of the full projection: query heads, or key/value heads.
+        tp_group: the tensor group.
 
     Raises:
-        ValueError: more ranks than heads, where ranks would hold copies of one head.
+        ValueError: the ranks do not divide the heads.
     """
 
     def __init__(
@@ -146,13 +148,13 @@ class FullWidthRMSNorm(torch.nn.Module):
         self.tp_group = tp_group
         width = heads // ranks * hidden_size
         self.weight = torch.nn.Parameter(torch.ones(width, dtype=config.params_dtype))
-        # The attributes by which gradient norms count a sharded parameter on every rank.
+        # With these attributes the gradient norm counts the shard of every rank.
         self.weight.tensor_model_parallel = True  # type: ignore[attr-defined]
         self.weight.partition_dim = 0  # type: ignore[attr-defined]
         self.weight.partition_stride = 1  # type: ignore[attr-defined]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[s, b, local heads, head width], same out."""
+        """Normalise [s, b, local heads, head width]."""
         return rms_norm(x.flatten(-2), self.weight, self.eps, self.tp_group).view(x.shape)
 
     def sharded_state_dict(
@@ -161,7 +163,7 @@ class FullWidthRMSNorm(torch.nn.Module):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """One global tensor [heads x head width], sharded over tensor ranks along axis 0."""
+        """Return one global tensor [heads x head width], sharded over tensor ranks on axis 0."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         sharded: dict[str, Any] = make_sharded_tensors_for_checkpoint(
             self.state_dict(keep_vars=True),

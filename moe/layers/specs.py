@@ -1,4 +1,4 @@
-"""Which modules a block is made of: our own, or Transformer Engine's."""
+"""Layer specs: the modules of a block, our own or Transformer Engine's."""
 
 import warnings
 from typing import Any
@@ -45,7 +45,7 @@ from moetron.moe.layers.norm import FullWidthRMSNorm, LayerNorm, RMSNorm
 from moetron.moe.numerics.fp8_emulation import Fp8Numerics, fp8_numerics
 from moetron.moe.routing.router_types import router_class
 
-with warnings.catch_warnings():  # "Apex is not installed": we bring norms of our own
+with warnings.catch_warnings():  # "Apex is not installed": we have our own norms
     warnings.simplefilter("ignore")
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_layer_with_transformer_engine_spec,
@@ -55,9 +55,9 @@ with warnings.catch_warnings():  # "Apex is not installed": we bring norms of ou
 
 
 class LocalProvider(LocalSpecProvider):
-    """megatron-core's local modules, with our norms, core attention and experts in their place.
+    """megatron-core's local modules with our norms, core attention and experts.
 
-    ``fp8``: how linear layers and experts emulate FP8; None: they do not.
+    ``fp8``: FP8 emulation of linear layers and experts; None: no emulation.
     """
 
     def __init__(self, settings: Settings, config: ModelConfig, fp8: Fp8Numerics | None) -> None:
@@ -66,11 +66,11 @@ class LocalProvider(LocalSpecProvider):
         self.fp8 = fp8
 
     def column_parallel_linear(self) -> type | ModuleSpec:
-        """A linear layer whose outputs are split over tensor ranks."""
+        """Return the linear layer whose outputs are split over tensor ranks."""
         return self._linear(ColumnParallelLinear, Fp8ColumnParallelLinear)
 
     def row_parallel_linear(self) -> type | ModuleSpec:
-        """A linear layer whose inputs are split over tensor ranks."""
+        """Return the linear layer whose inputs are split over tensor ranks."""
         return self._linear(RowParallelLinear, Fp8RowParallelLinear)
 
     def _linear(self, plain: type, emulated: type) -> type | ModuleSpec:
@@ -79,11 +79,11 @@ class LocalProvider(LocalSpecProvider):
         return ModuleSpec(module=emulated, params={"numerics": self.fp8})
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
-        """The norm that the configuration names."""
+        """Return the norm that the configuration names."""
         return RMSNorm if self._config.normalization == "RMSNorm" else LayerNorm
 
     def core_attention(self) -> type:
-        """scaled_dot_product_attention, or megatron-core's own if asked for."""
+        """Return our attention, or megatron-core's for --attention-backend unfused."""
         if self._settings.model.attention_backend == "unfused":
             unfused: type = super().core_attention()
             return unfused
@@ -92,7 +92,7 @@ class LocalProvider(LocalSpecProvider):
     def grouped_mlp_modules(
         self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool
     ) -> tuple[type, MLPSubmodules | None]:
-        """Grouped experts where they fit, otherwise one after the other."""
+        """Return grouped experts where supported, sequential ones elsewhere."""
         ranks = derived.expert_tensor_parallel_size(self._settings.parallel)
         if moe_use_grouped_gemm and grouped_gemm_fits(self._config, ranks):
             return self._grouped_experts(), None
@@ -135,7 +135,7 @@ def _attention(backend: LocalProvider, config: TransformerConfig) -> ModuleSpec:
 
 
 def _checkpoint_names(config: TransformerConfig, experts: bool) -> dict[str, str]:
-    """Names of Transformer Engine, which fuses norms into the next linear layer."""
+    """Return Transformer Engine's names for norms, which it fuses into the next linear layer."""
     if config.multi_latent_attention:
         latents = ("q", "kv")
         names = {
@@ -150,7 +150,7 @@ def _checkpoint_names(config: TransformerConfig, experts: bool) -> dict[str, str
 
 
 def _ffn(backend: LocalProvider, config: ModelConfig, experts: bool) -> ModuleSpec:
-    """A dense FFN, or experts with what stands beside them."""
+    """Return the spec of a dense FFN, or of experts and shared experts."""
     spec: ModuleSpec = get_mlp_module_spec_for_backend(
         backend=backend,
         num_experts=config.num_moe_experts if experts else None,
@@ -215,11 +215,11 @@ def block_spec(
     groups: ProcessGroupCollection,
     vp_stage: int | None = None,
 ) -> TransformerBlockSubmodules:
-    """The layers of this rank's pipeline stage (and virtual stage), and the final norm.
+    """Return the specs of this rank's pipeline stage (and virtual stage), and the final norm.
 
     Args:
-        settings: which implementation, which QK-norm, which layers have experts.
-        config: their image in megatron-core.
+        settings: implementation, QK-norm, layers with experts.
+        config: their equivalent in megatron-core.
         groups: ``tp`` and ``pp`` are read.
         vp_stage: virtual pipeline stage; None without interleaving.
     """
@@ -239,13 +239,9 @@ def prediction_spec(
     groups: ProcessGroupCollection,
     vp_stage: int | None = None,
 ) -> MultiTokenPredictionBlockSubmodules | None:
-    """The modules of multi-token prediction, where this stage holds them; else None.
+    """Return the spec of multi-token prediction if this stage holds it, else None.
 
-    Args:
-        settings: as in `block_spec`, as are the others.
-        config: their image in megatron-core.
-        groups: ``tp`` and ``pp`` are read.
-        vp_stage: virtual pipeline stage; None without interleaving.
+    Arguments are those of `block_spec`.
     """
     if settings.model.mtp_num_layers is None:
         return None
@@ -259,7 +255,7 @@ def prediction_spec(
 
 
 def _backend(settings: Settings, config: ModelConfig) -> Any:
-    """Where modules outside FP8 layers come from."""
+    """Return the provider of modules outside FP8 layers."""
     if uses_transformer_engine(settings):
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
@@ -270,7 +266,7 @@ def _backend(settings: Settings, config: ModelConfig) -> Any:
 def _layers(
     settings: Settings, config: ModelConfig, groups: ProcessGroupCollection
 ) -> list[ModuleSpec]:
-    """Every layer of the model."""
+    """Return the specs of all layers of the model."""
     kinds = list(zip(derived.moe_layers(settings), derived.fp8_layers(settings), strict=True))
     if uses_transformer_engine(settings):
         layer = {kind: _transformer_engine_layer(config, kind[0]) for kind in kinds}

@@ -1,1 +1,1 @@
-"""What a run prints and logs."""
+"""Console output and metrics of a run."""

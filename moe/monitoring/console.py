@@ -1,4 +1,4 @@
-"""The progress of a run for eyes: a bar on a terminal, plain lines elsewhere."""
+"""Console progress of a run: a bar on a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -10,7 +10,7 @@ from moetron.moe.monitoring.sinks import Loads, Row
 
 
 class Console:
-    """Tells how far training is, every ``interval`` steps."""
+    """Sink that prints progress every ``interval`` steps."""
 
     def __init__(self, first_step: int, last_step: int, interval: int) -> None:
         self._interval = interval
@@ -22,47 +22,49 @@ class Console:
             self._bar = tqdm(initial=first_step, total=last_step, unit="step", dynamic_ncols=True)
 
     def step(self, row: Row) -> None:
-        """Advance; show the figures every ``interval`` steps and at the end."""
+        """Advance the bar; print metrics every ``interval`` steps and at the end."""
         step = row["step"]
         due = step % self._interval == 0 or step == self._last_step
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
             if due:
-                self._bar.set_postfix_str(_figures(row))
+                self._bar.set_postfix_str(_metrics_text(row))
         elif due:
-            print(f"step {step}/{self._last_step} | {_figures(row)} | ETA {self._eta(step)}")
+            print(f"step {step}/{self._last_step} | {_metrics_text(row)} | ETA {self._eta(step)}")
             sys.stdout.flush()
 
     def expert_load(self, step: int, loads: Loads) -> None:
-        """Shown by `step` in one number."""
+        """Do nothing: `step` prints one number."""
 
     def validation(self, row: Row) -> None:
-        """Show an evaluation."""
+        """Print an evaluation."""
         sources = ", ".join(f"{name} {loss:.4f}" for name, loss in row["source_losses"].items())
         by_source = f" ({sources})" if len(row["source_losses"]) > 1 else ""
-        self.say(f"step {row['step']} | validation loss {row['validation_loss']:.4f}{by_source}")
+        self.print_line(
+            f"step {row['step']} | validation loss {row['validation_loss']:.4f}{by_source}"
+        )
 
-    def say(self, text: str) -> None:
-        """A line of its own, above the bar."""
+    def print_line(self, text: str) -> None:
+        """Print a separate line, above the bar."""
         if self._bar is not None:
             self._bar.write(text)
         else:
             print(text, flush=True)
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Close the bar and keep it on the screen."""
         if self._bar is not None:
             self._bar.close()
 
     def _eta(self, step: int) -> str:
-        """Time to the end at the mean speed so far, evaluations and checkpoints included."""
+        """Return the time to the end at the mean speed, including evaluations and checkpoints."""
         elapsed_s = time.perf_counter() - self._start_s
         left = elapsed_s / (step - self._first_step) * (self._last_step - step)
         return f"{left:.0f} s" if left < 120 else f"{left / 60:.0f} min"
 
 
-def _figures(row: Row) -> str:
-    """The figures of a step that matter while it runs."""
+def _metrics_text(row: Row) -> str:
+    """Return the main metrics of a step as text."""
     parts = [
         f"loss {row['lm_loss']:.4f}",
         f"grad norm {row['grad_norm']:.3f}",

@@ -1,4 +1,4 @@
-"""The load of every expert as a picture, for TensorBoard and W&B."""
+"""Heat map of expert load for TensorBoard and W&B."""
 
 from collections.abc import Mapping
 
@@ -8,13 +8,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 _ROWS_NAMED = 24
-"""At most so many rows carry the number of their layer."""
+"""Maximum number of rows labelled with their layer."""
 
 
 def draw(loads: Mapping[str, np.ndarray]) -> Figure:
     """Draw a row for each layer with experts, a column for each expert.
 
-    Blue where an expert is idle, grey at an even share, red from twice that on.
+    Blue: idle; grey: the mean load; red: twice the mean or more.
 
     Args:
         loads: for each layer every expert's load over the mean load, [E].

@@ -1,4 +1,4 @@
-"""The peak rate of one rank's device, against which MFU is measured."""
+"""Peak rate of one rank's device, the reference of MFU."""
 
 import time
 from dataclasses import dataclass
@@ -17,16 +17,16 @@ DATASHEET = "datasheet, dense bf16"
 
 @dataclass(frozen=True)
 class Peak:
-    """The rate that MFU 100 % stands for."""
+    """Rate of MFU 100 %."""
 
     tflops_per_s: float
-    """Of one rank."""
+    """Peak of one rank."""
     basis: str
-    """Where the rate comes from, for readers of the log."""
+    """Source of the rate, for the log."""
 
 
 def peak_of_rank(settings: Settings, device: torch.device) -> Peak | None:
-    """The peak as given, from the table of accelerators, or measured on a CPU; None: unknown."""
+    """Return the given peak, that of the accelerator table, or a CPU's measured; None: unknown."""
     if settings.logging.peak_tflops_per_s is not None:
         return Peak(settings.logging.peak_tflops_per_s, GIVEN)
     if device.type == "cuda":
@@ -36,7 +36,7 @@ def peak_of_rank(settings: Settings, device: torch.device) -> Peak | None:
 
 
 def measured_peak(dtype: torch.dtype) -> Peak:
-    """The rate of the fastest of a few square products on this CPU with this rank's threads.
+    """Measure the fastest of a few square products on this CPU with this rank's threads.
 
     All ranks of a host must measure at the same time, since they share its cores and caches.
     """

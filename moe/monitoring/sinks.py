@@ -1,4 +1,4 @@
-"""What a run writes down about itself: metrics.jsonl, validation.jsonl, TensorBoard, W&B."""
+"""Sinks for the metrics of a run: metrics.jsonl, validation.jsonl, TensorBoard, W&B."""
 
 import importlib
 import json
@@ -14,12 +14,12 @@ from moetron.common.files import write_text
 from moetron.moe.config.schema.settings import Settings
 
 WANDB_RUN_ID = "wandb_run_id"
-"""File of a run's folder: its id on Weights & Biases."""
+"""File in a run's folder with its id on Weights & Biases."""
 Row = Mapping[str, Any]
-"""One line: ``step`` and whatever was measured; what does not apply is left out."""
+"""One line: ``step`` and the metrics that apply."""
 
 
-MACHINE_FIGURES = frozenset(
+MACHINE_METRICS = frozenset(
     [
         "step_time_s",
         "tokens_per_s",
@@ -30,35 +30,35 @@ MACHINE_FIGURES = frozenset(
         "peak_memory_bytes",
     ]
 )
-"""Figures of a row that depend on the machine and the clock; the others repeat to the last bit."""
+"""Metrics that depend on the machine and the clock; the others are reproducible to the last bit."""
 Loads = Mapping[str, np.ndarray]
-"""For each layer with experts every expert's load over the mean load, [E]; empty if dense."""
+"""Load over mean load of every expert, [E], by layer; empty if dense."""
 
 
 class Sink(Protocol):
-    """Somewhere to report to."""
+    """Destination of metrics."""
 
     def step(self, row: Row) -> None:
-        """Report a training step."""
+        """Write the metrics of a training step."""
         ...
 
     def validation(self, row: Row) -> None:
-        """Report an evaluation."""
+        """Write the metrics of an evaluation."""
         ...
 
     def expert_load(self, step: int, loads: Loads) -> None:
-        """Report where a step's tokens went, every --expert-load-interval steps."""
+        """Write the load of every expert, every --expert-load-interval steps."""
         ...
 
     def close(self) -> None:
-        """Nothing more will come."""
+        """Flush and release resources."""
         ...
 
 
 class JsonLines:
-    """A file of JSON objects, one a line, each with its ``step``; floats keep every bit.
+    """File of JSON objects, one per line, each with its ``step``; floats keep every bit.
 
-    Lines after ``last_step`` are of steps that a resume takes again: they are dropped, atomically.
+    Lines after ``last_step`` belong to steps that a resume repeats: they are dropped, atomically.
     """
 
     def __init__(self, path: Path, last_step: int) -> None:
@@ -66,18 +66,18 @@ class JsonLines:
         self._file = self._without(lambda step: step > last_step)
 
     def write(self, row: Row) -> None:
-        """Append a line and hand it to the operating system."""
+        """Append a line and flush it."""
         self._file.write(json.dumps(dict(row)) + "\n")
         self._file.flush()
 
     def rewrite(self, row: Row) -> None:
-        """Write a line in place of its step's: an evaluation that a finished run repeats."""
+        """Write a line and drop its step's earlier one: a finished run repeats its evaluation."""
         self._file.close()
         self._file = self._without(lambda step: step == row["step"])
         self.write(row)
 
     def _without(self, dropped: Callable[[float], bool]) -> TextIO:
-        """The file, open to append, without the lines of some steps."""
+        """Drop the lines of some steps and open the file to append."""
         if self._path.exists():
             lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if not dropped(_step(line))]
@@ -91,7 +91,7 @@ class JsonLines:
 
 
 def _step(line: str) -> float:
-    """The step of a line; a line that a crash cut short lies after every step."""
+    """Return the step of a line; infinity for a line that a crash truncated."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
@@ -114,24 +114,24 @@ class LineFiles:
             raise UserError(f"--save {folder}: cannot write there: {error.strerror}") from error
 
     def step(self, row: Row) -> None:
-        """A line in metrics.jsonl."""
+        """Append a line to metrics.jsonl."""
         self._metrics.write(row)
 
     def validation(self, row: Row) -> None:
-        """A line in validation.jsonl, one for a step."""
+        """Write the step's only line of validation.jsonl."""
         self._validation.rewrite(row)
 
     def expert_load(self, step: int, loads: Loads) -> None:
-        """Each layer's maximum is in the step's line; the rest would be most of the file."""
+        """Do nothing: the step's line has each layer's maximum; all loads would fill the file."""
 
     def close(self) -> None:
-        """Close both."""
+        """Close both files."""
         self._metrics.close()
         self._validation.close()
 
 
 class TensorBoard:
-    """Scalars of every step below ``train/`` and of every evaluation below ``validation/``.
+    """Sink for TensorBoard: scalars of steps below ``train/``, of evaluations in ``validation/``.
 
     Below ``expert_load/`` a histogram for each layer and a heat map of all.
     """
@@ -142,22 +142,22 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder), purge_step=last_step + 1)
 
     def step(self, row: Row) -> None:
-        """One scalar for each number."""
+        """Write one scalar for each number."""
         self._write("train", row)
 
     def validation(self, row: Row) -> None:
-        """One scalar for each number."""
+        """Write one scalar for each number."""
         self._write("validation", row)
 
     def expert_load(self, step: int, loads: Loads) -> None:
-        """A histogram of each layer's experts, and all of them as an image."""
+        """Write a histogram of each layer's experts, and a heat map of all."""
         for name, load_E in loads.items():
             self._writer.add_histogram(f"expert_load/{name}", load_E, step)
         if loads:
             self._writer.add_image("expert_load/all", heat_map(loads), step, dataformats="HWC")
 
     def close(self) -> None:
-        """Write out what is buffered."""
+        """Flush the buffer."""
         self._writer.close()
 
     def _write(self, prefix: str, row: Row) -> None:
@@ -166,15 +166,15 @@ class TensorBoard:
 
 
 class WandB:
-    """The same on Weights & Biases, as one run however often training resumes.
+    """Sink for Weights & Biases with the same contents, one W&B run across resumes.
 
-    ``FOLDER/wandb_run_id`` holds the run's id from its first start on. A run that starts at step 0
-    gets a new one. Weights & Biases takes no second value for a step: of steps that a resume takes
-    again, the values before it stay.
+    ``FOLDER/wandb_run_id`` holds the run's id since its first start. A run that starts at step 0
+    gets a new one. Weights & Biases accepts no second value for a step: steps that a resume repeats
+    keep their first values.
 
     Args:
-        folder: the run's, which names it unless ``--wandb-exp-name`` does.
-        last_step: the last step that is not taken again; 0: a fresh run.
+        folder: the run's, also its name unless ``--wandb-exp-name`` is given.
+        last_step: the last step that is not repeated; 0: a fresh run.
         settings: the run's, shown as its configuration.
 
     Raises:
@@ -196,21 +196,21 @@ class WandB:
             resume="allow",
             dir=str(folder),
             config=settings.model_dump(mode="json"),
-            allow_val_change=True,  # settings may change where a run resumes
+            allow_val_change=True,  # settings may change at a resume
         )
         write_text(path, f"{self._run.id}\n")
         self._first_step = self._run.starting_step
 
     def step(self, row: Row) -> None:
-        """One scalar for each number."""
+        """Write one scalar for each number."""
         self._log("train", row)
 
     def validation(self, row: Row) -> None:
-        """One scalar for each number."""
+        """Write one scalar for each number."""
         self._log("validation", row)
 
     def expert_load(self, step: int, loads: Loads) -> None:
-        """A histogram of each layer's experts, and all of them as an image."""
+        """Write a histogram of each layer's experts, and a heat map of all."""
         found = {
             f"expert_load/{name}": self._wandb.Histogram(load_E) for name, load_E in loads.items()
         }
@@ -219,7 +219,7 @@ class WandB:
         self._send(found, step)
 
     def close(self) -> None:
-        """Upload what is left."""
+        """Upload the remaining values."""
         self._run.finish()
 
     def _log(self, prefix: str, row: Row) -> None:
@@ -238,7 +238,7 @@ def heat_map(loads: Loads) -> np.ndarray:
 
 
 def flat(row: Row) -> list[tuple[str, float]]:
-    """(name, number) of every number but the step; those of a nested object as ``outer/inner``."""
+    """Return (name, value) of every number but the step; nested names as ``outer/inner``."""
     pairs: list[tuple[str, float]] = []
     for name, value in row.items():
         if isinstance(value, Mapping):
@@ -249,7 +249,7 @@ def flat(row: Row) -> list[tuple[str, float]]:
 
 
 def open_sinks(settings: Settings, last_step: int) -> list[Sink]:
-    """What --save and the logging settings ask for; ``last_step`` is the last step not redone."""
+    """Open the sinks of --save and the logging settings; steps after ``last_step`` are repeated."""
     sinks: list[Sink] = []
     logging, save = settings.logging, settings.checkpoint.save
     if save is None:

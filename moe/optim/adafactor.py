@@ -1,4 +1,4 @@
-"""Adafactor for parameters that are cut over tensor ranks."""
+"""Adafactor for parameters sharded over tensor ranks."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moetron.moe.optim.tensor_shards import Cut
+from moetron.moe.optim.tensor_shards import TensorShard
 
 EPSILON_SQUARE = 1e-30
 EPSILON_SCALE = 1e-3
@@ -17,7 +17,7 @@ FACTOR_AXIS = {"exp_avg_sq_row": -1, "exp_avg_sq_col": -2}
 
 
 class Adafactor(torch.optim.Optimizer):
-    """Adafactor (arXiv 1804.04235, algorithm 4) without momentum, as T5X runs it.
+    """Adafactor (arXiv 1804.04235, algorithm 4) without momentum, as in T5X.
 
     With gradient g, step t from 1 and beta = 1 - t^-decay_rate:
 
@@ -27,35 +27,35 @@ class Adafactor(torch.optim.Optimizer):
     - u is divided by max(1, rms(u) / clip_threshold);
     - p is decayed by lr x weight_decay and moves by -lr x max(1e-3, rms(p)) u.
 
-    Axes before the last two count matrices (experts), each with an rms of its own, so that expert
-    parallelism changes nothing. Means run over the ranks that share a matrix, with one small
-    all-reduce for each. A matrix is what megatron-core packs into one: queries, keys and values;
-    gate and up. torch.optim.Adafactor knows no cuts, and caps the learning rate at 1 / sqrt(t).
+    Axes before the last two index matrices (experts), each with its own rms, so that expert
+    parallelism changes nothing. Means are over the ranks that hold shards of a matrix, with one
+    small all-reduce each. megatron-core packs queries, keys and values into one matrix, and gate
+    and up. torch.optim.Adafactor does not support shards and caps the learning rate at 1 / sqrt(t).
 
     Args:
         params: groups with ``lr``, and ``weight_decay`` if any.
-        cuts: parameters that are cut; others are whole on every rank.
+        shards: the sharded parameters; others are replicated.
         decay_rate: of beta.
         clip_threshold: largest rms of an update.
-        min_factored: rows and columns, of the whole matrix, from which moments are factored.
+        min_factored: rows and columns, of the full matrix, from which moments are factored.
     """
 
     def __init__(
         self,
         params: Iterable[dict[str, Any]],
-        cuts: Mapping[Tensor, Cut],
+        shards: Mapping[Tensor, TensorShard],
         decay_rate: float = 0.8,
         clip_threshold: float = 1.0,
         min_factored: int = 128,
     ) -> None:
         super().__init__(params, {"lr": 0.0, "weight_decay": 0.0, "step": 0})
-        self._cuts = dict(cuts)
+        self._shards = dict(shards)
         self._decay_rate, self._clip_threshold = decay_rate, clip_threshold
         self._min_factored = min_factored
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient (collective over the ranks of cuts)."""
+        """Update every parameter that has a gradient (collective over the groups of shards)."""
         assert closure is None
         for group in self.param_groups:
             group["step"] += 1
@@ -65,14 +65,14 @@ class Adafactor(torch.optim.Optimizer):
                     self._update(parameter, beta, group["lr"], group["weight_decay"])
 
     def moments(self, parameter: Tensor) -> tuple[str, ...]:
-        """Names of what is kept of a parameter."""
+        """Return the names of a parameter's moments."""
         factored = parameter.dim() >= 2 and min(
             self._length(parameter, axis) for axis in (-1, -2)
         ) >= max(self._min_factored, 2)
         return tuple(FACTOR_AXIS) if factored else ("exp_avg_sq",)
 
     def state_numel(self, parameter: Tensor) -> int:
-        """Numbers kept of a parameter on this rank."""
+        """Return the number of elements of a parameter's moments on this rank."""
         axes = [FACTOR_AXIS.get(name) for name in self.moments(parameter)]
         sizes = [1 if axis is None else parameter.shape[axis] for axis in axes]
         return sum(parameter.numel() // size for size in sizes)
@@ -90,8 +90,8 @@ class Adafactor(torch.optim.Optimizer):
             update = grad * state["exp_avg_sq"].rsqrt()
         else:
             rows = state["exp_avg_sq_row"]
-            row_share = rows / self._mean(rows, parameter, -2)
-            update = grad * row_share.rsqrt() * state["exp_avg_sq_col"].rsqrt()
+            row_factor = rows / self._mean(rows, parameter, -2)
+            update = grad * row_factor.rsqrt() * state["exp_avg_sq_col"].rsqrt()
         update.div_((self._rms(update, parameter) / self._clip_threshold).clamp_(min=1.0))
         size = self._rms(parameter, parameter).clamp_(min=EPSILON_SCALE)
         if decay:
@@ -99,19 +99,21 @@ class Adafactor(torch.optim.Optimizer):
         parameter.sub_(update.mul_(size.mul_(lr)))
 
     def _length(self, parameter: Tensor, axis: int) -> int:
-        cut = self._cuts.get(parameter)
-        shared = cut is not None and cut.axis == axis
-        return parameter.shape[axis] * (cut.group.size() if cut is not None and shared else 1)
+        shard = self._shards.get(parameter)
+        split = shard is not None and shard.axis == axis
+        return parameter.shape[axis] * (shard.group.size() if shard is not None and split else 1)
 
     def _mean(self, tensor: Tensor, parameter: Tensor, axis: int) -> Tensor:
-        """Mean of ``tensor``, laid out like ``parameter``, over one axis, which becomes 1 long."""
-        total, cut = tensor.sum(axis, keepdim=True), self._cuts.get(parameter)
-        if cut is not None and cut.axis == axis:
-            dist.all_reduce(total, group=cut.group)
+        """Return the mean over an axis, kept, of ``tensor``, sharded like ``parameter``."""
+        total, shard = tensor.sum(axis, keepdim=True), self._shards.get(parameter)
+        if shard is not None and shard.axis == axis:
+            # All-reduce over the tensor group (experts: their tensor group): each rank holds the
+            # sum over its own rows or columns.
+            dist.all_reduce(total, group=shard.group)
         return total.div_(self._length(parameter, axis))
 
     def _rms(self, tensor: Tensor, parameter: Tensor) -> Tensor:
-        """Root mean square over the last two axes (or the only one)."""
+        """Return the root mean square over the last two axes (or the only one)."""
         mean = tensor.square()
         for axis in range(-1, -1 - min(tensor.dim(), 2), -1):
             mean = self._mean(mean, parameter, axis)

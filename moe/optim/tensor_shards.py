@@ -1,4 +1,4 @@
-"""How tensor ranks share a parameter, for optimizers that must see whole matrices."""
+"""Tensor-parallel sharding of a parameter, for optimizers that need full matrices."""
 
 from dataclasses import dataclass
 
@@ -8,17 +8,17 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 
 @dataclass(frozen=True)
-class Cut:
-    """How a parameter is cut: its axis, from the end, and the ranks that share it."""
+class TensorShard:
+    """Sharding of a parameter: the split axis, counted from the end, and the ranks."""
 
     axis: int
     group: dist.ProcessGroup
 
 
-def cut_of(parameter: torch.Tensor, groups: ProcessGroupCollection) -> Cut | None:
-    """How tensor ranks (of experts: theirs) share a parameter; None: it is whole."""
+def shard_of(parameter: torch.Tensor, groups: ProcessGroupCollection) -> TensorShard | None:
+    """Return how a parameter is sharded over (expert) tensor ranks; None: it is replicated."""
     is_expert = not getattr(parameter, "allreduce", True)
     group = groups.expt_tp if is_expert else groups.tp
     if not getattr(parameter, "tensor_model_parallel", False) or group.size() == 1:
         return None
-    return Cut(parameter.partition_dim - parameter.dim(), group)  # type: ignore[attr-defined]
+    return TensorShard(parameter.partition_dim - parameter.dim(), group)  # type: ignore[attr-defined]

@@ -1,8 +1,8 @@
-"""Carry a published coefficient of a balance loss or z-loss over to ours.
+"""Conversion of published balance-loss and z-loss coefficients to Moetron's.
 
-Ours: every layer with experts injects coefficient x E sum_i f_i P_i, f_i the share of the choices
-that expert i got (sum f = 1, so that balance gives the coefficient), and coefficient x mean over
-tokens of the squared log-sum-exp. Losses of layers add up.
+Moetron's losses: each of the M layers with experts adds coefficient x E sum_i f_i P_i and
+coefficient x mean over tokens of the squared log-sum-exp. f_i is the fraction of the choices that
+expert i got (sum f = 1, so balanced routing gives the coefficient).
 """
 
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Convention:
-    """How an implementation weighs its losses; M layers have experts, a token makes k choices."""
+    """Scaling of an implementation's losses; a token makes k choices among E experts."""
 
     layers: Literal["sum", "mean"]
-    """How losses of layers combine; a mean divides by M."""
+    """How the losses of layers combine; a mean divides by M."""
     balanced: Literal["one", "topk", "inverse_experts_squared"]
-    """The balance loss of even routing, without its coefficient: 1, k, or 1 / E^2."""
+    """Balance loss of even routing, without its coefficient: 1, k, or 1 / E^2."""
     first_choice_only: bool = False
-    """f counts each token's best expert alone: --moe-aux-loss-first-choice-only."""
+    """f counts each token's first choice only: --moe-aux-loss-first-choice-only."""
     z_divided_by_topk: bool = False
 
 
@@ -37,10 +37,10 @@ CONVENTIONS = {
 def balance_coefficient(
     theirs: float, convention: Convention, moe_layers: int, topk: int, experts: int
 ) -> float:
-    """``--moe-aux-loss-coeff`` that pulls as hard as ``theirs``.
+    """Return the ``--moe-aux-loss-coeff`` whose gradient equals that of ``theirs``.
 
     Args:
-        theirs: as published.
+        theirs: published coefficient.
         convention: of the implementation that it was published for.
         moe_layers: M.
         topk: k.
@@ -51,7 +51,7 @@ def balance_coefficient(
 
 
 def z_coefficient(theirs: float, convention: Convention, moe_layers: int, topk: int) -> float:
-    """``--moe-z-loss-coeff`` that pulls as hard as ``theirs``; arguments as above."""
+    """Return the ``--moe-z-loss-coeff`` whose gradient equals that of ``theirs``."""
     divisor = _layers(convention, moe_layers) * (topk if convention.z_divided_by_topk else 1)
     return theirs / divisor
 

@@ -1,10 +1,10 @@
-"""Balanced assignment of all tokens of a group at once. T tokens, E experts, [T, E]."""
+"""Joint balanced assignment of all tokens of a group. Shape suffixes: T tokens, E experts."""
 
 import torch
 
 
 def linear_assignment(scores_TE: torch.Tensor) -> torch.Tensor:
-    """One expert for each token, at most ceil(T / E) tokens for each expert, most score in all.
+    """Assign one expert per token and at most ceil(T / E) tokens per expert, maximising the score.
 
     BASE layers (Lewis et al., arXiv 2103.16716, section 3.1), solved exactly by scipy on the CPU in
     O(T^3): a reference for small T. A token's expert depends on later tokens.

@@ -1,4 +1,7 @@
-"""The bias that balances experts without a loss (arXiv 2408.15664), updated in whole numbers."""
+"""Loss-free balancing by an expert bias (arXiv 2408.15664), updated from int64 counts.
+
+Shape suffixes: L layers with experts in this pipeline stage, E experts.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,17 +13,17 @@ from moetron.moe.routing.router import Router
 
 
 def surplus_signs(counts_LE: torch.Tensor) -> torch.Tensor:
-    """Sign of count - mean count for counts int64 [L, E], exact for any number of tokens.
+    """Return the sign of count - mean count for counts int64 [L, E], exact at any size.
 
-    megatron-core's mean is fp32, which has no odd number above 2^24.
+    megatron-core's mean is fp32, which has no odd integers above 2^24.
     """
     return (counts_LE * counts_LE.shape[-1] - counts_LE.sum(-1, keepdim=True)).sign()
 
 
 def update_expert_biases(chunks: Sequence[torch.nn.Module]) -> None:
-    """Move every bias by its rate against the surplus of the step, and forget the counts.
+    """Move every bias by its rate against the surplus of the step, and clear the counts.
 
-    Collective: counts are summed over the ranks that hold the same layers (TP x CP x DP).
+    Collective over TP x CP x DP.
     """
     modules = (module for chunk in chunks for module in chunk.modules())
     routers = [m for m in modules if isinstance(m, Router) and m.enable_expert_bias]
@@ -29,6 +32,8 @@ def update_expert_biases(chunks: Sequence[torch.nn.Module]) -> None:
     counts_LE = torch.stack([router.local_tokens_per_expert for router in routers])
     group = routers[0].tp_dp_cp_group
     if group.size() > 1:
+        # All-reduce over TP x CP x DP: these ranks replicate the layers of a stage but route
+        # different tokens, and the replicas of the bias must stay equal.
         torch.distributed.all_reduce(counts_LE, group=group)
     for router, sign_E in zip(routers, surplus_signs(counts_LE), strict=True):
         router._maintain_float32_expert_bias()
@@ -37,9 +42,12 @@ def update_expert_biases(chunks: Sequence[torch.nn.Module]) -> None:
 
 
 def finalize_gradients(model: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
-    """megatron-core's ``finalize_model_grads``, after `update_expert_biases`.
+    """Run `update_expert_biases`, then megatron-core's ``finalize_model_grads``.
 
-    It then finds counts of zero, which move no bias.
+    The latter finds zero counts and leaves the biases unchanged. Its collectives: gradient
+    reduction over the data-parallel groups; all-reduces over the tensor group for parameters marked
+    ``sequence_parallel``; over the first and last pipeline stage for tied embeddings; and of the
+    number of loss tokens, by which it divides all gradients.
     """
     update_expert_biases(model)
     finalize_model_grads(model, *args, **kwargs)

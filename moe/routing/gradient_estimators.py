@@ -1,4 +1,4 @@
-"""Weights of chosen experts with other gradients than a softmax's. T tokens, E experts, [T, E]."""
+"""Weights of chosen experts with gradients other than a softmax's. T tokens, E experts, [T, E]."""
 
 import math
 
@@ -6,33 +6,33 @@ import torch
 
 
 def top_choices(scores_TE: torch.Tensor, topk: int) -> torch.Tensor:
-    """The ``topk`` highest scores of each row: bool [T, E]."""
+    """Return the mask of the ``topk`` highest scores of each row: bool [T, E]."""
     best_Tk = scores_TE.topk(topk, dim=1).indices
     return torch.zeros_like(scores_TE, dtype=torch.bool).scatter(1, best_Tk, True)
 
 
 def straight_through(probs_TE: torch.Tensor, topk: int) -> torch.Tensor:
-    """1 / k in the forward pass, the gradient of the probability in the backward pass.
+    """Return 1 / k with the gradient of the probability.
 
-    Bengio et al. (arXiv 1308.3432, section 4). The output does not say how sure the router is.
+    Bengio et al. (arXiv 1308.3432, section 4). The output ignores the router's confidence.
     """
     return 1 / topk + (probs_TE - probs_TE.detach())  # the difference first: exactly 0
 
 
 def annealed(start: float, end: float, done: float) -> float:
-    """The temperature after the share ``done`` of its way, geometrically from start to end."""
+    """Return the temperature at the fraction ``done`` of a geometric decay from start to end."""
     return start * math.exp(min(done, 1.0) * math.log(end / start))
 
 
 def relaxed_topk(logits_TE: torch.Tensor, topk: int, temperature: float) -> torch.Tensor:
-    """Weights in (0, 1) that sum to k: sigmoid((x_i - v) / t), v such that they do.
+    """Return weights in (0, 1): sigmoid((x_i - v) / t), with v such that they sum to k.
 
     They maximise x . w + t H_b(w) for 0 <= w <= 1 and sum w = k, a relaxation of the top-k mask
     (Amos et al., LML layer, arXiv 1906.08707, section 3). The gradient is exact: v moves with x.
     """
     x_TE = logits_TE / temperature
     fixed_TE = x_TE.detach()
-    # At the lower end all weights are above k / E, at the upper one all are below.
+    # At the lower bound all weights are above k / E, at the upper bound all are below.
     shift = math.log(topk / (x_TE.shape[1] - topk)) if topk < x_TE.shape[1] else math.inf
     if math.isinf(shift):
         return torch.ones_like(x_TE) + 0 * x_TE

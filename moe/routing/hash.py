@@ -9,11 +9,11 @@ from moetron.moe.routing.router import MicroBatchValue, Router
 
 
 def hash_table(ids: int, experts: int, topk: int, seed: int) -> torch.Tensor:
-    """``topk`` different experts for each token id: int64 [ids, topk].
+    """Return ``topk`` different experts for each token id: int64 [ids, topk].
 
-    Every E ids in a row meet every expert equally often, in an order drawn anew for each such
-    block. Tokenizers number their pieces from frequent to rare, roughly, so that experts get
-    tokens of like frequency too. A longer table begins with the shorter one.
+    Each block of E consecutive ids maps to every expert equally often, in a random order per
+    block. Tokenizers number their pieces roughly from frequent to rare, so that experts also get
+    tokens of similar frequency. A longer table begins with the shorter one.
     """
     generator = torch.Generator().manual_seed(seed)
     shape = (-(-ids // experts), experts)
@@ -24,18 +24,18 @@ def hash_table(ids: int, experts: int, topk: int, seed: int) -> torch.Tensor:
 
 
 class HashRouter(Router):
-    """Experts by token id; each of the k has weight 1 / k, and there is nothing to learn.
+    """Router that chooses experts by token id; each of the k has weight 1 / k. No parameters.
 
-    Section 3.1 of the paper, "balanced" by ids instead of counted tokens. Even load as far as the
-    text's tokens allow, the same choice wherever a token stands, no router matrix, no loss; but a
-    choice cannot follow the context. Layers have tables of their own, drawn from the run's seed,
-    which checkpoints keep.
+    Section 3.1 of the paper, "balanced" by ids instead of counted tokens. Load is as even as the
+    text's token counts allow, a token's experts are the same at every position, there is no router
+    matrix and no loss; but a choice cannot depend on the context. Each layer has its own table,
+    drawn from the run's seed, which checkpoints keep.
 
-    `LanguageModel` hands in the ids before a micro-batch passes.
+    `LanguageModel` passes in the ids before each micro-batch.
     """
 
     table_seed: torch.Tensor
-    """int64 [1]: the run's seed when the model was drawn."""
+    """int64 [1]: the run's seed when the model was initialised."""
     table: torch.Tensor
     """int64 [token ids, k]."""
 
@@ -63,19 +63,19 @@ class HashRouter(Router):
         self.table = table.to(self.table_seed.device)
 
     def read(self, ids_bs: torch.Tensor) -> None:
-        """Take the token ids [b, s] of this context rank's part of the next micro-batch."""
-        self._ids.bring(self.tokens.of_context_rank(ids_bs.transpose(0, 1)))
+        """Set the token ids [b, s] of this context rank's part of the next micro-batch."""
+        self._ids.set_next(self.tokens.of_context_rank(ids_bs.transpose(0, 1)))
 
     def forward(
         self, input: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights and map of the tokens ``input`` [s, b, H], which are not looked at."""
+        """Return weights and map for the tokens of ``input`` [s, b, H], whose values are unused."""
         logits_TE = self.gating(input).flatten(0, 1)
         self.chosen = logits_TE > 0
         return self.limit(logits_TE / self.topk, self.chosen, input.shape[1])
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
-        """1 for the experts of each token, 0 for the others: fp32 [s, b, E]."""
+        """Return 1 for the experts of each token, 0 for the others: fp32 [s, b, E]."""
         ids_sb = self._ids.take(self.training)
         assert ids_sb is not None and ids_sb.shape == input.shape[:2]
         zeros = torch.zeros(*ids_sb.shape, self.num_experts, device=input.device)

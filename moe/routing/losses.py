@@ -1,4 +1,4 @@
-"""Read the auxiliary losses that megatron-core's routers have noted down."""
+"""Auxiliary losses of a step, read from megatron-core's tracker."""
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -18,16 +18,13 @@ def read_auxiliary_losses(
     groups: ProcessGroupCollection,
     device: torch.device | None = None,
 ) -> dict[str, float]:
-    r"""The step's auxiliary losses, without their coefficients; clears megatron-core's tracker.
+    r"""Return the step's auxiliary losses without coefficients; clears megatron-core's tracker.
 
     With L the layers with experts, m micro-batches and d data-parallel ranks:
 
-    - ``aux_loss`` = :math:`\frac{1}{L m d} \sum E \sum_i f_i P_i`, 1 when balanced, whatever k
+    - ``aux_loss`` = :math:`\frac{1}{L m d} \sum E \sum_i f_i P_i`, 1 when balanced, for any k
       (noisy_load: two squared coefficients of variation, 0 when balanced).
     - ``z_loss`` = the mean over tokens of :math:`(\log \sum_j \exp x_j)^2`, averaged over L.
-
-    A rank's tracker holds the parts of its own tokens, which add up over tensor and context ranks.
-    Stages of the pipeline hold different layers. So one sum over all ranks gives every term.
 
     Args:
         settings: which losses are on, which layers have experts.
@@ -36,7 +33,7 @@ def read_auxiliary_losses(
         device: where the collective runs; None: the CPU.
 
     Returns:
-        What is on of ``aux_loss`` and ``z_loss``; the same on every rank (collective).
+        ``aux_loss`` and ``z_loss``, if they are on; the same on every rank (collective).
     """
     names = {}
     balance = settings.moe.moe_router_load_balancing_type
@@ -52,6 +49,8 @@ def read_auxiliary_losses(
     for row, name in enumerate(names.values()):
         if name in tracker:
             sums[row] = tracker[name]["values"].double().sum()
+    # All-reduce over all ranks: a tracker holds the parts of a rank's own tokens, which add up over
+    # tensor, context and data ranks, for the layers of its own pipeline stage.
     torch.distributed.all_reduce(sums)
     clear_aux_losses_tracker()
     sums /= groups.dp.size() * layers * num_microbatches

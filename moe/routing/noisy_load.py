@@ -7,14 +7,14 @@ import torch
 
 
 def cv_squared(totals_E: torch.Tensor) -> torch.Tensor:
-    """Variance over squared mean, 0 when all are equal (population variance)."""
+    """Return the population variance over the squared mean, 0 when all are equal."""
     return totals_E.var(correction=0) / totals_E.mean().square().clamp(min=1e-10)
 
 
 def win_probability(
     clean_TE: torch.Tensor, noisy_TE: torch.Tensor, spread_TE: torch.Tensor, topk: int
 ) -> torch.Tensor:
-    """P(expert wins if only its own noise were drawn anew): differentiable, its sum is the load.
+    """Return P(expert wins if only its own noise is redrawn); differentiable, its sum is the load.
 
     P = Phi((x W - the k-th largest of the other experts' h) / softplus(x V)). With k = E every
     expert wins.

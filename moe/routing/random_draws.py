@@ -1,7 +1,8 @@
-"""Random numbers for whole micro-batches, so that a layout does not change what a router draws.
+"""Random numbers of routers that do not depend on the layout.
 
-Every rank draws the numbers of all tokens of its micro-batch from a generator that is seeded by
-(run's seed, layer, number of the micro-batch in the run), and uses those of its own tokens.
+Every rank draws the numbers of all tokens of its micro-batch from a generator seeded by (run's
+seed, layer, number of the micro-batch in the run), and uses those of its own tokens: no
+communication. Shape suffixes: S positions of the sequence, s of them on this rank, b samples.
 """
 
 import hashlib
@@ -13,34 +14,34 @@ from moetron.moe.routing.token_group import TokenGroup
 
 
 def derived_seed(*parts: object) -> int:
-    """A seed that depends on all of ``parts``, far from that of any other."""
+    """Return a 56-bit hash of ``parts`` as a seed."""
     digest = hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=7).digest()
     return int.from_bytes(digest, "little")
 
 
 class Draws(torch.nn.Module):
-    """A router's source of random numbers.
+    """Random numbers of one router.
 
-    Micro-batches are numbered as samples are: number m x D + r is the m-th of data-parallel rank r
-    of D. Their count is part of the checkpoint. Where activations are recomputed a micro-batch
-    passes twice, first without gradient; both passes draw the same.
+    Micro-batches are numbered like samples: number m x D + r is the m-th of data-parallel rank r of
+    D. Their count is part of the checkpoint. With activation recomputation a micro-batch has two
+    forward passes, the first without gradient; both draw the same numbers.
 
     Args:
         seed: of the run.
-        tokens: which tokens this rank holds.
+        tokens: positions of this rank's tokens.
         dp_group: the D data-parallel ranks.
     """
 
     micro_batches: torch.Tensor
-    """int64 [1]: of the run, that have passed with gradient."""
+    """int64 [1]: micro-batches of the run whose pass with gradient is done."""
 
     def __init__(self, seed: int, tokens: TokenGroup, dp_group: ProcessGroup) -> None:
         super().__init__()
         self._seed = seed
         self._tokens = tokens
         self._dp_rank, self._dp_size = dp_group.rank(), dp_group.size()
-        self.number = 0  # of the micro-batch that passes, or passed last
-        self._ahead = 0  # passes without gradient that wait for their second pass
+        self.number = 0  # of the current or last micro-batch
+        self._ahead = 0  # micro-batches that await their second pass
         counter = torch.zeros(1, dtype=torch.int64, device=torch.cuda.current_device())
         self.register_buffer("micro_batches", counter)
         self._generator = torch.Generator()
@@ -57,17 +58,17 @@ class Draws(torch.nn.Module):
         self._generator.manual_seed(derived_seed(self._seed, layer, self.number))
 
     def uniform(self, like_sbX: torch.Tensor) -> torch.Tensor:
-        """From U(0, 1), fp32, for this rank's rows of a micro-batch [S, b, X]."""
+        """Return U(0, 1) numbers, fp32, for this rank's rows of a micro-batch [S, b, X]."""
         rows, *rest = like_sbX.shape
         shape = (rows * self._tokens.group.size(), *rest)
-        whole = torch.rand(shape, generator=self._generator)
-        return self._tokens.own(whole).to(like_sbX.device)
+        full = torch.rand(shape, generator=self._generator)
+        return self._tokens.own(full).to(like_sbX.device)
 
     def normal(self, like_sbX: torch.Tensor) -> torch.Tensor:
-        """From N(0, 1), likewise."""
+        """Return N(0, 1) numbers, likewise."""
         uniform = self.uniform(like_sbX).clamp(1e-7, 1 - 1e-7)
         return torch.special.ndtri(uniform)
 
     def gumbel(self, like_sbX: torch.Tensor) -> torch.Tensor:
-        """From the Gumbel distribution, -log(-log U), likewise."""
+        """Return Gumbel-distributed numbers, -log(-log U), likewise."""
         return -(-self.uniform(like_sbX).clamp(1e-20, 1 - 1e-7).log()).log()

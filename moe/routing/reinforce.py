@@ -1,6 +1,6 @@
-"""Train the router by reinforcement: tokens' losses say which choices were good.
+"""Router trained by REINFORCE: the reward of a choice is the token's negative loss.
 
-T tokens, E experts, k = topk, [T, E].
+Shape suffixes: T tokens of this rank, E experts, k = topk; b samples, s positions.
 """
 
 from typing import Any
@@ -14,10 +14,11 @@ from moetron.moe.routing.router import Router
 
 
 def log_probability(logits_TE: torch.Tensor, order_Tk: torch.Tensor) -> torch.Tensor:
-    """Of drawing the experts ``order_Tk`` one after the other without replacement: [T].
+    """Return the log-probability of sampling the experts ``order_Tk`` in order: [T].
 
-    The Plackett-Luce model, sum over j of x_j - log sum exp of what is left, which is what the k
-    largest of logits + Gumbel noise follow (Kool et al., arXiv 1903.06059, section 2).
+    Sampling is without replacement. The Plackett-Luce model, sum over j of x_j - log sum exp of the
+    remaining logits; the k largest of logits + Gumbel noise follow it (Kool et al., arXiv
+    1903.06059, section 2).
     """
     total_T = torch.zeros_like(logits_TE[:, 0])
     left_TE = logits_TE
@@ -34,28 +35,30 @@ def _log_sum_exp(x_TE: torch.Tensor) -> torch.Tensor:
 def advantages(
     losses_bs: torch.Tensor, mask_bs: torch.Tensor, cp_group: ProcessGroup, per_token: bool
 ) -> torch.Tensor:
-    """m_t (l_t - mean of the other tokens' losses), [b, s]: what `ReinforceRouter` multiplies by.
+    """Return m_t (l_t - mean of the other tokens' losses), [b, s], the factor of log P.
 
-    Collective over ``cp_group``. A baseline that leaves out the token itself does not bias the
-    estimate (Williams 1992, section 4; Kool et al. 2019, "Buy 4 REINFORCE samples").
+    Collective over ``cp_group``. A baseline without the token itself does not bias the estimate
+    (Williams 1992, section 4; Kool et al. 2019, "Buy 4 REINFORCE samples").
 
     Args:
         losses_bs: l, this context rank's part of a micro-batch.
-        mask_bs: m, 1 where the loss counts.
-        cp_group: ranks that share the micro-batch.
-        per_token: losses are summed; otherwise averaged over the micro-batch's tokens that count.
+        mask_bs: m, 1 for loss tokens.
+        cp_group: ranks that hold the micro-batch's positions.
+        per_token: losses are summed; otherwise averaged over the micro-batch's loss tokens.
     """
     sums = torch.stack([(losses_bs * mask_bs).sum(), mask_bs.sum()])
     if cp_group.size() > 1:
+        # All-reduce over the context group: the baseline is the mean over the full micro-batch,
+        # whose positions are split over it. Tensor ranks hold the same losses.
         torch.distributed.all_reduce(sums, group=cp_group)
     total, count = sums.unbind()
     others = (count - 1).clamp(min=1)
-    apart_bs = mask_bs * (losses_bs * count - total) / others
-    return apart_bs if per_token else apart_bs / count.clamp(min=1)
+    advantage_bs = mask_bs * (losses_bs * count - total) / others
+    return advantage_bs if per_token else advantage_bs / count.clamp(min=1)
 
 
 class ReinforceRouter(Router):
-    """k experts drawn without replacement from softmax(logits), each with weight 1 / k.
+    """Router that samples k experts without replacement from softmax(logits), each weighted 1 / k.
 
     The router learns by REINFORCE (Williams 1992; for experts Bengio et al., arXiv 1511.06297, and
     Clark et al., arXiv 2202.01169, RL-R): its gradient is that of
@@ -63,19 +66,18 @@ class ReinforceRouter(Router):
         sum_t m_t (l_t - b_t) log P(choice of t),
 
     l_t the loss of predicting the next token, b_t the mean loss of the micro-batch's other tokens.
-    Unbiased for a token's own loss (what its choice does to later tokens is left out), without any
-    gradient through experts' outputs, and noisy: it learns slowly. Evaluation takes the k best.
+    Unbiased for a token's own loss (effects on later tokens are ignored), without any gradient
+    through experts' outputs, and noisy: it learns slowly. Evaluation takes the k best.
 
-    Losses are known when the last layer is through, and gradients are asked for only then; so one
-    pipeline stage must hold all layers.
+    The backward pass of every layer needs the losses, so one pipeline stage must hold all layers.
     """
 
     is_random = True
     advantage_T: torch.Tensor
-    """`advantages` of this rank's tokens in the micro-batch that has passed."""
+    """`advantages` of this rank's tokens in the last micro-batch."""
 
     def choose(self, logits_TE: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """See the class."""
+        """Choose experts as the class describes."""
         if not self.training:
             chosen_TE = top_choices(logits_TE, self.topk)
             return chosen_TE.to(logits_TE.dtype) / self.topk, chosen_TE
@@ -88,12 +90,12 @@ class ReinforceRouter(Router):
         return rewarded_TE, weights_TE > 0
 
     def reward(self, advantage_bs: torch.Tensor) -> None:
-        """Take the `advantages` of this context rank's part of the micro-batch."""
+        """Set the `advantages` of this context rank's part of the micro-batch."""
         self.advantage_T = self.tokens.of_context_rank(advantage_bs.transpose(0, 1)).flatten()
 
 
 class _Rewarded(torch.autograd.Function):
-    """Weights as they are; backward, log-probabilities [T] get the router's advantages."""
+    """Identity on weights; the gradient of log-probabilities [T] is the router's advantages."""
 
     @staticmethod
     def forward(

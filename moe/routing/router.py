@@ -1,6 +1,10 @@
-"""megatron-core's router: capacity, counts and auxiliary losses of our own.
+"""Token-choice top-k router: megatron-core's with our capacity, counts and auxiliary losses.
 
-Token choice; the other routers of kinds.py build on it.
+The other routers (router_types.py) build on it. Shape suffixes: S positions of B sequences in the
+micro-batch; s positions of b sequences on this rank, T = s x b tokens; E experts of the layer on
+all ranks; G groups of tokens. Every rank routes its own T tokens with a full copy of the router
+matrix: tensor ranks (under sequence parallelism) and context ranks hold different positions of the
+same sequences, data ranks different sequences.
 """
 
 import copy
@@ -23,9 +27,9 @@ from moetron.moe.routing.balance import BALANCE_LOSSES, balance_part, choice_sha
 from moetron.moe.routing.capacity import (
     NOT_CHOSEN,
     Capacity,
-    filled_up,
+    fill_free_slots,
     from_groups,
-    served,
+    kept_choices,
     to_groups,
 )
 from moetron.moe.routing.random_draws import Draws
@@ -33,22 +37,22 @@ from moetron.moe.routing.token_group import TokenGroup
 
 
 class MicroBatchValue:
-    """A tensor that each micro-batch brings along for a router's forward pass.
+    """A tensor per micro-batch that a router's forward pass needs.
 
-    Where activations are recomputed a micro-batch passes twice, first without gradient, and others
-    may pass in between: values of such first passes wait in line.
+    With activation recomputation a micro-batch has two forward passes, the first without gradient,
+    and others may run in between: values of first passes are queued.
     """
 
     def __init__(self) -> None:
         self._value: torch.Tensor | None = None
         self._waiting: deque[torch.Tensor | None] = deque()
 
-    def bring(self, value: torch.Tensor) -> None:
+    def set_next(self, value: torch.Tensor) -> None:
         """Set the value of the next micro-batch."""
         self._value = value
 
     def take(self, training: bool) -> torch.Tensor | None:
-        """Return the value of the micro-batch that passes now; call it once in every pass."""
+        """Return the value of the current micro-batch; call it once per forward pass."""
         if training and not torch.is_grad_enabled():
             self._waiting.append(self._value)
         elif training and self._waiting:
@@ -61,32 +65,32 @@ class Router(TopKRouter):
 
     **Capacity.** megatron-core 0.16.1 counts the tokens of a rank, so that tensor and context ranks
     change what is dropped, and drops by position with a top-k over ties (moe_utils.py:847), which
-    keeps arbitrary tokens. Here experts have slots for the micro-batch, or for each of its
-    sequences, over all ranks that share it (or for a rank, as upstream); tokens are served sequence
-    by sequence, each from left to right, or by probability; see capacity.py. The bias of
-    --moe-router-enable-expert-bias learns from choices before dropping, as balance losses do.
+    keeps arbitrary tokens. Here experts have slots per micro-batch, or per sequence, over all ranks
+    that hold it (or per rank, as upstream); tokens are kept sequence by sequence, each from left to
+    right, or by probability; see capacity.py. The bias of --moe-router-enable-expert-bias and
+    balance losses use choices before dropping.
 
     **Counts** of choices are int64. megatron-core keeps them in float buffers, which
     ``Float16Module`` casts to bf16, where 256 + 1 is 256: biases then move the wrong way.
 
     **Auxiliary losses** are computed, attached and logged here (`attach`), each as this rank's part
-    of the loss of its micro-batch; parts add up over the TP x CP ranks that share the micro-batch.
-    The loss of a micro-batch weighs as its share n / N of the tokens that bear a language-model
-    loss, with ``calculate_per_token_loss``, and 1 / number of micro-batches otherwise; weights of
-    the global batch add up to 1. megatron-core divides by N, so that a part is multiplied by n
-    (`loss_tokens`; all tokens of the micro-batch where nothing masks). megatron-core 0.16.1
-    multiplies by another number (transformer/moe/router.py:446 and 484): its losses are TP x CP
-    times too weak, seq_aux_loss besides by the micro-batch size, and too strong by tokens / N where
-    losses are masked; without ``calculate_per_token_loss`` global_aux_loss is DP times too weak.
+    of the loss of its micro-batch; parts add up over the TP x CP ranks that hold the micro-batch.
+    With ``calculate_per_token_loss`` the loss of a micro-batch has the weight n / N, its fraction
+    of the loss tokens of the global batch, otherwise 1 / number of micro-batches; weights add up to
+    1. megatron-core divides by N, so a part is multiplied by n (`loss_tokens`; all tokens of the
+    micro-batch if nothing is masked). megatron-core 0.16.1 multiplies by another number
+    (transformer/moe/router.py:446 and 484): its losses are TP x CP times too weak, seq_aux_loss
+    also by the micro-batch size, and too strong by tokens / N where losses are masked; without
+    ``calculate_per_token_loss`` global_aux_loss is DP times too weak.
     """
 
     is_random = False
-    """Whether it draws random numbers in training."""
+    """Whether the router draws random numbers in training."""
     draws: Draws | None
     chosen: torch.Tensor | None = None
     """Choices of the last forward pass before dropping, bool [tokens, experts]."""
     padded_dispatcher: MoEAlltoAllTokenDispatcher | None = None
-    """The dispatcher that must know the capacity of padded experts."""
+    """Dispatcher that needs the capacity of padded experts."""
 
     def __init__(
         self, config: ModelConfig, pg_collection: ProcessGroupCollection | None = None
@@ -109,10 +113,10 @@ class Router(TopKRouter):
         self.draws = Draws(config.routing_seed, self.tokens, pg_collection.dp) if draws else None
         self._count_in_whole_numbers()
         self.loss_tokens = MicroBatchValue()
-        self._loss_tokens: torch.Tensor | None = None  # of the pass under way
+        self._loss_tokens: torch.Tensor | None = None  # of the current pass
 
     def _count_in_whole_numbers(self) -> None:
-        """Register int64 counters, in place of megatron-core's float ones where it has them."""
+        """Register int64 counters, replacing megatron-core's float ones."""
         counters = {"step_choices": False, "previous_choices": True} if self._by_step else {}
         if self.enable_expert_bias:
             counters["local_tokens_per_expert"] = False
@@ -122,11 +126,11 @@ class Router(TopKRouter):
         for name, persistent in counters.items():
             zeros = torch.zeros(self.num_experts, dtype=torch.int64, device=device)
             self.register_buffer(name, zeros, persistent)
-        self.ga_steps = None  # shares need no number of micro-batches
+        self.ga_steps = None  # fractions need no number of micro-batches
 
     @property
     def _by_step(self) -> bool:
-        """Whether the global balance loss counts the choices of the previous step."""
+        """Return whether the global balance loss counts the choices of the previous step."""
         return bool(self.config.moe_global_aux_loss_counts == "previous_step")
 
     def forward(
@@ -140,7 +144,7 @@ class Router(TopKRouter):
         return result
 
     def apply_input_jitter(self, input: torch.Tensor) -> torch.Tensor:
-        """``input`` [s, b, H] times U[1 - eps, 1 + eps] in training, the same in every layout."""
+        """Multiply ``input`` [s, b, H] by U[1 - eps, 1 + eps] in training, equal in all layouts."""
         eps = self.config.moe_input_jitter_eps
         if not eps or not self.training:
             return input
@@ -153,8 +157,8 @@ class Router(TopKRouter):
         """Choose experts for ``logits`` [s, b, experts].
 
         Returns:
-            Weights and map (bool) of the choices that are served, both [s x b, experts]; the map
-            of padded experts also holds tokens that fill them up, with weight 0.
+            Weights and map (bool) of the kept choices, both [s x b, experts]; the map of padded
+            experts also holds tokens that fill free slots, with weight 0.
         """
         batch = logits.shape[1]
         padding_T = None if padding_mask is None else padding_mask.reshape(-1)
@@ -167,7 +171,7 @@ class Router(TopKRouter):
         return self.limit(probs_TE, chosen_TE, batch)
 
     def choose(self, logits_TE: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights and choices (bool), both [s x b, experts], before experts drop any."""
+        """Return weights and choices (bool), both [s x b, experts], before any drop."""
         config = self.config
         choice: tuple[torch.Tensor, torch.Tensor] = topk_routing_with_score_function(
             logits_TE,
@@ -188,10 +192,10 @@ class Router(TopKRouter):
         batch: int,
         padding_T: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Let the balance loss ride on ``probs_TE``; it counts the k best scores, or the best.
+        """Attach the balance loss to ``probs_TE``; it counts the k best scores, or only the best.
 
-        Scores are a softmax over all experts, or sigmoids divided by their sum, in fp32 at least.
-        Collective over the ranks that share the micro-batch (running counts: data ranks too).
+        Scores are a softmax over all experts, or sigmoids divided by their sum, in fp32 or fp64.
+        Collective over TP x CP (global_aux_loss: TP x CP x DP).
         """
         kind, coefficient = self.routing_type, self.config.moe_aux_loss_coeff
         if kind not in BALANCE_LOSSES or not coefficient:
@@ -209,32 +213,36 @@ class Router(TopKRouter):
         return self.attach(probs_TE, part, coefficient, tokens_G.sum(), BALANCE_LOSSES[kind])
 
     def _tokens(self, rows: int, groups: int, padding_T: torch.Tensor | None) -> torch.Tensor:
-        """Tokens of each group over all ranks of the micro-batch, without padding: int64 [G]."""
+        """Count each group's tokens over all ranks of the micro-batch, no padding: int64 [G]."""
         if padding_T is None:
-            whole = rows * self.tp_cp_group.size()
-            return torch.full((groups,), whole, device=torch.cuda.current_device())
-        return self._summed((~padding_T).view(-1, groups).sum(0), self.tp_cp_group)
+            tokens = rows * self.tp_cp_group.size()
+            return torch.full((groups,), tokens, device=torch.cuda.current_device())
+        # All-reduce over TP x CP, which hold different positions of the micro-batch.
+        return self._all_reduced((~padding_T).view(-1, groups).sum(0), self.tp_cp_group)
 
     def _shares(self, kind: str, counts_GE: torch.Tensor) -> torch.Tensor:
-        """Shares f for the loss ``kind``, float64 [G, E], from this rank's counts.
+        """Return the fractions f for the loss ``kind``, float64 [G, E], from this rank's counts.
 
-        aux_loss and seq_aux_loss count the micro-batch, global_aux_loss all micro-batches that the
-        data-parallel ranks have seen in this step (Megatron's running mean: another value for
-        another number of ranks), or the whole previous global batch, the same in every layout
-        (before the first step: 1 / E, which gives no gradient).
+        aux_loss and seq_aux_loss count the micro-batch. global_aux_loss counts all micro-batches of
+        all data-parallel ranks so far in this step (Megatron's running mean, which depends on the
+        number of ranks), or the previous global batch, which is the same in every layout (before
+        the first step: 1 / E, which gives no gradient).
         """
         if kind != "global_aux_loss":
-            return choice_shares(self._summed(counts_GE, self.tp_cp_group))
+            # All-reduce over TP x CP: f is over the micro-batch, whose positions they split.
+            return choice_shares(self._all_reduced(counts_GE, self.tp_cp_group))
         if not self._by_step:
-            self.global_tokens_per_expert += self._summed(counts_GE[0], self.tp_dp_cp_group)
+            # All-reduce over TP x CP x DP: f is over the global batch so far.
+            counts_E = self._all_reduced(counts_GE[0], self.tp_dp_cp_group)
+            self.global_tokens_per_expert += counts_E
             return choice_shares(self.global_tokens_per_expert[None])
         self.step_choices += counts_GE[0]
         none = self.previous_choices.sum() == 0
         return choice_shares((self.previous_choices + none)[None])
 
     @staticmethod
-    def _summed(counts: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
-        """Sum int64 ``counts`` in place over ``group``: its ranks saw other tokens (collective)."""
+    def _all_reduced(counts: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+        """Sum int64 ``counts`` in place over ``group``, whose ranks count different tokens."""
         if group.size() > 1:
             torch.distributed.all_reduce(counts, group=group)
         return counts
@@ -242,51 +250,55 @@ class Router(TopKRouter):
     def limit(
         self, probs_TE: torch.Tensor, chosen_TE: torch.Tensor, batch: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights and map of the choices that experts with a capacity serve."""
+        """Return weights and map of the choices that capacity keeps."""
         if self.capacity is None:
             return probs_TE, chosen_TE
-        merit_TE = self.merit(probs_TE).masked_fill(~chosen_TE, NOT_CHOSEN)
-        kept_TE = self.serve(merit_TE, batch)
+        priority_TE = self.priority(probs_TE).masked_fill(~chosen_TE, NOT_CHOSEN)
+        kept_TE = self.within_capacity(priority_TE, batch)
         return probs_TE * kept_TE, kept_TE
 
-    def merit(self, probs_TE: torch.Tensor) -> torch.Tensor:
-        """By what full experts rank choices, [s x b, experts]: the weights."""
+    def priority(self, probs_TE: torch.Tensor) -> torch.Tensor:
+        """Return the priority of choices at full experts, [s x b, experts]: the weights."""
         return probs_TE.detach()
 
-    def serve(self, merit_TE: torch.Tensor, batch: int) -> torch.Tensor:
-        """The choices that find a slot, bool [s x b, experts]; ``merit_TE`` as in capacity.py.
+    def within_capacity(self, priority_TE: torch.Tensor, batch: int) -> torch.Tensor:
+        """Return the choices that get a slot, bool [s x b, experts]; see capacity.py.
 
-        Collective, unless experts have slots for each rank.
+        Collective over TP x CP, unless experts have slots per rank.
         """
         assert self.capacity is not None
         scope = self.config.moe_capacity_scope
-        merit_sbE = merit_TE.detach().unflatten(0, (-1, batch))
-        merit_SBE = merit_sbE if scope == "rank" else self.tokens.gather(merit_sbE)
-        merit_GTE = to_groups(merit_SBE, scope)
-        groups, tokens, experts = merit_GTE.shape
+        priority_sbE = priority_TE.detach().unflatten(0, (-1, batch))
+        # All-gather over TP x CP: slots are per micro-batch or sequence, so every rank ranks the
+        # choices of all positions and takes the rows of its own tokens from the result.
+        priority_SBE = priority_sbE if scope == "rank" else self.tokens.gather(priority_sbE)
+        priority_GTE = to_groups(priority_SBE, scope)
+        groups, tokens, experts = priority_GTE.shape
         slots = self.capacity.slots(tokens, experts, self.topk, self.training)
-        kept_GTE = served(merit_GTE, slots, self.config.moe_token_drop_policy)
+        kept_GTE = kept_choices(priority_GTE, slots, self.config.moe_token_drop_policy)
         if self.config.moe_pad_expert_input_to_capacity:
-            kept_GTE = filled_up(kept_GTE, slots)
-            self._tell_capacity(groups * slots, groups * tokens)
+            kept_GTE = fill_free_slots(kept_GTE, slots)
+            self._set_dispatcher_capacity(groups * slots, groups * tokens)
         kept_SBE = from_groups(kept_GTE, batch)
         return (kept_SBE if scope == "rank" else self.tokens.own(kept_SBE)).flatten(0, 1)
 
-    def _tell_capacity(self, slots: int, tokens: int) -> None:
-        """Give the dispatcher a factor that its ceil(k T / E x factor) turns into ``slots``.
+    def _set_dispatcher_capacity(self, slots: int, tokens: int) -> None:
+        """Set the factor with which the dispatcher's ceil(k T / E x factor) equals ``slots``.
 
-        Half a slot below, so that no rounding error matters.
+        Half a slot below, so that rounding errors do not matter.
         """
         if self.padded_dispatcher is not None:
-            share = tokens * self.topk / self.config.num_moe_experts
-            self.padded_dispatcher.moe_expert_capacity_factor = (slots - 0.5) / share
+            mean_load = tokens * self.topk / self.config.num_moe_experts
+            self.padded_dispatcher.moe_expert_capacity_factor = (slots - 0.5) / mean_load
 
     def reset_global_aux_loss_tracker(self) -> None:
-        """End a step: megatron-core calls this when gradients are final (collective)."""
+        """Reset counts; megatron-core calls this when gradients are final (collective)."""
         if self.global_tokens_per_expert is not None:
             self.global_tokens_per_expert.zero_()
         if self._by_step:
-            self.previous_choices.copy_(self._summed(self.step_choices, self.tp_dp_cp_group))
+            # All-reduce over TP x CP x DP: the next step's f is over this global batch.
+            choices_E = self._all_reduced(self.step_choices, self.tp_dp_cp_group)
+            self.previous_choices.copy_(choices_E)
             self.step_choices.zero_()
 
     def _apply_expert_bias(
@@ -301,7 +313,7 @@ class Router(TopKRouter):
     def apply_z_loss(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Let coefficient x mean((log sum exp logits)^2) ride on ``logits`` [tokens, experts]."""
+        """Attach coefficient x mean((log sum exp logits)^2) to ``logits`` [tokens, experts]."""
         coefficient = self.config.moe_z_loss_coeff
         if not coefficient or not self.training or not torch.is_grad_enabled():
             return logits
@@ -317,19 +329,18 @@ class Router(TopKRouter):
         tokens: torch.Tensor,
         name: str,
     ) -> torch.Tensor:
-        """Let coefficient x ``part`` ride on the gradient of ``activation``, and log ``part``.
+        """Add coefficient x ``part`` to the backward pass of ``activation``, and log ``part``.
 
         Args:
-            activation: any tensor of the pass; returned as it is.
+            activation: any tensor of the pass; returned unchanged.
             part: this rank's part of the loss of the micro-batch; a scalar.
             coefficient: of the loss.
-            tokens: of the micro-batch, over all ranks that share it; its weight unless
-                `loss_tokens` says how many bear a loss.
+            tokens: of the micro-batch, over all its ranks; its weight unless `loss_tokens` is set.
             name: in megatron-core's tracker.
         """
         layers = self.config.num_layers + (self.config.mtp_num_layers or 0)
         save_to_aux_losses_tracker(name, part, self.layer_number, layers)
-        bearing = tokens if self._loss_tokens is None else self._loss_tokens
-        weight = coefficient * (bearing if self.calculate_per_token_loss else 1)
+        loss_tokens = tokens if self._loss_tokens is None else self._loss_tokens
+        weight = coefficient * (loss_tokens if self.calculate_per_token_loss else 1)
         attached: torch.Tensor = MoEAuxLossAutoScaler.apply(activation, part * weight)
         return attached

@@ -1,6 +1,7 @@
-"""Other ways to choose experts than each token's k best: what --moe-router-type names.
+"""The routers of --moe-router-type beside `Router`.
 
-Each class gives its rule, its source and what it trades. T tokens, E experts, k = topk, [T, E].
+Each class states its rule, source and trade-off. Shape suffixes: T tokens of this rank, E experts,
+k = topk; S positions of B sequences in the micro-batch.
 """
 
 from typing import Any
@@ -33,32 +34,32 @@ Choice = tuple[torch.Tensor, torch.Tensor]
 
 
 class ExpertChoiceRouter(Router):
-    """Each expert takes the C tokens of a group that score highest; a token gets 0 to E experts.
+    """Router whose experts each take the C tokens of a group with the highest scores.
 
-    Scores are a softmax over experts (Zhou et al., arXiv 2202.09368, section 3.2). The group is
-    --moe-capacity-scope, C follows --moe-expert-capacity-factor (1: k experts a token on average).
-    Load is exactly even, without a balance loss. But whether a token is taken depends on later
-    tokens of the group, so that a causal model learns from what it will not see when it writes:
-    its training and validation losses flatter it. With --moe-expert-choice-eval topk evaluation
-    lets tokens choose their k best instead, which needs no later token.
+    A token gets 0 to E experts. Scores are a softmax over experts (Zhou et al., arXiv 2202.09368,
+    section 3.2). The group is --moe-capacity-scope, C follows --moe-expert-capacity-factor (1: k
+    experts per token on average). Load is exactly even, without a balance loss. But a token's
+    experts depend on later tokens of the group, which generation does not have: training and
+    validation losses are too low. With --moe-expert-choice-eval topk tokens choose their k best in
+    evaluation, which needs no later token.
     """
 
     def choose(self, logits_TE: torch.Tensor, batch: int) -> Choice:
-        """See the class."""
+        """Choose experts as the class describes."""
         scores_TE = _softmax(logits_TE)
         if self.training or self.config.moe_expert_choice_eval == "expert_choice":
-            chosen_TE = self.serve(scores_TE, batch)
+            chosen_TE = self.within_capacity(scores_TE, batch)
         else:
             chosen_TE = top_choices(scores_TE, self.topk)
         return scores_TE * chosen_TE, chosen_TE
 
     def limit(self, probs_TE: torch.Tensor, chosen_TE: torch.Tensor, batch: int) -> Choice:
-        """Nothing is left to limit."""
+        """Return the arguments: `choose` has applied the capacity."""
         return probs_TE, chosen_TE
 
 
 class SinkhornRouter(Router):
-    """The k best of Sinkhorn-balanced scores in training, of plain scores in evaluation.
+    """Router by the k best Sinkhorn-balanced scores in training, plain scores in evaluation.
 
     megatron-core's iteration, over all tokens of the micro-batch instead of the rank's (Clark et
     al., arXiv 2202.01169, section 3). Nearly even load without a balance loss; choices depend on
@@ -66,30 +67,32 @@ class SinkhornRouter(Router):
     """
 
     def choose(self, logits_TE: torch.Tensor, batch: int) -> Choice:
-        """See the class."""
+        """Choose experts as the class describes."""
         scores_TE = logits_TE.sigmoid() if self.topk == 1 else _softmax(logits_TE)
         rank_TE = logits_TE.detach()
         if self.training:
-            whole_SBE = self.tokens.gather(rank_TE.float().unflatten(0, (-1, batch)))
-            balanced = sinkhorn(whole_SBE.flatten(0, 1)).view_as(whole_SBE)
+            # All-gather over TP x CP: the iteration balances all tokens of the micro-batch.
+            all_SBE = self.tokens.gather(rank_TE.float().unflatten(0, (-1, batch)))
+            balanced = sinkhorn(all_SBE.flatten(0, 1)).view_as(all_SBE)
             rank_TE = self.tokens.own(balanced).flatten(0, 1)
         chosen_TE = top_choices(rank_TE, self.topk)
         return scores_TE * chosen_TE, chosen_TE
 
 
 class BaseRouter(Router):
-    """One expert a token, every expert equally many: the assignment of highest total score.
+    """Router by balanced assignment: one expert per token, the highest total score.
 
     See assignment.py; the weight is sigmoid(score), evaluation takes the best expert. Exactly even
-    load without a loss, at a cost that only small micro-batches bear; choices depend on later
+    load without a loss, at a cost that limits it to small micro-batches; choices depend on later
     tokens.
     """
 
     def choose(self, logits_TE: torch.Tensor, batch: int) -> Choice:
-        """See the class."""
+        """Choose experts as the class describes."""
         if self.training:
-            whole_SBE = self.tokens.gather(logits_TE.unflatten(0, (-1, batch)))
-            chosen = linear_assignment(whole_SBE.flatten(0, 1)).view_as(whole_SBE)
+            # All-gather over TP x CP: every rank solves the assignment of the full micro-batch.
+            all_SBE = self.tokens.gather(logits_TE.unflatten(0, (-1, batch)))
+            chosen = linear_assignment(all_SBE.flatten(0, 1)).view_as(all_SBE)
             chosen_TE = self.tokens.own(chosen).flatten(0, 1)
         else:
             chosen_TE = top_choices(logits_TE, 1)
@@ -97,17 +100,17 @@ class BaseRouter(Router):
 
 
 class RandomSecondRouter(Router):
-    """The best expert always, a further one with probability min(1, g / threshold).
+    """Router that uses the best expert always, others with probability min(1, g / threshold).
 
     g are the weights of the k best, renormalised to sum 1 (ST-MoE, arXiv 2202.08906, appendix G;
-    mesh-tensorflow's second_policy "random", threshold 0.2). Unsure second choices save capacity;
-    what is skipped is not made up for. Evaluation visits all k.
+    mesh-tensorflow's second_policy "random", threshold 0.2). Skipping weak second choices saves
+    capacity; their weight is not redistributed. Evaluation uses all k.
     """
 
     is_random = True
 
     def choose(self, logits_TE: torch.Tensor, batch: int) -> Choice:
-        """See the class."""
+        """Choose experts as the class describes."""
         gates_TE, chosen_TE = super().choose(logits_TE, batch)
         if not self.training:
             return gates_TE, chosen_TE
@@ -122,11 +125,11 @@ class RandomSecondRouter(Router):
 
 
 class NoisyTopKRouter(Router):
-    """The k best of noisy logits, the spread of the noise learnt; see noisy_load.py.
+    """Router by the k best noisy logits with a learned noise scale; see noisy_load.py.
 
     --moe-router-load-balancing-type noisy_load adds coefficient x (CV^2 of the experts' total
-    weights + CV^2 of their smooth loads), over the micro-batch. Explores by itself; costs a second
-    matrix and choices that differ between two passes. Evaluation draws no noise.
+    weights + CV^2 of their smooth loads), over the micro-batch. The noise explores; it costs a
+    second matrix, and choices differ between two passes. Evaluation draws no noise.
     """
 
     is_random = True
@@ -138,17 +141,17 @@ class NoisyTopKRouter(Router):
         zeros = torch.zeros_like(self.weight, device=torch.cuda.current_device())
         self.noise_weight = torch.nn.Parameter(zeros)
         setattr(self.noise_weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010
-        self._spread_TE = self._load_TE = zeros  # of the pass under way
+        self._spread_TE = self._load_TE = zeros  # of the current pass
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
-        """Logits [s, b, E]; keeps the spread of their noise."""
+        """Return logits [s, b, E]; stores the spread of their noise."""
         logits: torch.Tensor = super().gating(input)
         spread = router_gating_linear(input, self.noise_weight, None, logits.dtype)
         self._spread_TE = F.softplus(spread).flatten(0, 1)
         return logits
 
     def choose(self, logits_TE: torch.Tensor, batch: int) -> Choice:
-        """See the class."""
+        """Choose experts as the class describes."""
         noisy_TE = logits_TE
         if self.training:
             assert self.draws is not None
@@ -164,10 +167,10 @@ class NoisyTopKRouter(Router):
         batch: int,
         padding_T: torch.Tensor | None,
     ) -> torch.Tensor:
-        """The losses of the class, or the usual ones.
+        """Attach the loss of the class, or the usual ones.
 
-        Every rank computes the whole loss from sums over the r ranks of the micro-batch, whose
-        gradient is that of its own terms: it is attached whole, but logged as 1 / r of it.
+        Every rank computes the full loss from sums over the r ranks of the micro-batch; its
+        gradient is that of the rank's own terms. So it is attached in full but logged as 1 / r.
         """
         if not self.config.moe_noisy_load_loss:
             return super().balance(probs_TE, logits_TE, batch, padding_T)
@@ -177,6 +180,7 @@ class NoisyTopKRouter(Router):
             for x in (probs_TE, self._load_TE)
         ]
         sums_2E = torch.stack([x.sum(0) for x in terms_TE])
+        # All-reduce over TP x CP, which split the micro-batch's tokens. Backward is the identity.
         sums_2E = reduce_from_tensor_model_parallel_region(sums_2E, self.tp_cp_group)
         loss = cv_squared(sums_2E[0]) + cv_squared(sums_2E[1])
         part = loss.detach() / self.tp_cp_group.size() + (loss - loss.detach())
@@ -186,40 +190,40 @@ class NoisyTopKRouter(Router):
 
 
 class StraightThroughRouter(Router):
-    """The k best, each with weight 1 / k; backward as if weighted by its softmax probability.
+    """Router by the k best, each weighted 1 / k, with the gradient of its softmax probability.
 
-    See relaxations.py. Outputs do not shrink where the router is unsure; the gradient is biased.
-    Weights are all alike, so that full experts rank choices by probability.
+    See gradient_estimators.py. Outputs do not shrink when the router is uncertain; the gradient is
+    biased. Weights are equal, so the priority at full experts is the probability.
     """
 
     _scores_TE: torch.Tensor
-    """Probabilities of the pass under way."""
+    """Probabilities of the current pass."""
 
     def choose(self, logits_TE: torch.Tensor, batch: int) -> Choice:
-        """See the class."""
+        """Choose experts as the class describes."""
         probs_TE = _softmax(logits_TE)
         self._scores_TE = probs_TE.detach()
         chosen_TE = top_choices(probs_TE, self.topk)
         return straight_through(probs_TE, self.topk) * chosen_TE, chosen_TE
 
-    def merit(self, probs_TE: torch.Tensor) -> torch.Tensor:
-        """See the class."""
+    def priority(self, probs_TE: torch.Tensor) -> torch.Tensor:
+        """Return the probabilities."""
         return self._scores_TE
 
 
 class GumbelRouter(Router):
-    """The k best of (logits + Gumbel noise) / t, weighted by their softmax over all experts.
+    """Router by the k best of (logits + Gumbel noise) / t, weighted by the softmax of all.
 
     Choices are samples without replacement from softmax(logits) (Jang et al., arXiv 1611.01144;
     Kool et al., arXiv 1903.06059). The temperature t falls from --moe-router-temperature to
     --moe-router-final-temperature over --moe-router-anneal-samples: high t explores with smooth
-    gradients, low t is close to a hard choice. Evaluation draws no noise.
+    gradients, low t approximates a hard choice. Evaluation draws no noise.
     """
 
     is_random = True
 
     def choose(self, logits_TE: torch.Tensor, batch: int) -> Choice:
-        """See the class."""
+        """Choose experts as the class describes."""
         assert self.draws is not None
         noisy_TE = logits_TE
         if self.training:
@@ -236,20 +240,20 @@ class GumbelRouter(Router):
         if config.moe_router_anneal_samples is None:
             return start
         number = self.draws.number if self.training else int(self.draws.micro_batches)
-        share = number * batch / config.moe_router_anneal_samples
-        return annealed(start, config.moe_router_final_temperature, share)
+        done = number * batch / config.moe_router_anneal_samples
+        return annealed(start, config.moe_router_final_temperature, done)
 
 
 class RelaxedTopKRouter(Router):
-    """The k best, weighted by 1 / k times the relaxed top-k mask of relaxations.py.
+    """Router by the k best, weighted by 1 / k times the relaxed top-k mask of `relaxed_topk`.
 
-    Weights of chosen experts grow towards 1 / k and do not compete as a softmax's do: one may rise
-    without another falling, unless it is near the threshold. --moe-router-temperature sets how hard
-    the mask is.
+    Weights of chosen experts approach 1 / k and do not compete as in a softmax: one may rise
+    without another falling, unless it is near the threshold. A low --moe-router-temperature makes
+    the mask hard.
     """
 
     def choose(self, logits_TE: torch.Tensor, batch: int) -> Choice:
-        """See the class."""
+        """Choose experts as the class describes."""
         chosen_TE = top_choices(logits_TE, self.topk)
         weights_TE = relaxed_topk(logits_TE, self.topk, self.config.moe_router_temperature)
         return weights_TE * chosen_TE / self.topk, chosen_TE
@@ -270,7 +274,7 @@ KINDS: dict[str, type[Router]] = {
 
 
 def router_class(config: Any) -> type[Router]:
-    """The router that a `ModelConfig` names; Sinkhorn's balancing is a way to choose as well."""
+    """Return the router class of a `ModelConfig`; load balancing "sinkhorn" also selects one."""
     if config.moe_router_load_balancing_type == "sinkhorn":
         return SinkhornRouter
     return KINDS[config.moe_router_type]

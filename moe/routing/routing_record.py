@@ -1,4 +1,7 @@
-"""Watch where tokens go, without changing it: load of experts, what is dropped, and where."""
+"""Recorder of routing: load of experts, dropped choices and their positions.
+
+Shape suffixes: L layers with experts, E experts, T tokens of this rank, s positions on this rank.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,9 +24,8 @@ class RoutingSummary:
     """Choices of tokens since the last reset, over all ranks of the summary's group.
 
     ``chosen`` and ``kept`` are int64 [MoE layers, experts] on the CPU: choices before and after
-    experts dropped what exceeds their capacity. ``chosen_at`` and ``kept_at`` are the same choices
-    by the token's place in its sequence, int64 [MoE layers, `POSITION_BUCKETS`]. All tokens count,
-    those without loss too.
+    capacity drops some. ``chosen_at`` and ``kept_at`` are the same choices by the token's position
+    in its sequence, int64 [MoE layers, `POSITION_BUCKETS`]. All tokens count, also masked ones.
     """
 
     chosen: torch.Tensor
@@ -33,7 +35,7 @@ class RoutingSummary:
 
     @property
     def dropped_fraction(self) -> float:
-        """Share of all choices that no expert served; 0 when nothing was routed."""
+        """Fraction of all choices that were dropped; 0 when nothing was routed."""
         total = int(self.chosen.sum())
         return 1.0 - int(self.kept.sum()) / total if total else 0.0
 
@@ -44,7 +46,7 @@ class RoutingSummary:
 
     @property
     def dropped_by_position(self) -> list[list[float]]:
-        """For each layer the share of dropped choices in each part of the sequence."""
+        """For each layer the fraction of dropped choices in each part of the sequence."""
         return _missing(self.chosen_at, self.kept_at)
 
     @property
@@ -56,14 +58,14 @@ class RoutingSummary:
 
 
 def _missing(before: torch.Tensor, after: torch.Tensor) -> Any:
-    """1 - after / before, 0 where there was nothing; as (nested) lists."""
+    """Return 1 - after / before, 0 where ``before`` is 0; as (nested) lists."""
     return (1.0 - after.double() / before.clamp(min=1)).where(before > 0, 0.0).tolist()
 
 
 class RoutingRecorder:
-    """Counts the routers' choices in training passes (once where activations are recomputed).
+    """Counter of the routers' choices in training passes (once per micro-batch if recomputed).
 
-    Use it as a context, or call `close`.
+    Use it as a context manager, or call `close`.
 
     Args:
         model: this rank's model chunks, wrapped or not.
@@ -101,18 +103,16 @@ class RoutingRecorder:
             count[self._experts :].index_add_(0, bucket_s.to(at_s.device), at_s)
 
     def reset(self) -> None:
-        """Forget all counts."""
+        """Clear all counts."""
         self._counts.zero_()
 
     def summary(self, group: ProcessGroup | None = None) -> RoutingSummary:
-        """Sum over ``group`` (collective; None: all ranks).
-
-        Every rank of a model routes other tokens or other layers (tensor ranks share out a sequence
-        under sequence parallelism, which training with experts demands), so that a sum over all
-        ranks counts every token once.
-        """
+        """Return the sums over ``group`` (collective; None: all ranks)."""
         counts = self._counts.clone()
         if torch.distributed.is_initialized():
+            # All-reduce over ``group``: every rank routes different tokens or layers (tensor ranks
+            # hold different positions: training experts requires sequence parallelism), so the sum
+            # counts every token once.
             torch.distributed.all_reduce(counts, group=group)
         (chosen, chosen_at), (kept, kept_at) = (
             part.split([self._experts, POSITION_BUCKETS], dim=1) for part in counts.cpu()
@@ -120,7 +120,7 @@ class RoutingRecorder:
         return RoutingSummary(chosen, kept, chosen_at, kept_at)
 
     def close(self) -> None:
-        """Stop watching."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
 

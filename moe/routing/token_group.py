@@ -1,8 +1,9 @@
-"""Which rank holds which tokens of a micro-batch, and how to see all of them.
+"""Positions of a micro-batch on each rank, and their all-gather.
 
-Context ranks share out the positions of a sequence (layers/context.py), tensor ranks those of a
-context rank, under sequence parallelism. Expert, data and pipeline parallelism do not cut a
-micro-batch. S positions x B sequences; shapes are [S, B, ...], or [s, b, ...] for a rank's part.
+Context ranks split the positions of a sequence (host/context_parallel.py); under sequence
+parallelism tensor ranks split those of a context rank. Expert, data and pipeline parallelism do
+not split a micro-batch. S positions x B sequences; shapes are [S, B, ...], or [s, b, ...] for a
+rank's part.
 """
 
 import torch
@@ -13,14 +14,14 @@ from moetron.moe.host.context_parallel import chunks_of_rank
 
 
 def positions_of_ranks(length: int, tensor_ranks: int, context_ranks: int) -> torch.Tensor:
-    """Positions that each rank holds, in its order: int64 [tensor x context ranks, s].
+    """Return the positions on each rank, in its order: int64 [tensor x context ranks, s].
 
-    Ranks stand as in megatron-core's group of both: tensor ranks of context rank 0, of 1, ...
+    Ranks are ordered as in megatron-core's group of both: tensor ranks of context rank 0, of 1, ...
 
     Args:
         length: S, a multiple of 2 x context x tensor ranks (without context ranks: of the latter).
-        tensor_ranks: that share out a context rank's positions.
-        context_ranks: of the sequence.
+        tensor_ranks: that split a context rank's positions.
+        context_ranks: that split the sequence.
     """
     if context_ranks == 1:
         return torch.arange(length).view(tensor_ranks, -1)
@@ -30,11 +31,11 @@ def positions_of_ranks(length: int, tensor_ranks: int, context_ranks: int) -> to
 
 
 class TokenGroup:
-    """The ranks that share out a micro-batch.
+    """The ranks that split the positions of a micro-batch.
 
     Args:
         groups: ``tp``, ``cp`` and ``tp_cp`` are read.
-        sequence_parallel: whether tensor ranks hold different positions, or all the same.
+        sequence_parallel: whether tensor ranks hold different positions, or the same ones.
     """
 
     def __init__(self, groups: ProcessGroupCollection, sequence_parallel: bool) -> None:
@@ -45,29 +46,30 @@ class TokenGroup:
         assert self.group.rank() // self._tensor_ranks == groups.cp.rank()
 
     def positions(self, rows: int) -> torch.Tensor:
-        """Positions in the sequence of this rank's ``rows``: int64 [s]."""
+        """Return the positions in the sequence of this rank's ``rows``: int64 [s]."""
         return self._all_positions(rows)[self.group.rank()]
 
     def parts_of_sequence(self, rows: int, parts: int) -> torch.Tensor:
-        """Which of ``parts`` equal parts of the sequence this rank's ``rows`` lie in: int64 [s]."""
+        """Return the number of the part, of ``parts`` equal ones, of each position: int64 [s]."""
         return self.positions(rows) * parts // (rows * self.group.size())
 
     def gather(self, local: torch.Tensor) -> torch.Tensor:
-        """Every rank's rows in the sequence's order, [s, b, ...] to [S, b, ...]; no gradient."""
+        """Gather all ranks' rows in sequence order, [s, b, ...] to [S, b, ...]; no gradient."""
         if self.group.size() == 1:
             return local.detach()
-        place = self._all_positions(len(local)).flatten().argsort()
+        order = self._all_positions(len(local)).flatten().argsort()
+        # All-gather over TP x CP (CP without sequence parallelism): rows arrive in rank order.
         held = gather_from_sequence_parallel_region(local.detach().contiguous(), group=self.group)
-        return held[place.to(held.device)]
+        return held[order.to(held.device)]
 
-    def own(self, whole: torch.Tensor) -> torch.Tensor:
-        """Rows of [S, ...] that this rank holds."""
+    def own(self, full: torch.Tensor) -> torch.Tensor:
+        """Return this rank's rows of [S, ...]."""
         if self.group.size() == 1:
-            return whole
-        return whole[self.positions(len(whole) // self.group.size()).to(whole.device)]
+            return full
+        return full[self.positions(len(full) // self.group.size()).to(full.device)]
 
     def of_context_rank(self, rows_sX: torch.Tensor) -> torch.Tensor:
-        """Rows that this rank holds of its context rank's [S / C, ...]."""
+        """Return this rank's rows of its context rank's [S / C, ...]."""
         return rows_sX.chunk(self._tensor_ranks)[self.group.rank() % self._tensor_ranks]
 
     def _all_positions(self, rows: int) -> torch.Tensor:

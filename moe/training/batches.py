@@ -1,9 +1,9 @@
-"""Which samples a rank takes, and the tensors that it makes of them.
+"""Sample numbers of a rank's micro-batches, and their tensors.
 
 Inside a global batch of samples ``first, first + 1, ...`` micro-batch m of data-parallel rank r
 holds samples ``first + m * mbs * dp + r * mbs + [0, mbs)``, so that every layout forms the same
-micro-batches. Every rank reads what it needs for itself: nothing is broadcast, and a resume needs
-nothing but the number of samples consumed.
+micro-batches. Every rank reads its own samples: nothing is broadcast, and a resume needs only the
+number of consumed samples. Shape suffixes: B samples of a micro-batch, S full sequence.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,10 +21,10 @@ Batch = dict[str, torch.Tensor]
 """tokens, labels, position_ids: int64 [b, S]; loss_mask: float32 [b, S]; PER_SAMPLE: int64 [b]."""
 
 PER_SAMPLE = ("source", "objective", "prefix", "filtered")
-"""What a batch says about its samples as wholes."""
+"""Fields with one value per sample."""
 
 PADDING = -1
-"""The number of no sample: a row of zeros without loss."""
+"""Sample number of padding: a row of zeros without loss."""
 
 
 def micro_batch_numbers(
@@ -35,10 +35,10 @@ def micro_batch_numbers(
     dp_size: int,
     padded_count: int | None = None,
 ) -> Iterator[list[int]]:
-    """Sample numbers of each micro-batch that a rank takes from samples ``first + [0, count)``.
+    """Yield the sample numbers of a rank's micro-batches among samples ``first + [0, count)``.
 
-    ``padded_count`` rows are dealt out instead of ``count``, the surplus as ``PADDING``; the number
-    dealt out must fill the micro-batches of all ranks.
+    ``padded_count`` rows are distributed instead of ``count``, the rest as ``PADDING``; they must
+    fill the micro-batches of all ranks.
     """
     rows_in_all = count if padded_count is None else padded_count
     assert rows_in_all % (micro_batch_size * dp_size) == 0
@@ -50,7 +50,7 @@ def micro_batch_numbers(
 def training_numbers(
     settings: Settings, progress: Progress, dp_rank: int, dp_size: int
 ) -> Iterator[list[int]]:
-    """Sample numbers of a rank's micro-batches from ``progress`` to the end of the run."""
+    """Yield the sample numbers of a rank's micro-batches from ``progress`` to the end."""
     training, first = settings.training, progress.consumed_samples
     for _ in range(progress.step, training.train_iters):
         count = global_batch_size_at(settings, first)
@@ -61,7 +61,7 @@ def training_numbers(
 def micro_batches(
     stream: SampleStream, seq_length: int, numbers: Iterable[list[int]], num_workers: int = 0
 ) -> Iterator[Batch]:
-    """Micro-batches of ``numbers``, loaded here or ahead of time by ``num_workers`` processes."""
+    """Return the micro-batches of ``numbers``, loaded here or by ``num_workers`` processes."""
     samples = _Samples(stream, seq_length)
     if num_workers == 0:
         return map(samples.__getitem__, numbers)

@@ -1,4 +1,4 @@
-"""Put the parts of a run together on one rank."""
+"""Construction of the trainer and the loop on one rank."""
 
 import logging
 from dataclasses import asdict
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def build_trainer(settings: Settings, runtime: Runtime, vocab_size: int) -> Trainer:
-    """The model, freshly drawn, and its optimizer; warns of routers that look ahead."""
+    """Build the initialised model and its optimizer; warn of routers that see later tokens."""
     for flag in looks_ahead(settings) if runtime.is_main else ():
         logger.warning("%s looks at later tokens: losses flatter the model", flag)
     config = transformer_config(settings, uses_transformer_engine(settings))
@@ -38,7 +38,7 @@ def build_trainer(settings: Settings, runtime: Runtime, vocab_size: int) -> Trai
 
 
 def build_loop(trainer: Trainer, streams: Streams) -> Loop:
-    """The loop from the start of the run, or from where --load left it.
+    """Build the loop from step 0, or from the checkpoint of --load.
 
     The main rank prints the start block and appends it to ``SAVE/starts.jsonl``.
     """

@@ -1,4 +1,4 @@
-"""The loss on fixed validation samples: every one of them once, whatever the layout."""
+"""Validation loss on fixed samples, each used once in any layout."""
 
 import math
 from dataclasses import dataclass
@@ -9,23 +9,24 @@ import torch
 from moetron.moe.config.schema.pipeline_split import virtual_pipeline_size
 from moetron.moe.training.batches import Batch, micro_batch_numbers, micro_batches
 from moetron.moe.training.loss_tally import Losses, Tally
-from moetron.moe.training.model_chunks import needs_samples, set_training, settled
+from moetron.moe.training.model_chunks import needs_samples, parameters_gathered, set_training
 from moetron.moe.training.sample_stream import SampleStream
 from moetron.moe.training.step import run_schedule
 from moetron.moe.training.trainer import Trainer
 
 
 def evaluate(trainer: Trainer, stream: SampleStream) -> Losses:
-    """Evaluate the samples 0, 1, ... of ``stream``: --eval-iters global batches, or all there are.
+    """Return the losses of --eval-iters global batches of ``stream``, or of all its samples.
 
-    Ranks without a sample left take padding, which counts for nothing.
+    Samples are 0, 1, ...; ranks without a sample left get padding, which has no loss. Collective
+    over all ranks.
     """
     settings, runtime, tally = trainer.settings, trainer.runtime, Tally(stream)
     micro_batch_size = settings.training.micro_batch_size
     count = min(settings.validation.eval_iters * settings.training.global_batch_size, len(stream))
     stride = micro_batch_size * runtime.dp_size
     if virtual_pipeline_size(settings) is not None:
-        stride *= runtime.groups.pp.size()  # interleaving takes micro-batches by that many
+        stride *= runtime.groups.pp.size()  # interleaving needs a multiple of the stages
     padded = -(-count // stride) * stride
     numbers = list(
         micro_batch_numbers(0, count, micro_batch_size, runtime.dp_rank, runtime.dp_size, padded)
@@ -37,13 +38,15 @@ def evaluate(trainer: Trainer, stream: SampleStream) -> Losses:
         for chunk in trainer.chunks
     ]
     set_training(trainer.chunks, False)
-    with settled(trainer.chunks, settings), torch.no_grad():
+    with parameters_gathered(trainer.chunks, settings), torch.no_grad():
         loss = partial(_report, tally)
         reports = run_schedule(trainer, batches, len(numbers), loss, forward_only=True)
     set_training(trainer.chunks, True)
     total = tally.zeros(runtime.device)
     if runtime.holds_loss:
         total += torch.stack(reports).sum(0)
+    # All-reduce over all ranks: last-stage ranks hold the sums of their own samples or positions,
+    # the others zeros. All ranks need the result.
     torch.distributed.all_reduce(total)
     return tally.read(total)
 
@@ -51,25 +54,25 @@ def evaluate(trainer: Trainer, stream: SampleStream) -> Losses:
 def _report(
     tally: Tally, batch: Batch, losses_BS: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(0, 0, the sums of one micro-batch)."""
+    """Return (0, 0, the sums of one micro-batch)."""
     nothing = losses_BS.new_zeros(())
     return nothing, nothing.int(), tally.count(batch, losses_BS)
 
 
 @dataclass(frozen=True)
 class BitsPerByte:
-    """Losses that tokenizers have no part in."""
+    """Tokenizer-independent losses."""
 
     all: float
-    """Of the text of all sources together."""
+    """Over the text of all sources."""
     by_source: dict[str, float]
 
 
 def bits_per_byte(losses: Losses, stream: SampleStream) -> BitsPerByte | None:
-    """Losses in bits per byte of UTF-8 text: nats per token / (ln 2 x bytes per token).
+    """Return losses in bits per byte of UTF-8 text: nats per token / (ln 2 x bytes per token).
 
-    A token counts as its source's mean number of bytes, end-of-document tokens as part of the text.
-    None unless that is known of all sources that were evaluated.
+    Bytes per token are the mean of the source, with end-of-document tokens as text. None unless
+    they are known for all evaluated sources.
     """
     widths = dict(zip(stream.source_names, stream.bytes_per_token, strict=True))
     bits, size = {}, {}

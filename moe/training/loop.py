@@ -1,4 +1,4 @@
-"""The training loop: steps, evaluations, checkpoints, reports, and when to stop."""
+"""The training loop: steps, evaluations, checkpoints, metrics and stop conditions."""
 
 import time
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from moetron.moe.plan.flops import flops_per_token
 from moetron.moe.training.batches import micro_batches, training_numbers
 from moetron.moe.training.evaluate import bits_per_byte, evaluate
 from moetron.moe.training.loss_tally import Losses, Tally
-from moetron.moe.training.model_chunks import needs_samples, settled
+from moetron.moe.training.model_chunks import needs_samples, parameters_gathered
 from moetron.moe.training.sample_stream import Streams
 from moetron.moe.training.schedule import LearningRate
 from moetron.moe.training.step import (
@@ -24,17 +24,17 @@ from moetron.moe.training.step import (
 from moetron.moe.training.step_metrics import StepMetrics
 from moetron.moe.training.trainer import Trainer
 
-_WAY_ON = (
-    "checkpoints are from before it: go on from one with a lower --lr or --clip-grad, say, or with "
-    "--no-check-for-nan-in-loss-and-grad to look on"
+_REMEDY = (
+    "checkpoints are from before it: resume from one with a lower --lr or --clip-grad, or pass "
+    "--no-check-for-nan-in-loss-and-grad to continue anyway"
 )
 
 
 class Loop:
-    """Takes a run from ``progress`` to its end.
+    """Training loop from ``progress`` to the end of the run.
 
     Every rank runs the same loop; only the main rank has ``sinks``. ``peak`` is one rank's,
-    None where it is unknown.
+    None if unknown.
     """
 
     def __init__(
@@ -58,10 +58,9 @@ class Loop:
         self._saver = Saver(trainer.settings)
 
     def run(self, stop_requested: Callable[[], bool]) -> bool:
-        """Train to the end, to --exit-interval or until a rank is asked to stop.
+        """Train to the end, to --exit-interval or until a rank gets a stop request; then save.
 
-        Returns whether the run was stopped before its end. What was trained is saved in each case.
-        The sinks are closed, whatever happens.
+        Returns whether the run was stopped before its end. The sinks are always closed.
         """
         try:
             stopped = self._train(stop_requested)
@@ -77,7 +76,7 @@ class Loop:
         return stopped and not ended
 
     def _train(self, stop_requested: Callable[[], bool]) -> bool:
-        """All steps up to the first reason to end; whether that was the wish of a rank."""
+        """Run steps up to the first stop condition; return whether it was a stop request."""
         training = self.trainer.settings.training
         batches = self.batches()
         while self.progress.step < training.train_iters:
@@ -89,7 +88,7 @@ class Loop:
         return False
 
     def batches(self) -> BatchIterators:
-        """Micro-batches from here to the end of the run, for each chunk that reads any."""
+        """Return iterators over the remaining micro-batches, for each chunk that reads any."""
         settings, runtime = self.trainer.settings, self.trainer.runtime
         length, workers = settings.model.seq_length, settings.data.num_workers
         return [
@@ -105,7 +104,7 @@ class Loop:
         ]
 
     def step(self, batches: BatchIterators, stop_requested: Callable[[], bool]) -> bool:
-        """Take one step and report it; whether any rank was asked to stop."""
+        """Run one step and write its metrics; return whether any rank got a stop request."""
         settings, runtime = self.trainer.settings, self.trainer.runtime
         samples = global_batch_size_at(settings, self.progress.consumed_samples)
         count = samples // (settings.training.micro_batch_size * runtime.dp_size)
@@ -116,7 +115,7 @@ class Loop:
                 self.trainer, batches, count, learning_rate, stop_requested, self._tally
             )
         except NotFiniteError as error:
-            raise NotFiniteError(f"{error} in step {self.progress.step + 1}; {_WAY_ON}") from error
+            raise NotFiniteError(f"{error} in step {self.progress.step + 1}; {_REMEDY}") from error
         step_time_s = time.perf_counter() - start_s
         self.progress = self.progress.after(samples, settings.model.seq_length)
         if self.sinks:
@@ -131,7 +130,7 @@ class Loop:
     def _row(
         self, metrics: StepMetrics, samples: int, learning_rate: float, step_time_s: float
     ) -> Row:
-        """The step's line in metrics.jsonl; rates of one rank where the name does not say more."""
+        """Return the step's line of metrics.jsonl; ``tflops_per_s`` and ``mfu`` are per rank."""
         settings = self.trainer.settings
         tokens_per_s = samples * settings.model.seq_length / step_time_s
         tflops_per_s = tokens_per_s * self._flops_per_token / self.trainer.runtime.world_size / 1e12
@@ -159,7 +158,7 @@ class Loop:
         return row
 
     def _loss_row(self, losses: Losses) -> dict[str, Any]:
-        """Losses and tokens with loss by source, losses by objective, where there are several."""
+        """Return losses and tokens by source and losses by objective, if there are several."""
         stream, row = self.streams.training, dict[str, Any]()
         if len(stream.source_names) > 1:
             row["source_losses"] = losses.by_source
@@ -171,7 +170,7 @@ class Loop:
         return row
 
     def _after_step(self) -> None:
-        """The evaluation and the checkpoint that are due."""
+        """Run the evaluation and the checkpoint that are due."""
         self._saver.check()
         settings, step = self.trainer.settings, self.progress.step
         eval_interval = settings.validation.eval_interval
@@ -182,7 +181,7 @@ class Loop:
             self._save()
 
     def _evaluate(self) -> None:
-        """Evaluate and report, unless this step was."""
+        """Evaluate and write the metrics, unless this step was evaluated."""
         stream, step = self.streams.validation, self.progress.step
         if stream is None or self._evaluated == step:
             return
@@ -205,11 +204,11 @@ class Loop:
             )
 
     def _save(self) -> None:
-        """Save a checkpoint, unless this position has one or nothing is to be saved."""
+        """Save a checkpoint, unless this position has one or --save is unset."""
         trainer = self.trainer
         if trainer.settings.checkpoint.save is None or self.saved == self.progress:
             return
         state = self.streams.training.state()
-        with settled(trainer.chunks, trainer.settings):
+        with parameters_gathered(trainer.chunks, trainer.settings):
             self._saver.save(self.progress, trainer.chunks, trainer.optimizer, state)
         self.saved = self.progress

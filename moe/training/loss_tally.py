@@ -1,4 +1,7 @@
-"""Losses by the corpus and by the objective of their samples, exact per token."""
+"""Losses by source and by objective, exact per token.
+
+Shape suffixes: B samples of a micro-batch, S positions on this rank.
+"""
 
 from dataclasses import dataclass
 
@@ -10,38 +13,38 @@ from moetron.moe.training.sample_stream import SampleStream
 
 @dataclass(frozen=True)
 class Losses:
-    """What all ranks saw of some samples: nats per token, of the language model alone."""
+    """Language-model losses over all ranks, in nats per token."""
 
     loss: float
-    """Sum of the losses of all tokens that count, divided by their number."""
+    """Sum of the losses of all loss tokens, divided by their number."""
     tokens: int
-    """Tokens that count."""
+    """Loss tokens."""
     by_source: dict[str, float]
-    """The same for each corpus that gave tokens."""
+    """The same for each source with tokens."""
     by_objective: dict[str, float]
     tokens_by_source: dict[str, int]
     filtered_tokens: int
-    """Tokens of samples whose loss is masked because they repeat themselves."""
+    """Tokens of samples whose loss is masked because of repetition."""
 
 
 class Tally:
-    """Sums in float64 [3, sources + objectives]: losses, tokens that count, filtered tokens.
+    """Sums in float64 [3, sources + objectives]: losses, loss tokens, filtered tokens.
 
-    Every sample is counted in the column of its source and in that of its objective. A rank holds
-    the sums of its samples, or, with context parallelism, of its parts of them; only ranks that
-    hold a loss count, so that the sum over all ranks is that of the global batch.
+    Every sample counts in the column of its source and in that of its objective. A rank holds the
+    sums of its samples or, with context parallelism, of its positions; only ranks with
+    ``Runtime.holds_loss`` contribute, so that the sum over all ranks is that of the global batch.
     """
 
     def __init__(self, stream: SampleStream) -> None:
         self._sources, self._objectives = stream.source_names, stream.objective_names
 
     def zeros(self, device: torch.device) -> torch.Tensor:
-        """The sums of nothing."""
+        """Return zero sums."""
         columns = len(self._sources) + len(self._objectives)
         return torch.zeros(3, columns, dtype=torch.float64, device=device)
 
     def count(self, batch: Batch, losses_BS: torch.Tensor) -> torch.Tensor:
-        """The sums of one micro-batch; ``losses_BS`` are this rank's, float32 [b, s]."""
+        """Return the sums of one micro-batch; ``losses_BS`` are this rank's, float32 [b, s]."""
         mask_BS = batch["loss_mask"].double()
         filtered_B = batch["filtered"].double() * losses_BS.shape[1]
         rows_3B = torch.stack([(losses_BS.detach() * mask_BS).sum(1), mask_BS.sum(1), filtered_B])
@@ -51,7 +54,7 @@ class Tally:
         return sums
 
     def read(self, sums: torch.Tensor) -> Losses:
-        """The losses that sums over all ranks amount to."""
+        """Return the losses for sums over all ranks."""
         count = len(self._sources)
         losses, tokens, filtered = sums[:, :count].sum(1).tolist()
         by_source = _means(self._sources, sums[:, :count])
@@ -67,6 +70,6 @@ class Tally:
 
 
 def _means(names: list[str], sums: torch.Tensor) -> dict[str, float]:
-    """Loss per token of each column [3, N] that has tokens."""
+    """Return the loss per token of each column of [3, N] that has tokens."""
     losses, tokens, _ = sums.tolist()
     return {n: loss / count for n, loss, count in zip(names, losses, tokens, strict=True) if count}

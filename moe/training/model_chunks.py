@@ -21,10 +21,9 @@ ModelChunks = list[DistributedDataParallel]
 def build_chunks(
     settings: Settings, config: ModelConfig, vocab_size: int, runtime: Runtime
 ) -> ModelChunks:
-    """Build this rank's chunks, broadcast their parameters and tie them to the schedules.
+    """Build this rank's chunks, broadcast their parameters and register them with the schedules.
 
-    Sets the functions through which megatron-core's schedules reach the wrapped chunks on
-    ``config``.
+    Sets the callbacks of megatron-core's schedules on ``config``.
     """
     virtual_size = config.virtual_pipeline_model_parallel_size
     chunks = []
@@ -44,13 +43,15 @@ def build_chunks(
             )
         )
     for chunk in chunks:
+        # Broadcast over the data-parallel group (experts: theirs) from its first rank: replicas
+        # must start equal.
         chunk.broadcast_params()
-    _tie_to_schedules(chunks, config, settings)
+    _set_schedule_callbacks(chunks, config, settings)
     return chunks
 
 
-def _tie_to_schedules(chunks: ModelChunks, config: ModelConfig, settings: Settings) -> None:
-    """What megatron/training sets; no ``grad_scale_func``, since only fp16 scales its loss."""
+def _set_schedule_callbacks(chunks: ModelChunks, config: ModelConfig, settings: Settings) -> None:
+    """Set what megatron/training sets; no ``grad_scale_func``, since only fp16 scales its loss."""
     config.finalize_model_grads_func = finalize_gradients
     if settings.parallel.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in chunks]
@@ -60,11 +61,13 @@ def _tie_to_schedules(chunks: ModelChunks, config: ModelConfig, settings: Settin
 
 
 @contextmanager
-def settled(chunks: ModelChunks, settings: Settings) -> Iterator[None]:
-    """Parameters gathered and left alone: for evaluation and checkpoints between two steps."""
+def parameters_gathered(chunks: ModelChunks, settings: Settings) -> Iterator[None]:
+    """Keep all parameters gathered, for evaluation and checkpoints between two steps."""
     overlapped = settings.parallel.overlap_param_gather
     if overlapped:
         for chunk in chunks:
+            # Completes the all-gather of parameters over the data-parallel group, which otherwise
+            # runs bucket by bucket in the next forward pass.
             chunk.disable_forward_pre_hook(param_sync=True)
     try:
         yield
@@ -81,12 +84,13 @@ def set_training(chunks: ModelChunks, training: bool) -> None:
 
 
 def needs_samples(chunk: DistributedDataParallel, settings: Settings) -> bool:
-    """Return whether a chunk reads samples: the pipeline's first and last, or all chunks.
+    """Return whether a chunk reads samples.
 
-    Every rank reads its samples itself, so that masks and token ids need not travel along. With a
-    per-token loss, routers weigh their balance losses by the tokens that have a loss.
+    The first and last stage read tokens and labels. All stages do for hash routers, masks, and
+    routers that weight their losses by the number of loss tokens: every rank reads its own samples
+    instead of receiving them through the pipeline.
     """
     model, hashed = unwrap_model(chunk), settings.moe.moe_router_type == "hash"
     ends = model.pre_process or model.post_process
-    weighed = settings.moe.num_experts is not None and settings.training.calculate_per_token_loss
-    return bool(ends or hashed or weighed or settings.data.bidirectional_prefix)
+    weighted = derived.masks_losses(settings) and settings.training.calculate_per_token_loss
+    return bool(ends or hashed or weighted or settings.data.bidirectional_prefix)

@@ -1,4 +1,4 @@
-"""The ranks of a run: process groups, device, threads and seeds, handed around as one argument."""
+"""Set-up of a rank: process groups, device, threads and seeds."""
 
 import os
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from moetron.moe.host.device import backend_for, prepare_device
 
 @dataclass(frozen=True)
 class Runtime:
-    """One rank's place among the others."""
+    """A rank's position among the others."""
 
     rank: int
     world_size: int
@@ -31,34 +31,34 @@ class Runtime:
 
     @property
     def dp_rank(self) -> int:
-        """Which share of every global batch is this rank's."""
+        """Rank in the data-parallel group."""
         return self.groups.dp.rank()
 
     @property
     def dp_size(self) -> int:
-        """In how many shares a global batch is cut."""
+        """Size of the data-parallel group, over which a global batch is split."""
         return self.groups.dp.size()
 
     @property
     def holds_loss(self) -> bool:
-        """Whether this rank's language-model loss counts: one rank of each copy of the model."""
+        """Return whether this rank reports the loss: tensor rank 0 of the last stage."""
         last_stage = self.groups.pp.rank() == self.groups.pp.size() - 1
         return last_stage and self.groups.tp.rank() == 0
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes metrics and speaks."""
+        """Return whether this rank writes metrics and prints."""
         return self.rank == 0
 
 
 @contextmanager
 def running(settings: Settings) -> Iterator[Runtime]:
-    """Ranks joined, divided and seeded, taken apart again at the end.
+    """Set up process groups and seeds, and destroy the groups at the end.
 
     Ranks come from torchrun's environment; without one there is a single rank.
 
     Raises:
-        UserError: the device or the layers asked for cannot be used; the port of the rendezvous is
+        UserError: the requested device or layers cannot be used; the port of the rendezvous is
             taken.
     """
     device = prepare_device(settings)
@@ -71,7 +71,7 @@ def running(settings: Settings) -> Iterator[Runtime]:
     try:
         yield divide(settings, device)
     except BaseException:
-        # Among several ranks, taking groups apart may wait for one that is gone; the process ends.
+        # With several ranks, destroying groups may wait for a dead one; the process ends anyway.
         if torch.distributed.get_world_size() == 1:
             _leave()
         raise
@@ -79,15 +79,17 @@ def running(settings: Settings) -> Iterator[Runtime]:
 
 
 def _leave() -> None:
-    """Take all process groups apart."""
+    """Destroy all process groups."""
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
 
 
 def divide(settings: Settings, device: torch.device) -> Runtime:
-    """Give joined ranks their places: Megatron's groups in its order tp-cp-ep-dp-pp, and seeds."""
+    """Create Megatron's groups in its order tp-cp-ep-dp-pp, and seed every generator."""
     adapt_host()
     parallel = settings.parallel
+    # Dense layers: world = TP x CP x DP x PP. Expert layers: world = ETP x EP x expert DP x PP, so
+    # that experts are spread over ranks that are data-parallel (and tensor-parallel) elsewhere.
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -108,7 +110,7 @@ def divide(settings: Settings, device: torch.device) -> Runtime:
 
 
 def _join(settings: Settings, backend: str) -> None:
-    """Start the process group; a single rank needs no port."""
+    """Start the default process group; a single rank needs no port."""
     timeout = timedelta(minutes=settings.parallel.distributed_timeout_minutes)
     if "RANK" not in os.environ:
         store = torch.distributed.HashStore()
@@ -117,6 +119,7 @@ def _join(settings: Settings, backend: str) -> None:
         )
         return
     try:
+        # Rendezvous of all ranks at MASTER_ADDR:MASTER_PORT; the default group holds them all.
         torch.distributed.init_process_group(backend, timeout=timeout)
     except torch.distributed.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
@@ -128,7 +131,7 @@ def _join(settings: Settings, backend: str) -> None:
 
 
 def _seed(seed: int) -> None:
-    """Seed every generator; stages of a pipeline differ, as in Megatron (100 apart)."""
+    """Seed every generator; pipeline stages differ by 100, as in Megatron."""
     seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

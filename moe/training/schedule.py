@@ -25,7 +25,7 @@ class LearningRate:
     """Linear warm-up, then one of five shapes, measured in steps or in tokens.
 
     ``x`` is the position, ``w`` the length of the warm-up, ``e`` the end of the decay and
-    ``r = (x - w) / (e - w)`` the share of the decay that is done.
+    ``r = (x - w) / (e - w)`` the fraction of the decay that is done.
 
     ==================== =======================================================================
     x < w                init + (peak - init) x / w
@@ -45,15 +45,15 @@ class LearningRate:
     settings: LearningRateSettings
     lengths: ScheduleLengths
     segments: tuple["Segment", ...] = ()
-    """Stages with a learning rate of their own."""
+    """Stages with their own learning rate."""
 
     @classmethod
     def of(cls, settings: Settings) -> "LearningRate":
-        """The schedule of a run."""
+        """Return the schedule of a run."""
         return cls(settings.learning_rate, schedule_lengths(settings), _segments(settings))
 
     def at(self, progress: Progress) -> float:
-        """Learning rate of the step that starts at ``progress``."""
+        """Return the learning rate of the step that starts at ``progress``."""
         for segment in self.segments:
             if segment.start <= progress.consumed_tokens < segment.end:
                 return segment.at(progress.consumed_tokens)
@@ -63,10 +63,10 @@ class LearningRate:
             return rate.lr_warmup_init + (rate.lr - rate.lr_warmup_init) * x / warmup
         if rate.lr_decay_style == "inverse-square-root":
             return max(rate.min_lr, rate.lr * math.sqrt(max(warmup, 1) / max(x, 1)))
-        return rate.min_lr + (rate.lr - rate.min_lr) * self._share(x)
+        return rate.min_lr + (rate.lr - rate.min_lr) * self._decay_factor(x)
 
-    def _share(self, x: int) -> float:
-        """What is left of the way from min to peak, 0 to 1."""
+    def _decay_factor(self, x: int) -> float:
+        """Return (rate - min) / (peak - min), 0 to 1."""
         style: str = self.settings.lr_decay_style
         start, end = self.lengths.warmup, self.lengths.end
         if style == "constant":
@@ -89,7 +89,7 @@ class LearningRate:
 
 @dataclass(frozen=True)
 class Segment:
-    """A stage whose learning rate goes from ``lr`` to ``min_lr``, whatever was before it."""
+    """A stage with its own learning rate, from ``lr`` to ``min_lr``."""
 
     start: int
     """Tokens of the run at which it begins."""
@@ -98,16 +98,16 @@ class Segment:
     rate: StageLearningRate
 
     def at(self, tokens: int) -> float:
-        """Learning rate of a step of the stage that starts at so many tokens of the run."""
+        """Return the learning rate of the step that starts at ``tokens`` of the run."""
         r = (tokens - self.start) / (self.end - self.start)
-        share = {"constant": 1.0, "linear": 1 - r, "cosine": (1 + math.cos(math.pi * r)) / 2}
+        factor = {"constant": 1.0, "linear": 1 - r, "cosine": (1 + math.cos(math.pi * r)) / 2}
         return (
-            self.rate.min_lr + (self.rate.lr - self.rate.min_lr) * share[self.rate.lr_decay_style]
+            self.rate.min_lr + (self.rate.lr - self.rate.min_lr) * factor[self.rate.lr_decay_style]
         )
 
 
 def _segments(settings: Settings) -> tuple[Segment, ...]:
-    """The stages that the run reaches and that have a learning rate of their own."""
+    """Return the stages with their own learning rate that the run reaches."""
     length = settings.model.seq_length
     bounds = [start * length for start in (*stage_starts(settings), total_samples(settings))]
     return tuple(

@@ -1,4 +1,4 @@
-"""The start block: what a run trains, on what, from which data, and where it saves."""
+"""The start block: model, data, device and checkpoints of a run."""
 
 import os
 import platform
@@ -31,36 +31,36 @@ class Start:
     """One start of a run, as a line of ``starts.jsonl``."""
 
     step: int
-    """Steps done before it."""
+    """Steps done before this start."""
     tokens: int
     time: str
     """UTC, ISO 8601."""
     origin: str
-    """Where weights and position come from."""
+    """Source of weights and position."""
     parameters: int
     active_parameters: int
-    """Parameters that one token meets."""
+    """Parameters that one token uses."""
     vocab_size: int
     layout: dict[str, int]
     """World size, hosts, and the size of each parallel dimension."""
     num_microbatches: int
-    """Micro-batches of a rank in a step at the full batch size."""
+    """Micro-batches per rank and step at the full batch size."""
     sources: list[dict[str, Any]]
-    """Of the whole run, by source: tokens used up and epochs; empty: synthetic samples."""
+    """Tokens and epochs of the run by source; empty: synthetic samples."""
     device: str
     threads: int | None
-    """Of a rank on a CPU; None: a GPU."""
+    """Threads of a rank on a CPU; None: a GPU."""
     implementation: str
     precision: str
     mfu_peak_tflops_per_s: float | None
-    """Of one rank; None: unknown, there is no MFU."""
+    """Peak of one rank; None: unknown, no MFU is reported."""
     mfu_peak_basis: str | None
 
 
 def describe(
     trainer: Trainer, streams: Streams, progress: Progress, peak: Peak | None
 ) -> tuple[Start, str]:
-    """The start of a run for ``starts.jsonl`` and as the block that the main rank prints."""
+    """Return the start of a run for ``starts.jsonl`` and the block that the main rank prints."""
     settings, runtime = trainer.settings, trainer.runtime
     count = count_parameters(settings, trainer.vocab_size)
     on_cpu = runtime.device.type == "cpu"
@@ -86,7 +86,7 @@ def describe(
 
 
 def device_name(device: torch.device) -> str:
-    """A GPU's name, or that of the CPU."""
+    """Return the name of the GPU, or of the CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -98,14 +98,14 @@ def device_name(device: torch.device) -> str:
 
 
 def implementation(chunks: Sequence[torch.nn.Module]) -> str:
-    """Whose layers the model was built of; megatron-core's classes inherit from the engine's."""
+    """Return the layers' implementation; megatron-core's classes inherit from the engine's."""
     kinds = {type(module) for chunk in chunks for module in chunk.modules()}
     packages = {base.__module__.split(".")[0] for kind in kinds for base in kind.__mro__}
     return "Transformer Engine" if "transformer_engine" in packages else "local"
 
 
 def precision(settings: Settings) -> str:
-    """Number formats of parameters and products."""
+    """Return a description of the dtypes of parameters and products."""
     chosen = settings.precision
     base = "bf16 with fp32 main parameters" if chosen.bf16 else "fp32"
     if chosen.fp8_format is None:

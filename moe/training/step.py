@@ -1,4 +1,10 @@
-"""One optimizer step: forward and backward over all micro-batches, clip, update."""
+"""One optimizer step: forward and backward over all micro-batches, clip, update.
+
+What a rank holds: its pipeline stage's layers (one model chunk per virtual stage), sharded over
+tensor ranks; the experts of its expert rank; its data rank's samples of the global batch, with
+context parallelism its chunks of their positions. The last stage computes the loss, equal on all
+its tensor ranks. Shape suffixes: B samples of a micro-batch, S positions on this rank, R ranks.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -21,11 +27,11 @@ from moetron.moe.training.step_metrics import StepMetrics, read_recorded_metrics
 from moetron.moe.training.trainer import Trainer
 
 BatchIterators = Sequence[Iterator[Batch] | None]
-"""For each model chunk of this rank its micro-batches, None for a chunk that needs no samples."""
+"""Micro-batches for each model chunk of this rank; None for a chunk that needs no samples."""
 
 
 class NotFiniteError(RunError):
-    """A loss or gradient norm that is infinite or not a number."""
+    """A loss or gradient norm is infinite or NaN."""
 
 
 def train_step(
@@ -36,15 +42,15 @@ def train_step(
     stop_requested: Callable[[], bool],
     tally: Tally,
 ) -> StepMetrics:
-    """Take one step.
+    """Run one step.
 
     Args:
         trainer: the model and its optimizer; both change.
         batches: iterators that yield this rank's next ``num_microbatches`` micro-batches.
         num_microbatches: micro-batches of every rank.
         learning_rate: of this step.
-        stop_requested: whether this rank was asked to stop; shared with the others at the end.
-        tally: counts the losses by corpus and objective.
+        stop_requested: returns whether this rank got a stop request; all ranks learn of it.
+        tally: sums the losses by source and objective.
 
     Raises:
         NotFiniteError: the loss or the gradient norm is not finite and the settings check it; no
@@ -53,44 +59,47 @@ def train_step(
     for chunk in trainer.chunks:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
+    # Gradients are reduced when this returns; see run_schedule for the collectives.
     reports = run_schedule(trainer, batches, num_microbatches, partial(token_loss, tally))
-    agreed = _agree(trainer, tally, reports, stop_requested())
+    reduced = _reduce_reports(trainer, tally, reports, stop_requested())
     set_learning_rate(trainer.optimizer, learning_rate)
-    check = partial(_refuse_non_finite, trainer, agreed)
+    # All ranks see the same loss and norm, so either all of them update or all of them raise.
+    check = partial(_refuse_non_finite, trainer, reduced)
     grad_norm = clip_and_update(trainer.optimizer, check)
     extra, loads = read_recorded_metrics(trainer, num_microbatches)
     return StepMetrics(
-        agreed.losses, grad_norm, extra, loads, agreed.stop, agreed.peak_memory_bytes
+        reduced.losses, grad_norm, extra, loads, reduced.stop, reduced.peak_memory_bytes
     )
 
 
 @dataclass(frozen=True)
-class _Agreed:
-    """What all ranks know before the weights move."""
+class _Reduced:
+    """Reports of a step, reduced over all ranks before the update."""
 
     losses: Losses
     local_loss: torch.Tensor
-    """Summed loss of this rank alone, a scalar."""
+    """Summed loss of this rank only, a scalar."""
     stop: bool
     peak_memory_bytes: int
 
 
-def _agree(
+def _reduce_reports(
     trainer: Trainer, tally: Tally, reports: list[torch.Tensor], stop_requested: bool
-) -> _Agreed:
-    """Sum the losses of all ranks; share who was asked to stop, and the highest peak of memory."""
+) -> _Reduced:
+    """Reduce losses (sum), stop requests (any) and peak memory (maximum) over all ranks."""
     local = tally.zeros(trainer.runtime.device)
     if trainer.runtime.holds_loss:  # one tensor rank of the last stage: nothing counts twice
         local += torch.stack(reports).sum(0)
-    # A slot for each rank, so that the sum below leaves every rank's own value.
+    # One slot per rank, so that the sum below keeps every rank's own value.
     memory_R = local.new_zeros(trainer.runtime.world_size)
     memory_R[trainer.runtime.rank] = peak_memory_bytes(trainer.runtime.device)
     total = torch.cat([local.flatten(), local.new_full((1,), stop_requested), memory_R])
-    # All-reduce over all ranks: data and context ranks hold parts of the batch, the others zeros.
+    # All-reduce over all ranks: last-stage ranks hold the sums of their samples or positions, the
+    # others zeros. One collective for all three, since each costs a latency per step.
     torch.distributed.all_reduce(total)
     sums, stops, memory_R = total.split([local.numel(), 1, len(memory_R)])
     losses, peak = tally.read(sums.view_as(local)), int(memory_R.max())
-    return _Agreed(losses, local[0].sum(), bool(stops > 0), peak)
+    return _Reduced(losses, local[0].sum(), bool(stops > 0), peak)
 
 
 def run_schedule(
@@ -100,13 +109,16 @@ def run_schedule(
     loss: Any,
     forward_only: bool = False,
 ) -> list[torch.Tensor]:
-    """Run megatron-core's schedule for this layout; what ``loss`` reports of each micro-batch.
+    """Run megatron-core's schedule for this layout; return the reports of all micro-batches.
 
     ``loss(batch, losses_BS)`` returns (scalar to differentiate, number of tokens, report). The list
-    is empty except on the last pipeline stage. Gradients lie in the chunks' buffers, reduced over
-    all ranks, on return.
+    is empty except on the last pipeline stage. On return the chunks' buffers hold reduced
+    gradients.
     """
     settings = trainer.settings
+    # Between stages: point-to-point sends of activations and their gradients over the pipeline
+    # group. Inside a layer: tensor group (linear layers), context group (attention), expert group
+    # (all-to-all of tokens). At the end `finalize_gradients` reduces gradients over data ranks.
     forward_backward = get_forward_backward_func()
     reports: list[torch.Tensor] = forward_backward(
         forward_step_func=partial(_forward, trainer, loss),
@@ -123,55 +135,56 @@ def run_schedule(
 def _forward(
     trainer: Trainer, loss: Any, batches: Iterator[Batch] | None, chunk: torch.nn.Module
 ) -> tuple[torch.Tensor, Any]:
-    """One chunk's forward pass over its next micro-batch, and the loss function of its output."""
+    """Run a chunk's forward pass over its next micro-batch; return output and loss function."""
     batch: Batch = {} if batches is None else next(batches)
     settings, runtime, mask = trainer.settings, trainer.runtime, None
     batch = {name: tensor.to(runtime.device, non_blocking=True) for name, tensor in batch.items()}
     per_sample = {name: batch.pop(name) for name in PER_SAMPLE if name in batch}
     if settings.data.bidirectional_prefix:
         mask = prefix_mask(per_sample["prefix"], settings.model.seq_length)
-    if "loss_mask" in batch:  # whole: context ranks have not shared it out yet
-        unwrap_model(chunk).bring_loss_tokens(batch["loss_mask"].sum())
+    if "loss_mask" in batch:  # of full sequences: not split over context ranks yet
+        unwrap_model(chunk).set_loss_tokens(batch["loss_mask"].sum())
+    # No communication: every context rank has read the full samples and takes its own chunks.
     batch = get_batch_on_this_cp_rank(batch, cp_group=runtime.groups.cp)
-    names = ("labels", "loss_mask")  # the mask is for what the model makes of its own losses
-    words = {name: batch.get(name) for name in names}
-    output = chunk(batch.get("tokens"), batch.get("position_ids"), mask, **words)
+    # With labels the model returns losses; it needs the mask for rewards and the output z-loss.
+    targets = {name: batch.get(name) for name in ("labels", "loss_mask")}
+    output = chunk(batch.get("tokens"), batch.get("position_ids"), mask, **targets)
     return output, partial(loss, {**batch, **per_sample})
 
 
 def token_loss(
     tally: Tally, batch: Batch, losses_BS: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Cross-entropy of one micro-batch on this rank, as megatron-core's schedules want it.
+    """Return the cross-entropy of one micro-batch on this rank for megatron-core's schedules.
 
-    L = sum_t m_t l_t, with l_t the loss of token t in nats and m_t its loss mask; not divided here:
-    ``finalize_model_grads`` divides by the number of tokens of the global batch, or the schedule by
-    that of the micro-batch, as --calculate-per-token-loss says. With context parallelism a rank
-    holds its share of the sequence.
+    L = sum_t m_t l_t, with l_t the loss of token t in nats and m_t its loss mask. Not divided here:
+    with --calculate-per-token-loss ``finalize_model_grads`` divides by the number of loss tokens of
+    the global batch, otherwise the schedule by that of the micro-batch. With context parallelism a
+    rank holds its own positions.
 
     Args:
-        tally: counts for the log.
+        tally: sums for the metrics.
         batch: holds ``loss_mask`` float32 [b, s] and ``PER_SAMPLE``.
         losses_BS: losses float32 [b, s], equal on all tensor-parallel ranks.
 
     Returns:
-        L (float32), the number of tokens (int32), and the tally's sums for the log.
+        L (float32), the number of loss tokens (int32), and the tally's sums.
     """
     mask_BS = batch["loss_mask"]
     total = (losses_BS * mask_BS).sum()
     return total, mask_BS.sum().to(torch.int), tally.count(batch, losses_BS)
 
 
-def _refuse_non_finite(trainer: Trainer, agreed: _Agreed, grad_norm: float) -> None:
-    """Raise NotFiniteError on all ranks alike, if the settings check the loss and gradient norm."""
+def _refuse_non_finite(trainer: Trainer, reduced: _Reduced, grad_norm: float) -> None:
+    """Raise NotFiniteError on all ranks, if the settings check the loss and gradient norm."""
     if not trainer.settings.training.check_for_nan_in_loss_and_grad:
         return
-    lm_loss = agreed.losses.loss
+    lm_loss = reduced.losses.loss
     if math.isfinite(lm_loss) and math.isfinite(grad_norm):
         return
     finite: list[bool] = [True] * torch.distributed.get_world_size()
-    # All-gather over all ranks, only on the way out: the message names the ranks at fault.
-    torch.distributed.all_gather_object(finite, bool(agreed.local_loss.isfinite()))
+    # All-gather over all ranks, only before the error: the message names the failing ranks.
+    torch.distributed.all_gather_object(finite, bool(reduced.local_loss.isfinite()))
     ranks = [rank for rank, good in enumerate(finite) if not good]
     where = f" (loss of rank {', '.join(map(str, ranks))})" if ranks else ""
     raise NotFiniteError(f"lm_loss is {lm_loss}, the gradient norm {grad_norm}{where}")

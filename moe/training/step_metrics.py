@@ -1,4 +1,4 @@
-"""The metrics of a step, agreed on by all ranks."""
+"""The metrics of a step, reduced over all ranks."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -20,21 +20,21 @@ class StepMetrics:
 
     losses: Losses
     grad_norm: float
-    """Norm of the whole gradient before clipping."""
+    """Norm of the full gradient before clipping."""
     extra: dict[str, Any]
     """`output_metrics`, `prediction_metrics` and `routing_metrics`."""
     loads: dict[str, np.ndarray]
-    """For each layer with experts every expert's load over the mean load, float64 [E]."""
+    """Load over mean load of every expert, float64 [E], by layer."""
     stop: bool
-    """Whether any rank was asked to stop."""
+    """Whether any rank got a stop request."""
     peak_memory_bytes: int
-    """Of the rank with the highest, since its start: see `moe/host/allocator.py`."""
+    """Highest peak of any rank since its start; see `moe/host/allocator.py`."""
 
 
 def read_recorded_metrics(
     trainer: Trainer, num_microbatches: int
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Collect what the model and its routers recorded since the last step (collective).
+    """Collect the metrics that model and routers recorded since the last step (collective).
 
     Returns ``extra`` and ``loads`` of `StepMetrics`.
     """
@@ -44,39 +44,39 @@ def read_recorded_metrics(
 
 
 def output_metrics(trainer: Trainer) -> dict[str, float]:
-    """``output_z_loss`` since the last call (collective), if it has a coefficient: mean (log Z)^2.
+    """Return ``output_z_loss`` since the last call (collective), if it has a coefficient.
 
-    Over the tokens that count of the global batch, without the coefficient.
+    It is the mean of (log Z)^2 over the loss tokens of the global batch, without the coefficient.
     """
     if trainer.settings.model.output_z_loss_coeff is None:
         return {}
     runtime = trainer.runtime
     sums = torch.zeros(2, dtype=torch.float64, device=runtime.device)
     for model in unwrap_model(trainer.chunks):
-        noted = model.take_squared_log_z()
-        sums += noted.to(sums.device) if runtime.holds_loss else 0
-    # Over all ranks: those of the last stage hold parts of the batch, the others zeros.
+        recorded = model.take_squared_log_z()
+        sums += recorded.to(sums.device) if runtime.holds_loss else 0
+    # All-reduce over all ranks: last-stage ranks hold the sums of their tokens, others zeros.
     torch.distributed.all_reduce(sums)
     total, tokens = sums.tolist()
     return {"output_z_loss": total / max(tokens, 1.0)}
 
 
 def prediction_metrics(trainer: Trainer, num_microbatches: int) -> dict[str, Any]:
-    """Losses of multi-token prediction since the last call (collective); nothing without it.
+    """Return the losses of multi-token prediction since the last call (collective), if it is on.
 
     ``mtp_losses``: for each module the mean over micro-batches of its mean loss, without its weight
-    (nats per token). megatron-core notes them on the ranks of the last stage.
+    (nats per token). megatron-core records them on the ranks of the last stage.
     """
     modules = trainer.settings.model.mtp_num_layers
     if modules is None:
         return {}
-    noted, runtime = MTPLossLoggingHelper.tracker, trainer.runtime
+    recorded, runtime = MTPLossLoggingHelper.tracker, trainer.runtime
     sums = torch.zeros(modules + 1, dtype=torch.float64, device=runtime.device)
     if runtime.holds_loss:
-        sums[:-1], sums[-1] = noted["values"], num_microbatches
-    if "values" in noted:
+        sums[:-1], sums[-1] = recorded["values"], num_microbatches
+    if "values" in recorded:
         MTPLossLoggingHelper.clean_loss_in_tracker()
-    # Over all ranks, as above; the last entry counts micro-batches.
+    # All-reduce over all ranks, as above; the last entry counts micro-batches.
     torch.distributed.all_reduce(sums)
     return {"mtp_losses": (sums[:-1] / sums[-1]).tolist()}
 
@@ -84,13 +84,13 @@ def prediction_metrics(trainer: Trainer, num_microbatches: int) -> dict[str, Any
 def routing_metrics(
     trainer: Trainer, num_microbatches: int
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What routers did since the last call, over all ranks (collective); nothing if dense.
+    """Return routing metrics since the last call over all ranks (collective), and ``loads``.
 
     ``aux_loss`` and ``z_loss`` without their coefficients; ``expert_load_max_over_mean``, the load
     of a layer's busiest expert over the mean, averaged over layers, and ``expert_load``, the same
-    for each layer; where experts have a capacity ``dropped_fraction`` of choices, over all layers,
+    by layer; with a capacity ``dropped_fraction`` of choices, over all layers,
     ``dropped_fractions``, by layer, and ``dropped_by_position``, by layer and part of the sequence.
-    And beside these the ``loads`` of `StepMetrics`.
+    Both are empty for a dense model.
     """
     if trainer.recorder is None:
         return {}, {}

@@ -1,4 +1,4 @@
-"""What one rank trains: the model, its optimizer and its place among the ranks."""
+"""The model, optimizer and process groups of one rank."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from moetron.moe.training.runtime import Runtime
 
 @dataclass(frozen=True)
 class Trainer:
-    """The model of one rank and all that a step needs."""
+    """Everything that a training step needs on one rank."""
 
     settings: Settings
     runtime: Runtime
@@ -23,4 +23,4 @@ class Trainer:
     chunks: ModelChunks
     optimizer: MegatronOptimizer
     recorder: RoutingRecorder | None
-    """Counts where tokens go; None: a dense model."""
+    """Counter of choices and drops; None: a dense model."""

@@ -1,1 +1,1 @@
-"""Compare layouts and check a configuration without training."""
+"""Comparison of layouts, and a check of a configuration without training."""

@@ -1,7 +1,7 @@
-"""Build one rank's share of any layout on the meta device, among ranks that do not exist.
+"""Build one rank of any layout on the meta device, without the other ranks.
 
-Nothing is allocated and nothing is sent: the process group is torch's fake one, and every tensor is
-a shape. What comes out is what a real rank would hold, by megatron-core's own constructors.
+Nothing is allocated or sent: the process group is torch's fake one, tensors have only shapes. The
+result is what a real rank would hold, built by megatron-core's own constructors.
 """
 
 from collections.abc import Iterator
@@ -45,31 +45,31 @@ _NAMES = {"torch.FloatTensor": "torch.meta.FloatTensor", **_HALF_NAMES}
 
 
 @dataclass(frozen=True)
-class Share:
-    """What a rank holds, as built."""
+class BuiltRank:
+    """Parameters, optimizer state and groups of a rank, as built."""
 
     parameters: RankParameters
     optimizer_bytes: int
-    """Moments, and main parameters where they lie apart from the model's."""
+    """Moments, and main parameters if they are separate from the model's."""
     groups: dict[str, list[int]]
-    """Ranks of each process group that the rank belongs to, in the group's order."""
+    """Ranks of each process group of the rank, in the group's order."""
 
 
-def build_share(settings: Settings, vocab_size: int, world_size: int, rank: int) -> Share:
+def build_rank(settings: Settings, vocab_size: int, world_size: int, rank: int) -> BuiltRank:
     """Build the model, its buffers and its optimizer as ``rank`` of ``world_size`` would.
 
     Raises:
-        UserError: a GPU is visible, which megatron-core would allocate on.
-        RunError: the parameters built are not those that ``moe/plan`` counts.
+        UserError: a GPU is visible, on which megatron-core would allocate.
+        RunError: the parameter counts differ from those of ``moe/plan``.
     """
     if torch.cuda.is_available():
         raise UserError(
             "--build: a CUDA device is visible and megatron-core would allocate on it; "
             "hide it with CUDA_VISIBLE_DEVICES="
         )
-    with _alone_among(settings, world_size, rank) as runtime, torch.device("meta"):
+    with _fake_world(settings, world_size, rank) as runtime, torch.device("meta"):
         trainer = build_trainer(settings, runtime, vocab_size)
-        return Share(
+        return BuiltRank(
             count_built(trainer.chunks),
             sum(_state_bytes(leaf, settings) for leaf in leaves(trainer.optimizer)),
             {
@@ -79,22 +79,22 @@ def build_share(settings: Settings, vocab_size: int, world_size: int, rank: int)
         )
 
 
-def render_share(settings: Settings, vocab_size: int, world_size: int, rank: int) -> str:
-    """``build_share`` as a section of the plan, for ``--dry-run --build``."""
-    share = build_share(settings, vocab_size, world_size, rank)
-    held = share.parameters
+def render_rank(settings: Settings, vocab_size: int, world_size: int, rank: int) -> str:
+    """Render `build_rank` as a section of the plan, for ``--dry-run --build``."""
+    built = build_rank(settings, vocab_size, world_size, rank)
+    held = built.parameters
     rows = [
         ("parameters", f"{held.dense + held.expert:,}, as planned"),
         ("of experts", f"{held.expert:,}"),
-        ("optimizer", f"{share.optimizer_bytes:,} bytes ({gib(share.optimizer_bytes)})"),
-        *((f"{name} group", _ranks_text(ranks)) for name, ranks in share.groups.items()),
+        ("optimizer", f"{built.optimizer_bytes:,} bytes ({gib(built.optimizer_bytes)})"),
+        *((f"{name} group", _ranks_text(ranks)) for name, ranks in built.groups.items()),
     ]
     return section(f"rank {rank} as built", rows)
 
 
 @contextmanager
-def _alone_among(settings: Settings, world_size: int, rank: int) -> Iterator[Runtime]:
-    """A runtime on the meta device among imagined ranks."""
+def _fake_world(settings: Settings, world_size: int, rank: int) -> Iterator[Runtime]:
+    """Provide a runtime on the meta device in a fake process group."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     undo: list[Patch] = []
     try:
@@ -109,7 +109,7 @@ def _alone_among(settings: Settings, world_size: int, rank: int) -> Iterator[Run
 
 
 def _meta_parameters() -> list[Patch]:
-    """Names of parameter types, which ``adapt_host`` has made those of the CPU."""
+    """Return patches of parameter type names, which ``adapt_host`` has set to those of the CPU."""
     distributed = distrib_optimizer.DistributedOptimizer
     return [
         with_constants(optimizer.Float16OptimizerWithFloat16Params.__init__, _NAMES),
@@ -119,7 +119,7 @@ def _meta_parameters() -> list[Patch]:
 
 
 def _state_bytes(leaf: MegatronOptimizer, settings: Settings) -> int:
-    """Bytes beside the model's parameters once ``leaf`` has stepped, from the tensors it steps."""
+    """Return the bytes of ``leaf``'s state after a step: moments and separate main parameters."""
     chosen = settings.optimizer
     mains = [main for group in leaf.optimizer.param_groups for main in group["params"]]
     if isinstance(leaf.optimizer, Adafactor | Muon):

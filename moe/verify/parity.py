@@ -1,9 +1,9 @@
-"""Whether a layout trains the same model: losses, gradient norms and gradients of two runs.
+"""Comparison of two layouts by losses, gradient norms and gradients of their runs.
 
-The gradient of a parameter comes from a checkpoint after the first step of a fresh optimizer, as a
-global tensor under the parameter's name, so that no layout needs to know of another. Adam's first
-moment is then (1 - beta1) times the clipped gradient, SGD's momentum the clipped gradient (and its
-weight decay); a factor that all parameters share is no difference.
+The gradient of a parameter is read from a checkpoint after the first step of a fresh optimizer, as
+a global tensor under the parameter's name, independent of the layout. Adam's first moment is then
+(1 - beta1) times the clipped gradient, SGD's momentum the clipped gradient (and its weight decay);
+a common factor of all parameters is no difference.
 """
 
 import json
@@ -25,26 +25,26 @@ from moetron.moe.config.schema.experts import MoESettings
 from moetron.moe.config.schema.settings import Settings
 
 NEGLIGIBLE = 1e-4
-"""Share of the whole gradient's norm below which a parameter's gradient counts as this much: what
-cancels out (a shift of all keys) leaves fp32's rounding of larger terms."""
+"""Minimum norm of a parameter's gradient in a comparison, as a fraction of the full gradient's: a
+gradient that cancels (a shift of all keys) is only the fp32 rounding of larger terms."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run in one layout did from the common checkpoint."""
+    """Metrics and gradients of a run in one layout from the common checkpoint."""
 
     losses: list[float]
     """``lm_loss`` of each step (nats per token)."""
     grad_norms: list[float]
-    """Of each step, before clipping."""
+    """Norm of each step, before clipping."""
     gradients: dict[str, torch.Tensor]
-    """Global tensors fp32 of the first step by parameter, all times one positive factor."""
+    """Global fp32 tensors of the first step by parameter, up to one common positive factor."""
     step_times_s: list[float] = field(default_factory=list)
-    """Wall time of each step; nothing is compared."""
+    """Wall time of each step; not compared."""
 
     @property
     def step_ms(self) -> float:
-        """Median over the steps, without the first where there are more; nan: none was timed."""
+        """Median over the steps, without the first if there are several; nan: none was timed."""
         times_s = self.step_times_s[1:] or self.step_times_s
         return 1e3 * median(times_s) if times_s else math.nan
 
@@ -56,14 +56,14 @@ class Difference:
     loss: float
     grad_norm: float
     gradient: float
-    """Worst norm of a parameter's difference over the norm of its gradient."""
+    """Largest norm of a parameter's difference over the norm of its gradient."""
     parameter: str
-    """Where the worst one is."""
+    """Parameter with this difference."""
     step_ms: float
-    """Of a step of the run (see `Result`)."""
+    """Time of a step of the run (see `Result`)."""
 
     def within(self, tolerance: "Tolerance") -> bool:
-        """Whether nothing differs by more than ``tolerance``; what is not a number is too much."""
+        """Return whether all differences are within ``tolerance``; NaN is not."""
         return (
             self.loss <= tolerance.loss
             and self.grad_norm <= tolerance.grad_norm
@@ -73,7 +73,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Relative differences that another order of additions explains in fp32."""
+    """Relative differences explained by another order of fp32 additions."""
 
     loss: float = 1e-5
     grad_norm: float = 1e-4
@@ -84,7 +84,7 @@ def read_result(folder: Path, settings: Settings) -> Result:
     """Read a run's --save folder: its metrics and its checkpoint of step 1.
 
     Raises:
-        UserError: the checkpoint is not there or damaged.
+        UserError: the checkpoint is missing or damaged.
     """
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
@@ -109,14 +109,14 @@ def read_result(folder: Path, settings: Settings) -> Result:
 
 
 def compare(reference: Result, other: Result) -> Difference:
-    """How far ``other`` is from ``reference``; infinitely, where steps or parameters lack."""
+    """Return the differences of ``other`` from ``reference``; infinite if something is missing."""
     worst, parameter = 0.0, "-"
-    whole = math.sqrt(sum(float(g.double().square().sum()) for g in reference.gradients.values()))
+    norm = math.sqrt(sum(float(g.double().square().sum()) for g in reference.gradients.values()))
     for name in sorted(reference.gradients.keys() | other.gradients.keys()):
         ours, theirs = reference.gradients.get(name), other.gradients.get(name)
         apart = math.inf
         if ours is not None and theirs is not None and ours.shape == theirs.shape:
-            scale = max(float(ours.double().norm()), NEGLIGIBLE * whole)
+            scale = max(float(ours.double().norm()), NEGLIGIBLE * norm)
             gap = float((ours.double() - theirs.double()).norm())
             apart = gap / scale if gap else 0.0
             apart = math.inf if math.isnan(apart) else apart
@@ -141,7 +141,7 @@ def _relative(ours: Sequence[float], theirs: Sequence[float]) -> float:
 def table(
     reference: Result, differences: Mapping[str, Difference], tolerance: Tolerance
 ) -> list[str]:
-    """Lines of text: the reference's figures, then a line for each layout."""
+    """Return lines of text: the reference's metrics, then a line for each layout."""
     width = max(len("layout"), *map(len, differences))
     lines = [
         f"one rank: loss {reference.losses[0]:.6f} to {reference.losses[-1]:.6f}, gradient norm "
@@ -156,7 +156,7 @@ def table(
 
 
 def line(name: str, found: Difference, tolerance: Tolerance) -> str:
-    """One layout's line of the table."""
+    """Return one layout's line of the table."""
     verdict = "same" if found.within(tolerance) else "DIFFERS"
     return (
         f"{name}  {found.loss:8.1e}  {found.grad_norm:8.1e}  {found.gradient:8.1e}  "
@@ -166,21 +166,21 @@ def line(name: str, found: Difference, tolerance: Tolerance) -> str:
 
 @dataclass(frozen=True)
 class Dependence:
-    """A setting in use whose meaning follows the layout."""
+    """A setting in use whose meaning depends on the layout."""
 
     setting: str
     effect: str
     instead: Sequence[str] = ()
-    """Flags of a form that does not follow it, where there is one."""
+    """Flags of a layout-independent alternative, if there is one."""
 
 
 def layout_dependent(
     settings: Settings, vocab_size: int, tensor_sizes: Sequence[int]
 ) -> list[Dependence]:
-    """Every setting in use whose meaning follows the layout.
+    """Return every setting in use whose meaning depends on the layout.
 
     Args:
-        settings: as run.
+        settings: of the runs.
         vocab_size: before padding.
         tensor_sizes: tensor-parallel sizes of the layouts compared.
     """

@@ -1,4 +1,4 @@
-"""The runs that a parity check compares: one after the other, each in processes of its own."""
+"""The training runs of a parity check, sequential, each in its own processes."""
 
 import os
 import shutil
@@ -19,14 +19,14 @@ TAIL_LINES = 15
 
 
 class RunFailed(RuntimeError):
-    """A run ended with another exit code than 0, or not in time; the message has its last lines."""
+    """A run failed or timed out; the message has its last lines."""
 
 
 def fitting(layouts: Iterable[Layout], flags: list[str], settings: Settings) -> list[Layout]:
-    """Those of ``layouts`` that the checks of the settings accept.
+    """Return the ``layouts`` that the checks of the settings accept.
 
     Raises:
-        ConfigError: none is; with what is wrong with each.
+        ConfigError: none; it has the problems of each.
     """
     fit, problems = [], []
     for layout in layouts:
@@ -43,31 +43,31 @@ def fitting(layouts: Iterable[Layout], flags: list[str], settings: Settings) -> 
 
 @dataclass(frozen=True)
 class Runs:
-    """What all runs of a check have in common."""
+    """Common parameters of all runs of a check."""
 
     program: Sequence[str]
-    """Words after the interpreter that start training."""
+    """Arguments of the interpreter that start training."""
     flags: list[str]
     settings: Settings
-    """What ``flags`` mean."""
+    """Settings of ``flags``."""
     folder: Path
-    """For what the runs write."""
+    """Folder for the runs' outputs."""
     steps: int
     timeout_s: float
-    """Of one run."""
+    """Limit for one run."""
 
     def changed(self, flags: list[str]) -> "Runs":
-        """The same runs with ``flags``, which win."""
+        """Return the same runs with additional ``flags``, which take precedence."""
         return replace(self, flags=[*self.flags, *flags])
 
     def write_start(self) -> Path:
-        """Train one step on one rank; returns the run's folder, whose weights the others take."""
+        """Train one step on one rank; return its folder, the source of the others' weights."""
         start = self.folder / "start"
         self._run(Layout(), ["--load=none", "--save-interval=none", "--exit-interval=1"], start)
         return start
 
     def train(self, layout: Layout, start: Path) -> Result:
-        """What a run in ``layout`` from the weights of ``start`` does."""
+        """Train in ``layout`` from the weights of ``start`` and return the result."""
         save = self.folder / layout.name
         flags = [f"--load={start}", "--finetune", "--save-interval=1", "--keep-last=none"]
         self._run(layout, [*flags, f"--exit-interval={self.steps}"], save)
@@ -107,10 +107,10 @@ class Runs:
 def train_all(
     runs: Runs, layouts: Iterable[Layout], start: Path
 ) -> tuple[Result, dict[str, Difference]]:
-    """One rank's result, and by name how far each layout is from it, all from ``start``'s weights.
+    """Train on one rank and in each layout; return the first result and the others' differences.
 
     Raises:
-        RunFailed: with the layout named.
+        RunFailed: names the layout.
     """
     reference = runs.train(Layout(), start)
     found = {}

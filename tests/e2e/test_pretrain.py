@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 from moetron.common.process import EXIT_STOPPED, EXIT_USER
-from moetron.moe.monitoring.sinks import MACHINE_FIGURES
+from moetron.moe.monitoring.sinks import MACHINE_METRICS
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "examples" / "olmoe_1b_7b" / "tiny.yaml")
@@ -40,7 +40,7 @@ def _python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 def _lines(path: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return [
-        {key: value for key, value in row.items() if key not in MACHINE_FIGURES} for row in rows
+        {key: value for key, value in row.items() if key not in MACHINE_METRICS} for row in rows
     ]
 
 

@@ -1,10 +1,10 @@
-"""Golden losses: what five recipes compute over 20 steps, bit for bit on one platform.
+"""Golden losses: metrics of five recipes over 20 steps, bit for bit on one platform.
 
     python -m tests.golden.losses --record [RECIPE ...]   # write this platform's file
     python -m tests.golden.losses [RECIPE ...]            # compare with it, print each difference
 
-A refactoring must leave every bit as it is. A change that is meant to move the numbers records them
-anew and says why in its commit.
+A refactoring must keep every bit. A change that is meant to alter the numbers records them again
+and states the reason in its commit.
 """
 
 import argparse
@@ -21,14 +21,14 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path(__file__).resolve().parent
 RECIPES = ("deepseek_v3", "mixtral_8x7b", "olmoe_1b_7b", "openmoe_8b", "st_moe_l")
 STEPS = 20
-FIGURES = ("lm_loss", "grad_norm", "aux_loss", "z_loss")
+METRICS = ("lm_loss", "grad_norm", "aux_loss", "z_loss")
 
 Curve = dict[str, list[float]]
-"""Figure -> its value at each step; floats in full precision."""
+"""Metric -> its value at each step; floats in full precision."""
 
 
 def platform_name() -> str:
-    """Everything that bits depend on: torch's version, its CPU code path, the processor."""
+    """Return what the bits depend on: torch's version, its CPU code path, the processor."""
     fields = {}
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         key, _, value = line.partition(":")
@@ -38,12 +38,12 @@ def platform_name() -> str:
 
 
 def golden_file(platform: str) -> Path:
-    """The recorded losses of a platform."""
+    """Return the file with the recorded losses of a platform."""
     return FOLDER / f"{platform}.json"
 
 
 def train(recipe: str) -> Curve:
-    """Train the tiny form of a recipe in a process of its own, on mock data and one thread."""
+    """Train the tiny form of a recipe in its own process, on mock data and one thread."""
     with tempfile.TemporaryDirectory(prefix="golden-") as folder:
         command = [
             *(sys.executable, str(ROOT / "pretrain_moe.py"), "--mock-data"),
@@ -59,14 +59,14 @@ def train(recipe: str) -> Curve:
         if done.returncode:
             raise RuntimeError(f"{recipe}: exit code {done.returncode}\n{done.stderr}")
         rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").open()]
-    return {name: [row[name] for row in rows] for name in FIGURES if name in rows[0]}
+    return {name: [row[name] for row in rows] for name in METRICS if name in rows[0]}
 
 
 def differences(found: Curve, expected: Curve) -> list[str]:
-    """One line for each figure that differs: the first step at which it does, and both values."""
+    """Return a line for each metric that differs: the first such step, and both values."""
     lines = []
     if found.keys() != expected.keys():
-        lines.append(f"figures {sorted(found)}, recorded {sorted(expected)}")
+        lines.append(f"metrics {sorted(found)}, recorded {sorted(expected)}")
     for name in found.keys() & expected.keys():
         pairs = list(zip(found[name], expected[name], strict=True))
         first = next((step for step, (a, b) in enumerate(pairs, 1) if a != b), None)
@@ -78,7 +78,7 @@ def differences(found: Curve, expected: Curve) -> list[str]:
 
 
 def main() -> int:
-    """Record or compare; 1 if a figure differs."""
+    """Record or compare; return 1 if a metric differs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("recipes", nargs="*", default=list(RECIPES), metavar="RECIPE")
     parser.add_argument("--record", action="store_true", help="write this platform's file")

@@ -1,4 +1,4 @@
-"""What a test needs of the machine, and the reason that it gives where that is not there."""
+"""Requirements of tests on the machine, with the reason to skip."""
 
 import importlib.metadata
 import importlib.util
@@ -8,7 +8,7 @@ import torch
 
 
 def needs(gpus: int = 1, capability: tuple[int, int] = (8, 0)) -> pytest.MarkDecorator:
-    """Skip where fewer than ``gpus`` devices of ``capability`` are visible."""
+    """Skip if fewer than ``gpus`` devices of ``capability`` are visible."""
     present = torch.cuda.device_count()
     if present < gpus:
         return pytest.mark.skip(reason=f"needs {gpus} CUDA device(s), {present} visible")
@@ -18,7 +18,7 @@ def needs(gpus: int = 1, capability: tuple[int, int] = (8, 0)) -> pytest.MarkDec
 
 
 def needs_package(name: str, module: str) -> pytest.MarkDecorator:
-    """Skip where the distribution ``name`` is not installed or ``module`` cannot be found."""
+    """Skip if the distribution ``name`` is not installed or ``module`` is not found."""
     try:
         importlib.metadata.version(name)
         present = importlib.util.find_spec(module) is not None

@@ -1,6 +1,6 @@
 """Layouts on GPUs and NCCL against one GPU: the table of tests/parallel, fp32, our own layers.
 
-Experts run one after the other, since grouped products are for bf16 there. NCCL adds in another
+Experts run sequentially, since grouped products support only bf16 there. NCCL adds in another
 order than gloo, and kernels add atomically: tolerances are ten times those of the host.
 """
 
@@ -31,14 +31,14 @@ BF16 = {
 @pytest.mark.parametrize("ranks", [pytest.param(n, marks=needs(n)) for n in (2, 4, 8)])
 def test_every_layout_equals_one_gpu(tmp_path: Path, mode: str, ranks: int) -> None:
     suite = Suite(tmp_path, STEPS, "cuda", EXACT, slack=10)
-    assert not suite.faults(mode, layouts(ranks))
+    assert not suite.differences(mode, layouts(ranks))
 
 
 @needs_package("deep_ep", "deep_ep")
 @pytest.mark.parametrize("ranks", [pytest.param(n, marks=needs(n, (9, 0))) for n in (2, 8)])
 def test_deep_ep_equals_all_to_all(tmp_path: Path, ranks: int) -> None:
-    """bf16, so that an assignment or a weight that is lost shows and rounding does not."""
+    """In bf16 a lost assignment or weight shows, but rounding does not."""
     suite = Suite(tmp_path, 1, "cuda", BF16, slack=1e4)
-    alltoall = suite.faults("dropless", [f"ep{ranks}"])
+    alltoall = suite.differences("dropless", [f"ep{ranks}"])
     suite.changes = {**BF16, "moe_token_dispatcher_type": "flex"}
-    assert not alltoall and not suite.faults("dropless", [f"ep{ranks}"])
+    assert not alltoall and not suite.differences("dropless", [f"ep{ranks}"])

@@ -22,7 +22,7 @@ THEIRS = {**BF16, "transformer_impl": "transformer_engine"}
 
 
 def _difference(folder: Path, **changes: Any) -> Difference:
-    """Of Transformer Engine's first step with ``changes`` from our own layers' in bf16."""
+    """Compare Transformer Engine's first step with ``changes`` to that of our layers in bf16."""
     weights = str(folder / "weights")
 
     def step(write: bool, values: dict[str, Any]) -> Result:

@@ -1,6 +1,6 @@
-"""A GPU on which Transformer Engine does not import: our own layers train, and it is said why.
+"""A GPU on which Transformer Engine does not import: our layers train, and the reason is logged.
 
-The package is one that raises OSError, before any that is installed.
+A fake package that raises OSError precedes any installed one.
 """
 
 import os

@@ -1,7 +1,7 @@
-"""A router alone under megatron-core's schedule, and the losses that papers say it should have.
+"""A router under megatron-core's schedule, and the losses of the papers' formulas.
 
-Nothing but the router's own losses has a gradient. `run_router` gives what a layout makes of them,
-`reference` the same from the whole global batch in one place, in float64.
+Only the router's own losses have a gradient. `run_router` returns the result in a layout,
+`reference` that of the full global batch in one process, in float64.
 """
 
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ BALANCE, Z = 0.7, 0.3
 
 @dataclass(frozen=True)
 class Case:
-    """One balance loss, and how its global batch is cut and masked."""
+    """A balance loss, and the split and masking of its global batch."""
 
     kind: str = "aux_loss"
     micro_batch_size: int = 1
@@ -42,11 +42,11 @@ class Case:
 
     @property
     def previous(self) -> bool:
-        """Whether the loss counts the step before."""
+        """Return whether the loss counts the previous step."""
         return ("moe_global_aux_loss_counts", "previous_step") in self.moe
 
     def settings(self) -> Settings:
-        """The whole tree."""
+        """Return the full settings."""
         moe: dict[str, Any] = {
             "num_experts": EXPERTS,
             "moe_ffn_hidden_size": 8,
@@ -79,7 +79,7 @@ class Case:
 
 
 def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden states [N, S, H], a mask bool [N, S] (True: counts), router weights [E, H]."""
+    """Return hidden states [N, S, H], a mask bool [N, S] (True: counts), router weights [E, H]."""
     generator = torch.Generator().manual_seed(11)
     hidden_NSH = torch.randn(SAMPLES, SEQUENCE, HIDDEN, generator=generator)
     share_N1 = torch.rand(SAMPLES, 1, generator=generator)
@@ -89,7 +89,7 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 class _Alone(torch.nn.Module):
-    """What a schedule takes for a model."""
+    """The router as a model for the schedule."""
 
     def __init__(self, router: Router, config: Any) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class _Alone(torch.nn.Module):
         self.model_type = ModelType.encoder_or_decoder
 
     def set_input_tensor(self, _: Any) -> None:
-        """There is one stage."""
+        """Do nothing: there is one stage."""
 
     def forward(self, hidden_BSH: torch.Tensor, padding_BS: torch.Tensor | None) -> torch.Tensor:
         own = self.router.tokens.own
@@ -107,7 +107,7 @@ class _Alone(torch.nn.Module):
 
 
 def run_router(cases: list[Case]) -> list[dict[str, Any]]:
-    """The router's gradient [E, H] and logged losses for each case of one layout, on every rank."""
+    """Return the router's gradient [E, H] and logged losses per case, on every rank."""
     assert len({case.parallel for case in cases}) == 1
     with model_parallel(**dict(cases[0].parallel)):
         return [_run(case) for case in cases]
@@ -145,7 +145,7 @@ def _run(case: Case) -> dict[str, Any]:
 
 
 def _micro_batches(case: Case, router: Router) -> Iterator[tuple[Any, ...]]:
-    """Of this rank; tells the router how many tokens bear a loss, as a training step does."""
+    """Yield this rank's micro-batches; set the router's loss tokens, as a training step does."""
     hidden_NSH, mask_NS, _ = inputs()
     data = torch.distributed.get_world_size() // router.tp_cp_group.size()
     rank = router.tp_dp_cp_group.rank() // router.tp_cp_group.size()
@@ -155,7 +155,7 @@ def _micro_batches(case: Case, router: Router) -> Iterator[tuple[Any, ...]]:
         if case.masked == "nothing":
             mask_BS = torch.ones_like(mask_BS)
         if case.masked == "losses":
-            router.loss_tokens.bring(mask_BS.sum())
+            router.loss_tokens.set_next(mask_BS.sum())
         padding_BS = ~mask_BS if case.masked == "padding" else None
         count = router.tokens.own(mask_BS.transpose(0, 1)).sum()
         torch.distributed.all_reduce(count, group=router.tp_group)  # a context rank's tokens
@@ -169,7 +169,7 @@ def _forward(batches: Iterator[tuple[Any, ...]], model: torch.nn.Module) -> Any:
 
 
 def reference(case: Case, data_ranks: int) -> dict[str, Any]:
-    """What `run_router` should give, from the formulas of the papers."""
+    """Return the expected results of `run_router` from the papers' formulas."""
     hidden_NSH, mask_NS, weight_EH = inputs()
     if case.masked == "nothing":
         mask_NS = torch.ones_like(mask_NS)
@@ -178,7 +178,7 @@ def reference(case: Case, data_ranks: int) -> dict[str, Any]:
     size = case.micro_batch_size
     logits = [part.double() @ weight_EH.T for part in hidden_NSH.split(size)]  # [B, S, E]
     counted = counts_NS.split(size)
-    bearing = [int(part.sum()) for part in mask_NS.split(size)]
+    loss_tokens = [int(part.sum()) for part in mask_NS.split(size)]
     total = weight_EH.new_zeros(())
     sums = {"aux_loss": 0.0, "z_loss": 0.0}
     for number, (x, valid) in enumerate(zip(logits, counted, strict=True)):
@@ -186,8 +186,8 @@ def reference(case: Case, data_ranks: int) -> dict[str, Any]:
         past = logits if case.previous else logits[:seen]
         balance = _balance(case, x, valid, list(zip(past, counted, strict=False)))
         z = x[valid].exp().sum(-1).log().square().mean()
-        share = bearing[number] / sum(bearing) if case.per_token else 1 / len(logits)
-        total = total + share * (BALANCE * balance + Z * z)
+        weight = loss_tokens[number] / sum(loss_tokens) if case.per_token else 1 / len(logits)
+        total = total + weight * (BALANCE * balance + Z * z)
         sums["aux_loss"] += float(balance.detach()) / len(logits)
         sums["z_loss"] += float(z.detach()) / len(logits)
     total.backward()
@@ -197,7 +197,7 @@ def reference(case: Case, data_ranks: int) -> dict[str, Any]:
 def _balance(case: Case, x_BSE: Any, valid_BS: Any, past: list[Any]) -> torch.Tensor:
     if case.kind == "noisy_load":
         return _noisy(x_BSE[valid_BS])
-    if case.kind == "seq_aux_loss":  # each sequence for itself, then the mean
+    if case.kind == "seq_aux_loss":  # per sequence, then the mean
         pairs = zip(x_BSE, valid_BS, strict=True)
         return torch.stack([_switch(case, x[v], x[v]) for x, v in pairs]).mean()
     counted = x_BSE[valid_BS]
@@ -207,7 +207,7 @@ def _balance(case: Case, x_BSE: Any, valid_BS: Any, past: list[Any]) -> torch.Te
 
 
 def _switch(case: Case, x_TE: torch.Tensor, counted_CE: torch.Tensor) -> torch.Tensor:
-    """E sum_i f_i P_i: Switch Transformer's equations 4 to 6, f a share of k (or first) choices."""
+    """Return E sum_i f_i P_i: Switch Transformer's equations 4 to 6, f of k (or first) choices."""
     settings = dict(case.moe)
     k = 1 if settings.get("moe_aux_loss_first_choice_only") else TOPK
     chosen = counted_CE.detach().topk(k, dim=1).indices.flatten().tolist()
@@ -221,7 +221,7 @@ def _switch(case: Case, x_TE: torch.Tensor, counted_CE: torch.Tensor) -> torch.T
 
 
 def _noisy(x_TE: torch.Tensor) -> torch.Tensor:
-    """CV(importance)^2 + CV(load)^2 of Shazeer et al., without noise drawn; its spread is ln 2."""
+    """Return CV(importance)^2 + CV(load)^2 of Shazeer et al. for zero noise; its spread is ln 2."""
     winners = x_TE.detach().topk(TOPK, dim=1).indices
     gates = torch.zeros_like(x_TE).scatter(1, winners, x_TE.gather(1, winners).softmax(1))
     load = []

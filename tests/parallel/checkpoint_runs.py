@@ -1,4 +1,4 @@
-"""Runs of a tiny model through the real loop, for tests of checkpoints."""
+"""Runs of a tiny model in the real loop, for tests of checkpoints."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from moetron.data.stream.mock_stream import MockStream
 from moetron.moe.checkpoint.save_load import save_checkpoint
 from moetron.moe.config.schema.pipeline_split import virtual_pipeline_size
 from moetron.moe.config.schema.settings import Settings
-from moetron.moe.monitoring.sinks import MACHINE_FIGURES
+from moetron.moe.monitoring.sinks import MACHINE_METRICS
 from moetron.moe.training.build_trainer import build_loop, build_trainer
 from moetron.moe.training.loop import Loop
 from moetron.moe.training.runtime import Runtime
@@ -46,7 +46,7 @@ Groups = dict[str, dict[str, Any]]
 
 
 def settings(layout: str, **groups: dict[str, Any]) -> Settings:
-    """Two layers, four experts, dropout (so that random states matter), six steps."""
+    """Return settings: two layers, four experts, dropout (random states matter), six steps."""
     tree: Groups = {
         "model": {
             "num_layers": 2,
@@ -71,7 +71,7 @@ def settings(layout: str, **groups: dict[str, Any]) -> Settings:
 
 
 def start(chosen: Settings) -> Loop:
-    """The loop of a run on this rank; needs ``parallel_of(chosen)`` around it."""
+    """Return the loop of a run on this rank; call it inside ``parallel_of(chosen)``."""
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     groups = ProcessGroupCollection.use_mpu_process_groups()
     runtime = Runtime(rank, ranks, torch.device("cpu"), groups)
@@ -81,7 +81,7 @@ def start(chosen: Settings) -> Loop:
 
 
 def parallel_of(chosen: Settings) -> Any:
-    """Megatron's parallel state for these settings."""
+    """Return megatron's parallel state for these settings."""
     parallel = chosen.parallel
     return model_parallel(
         chosen.training.seed,
@@ -95,7 +95,7 @@ def parallel_of(chosen: Settings) -> Any:
 
 
 def run(chosen: Settings) -> None:
-    """Train as the settings say, from --load if they name one; saves to --save."""
+    """Train with the settings, from --load if set; save to --save."""
     with parallel_of(chosen):
         start(chosen).run(lambda: False)
 
@@ -106,7 +106,7 @@ def write(folder: str, layout: str, groups: Groups) -> None:
 
 
 def read_and_go_on(source: str, folder: str, layout: str, groups: Groups) -> None:
-    """Save what was loaded, untouched, then train on."""
+    """Save the loaded state unchanged, then continue training."""
     chosen = settings(layout, **groups, checkpoint={"load": source, "save": folder})
     with parallel_of(chosen):
         loop = start(chosen)
@@ -118,14 +118,14 @@ def read_and_go_on(source: str, folder: str, layout: str, groups: Groups) -> Non
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run without what depends on the clock; floats compare to the last bit."""
+    """Return the rows of a run without machine metrics; floats compare to the last bit."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
-    return [{name: row[name] for name in row if name not in MACHINE_FIGURES} for row in rows]
+    return [{name: row[name] for name in row if name not in MACHINE_METRICS} for row in rows]
 
 
 def assert_identical(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    """The same tensors, moments among them, to the last bit."""
+    """Assert equal tensors, including moments, to the last bit."""
     assert one.keys() == other.keys()
     assert any(".exp_avg" in key for key in one)
     for key, tensor in one.items():
@@ -134,7 +134,7 @@ def assert_identical(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a step folder, whole, but for random-number states."""
+    """Read every global tensor of a step folder except random-number states."""
     reader = dcp.FileSystemReader(folder)
     index = reader.read_metadata().state_dict_metadata
     state = {

@@ -1,4 +1,4 @@
-"""Run a function on N processes and hand back what each rank returned.
+"""Run a function on N processes and return the result of each rank.
 
 Ranks are forked from a server that has imported torch and megatron-core once, so that a test pays
 milliseconds instead of seconds for each rank. The function must be importable (module level of a
@@ -32,7 +32,7 @@ from moetron.moe.host.device import backend_for
 
 NVTE_SWITCHES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 
-# Asking for GPUs must not initialise CUDA in the server, whose forks could then not use it.
+# A query for GPUs must not initialise CUDA in the server: its forks could not use it then.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
@@ -49,21 +49,21 @@ _context.set_forkserver_preload(
 
 
 class RankFailed(RuntimeError):
-    """A rank raised, died or outlived the timeout; the message holds its traceback."""
+    """A rank raised, died or exceeded the timeout; the message holds its traceback."""
 
 
 def run_ranks(
     function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120
 ) -> list[Any]:
-    """Call ``function(*args)`` on ``world_size`` processes with gloo up; results in rank order.
+    """Call ``function(*args)`` on ``world_size`` processes with gloo; return results in rank order.
 
     Every rank has one thread and a default process group (rank and size from
-    ``torch.distributed``); the host adaptation and megatron's parallel state are the function's own
-    business.
+    ``torch.distributed``); the function itself sets up host adaptation and megatron's parallel
+    state.
 
     Raises:
         RankFailed: with the first failing rank's traceback, or the ranks still running after
-            ``timeout_s``. No process is left behind.
+            ``timeout_s``. No process is left running.
     """
     (results,) = run_each(function, world_size, [args], timeout_s)
     return results
@@ -76,12 +76,12 @@ def run_each(
     timeout_s: float = 120,
     device: str = "cpu",
 ) -> Iterator[list[Any]]:
-    """`run_ranks` for every ``args`` of ``calls``, one after the other on the same processes.
+    """Run `run_ranks` for every ``args`` of ``calls``, sequentially on the same processes.
 
-    Process groups are made anew for each call. ``device`` "cuda" gives every rank a GPU, and NCCL.
+    Each call has new process groups. ``device`` "cuda" gives every rank a GPU, and NCCL.
 
     Raises:
-        RankFailed: of the call whose turn it is; the calls after it are not made. ``timeout_s`` is
+        RankFailed: of the current call; later calls are not made. ``timeout_s`` is
             that of one call.
     """
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
@@ -109,22 +109,22 @@ def run_each(
 
 @contextmanager
 def model_parallel(seed: int = 1234, **sizes: int | None) -> Iterator[None]:
-    """Megatron's parallel state and random states on an adapted host, torn down at the end.
+    """Set up megatron's parallel state and random states on an adapted host; tear down at the end.
 
-    Without a process group yet (a unit test outside `run_ranks`) it makes one of a single rank.
+    Without a process group (a unit test outside `run_ranks`) it makes one of a single rank.
 
     Args:
         seed: of ``model_parallel_cuda_manual_seed``.
         sizes: keywords of ``parallel_state.initialize_model_parallel``.
     """
-    alone = not torch.distributed.is_initialized()
+    single = not torch.distributed.is_initialized()
     adapt_host()
-    if alone:
+    if single:
         torch.distributed.init_process_group(
             "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
         )
     parallel_state.initialize_model_parallel(**sizes)
-    # Process-wide, and a backward pass without a schedule leaves one of another shape behind.
+    # Process-wide; a backward pass without a schedule leaves one of another shape.
     moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = None
     moe_utils.get_moe_layer_wise_logging_tracker().clear()  # of another model's layers
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
@@ -132,7 +132,7 @@ def model_parallel(seed: int = 1234, **sizes: int | None) -> Iterator[None]:
         yield
     finally:
         parallel_state.destroy_model_parallel()
-        if alone:
+        if single:
             torch.distributed.destroy_process_group()
             restore_host()
 
@@ -183,7 +183,7 @@ def _rank_main(
     if device == "cuda":
         torch.cuda.set_device(rank)
     for number, args in enumerate(calls):
-        for name in NVTE_SWITCHES:  # of the call before: megatron-core sets them for good
+        for name in NVTE_SWITCHES:  # of the previous call: megatron-core sets them permanently
             os.environ.pop(name, None)
         try:
             torch.distributed.init_process_group(
@@ -191,9 +191,9 @@ def _rank_main(
                 init_method=f"file://{Path(folder) / str(number)}",
                 rank=rank,
                 world_size=world_size,
-                timeout=timedelta(seconds=timeout_s + 30),  # the parent speaks first
+                timeout=timedelta(seconds=timeout_s + 30),  # the parent's timeout comes first
             )
-            with patch.dict(os.environ):  # megatron-core writes NVTE_*, which the next call refuses
+            with patch.dict(os.environ):  # megatron-core writes NVTE_*, which the next call rejects
                 message = {"result": function(*args)}
             torch.distributed.barrier()
             parallel_state.destroy_model_parallel()

@@ -1,4 +1,4 @@
-"""The layouts that are held against one process, and the tiny model that they train."""
+"""The layouts that are compared with one process, and the tiny model that they train."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ QUICK = {
     "capacity": ("tp2", "cp2ep2"),
     "sequential": ("etp2",),
 }
-"""What every run of the tests compares, by mode: two ranks each."""
+"""Layouts compared in every test run, by mode: two ranks each."""
 
 FULL = (
     *("dp2", "dp2zero1", "dp2ep2zero1", "tp2", "tp2etp1", "tp2ep2etp1", "pp2", "pp2vpp2"),
@@ -29,7 +29,7 @@ FULL = (
     *("dp4zero1", "dp4ep2zero1"),
     *("tp2pp2ep2", "tp2pp2ep2etp1dp2", "tp2pp2vpp2ep2", "tp2pp2cp2", "pp2cp2ep2dp2zero1"),
 )
-"""What `bash tests/run.sh --parallel-full` compares."""
+"""Layouts compared by `bash tests/run.sh --parallel-full`."""
 
 MODEL: dict[str, Any] = {
     "hidden_size": 32,
@@ -55,18 +55,18 @@ MODEL: dict[str, Any] = {
 
 
 def layouts(ranks: int) -> list[str]:
-    """The layouts of so many ranks."""
+    """Return the layouts with this number of ranks."""
     return [name for name in FULL if parse(name).smallest_world_size == ranks]
 
 
 def num_layers(layout: str) -> int:
-    """Layers of the model that tests a layout: at least one for each virtual stage."""
+    """Return the number of layers to test a layout: at least one per virtual stage."""
     sizes = parse(layout)
     return max(2, sizes.pp * sizes.vpp)
 
 
 def settings(layout: str, layers: int, device: str = "cpu", **changes: Any) -> Settings:
-    """A run in ``layout``; the first of more than two layers is dense."""
+    """Return settings of a run in ``layout``; the first of more than two layers is dense."""
     sizes = parse(layout)
     frequency = [int(layers == 2), *[1] * (layers - 1)]
     values = {
@@ -81,7 +81,7 @@ def settings(layout: str, layers: int, device: str = "cpu", **changes: Any) -> S
 
 
 def tolerance(layout: str) -> Tolerance:
-    """How far a run may be from one process's: tensor ranks split sums, the others only order."""
+    """Return the tolerance against one process: tensor ranks split sums, others reorder."""
     if parse(layout).tp > 1:
         return Tolerance(loss=1e-5, grad_norm=1e-3, gradient=1e-5)
     return Tolerance(loss=1e-6, grad_norm=1e-5, gradient=1e-5)

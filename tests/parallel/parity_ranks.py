@@ -1,4 +1,4 @@
-"""Train a tiny model in one layout, so that it can be compared with one process.
+"""Train a tiny model in one layout, for comparison with one process.
 
 `train` runs on every rank of a launch; `results_of` makes many runs of one size in one launch.
 """
@@ -23,19 +23,19 @@ from moetron.moe.verify.parity import Result
 from tests.parallel.harness import run_each
 from tests.parallel.sharded import assemble, local_moments
 
-FIGURES = ("lm_loss", "grad_norm", "aux_loss", "z_loss", "dropped_fraction", "loss_tokens")
+METRICS = ("lm_loss", "grad_norm", "aux_loss", "z_loss", "dropped_fraction", "loss_tokens")
 
 
 class MaskedStream(MockStream):
-    """Mock samples of which the last n modulo 7 tokens have no loss: ranks count differently.
+    """Mock samples whose last n modulo 7 tokens have no loss, so that counts differ by rank.
 
-    Their first token is another one than that of the samples before, and occurs nowhere else. Two
-    equal tokens at the start of sequences, or of one, would have equal hidden states, and rounding
-    would say which of them a full expert drops.
+    Their first token differs from those of the previous samples and occurs nowhere else. Two
+    equal tokens at the start of sequences would have equal hidden states, and rounding
+    would decide which of them a full expert drops.
     """
 
     _FIRST_TOKENS = 8
-    """More than a micro-batch has samples."""
+    """More than the samples of a micro-batch."""
 
     def __getitem__(self, n: int) -> dict[str, Any]:
         sample = super().__getitem__(n)
@@ -46,13 +46,13 @@ class MaskedStream(MockStream):
 
 
 class _Rows:
-    """A sink that keeps what is compared."""
+    """Sink that keeps the compared metrics."""
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
 
     def step(self, row: Row) -> None:
-        self.rows.append({name: row[name] for name in FIGURES if name in row})
+        self.rows.append({name: row[name] for name in METRICS if name in row})
 
     def validation(self, row: Row) -> None:
         raise AssertionError("these runs do not evaluate")
@@ -62,7 +62,7 @@ class _Rows:
 
 @dataclass(frozen=True)
 class Run:
-    """Settings, and the checkpoint that their run starts from (and writes first, if ``write``)."""
+    """Settings, and the checkpoint that the run starts from (and writes first, if ``write``)."""
 
     settings: Settings
     weights: str
@@ -70,10 +70,10 @@ class Run:
 
 
 def train(run: Run, steps: int, device: str) -> dict[str, Any]:
-    """Take ``steps`` on the ranks at hand.
+    """Run ``steps`` on the current ranks.
 
     Returns:
-        ``rows``, `FIGURES` of every step, and ``moments``: this rank's part of the optimizer's
+        ``rows``, `METRICS` of every step, and ``moments``: this rank's part of the optimizer's
         first moment after step 1, the clipped gradient times a factor.
     """
     settings, vocab_size = run.settings, run.settings.model.vocab_size
@@ -102,13 +102,13 @@ def results_of(
     device: str = "cpu",
     timeout_s: float = 120,
 ) -> Iterator[tuple[str, Result, list[Row]]]:
-    """(name, result, rows) of each run, all on the same ``world_size`` processes.
+    """Yield (name, result, rows) of each run, all on the same ``world_size`` processes.
 
     ``timeout_s`` is that of one run.
 
     Raises:
-        RankFailed: of the first run that is not among the results.
-        AssertionError: so too, where its ranks disagree on a gradient or hold it in part only.
+        RankFailed: of the first run that fails.
+        AssertionError: of the first run whose ranks disagree on a gradient or miss a part of it.
     """
     calls = [(run, steps, device) for run in runs.values()]
     ranks = run_each(train, world_size, calls, timeout_s, device)

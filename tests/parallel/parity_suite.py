@@ -1,4 +1,4 @@
-"""Hold layouts against one process, all from one checkpoint; used on CPU and GPU."""
+"""Compare layouts with one process, all from one checkpoint; used on CPU and GPU."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -17,13 +17,13 @@ from tests.parallel.parity_ranks import Run, results_of
 
 @dataclass
 class Suite:
-    """Runs of the tiny model; what one process does is trained when first asked for."""
+    """Runs of the tiny model; the run on one process is cached."""
 
     folder: Path
     steps: int
     device: str = "cpu"
     changes: dict[str, Any] = field(default_factory=dict)
-    """Settings of all runs besides the mode's."""
+    """Settings of all runs in addition to the mode's."""
     slack: float = 1.0
     """Factor on all tolerances."""
     _known: dict[tuple[str, int], tuple[Result, list[Row]]] = field(default_factory=dict)
@@ -44,8 +44,8 @@ class Suite:
         given = tolerance(layout)
         return Tolerance(*(self.slack * bound for bound in vars(given).values()))
 
-    def faults(self, mode: str, layouts: Iterable[str]) -> list[str]:
-        """Train in all ``layouts`` and print how they compare; a line for each that differs."""
+    def differences(self, mode: str, layouts: Iterable[str]) -> list[str]:
+        """Train in all ``layouts``, print the comparison, return a line for each that differs."""
         launches = defaultdict(list)
         for name in layouts:
             launches[parse(name).smallest_world_size, num_layers(name)].append(name)

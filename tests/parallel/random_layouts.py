@@ -1,6 +1,6 @@
-"""Random models in random layouts: many valid, many not, most with several features at once.
+"""Random models in random layouts: many valid, many not, most with several features.
 
-What a draw does not set keeps the default of the settings, so that every new flag is off here until
+Settings that a draw does not set have their defaults, so every new flag is off here until
 it is added below.
 """
 
@@ -26,7 +26,7 @@ _LAYOUT = (
     *("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules"),
     *("moe_token_dispatcher_type", "moe_grouped_gemm", "moe_pad_expert_input_to_capacity"),
 )
-"""Settings that must not change what is trained."""
+"""Settings that must not change the results of training."""
 
 
 @dataclass(frozen=True)
@@ -39,24 +39,24 @@ class Draw:
 
     @property
     def settings(self) -> Settings:
-        """Unchecked."""
+        """Settings without checks."""
         return make(**self.values)
 
     @property
     def problems(self) -> list[str]:
-        """Why our checks refuse it."""
+        """Problems found by our checks."""
         return found(self.ranks, **self.values)
 
     @property
-    def alone(self) -> Settings:
-        """The same model on one process, on the plainest path."""
+    def one_rank(self) -> Settings:
+        """The same model on one process, with the simplest implementation."""
         model = {name: value for name, value in self.values.items() if name not in _LAYOUT}
         rows = model["make_vocab_size_divisible_by"] * self.values["tensor_model_parallel_size"]
         return make(**{**model, "make_vocab_size_divisible_by": rows})
 
 
 def draw(seed: int) -> Draw:
-    """The draw of a seed, the same on every machine."""
+    """Return the draw of a seed, the same on every machine."""
     rng = random.Random(seed)
     layout = _layout(rng)
     groups = [_batch(rng, layout), _model(rng, layout), _memory(rng)]
@@ -75,7 +75,7 @@ def draw(seed: int) -> Draw:
 
 
 def _layout(rng: random.Random) -> Values:
-    """Parallel sizes whose dense side fits eight ranks."""
+    """Draw parallel sizes whose dense side fits eight ranks."""
     tp, pp, cp = 8, 8, 8
     while tp * pp * cp > 8:
         tp, pp, cp = (rng.choices((1, 2, 3, 4), (6, 4, 0.3, 1.5))[0] for _ in range(3))
@@ -91,7 +91,7 @@ def _layout(rng: random.Random) -> Values:
 
 
 def _stages(rng: random.Random, values: Values) -> Values:
-    """Stages that are not alike, where there are several, in one of the three ways to say it."""
+    """Draw unequal stages, if there are several, in one of the three ways to specify them."""
     stages = values["pipeline_model_parallel_size"]
     way = rng.choice(("alike", "ends", "accounts", "written", "written"))
     if stages == 1 or way == "alike":
@@ -116,7 +116,7 @@ def _stages(rng: random.Random, values: Values) -> Values:
 
 
 def _written(rng: random.Random, stages: int, predictors: int) -> Values:
-    """A layout spelled out, plain or of two rounds; the ends may have no layer."""
+    """Draw an explicit layout, plain or of two rounds; the ends may have no layer."""
     inner = [rng.choice((1, 1, 2)) for _ in range(stages * rng.choice((1, 1, 2)) - 2)]
     first = rng.choice((0, 1, 2))
     sizes = [first, *inner, rng.choice((0, 1, 2)) if first else rng.choice((1, 2, 3))]
@@ -131,7 +131,7 @@ def _written(rng: random.Random, stages: int, predictors: int) -> Values:
 
 
 def _ranks(rng: random.Random, values: Mapping[str, Any]) -> int:
-    """Mostly a multiple of what both sides need, as far as that is at most eight."""
+    """Draw the ranks: mostly a multiple of what both sides need, if that is at most eight."""
     dense = values["tensor_model_parallel_size"] * values["context_parallel_size"]
     width = values.get("expert_tensor_parallel_size") or values["tensor_model_parallel_size"]
     experts = width * values.get("expert_model_parallel_size", 1)
@@ -215,7 +215,7 @@ def _latent(rng: random.Random) -> Values:
 
 
 def _memory(rng: random.Random) -> Values:
-    """Recomputation."""
+    """Draw recomputation settings."""
     kind = rng.choice((None, None, None, "selective", "full"))
     if kind is None:
         return {}

@@ -1,4 +1,4 @@
-"""What chooses experts in the random models of random_layouts.py, and how many tokens they take."""
+"""Random routers and capacities for the models of random_layouts.py."""
 
 import random
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 Values = dict[str, Any]
 
 _TOKENS_CHOOSE = ("random_second", "noisy_topk")
-"""Through megatron-core's own top-k, and so with groups and a scaling factor."""
+"""Routers that use megatron-core's top-k, and so support groups and a scaling factor."""
 _KINDS = (
     *("expert_choice", "base", "straight_through", "gumbel", "relaxed_topk", "reinforce", "hash"),
     *_TOKENS_CHOOSE,
@@ -14,7 +14,7 @@ _KINDS = (
 
 
 def another_router(rng: random.Random, values: Values) -> Values:
-    """For half of the draws a router other than top-k, and for some what any router may have."""
+    """Draw a router other than top-k half of the time, and sometimes options of any router."""
     kind = rng.choice(("topk", *_KINDS)) if rng.random() < 0.55 else "topk"
     changes: Values = {} if kind == "topk" else _kind(rng, kind, values)
     balance = changes.get(
@@ -32,7 +32,7 @@ def another_router(rng: random.Random, values: Values) -> Values:
 
 
 def _kind(rng: random.Random, kind: str, values: Values) -> Values:
-    """What a router needs, and mostly nothing that it refuses."""
+    """Draw settings that a router needs, and mostly none that it rejects."""
     one, limited = values["moe_router_topk"] == 1, "moe_expert_capacity_factor" in values
     balance = values["moe_router_load_balancing_type"]
     changes: Values = {
@@ -92,23 +92,25 @@ def _particular(rng: random.Random, kind: str, values: Values) -> Values:
 
 
 def capacity(rng: random.Random, layout: Values) -> Values:
-    """Scope ``rank`` follows TP and CP by nature: only where they are 1 can it be compared."""
-    cut = layout["tensor_model_parallel_size"] * layout["context_parallel_size"] > 1
+    """Draw a capacity; scope ``rank`` depends on TP and CP: comparable only if both are 1."""
+    is_split = layout["tensor_model_parallel_size"] * layout["context_parallel_size"] > 1
     return {
         "moe_expert_capacity_factor": rng.choice((0.5, 1.25, 4.0)),
-        "moe_capacity_scope": mostly(rng, "micro_batch", "sequence", *(() if cut else ("rank",))),
+        "moe_capacity_scope": mostly(
+            rng, "micro_batch", "sequence", *(() if is_split else ("rank",))
+        ),
         "moe_capacity_includes_topk": rng.random() < 0.7,
         "moe_minimum_capacity": rng.choice((0, 4)),
         "moe_token_drop_policy": rng.choice(("probs", "position")),
-        "moe_pad_expert_input_to_capacity": rng.random() < (0.15 if cut else 0.4),
+        "moe_pad_expert_input_to_capacity": rng.random() < (0.15 if is_split else 0.4),
     }
 
 
 def mostly(rng: random.Random, usual: Any, *others: Any) -> Any:
-    """``usual`` in three of four draws."""
+    """Return ``usual`` in three of four draws."""
     return usual if rng.random() < 0.75 else rng.choice(others)
 
 
 def sound(rng: random.Random, usual: Any, *unsound: Any) -> Any:
-    """``usual`` mostly; the others fit some layouts only, or none."""
+    """Return mostly ``usual``; the others fit only some layouts, or none."""
     return usual if rng.random() < 0.96 else rng.choice(unsound)

@@ -1,4 +1,4 @@
-"""Run random draws though some fail, and call them by their layout."""
+"""Run random draws even if some fail, and name them by layout."""
 
 from collections.abc import Iterator, Mapping
 
@@ -11,7 +11,7 @@ STEPS = 2
 TOLERANCE = Tolerance(loss=1e-5, grad_norm=1e-3, gradient=1e-4)
 
 _TOGETHER = 8
-"""Runs on the same processes: each leaves some twenty of gloo's threads behind."""
+"""Runs on the same processes: each leaves about twenty gloo threads."""
 
 Attempt = Result | RankFailed | AssertionError
 
@@ -19,7 +19,7 @@ Attempt = Result | RankFailed | AssertionError
 def attempts(
     runs: Mapping[str, Run], ranks: int, timeout_s: float = 120
 ) -> Iterator[tuple[str, Attempt]]:
-    """What each run gives, though some fail; those have ``timeout_s`` each."""
+    """Yield the result or error of each run, with ``timeout_s`` each."""
     left = list(runs)
     while left:
         try:
@@ -32,7 +32,7 @@ def attempts(
 
 
 def title(one: Draw) -> str:
-    """Seed, layout, what is uncommon about it, and ranks."""
+    """Return a name: seed, layout, uncommon settings and ranks."""
     sizes = {
         short: one.values.get(f"{name}_parallel_size") or 0
         for short, name in (

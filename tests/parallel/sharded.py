@@ -1,6 +1,6 @@
-"""Global tensors of a model that is cut over ranks: hand weights out, collect what ranks hold.
+"""Global tensors of a sharded model: distribute weights, collect the shards of ranks.
 
-The cuts are those of ``sharded_state_dict``, so that a test that uses this also tests them.
+Shards are those of ``sharded_state_dict``, so that a test that uses this also tests them.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -39,19 +39,19 @@ def _pieces(entry: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:
 
 
 def fill(model: Sequence[torch.nn.Module], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Copy each rank's part of the global tensors into its parameters."""
+    """Copy each rank's shards of the global tensors into its parameters."""
     with torch.no_grad():
         for shard in _shards(model, lambda parameter: parameter.detach()):
             shard.data.copy_(tensors[shard.key][shard.global_slice()])
 
 
 def local_shards(model: Sequence[torch.nn.Module], read: Read) -> list[dict[str, Any]]:
-    """What this rank holds of ``read(parameter)`` for every parameter; input of `assemble`."""
+    """Return this rank's shards of ``read(parameter)`` for every parameter, for `assemble`."""
     return [_plain(shard) for shard in _shards(model, read)]
 
 
 def local_moments(trainer: Trainer) -> list[dict[str, Any]]:
-    """What this rank holds of the optimizer's first moment; input of `assemble` (collective)."""
+    """Return this rank's shards of the optimizer's first moment, for `assemble` (collective)."""
     model_state: dict[str, Any] = {
         str(number): chunk.sharded_state_dict(metadata=dict(MODEL_METADATA))
         for number, chunk in enumerate(unwrap_model(trainer.chunks))
@@ -79,7 +79,7 @@ def _plain(shard: ShardedTensor) -> dict[str, Any]:
 
 
 def assemble(ranks: Iterable[list[dict[str, Any]]]) -> dict[str, torch.Tensor]:
-    """Global tensors from the shards of all ranks.
+    """Assemble global tensors from the shards of all ranks.
 
     Raises:
         AssertionError: replicas differ, or a part of a tensor is on no rank.
@@ -93,5 +93,5 @@ def assemble(ranks: Iterable[list[dict[str, Any]]]) -> dict[str, torch.Tensor]:
         torch.testing.assert_close(where[written], data[written], msg=f"replicas: {shard['key']}")
         where.copy_(data)
     for key, full in tensors.items():
-        assert not full.isnan().any(), f"{key} is not whole"
+        assert not full.isnan().any(), f"{key} is incomplete"
     return tensors

@@ -51,7 +51,7 @@ MOE = {
 
 @dataclass(frozen=True)
 class Case:
-    """What to run; the keys are names of settings."""
+    """Settings of a run; the keys are names of settings."""
 
     parallel: dict[str, Any] = field(default_factory=dict)
     moe: dict[str, Any] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class Case:
     attention: dict[str, Any] = field(default_factory=dict)
     micro_batch_size: int = 1
     steps: int = 1
-    """Gradients are the last one's; no step changes the weights."""
+    """Gradients are those of the last step; no step changes the weights."""
 
 
 def _settings(case: Case) -> Settings:
@@ -173,7 +173,7 @@ def _run_case(case: Case, weights: dict[str, torch.Tensor] | None) -> dict[str, 
 def run_all(
     ranks: int, cases: list[Case], weights: dict[str, torch.Tensor] | None = None
 ) -> list[dict[str, Any]]:
-    """Run each of ``cases`` from ``weights`` (None: newly drawn ones), one launch for all.
+    """Run each of ``cases`` from ``weights`` (None: random ones), one launch for all.
 
     Returns of each ``loss``, ``auxiliary``, ``chosen``, ``kept`` and ``kept_at`` of the last step,
     and by name the global ``weights`` and ``gradients``.
@@ -190,12 +190,12 @@ def run_all(
 
 
 def run(ranks: int, case: Case, weights: dict[str, torch.Tensor] | None = None) -> dict[str, Any]:
-    """`run_all` for one case."""
+    """Run `run_all` for one case."""
     return run_all(ranks, [case], weights)[0]
 
 
 def assert_same(result: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Same choices; losses and each parameter's gradient as far as rounding allows."""
+    """Assert equal choices, and losses and gradients equal up to rounding."""
     assert result["loss"] == pytest.approx(expected["loss"], rel=1e-6)
     assert result["auxiliary"] == pytest.approx(expected["auxiliary"], rel=1e-5)
     assert torch.equal(result["chosen"], expected["chosen"])

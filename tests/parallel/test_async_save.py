@@ -1,4 +1,4 @@
-"""Saving on a thread writes what a blocking save writes, and never less than nothing or all."""
+"""A background save equals a blocking one and is atomic."""
 
 import time
 from pathlib import Path
@@ -21,7 +21,7 @@ SLOW_S = 0.5
 
 
 def _slow_writes() -> None:
-    """Long enough for several steps to change every tensor meanwhile."""
+    """Delay a save so that several steps change every tensor meanwhile."""
     write = Contents.write
 
     def slow(*args: object) -> dict[str, str]:
@@ -58,7 +58,7 @@ def test_a_background_save_equals_a_blocking_one(tmp_path: Path, layout: str, ra
 
 
 def _latest_while_writing(folder: str) -> list[object]:
-    """(step, what `latest` names, whether the next checkpoint is complete) after each step."""
+    """Return (step, `latest`, whether the next checkpoint is complete) after each step."""
     _slow_writes()
     seen: list[object] = []
     run_folder = Path(folder)
@@ -76,8 +76,8 @@ def _latest_while_writing(folder: str) -> list[object]:
     return seen
 
 
-def test_latest_moves_when_all_is_written(tmp_path: Path) -> None:
-    """The step after a save finds nothing complete yet; the next save and the end wait for it."""
+def test_latest_moves_when_all_ranks_have_written(tmp_path: Path) -> None:
+    """The step after a save sees no complete checkpoint; the next save and the end wait for it."""
     seen, _ = run_ranks(_latest_while_writing, 2, str(tmp_path))
     assert seen[3] == [3, None, []]
     assert checkpoint_folder.saved_steps(tmp_path) == [3, 6]
@@ -86,7 +86,7 @@ def test_latest_moves_when_all_is_written(tmp_path: Path) -> None:
 
 
 def _fail_on_one_rank(folder: str) -> None:
-    """Rank 1's disk is full at the second save."""
+    """Run with a full disk on rank 1 at the second save."""
     create = checkpoint_writer._SummingFileSystem.create_stream
     rank = torch.distributed.get_rank()
 
@@ -104,14 +104,16 @@ def _fail_on_one_rank(folder: str) -> None:
         assert "No space left" in str(error.value)
 
 
-def test_a_failure_on_one_rank_reaches_all_and_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+def test_a_failure_on_one_rank_reaches_all_and_keeps_the_previous_checkpoint(
+    tmp_path: Path,
+) -> None:
     run_ranks(_fail_on_one_rank, 2, str(tmp_path))
     assert checkpoint_folder.read(tmp_path).record.progress.step == 2
     assert checkpoint_folder.saved_steps(tmp_path) == [2]
 
 
 def _fail_while_writing(folder: str) -> None:
-    """Training fails while a checkpoint is being written."""
+    """Fail in training while a checkpoint is being written."""
     _slow_writes()
     checkpoint = {"save": folder, "save_interval": 2, "async_save": True}
     chosen = settings("ep2", checkpoint=checkpoint)
@@ -126,7 +128,7 @@ def _fail_while_writing(folder: str) -> None:
         loop.run(fail)
 
 
-def test_a_run_that_fails_completes_the_checkpoint_under_way(tmp_path: Path) -> None:
+def test_a_failed_run_completes_the_checkpoint_in_progress(tmp_path: Path) -> None:
     with pytest.raises(RankFailed, match="enough"):
         run_ranks(_fail_while_writing, 2, str(tmp_path))
     assert checkpoint_folder.read(tmp_path).record.progress.step == 2

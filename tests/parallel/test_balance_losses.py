@@ -46,7 +46,7 @@ def _cases(layout: str, ways: Any) -> list[Case]:
         replace(case, micro_batch_size=size, per_token=per_token, masked=masked, parallel=parallel)
         for case in KINDS.values()
         for size, per_token, masked in ways
-        # Without a per-token loss context ranks average unlike numbers of tokens: refused.
+        # Without a per-token loss context ranks average different numbers of tokens: rejected.
         if per_token or CP not in LAYOUTS[layout][2]
     ]
 
@@ -69,12 +69,12 @@ def _compare(layout: str, cases: list[Case]) -> None:
     "layout",
     [pytest.param(name, marks=[pytest.mark.slow] * (LAYOUTS[name][0] > 2)) for name in LAYOUTS],
 )
-def test_losses_are_those_of_the_formulas(layout: str) -> None:
+def test_losses_equal_the_formulas(layout: str) -> None:
     _compare(layout, _cases(layout, SOME))
 
 
 @pytest.mark.parametrize("layout", [pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS])
-def test_losses_of_all_micro_batches_and_masks(layout: str) -> None:
+def test_losses_for_all_micro_batches_and_masks(layout: str) -> None:
     _compare(layout, _cases(layout, tuple(product(SIZES, (True, False), MASKS))))
 
 

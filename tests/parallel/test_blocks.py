@@ -1,4 +1,4 @@
-"""Blocks beyond OLMoE's in every layout against one process: losses and all gradients."""
+"""Blocks other than OLMoE's in every layout against one process: losses and all gradients."""
 
 from dataclasses import replace
 from typing import Any
@@ -57,7 +57,7 @@ FAMILIES = {
 
 
 @pytest.fixture(scope="module")
-def alone() -> dict[str, dict[str, Any]]:
+def one_rank() -> dict[str, dict[str, Any]]:
     return {family: run(1, case) for family, case in FAMILIES.items()}
 
 
@@ -82,16 +82,16 @@ def alone() -> dict[str, dict[str, Any]]:
     ],
 )
 def test_layout_equals_one_process(
-    alone: dict[str, dict[str, Any]], family: str, ranks: int, parallel: dict[str, int]
+    one_rank: dict[str, dict[str, Any]], family: str, ranks: int, parallel: dict[str, int]
 ) -> None:
-    one = alone[family]
+    one = one_rank[family]
     assert_same(run(ranks, replace(FAMILIES[family], parallel=parallel), one["weights"]), one)
 
 
-def test_every_block_has_weights(alone: dict[str, dict[str, Any]]) -> None:
-    names = alone["deepseek"]["weights"].keys()
+def test_every_block_has_weights(one_rank: dict[str, dict[str, Any]]) -> None:
+    names = one_rank["deepseek"]["weights"].keys()
     for part in ("linear_q_down_proj", "linear_kv_up_proj", "mtp.layers.0.eh_proj"):
         assert any(part in name for name in names), part
-    assert any("linear_qkv.bias" in name for name in alone["qwen"]["weights"])
-    assert any("extra_mlp.linear_fc1_linear" in name for name in alone["openmoe"]["weights"])
-    assert any("shared_experts.gate_weight" in name for name in alone["qwen"]["weights"])
+    assert any("linear_qkv.bias" in name for name in one_rank["qwen"]["weights"])
+    assert any("extra_mlp.linear_fc1_linear" in name for name in one_rank["openmoe"]["weights"])
+    assert any("shared_experts.gate_weight" in name for name in one_rank["qwen"]["weights"])

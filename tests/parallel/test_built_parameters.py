@@ -1,4 +1,4 @@
-"""Every rank counts what it built against the plan, in every kind of layout."""
+"""Parameters built by every rank equal the plan, in every kind of layout."""
 
 from typing import Any
 
@@ -63,7 +63,7 @@ def _settings(changes: dict[str, Any]) -> Settings:
 
 
 def _build(changes: dict[str, Any]) -> tuple[int, int, int]:
-    """(pipeline stage, dense, expert) of this rank; the build itself compares with the plan."""
+    """Return (pipeline stage, dense, expert) of this rank; the build compares with the plan."""
     settings = _settings(changes)
     runtime = divide(settings, torch.device("cpu"))
     built = count_built(build_trainer(settings, runtime, VOCABULARY).chunks)
@@ -71,7 +71,7 @@ def _build(changes: dict[str, Any]) -> tuple[int, int, int]:
 
 
 @pytest.mark.timeout(600)
-def test_what_is_built_is_what_is_planned() -> None:
+def test_built_parameters_equal_the_plan() -> None:
     results = run_each(_build, 2, [(changes,) for changes in LAYOUTS.values()])
     for (name, changes), ranks in zip(LAYOUTS.items(), results, strict=True):
         settings = _settings(changes)
@@ -81,18 +81,18 @@ def test_what_is_built_is_what_is_planned() -> None:
 
 def test_chunks_add_up_to_the_rank() -> None:
     settings = _settings(LAYOUTS["pp-interleaved"])
-    whole = count_parameters(settings, VOCABULARY).total
+    remaining = count_parameters(settings, VOCABULARY).total
     for stage in range(2):
         chunks = [per_chunk(settings, VOCABULARY, stage, chunk) for chunk in range(2)]
         rank = per_rank(settings, VOCABULARY, stage)
         assert sum(chunk.dense for chunk in chunks) == rank.dense
         assert sum(chunk.expert for chunk in chunks) == rank.expert
-        whole -= rank.dense + rank.expert
-    assert whole == 0
+        remaining -= rank.dense + rank.expert
+    assert remaining == 0
 
 
 def _build_wrong(changes: dict[str, Any]) -> str:
-    """What each rank says of a layer spec that knows no third gate of experts."""
+    """Return each rank's error for a layer spec without the third matrix of experts."""
     specs.VariantExperts = GroupedExperts
     try:
         _build(changes)
@@ -101,9 +101,9 @@ def _build_wrong(changes: dict[str, Any]) -> str:
     return "built"
 
 
-def test_each_rank_refuses_a_wrong_model() -> None:
+def test_each_rank_rejects_a_wrong_model() -> None:
     changes = {**PP2, "ffn_type": "double_gated", "moe_layer_freq": [0, 1, 1, 1]}
-    for stage, said in enumerate(run_ranks(_build_wrong, 2, changes)):
+    for stage, error in enumerate(run_ranks(_build_wrong, 2, changes)):
         planned = per_rank(_settings(changes), VOCABULARY, stage).expert
         missing = (1 + stage) * 4 * 32 * 32  # a matrix of each expert
-        assert f"stage {stage} has" in said and f"{planned - missing:,} of experts" in said
+        assert f"stage {stage} has" in error and f"{planned - missing:,} of experts" in error

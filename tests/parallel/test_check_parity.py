@@ -1,4 +1,4 @@
-"""The parity check: a sound layout passes, a fault is caught; the command as a user runs it."""
+"""The parity check passes a correct layout and finds a fault; the command as a user runs it."""
 
 import subprocess
 import sys
@@ -39,8 +39,8 @@ def _train(layout: str, flags: list[str]) -> None:
     build_loop(trainer, Streams(mock, None)).run(lambda: False)
 
 
-def test_a_sound_layout_passes_and_a_fault_is_caught(tmp_path: Path) -> None:
-    """Two ranks that share experts against one; then the same with another auxiliary loss."""
+def test_a_correct_layout_passes_and_a_fault_is_found(tmp_path: Path) -> None:
+    """Two expert ranks against one; then the same with another auxiliary loss."""
     start = ["--save", str(tmp_path / "start"), "--exit-interval", "1"]
     run_ranks(_train, 1, "dp1", start)
     common = ["--load", str(tmp_path / "start"), "--finetune", "--save-interval", "1"]
@@ -75,14 +75,14 @@ def _check(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_mistakes_are_answered_before_anything_runs() -> None:
+def test_mistakes_are_reported_before_anything_runs() -> None:
     done = _check("--layouts", "ep2,ep3", "--", *SMALL)
     assert done.returncode == 2, done.stderr
     assert "ep3: --num-experts 4" in done.stderr
     assert "training in" not in done.stderr
 
 
-def test_optimizers_that_keep_no_gradient_are_refused() -> None:
+def test_optimizers_without_a_first_moment_are_rejected() -> None:
     done = _check("--layouts", "ep2", "--", *SMALL, "--optimizer", "adafactor")
     assert done.returncode == 2, done.stderr
     assert "add --optimizer adam after --" in done.stderr
@@ -104,7 +104,7 @@ def test_the_command_reports_a_difference() -> None:
 
 
 @pytest.mark.slow
-def test_the_command_shows_what_a_setting_that_follows_the_layout_costs() -> None:
+def test_the_command_shows_the_effect_of_a_layout_dependent_setting() -> None:
     scope = ["--moe-expert-capacity-factor", "0.5", "--moe-capacity-scope", "rank"]
     done = _check("--layouts", "tp2", "--steps", "2", "--", *SMALL, *scope)
     assert done.returncode == 1, done.stderr + done.stdout

@@ -1,4 +1,4 @@
-"""A checkpoint that any layout wrote is exported to the same bytes."""
+"""Checkpoints of all layouts are exported to the same bytes."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ VOCABULARY = 261
 
 
 def _load_and_save(source: Path, target: Path, layout: str, bf16: bool) -> None:
-    """Start from imported weights in a layout, and save before the first step."""
+    """Load imported weights in a layout, and save before the first step."""
     record = checkpoint_folder.read(source).record
     chosen = Settings.model_validate(
         {
@@ -65,8 +65,8 @@ def test_every_layout_exports_the_same(
     model = hf_models.build(model_type, num_hidden_layers=2, vocab_size=VOCABULARY)
     model = model.bfloat16() if bf16 else model
     model.save_pretrained(tmp_path / "hf")
-    from_hf(tmp_path / "hf", tmp_path / "alone", None, None)
-    run_ranks(_load_and_save, 2, tmp_path / "alone", tmp_path / "run", layout, bf16)
+    from_hf(tmp_path / "hf", tmp_path / "imported", None, None)
+    run_ranks(_load_and_save, 2, tmp_path / "imported", tmp_path / "run", layout, bf16)
     assert _exported(tmp_path / "run", tmp_path / "a") == _exported(
-        tmp_path / "alone", tmp_path / "b"
+        tmp_path / "imported", tmp_path / "b"
     )

@@ -1,4 +1,4 @@
-"""Shares of imagined ranks: what is built equals the plan, and the groups equal real ones."""
+"""Ranks built in a dry run: parameters equal the plan, groups equal real ones."""
 
 import dataclasses
 import resource
@@ -31,19 +31,19 @@ def _settings(recipe: str, world_size: int, flags: list[str]) -> Settings:
     return load([*argv, "--num-layers", "4", *flags]).settings
 
 
-def _share(recipe: str, world_size: int, rank: int, flags: list[str]) -> dict[str, Any]:
-    """``build_share`` in a process whose own group of one rank makes way for the imagined one."""
+def _built(recipe: str, world_size: int, rank: int, flags: list[str]) -> dict[str, Any]:
+    """Run ``build_rank`` in a process after its own group of one rank is destroyed."""
     torch.distributed.destroy_process_group()
     settings = _settings(recipe, world_size, flags)
-    share = dry_run.build_share(settings, VOCABULARY, world_size, rank)
+    built = dry_run.build_rank(settings, VOCABULARY, world_size, rank)
     torch.distributed.init_process_group(
         "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
     )
-    return dataclasses.asdict(share)
+    return dataclasses.asdict(built)
 
 
 def _real(recipe: str, world_size: int, flags: list[str]) -> dict[str, Any]:
-    """The same figures of a real rank, its optimizer's state made by a step."""
+    """Return the same values of a real rank, with optimizer state after a step."""
     runtime = divide(_settings(recipe, world_size, flags), torch.device("cpu"))
     trainer = build_trainer(_settings(recipe, world_size, flags), runtime, VOCABULARY)
     trainer.optimizer.step()
@@ -72,12 +72,12 @@ def _real(recipe: str, world_size: int, flags: list[str]) -> dict[str, Any]:
     ],
     ids=["ep2-zero1-bf16", "pp2-sgd", "uneven-pp2"],
 )
-def test_an_imagined_rank_holds_what_a_real_one_does(flags: list[str]) -> None:
+def test_a_dry_rank_equals_a_real_one(flags: list[str]) -> None:
     real = run_ranks(_real, 2, "tiny.yaml", 2, flags)
     for rank in range(2):
-        (share,) = run_ranks(_share, 1, "tiny.yaml", 2, rank, flags)
-        assert sum(share.pop("parameters").values()) == real[rank].pop("parameters")
-        assert share == real[rank]
+        (built,) = run_ranks(_built, 1, "tiny.yaml", 2, rank, flags)
+        assert sum(built.pop("parameters").values()) == real[rank].pop("parameters")
+        assert built == real[rank]
 
 
 @pytest.mark.parametrize(
@@ -90,8 +90,8 @@ def test_an_imagined_rank_holds_what_a_real_one_does(flags: list[str]) -> None:
     ],
     ids=["biases", "scales", "tp2-shared-bf16", "pp2-mtp"],
 )
-def test_muons_states_are_the_plans(ranks: int, flags: list[str]) -> None:
-    """One moment for matrices, two for what is none, though it may have two axes."""
+def test_muon_state_equals_the_plan(ranks: int, flags: list[str]) -> None:
+    """One moment for matrices, two for other parameters, even with two axes."""
     flags = [*flags, "--optimizer", "muon"]
     for rank, real in enumerate(run_ranks(_real, ranks, "tiny.yaml", ranks, flags)):
         settings = _settings("tiny.yaml", ranks, flags)
@@ -101,32 +101,32 @@ def test_muons_states_are_the_plans(ranks: int, flags: list[str]) -> None:
         assert real["parameters"] * (2 if settings.precision.bf16 else 4) == planned.parameters
 
 
-def test_a_large_layout_is_the_plans() -> None:
-    """OLMoE's widths on 256 ranks in every dimension that a CPU takes."""
+def test_a_large_layout_equals_the_plan() -> None:
+    """OLMoE's widths on 256 ranks in every dimension that a CPU supports."""
     flags = [
         *("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"),
         *("--expert-tensor-parallel-size", "1", "--moe-shared-expert-intermediate-size", "512"),
     ]
     rank, world_size = 157, 256
-    (share,) = run_ranks(_share, 1, "pretrain.yaml", world_size, rank, flags)
+    (built,) = run_ranks(_built, 1, "pretrain.yaml", world_size, rank, flags)
     settings = _settings("pretrain.yaml", world_size, flags)
     place = position(settings, world_size, rank)
     for name, at in dataclasses.asdict(place).items():
-        assert share["groups"][name.replace("_", " ")][at] == rank
+        assert built["groups"][name.replace("_", " ")][at] == rank
     planned = memory_per_rank(settings, VOCABULARY, world_size, place.pipeline).optimizer
-    assert share["optimizer_bytes"] == pytest.approx(planned, rel=0.05)  # shards differ a little
+    assert built["optimizer_bytes"] == pytest.approx(planned, rel=0.05)  # shards differ a little
 
 
 def _rendered() -> str:
     torch.distributed.destroy_process_group()
-    text = dry_run.render_share(_settings("tiny.yaml", 2, ["--bf16"]), VOCABULARY, 2, 1)
+    text = dry_run.render_rank(_settings("tiny.yaml", 2, ["--bf16"]), VOCABULARY, 2, 1)
     torch.distributed.init_process_group(
         "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
     )
     return text
 
 
-def test_what_is_printed() -> None:
+def test_printed_section() -> None:
     (text,) = run_ranks(_rendered, 1)
     title, *rows = text.splitlines()
     assert title == "rank 1 as built"
@@ -138,7 +138,7 @@ def test_what_is_printed() -> None:
     assert values["optimizer"].startswith(f"{12 * total:,} bytes")
 
 
-def test_build_belongs_to_a_dry_run() -> None:
+def test_build_requires_a_dry_run() -> None:
     with pytest.raises(ConfigError, match="--build needs --dry-run"):
         load(["--config", str(EXAMPLES / "tiny.yaml"), "--build"])
 
@@ -158,7 +158,7 @@ def test_the_entry_point_builds_a_rank_of_4096_in_little_memory() -> None:
 def _share_with_a_wrong_plan() -> None:
     wrong = build.RankParameters(dense=1, expert=2)
     build.per_chunk = lambda *_: wrong
-    _share("tiny.yaml", 2, 0, [])
+    _built("tiny.yaml", 2, 0, [])
 
 
 def test_a_difference_from_the_plan_is_an_error() -> None:

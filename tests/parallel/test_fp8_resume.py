@@ -1,4 +1,4 @@
-"""A run with delayed FP8 scaling goes on from the amaxes that it had."""
+"""A run with delayed FP8 scaling resumes with its amaxes."""
 
 from pathlib import Path
 

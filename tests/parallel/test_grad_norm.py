@@ -1,4 +1,4 @@
-"""The clipped norm is the whole gradient's: every parameter once, however it is cut or copied."""
+"""The gradient norm counts every parameter once, however it is sharded or replicated."""
 
 import math
 from pathlib import Path
@@ -30,7 +30,7 @@ def _loss(batch: Any, losses: torch.Tensor) -> Any:
 
 
 def _step(flags: list[str]) -> dict[str, Any]:
-    """What the optimizer says the norm is; gradients before and after it has clipped them."""
+    """Return the optimizer's norm, and gradients before and after clipping."""
     sizes = ["--seq-length", "16", "--num-layers", "2", "--micro-batch-size", "1"]
     sizes += ["--init-method-std", "0.3", "--clip-grad", str(CLIP)]
     settings = load(["--config", str(RECIPE), "--fp32", *sizes, *SHARED, *flags]).settings

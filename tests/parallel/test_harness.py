@@ -1,4 +1,4 @@
-"""The harness itself: results in order, and no silence when a rank fails, dies or hangs."""
+"""The harness: results in rank order, an error when a rank fails, dies or hangs."""
 
 import os
 import time

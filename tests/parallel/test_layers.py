@@ -9,7 +9,7 @@ from tests.parallel.steps import MOE, SAMPLES, SEQUENCE, Case, assert_same, run
 
 
 @pytest.fixture(scope="module")
-def alone() -> dict[str, Any]:
+def one_rank() -> dict[str, Any]:
     return run(1, Case())
 
 
@@ -36,7 +36,11 @@ ETP, VPP = "expert_tensor_parallel_size", "num_layers_per_virtual_pipeline_stage
         pytest.param(2, {PP: 2, VPP: 1}, {}, id="PP2 VPP2"),
         pytest.param(2, {PP: 2, LAYOUT: "Ett|t|t|L"}, {}, id="PP2 uneven VPP2"),
         pytest.param(
-            4, {PP: 4, LAYOUT: "E|ttt|t|L"}, {}, id="PP4 ends alone", marks=pytest.mark.slow
+            4,
+            {PP: 4, LAYOUT: "E|ttt|t|L"},
+            {},
+            id="PP4 ends without layers",
+            marks=pytest.mark.slow,
         ),
         pytest.param(4, {TP: 2, EP: 2, ETP: 2}, {}, id="TP2 EP2 ETP2", marks=pytest.mark.slow),
         pytest.param(4, {TP: 2, CP: 2, EP: 2, ETP: 1}, {}, id="TP2 CP2", marks=pytest.mark.slow),
@@ -44,10 +48,10 @@ ETP, VPP = "expert_tensor_parallel_size", "num_layers_per_virtual_pipeline_stage
     ],
 )
 def test_layout_equals_one_process(
-    alone: dict[str, Any], ranks: int, parallel: dict[str, Any], moe: dict[str, Any]
+    one_rank: dict[str, Any], ranks: int, parallel: dict[str, Any], moe: dict[str, Any]
 ) -> None:
-    result = run(ranks, Case(parallel, moe), alone["weights"])
-    assert_same(result, alone)
+    result = run(ranks, Case(parallel, moe), one_rank["weights"])
+    assert_same(result, one_rank)
     assert int(result["chosen"].sum()) == 3 * SAMPLES * SEQUENCE * MOE["moe_router_topk"]
 
 
@@ -62,7 +66,7 @@ def test_capacity_drops_are_counted() -> None:
 
 @pytest.mark.parametrize("policy", ["probs", "position"])
 def test_padding_to_capacity_changes_nothing(policy: str) -> None:
-    """5 slots: 0.5 x 16 / 8 would be 1. Sequences are micro-batches, so that ranks cut alike."""
+    """5 slots: 0.5 x 16 / 8 would be 1. Sequences are micro-batches, so that ranks drop equally."""
     moe = {
         "moe_expert_capacity_factor": 0.5,
         "moe_capacity_includes_topk": False,

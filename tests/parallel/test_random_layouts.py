@@ -1,6 +1,6 @@
-"""What our checks accept trains as one process does; what they refuse they explain.
+"""Accepted settings train as on one process; rejected ones are explained.
 
-A draw is a function of its seed: any block of seeds, and any one of them, can be run again alone.
+A draw is a function of its seed: any block of seeds, or a single one, can be rerun.
 """
 
 from collections import Counter, defaultdict
@@ -26,30 +26,30 @@ def test_most_draws_are_accepted_and_all_others_explained() -> None:
         assert "--" in problem and len(problem) < 400 and "\n" not in problem, problem
 
 
-def test_what_is_accepted_has_every_router_and_every_way_to_cut_stages() -> None:
+def test_accepted_draws_have_every_router_and_every_way_to_split_stages() -> None:
     accepted = [one.settings for one in map(draw, range(DRAWS)) if not one.problems]
     routers = {chosen.moe.moe_router_type for chosen in accepted}
     assert routers == set(get_args(MoESettings.model_fields["moe_router_type"].annotation))
-    cuts = Counter(
+    splits = Counter(
         name
         for chosen in accepted
         for name, value in chosen.parallel
         if name.startswith(("decoder_", "account_", "pipeline_model_parallel_layout")) and value
     )
-    assert len(cuts) == 5 and min(cuts.values()) >= 3, cuts
+    assert len(splits) == 5 and min(splits.values()) >= 3, splits
 
 
 @pytest.mark.parallel_full
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("first", range(0, DRAWS, BLOCK))
-def test_what_is_accepted_trains_as_one_process_does(tmp_path: Path, first: int) -> None:
+def test_accepted_draws_train_as_on_one_process(tmp_path: Path, first: int) -> None:
     draws = {str(seed): draw(seed) for seed in range(first, first + BLOCK)}
     accepted = {name: one for name, one in draws.items() if not one.problems}
     counts = Counter(drawn=len(draws), refused=len(draws) - len(accepted))
-    alone = {
-        name: Run(one.alone, str(tmp_path / name), write=True) for name, one in accepted.items()
+    single = {
+        name: Run(one.one_rank, str(tmp_path / name), write=True) for name, one in accepted.items()
     }
-    references = dict(attempts(alone, 1))
+    references = dict(attempts(single, 1))
     by_ranks: dict[int, dict[str, Run]] = defaultdict(dict)
     for name, one in accepted.items():
         by_ranks[one.ranks][name] = Run(one.settings, str(tmp_path / name))

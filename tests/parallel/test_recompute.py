@@ -37,7 +37,7 @@ WAYS = [
 @pytest.mark.parametrize(
     ("ranks", "layout"),
     [
-        pytest.param(1, {}, id="alone"),
+        pytest.param(1, {}, id="one rank"),
         pytest.param(2, {PP: 2}, id="PP2"),
         pytest.param(2, {TP: 2, EP: 2, "expert_tensor_parallel_size": 1}, id="TP2 EP2"),
         pytest.param(4, {PP: 2, EP: 2}, id="PP2 EP2", marks=pytest.mark.slow),

@@ -1,8 +1,8 @@
-"""What our checks refuse fails, hangs or trains another model: nothing is refused for no reason.
+"""Rejected settings fail, hang or train another model: no rule is without reason.
 
-The checks stand between the command line and the settings; here the trainer is
-built from settings that they refuse. A draw that breaks one rule is evidence about that rule, one
-that breaks several about none.
+The checks are between the command line and the settings; here the trainer is
+built from settings that they reject. A draw that breaks one rule is evidence about this rule, one
+that breaks several is not used.
 """
 
 import re
@@ -21,21 +21,21 @@ from tests.parallel.random_runs import TOLERANCE, Attempt, attempts, title
 
 SEEDS, TIME_LIMIT_S = 2000, 60
 CLEARLY = Tolerance(loss=1e-4, grad_norm=1e-2, gradient=1e-2)
-"""What is between this and TOLERANCE is neither the same nor another model."""
+"""Differences between this and TOLERANCE are neither the same nor another model."""
 
 
 @dataclass(frozen=True)
 class Works:
-    """Why a rule may refuse what trains as one process does."""
+    """Reason for a rule that rejects settings which train as on one process."""
 
     reason: str
     instead: dict[str, Any] = field(default_factory=dict)
-    """What is left of the refused settings when the ignored one is not given; one process is asked
-    whether it trains the same."""
+    """The rejected settings without the ignored one; a run on one process checks
+    whether they train the same."""
 
 
 _IGNORED = "does nothing here"
-_TWO_WAYS = "says in two ways how stages are cut: one of them would be ignored"
+_TWO_WAYS = "specifies stages in two ways: one of them would be ignored"
 _OWN_SCORES = "weights are not of these scores, a balance loss would be"
 WORKS: dict[str, Works] = {
     r"--moe-router-topk-scaling-factor # is incompatible with --moe-router-type \w+": Works(
@@ -66,24 +66,24 @@ WORKS: dict[str, Works] = {
     ),
     r"--\S+ #( and --\S+ #)* are different ways to split stages": Works(_TWO_WAYS),
 }
-"""By rule, as `kind` words it. A rule that is not here must refuse nothing that works."""
+"""By rule, as `kind` names it. Any other rule must reject only settings that do not work."""
 
 HANGS = ("--recompute-modules mlp hangs with --add-bias-linear",)
-"""Rules against what never ends; any other run may be late because the machine is slow."""
+"""Rules against runs that hang; other runs may time out because the machine is slow."""
 
 
 def kind(problem: str) -> str:
-    """The rule that a problem tells of: its words without numbers, layouts and remedies."""
+    """Return the rule of a problem: its text without numbers, layouts and remedies."""
     return re.sub(r"E[tmL|]+|[0-9]+(\.[0-9]+)?", "#", re.split(": | \\(|, ", problem)[0])
 
 
 def exception(rule: str) -> Works | None:
-    """The first of WORKS that the rule fits."""
+    """Return the first entry of WORKS that matches the rule."""
     return next((works for words, works in WORKS.items() if re.fullmatch(words, rule)), None)
 
 
 def sample() -> dict[str, Draw]:
-    """By rule, the first draw that breaks it and no other."""
+    """Return, by rule, the first draw that breaks only this rule."""
     chosen: dict[str, Draw] = {}
     for seed in range(SEEDS):
         one = draw(seed)
@@ -93,7 +93,7 @@ def sample() -> dict[str, Draw]:
 
 
 def verdict(reference: Attempt, result: Attempt) -> tuple[str, str]:
-    """One word, and what it rests on."""
+    """Return a verdict and its basis."""
     if isinstance(reference, Result) and isinstance(result, Result):
         found = compare(reference, result)
         text = f"{found.loss:.1e} {found.grad_norm:.1e} {found.gradient:.1e} {found.parameter}"
@@ -119,22 +119,23 @@ def test_the_sample_breaks_every_rule_of_the_table_of_exceptions() -> None:
 
 
 def _alone(draws: dict[str, Draw], folder: Path) -> tuple[dict[str, Attempt], list[str]]:
-    """What one process does with each draw, and what should not be so."""
+    """Return the result of each draw on one process, and the unexpected ones."""
     runs = {
-        rule: Run(one.alone, str(folder / str(one.seed)), write=True) for rule, one in draws.items()
+        rule: Run(one.one_rank, str(folder / str(one.seed)), write=True)
+        for rule, one in draws.items()
     }
     without = {}
     for rule, one in draws.items():
         if (works := exception(rule)) and works.instead:
             plain = replace(one, values={**one.values, **works.instead})
-            without[rule] = Run(plain.alone, str(folder / str(one.seed)))
+            without[rule] = Run(plain.one_rank, str(folder / str(one.seed)))
     references, wrong = dict(attempts(runs, 1, TIME_LIMIT_S)), []
     for rule, result in attempts(without, 1, TIME_LIMIT_S):
         word, text = verdict(references[rule], result)
         print(f"{title(draws[rule])}: {rule}: ignored: {word}: {text}", flush=True)
         wrong += [f"{rule}: not ignored: {text}"] if word != "same" else []
     for rule, result in references.items():
-        accepted = not problems(draws[rule].alone, 1, device="cpu", te=False)
+        accepted = not problems(draws[rule].one_rank, 1, device="cpu", te=False)
         if accepted and not isinstance(result, Result):
             wrong.append(f"{title(draws[rule])}: accepted on one process, where it fails: {result}")
     return references, wrong
@@ -142,7 +143,7 @@ def _alone(draws: dict[str, Draw], folder: Path) -> tuple[dict[str, Attempt], li
 
 @pytest.mark.parallel_full
 @pytest.mark.timeout(1800)
-def test_what_is_refused_does_not_train_as_one_process_does(tmp_path: Path) -> None:
+def test_rejected_draws_do_not_train_as_on_one_process(tmp_path: Path) -> None:
     draws = sample()
     references, wrong = _alone(draws, tmp_path)
     by_ranks: dict[int, dict[str, Run]] = defaultdict(dict)
@@ -151,17 +152,17 @@ def test_what_is_refused_does_not_train_as_one_process_does(tmp_path: Path) -> N
         if isinstance(references[rule], Result):
             by_ranks[one.ranks][rule] = Run(one.settings, str(tmp_path / str(one.seed)))
         else:
-            counts["fails alone"] += 1
+            counts["fails on one rank"] += 1
             reason = str(references[rule]).strip().splitlines()[-1]
-            print(f"{title(one)}: {rule}: fails alone: {reason}", flush=True)
+            print(f"{title(one)}: {rule}: fails on one rank: {reason}", flush=True)
     for ranks, runs in by_ranks.items():
         for rule, result in attempts(runs, ranks, TIME_LIMIT_S):
             word, text = verdict(references[rule], result)
-            said = f"{title(draws[rule])}: {rule}: {word}: {text}"
-            print(said, flush=True)
+            line = f"{title(draws[rule])}: {rule}: {word}: {text}"
+            print(line, flush=True)
             counts[word] += 1
             allowed = {"same": exception(rule) is not None, "late": rule in HANGS, "unclear": False}
             if not allowed.get(word, True):
-                wrong.append(said)
+                wrong.append(line)
     print(dict(counts))
     assert not wrong, "\n".join(wrong)

@@ -1,4 +1,4 @@
-"""From one layout to another and back: the same bits, and training goes on as if nothing was."""
+"""From one layout to another and back: the same bits, and training continues unchanged."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ PAIRS = [
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize(("here", "there"), PAIRS)
 def test_there_and_back(tmp_path: Path, here: str, there: str, bf16: bool) -> None:
-    """bf16 has fp32 main parameters, which go along."""
+    """bf16 has fp32 main parameters, which are saved too."""
     groups: Groups = {
         "model": {"hidden_dropout": 0.0, "num_layers": 4},
         "training": {"train_iters": 3},

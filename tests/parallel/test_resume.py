@@ -1,4 +1,4 @@
-"""A resumed run is the uninterrupted one, and every layout loads what any other saved."""
+"""A resumed run equals the uninterrupted one, and every layout loads any other's checkpoint."""
 
 from pathlib import Path
 
@@ -90,10 +90,10 @@ MUON: Groups = {
 @pytest.mark.parametrize(
     ("groups", "moment"), [(ADAFACTOR, "exp_avg_sq_row"), (MUON, "momentum_buffer")]
 )
-def test_an_optimizer_of_ours_resumes_and_is_the_same_on_cut_matrices(
+def test_our_optimizers_resume_and_are_the_same_on_sharded_matrices(
     tmp_path: Path, groups: Groups, moment: str
 ) -> None:
-    """From one rank's first half, one rank and two tensor and expert ranks go on alike."""
+    """After a first half on one rank, one rank and two tensor and expert ranks continue equally."""
     half = {**groups, "training": {"exit_interval": 3}}
     run_ranks(_run_once, 1, "dp", half, {"save": str(tmp_path / "half")})
     for layout, ranks in (("dp", 1), ("tp2", 2), ("ep2", 2)):
@@ -147,8 +147,8 @@ def test_any_layout_loads_any_other(tmp_path: Path, writer: str, reader: str, bf
     assert again["grad_norm"] == pytest.approx(third["grad_norm"], rel=100 * tolerance)
 
 
-def test_stages_of_a_pipeline_know_token_ids_and_checkpoints_their_table(tmp_path: Path) -> None:
-    """Hash routing: another layout and another seed go on with the same experts for each id."""
+def test_pipeline_stages_get_token_ids_and_checkpoints_keep_the_hash_table(tmp_path: Path) -> None:
+    """Hash routing: another layout and another seed keep the experts of each id."""
     hashed: Groups = {
         "model": {"hidden_dropout": 0.0},
         "moe": {"moe_router_type": "hash", "moe_aux_loss_coeff": 0.0},
@@ -184,7 +184,7 @@ def test_precisions_load_each_other(tmp_path: Path) -> None:
 
 
 def test_sequential_and_grouped_experts_load_each_other(tmp_path: Path) -> None:
-    """One parameter for all experts of a rank, or one for each: the checkpoint is the same."""
+    """One parameter for all experts of a rank, or one per expert: the checkpoint is the same."""
     sequential: Groups = {"moe": {"moe_grouped_gemm": False}, "training": {"train_iters": 2}}
     grouped: Groups = {"moe": {"moe_grouped_gemm": True}, "training": {"train_iters": 2}}
     folders = [tmp_path / name for name in ("sequential", "grouped", "back")]
@@ -226,7 +226,7 @@ def _copies_of_the_embedding(groups: Groups) -> torch.Tensor:
 
 
 def test_muon_leaves_both_copies_of_the_embedding_to_adamw() -> None:
-    """The last stage looks words up for multi-token prediction; megatron-core marks only one."""
+    """The last stage has an embedding for multi-token prediction; megatron-core marks only one."""
     groups: Groups = {
         "model": {"mtp_num_layers": 1},
         "optimizer": {"optimizer": "muon"},

@@ -1,4 +1,4 @@
-"""What routers count and weigh in real training steps: whole numbers in bf16, masked losses."""
+"""Counts and weights of routers in real training steps: exact in bf16, with masked losses."""
 
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ def _routers(chunks: Any) -> list[Router]:
 
 
 def _count_steps(chosen: Any) -> list[dict[str, torch.Tensor]]:
-    """Train; for each step the choices int64 [L, E], and the biases [L, E] after it."""
+    """Train; return for each step the choices int64 [L, E], and the biases [L, E] after it."""
     with checkpoint_runs.parallel_of(chosen):
         loop = checkpoint_runs.start(chosen)
         routers, seen = _routers(loop.trainer.chunks), []
@@ -81,7 +81,7 @@ def _count_steps(chosen: Any) -> list[dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_biases_follow_the_counts_of_a_step(precision: str, tmp_path: Path) -> None:
-    """80 micro-batches of 16 tokens, 2 choices each: 640 an expert, where bf16 counts by fours."""
+    """80 micro-batches of 16 tokens, 2 choices each: 640 per expert, where bf16 steps by 4."""
     steps = _count_steps(_settings(precision, tmp_path / "run", 2))
     bias_LE = torch.zeros_like(steps[0]["bias"])
     for step in steps:
@@ -91,7 +91,7 @@ def test_biases_follow_the_counts_of_a_step(precision: str, tmp_path: Path) -> N
         bias_LE = bias_LE + 0.01 * (chosen_LE.double().mean(1, keepdim=True) - chosen_LE).sign()
         torch.testing.assert_close(step["bias"], bias_LE.float())
         assert step["bias"].dtype == torch.float32
-    assert torch.equal(steps[0]["previous"], steps[0]["chosen"])  # no bias led choices yet
+    assert torch.equal(steps[0]["previous"], steps[0]["chosen"])  # biases are still zero
     folder = checkpoint_runs.tensors(tmp_path / "run" / "step_0000002")
     held = [tensor for name, tensor in folder.items() if name.endswith("router.expert_bias")]
     assert held and all(tensor.dtype == torch.float32 for tensor in held)
@@ -105,7 +105,7 @@ def test_biases_follow_the_counts_of_a_step(precision: str, tmp_path: Path) -> N
 
 
 class _Masked:
-    """Mock samples of which sample n bears loss on its first 1 + 5 n mod S tokens alone."""
+    """Mock samples: sample n has a loss only on its first 1 + 5 n mod S tokens."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -124,7 +124,7 @@ class _Masked:
 
 
 def _masked_run(chosen: Any) -> dict[str, Any]:
-    """One step over masked samples: its figures, and tokens with loss as each router knows them."""
+    """Run one step over masked samples; return its metrics and the loss tokens of each router."""
     with checkpoint_runs.parallel_of(chosen):
         loop = checkpoint_runs.start(chosen)
         loop.streams = Streams(_Masked(loop.streams.training), None)  # type: ignore[arg-type]
@@ -154,17 +154,17 @@ def _save_one_step(folder: str) -> None:
     checkpoint_runs.run(_masked_settings({}, save=folder))
 
 
-def test_losses_of_routers_weigh_as_the_tokens_that_bear_a_loss(tmp_path: Path) -> None:
-    """In every layout the same step from the same weights; samples 4 to 7 are its micro-batches."""
+def test_router_losses_are_weighted_by_loss_tokens(tmp_path: Path) -> None:
+    """Every layout runs the same step from the same weights, on samples 4 to 7."""
     run_ranks(_save_one_step, 1, str(tmp_path))
     first = str(tmp_path / "step_0000001")
-    (alone,) = run_ranks(_masked_run, 1, _masked_settings({}, load=first))
-    assert alone["known"] == [1 + 5 * 7 % 16] * 4  # of the last sample
+    (one_rank,) = run_ranks(_masked_run, 1, _masked_settings({}, load=first))
+    assert one_rank["known"] == [1 + 5 * 7 % 16] * 4  # of the last sample
     for ranks, parallel in LAYOUTS.values():
         for rank, found in enumerate(
             run_ranks(_masked_run, ranks, _masked_settings(parallel, load=first))
         ):
             assert set(found["known"]) == {1 + 5 * 7 % 16}
             for name in ("lm_loss", "grad_norm", "aux_loss", "z_loss"):
-                expected = pytest.approx(alone[name], rel=2e-5)
+                expected = pytest.approx(one_rank[name], rel=2e-5)
                 assert found[name] == expected, (parallel, rank, name)

@@ -1,4 +1,4 @@
-"""Routing that looks at more than a rank's tokens, in several layouts against one process."""
+"""Routing that depends on tokens of several ranks, in layouts against one process."""
 
 import importlib.util
 from dataclasses import replace
@@ -48,7 +48,7 @@ ROUTINGS: dict[str, Case] = {
         },
         steps=2,
     ),
-    "first choices alone": Case(moe={"moe_aux_loss_first_choice_only": True}),
+    "first choices only": Case(moe={"moe_aux_loss_first_choice_only": True}),
     "jitter": Case(moe={"moe_input_jitter_eps": 0.1}, steps=2),
     "sigmoid, bias and groups": Case(
         moe={
@@ -131,10 +131,10 @@ def routing(request: pytest.FixtureRequest) -> tuple[Case, dict[str, Any]]:
 def test_routing_is_the_same_in_every_layout(
     routing: tuple[Case, dict[str, Any]], layout: str
 ) -> None:
-    case, alone = routing
+    case, one_rank = routing
     ranks, parallel = LAYOUTS[layout]
-    result = run(ranks, replace(case, parallel=parallel), alone["weights"])
-    assert_same(result, alone)
+    result = run(ranks, replace(case, parallel=parallel), one_rank["weights"])
+    assert_same(result, one_rank)
     if "moe_router_type" not in case.moe:
         limited = "moe_expert_capacity_factor" in case.moe
         assert (result["kept"].sum() < result["chosen"].sum()) == limited
@@ -149,14 +149,14 @@ def test_routing_is_the_same_in_every_layout(
         pytest.param("REINFORCE", 1, marks=pytest.mark.slow),
     ],
 )
-def test_recomputation_routes_alike(kind: str, ranks: int) -> None:
-    """Draws and token ids, in one process and in a pipeline that runs ahead and recomputes."""
+def test_recomputation_does_not_change_routing(kind: str, ranks: int) -> None:
+    """Random draws and token ids, on one process and in a pipeline that recomputes."""
     case = ROUTINGS[kind]
-    alone = run(1, case)
+    one_rank = run(1, case)
     recompute = {
         "recompute_granularity": "full",
         "recompute_method": "uniform",
         "recompute_num_layers": 1,
         "pipeline_model_parallel_size": ranks,
     }
-    assert_same(run(ranks, replace(case, parallel=recompute), alone["weights"]), alone)
+    assert_same(run(ranks, replace(case, parallel=recompute), one_rank["weights"]), one_rank)

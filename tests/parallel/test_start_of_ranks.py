@@ -1,4 +1,4 @@
-"""What several ranks say together: one start block, and the memory of the largest rank."""
+"""Output of several ranks: one start block, and the highest peak memory."""
 
 import contextlib
 import io
@@ -16,7 +16,7 @@ EXTRA_BYTES = 300 * 2**20
 
 
 def _train(folder: str, layout: str) -> dict[str, Any]:
-    """Three steps, the last rank with more memory in use."""
+    """Run three steps, the last rank with more memory in use."""
     printed = io.StringIO()
     chosen = settings(layout, checkpoint={"save": folder}, training={"train_iters": 3})
     with contextlib.redirect_stdout(printed), parallel_of(chosen):
@@ -28,8 +28,8 @@ def _train(folder: str, layout: str) -> dict[str, Any]:
     return {"printed": printed.getvalue(), "peak_memory_bytes": own}
 
 
-def test_one_rank_speaks_before_the_first_step_and_all_count(tmp_path: Path) -> None:
-    """On a pipeline, where the rank that speaks does not hold the loss."""
+def test_one_rank_prints_the_start_block_and_all_count(tmp_path: Path) -> None:
+    """On a pipeline, where the rank that prints does not hold the loss."""
     main, other = run_ranks(_train, 2, str(tmp_path), "pp2")
     assert other["printed"] == ""
     lines = main["printed"].splitlines()

@@ -13,7 +13,7 @@ from moetron.moe.checkpoint.position import Progress
 from moetron.moe.checkpoint.save_load import load_checkpoint, save_checkpoint
 from moetron.moe.config.command import load
 from moetron.moe.config.schema.settings import Settings
-from moetron.moe.monitoring.sinks import MACHINE_FIGURES, Row
+from moetron.moe.monitoring.sinks import MACHINE_METRICS, Row
 from moetron.moe.training.build_trainer import build_trainer
 from moetron.moe.training.evaluate import evaluate
 from moetron.moe.training.loop import Loop
@@ -30,7 +30,7 @@ SMALL_BUCKETS = ["--ddp-bucket-size", "20000"]
 
 
 class _Rows:
-    """A sink that keeps everything."""
+    """Sink that keeps everything."""
 
     closed = False
 
@@ -39,7 +39,7 @@ class _Rows:
         self.validations: list[Row] = []
 
     def step(self, row: Row) -> None:
-        self.steps.append({key: value for key, value in row.items() if key not in MACHINE_FIGURES})
+        self.steps.append({key: value for key, value in row.items() if key not in MACHINE_METRICS})
 
     def validation(self, row: Row) -> None:
         self.validations.append(row)
@@ -72,7 +72,7 @@ def _train(
     save: bool = False,
     streams: Callable[[Settings], SampleStream] | None = None,
 ) -> dict[str, Any]:
-    """Train from ``weights`` (written first, if ``save``); what the main rank reported."""
+    """Train from ``weights`` (written first, if ``save``); return the main rank's metrics."""
     settings = _settings(flags)
     trainer = _trainer(settings)
     sources = _streams(settings) if streams is None else Streams(streams(settings), None)
@@ -92,7 +92,7 @@ def _train(
 
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
-    """(weights, report) of 20 steps on one rank."""
+    """Return (weights, metrics) of 20 steps on one rank."""
     weights = str(tmp_path_factory.mktemp("weights"))
     return weights, run_ranks(_train, 1, ["--train-iters", "20"], weights, True)[0]
 
@@ -122,7 +122,7 @@ def test_a_repeated_run_is_bit_identical(one_rank: tuple[str, dict[str, Any]]) -
     ids=["dp2-zero1-overlapped", "dp2-overlapped", "pp2-interleaved", "pp2-uneven", "dp2-means"],
 )
 def test_two_ranks_equal_one(one_rank: tuple[str, dict[str, Any]], layout: list[str]) -> None:
-    """Every step's loss to 1e-6, from the same weights, fp32; its other figures to 1e-4.
+    """Every step's loss to 1e-6, from the same weights, fp32; its other metrics to 1e-4.
 
     Layouts have tests of their own (test_layout_parity.py); here also of the validation loss.
     Without masked tokens the mean over tokens is the mean of micro-batch means.
@@ -141,7 +141,7 @@ def test_two_ranks_equal_one(one_rank: tuple[str, dict[str, Any]], layout: list[
 
 
 class _PrefixStream(MockStream):
-    """Mock samples of two sources and two objectives, each with a prefix that bears no loss."""
+    """Mock samples of two sources and two objectives, each with a prefix without loss."""
 
     def __init__(self, settings: Settings) -> None:
         assert settings.model.vocab_size is not None
@@ -162,7 +162,7 @@ def _train_parts(weights: str, flags: list[str]) -> list[Row]:
 def test_losses_by_source_and_objective_and_prefixes_equal_in_every_layout(
     one_rank: tuple[str, dict[str, Any]],
 ) -> None:
-    """Of four pipeline stages the two in between read samples for the mask alone."""
+    """The two inner ones of four pipeline stages read samples only for the mask."""
     weights, _ = one_rank
     prefix = ["--bidirectional-prefix"]
     causal, single = (run_ranks(_train_parts, 1, weights, flags)[0] for flags in ([], prefix))
@@ -199,7 +199,7 @@ def test_four_ranks_of_an_interleaved_pipeline_overlap_everything(
 
 
 def _stop(at_call: int) -> tuple[bool, int]:
-    """(whether stopped early, steps taken) of a run of 3 steps, asked to stop in one of them."""
+    """Return (stopped early, steps done) of a run of 3 steps with a stop request in one of them."""
     settings = _settings(["--train-iters", "3", "--lr-warmup-iters", "0"])
     streams = Streams(_streams(settings).training, None)
     calls = itertools.count(1)
@@ -207,7 +207,7 @@ def _stop(at_call: int) -> tuple[bool, int]:
     return loop.run(lambda: next(calls) == at_call), loop.progress.step
 
 
-def test_a_wish_to_stop_counts_at_the_step_boundary_unless_it_is_the_last() -> None:
+def test_a_stop_request_applies_at_the_step_boundary_unless_it_is_the_last() -> None:
     assert run_ranks(_stop, 1, 2)[0] == (True, 2)
     assert run_ranks(_stop, 1, 3)[0] == (False, 3)
 
@@ -242,13 +242,13 @@ def _evaluate_twice() -> tuple[float, float]:
     return losses
 
 
-def test_evaluation_drops_nothing_out() -> None:
+def test_evaluation_has_no_dropout() -> None:
     first, second = run_ranks(_evaluate_twice, 1)[0]
     assert first == second
 
 
 def _weight_decays(flags: list[str]) -> dict[str, list[float]]:
-    """Weight decay of vectors and of matrices, every value that occurs."""
+    """Return the distinct weight decays of vectors and of matrices."""
     optimizer = _trainer(_settings(flags)).optimizer
     found: dict[str, set[float]] = {"vectors": set(), "matrices": set()}
     for group in optimizer.param_groups:
@@ -257,7 +257,7 @@ def _weight_decays(flags: list[str]) -> dict[str, list[float]]:
     return {kind: sorted(values) for kind, values in found.items()}
 
 
-def test_weight_decay_spares_vectors_unless_told_otherwise() -> None:
+def test_weight_decay_exempts_vectors_by_default() -> None:
     spared = run_ranks(_weight_decays, 1, ["--no-decay-norms-and-biases"])[0]
     assert spared == {"vectors": [0.0], "matrices": [0.1]}
     assert run_ranks(_weight_decays, 1, [])[0] == {"vectors": [0.1], "matrices": [0.1]}
@@ -287,10 +287,10 @@ def _spoil_gradient_and_step() -> dict[str, Any]:
     except NotFiniteError as error:
         same = [torch.equal(old, new) for old, new in zip(before, parameters, strict=True)]
         return {"message": str(error), "same": all(same)}
-    raise AssertionError("an infinite gradient was not noticed")
+    raise AssertionError("an infinite gradient was not detected")
 
 
-def test_weights_stay_where_a_gradient_is_not_finite() -> None:
+def test_weights_are_unchanged_if_a_gradient_is_not_finite() -> None:
     (found,) = run_ranks(_spoil_gradient_and_step, 1)
     assert "gradient norm" in found["message"]
     assert found["same"]

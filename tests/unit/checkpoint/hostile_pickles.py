@@ -20,18 +20,18 @@ _TAIL = b"."
 
 
 def text(value: str) -> bytes:
-    """Opcode that pushes a string."""
+    """Return the opcode that pushes a string."""
     data = value.encode()
     return b"X" + struct.pack("<I", len(data)) + data
 
 
 def stack_global(module: str, name: str) -> bytes:
-    """Opcodes that push ``module.name``, dots in the name followed (protocol 4)."""
+    """Return opcodes that push ``module.name``; dots in the name are followed (protocol 4)."""
     return text(module) + text(name) + b"\x93"
 
 
 def call(function: bytes, *arguments: bytes) -> bytes:
-    """Opcodes that push the result of a call."""
+    """Return opcodes that push the result of a call."""
     return function + b"(" + b"".join(arguments) + b"t" + b"R"
 
 
@@ -74,13 +74,13 @@ def _new_object(opcode: bytes) -> bytes:
 
 
 def _built(state: bytes) -> bytes:
-    """BUILD with ``state`` on a class of the list, then a call of it."""
+    """Return BUILD with ``state`` on a listed class, then a call of it."""
     kind = stack_global(_METADATA, "Metadata")
     return _program(kind + b"\x94" + state + b"b" + b"0" + b"h\x00" + b")R")
 
 
 def hostile() -> dict[str, bytes]:
-    """All of them, as bytes of a pickle."""
+    """Return all hostile pickles by kind."""
     system = stack_global("os", "system")
     plain: dict[str, bytes] = {
         "reduce os.system": pickle.dumps(_Reduced(os.system, COMMAND), protocol=2),
@@ -125,7 +125,7 @@ def hostile() -> dict[str, bytes]:
 
 
 def hostile_layer_states() -> dict[str, bytes]:
-    """Pickles in place of the FP8 state of a layer."""
+    """Return hostile pickles in place of a layer's FP8 state."""
     inner = io.BytesIO()
     torch.save(_Reduced(os.system, COMMAND), inner)
     nested = call(
@@ -140,5 +140,5 @@ def hostile_layer_states() -> dict[str, bytes]:
 
 
 def pwned(folder: Path) -> bool:
-    """Whether one of them ran."""
+    """Return whether one of them ran."""
     return (folder / "pwned").exists()

@@ -1,4 +1,4 @@
-"""What a save says: where, how large, how long; in the background also that it has begun."""
+"""Console lines of a save: folder, size, time; in the background also its start."""
 
 import re
 import sys
@@ -13,7 +13,7 @@ SAVED = r"step (\d) \| saved (\S+) \(([\d.]+) MB in \d+\.\d s\)"
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_every_save_is_told_once(
+def test_every_save_prints_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], background: bool
 ) -> None:
     checkpoint = {"save": str(tmp_path), "save_interval": 2, "async_save": background}
@@ -21,19 +21,19 @@ def test_every_save_is_told_once(
     with parallel_of(chosen):
         start(chosen).run(lambda: False)
     lines = capsys.readouterr().out.splitlines()
-    told = [match.groups() for line in lines if (match := re.fullmatch(SAVED, line))]
+    saves = [match.groups() for line in lines if (match := re.fullmatch(SAVED, line))]
     folders = [checkpoint_folder.step_folder(tmp_path, step) for step in (2, 4)]
-    assert [(step, folder) for step, folder, _ in told] == [
+    assert [(step, folder) for step, folder, _ in saves] == [
         (step, str(folder)) for step, folder in zip("24", folders, strict=True)
     ]
-    for folder, (*_, megabytes) in zip(folders, told, strict=True):
+    for folder, (*_, megabytes) in zip(folders, saves, strict=True):
         size = sum(path.stat().st_size for path in folder.iterdir())
         assert float(megabytes) == pytest.approx(size / 1e6, abs=0.051)
     begun = [line.split(" in the background")[0] for line in lines if "in the background" in line]
     assert begun == [f"step {n} | saving a checkpoint" for n in "24" if background]
 
 
-def test_a_progress_bar_is_not_torn(
+def test_a_progress_bar_stays_intact(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for stream in (sys.stdout, sys.stderr):

@@ -1,4 +1,4 @@
-"""Which settings a checkpoint may be loaded with."""
+"""Compatibility of a checkpoint with the settings that load it."""
 
 from typing import Any
 
@@ -35,10 +35,10 @@ FREE = {
     *("moe_token_drop_policy", "moe_token_dispatcher_type", "moe_grouped_gemm"),
     *("moe_router_init_method_std", "moe_shared_expert_overlap"),
 }
-"""Settings of the model that may change half-way: how it begins, trains, drops and computes."""
+"""Model settings that may change at a resume: initialisation, training, drops, kernels."""
 
 
-def test_every_setting_of_the_model_is_held_or_free() -> None:
+def test_every_setting_of_the_model_is_fixed_or_free() -> None:
     held = {(group, name) for part in (SHAPE, FUNCTION) for group in part for name in part[group]}
     held.add(("model", "vocab_size"))  # vocabulary.py's
     groups = ("model", "attention", "moe")
@@ -79,7 +79,7 @@ def test_all_differences_at_once() -> None:
 
 @pytest.mark.parametrize("finetune", [False, True])
 def test_another_vocabulary_does_not_fit(finetune: bool) -> None:
-    """Nor may it grow in fine-tuning: megatron-core would add rows of zeros without a word."""
+    """Nor may it grow in fine-tuning: megatron-core would silently add rows of zeros."""
     saved = record(settings(model={"vocab_size": 90}))
     grown = settings(model={"vocab_size": 200}, checkpoint={"finetune": finetune})
     [problem] = differences(saved, grown, STREAM)
@@ -92,7 +92,7 @@ def test_another_vocabulary_does_not_fit(finetune: bool) -> None:
     assert differences(saved, padded_otherwise, STREAM, embedding_rows=128) == []
 
 
-def test_what_a_run_may_change_half_way() -> None:
+def test_settings_that_may_change_at_a_resume() -> None:
     changed = settings(
         parallel={"tensor_model_parallel_size": 2},
         training={"global_batch_size": 16, "train_iters": 99},
@@ -102,7 +102,7 @@ def test_what_a_run_may_change_half_way() -> None:
     assert differences(record(settings()), changed, STREAM) == []
 
 
-def test_the_optimizer_fits_unless_it_is_left_out() -> None:
+def test_the_optimizer_must_fit_if_it_is_loaded() -> None:
     saved = record(settings(optimizer={"optimizer": "sgd"}))
     [problem] = differences(saved, settings(), STREAM)
     assert "--optimizer adam: the checkpoint has sgd" in problem
@@ -111,14 +111,14 @@ def test_the_optimizer_fits_unless_it_is_left_out() -> None:
         assert differences(saved, loading, STREAM) == []
 
 
-def test_routing_may_change_in_finetuning_alone() -> None:
+def test_routing_may_change_only_in_finetuning() -> None:
     saved, changed = record(settings()), {"moe": {"moe_router_topk": 1}}
     assert "--moe-router-topk 1" in differences(saved, settings(**changed), STREAM)[0]
     finetune = settings(**changed, checkpoint={"finetune": True})
     assert differences(saved, finetune, STREAM) == []
 
 
-def test_a_setting_that_an_old_checkpoint_did_not_know_is_no_difference() -> None:
+def test_a_setting_missing_in_an_old_checkpoint_is_no_difference() -> None:
     saved = record(settings())
     del saved.settings["moe"]
     del saved.settings["model"]["swiglu"]

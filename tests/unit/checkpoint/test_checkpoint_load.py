@@ -1,4 +1,4 @@
-"""What a load takes from a checkpoint, what it leaves out, and what it refuses. On one rank."""
+"""Parts that a load restores, omits and rejects, on one rank."""
 
 import json
 import pickle
@@ -30,7 +30,7 @@ from tests.parallel.checkpoint_runs import VOCABULARY, parallel_of, settings, st
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bf16 run that was saved at step 2."""
+    """Save a bf16 run at step 2."""
     folder = tmp_path_factory.mktemp("saved")
     chosen = bf16(save=str(folder), training={"train_iters": 2})
     with parallel_of(chosen):
@@ -44,7 +44,7 @@ def bf16(training: dict[str, Any] | None = None, **checkpoint: Any) -> Any:
 
 
 @pytest.fixture
-def alone() -> Iterator[None]:
+def single_rank() -> Iterator[None]:
     with parallel_of(bf16()):
         yield
 
@@ -62,8 +62,8 @@ def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.usefixtures("alone")
-def test_what_each_option_takes(saved: Path) -> None:
+@pytest.mark.usefixtures("single_rank")
+def test_parts_that_each_option_loads(saved: Path) -> None:
     path = str(saved)
     resumed = start(bf16(load=path))
     assert resumed.progress == Progress(2, 8, 128)
@@ -87,11 +87,11 @@ def _draws() -> list[Any]:
     return [tracked, plain, random.random(), random.gauss(0, 1), np.random.rand(3).tolist()]
 
 
-@pytest.mark.usefixtures("alone")
-def test_random_numbers_go_on(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("single_rank")
+def test_random_numbers_continue(tmp_path: Path) -> None:
     chosen = bf16(load=str(tmp_path), save=str(tmp_path))
     loop = start(chosen)
-    _draws()  # its gauss leaves a second number for the next call
+    _draws()  # its gauss caches a second number for the next call
     trainer = loop.trainer
     save_checkpoint(tmp_path, Progress(1), trainer.chunks, trainer.optimizer, chosen, {})
     expected = _draws()
@@ -101,8 +101,8 @@ def test_random_numbers_go_on(tmp_path: Path) -> None:
     assert _draws() != expected
 
 
-@pytest.mark.usefixtures("alone")
-def test_another_layout_gets_random_numbers_of_its_own(
+@pytest.mark.usefixtures("single_rank")
+def test_another_layout_gets_other_random_numbers(
     saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     copy = _edited(saved, tmp_path, lambda record: record["layout"].update(world_size=2))
@@ -114,7 +114,7 @@ def test_another_layout_gets_random_numbers_of_its_own(
 
 
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let states look as a GPU's do: one for the default generator, trackers of 16 bytes."""
+    """Make states look like a GPU's: one for the default generator, trackers of 16 bytes."""
     on_cpu = rng._states
 
     def on_gpu() -> dict[str, torch.Tensor]:
@@ -132,7 +132,7 @@ def _without(*names: str) -> Any:
     return lambda: {name: state for name, state in states().items() if name not in names}
 
 
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("single_rank")
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
@@ -142,14 +142,14 @@ def _without(*names: str) -> Any:
         ("numpy", "the checkpoint holds no rng.numpy"),
     ],
 )
-def test_states_that_mean_nothing_here_are_drawn_from_the_seed(
+def test_states_of_another_device_are_replaced_from_the_seed(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     kind: str,
     reason: str,
 ) -> None:
-    """A resume needs no --no-load-rng, is reproducible, and says what it did in one line."""
+    """A resume needs no --no-load-rng, is reproducible, and logs one line."""
     chosen = bf16(load=str(tmp_path), save=str(tmp_path))
     trainer = start(chosen).trainer
     random.seed(99)
@@ -171,15 +171,15 @@ def test_states_that_mean_nothing_here_are_drawn_from_the_seed(
                 _as_on_a_gpu(loading)
             caplog.clear()
             assert start(again).progress.step == 1
-        told = [record.getMessage() for record in caplog.records if "random" in record.message]
-        assert told == [f"{reason}: random numbers are seeded anew from seed and step 1"]
-        assert random.random() == host  # the host's own goes on
+        warned = [record.getMessage() for record in caplog.records if "random" in record.message]
+        assert warned == [f"{reason}: random numbers are reseeded from seed and step 1"]
+        assert random.random() == host  # the host's own state continues
         found.append(_draws()[:2])
     assert found[0] == found[1] != found[2]
 
 
 def _edited(saved: Path, tmp_path: Path, change: Any) -> Path:
-    """A copy of a checkpoint, by links, with a changed record."""
+    """Copy a checkpoint by links, with a changed record."""
     folder = tmp_path / "step_0000002"
     folder.mkdir()
     for file in (saved / folder.name).iterdir():
@@ -192,9 +192,9 @@ def _edited(saved: Path, tmp_path: Path, change: Any) -> Path:
     return folder
 
 
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("single_rank")
 def test_an_absent_moment_is_named(saved: Path, tmp_path: Path) -> None:
-    """As if the checkpoint had been written by an optimizer that kept other moments."""
+    """The checkpoint is that of an optimizer with other moments."""
     sgd = {"optimizer": {"optimizer": "sgd"}}
     copy = _edited(saved, tmp_path, lambda record: record["settings"].update(**sgd))
     chosen = settings("dp", precision={"bf16": True}, checkpoint={"load": str(copy)}, **sgd)
@@ -202,10 +202,10 @@ def test_an_absent_moment_is_named(saved: Path, tmp_path: Path) -> None:
         start(chosen)
 
 
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("single_rank")
 @pytest.mark.parametrize("kind", ["", "optimizer.state.exp_avg.", "optimizer.state.fp32_param."])
-def test_a_tensor_that_was_taken_out_is_missed(saved: Path, tmp_path: Path, kind: str) -> None:
-    """From the index, so that nothing but its absence gives it away."""
+def test_a_removed_tensor_is_detected(saved: Path, tmp_path: Path, kind: str) -> None:
+    """Removed from the index, so that only its absence shows."""
     key = f"{kind}decoder.final_layernorm.weight"
     copy = _edited(saved, tmp_path, lambda record: record.update(files={}))
     index = FileSystemReader(copy).read_metadata()
@@ -220,8 +220,8 @@ def test_a_tensor_that_was_taken_out_is_missed(saved: Path, tmp_path: Path, kind
         start(bf16(load=str(copy)))
 
 
-@pytest.mark.usefixtures("alone")
-def test_a_parameter_of_another_shape_is_refused(saved: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("single_rank")
+def test_a_parameter_of_another_shape_is_rejected(saved: Path, tmp_path: Path) -> None:
     model = {"hidden_size": 32}
     copy = _edited(saved, tmp_path, lambda record: record["settings"]["model"].update(model))
     chosen = settings("dp", precision={"bf16": True}, checkpoint={"load": str(copy)}, model=model)
@@ -229,9 +229,9 @@ def test_a_parameter_of_another_shape_is_refused(saved: Path, tmp_path: Path) ->
         start(chosen)
 
 
-@pytest.mark.usefixtures("alone")
-def test_an_embedding_of_another_height_is_refused(saved: Path, tmp_path: Path) -> None:
-    """As if an older version had written it, whose record does not tell the vocabulary's size."""
+@pytest.mark.usefixtures("single_rank")
+def test_an_embedding_with_other_rows_is_rejected(saved: Path, tmp_path: Path) -> None:
+    """The record is that of an older version, without the vocabulary's size."""
 
     def forget(record: Any) -> None:
         record["settings"]["model"]["vocab_size"] = None
@@ -250,9 +250,9 @@ def test_an_embedding_of_another_height_is_refused(saved: Path, tmp_path: Path) 
         load_weights(copy, chunks, 200)
 
 
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("single_rank")
 @pytest.mark.parametrize("what", ["weights", "moments"])
-def test_nan_is_never_loaded_in_silence(tmp_path: Path, what: str) -> None:
+def test_nan_is_never_loaded_silently(tmp_path: Path, what: str) -> None:
     loop = start(bf16())
     loop.run(lambda: True)
     trainer = loop.trainer
@@ -262,16 +262,16 @@ def test_nan_is_never_loaded_in_silence(tmp_path: Path, what: str) -> None:
         [*_, state] = leaves(trainer.optimizer)[-1].optimizer.state.values()
         state["exp_avg"].view(-1)[-1] = torch.nan
     save_checkpoint(tmp_path, Progress(1), trainer.chunks, trainer.optimizer, bf16(), {})
-    with pytest.raises(UserError, match="1 tensors hold NaN or were never written"):
+    with pytest.raises(UserError, match="1 tensors hold NaN or were not fully written"):
         start(bf16(load=str(tmp_path)))
 
 
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("single_rank")
 @pytest.mark.parametrize("name", ["final_layernorm", "exp_avg_sq", "fp32_param"])
-def test_what_was_never_written_is_not_loaded(
+def test_unread_tensors_are_detected(
     saved: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """As if the reader passed one tensor over."""
+    """The reader skips one tensor."""
     read = checkpoint.load_tensors
 
     def skip_one(request: Any, folder: Path) -> Any:
@@ -284,11 +284,11 @@ def test_what_was_never_written_is_not_loaded(
         return loaded
 
     monkeypatch.setattr(checkpoint, "load_tensors", skip_one)
-    with pytest.raises(UserError, match=f"1 tensors hold NaN or were never written.*{name}"):
+    with pytest.raises(UserError, match=f"1 tensors hold NaN or were not fully written.*{name}"):
         start(bf16(load=str(saved)))
 
 
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("single_rank")
 def test_a_flipped_bit_of_any_file_is_found(saved: Path, tmp_path: Path) -> None:
     files = sorted(path.name for path in (saved / "step_0000002").iterdir())
     assert {".metadata", "__0_0.distcp", "common.pt", "run.json", "settings.yaml", SUMS} < {*files}
@@ -303,11 +303,11 @@ def test_a_flipped_bit_of_any_file_is_found(saved: Path, tmp_path: Path) -> None
             start(bf16(load=str(folder)))
 
 
-@pytest.mark.usefixtures("alone")
-def test_states_that_layers_keep_beside_tensors(
+@pytest.mark.usefixtures("single_rank")
+def test_extra_states_of_layers(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As Transformer Engine's layers do with FP8: bytes, empty before the first step."""
+    """As in Transformer Engine's layers with FP8: bytes, empty before the first step."""
     nothing = torch.empty(0, dtype=torch.uint8)
     layer = RowParallelLinear
     monkeypatch.setattr(layer, "get_extra_state", lambda self: vars(self).get("amaxes", nothing))
@@ -336,8 +336,8 @@ def test_states_that_layers_keep_beside_tensors(
     assert [vars(part).get("amaxes") for part in without] == [None] * len(found)
 
 
-@pytest.mark.usefixtures("alone")
-def test_weights_alone(saved: Path) -> None:
+@pytest.mark.usefixtures("single_rank")
+def test_load_only_weights(saved: Path) -> None:
     resumed, other = start(bf16(load=str(saved))), start(bf16(training={"seed": 5}))
     assert not same(weights(resumed), weights(other))
     load_weights(saved, other.trainer.chunks, VOCABULARY)

@@ -1,4 +1,4 @@
-"""The arithmetic of flat shards."""
+"""Arithmetic of flat shards."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -31,10 +31,10 @@ def _spans(ranks: int, shard: int, bucket_start: int, start: int, end: int) -> l
     bucket_start=st.integers(0, 9),
     data=st.data(),
 )
-def test_spans_cut_a_parameter_where_the_buffer_is_cut(
+def test_spans_split_a_parameter_at_shard_boundaries(
     ranks: int, shard: int, bucket_start: int, data: st.DataObject
 ) -> None:
-    """Against an element-wise count: element i of the buffer is rank i // shard's."""
+    """Against an element-wise count: element i of the buffer belongs to rank i // shard."""
     start = data.draw(st.integers(0, ranks * shard - 1))
     end = data.draw(st.integers(start + 1, ranks * shard))
     owner = [place // shard for place in range(start, end)]
@@ -47,6 +47,6 @@ def test_spans_cut_a_parameter_where_the_buffer_is_cut(
 
 
 def test_a_worked_example() -> None:
-    """Shards of 4; the parameter takes places 3 to 9: one element, then four, then two."""
+    """Shards of 4; the parameter has elements 3 to 9: one, then four, then two."""
     spans = _spans(3, 4, 100, 3, 10)
     assert [(span.start, span.end) for span in spans] == [(0, 1), (1, 5), (5, 7)]

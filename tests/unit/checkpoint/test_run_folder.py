@@ -1,4 +1,4 @@
-"""Which checkpoint counts, at any instant of writing one; and what is refused."""
+"""The latest checkpoint at any instant of a save; rejected checkpoints."""
 
 import contextlib
 import json
@@ -28,7 +28,7 @@ TENSORS = {"weight": torch.arange(6.0)}
 
 
 def write(run: Path, step: int, keep_last: int | None = None) -> Path:
-    """A whole save of one tensor, as checkpoint.py orders it."""
+    """Save one tensor in the order of save_load.py."""
     folder = step_folder(run, step)
     temporary = checkpoint_folder.prepare(folder)
     dcp.save(dict(TENSORS), checkpoint_id=temporary, no_dist=True)
@@ -60,7 +60,7 @@ def test_settings_of_another_version_are_named() -> None:
 
 
 class _Crash(BaseException):
-    """Stands for a power cut: nothing may catch it."""
+    """Power failure: nothing may catch it."""
 
 
 CRASH_POINTS = [
@@ -74,7 +74,7 @@ CRASH_POINTS = [
 
 
 def _crash_at(monkeypatch: pytest.MonkeyPatch, countdown: int) -> Callable[[], bool]:
-    """Crash before the ``countdown``-th of the calls that change the disk; did it?"""
+    """Crash before call ``countdown`` that changes the disk; return a function: did it crash?"""
     left = [countdown]
 
     def interrupt(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -91,8 +91,8 @@ def _crash_at(monkeypatch: pytest.MonkeyPatch, countdown: int) -> Callable[[], b
     return lambda: left[0] <= 0
 
 
-def test_a_crash_at_any_instant_leaves_a_checkpoint_to_go_on_from(tmp_path: Path) -> None:
-    """Crash before each change of the disk in turn; then go on, over what the crash left."""
+def test_a_crash_at_any_instant_leaves_a_checkpoint_to_resume_from(tmp_path: Path) -> None:
+    """Crash before each change of the disk in turn; then resume over the leftovers."""
     write(tmp_path / "before", 1)
     write(tmp_path / "before", 2)
     for countdown in range(1, 100):
@@ -144,7 +144,7 @@ def test_keep_last_keeps_the_last(tmp_path: Path) -> None:
     assert checkpoint_folder.saved_steps(tmp_path) == [9_999_999, 10_000_000]
 
 
-def test_without_latest_the_last_whole_checkpoint_counts(tmp_path: Path) -> None:
+def test_without_latest_the_last_complete_checkpoint_counts(tmp_path: Path) -> None:
     write(tmp_path, 1)
     write(tmp_path, 2)
     temporary_folder(step_folder(tmp_path, 3)).mkdir()
@@ -167,7 +167,7 @@ def _edit_record(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], N
 
 
 def _sign(record: str) -> Callable[[Path], None]:
-    """Another record, whose sum is listed: as if it had been written so."""
+    """Write another record with a correct sum."""
 
     def write(folder: Path) -> None:
         (folder / "run.json").write_text(record)
@@ -177,7 +177,7 @@ def _sign(record: str) -> Callable[[Path], None]:
 
 
 def _flip(name: str) -> Callable[[Path], None]:
-    """One bit of a file."""
+    """Flip one bit of a file."""
 
     def flip(folder: Path) -> None:
         contents = bytearray((folder / name).read_bytes())
@@ -215,14 +215,14 @@ def test_damage_is_named(tmp_path: Path, damage: Callable[[Path], None], message
 
 
 def test_a_flipped_bit_of_any_file_is_found(tmp_path: Path) -> None:
-    whole = write(tmp_path / "whole", 1)
-    sizes = checkpoint_folder.read_record(whole).files
-    assert checkpoint_folder.verify(whole) == sum(sizes.values())
-    files = sorted(path.name for path in whole.iterdir())
+    source = write(tmp_path / "source", 1)
+    sizes = checkpoint_folder.read_record(source).files
+    assert checkpoint_folder.verify(source) == sum(sizes.values())
+    files = sorted(path.name for path in source.iterdir())
     assert len(files) >= 4
     for number, name in enumerate(files):
-        folder = tmp_path / str(number) / whole.name
-        shutil.copytree(whole, folder)
+        folder = tmp_path / str(number) / source.name
+        shutil.copytree(source, folder)
         _flip(name)(folder)
         with pytest.raises(UserError, match=None if name == SUMS else re.escape(name)):
             checkpoint_folder.verify(folder)
@@ -247,10 +247,12 @@ def test_readers_divide_the_files_among_them(tmp_path: Path) -> None:
     assert found == 1
 
 
-def test_the_way_out_of_damage_is_a_way_out(tmp_path: Path) -> None:
+def test_the_remedy_for_damage_works(tmp_path: Path) -> None:
     write(tmp_path, 1)
     _flip(".metadata")(write(tmp_path, 2))
-    with pytest.raises(UserError, match="to go on from step_0000001, delete step_0000002") as error:
+    with pytest.raises(
+        UserError, match="to resume from step_0000001, delete step_0000002"
+    ) as error:
         checkpoint_folder.read(tmp_path)
     assert f"and `latest` in {tmp_path}" in str(error.value)
     shutil.rmtree(tmp_path / "step_0000002")

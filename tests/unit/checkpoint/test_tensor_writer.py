@@ -1,4 +1,4 @@
-"""A file that could not be written is never taken for a whole one."""
+"""A file that could not be written is never accepted as complete."""
 
 import threading
 from pathlib import Path
@@ -16,17 +16,17 @@ FULL = "[Errno 28] No space left on device"
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-@pytest.mark.parametrize("length", [9, 100_000])  # met at the end of a file, and inside it
+@pytest.mark.parametrize("length", [9, 100_000])  # error at the end of a file, and inside it
 @pytest.mark.parametrize("failing", ["helper", "main"])
-def test_what_any_thread_meets_ends_the_save(
+def test_an_error_of_any_thread_fails_the_save(
     failing: str, length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two files, a thread each: neither is opened before both threads have one to write."""
+    """Two files, one thread each: neither is opened before both threads have a file."""
     both = threading.Barrier(2, timeout=60)
     make = _SummingFile.__init__
 
     def one_is_full(self: _SummingFile, path: Path, failures: list[Exception]) -> None:
-        if Path(path).suffix == ".distcp":  # not the index, which comes last, from one thread
+        if Path(path).suffix == ".distcp":  # not the index, written last by one thread
             both.wait()
         is_main = threading.current_thread() is threading.main_thread()
         make(self, "/dev/full" if is_main == (failing == "main") else path, failures)
@@ -39,12 +39,12 @@ def test_what_any_thread_meets_ends_the_save(
         dcp.save(tensors, storage_writer=writer, no_dist=True)
     assert len(files.sums) < 2
     assert not (tmp_path / ".metadata").exists()
-    said = _readable(tmp_path, caught.value)
-    assert isinstance(said, RunError)
-    assert str(said).startswith(f"cannot write {tmp_path}: rank 0: {FULL}; ")
-    assert "\n" not in str(said)
+    error = _readable(tmp_path, caught.value)
+    assert isinstance(error, RunError)
+    assert str(error).startswith(f"cannot write {tmp_path}: rank 0: {FULL}; ")
+    assert "\n" not in str(error)
 
 
-def test_a_fault_of_ours_keeps_its_traceback() -> None:
-    said = _readable(Path("x"), CheckpointException("", {1: (KeyError("weight"), None)}))
-    assert not isinstance(said, RunError) and "RANK 1" in str(said)
+def test_a_bug_keeps_its_traceback() -> None:
+    error = _readable(Path("x"), CheckpointException("", {1: (KeyError("weight"), None)}))
+    assert not isinstance(error, RunError) and "RANK 1" in str(error)

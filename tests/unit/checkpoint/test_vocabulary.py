@@ -1,4 +1,4 @@
-"""Whether a checkpoint's vocabulary is the one that is to read it."""
+"""Check of a checkpoint's vocabulary against the model's."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from tests.unit.training.training_cases import settings
 
 
 def record(vocab_size: int | None, stream: dict[str, Any] | None = None, ranks: int = 1) -> Record:
-    """Of a run that padded to a multiple of 8 on each of ``ranks`` tensor-parallel ranks."""
+    """Return the record of a run padded to a multiple of 8 on each of ``ranks`` tensor ranks."""
     saved = settings(
         model={"vocab_size": vocab_size, "make_vocab_size_divisible_by": 8},
         parallel={"tensor_model_parallel_size": ranks},
@@ -22,7 +22,7 @@ def record(vocab_size: int | None, stream: dict[str, Any] | None = None, ranks: 
     return Record(Progress(), saved.model_dump(mode="json"), {}, stream or {}, {}, {})
 
 
-def test_ids_count_and_not_their_padding() -> None:
+def test_ids_are_compared_without_padding() -> None:
     for ranks, rows in ((1, 96), (2, 96), (4, 96), (8, 128)):
         assert vocabulary_problem(record(90, ranks=ranks), 90, rows) is None
         problem = vocabulary_problem(record(90, ranks=ranks), 91, rows)
@@ -31,20 +31,20 @@ def test_ids_count_and_not_their_padding() -> None:
         assert f"the checkpoint has 90 ({rows} rows)" in problem
 
 
-def test_the_remedy_is_what_the_run_had() -> None:
+def test_the_remedy_names_the_flags_of_the_run() -> None:
     problem = vocabulary_problem(record(90), 200)
     assert problem is not None
     assert problem.endswith("what its run had: --tokenizer-model pieces.model and --vocab-size 90")
 
 
-def test_mock_data_tell_the_size_where_settings_do_not() -> None:
+def test_mock_data_give_the_size_if_settings_do_not() -> None:
     old = record(None, {"mock": {"seed": 1, "vocab_size": 90}})
     assert saved_vocabulary(old) == 90
     assert vocabulary_problem(old, 90) is None
     assert "the checkpoint has 90 (96 rows)" in str(vocabulary_problem(old, 91))
 
 
-def test_rows_count_where_nothing_tells_the_size() -> None:
+def test_rows_are_compared_if_the_size_is_unknown() -> None:
     old = record(None, ranks=2)
     assert saved_vocabulary(old) is None
     assert vocabulary_problem(old, 90) is None, "nobody has looked at the tensors yet"
@@ -54,13 +54,13 @@ def test_rows_count_where_nothing_tells_the_size() -> None:
         assert "the checkpoint has 96 rows; give what its run had: --tokenizer-model" in problem
 
 
-def test_a_record_of_a_version_that_knew_fewer_settings() -> None:
+def test_a_record_of_a_version_with_fewer_settings() -> None:
     bare = Record(Progress(), {}, {}, {}, {}, {})
     assert vocabulary_problem(bare, 90) is None
     assert vocabulary_problem(bare, 90, rows=90) is None
 
 
-def test_a_tokenizer_may_know_fewer_ids_than_the_model() -> None:
+def test_a_tokenizer_may_have_fewer_ids_than_the_model() -> None:
     known, unknown = (settings(model={"vocab_size": size}) for size in (100, None))
     assert [vocabulary_of(Path("run"), known, ids) for ids in (100, 90, None)] == [100] * 3
     assert vocabulary_of(Path("run"), unknown, 90) == 90

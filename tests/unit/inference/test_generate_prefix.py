@@ -1,4 +1,4 @@
-"""Prompts and scores under the masks of training: models with --bidirectional-prefix."""
+"""Prompts and scores with the masks of training: models with --bidirectional-prefix."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from moetron.moe.config.bridge import transformer_config
 from moetron.moe.inference.generation import GrowingSequence, continuation
 from moetron.moe.inference.sampling import Sampling
 from moetron.moe.inference.scoring import score
-from moetron.moe.layers.attention import SdpaAttention, narrower, prefix_mask
+from moetron.moe.layers.attention import SdpaAttention, prefix_mask, shorten_prefix
 from moetron.moe.layers.build_model import build_model
 from moetron.moe.layers.language_model import LanguageModel
 from tests.parallel.harness import model_parallel
@@ -44,7 +44,7 @@ def _model(bidirectional: bool = True, **groups: dict[str, Any]) -> LanguageMode
 
 
 def _as_in_training(model: LanguageModel, tokens: list[int], prefix: int) -> torch.Tensor:
-    """Logits [V] of the token after ``tokens``, under the mask of a training step."""
+    """Return the logits [V] after ``tokens``, with the mask of a training step."""
     mask = prefix_mask(torch.tensor([prefix]), len(tokens))
     with torch.no_grad():
         return model(torch.tensor([tokens]), torch.arange(len(tokens))[None], mask)[0, -1]
@@ -52,8 +52,8 @@ def _as_in_training(model: LanguageModel, tokens: list[int], prefix: int) -> tor
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cached", [True, False])
-def test_a_prompt_sees_what_training_saw(kind: str, cached: bool) -> None:
-    """The prompt, what follows it, and windows that have forgotten half of what they held."""
+def test_a_prompt_has_the_mask_of_training(kind: str, cached: bool) -> None:
+    """The prompt, its continuation, and windows that dropped half of their tokens."""
     with model_parallel():
         model = _model(**{group: dict(fields) for group, fields in KINDS[kind].items()})
         sequence = GrowingSequence(model, cached, prefix=8)
@@ -65,7 +65,7 @@ def test_a_prompt_sees_what_training_saw(kind: str, cached: bool) -> None:
                 window, prefix = window[forgotten:], prefix - forgotten
             found = sequence.extend(piece)
             assert_close(found, _as_in_training(model, window, prefix), atol=1e-5, rtol=0)
-        assert prefix == 1  # of the window of tokens 7 to 14: one that was given
+        assert prefix == 1  # of the window of tokens 7 to 14: one prompt token
 
 
 def test_a_long_prompt_keeps_its_end() -> None:
@@ -89,8 +89,8 @@ def test_a_prompt_of_one_token_is_causal() -> None:
                 assert_close(logits_V, expected, atol=1e-5, rtol=0)
 
 
-def test_continuation_reads_its_prompt_both_ways_on_request() -> None:
-    """Greedy text under both masks, against logits of the whole sequence."""
+def test_continuation_with_and_without_a_bidirectional_prompt() -> None:
+    """Greedy text with both masks, against logits of the full sequence."""
     with model_parallel():
         model = _model()
         for both_ways in (True, False):
@@ -106,27 +106,27 @@ def test_continuation_reads_its_prompt_both_ways_on_request() -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_scores_see_what_training_saw(batch_size: int) -> None:
+def test_scores_have_the_mask_of_training(batch_size: int) -> None:
     pairs = [(TOKENS[:5], TOKENS[5:8]), (TOKENS[:1], TOKENS[1:9]), (TOKENS[:15], TOKENS[15:18])]
     with model_parallel():
         model = _model()
         for both_ways in (True, False):
             found = score(model, pairs, batch_size, both_ways)
             for one, (context, target) in zip(found, pairs, strict=True):
-                whole = [*context, *target][-13:]
-                prefix = len(whole) - len(target) if both_ways else 0
+                full = [*context, *target][-13:]
+                prefix = len(full) - len(target) if both_ways else 0
                 total = 0.0
-                for place in range(len(whole) - len(target), len(whole)):
-                    logits_V = _as_in_training(model, whole[:place], prefix)
-                    total += float(logits_V.log_softmax(0)[whole[place]])
+                for place in range(len(full) - len(target), len(full)):
+                    logits_V = _as_in_training(model, full[:place], prefix)
+                    total += float(logits_V.log_softmax(0)[full[place]])
                 assert one.log_likelihood == pytest.approx(total, abs=1e-4)
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_attention_of_transformer_engine_gets_the_masks_that_it_needs(
+def test_transformer_engine_attention_gets_its_masks(
     cached: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stand-in with its rule: `arbitrary` needs a mask of [queries, keys], `no_mask` reads none.
+    """Fake with its rule: `arbitrary` needs a mask of [queries, keys], `no_mask` reads none.
 
     specs.py gives `arbitrary` to these models; with a cache megatron-core gives `no_mask` to single
     tokens.
@@ -159,14 +159,14 @@ def test_attention_of_transformer_engine_gets_the_masks_that_it_needs(
 
 
 @pytest.mark.parametrize("ahead", [1, 2, 5])
-def test_narrower_prefixes(ahead: int) -> None:
+def test_shorten_prefix(ahead: int) -> None:
     prefixes = torch.arange(9)
     expected = prefix_mask((prefixes - ahead).clamp(min=0), 8)
-    assert torch.equal(narrower(prefix_mask(prefixes, 8), ahead), expected)
+    assert torch.equal(shorten_prefix(prefix_mask(prefixes, 8), ahead), expected)
 
 
 def test_modules_of_multi_token_prediction_do_not_see_their_labels() -> None:
-    """Module n predicts token i + n + 1 at i from tokens up to i + n, and from none after those."""
+    """Module n predicts token i + n + 1 at i from tokens up to i + n only."""
     prefix, length, depth = 5, 12, 2
     with model_parallel():
         model = _model(model={"mtp_num_layers": depth}, moe={"num_experts": 4})

@@ -1,4 +1,4 @@
-"""Choosing the next token."""
+"""Generation: sampling and the cache."""
 
 from collections import Counter
 from pathlib import Path
@@ -34,7 +34,7 @@ def _shares(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> dic
     return {token: count / 4000 for token, count in draws.items()}
 
 
-def test_zero_temperature_takes_the_likeliest() -> None:
+def test_zero_temperature_is_greedy() -> None:
     assert _shares(temperature=0) == {1: 1.0}
 
 
@@ -48,7 +48,7 @@ def test_temperature_sharpens() -> None:
     assert _shares(temperature=0.5) == pytest.approx(expected, abs=0.03)
 
 
-def test_top_k_keeps_so_many() -> None:
+def test_top_k_keeps_k_tokens() -> None:
     assert _shares(top_k=2) == pytest.approx({1: 2 / 3, 3: 1 / 3}, abs=0.03)
 
 
@@ -89,7 +89,7 @@ LATENT = {"kv_lora_rank": 8, "qk_head_dim": 8, "qk_pos_emb_head_dim": 4, "v_head
     ids=["experts", "full-width-norm", "latent-attention"],
 )
 def test_a_cache_changes_no_logits(groups: dict[str, Any]) -> None:
-    """Over a prompt, single tokens, the end of the window, and a second longer piece."""
+    """With a prompt, single tokens, the end of the window, and a second longer piece."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(40, (22,), generator=generator).tolist()
     pieces = [tokens[:5], *([token] for token in tokens[5:18]), tokens[18:21], tokens[21:]]
@@ -124,7 +124,7 @@ LIMITED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("policy", ["probs", "position", "choice", "batch_prioritized"])
 @pytest.mark.parametrize("router", LIMITED)
 def test_a_cache_changes_no_logits_of_a_model_with_a_capacity(router: str, policy: str) -> None:
-    """Slots of training batches (none for a single token, by this rule) do not hold here."""
+    """Slots of training batches (none for a single token, by this rule) do not apply here."""
     moe = {
         "num_experts": 8,
         "moe_expert_capacity_factor": 1.25,
@@ -143,7 +143,7 @@ def test_a_cache_changes_no_logits_of_a_model_with_a_capacity(router: str, polic
             assert_close(cached.extend(piece), plain.extend(piece), atol=1e-5, rtol=0)
 
 
-def test_a_cache_computes_new_tokens_alone() -> None:
+def test_a_cache_computes_only_new_tokens() -> None:
     lengths = []
     with model_parallel():
         model = _model()
@@ -151,7 +151,7 @@ def test_a_cache_computes_new_tokens_alone() -> None:
         following = continuation(model, [1, 2, 3], 40, Sampling())
         tokens = [next(following) for _ in range(12)]
     assert len(set(tokens)) > 1
-    assert lengths == [3] + [1] * 9 + [6, 1]  # twelve are the window: half of it stays
+    assert lengths == [3] + [1] * 9 + [6, 1]  # the window is twelve tokens: half of it is kept
 
 
 def test_the_same_seed_gives_the_same_text() -> None:
@@ -165,7 +165,7 @@ def test_the_same_seed_gives_the_same_text() -> None:
         assert text(1) == text(1) == text(1, cached=False) != text(2)
 
 
-def test_a_model_that_learned_to_predict_further_ahead_is_asked_for_the_next_token(
+def test_a_model_with_multi_token_prediction_generates_the_next_token(
     tmp_path: Path,
 ) -> None:
     chosen = checkpoint_runs.settings(
@@ -183,6 +183,6 @@ def test_a_model_that_learned_to_predict_further_ahead_is_asked_for_the_next_tok
         model = load_model(tmp_path, chosen, checkpoint_runs.VOCABULARY, loop.trainer.runtime)
         with torch.no_grad():
             trained = loop.trainer.chunks[0].eval()(inputs, positions, None, labels=labels)
-            asked = model(inputs, positions, None, labels=labels)
-        assert_close(asked, trained, atol=1e-6, rtol=0)
+            plain = model(inputs, positions, None, labels=labels)
+        assert_close(plain, trained, atol=1e-6, rtol=0)
         assert next(continuation(model, [1], checkpoint_runs.VOCABULARY, Sampling())) >= 0

@@ -23,7 +23,7 @@ def _model() -> GPTModel:
 
 
 def _slowly(model: GPTModel, context: list[int], continuation: list[int]) -> tuple[float, bool]:
-    """Token by token, each after all that fits into the model's 8 positions."""
+    """Score token by token, each after as many tokens as the model's 8 positions hold."""
     total, greedy = 0.0, True
     window = [*context, *continuation][-9:]
     first = len(window) - len(continuation)
@@ -37,7 +37,7 @@ def _slowly(model: GPTModel, context: list[int], continuation: list[int]) -> tup
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
-def test_scores_are_the_models(batch_size: int) -> None:
+def test_scores_equal_the_models_logits(batch_size: int) -> None:
     with model_parallel():
         model = _model()
         found = score(model, PAIRS, batch_size)
@@ -47,7 +47,7 @@ def test_scores_are_the_models(batch_size: int) -> None:
             assert one.greedy == greedy
 
 
-def test_what_the_model_would_say_is_greedy() -> None:
+def test_the_most_likely_continuation_is_greedy() -> None:
     with model_parallel():
         model = _model()
         with torch.no_grad():

@@ -67,7 +67,7 @@ def test_one_query_sees_the_whole_cache() -> None:
     torch.testing.assert_close(ours(query, key, value, None), theirs(query, key, value, None))
 
 
-def test_a_call_can_name_its_own_mask() -> None:
+def test_a_call_can_pass_its_own_mask() -> None:
     query, key, value = _qkv()
     causal = SdpaAttention(_config(), 1, AttnMaskType.causal, "self")
     free = SdpaAttention(_config(), 1, AttnMaskType.no_mask, "self")
@@ -94,12 +94,12 @@ def test_dropout_keeps_the_mean() -> None:
 
 
 @pytest.mark.parametrize("changes", [{"window_size": (4, 0)}, {"softmax_type": "learnable"}])
-def test_refuses_what_it_lacks(changes: dict[str, Any]) -> None:
+def test_rejects_unsupported_configurations(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="no sliding window and no sink"):
         SdpaAttention(_config(**changes), 1, AttnMaskType.causal, "self")
 
 
-def test_a_prefix_sees_itself_and_the_rest_what_came_before() -> None:
+def test_a_prefix_is_bidirectional_and_the_rest_causal() -> None:
     forbidden = prefix_mask(torch.tensor([0, 3]), 4)
     assert forbidden.shape == (2, 1, 4, 4)
     allowed = (~forbidden[:, 0]).int().tolist()
@@ -107,7 +107,7 @@ def test_a_prefix_sees_itself_and_the_rest_what_came_before() -> None:
     assert allowed[1] == [[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
 
 
-def test_attention_under_a_prefix_mask_equals_softmax_written_out() -> None:
+def test_attention_with_a_prefix_mask_equals_explicit_softmax() -> None:
     query, key, value = (x.detach() for x in _qkv())
     forbidden = prefix_mask(torch.tensor([1, 5]), 9)
     out = SdpaAttention(_config(), 1, AttnMaskType.causal, "self")(query, key, value, forbidden)

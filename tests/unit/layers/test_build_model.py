@@ -1,4 +1,4 @@
-"""The model that settings describe."""
+"""The model built from settings."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -92,7 +92,7 @@ def test_olmoe_modules() -> None:
     assert model.output_layer.weight is not model.embedding.word_embeddings.weight
     matrices = [p for p in model.parameters() if p.dim() > 1]
     assert len(matrices) == 2 + 3 * 5
-    for weight in matrices:  # every one drawn from the same truncated normal, none divided
+    for weight in matrices:  # all drawn from the same truncated normal, none scaled
         assert float(weight.abs().max()) <= 0.06 and 0.015 < float(weight.std()) < 0.025
 
 
@@ -114,7 +114,7 @@ def test_attention_of_torch(backend: str) -> None:
 
 
 def test_alternatives(monkeypatch: pytest.MonkeyPatch) -> None:
-    for kernel in ("FLASH", "FUSED", "UNFUSED"):  # megatron-core notes the last model's choice
+    for kernel in ("FLASH", "FUSED", "UNFUSED"):  # megatron-core records the last model's choice
         monkeypatch.delenv(f"NVTE_{kernel}_ATTN", raising=False)
     model = _build(
         {
@@ -140,13 +140,13 @@ def test_alternatives(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
-def test_widths_that_grouped_gemm_refuses_run_one_after_the_other() -> None:
+def test_widths_that_grouped_gemm_rejects_run_sequentially() -> None:
     experts = {"num_experts": 4, "moe_ffn_hidden_size": 6}
     layer = _build(TINY, experts, 100).decoder.layers[0]
     assert isinstance(layer.mlp.experts, SequentialMLP)
 
 
-def test_transformer_engine_that_is_not_there() -> None:
+def test_missing_transformer_engine() -> None:
     with pytest.raises(UserError, match=r"it needs a GPU, and .*use --transformer-impl auto"):
         _build({**TINY, "transformer_impl": "transformer_engine"}, {}, 100)
 
@@ -161,7 +161,7 @@ OPENMOE = {"num_experts": 4, "moe_ffn_hidden_size": 8, "moe_sequential_ffn_hidde
         ("VariantExperts", "GroupedExperts", 0, 3 * 4 * 16 * 8),
     ],
 )
-def test_a_layer_spec_that_leaves_out_a_block_ends_the_run(
+def test_a_layer_spec_that_omits_a_block_is_an_error(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str, missing: int, missing_of_experts: int
 ) -> None:
     """As megatron-core's specs of Transformer Engine did with OpenMoE's blocks."""
@@ -179,7 +179,7 @@ def test_a_layer_spec_that_leaves_out_a_block_ends_the_run(
         _build(double, OPENMOE, 100)
 
 
-def test_attention_is_causal_and_loss_starts_at_the_uniform_one() -> None:
+def test_attention_is_causal_and_loss_starts_near_uniform() -> None:
     model = _build({**OLMOE, **TINY}, {"num_experts": 4, "moe_ffn_hidden_size": 8}, 100).eval()
     tokens = torch.randint(100, (1, 8))
     changed = tokens.clone()

@@ -47,7 +47,7 @@ BF16 = {"bf16": True, "params_dtype": torch.bfloat16}
 
 
 def _pair(config: TransformerConfig, experts: int = EXPERTS) -> list[torch.nn.Module]:
-    """Ours and megatron-core's, drawn from the same random state."""
+    """Return our experts and megatron-core's, initialised from the same random state."""
     groups = ProcessGroupCollection.use_mpu_process_groups()
     linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     modules = []
@@ -64,7 +64,7 @@ def _parallel_state() -> Iterator[None]:
 
 
 def _weights(module: torch.nn.Module, read: Any = torch.nn.Parameter.detach) -> list[torch.Tensor]:
-    """fc1 [E, rows, H] and fc2 [E, H, F], or what ``read`` makes of them."""
+    """Return fc1 [E, rows, H] and fc2 [E, H, F] after ``read``."""
     if isinstance(module, GroupedExperts):
         return [read(module.weight1), read(module.weight2)]
     return [
@@ -112,7 +112,9 @@ def test_equals_sequential_experts(counts: list[int]) -> None:
 
 @pytest.mark.parametrize("counts", [[0, 0, 0, 0], [0, 7, 0, 0], [3, 0, 2, 5]])
 @pytest.mark.parametrize("changes", [GELU, BF16], ids=["gelu", "bf16"])
-def test_equals_sequential_experts_otherwise(changes: dict[str, Any], counts: list[int]) -> None:
+def test_equals_sequential_experts_in_other_configurations(
+    changes: dict[str, Any], counts: list[int]
+) -> None:
     _compare(changes, counts, 2e-2 if changes is BF16 else 1e-5)
 
 
@@ -134,12 +136,12 @@ def test_expanded_gradients_are_accepted() -> None:
         ({"add_bias_linear": True}, 1, False),
     ],
 )
-def test_what_fits(changes: dict[str, Any], ranks: int, fits: bool) -> None:
+def test_grouped_gemm_fits(changes: dict[str, Any], ranks: int, fits: bool) -> None:
     assert grouped_gemm_fits(_config(**changes), ranks) == fits
 
 
 LAYOUTS: dict[str, dict[str, int]] = {
-    "alone": {},
+    "one_rank": {},
     "EP2": {"expert_model_parallel_size": 2},
     "ETP2": {"expert_tensor_parallel_size": 2, "tensor_model_parallel_size": 2},
 }
@@ -169,7 +171,7 @@ def _fill_both(
 
 @pytest.mark.parametrize("changes", [{}, GELU], ids=["swiglu", "gelu"])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_checkpoint_tensors_are_those_of_sequential_experts(
+def test_checkpoint_tensors_equal_those_of_sequential_experts(
     layout: dict[str, int], changes: dict[str, Any]
 ) -> None:
     rows = FFN if changes is GELU else 2 * FFN
@@ -189,7 +191,7 @@ def _save_and_load(folder: str, ours_first: bool) -> None:
         source, target = pair if ours_first else reversed(pair)
         for parameter in target.parameters():
             torch.nn.init.zeros_(parameter)
-        # megatron-core's own writer would leave a server process behind.
+        # megatron-core's own writer would leave a server process running.
         contents = Contents(copied=False)
         saved_state = source.sharded_state_dict(prefix="mlp.experts.")
         dist_checkpointing.save(saved_state, folder, sharded_strategy=contents)

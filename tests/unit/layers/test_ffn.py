@@ -54,7 +54,7 @@ def _dense(mlp: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _routed(layer: Any, x: torch.Tensor, expert: Any) -> torch.Tensor:
-    """Sum over a token's two experts, weighted by raw softmax probabilities."""
+    """Return the sum over a token's two experts, weighted by raw softmax probabilities."""
     tokens = x.flatten(0, 1)
     weights, chosen = (tokens @ layer.mlp.router.weight.T).softmax(-1).topk(2)
     rows = [
@@ -116,7 +116,7 @@ def test_multiplicative_bias(ffn_type: str, activation: Any) -> None:
     torch.testing.assert_close(layer._forward_mlp(x), x + _routed(layer, _norm(x), expert))
 
 
-def test_expert_dropout_is_for_training() -> None:
+def test_expert_dropout_only_in_training() -> None:
     layer = _layer({}, {"moe_expert_dropout": 0.5})
     x = torch.randn(64, 2, HIDDEN)
     first, second = layer._forward_mlp(x), layer._forward_mlp(x)
@@ -124,7 +124,7 @@ def test_expert_dropout_is_for_training() -> None:
     layer.train()
     dropped = layer._forward_mlp(x)
     assert not torch.allclose(dropped, first)
-    # Dropout keeps the mean: summed over many tokens little of it is left.
+    # Dropout keeps the mean: in a sum over many tokens its effect is small.
     spread = (dropped - first).abs().mean()
     assert (dropped - first).mean(dim=(0, 1)).abs().mean() < spread / 2
 
@@ -165,11 +165,11 @@ def test_variance_scaling_counts_the_inputs_of_all_tensor_ranks() -> None:
         }
     )
     config = transformer_config(settings)
-    whole, part = torch.empty(512, 256), torch.empty(512, 256 // 4)
-    assert float(config.init_method(whole).std()) == pytest.approx((0.1 / 256) ** 0.5, rel=0.05)
+    full, part = torch.empty(512, 256), torch.empty(512, 256 // 4)
+    assert float(config.init_method(full).std()) == pytest.approx((0.1 / 256) ** 0.5, rel=0.05)
     drawn = config.output_layer_init_method(part)
     assert float(drawn.std()) == pytest.approx((0.1 / 256) ** 0.5, rel=0.05)
-    assert float(config.embedding_init_method(whole).std()) == pytest.approx(1.0, rel=0.05)
+    assert float(config.embedding_init_method(full).std()) == pytest.approx(1.0, rel=0.05)
 
 
 @pytest.mark.parametrize("kind", ["LayerNorm", "RMSNorm"])

@@ -1,4 +1,4 @@
-"""Which layers of the model emulate FP8, and what their products do to it."""
+"""Layers that emulate FP8, and the effect of their products on the model."""
 
 import re
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ def _parallel_state() -> Iterator[None]:
 
 
 def _build(precision: dict[str, Any], tensor_ranks: int = 1, **moe: Any) -> GPTModel:
-    """Four layers; the second and fourth have experts."""
+    """Return settings of four layers; the second and fourth have experts."""
     settings = Settings.model_validate(
         {
             "model": {
@@ -64,7 +64,7 @@ def _kinds(module: torch.nn.Module, *bases: type) -> list[type]:
 
 
 @pytest.mark.usefixtures("_parallel_state")
-def test_layers_in_the_middle_emulate_and_nothing_else_does() -> None:
+def test_only_middle_layers_emulate() -> None:
     kept = {"first_last_layers_bf16": True, "num_layers_at_end_in_bf16": 2}
     model = _build({"fp8_format": "e4m3", "fp8_recipe": "mxfp8", **kept})
     for number in (0, 2, 3):
@@ -84,7 +84,7 @@ def test_layers_in_the_middle_emulate_and_nothing_else_does() -> None:
 
 
 @pytest.mark.usefixtures("_parallel_state")
-def test_experts_one_after_the_other_emulate_too() -> None:
+def test_sequential_experts_emulate() -> None:
     model = _build({"fp8_format": "hybrid"}, moe_grouped_gemm=False)
     experts = model.decoder.layers[1].mlp.experts
     assert isinstance(experts, SequentialMLP)
@@ -93,7 +93,7 @@ def test_experts_one_after_the_other_emulate_too() -> None:
 
 @pytest.mark.usefixtures("_parallel_state")
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
-def test_weights_and_checkpoints_are_those_of_the_model_without_fp8(recipe: str) -> None:
+def test_weights_and_checkpoints_equal_those_without_fp8(recipe: str) -> None:
     """Same parameters and global tensors; another loss and gradient, but a close one."""
     tokens = torch.arange(64).unsqueeze(0)
     losses, norms, keys = [], [], []
@@ -139,15 +139,15 @@ def _tensor_parallel(tensor_ranks: int, weights: dict[str, torch.Tensor]) -> dic
         }
 
 
-def test_tensor_ranks_equal_one_where_blocks_do_not_cross_them() -> None:
-    """MXFP8, every rank's share of a width a multiple of 32: the same blocks, losses and gradients.
+def test_tensor_ranks_equal_one_if_blocks_do_not_cross_shards() -> None:
+    """MXFP8, every rank's shard of a width a multiple of 32: the same blocks, losses and gradients.
 
     Sequence parallelism is on with two ranks: what is quantised is the gathered sequence.
     """
-    alone = run_ranks(_tensor_parallel, 1, 1, {})[0]
-    ranks = run_ranks(_tensor_parallel, 2, 2, assemble([alone["weights"]]))
-    assert ranks[0]["loss"] == pytest.approx(alone["loss"], rel=1e-5)
-    expected = assemble([alone["grads"]])
+    one_rank = run_ranks(_tensor_parallel, 1, 1, {})[0]
+    ranks = run_ranks(_tensor_parallel, 2, 2, assemble([one_rank["weights"]]))
+    assert ranks[0]["loss"] == pytest.approx(one_rank["loss"], rel=1e-5)
+    expected = assemble([one_rank["grads"]])
     assert len(expected) == 4 * 2 + 2 * 2 + 2 * 4
     for key, grad in assemble(rank["grads"] for rank in ranks).items():
         error = (grad - expected[key]).norm() / expected[key].norm()

@@ -30,7 +30,7 @@ def _model(coefficient: float | None) -> LanguageModel:
     return build_model(chosen, transformer_config(chosen), VOCABULARY)
 
 
-def test_gradients_are_those_of_the_formula() -> None:
+def test_gradients_equal_the_formula() -> None:
     generator = torch.Generator().manual_seed(1)
     tokens, labels = torch.randint(VOCABULARY, (2, 2, 16), generator=generator)
     mask = (torch.rand(2, 16, generator=generator) > 0.3).float()
@@ -54,7 +54,7 @@ def test_gradients_are_those_of_the_formula() -> None:
         assert model.take_squared_log_z().tolist() == [0, 0]
 
 
-def test_nothing_is_noted_in_evaluation_or_without_it() -> None:
+def test_nothing_is_recorded_in_evaluation_or_without_a_coefficient() -> None:
     tokens = torch.arange(32).view(2, 16)
     with parallel_of(settings("dp", moe={"num_experts": None})):
         for model in (_model(None), _model(COEFFICIENT).eval()):

@@ -1,4 +1,4 @@
-"""A whole DeepSeek-V3 against HuggingFace's: latent attention, groups, bias, shared experts."""
+"""A full DeepSeek-V3 against HuggingFace's: latent attention, groups, bias, shared experts."""
 
 from typing import Any
 
@@ -125,7 +125,7 @@ def _fused(theirs: dict[str, torch.Tensor], folder: str) -> torch.Tensor:
 
 
 def _fill(model: GPTModel, theirs: dict[str, torch.Tensor]) -> None:
-    """Copy HuggingFace's weights; every weight of ours must find its own."""
+    """Copy HuggingFace's weights; each of our weights must have a counterpart."""
     ours = {
         "embedding.word_embeddings.weight": theirs["model.embed_tokens.weight"],
         "decoder.final_layernorm.weight": theirs["model.norm.weight"],
@@ -153,7 +153,7 @@ def _fill(model: GPTModel, theirs: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("q_lora_rank", [None, 24])
 @pytest.mark.parametrize("rope", ["rope", "yarn"])
-def test_logits_are_huggingfaces(q_lora_rank: int | None, rope: str) -> None:
+def test_logits_equal_huggingface(q_lora_rank: int | None, rope: str) -> None:
     plain = {"rope_type": "default", "rope_theta": 10000.0}
     reference = _reference(q_lora_rank, YARN if rope == "yarn" else plain)
     scaling = {name: YARN[name] for name in YARN.keys() - {"rope_theta", "factor"}}

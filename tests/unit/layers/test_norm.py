@@ -55,7 +55,7 @@ def test_bf16_is_computed_in_fp32() -> None:
 
 @pytest.mark.parametrize("norm", [RMSNorm, LayerNorm])
 @pytest.mark.parametrize("tensor_ranks", [1, 2])
-def test_parameters_say_whether_their_gradients_are_partial(
+def test_parameters_are_marked_if_their_gradients_are_partial(
     norm: type[RMSNorm] | type[LayerNorm], tensor_ranks: int
 ) -> None:
     parallel = tensor_ranks > 1
@@ -72,7 +72,7 @@ def test_layer_norm_equals_torch() -> None:
 
 
 def _full_width(heads: int, x: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
-    """One rank's heads of the output and of all gradients of sum(out^3)."""
+    """Return one rank's heads of the output and of all gradients of sum(out^3)."""
     ranks = torch.distributed.get_world_size()
     with model_parallel(tensor_model_parallel_size=ranks):
         group = torch.distributed.group.WORLD
@@ -91,13 +91,13 @@ def _full_width(heads: int, x: torch.Tensor, weight: torch.Tensor) -> list[torch
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_full_width_over_tensor_ranks(ranks: int) -> None:
     x, weight = torch.randn(5, 2, 6, 4), torch.randn(24)
-    whole, full_weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
-    expected = F.rms_norm(whole.flatten(2), (24,), full_weight, 1e-5).view_as(x)
+    full, full_weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    expected = F.rms_norm(full.flatten(2), (24,), full_weight, 1e-5).view_as(x)
     (expected**3).sum().backward()
     parts = run_ranks(_full_width, ranks, 6, x, weight)
     out, grad = (torch.cat([part[i] for part in parts], dim=2) for i in (0, 1))
     torch.testing.assert_close(out, expected.detach(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(grad, whole.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(grad, full.grad, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(
         torch.cat([part[2] for part in parts]), full_weight.grad, rtol=1e-4, atol=1e-4
     )
@@ -111,5 +111,5 @@ def _too_many_ranks() -> str:
     return ""
 
 
-def test_heads_must_be_whole_on_every_rank() -> None:
+def test_ranks_must_divide_the_heads() -> None:
     assert "2 tensor ranks do not divide 3 heads" in run_ranks(_too_many_ranks, 2)[0]

@@ -1,4 +1,4 @@
-"""Progress for eyes: plain lines where nobody watches, a bar on a terminal."""
+"""Console progress: plain lines in a log, a bar on a terminal."""
 
 import sys
 from typing import Any
@@ -29,7 +29,7 @@ def _drive(console: Console) -> None:
     console.close()
 
 
-def test_plain_lines_come_at_the_interval_and_at_the_end(
+def test_lines_are_printed_at_the_interval_and_at_the_end(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     _drive(Console(10, 15, interval=2))
@@ -57,10 +57,10 @@ def test_a_terminal_gets_a_bar(
     assert out.splitlines() == ["step 15 | validation loss 2.0000 (a 1.0000, b 3.0000)"]
 
 
-def test_a_log_beside_a_terminal_gets_lines(
+def test_a_redirected_output_gets_lines(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """``| tee log``: errors go to a terminal, output does not."""
+    """``| tee log``: stderr is a terminal, stdout is not."""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     _drive(Console(10, 15, interval=5))
     assert capsys.readouterr().out.startswith("step 15/15 | loss 2.5000")

@@ -1,4 +1,4 @@
-"""What a run writes down: every bit of a float, nothing twice after a resume."""
+"""Sinks: floats keep every bit, no duplicate steps after a resume."""
 
 import io
 import json
@@ -23,14 +23,14 @@ def _steps(path: Path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text().splitlines()]
 
 
-def test_floats_keep_every_bit_and_lines_are_there_at_once(tmp_path: Path) -> None:
+def test_floats_keep_every_bit_and_lines_are_flushed(tmp_path: Path) -> None:
     lines = JsonLines(tmp_path / "metrics.jsonl", 0)
     value = math.pi * 1e-7
     lines.write({"step": 1, "lm_loss": value})
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["lm_loss"] == value
 
 
-def test_a_resume_drops_the_steps_that_it_takes_again(tmp_path: Path) -> None:
+def test_a_resume_drops_the_steps_that_it_repeats(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "lm_lo')
     lines = JsonLines(path, 2)
@@ -39,7 +39,7 @@ def test_a_resume_drops_the_steps_that_it_takes_again(tmp_path: Path) -> None:
     assert _steps(path) == [1, 2, 3]
 
 
-def test_a_finished_run_that_evaluates_again_leaves_one_line_a_step(tmp_path: Path) -> None:
+def test_a_repeated_evaluation_leaves_one_line_per_step(tmp_path: Path) -> None:
     for loss in (2.0, 1.5):
         files = LineFiles(tmp_path, 8)
         for step in (4, 8):
@@ -55,7 +55,7 @@ def test_a_fresh_run_drops_everything(tmp_path: Path) -> None:
     assert (tmp_path / "validation.jsonl").read_text() == ""
 
 
-def test_a_folder_that_cannot_be_made_is_the_users_to_mend(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--save .*file/run: cannot write there"):
         LineFiles(tmp_path / "file" / "run", 0)
@@ -113,7 +113,7 @@ def test_a_heat_map_names_its_axes_and_its_scale(layers: int, experts: int) -> N
 
 
 class _WandbServer:
-    """A stand-in for the module wandb: runs by id, and histories that take each step once."""
+    """Fake of the module wandb: runs by id, and histories that accept each step once."""
 
     def __init__(self) -> None:
         self.histories: dict[str, dict[int, dict[str, float]]] = {}
@@ -145,7 +145,7 @@ def _logging(**values: Any) -> dict[str, Any]:
 
 
 def _train_with_wandb(folder: Path, first: int, last: int, **values: Any) -> None:
-    """A start of a run at the step after ``first``, killed after ``last``."""
+    """Start a run at the step after ``first`` and kill it after ``last``."""
     chosen = settings(checkpoint={"save": str(folder)}, logging=_logging(**values))
     sinks = open_sinks(chosen, first)
     for step in range(first + 1, last + 1):
@@ -156,8 +156,8 @@ def _train_with_wandb(folder: Path, first: int, last: int, **values: Any) -> Non
         sink.close()
 
 
-def test_wandb_goes_on_with_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A resume that takes steps 5 and 6 again; a fresh start of the folder is another run."""
+def test_wandb_resumes_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resume repeats steps 5 and 6; a fresh start in the folder is another run."""
     server = _WandbServer()
     monkeypatch.setitem(sys.modules, "wandb", server)
     folder = tmp_path / "olmoe"
@@ -204,7 +204,7 @@ def test_wandb_offline_keeps_everything(tmp_path: Path, monkeypatch: pytest.Monk
     assert (np.asarray(Image.open(image)) == heat_map(LOADS)).all()
 
 
-def test_wandb_must_be_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_missing_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="--wandb-project needs"):
         WandB(tmp_path, 0, settings(logging=_logging()))

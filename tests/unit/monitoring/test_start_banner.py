@@ -1,4 +1,4 @@
-"""Where a run starts, and what differs from its checkpoint."""
+"""Start of a run, and differences from its checkpoint."""
 
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ from tests.unit.training.training_cases import settings
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run that reached step 6 of 10."""
+    """Write a run that reached step 6 of 10."""
     folder = checkpoint_folder.step_folder(tmp_path / "run", 6)
     temporary = checkpoint_folder.prepare(folder)
     tree = settings().model_dump(mode="json")
-    del tree["optimizer"]["adam_eps"]  # of a version that did not have it
+    del tree["optimizer"]["adam_eps"]  # a version without this setting
     checkpoint_folder.write_record(
         temporary, Record(Progress(6, 48, 192), tree, {}, {"seed": 1}, {}, {}), {}
     )
@@ -33,11 +33,11 @@ def resumed(run: Path, **groups: dict[str, Any]) -> Settings:
     return settings(checkpoint=options, **groups)
 
 
-def said(run: Path, **groups: dict[str, Any]) -> list[str]:
+def printed(run: Path, **groups: dict[str, Any]) -> list[str]:
     return opening(resumed(run, **groups), {"seed": 1})
 
 
-def test_one_rank_speaks(
+def test_one_rank_prints(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changed = resumed(run, learning_rate={"lr": 0.5})
@@ -47,16 +47,16 @@ def test_one_rank_speaks(
         assert len(capsys.readouterr().out.splitlines()) == lines
 
 
-def test_a_run_that_begins_in_its_own_folder_says_nothing(tmp_path: Path) -> None:
-    assert said(tmp_path) == []
+def test_a_run_that_starts_in_its_own_folder_prints_nothing(tmp_path: Path) -> None:
+    assert printed(tmp_path) == []
     assert origin(resumed(tmp_path)) == "random weights, seed 1234" == origin(settings())
 
 
 def test_every_setting_that_changed_is_named(run: Path) -> None:
     step = run / "step_0000006"
-    assert said(run) == []
+    assert printed(run) == []
     assert origin(resumed(run)) == f"{step}: resumes at step 6, 192 tokens"
-    changed = said(
+    changed = printed(
         run,
         training={"train_iters": 20},
         learning_rate={"lr": 0.5, "lr_decay_style": "linear"},
@@ -80,7 +80,7 @@ def test_other_data_are_named(run: Path) -> None:
     assert line == "  other data (seed, sources): sample 48 of them comes next"
 
 
-def test_a_fresh_start_says_what_it_takes(run: Path) -> None:
+def test_a_fresh_start_prints_what_it_loads(run: Path) -> None:
     step, rate = run / "step_0000006", {"lr": 0.5}
     for option, taken in (("finetune", "the weights"), ("reset_progress", "weights and optimizer")):
         fresh = resumed(run, checkpoint={option: True}, learning_rate=rate)
@@ -88,8 +88,8 @@ def test_a_fresh_start_says_what_it_takes(run: Path) -> None:
         assert origin(fresh) == f"{taken} of {step}, at step 0"
 
 
-def test_a_finished_run_says_so_and_a_shorter_one_is_refused(run: Path) -> None:
+def test_a_finished_run_is_reported_and_a_shorter_one_rejected(run: Path) -> None:
     assert "--train-iters 6 is reached" in origin(resumed(run, training={"train_iters": 6}))
     with pytest.raises(UserError, match=r"--train-iters 5: .*step_0000006 is at step 6 already"):
-        said(run, training={"train_iters": 5})
-    assert said(run, training={"train_iters": 5}, checkpoint={"finetune": True}) == []
+        printed(run, training={"train_iters": 5})
+    assert printed(run, training={"train_iters": 5}, checkpoint={"finetune": True}) == []

@@ -1,4 +1,4 @@
-"""Adafactor against torch's, on whole parameters."""
+"""Adafactor against torch's, on unsharded parameters."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def _train(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, steps: int
 
 @pytest.mark.parametrize("shape", [(6, 4), (7,)])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_is_torchs(shape: tuple[int, ...], decay: float) -> None:
+def test_equals_torch(shape: tuple[int, ...], decay: float) -> None:
     """While the learning rate stays below torch's cap of 1 / sqrt(t)."""
     ours = torch.linspace(-1, 2, torch.Size(shape).numel()).view(shape).requires_grad_()
     theirs = ours.detach().clone().requires_grad_()
@@ -29,25 +29,25 @@ def test_is_torchs(shape: tuple[int, ...], decay: float) -> None:
     torch.testing.assert_close(ours, theirs)
 
 
-def test_experts_are_matrices_of_their_own() -> None:
+def test_experts_are_separate_matrices() -> None:
     stacked = torch.randn(3, 6, 4)
-    alone = stacked[1].clone().requires_grad_()
+    single = stacked[1].clone().requires_grad_()
     stacked.requires_grad_()
-    one, many = ({"params": [parameter], "lr": 0.02} for parameter in (alone, stacked))
+    one, many = ({"params": [parameter], "lr": 0.02} for parameter in (single, stacked))
     _train(Adafactor([many], {}, min_factored=2), stacked)
     optimizer = Adafactor([one], {}, min_factored=2)
     for grad in _gradients((3, 6, 4), 6):
-        alone.grad = grad[1].clone()
+        single.grad = grad[1].clone()
         optimizer.step()
-    torch.testing.assert_close(stacked[1], alone)
+    torch.testing.assert_close(stacked[1], single)
 
 
-def test_small_matrices_keep_a_whole_moment() -> None:
+def test_small_matrices_have_an_unfactored_moment() -> None:
     parameters = [torch.zeros(shape, requires_grad=True) for shape in ((4, 128, 200), (127, 500))]
     optimizer = Adafactor([{"params": parameters}], {})
-    factored, whole = parameters
+    factored, unfactored = parameters
     assert optimizer.moments(factored) == ("exp_avg_sq_row", "exp_avg_sq_col")
-    assert optimizer.moments(whole) == ("exp_avg_sq",)
+    assert optimizer.moments(unfactored) == ("exp_avg_sq",)
     assert optimizer.state_numel(factored) == 4 * (128 + 200)
     _train(optimizer, factored, 1)
     kept = optimizer.state[factored].values()
@@ -55,7 +55,7 @@ def test_small_matrices_keep_a_whole_moment() -> None:
 
 
 def test_beta_at_the_first_and_ten_thousandth_step() -> None:
-    """Beta is 0, so that the moment is the square alone; then 0.99937 (t^-0.8)."""
+    """Beta is 0, so that the moment is the square; then 0.99937 (t^-0.8)."""
     parameter = torch.ones(2, requires_grad=True)
     optimizer = Adafactor([{"params": [parameter], "lr": 0.0}], {})
     parameter.grad = torch.tensor([2.0, 3.0])

@@ -1,4 +1,4 @@
-"""Muon against torch's on whole matrices, AdamW for the rest."""
+"""Muon against torch's on unsharded matrices, AdamW for the rest."""
 
 import math
 
@@ -24,7 +24,7 @@ def test_singular_values_become_about_one(shape: tuple[int, ...]) -> None:
     assert not orthogonalized(torch.zeros(3, 2), 5).any()
 
 
-def test_a_step_by_hand() -> None:
+def test_worked_step() -> None:
     """One row has one singular value: u = (0.8, 0.6) x f(1), f the quintic, five times."""
     value = 1.0
     for _ in range(5):
@@ -34,7 +34,7 @@ def test_a_step_by_hand() -> None:
 
 
 @pytest.mark.parametrize("shape", [(12, 8), (8, 20)])
-def test_is_torchs(shape: tuple[int, int]) -> None:
+def test_equals_torch(shape: tuple[int, int]) -> None:
     """Torch computes in bf16: an update may differ by a few hundredths of its size."""
     ours = torch.linspace(-1, 2, math.prod(shape)).view(shape).requires_grad_()
     theirs = ours.detach().clone().requires_grad_()
@@ -53,22 +53,22 @@ def test_is_torchs(shape: tuple[int, int]) -> None:
     )
 
 
-def test_experts_are_matrices_of_their_own_and_the_rest_is_adamws() -> None:
-    stacked, alone = torch.randn(3, 6, 4), torch.randn(7)
+def test_experts_are_separate_matrices_and_adamw_updates_the_rest() -> None:
+    stacked, bias = torch.randn(3, 6, 4), torch.randn(7)
     one = stacked[1].clone().requires_grad_()
-    vector = alone.clone().requires_grad_()
+    vector = bias.clone().requires_grad_()
     stacked.requires_grad_()
-    alone.requires_grad_()
-    many = Muon([{"params": [stacked, alone], "lr": 0.1}], {stacked: None}, MuonRule())
+    bias.requires_grad_()
+    many = Muon([{"params": [stacked, bias], "lr": 0.1}], {stacked: None}, MuonRule())
     single = Muon([{"params": [one], "lr": 0.1}], {one: None}, MuonRule())
     adamw = torch.optim.AdamW([vector], lr=0.1)
     for matrix, row in zip(_gradients((3, 6, 4)), _gradients((7,)), strict=True):
         stacked.grad, one.grad = matrix.clone(), matrix[1].clone()
-        alone.grad, vector.grad = row.clone(), row.clone()
+        bias.grad, vector.grad = row.clone(), row.clone()
         for optimizer in (many, single, adamw):
             optimizer.step()
     torch.testing.assert_close(stacked[1], one)
-    assert torch.equal(alone, vector)
+    assert torch.equal(bias, vector)
     assert set(many.state[stacked]) == {"momentum_buffer"} == set(many.moments(stacked))
-    assert {"exp_avg", "exp_avg_sq"} == set(many.moments(alone)) < set(many.state[alone])
-    assert many.state_numel(alone) == 2 * 7 and many.state_numel(stacked) == 3 * 6 * 4
+    assert {"exp_avg", "exp_avg_sq"} == set(many.moments(bias)) < set(many.state[bias])
+    assert many.state_numel(bias) == 2 * 7 and many.state_numel(stacked) == 3 * 6 * 4

@@ -1,4 +1,4 @@
-"""A router alone, on one process, and what it looks at."""
+"""A router on one process, and its input."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -19,13 +19,13 @@ TOKENS = LENGTH * BATCH
 
 @pytest.fixture(autouse=True)
 def parallel_state() -> Iterator[None]:
-    """Import it to have it."""
+    """Provide megatron's parallel state; import the fixture to use it."""
     with model_parallel():
         yield
 
 
 def make_settings(**moe: Any) -> Settings:
-    """Settings of one layer with experts, k = 2 unless they say more."""
+    """Return settings of one layer with experts, k = 2 by default."""
     return Settings.model_validate(
         {
             "model": {
@@ -44,7 +44,7 @@ def make_settings(**moe: Any) -> Settings:
 
 
 def make_router(**moe: Any) -> Router:
-    """The router that the settings name, of layer 1."""
+    """Return the router of layer 1 for the settings."""
     settings = make_settings(**moe)
     config = transformer_config(settings)
     groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -54,5 +54,5 @@ def make_router(**moe: Any) -> Router:
 
 
 def hidden_states() -> torch.Tensor:
-    """Always the same, [s, b, H]."""
+    """Return fixed hidden states [s, b, H]."""
     return torch.randn(LENGTH, BATCH, HIDDEN, generator=torch.Generator().manual_seed(4))

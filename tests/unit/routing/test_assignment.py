@@ -1,4 +1,4 @@
-"""Balanced assignment against all others there are."""
+"""Balanced assignment against all alternatives."""
 
 from itertools import permutations
 
@@ -9,15 +9,15 @@ pytest.importorskip("scipy")
 from moetron.moe.routing.assignment import linear_assignment
 
 
-def test_by_hand() -> None:
-    """Both rows want expert 0; 5 + 3 beats 4 + 1."""
+def test_worked_assignment() -> None:
+    """Both rows prefer expert 0; 5 + 3 beats 4 + 1."""
     assert linear_assignment(torch.tensor([[5.0, 1.0], [4.0, 3.0]])).int().tolist() == [
         [1, 0],
         [0, 1],
     ]
 
 
-def test_no_balanced_assignment_scores_more() -> None:
+def test_no_balanced_assignment_has_a_higher_score() -> None:
     scores = torch.randn(6, 3, generator=torch.Generator().manual_seed(2))
     chosen = linear_assignment(scores)
     assert chosen.sum(0).tolist() == [2, 2, 2] and chosen.sum(1).tolist() == [1] * 6
@@ -28,6 +28,6 @@ def test_no_balanced_assignment_scores_more() -> None:
     assert float(scores[chosen].sum()) == pytest.approx(best)
 
 
-def test_experts_left_over() -> None:
+def test_more_experts_than_tokens() -> None:
     chosen = linear_assignment(torch.randn(5, 3))
     assert chosen.sum(1).tolist() == [1] * 5 and chosen.sum(0).max() <= 2

@@ -1,4 +1,4 @@
-"""How many tokens an expert takes, and which ones."""
+"""Expert capacity: number of slots and the choices that get them."""
 
 from typing import get_args
 
@@ -12,9 +12,9 @@ from moetron.moe.routing.capacity import (
     NOT_CHOSEN,
     Capacity,
     Policy,
-    filled_up,
+    fill_free_slots,
     from_groups,
-    served,
+    kept_choices,
     to_groups,
 )
 
@@ -41,14 +41,14 @@ def test_slots(capacity: Capacity, training: bool, expected: int) -> None:
 @pytest.mark.parametrize("tokens", [1, 2, 3, 5, 7, 13])
 @pytest.mark.parametrize("policy", get_args(Policy))
 @pytest.mark.parametrize("includes_topk", [True, False])
-def test_few_tokens_find_a_slot(tokens: int, policy: Policy, includes_topk: bool) -> None:
-    """Odd numbers of tokens, and so few that the rule alone leaves no slot."""
+def test_few_tokens_get_a_slot(tokens: int, policy: Policy, includes_topk: bool) -> None:
+    """Odd numbers of tokens, and so few that the rule gives no slot."""
     slots = Capacity(0.3, includes_topk=includes_topk).slots(tokens, 16, 2, training=False)
     assert slots == 1
     generator = torch.Generator().manual_seed(tokens)
     probs = torch.rand(tokens, 16, generator=generator)
     chosen = torch.zeros_like(probs).bool().scatter(1, probs.topk(2, dim=1).indices, True)
-    kept = served_alone(probs, chosen, slots, policy)
+    kept = kept_in_one_group(probs, chosen, slots, policy)
     assert torch.equal(kept.sum(0), chosen.sum(0).clamp(max=1))
 
 
@@ -72,34 +72,34 @@ PROBS = torch.tensor([[0.2, 0.0], [0.6, 0.4], [0.0, 0.3], [0.6, 0.4]])
         ("position", 4, CHOSEN.int().tolist()),
     ],
 )
-def test_served(policy: str, slots: int, expected: list[list[int]]) -> None:
-    assert served_alone(PROBS, CHOSEN, slots, policy).int().tolist() == expected
+def test_kept_choices(policy: str, slots: int, expected: list[list[int]]) -> None:
+    assert kept_in_one_group(PROBS, CHOSEN, slots, policy).int().tolist() == expected
 
 
-def served_alone(
+def kept_in_one_group(
     probs: torch.Tensor, chosen: torch.Tensor, slots: int, policy: str
 ) -> torch.Tensor:
-    """`served` for a single group."""
-    return served(probs.masked_fill(~chosen, NOT_CHOSEN)[None], slots, policy)[0]
+    """Return `kept_choices` of a single group."""
+    return kept_choices(probs.masked_fill(~chosen, NOT_CHOSEN)[None], slots, policy)[0]
 
 
 @pytest.mark.parametrize("policy", get_args(Policy))
-def test_groups_do_not_meet(policy: str) -> None:
-    merit = PROBS.masked_fill(~CHOSEN, NOT_CHOSEN)
-    both = torch.stack([merit, merit.flip(0)])
-    alone = [served(group[None], 1, policy)[0] for group in both]
-    assert torch.equal(served(both, 1, policy), torch.stack(alone))
+def test_groups_are_independent(policy: str) -> None:
+    priority = PROBS.masked_fill(~CHOSEN, NOT_CHOSEN)
+    both = torch.stack([priority, priority.flip(0)])
+    separate = [kept_choices(group[None], 1, policy)[0] for group in both]
+    assert torch.equal(kept_choices(both, 1, policy), torch.stack(separate))
 
 
 def test_first_rows_fill_free_slots() -> None:
     kept = torch.tensor([[0, 1], [0, 0], [1, 1], [0, 0]]).bool()[None]
-    assert filled_up(kept, 2)[0].int().tolist() == [[1, 1], [0, 0], [1, 1], [0, 0]]
-    assert filled_up(kept, 4).all()
+    assert fill_free_slots(kept, 2)[0].int().tolist() == [[1, 1], [0, 0], [1, 1], [0, 0]]
+    assert fill_free_slots(kept, 4).all()
 
 
 @st.composite
 def routings(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Probabilities without ties, top-k choices, slots."""
+    """Draw probabilities without ties, top-k choices and slots."""
     tokens, experts = draw(st.integers(1, 24)), draw(st.integers(1, 6))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     probs = torch.rand(tokens, experts, generator=generator).add(0.1)
@@ -110,35 +110,35 @@ def routings(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, int]:
 
 @settings(deadline=None)
 @given(routings(), st.sampled_from(get_args(Policy)))
-def test_experts_are_full_before_they_drop(
+def test_only_full_experts_drop(
     routing: tuple[torch.Tensor, torch.Tensor, int], policy: str
 ) -> None:
     probs, chosen, slots = routing
-    kept = served_alone(probs, chosen, slots, policy)
+    kept = kept_in_one_group(probs, chosen, slots, policy)
     dropped = chosen & ~kept
     assert not (kept & ~chosen).any()
     assert torch.equal(kept.sum(0), chosen.sum(0).clamp(max=slots))
-    padded = filled_up(kept[None], slots)[0]
+    padded = fill_free_slots(kept[None], slots)[0]
     assert (padded.sum(0) == slots).all() and not (kept & ~padded).any()
     if policy not in ("probs", "position"):
         return
     rows = torch.arange(len(probs)).unsqueeze(1).expand_as(chosen)
-    merit = probs if policy == "probs" else -rows.float()
-    worst_kept = merit.masked_fill(~kept, torch.inf).amin(0)
-    best_dropped = merit.masked_fill(~dropped, -torch.inf).amax(0)
+    priority = probs if policy == "probs" else -rows.float()
+    worst_kept = priority.masked_fill(~kept, torch.inf).amin(0)
+    best_dropped = priority.masked_fill(~dropped, -torch.inf).amax(0)
     assert (worst_kept > best_dropped).all()
 
 
 @settings(deadline=None)
 @given(routings(), st.floats(0.1, 4))
-def test_by_probability_as_megatron_core(
+def test_policy_probs_equals_megatron_core(
     routing: tuple[torch.Tensor, torch.Tensor, int], factor: float
 ) -> None:
     probs, chosen, _ = routing
     topk = int(chosen[0].sum())
     _, theirs = apply_router_token_dropping(probs, chosen, topk, factor)
     slots = Capacity(factor).slots(*probs.shape, topk, training=True)
-    assert torch.equal(served_alone(probs, chosen, slots, "probs"), theirs)
+    assert torch.equal(kept_in_one_group(probs, chosen, slots, "probs"), theirs)
 
 
 def test_groups_of_two_sequences() -> None:

@@ -1,4 +1,4 @@
-"""The mathematics of the routers, each on an example that was worked by hand."""
+"""The mathematics of the routers on worked examples."""
 
 import math
 
@@ -55,7 +55,7 @@ def test_relaxed_topk_sums_to_k_and_has_its_gradient(topk: int, temperature: flo
 
 
 def test_win_probability() -> None:
-    """Of h = 3, 1, 2 (k = 1) expert 0 stays while above 2; the others get in above 3."""
+    """With h = 3, 1, 2 (k = 1) expert 0 wins while above 2; the others win above 3."""
     clean = torch.tensor([[2.5, 1.0, 2.0]], dtype=torch.float64)
     noisy = torch.tensor([[3.0, 1.0, 2.0]], dtype=torch.float64)
     spread = torch.tensor([[0.5, 1.0, 2.0]], dtype=torch.float64)
@@ -66,7 +66,7 @@ def test_win_probability() -> None:
     assert win_probability(clean, noisy, spread, 3).tolist() == [[1.0] * 3]
 
 
-def test_win_probability_is_what_drawing_shows() -> None:
+def test_win_probability_equals_the_frequency_of_draws() -> None:
     generator = torch.Generator().manual_seed(1)
     clean, noisy = torch.randn(2, 1, 5, generator=generator)
     spread = torch.rand(1, 5, generator=generator) + 0.2

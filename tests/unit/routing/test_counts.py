@@ -1,4 +1,4 @@
-"""Counts of choices in models of 16-bit parameters: whole numbers, as in fp32."""
+"""Counts of choices in models with 16-bit parameters: exact integers, as in fp32."""
 
 import copy
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from moetron.moe.routing.router import Router
 from moetron.moe.routing.router_types import KINDS
 from moetron.moe.routing.routing_record import RoutingRecorder
 
-PASSES = 60  # of 24 tokens: counts far above 256, up to which bf16 has every whole number
+PASSES = 60  # of 24 tokens: counts far above 256, the limit of exact integers in bf16
 BIAS = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
 GLOBAL = {"moe_router_load_balancing_type": "global_aux_loss", "moe_aux_loss_coeff": 0.1}
 PREVIOUS = {**GLOBAL, "moe_global_aux_loss_counts": "previous_step"}
@@ -28,7 +28,7 @@ FORMATS: dict[str, Callable[[torch.nn.Module], torch.nn.Module]] = {
 
 @pytest.fixture(params=FORMATS)
 def converted(request: pytest.FixtureRequest) -> Callable[..., tuple[Router, torch.Tensor]]:
-    """A router after some passes in a number format, and the choices that they made, int64 [E]."""
+    """Return a function: router after some passes in a dtype, and their choices, int64 [E]."""
 
     def make(**moe: Any) -> tuple[Router, torch.Tensor]:
         router = make_router(**moe)
@@ -44,7 +44,7 @@ def converted(request: pytest.FixtureRequest) -> Callable[..., tuple[Router, tor
     return make
 
 
-def test_the_bias_learns_from_whole_numbers(converted: Callable[..., Any]) -> None:
+def test_the_bias_uses_exact_counts(converted: Callable[..., Any]) -> None:
     router, chosen_E = converted(**BIAS)
     assert torch.equal(router.local_tokens_per_expert, chosen_E)
     update_expert_biases([router])
@@ -53,12 +53,12 @@ def test_the_bias_learns_from_whole_numbers(converted: Callable[..., Any]) -> No
     assert router.expert_bias.dtype == torch.float32
     torch.testing.assert_close(router.expert_bias, expected_E)
     assert not router.local_tokens_per_expert.any()
-    update_expert_biases([router])  # nothing was counted since
+    update_expert_biases([router])  # no counts since then
     torch.testing.assert_close(router.expert_bias, expected_E)
 
 
 @pytest.mark.parametrize("moe", [GLOBAL, PREVIOUS], ids=["running", "previous step"])
-def test_the_global_loss_counts_whole_numbers(
+def test_the_global_loss_uses_exact_counts(
     converted: Callable[..., Any], moe: dict[str, Any]
 ) -> None:
     router, chosen_E = converted(**moe)
@@ -70,11 +70,11 @@ def test_the_global_loss_counts_whole_numbers(
         assert torch.equal(router.previous_choices, chosen_E)
 
 
-def test_a_resumed_router_goes_on_from_the_same_numbers(converted: Callable[..., Any]) -> None:
+def test_a_resumed_router_has_the_same_counts(converted: Callable[..., Any]) -> None:
     router, chosen_E = converted(**PREVIOUS, **BIAS)
     update_expert_biases([router])
     router.reset_global_aux_loss_tracker()
-    router.expert_bias += 0.30001  # no number of bf16
+    router.expert_bias += 0.30001  # not representable in bf16
     saved = copy.deepcopy(router.state_dict())
     resumed = make_router(**PREVIOUS, **BIAS).to(router.weight.dtype)
     resumed.load_state_dict(saved)
@@ -96,15 +96,15 @@ def test_evaluation_and_padding_are_not_counted() -> None:
 
 
 @pytest.mark.parametrize("most", [2**8, 2**11, 2**24, 2**33])
-def test_signs_are_exact_where_formats_end(most: int) -> None:
-    """One token more or less than the mean, above the last odd number of bf16, fp16 and fp32."""
+def test_signs_are_exact_beyond_float_precision(most: int) -> None:
+    """One token above or below the mean, beyond the odd integers of bf16, fp16 and fp32."""
     counts_LE = torch.tensor([[most + 1, most - 1, most], [most, most, most]])
     assert surplus_signs(counts_LE).tolist() == [[1, -1, 0], [0, 0, 0]]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_counter_is_a_float(kind: str) -> None:
-    """Float buffers of a model are cast to its number format; only a bias may be one."""
+    """Float buffers of a model are cast to its dtype; only a bias may be one."""
     moe: dict[str, Any] = {"moe_router_type": kind}
     if kind in ("expert_choice", "random_second"):
         moe["moe_expert_capacity_factor"] = 1.0
@@ -117,7 +117,7 @@ def test_no_counter_is_a_float(kind: str) -> None:
     assert floats <= {"expert_bias"}
 
 
-def test_the_record_counts_whole_numbers_in_bf16() -> None:
+def test_the_recorder_counts_exactly_in_bf16() -> None:
     router = make_router()
     config = router.config
     config.bf16 = True

@@ -1,4 +1,4 @@
-"""The table of hash routing, and that ids find their way to the layers."""
+"""The table of hash routing, and the path of token ids to the layers."""
 
 import pytest
 import torch
@@ -10,8 +10,8 @@ from moetron.moe.routing.hash import HashRouter, hash_table
 IDS = torch.arange(TOKENS).view(BATCH, LENGTH)
 
 
-def test_table_by_hand() -> None:
-    """Three experts: each block of three ids meets all, its second choices are one further on."""
+def test_worked_table() -> None:
+    """Three experts: each block of three ids maps to all; second choices are shifted by one."""
     table = hash_table(6, 3, 2, seed=1)
     for block in table.split(3):
         first, second = block.unbind(1)
@@ -39,7 +39,7 @@ def _hashed(layer: int = 1) -> HashRouter:
     return router
 
 
-def test_ids_choose_whatever_the_activations_are() -> None:
+def test_choices_depend_only_on_ids() -> None:
     router = _hashed()
     router.read(IDS)
     probs, chosen = router(hidden_states())
@@ -60,7 +60,7 @@ def test_a_checkpoint_keeps_its_table() -> None:
     assert torch.equal(ours.table, theirs.table)
 
 
-def test_recomputed_passes_meet_their_own_ids() -> None:
+def test_recomputed_passes_use_their_own_ids() -> None:
     """Three micro-batches run ahead without gradient before the first is recomputed."""
     router = _hashed()
     batches = [IDS.roll(n) for n in range(3)]

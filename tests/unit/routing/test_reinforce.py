@@ -1,4 +1,4 @@
-"""REINFORCE: its probabilities, its baseline, and that it estimates the true gradient."""
+"""REINFORCE: probabilities, baseline, and an unbiased estimate of the gradient."""
 
 import itertools
 import math
@@ -17,8 +17,8 @@ ALONE: Any = SimpleNamespace(size=lambda: 1)
 LOGITS = torch.tensor([[1.0, 0.0, -0.5]], dtype=torch.float64)
 
 
-def test_log_probability_by_hand() -> None:
-    """Weights 1, 2, 3: first the third (3 / 6), then the first of what is left (1 / 3)."""
+def test_worked_log_probability() -> None:
+    """Weights 1, 2, 3: first the third (3 / 6), then the first of the remaining (1 / 3)."""
     logits = torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64).log()
     found = log_probability(logits, torch.tensor([[2, 0]]))
     assert float(found) == pytest.approx(math.log(3 / 6 * 1 / 3))
@@ -27,15 +27,15 @@ def test_log_probability_by_hand() -> None:
     assert float(probabilities.sum()) == pytest.approx(1)
 
 
-def test_advantages_by_hand() -> None:
+def test_worked_advantages() -> None:
     """Losses 1, 2, 6 count, 100 does not: others' means are 4, 3.5 and 1.5."""
     losses = torch.tensor([[1.0, 100.0], [2.0, 6.0]])
     mask = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
     expected = torch.tensor([[1 - 4, 0], [2 - 3.5, 6 - 1.5]])
     torch.testing.assert_close(advantages(losses, mask, ALONE, True), expected)
     torch.testing.assert_close(advantages(losses, mask, ALONE, False), expected / 3)
-    alone = advantages(torch.ones(1, 1), torch.ones(1, 1), ALONE, True)
-    assert float(alone) == 0
+    single = advantages(torch.ones(1, 1), torch.ones(1, 1), ALONE, True)
+    assert float(single) == 0
 
 
 def test_estimates_the_gradient_of_the_expected_loss() -> None:
@@ -54,14 +54,14 @@ def test_estimates_the_gradient_of_the_expected_loss() -> None:
     torch.testing.assert_close(logits.grad, exact.grad)
 
 
-def test_router_learns_from_rewards_alone() -> None:
+def test_router_learns_only_from_rewards() -> None:
     router = make_router(moe_router_type="reinforce")
     assert isinstance(router, ReinforceRouter)
     probs, chosen = router(hidden_states())
     assert (chosen.sum(1) == 2).all() and torch.equal(probs, chosen * 0.5)
     advantage = torch.randn(BATCH, LENGTH, generator=torch.Generator().manual_seed(9))
     router.reward(advantage)
-    (probs * 1e3).sum().backward()  # what experts put out does not count
+    (probs * 1e3).sum().backward()  # experts' outputs have no effect
     weight = router.weight.detach().clone().requires_grad_()
     logits = hidden_states().view(TOKENS, -1) @ weight.T
     both = [torch.where(chosen)[1].view(TOKENS, 2), torch.where(chosen)[1].view(TOKENS, 2).flip(1)]
@@ -75,7 +75,7 @@ def test_router_learns_from_rewards_alone() -> None:
 def _drawn_orders(
     router: ReinforceRouter, logits: torch.Tensor, both: list[torch.Tensor]
 ) -> torch.Tensor:
-    """Which of two orders of each token's pair was drawn, from the same noise."""
+    """Return which of two orders was drawn for each token, from the same noise."""
     assert router.draws is not None
     router.draws.micro_batches.zero_()
     router.draws.start(1)

@@ -1,4 +1,4 @@
-"""Watching the router, and its auxiliary losses."""
+"""Recorder of routing, and auxiliary losses."""
 
 import math
 from collections.abc import Iterator
@@ -81,7 +81,7 @@ def test_every_choice_is_counted_once_in_training() -> None:
 
 
 @pytest.mark.parametrize("pad", [False, True])
-def test_drops(pad: bool) -> None:
+def test_recorded_drops(pad: bool) -> None:
     settings = _settings(
         moe_expert_capacity_factor=0.5,
         moe_pad_expert_input_to_capacity=pad,
@@ -99,7 +99,7 @@ def test_drops(pad: bool) -> None:
     assert summary.dropped_fraction == pytest.approx(1 - kept / (2 * TOKENS))
 
 
-def test_position_serves_sequence_by_sequence() -> None:
+def test_position_keeps_sequence_by_sequence() -> None:
     settings = _settings(
         moe_expert_capacity_factor=1.0,
         moe_token_drop_policy="position",
@@ -107,16 +107,16 @@ def test_position_serves_sequence_by_sequence() -> None:
     )
     router = _routers(settings)[0]
     torch.nn.init.zeros_(router.weight)  # so that all tokens choose the same two experts
-    probs, served = router(torch.randn(16, 2, 16, dtype=torch.bfloat16))
+    probs, kept = router(torch.randn(16, 2, 16, dtype=torch.bfloat16))
     assert router.chosen is not None
     assert sorted(router.chosen.sum(0).tolist()) == [0] * 6 + [TOKENS] * 2
-    served_sb = served.any(dim=1).view(16, 2)
-    assert served_sb[:, 0].tolist() == [True] * 4 + [False] * 12  # 32 tokens / 8 experts
-    assert not served_sb[:, 1].any()
-    assert torch.equal(probs > 0, served)
+    kept_sb = kept.any(dim=1).view(16, 2)
+    assert kept_sb[:, 0].tolist() == [True] * 4 + [False] * 12  # 32 tokens / 8 experts
+    assert not kept_sb[:, 1].any()
+    assert torch.equal(probs > 0, kept)
 
 
-def test_one_rank_is_the_whole_micro_batch() -> None:
+def test_one_rank_holds_the_micro_batch() -> None:
     kept = []
     for scope in ("rank", "micro_batch"):
         router = _routers(_settings(moe_expert_capacity_factor=0.5, moe_capacity_scope=scope))[0]
@@ -143,7 +143,7 @@ def test_drops_by_position_grow_towards_the_end() -> None:
     assert drops == [[0.0] * (slots // 2) + [1.0] * (16 - slots // 2), [0.0] * 16]
 
 
-def test_evaluation_has_a_capacity_of_its_own() -> None:
+def test_evaluation_has_its_own_capacity() -> None:
     settings = _settings(
         moe_expert_capacity_factor=0.5, moe_eval_capacity_factor=0.125, moe_minimum_capacity=3
     )
@@ -153,7 +153,7 @@ def test_evaluation_has_a_capacity_of_its_own() -> None:
     assert router.eval()(_hidden())[1].sum(0).max() == 3
 
 
-def test_summary_figures() -> None:
+def test_summary_metrics() -> None:
     chosen = torch.tensor([[4, 4, 4, 4], [16, 0, 0, 0]])
     at = torch.tensor([[2, 0], [4, 4]])
     summary = RoutingSummary(chosen, chosen.clamp(max=8), at, at.clamp(max=1))
@@ -192,7 +192,7 @@ def test_losses_that_are_off_are_absent() -> None:
 
 
 @pytest.mark.parametrize("per_token", [True, False])
-def test_gradients_are_those_of_the_formula(per_token: bool) -> None:
+def test_gradients_equal_the_formula(per_token: bool) -> None:
     settings = _settings()
     router = _routers(settings)[0]
     router.calculate_per_token_loss = per_token
@@ -210,12 +210,12 @@ def test_gradients_are_those_of_the_formula(per_token: bool) -> None:
     torch.testing.assert_close(router.weight.grad.float(), weight.grad, rtol=2e-2, atol=1e-3)
 
 
-def test_recomputed_passes_weigh_as_their_own_micro_batch() -> None:
+def test_recomputed_passes_have_the_weight_of_their_micro_batch() -> None:
     """Two micro-batches run ahead without gradient before the first is recomputed."""
     router = _routers(_settings())[0]
     known = []
     for count in (3, 7):
-        router.loss_tokens.bring(torch.tensor(count))
+        router.loss_tokens.set_next(torch.tensor(count))
         with torch.no_grad():
             router(_hidden())
     for _ in range(2):
@@ -225,7 +225,7 @@ def test_recomputed_passes_weigh_as_their_own_micro_batch() -> None:
 
 
 def test_losses_of_a_router_in_bf16_are_summed_in_fp32() -> None:
-    """--moe-router-dtype params: logits have 8 bits, and their losses no fewer than fp32."""
+    """--moe-router-dtype params: logits have 8 bits of precision, their losses that of fp32."""
     settings = _settings(moe_router_dtype="params")
     hidden, expected = _hidden(), {"aux_loss": 0.0, "z_loss": 0.0}
     for router in _routers(settings).bfloat16():

@@ -21,7 +21,7 @@ CHOICE = {"moe_router_type": "expert_choice", "moe_expert_capacity_factor": 1.0,
 
 
 def _relaxed(logits: torch.Tensor) -> torch.Tensor:
-    """Sums to 2 by Newton's method, through which autograd can see."""
+    """Return weights that sum to 2 by Newton's method, differentiable by autograd."""
     shift = logits.topk(3, dim=1).values[:, 1:].mean(1, keepdim=True)
     for _ in range(40):
         weights = (logits - shift).sigmoid()
@@ -70,11 +70,11 @@ DENSE: dict[str, tuple[dict[str, Any], Callable[[torch.Tensor, torch.Tensor], to
     ),
     "relaxed": ({"moe_router_type": "relaxed_topk"}, lambda x, chosen: _relaxed(x) / 2),
 }
-"""Settings, and every expert's weight if a token visited all, given the choices; k = 2, BASE 1."""
+"""Settings, and the weight of every expert as a function of logits and choices; k = 2, BASE 1."""
 
 
 @pytest.mark.parametrize("name", DENSE)
-def test_gradients_are_those_of_the_dense_formula(name: str) -> None:
+def test_gradients_equal_the_dense_formula(name: str) -> None:
     moe, dense = DENSE[name]
     if name == "BASE":
         pytest.importorskip("scipy")
@@ -115,8 +115,8 @@ def test_experts_choose_equally_many_tokens() -> None:
     assert chosen.sum(1).unique().numel() > 1  # tokens get more or fewer experts
 
 
-def test_experts_look_ahead_and_evaluation_need_not() -> None:
-    """Whether an early token's choice changes with a later token."""
+def test_expert_choice_depends_on_later_tokens_only_in_training() -> None:
+    """An early token's choice changes with a later token only in training."""
     half = LENGTH // 2
     changed = hidden_states()
     changed[half:] *= 50
@@ -128,7 +128,7 @@ def test_experts_look_ahead_and_evaluation_need_not() -> None:
 
 
 @pytest.mark.parametrize("kind", ["noisy_topk", "gumbel", "random_second"])
-def test_randomness_is_for_training(kind: str) -> None:
+def test_only_training_is_random(kind: str) -> None:
     moe: dict[str, Any] = {"moe_router_type": kind}
     if kind == "gumbel":
         moe.update(PRE)
@@ -154,8 +154,8 @@ def test_recomputed_pass_draws_the_same() -> None:
     assert not torch.equal(ahead[0], ahead[1])
 
 
-def test_further_experts_are_visited_as_often_as_they_weigh() -> None:
-    """P(second) = min(1, g / 0.5); the best is always visited."""
+def test_second_experts_are_used_in_proportion_to_their_weight() -> None:
+    """P(second) = min(1, g / 0.5); the best is always used."""
     router = make_router(
         moe_router_type="random_second",
         moe_expert_capacity_factor=9.0,
@@ -184,7 +184,7 @@ def test_noise_starts_at_softplus_of_zero_and_learns() -> None:
     )
     probs, _ = router(hidden_states())
     assert float(router._spread_TE[0, 0]) == pytest.approx(0.6931472)
-    probs.sum().mul(0).backward()  # the balance loss alone
+    probs.sum().mul(0).backward()  # only the balance loss
     assert float(router.noise_weight.grad.abs().max()) > 0
     assert float(router.weight.grad.abs().max()) > 0
 

@@ -1,4 +1,4 @@
-"""Which samples a rank takes: worked examples, every layout the same micro-batches."""
+"""Samples of a rank: worked examples, and equal micro-batches in every layout."""
 
 import torch
 from hypothesis import given
@@ -16,7 +16,7 @@ from tests.unit.training.training_cases import CountingStream, settings
 
 
 def test_worked_example() -> None:
-    """Samples 100 to 111, two a micro-batch, three ranks."""
+    """Samples 100 to 111, micro-batches of two, three ranks."""
     ranks = [list(micro_batch_numbers(100, 12, 2, rank, 3)) for rank in range(3)]
     assert ranks == [
         [[100, 101], [106, 107]],
@@ -46,13 +46,13 @@ def test_layouts_form_the_same_micro_batches(
     assert in_order == list(micro_batch_numbers(first, micro * 6, micro, 0, 1))
 
 
-def test_a_resume_goes_on_with_the_next_sample() -> None:
+def test_a_resume_continues_with_the_next_sample() -> None:
     """A ramp from 4 by 2 to 8 over 20 samples: steps of 4, 4, 4, 6, 6 and then 8 samples."""
     run = settings(training={"train_iters": 7, "rampup_batch_size": (4, 2, 20)})
-    whole = [n for numbers in training_numbers(run, Progress(), 0, 1) for n in numbers]
-    assert whole == list(range(4 + 4 + 4 + 6 + 6 + 8 + 8))
+    all_numbers = [n for numbers in training_numbers(run, Progress(), 0, 1) for n in numbers]
+    assert all_numbers == list(range(4 + 4 + 4 + 6 + 6 + 8 + 8))
     rest = [n for numbers in training_numbers(run, Progress(3, 12, 48), 0, 1) for n in numbers]
-    assert rest == whole[12:]
+    assert rest == all_numbers[12:]
 
 
 def test_tensors_of_a_micro_batch() -> None:
@@ -66,8 +66,8 @@ def test_tensors_of_a_micro_batch() -> None:
     assert batch["loss_mask"].dtype == torch.float32
 
 
-def test_loader_processes_change_nothing() -> None:
-    """Not the order, not the tensors, not the global random numbers."""
+def test_loader_processes_do_not_change_batches() -> None:
+    """Nor their order, nor the global random state."""
     numbers = [[n, n + 1] for n in range(0, 20, 2)]
     here = list(micro_batches(CountingStream(), 4, numbers))
     state = torch.get_rng_state()

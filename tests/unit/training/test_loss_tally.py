@@ -31,8 +31,8 @@ def test_every_token_counts_once_for_its_source_and_once_for_its_objective() -> 
     assert tally.read(tally.zeros(torch.device("cpu"))) == Losses(0.0, 0, {}, {}, {}, 0)
 
 
-def test_bits_per_byte_weigh_sources_by_their_text() -> None:
-    """4 bytes a token in "zero" and 2 in "two"; 1 bit a token in both."""
+def test_bits_per_byte_weights_sources_by_their_text() -> None:
+    """4 bytes per token in "zero" and 2 in "two"; 1 bit per token in both."""
     bit = math.log(2)
     losses = Losses(bit, 300, {"zero": bit, "two": bit}, {}, {"zero": 100, "two": 200}, 0)
     found = bits_per_byte(losses, CountingStream())

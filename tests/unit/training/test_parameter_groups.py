@@ -1,4 +1,4 @@
-"""Multipliers of learning rate and weight decay, against AdamW with groups made by hand."""
+"""Multipliers of learning rate and weight decay, against AdamW with explicit groups."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ def _by_hand(name: str, parameter: torch.Tensor, decays_all: bool) -> dict[str, 
 
 
 @pytest.mark.parametrize("decays_all", [False, True])
-def test_groups_are_those_made_by_hand(decays_all: bool) -> None:
+def test_groups_equal_explicit_ones(decays_all: bool) -> None:
     chosen = settings(
         "dp",
         model={"hidden_dropout": 0.0},

@@ -1,4 +1,4 @@
-"""The learning rate: anchors of published recipes, shapes, continuity."""
+"""Learning rate: values of published recipes, shapes, continuity."""
 
 import math
 from typing import Any
@@ -46,7 +46,7 @@ def test_olmoe_pretraining(tokens: int, expected: float) -> None:
     assert _rate(**OLMOE).at(Progress(0, 0, tokens)) == pytest.approx(expected, rel=1e-12)
 
 
-def test_olmoe_annealing_goes_to_zero() -> None:
+def test_olmoe_annealing_reaches_zero() -> None:
     rate = _rate(23_842, lr=4e-5, lr_decay_style="linear")
     assert _at_step(rate, 0) == 4e-5
     assert _at_step(rate, 11_921) == pytest.approx(2e-5, rel=1e-12)
@@ -127,7 +127,7 @@ def test_rates_stay_between_their_bounds_and_never_rise_after_the_warm_up(
         assert second <= first
 
 
-def test_a_stage_may_have_a_learning_rate_of_its_own() -> None:
+def test_a_stage_may_have_its_own_learning_rate() -> None:
     """OLMoE in one run: cosine to a tenth, then from there linearly to zero in the last stage."""
     anneal = {"data_path": ["a"], "seed": 42, "learning_rate": {"lr": 0.1}}
     run = settings(
@@ -151,4 +151,4 @@ def test_shapes_of_a_stage(style: str, middle: float) -> None:
     ]
     schedule = LearningRate.of(settings(data={"stages": stages}))
     assert _at_step(schedule, 0) == 4.0 and _at_step(schedule, 4) == pytest.approx(middle)
-    assert _at_step(schedule, 8) < 1.0  # the run's own again
+    assert _at_step(schedule, 8) < 1.0  # the run's schedule again

@@ -1,4 +1,4 @@
-"""The start block: right numbers for a recipe, a layout and its data, and where MFU comes from."""
+"""The start block: numbers of a recipe, its layout and data, and the basis of MFU."""
 
 import json
 from dataclasses import asdict
@@ -24,14 +24,14 @@ EXAMPLES = Path(__file__).parents[3] / "examples"
 RECIPES = sorted(EXAMPLES.glob("*/pretrain.yaml"))
 
 
-def said(
+def start_and_rows(
     chosen: Settings,
     world_size: int = 1,
     uses: list[SourceUse] | None = None,
     peak: Peak | None = None,
     modules: torch.nn.Module | None = None,
 ) -> tuple[Start, dict[str, str]]:
-    """The start, and the block's rows by name."""
+    """Return the start, and the block's rows by name."""
     runtime = SimpleNamespace(world_size=world_size, device=torch.device("cpu"))
     vocab_size = chosen.model.vocab_size or 1000
     chunks = [modules or torch.nn.Linear(1, 1)]
@@ -61,7 +61,7 @@ def test_the_block_of_a_sparse_model_in_every_dimension() -> None:
         checkpoint={"save": "runs/x", "save_interval": 5, "keep_last": 1},
     )
     uses = [SourceUse(f"s{n}", 100 - n, n / 10) for n in range(7)]
-    start, rows = said(chosen, 8, uses, Peak(989.0, DATASHEET))
+    start, rows = start_and_rows(chosen, 8, uses, Peak(989.0, DATASHEET))
     layer, experts, vocabulary = 4 * 64 + 2 * 8 + 4 * 8, 4 * 3 * 8 * 16, 2 * 256 * 8
     total = 4 * (layer + experts) + vocabulary + 8
     assert start.parameters == total and start.active_parameters == total - 4 * experts // 2
@@ -86,9 +86,9 @@ def test_the_block_of_a_sparse_model_in_every_dimension() -> None:
     assert json.loads(json.dumps(asdict(start)))["sources"][1] == asdict(uses[1])
 
 
-def test_what_does_not_apply_is_not_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_do_not_apply_are_omitted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    _, rows = said(settings(training={"rampup_batch_size": (2, 2, 64)}), 4)
+    _, rows = start_and_rows(settings(training={"rampup_batch_size": (2, 2, 64)}), 4)
     assert "dense" in rows["model"] and "experts" not in rows["model"]
     assert rows["layout"] == "4 ranks on 2 hosts: TP 1, PP 1, CP 1, DP 4"
     assert "growing from 2 over 64 samples; 2 micro-batches of 1" in rows["batch"]
@@ -97,7 +97,7 @@ def test_what_does_not_apply_is_not_said(monkeypatch: pytest.MonkeyPatch) -> Non
     assert rows["saves"].startswith("nothing: no --save FOLDER")
 
 
-def test_the_implementation_is_that_of_the_layers_built() -> None:
+def test_the_implementation_is_read_from_the_built_layers() -> None:
     class Engine(torch.nn.Linear):
         pass
 
@@ -107,7 +107,7 @@ def test_the_implementation_is_that_of_the_layers_built() -> None:
     Engine.__module__ = "transformer_engine.pytorch.module.linear"
     Wrapped.__module__ = "megatron.core.extensions.transformer_engine"
     model = torch.nn.Sequential(torch.nn.Linear(1, 1), Wrapped(1, 1))
-    start, _ = said(settings(precision={"fp8_format": "hybrid"}), modules=model)
+    start, _ = start_and_rows(settings(precision={"fp8_format": "hybrid"}), modules=model)
     assert start.implementation == "Transformer Engine"
     assert start.precision == "fp32, FP8 hybrid (delayed scaling) in all layers"
 
@@ -118,7 +118,7 @@ def test_every_recipe_has_a_block_for_its_layout(path: Path) -> None:
     world_size = smallest_world_size(parallel)
     argv = ["--config", str(path), "--dry-run", f"--world-size={world_size}", "--device=cuda"]
     chosen = load([*argv, "--vocab-size=300000"]).settings  # above every tokenizer's
-    start, rows = said(chosen, world_size)
+    start, rows = start_and_rows(chosen, world_size)
     layout = start.layout
     dense = layout["TP"] * layout["PP"] * layout["CP"] * layout["DP"]
     assert dense == world_size == layout["world_size"]

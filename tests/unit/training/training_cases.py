@@ -8,7 +8,7 @@ from moetron.moe.config.schema.settings import Settings
 
 
 def settings(**groups: dict[str, Any]) -> Settings:
-    """Tiny settings; ``training={"train_iters": 9}`` changes a group's fields."""
+    """Return tiny settings; ``training={"train_iters": 9}`` changes a group's fields."""
     tree: dict[str, dict[str, Any]] = {
         "model": {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "seq_length": 4},
         "training": {"train_iters": 10, "micro_batch_size": 1, "global_batch_size": 8},
@@ -20,7 +20,7 @@ def settings(**groups: dict[str, Any]) -> Settings:
 
 
 class CountingStream:
-    """Sample n is filled with n, its last n % seq_length tokens masked.
+    """Stream whose sample n is filled with n, the last n % seq_length tokens masked.
 
     It is of source n modulo 3 and objective n modulo 2; every fifth counts as filtered.
     """

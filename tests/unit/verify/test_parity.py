@@ -1,4 +1,4 @@
-"""What counts as the same training, and what is said about it."""
+"""Comparison of runs, and its report."""
 
 import math
 from dataclasses import replace
@@ -21,7 +21,7 @@ TINY = str(Path(__file__).parents[3] / "examples" / "olmoe_1b_7b" / "tiny.yaml")
 REFERENCE = Result([4.0, 2.0], [1.0, 0.5], {"a": torch.tensor([3.0, 4.0]), "b": torch.zeros(2)})
 
 
-def test_differences_by_hand() -> None:
+def test_worked_differences() -> None:
     other = Result([4.0, 2.2], [1.0, 0.4], {**REFERENCE.gradients, "a": torch.tensor([3.0, 4.5])})
     found = compare(REFERENCE, other)
     assert found.loss == pytest.approx(0.1)
@@ -32,13 +32,13 @@ def test_differences_by_hand() -> None:
         assert not found.within(bound)
 
 
-def test_the_same_is_the_same() -> None:
+def test_equal_runs_have_no_difference() -> None:
     found = compare(REFERENCE, REFERENCE)
     assert (found.loss, found.grad_norm, found.gradient) == (0, 0, 0)
     assert found.within(Tolerance(0, 0, 0))
 
 
-def test_a_gradient_where_there_is_none_counts_against_the_whole() -> None:
+def test_a_gradient_in_place_of_zero_is_relative_to_the_full_norm() -> None:
     other = {**REFERENCE.gradients, "b": torch.tensor([5e-4, 0.0])}
     found = compare(REFERENCE, replace(REFERENCE, gradients=other))
     assert (found.gradient, found.parameter) == (pytest.approx(1.0), "b")
@@ -56,11 +56,11 @@ def test_a_gradient_where_there_is_none_counts_against_the_whole() -> None:
         replace(REFERENCE, gradients={**REFERENCE.gradients, "a": torch.tensor([math.nan, 4])}),
     ],
 )
-def test_what_lacks_or_is_no_number_differs(other: Result) -> None:
+def test_missing_or_nan_values_differ(other: Result) -> None:
     assert not compare(REFERENCE, other).within(Tolerance(1e9, 1e9, 1e9))
 
 
-def test_the_table_says_which_layout_differs() -> None:
+def test_the_table_names_the_layout_that_differs() -> None:
     off = replace(REFERENCE, losses=[4.0, 2.2])
     found = {"ep2": compare(REFERENCE, REFERENCE), "tp2": compare(REFERENCE, off)}
     lines = table(REFERENCE, found, Tolerance())
@@ -82,7 +82,7 @@ def test_the_table_says_which_layout_differs() -> None:
         (["--vocab-size", "500", "--make-vocab-size-divisible-by", "100"], ["--make-vocab-size"]),
     ],
 )
-def test_settings_that_follow_the_layout(flags: list[str], names: list[str]) -> None:
+def test_settings_that_depend_on_the_layout(flags: list[str], names: list[str]) -> None:
     settings = load(["--config", TINY, *flags]).settings
     assert settings.model.vocab_size is not None
     found = layout_dependent(settings, settings.model.vocab_size, [1, 2])
@@ -101,7 +101,7 @@ def test_settings_that_follow_the_layout(flags: list[str], names: list[str]) -> 
         ],
     ],
 )
-def test_what_to_use_instead_does_not_follow_the_layout(flags: list[str]) -> None:
+def test_alternatives_do_not_depend_on_the_layout(flags: list[str]) -> None:
     def dependent(*instead: str) -> list[Dependence]:
         tensor_ranks = ["--world-size=2", "--dry-run", "--tensor-model-parallel-size=2"]
         layout = tensor_ranks if instead else []
@@ -112,7 +112,7 @@ def test_what_to_use_instead_does_not_follow_the_layout(flags: list[str]) -> Non
     assert dependent(*(flag for one in found for flag in one.instead)) == []
 
 
-def test_the_time_of_a_step_leaves_out_the_first() -> None:
+def test_the_time_of_a_step_excludes_the_first() -> None:
     timed = replace(REFERENCE, step_times_s=[9.0, 0.1, 0.2, 0.6])
     found = compare(REFERENCE, timed)
     assert found.step_ms == pytest.approx(200)

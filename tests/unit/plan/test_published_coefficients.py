@@ -1,11 +1,10 @@
-"""Published coefficients against the losses that their implementations compute."""
+"""Converted coefficients against the losses that the published implementations compute."""
 
 import pytest
 import torch
 
 from moetron.moe.plan.published_coefficients import (
     CONVENTIONS,
-    Convention,
     balance_coefficient,
     z_coefficient,
 )
@@ -21,7 +20,7 @@ from moetron.moe.plan.published_coefficients import (
         ("switch", (0.01, 0.0), 6, 1, 0.01, 0.0),
     ],
 )
-def test_recipes(
+def test_coefficients_of_recipes(
     name: str, theirs: tuple[float, float], layers: int, topk: int, balance: float, z: float
 ) -> None:
     convention = CONVENTIONS[name]
@@ -30,28 +29,42 @@ def test_recipes(
 
 
 def _published(name: str, counts_LE: torch.Tensor, mean_LE: torch.Tensor, tokens: int) -> float:
-    """What each implementation adds up from its counts (of all or of first choices)."""
+    """Return the loss that an implementation computes from its counts [layers, experts]."""
     experts, dots_L = counts_LE.shape[1], (counts_LE * mean_LE).sum(1)
     topk = float(counts_LE[0].sum()) / tokens
-    per_layer = {
-        "flaxformer": experts * dots_L / tokens,
-        "megablocks": experts * dots_L / (tokens * topk),
-        "mesh_tensorflow": experts * dots_L / tokens,
-        "gshard": dots_L / (tokens * experts),
-    }[name]
-    return float(per_layer.mean() if CONVENTIONS[name].layers == "mean" else per_layer.sum())
+    return float(
+        {
+            "flaxformer": (experts * dots_L / tokens).mean(),
+            "megablocks": (experts * dots_L / (tokens * topk)).mean(),
+            "mesh_tensorflow": (experts * dots_L / tokens).sum(),
+            "gshard": (dots_L / (tokens * experts)).sum(),
+        }[name]
+    )
 
 
-@pytest.mark.parametrize("name", ["flaxformer", "megablocks", "mesh_tensorflow", "gshard"])
-def test_ours_is_the_published_loss(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "counted"),
+    [("flaxformer", 2), ("megablocks", 2), ("mesh_tensorflow", 1), ("gshard", 1)],
+)
+def test_converted_loss_equals_the_published_loss(name: str, counted: int) -> None:
+    """``counted``: choices of a token that f counts."""
     layers, tokens, experts, topk = 3, 40, 8, 2
     probs = torch.randn(layers, tokens, experts, dtype=torch.float64).softmax(2)
-    convention: Convention = CONVENTIONS[name]
-    counted = 1 if convention.first_choice_only else topk
     counts = torch.zeros(layers, experts, dtype=torch.float64)
     best = probs.topk(counted, dim=2).indices.flatten(1)
     counts.scatter_add_(1, best, torch.ones_like(best, dtype=torch.float64))
     ours = experts * (counts / (tokens * counted) * probs.mean(1)).sum()
+    convention = CONVENTIONS[name]
+    assert convention.first_choice_only == (counted == 1)
     coefficient = balance_coefficient(0.02, convention, layers, topk, experts)
     expected = 0.02 * _published(name, counts, probs.mean(1), tokens)
     assert float(ours) * coefficient == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "scale"),
+    [("megatron", 1.0), ("flaxformer", 2.0), ("gshard", 0.0625), ("megablocks", 1.0)],
+)
+def test_balanced_routing_gives_the_published_balance_loss(name: str, scale: float) -> None:
+    """One layer, k = 2, E = 4: our balanced loss is 1, so the coefficient is theirs."""
+    assert balance_coefficient(1.0, CONVENTIONS[name], 1, 2, 4) == scale
