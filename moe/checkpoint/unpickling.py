@@ -122,6 +122,10 @@ class _Unpickler(pickle.Unpickler):
 
 def load_inert(file: Any, names: Names) -> Any:
     """Unpickle ``file`` with only ``names``; raises any exception if it is not plain data."""
+    if copyreg._extension_registry:  # type: ignore[attr-defined]
+        # A number in a pickle stands for a registered function, and Python looks it up without
+        # find_class once it was used. Moetron registers none.
+        raise pickle.UnpicklingError("a package of this process has registered pickle extensions")
     return _Unpickler(file, names).load()
 
 
