@@ -89,7 +89,7 @@ setup(
     package_dir=packages(),
     package_data={
         "moetron.moe.analysis.page": ["*.html"],
-        "moetron.recipes": ["*/*.yaml", "*.json"],
+        "moetron.recipes": ["*/*.yaml", "*.json", "evaluation/*.py"],
     },
     py_modules=["pretrain_moe"],
     entry_points={"console_scripts": ["moetron = moetron.__main__:main"]},

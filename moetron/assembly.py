@@ -12,11 +12,13 @@ from moetron.common.errors import UserError
 from moetron.data.stream.mock_stream import ENDLESS, MockStream
 from moetron.data.stream.open_streams import open_training, open_validation
 from moetron.data.stream.stages import StagedStream, refuse_repetition
+from moetron.moe.checkpoint.compatibility import check_folders
 from moetron.moe.checkpoint.run_folder import latest_step
-from moetron.moe.config.schema.derived import total_samples, with_tokenizer
+from moetron.moe.config.schema.derived import total_samples, with_tokenizer, with_vocabulary
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.monitoring.library_warnings import quieten_libraries
 from moetron.moe.monitoring.sinks import Sink
+from moetron.moe.monitoring.start_banner import announce, opening
 from moetron.moe.training.sample_stream import SourceUse, StreamFrom, Streams
 from moetron.tokenizers.interface import Tokenizer
 from moetron.tokenizers.run_copy import keep, name_of, open_named
@@ -86,6 +88,36 @@ def source_uses(stream: StagedStream, samples: int) -> Iterator[SourceUse]:
     for number, name in enumerate(stream.source_names):
         mine = [use for use in uses if use.source == number]
         yield SourceUse(name, sum(use.tokens for use in mine), sum(use.epochs for use in mine))
+
+
+def train(
+    settings: Settings,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    sinks: Sequence[Sink] = (),
+    check_only: bool = False,
+) -> int:
+    """Open the samples, check checkpoint folders, train; return the exit code.
+
+    Args:
+        settings: checked.
+        tokenizer: the one that they name.
+        vocab_size: before padding.
+        sinks: see `pretrain`.
+        check_only: stop before any rank starts.
+
+    Raises:
+        UserError: the samples or a checkpoint cannot be used, or no step is left to train.
+    """
+    streams = open_streams(settings, vocab_size, tokenizer)
+    settings = with_vocabulary(settings, vocab_size)  # so that checkpoints state it
+    check_folders(settings, streams.training.state())
+    if check_only:
+        opening(settings, streams.training.state())  # raises where no step is left
+        return 0
+    settings = keep_tokenizer(settings, tokenizer)
+    announce(settings, streams.training.state())
+    return pretrain(settings, vocab_size, streams, sinks)
 
 
 def pretrain(
