@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from moetron.common.errors import UserError
+from moetron.common.process import report_stop
+from moetron.common.stop_signal import StopSignal
 from moetron.data.stream.mock_stream import ENDLESS, MockStream
 from moetron.data.stream.open_streams import open_training, open_validation
 from moetron.data.stream.stages import StagedStream, refuse_repetition
@@ -132,13 +134,12 @@ def pretrain(
         sinks: take the metrics beside those that the settings name; of the main rank alone.
     """
     quieten_libraries()
-    from moetron.common import process as resilience  # torch: seconds
-    from moetron.moe.training import build_trainer, runtime
+    from moetron.moe.training import build_trainer, runtime  # torch: seconds
 
     with runtime.running(settings) as ranks:
         trainer = build_trainer.build_trainer(settings, ranks, vocab_size)
         loop = build_trainer.build_loop(trainer, streams)
         loop.sinks += sinks if ranks.is_main else []
-        with resilience.StopSignal() as stop:
+        with StopSignal() as stop:
             stopped = loop.run(stop)
-    return resilience.stopped(settings.checkpoint.save) if stopped else 0
+    return report_stop(settings.checkpoint.save) if stopped else 0

@@ -6,13 +6,16 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from moetron.common import process as resilience
+from moetron.common import stop_signal
 from moetron.common.errors import RunError, UserError
-from moetron.common.process import StopSignal, run_guarded
+from moetron.common.process import run_guarded
+from moetron.common.stop_signal import INTERRUPTS, StopSignal
 
 
 def _raising(error: BaseException) -> int:
@@ -83,7 +86,7 @@ def test_a_reader_that_goes_away_gets_no_traceback() -> None:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.readline()
         process.stdout.close()
-        assert process.stderr.read() == "stopped: nobody reads standard output any more\n"
+        assert process.stderr.read() == "stopped: the reader of standard output closed it\n"
         assert process.wait(60) == 1
 
 
@@ -97,10 +100,10 @@ def test_a_broken_pipe_of_another_kind_keeps_its_traceback(
 def test_a_stop_promises_a_checkpoint_only_where_there_is_one(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert resilience.stopped("runs/a") == 75
-    assert "saved in runs/a; --load runs/a goes on" in capsys.readouterr().err
-    assert resilience.stopped(None) == 1
-    assert "nothing is kept" in capsys.readouterr().err
+    assert resilience.report_stop("runs/a") == 75
+    assert "saved in runs/a; resume with --load runs/a" in capsys.readouterr().err
+    assert resilience.report_stop(None) == 1
+    assert "nothing is saved" in capsys.readouterr().err
 
 
 def test_an_echo_waits_for_the_cause_and_has_no_traceback(
@@ -126,7 +129,7 @@ def test_help_and_other_exits_pass_through() -> None:
         run_guarded(lambda: _raising(SystemExit(0)))
 
 
-@pytest.mark.parametrize("number", resilience.STOP_SIGNALS)
+@pytest.mark.parametrize("number", stop_signal.STOP_SIGNALS)
 def test_a_signal_is_a_wish_to_stop(
     number: signal.Signals, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -141,8 +144,28 @@ def test_a_signal_is_a_wish_to_stop(
     assert capfd.readouterr().err.startswith(f"{number.name}: stopping after this step")
 
 
+def test_a_second_signal_can_interrupt(capfd: pytest.CaptureFixture[str]) -> None:
+    with StopSignal("chunk", INTERRUPTS, interrupt=True) as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert capfd.readouterr().err.startswith("SIGINT: stopping after this chunk")
+
+
+def test_other_threads_leave_signals_alone() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    def enter() -> bool:
+        with StopSignal() as stop:
+            return stop() or signal.getsignal(signal.SIGTERM) != before
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(enter).result() is False
+
+
 def test_a_second_signal_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resilience, "REPEAT_S", -1.0)
+    monkeypatch.setattr(stop_signal, "REPEAT_S", -1.0)
     child = os.fork()
     if child == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)

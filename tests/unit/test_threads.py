@@ -11,7 +11,7 @@ import pytest
 from moetron.common import cores, threads
 from moetron.common.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 TORCH_TOOLS = ("generate", "evaluate", "analyze_routing", "convert_checkpoint", "upcycle")
 VARIABLES = (
     *("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"),

@@ -4,20 +4,13 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
+from moetron.common.data_path import prefixes_of
 from moetron.moe.config.rules.case import Case
-from moetron.moe.config.schema.data import number_or_none
 from moetron.moe.config.schema.field import flag_name
 
 _ENDINGS = (".bin", ".idx")
 _FIRST_OF_FAMILY = "_00000"
 """Between a prefix and its ending, where an output was split into shards."""
-
-
-def prefixes(items: list[str]) -> list[str]:
-    """The prefixes of PREFIX PREFIX ..., or of WEIGHT PREFIX WEIGHT PREFIX ..."""
-    if not items or number_or_none(items[0]) is None:
-        return items
-    return items[1::2]
 
 
 def data(case: Case) -> Iterator[str]:
@@ -33,7 +26,7 @@ def data(case: Case) -> Iterator[str]:
     paths = [("data_path", source.data_path), ("valid_data_path", source.valid_data_path)]
     paths += [("stages", stage.data_path) for stage in source.stages or []]
     for name, items in [] if source.mock_data else paths:
-        for prefix in dict.fromkeys(prefixes(source.rooted(items or []))):
+        for prefix in dict.fromkeys(prefixes_of(source.rooted(items or []))):
             absent = [prefix + end for end in _ENDINGS if not Path(prefix + end).is_file()]
             family = all(Path(prefix + _FIRST_OF_FAMILY + end).is_file() for end in _ENDINGS)
             if absent and not family:

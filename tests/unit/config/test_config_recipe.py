@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from moetron.common.errors import ConfigError
 from moetron.moe.config import recipe
-from moetron.moe.config.paths import path_problem
+from moetron.moe.config.schema.paths import path_problem
 from moetron.moe.config.schema.settings import Settings
 
 SMALL = {
