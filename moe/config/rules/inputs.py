@@ -1,10 +1,10 @@
 """What a real run needs beyond a consistent recipe: data, folders, and that they are there."""
 
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 
 from moetron.common.data_path import prefixes_of
+from moetron.common.packages import installed_version
 from moetron.moe.config.rules.case import Case
 from moetron.moe.config.schema.field import flag_name
 
@@ -95,11 +95,8 @@ def packages(case: Case) -> Iterator[str]:
         for name in ("wandb_entity", "wandb_exp_name"):
             if getattr(logging, name) is not None:
                 yield f"{case.said(name)} needs --wandb-project"
-    else:
-        try:
-            metadata.version("wandb")
-        except metadata.PackageNotFoundError:
-            yield f"{case.said('wandb_project')} needs the package wandb: install moetron[log]"
+    elif installed_version("wandb") is None:
+        yield f"{case.said('wandb_project')} needs the package wandb: install moetron[log]"
 
 
 RULES = (data, folders, packages)
