@@ -58,7 +58,7 @@ EXTRAS = {
 
 
 def packages() -> dict[str, str]:
-    """Package name -> folder: of ``moetron``, the recipes, every folder of code of ``FOLDERS``."""
+    """Return package name -> folder of ``moetron``, the recipes and all code below ``FOLDERS``."""
     own = ("moetron", "moetron.common", "moetron.commands")
     found = {**{name: name.replace(".", "/") for name in own}, "moetron.recipes": "examples"}
     for folder in FOLDERS:
@@ -70,7 +70,7 @@ def packages() -> dict[str, str]:
 
 
 def version() -> str:
-    """The version that moetron/__init__.py states."""
+    """Return the version that moetron/__init__.py states."""
     text = (ROOT / "moetron" / "__init__.py").read_text(encoding="utf-8")
     match = re.search(r'__version__ = "([^"]+)"', text)
     assert match is not None
