@@ -45,7 +45,7 @@ def test_a_user_error_is_its_message_alone(capsys: pytest.CaptureFixture[str]) -
 def test_one_rank_of_a_node_prints_a_user_error(
     monkeypatch: pytest.MonkeyPatch, rank: str, local_rank: str, waits: float
 ) -> None:
-    """torchrun ends the ranks of a node when the first one ends."""
+    """Torchrun ends the ranks of a node when the first one ends."""
     slept: list[float] = []
     monkeypatch.setattr(resilience.time, "sleep", slept.append)
     monkeypatch.setenv("RANK", rank)

@@ -122,7 +122,7 @@ def test_idle_threads_sleep_unless_the_user_chooses(
 
 
 def test_openmp_learns_of_it_before_it_is_loaded() -> None:
-    """libgomp reports the value that it read, in a command started like every other."""
+    """Libgomp reports the value that it read, in a command started like every other."""
     program = (
         "from moetron.common.process import run_guarded\n"
         "def main():\n  import torch\n  print(torch.ones(2).sum().item())\n  return 0\n"
