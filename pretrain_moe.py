@@ -11,18 +11,9 @@ stopped by a signal after a complete save (the same command resumes).
 
 import sys
 
-from moetron.assembly import (
-    keep_tokenizer,
-    open_streams,
-    open_tokenizer,
-    pretrain,
-    vocabulary_size,
-)
-from moetron.moe.checkpoint.compatibility import check_folders
+from moetron.assembly import open_tokenizer, train, vocabulary_size
 from moetron.moe.config.command import Command, load
-from moetron.moe.config.schema.derived import with_vocabulary
 from moetron.moe.monitoring.library_warnings import quieten_libraries
-from moetron.moe.monitoring.start_banner import announce, opening
 from moetron.moe.plan.render import render
 
 
@@ -35,15 +26,7 @@ def main() -> int:
     vocab_size = vocabulary_size(command.settings, tokenizer)
     if command.dry_run:
         return plan(command, vocab_size)
-    streams = open_streams(command.settings, vocab_size, tokenizer)
-    settings = with_vocabulary(command.settings, vocab_size)  # so that checkpoints tell it
-    check_folders(settings, streams.training.state())
-    if command.check:
-        opening(settings, streams.training.state())  # raises where nothing is left to train
-        return 0
-    settings = keep_tokenizer(settings, tokenizer)
-    announce(settings, streams.training.state())
-    return pretrain(settings, vocab_size, streams)
+    return train(command.settings, tokenizer, vocab_size, check_only=command.check)
 
 
 def plan(command: Command, vocab_size: int) -> int:

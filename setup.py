@@ -66,7 +66,7 @@ EXTRAS["dev"] += EXTRAS["docs"]  # tests/run.sh builds the documentation
 
 
 def packages() -> dict[str, str]:
-    """Package name -> folder: of ``moetron``, the recipes, every folder of code of ``FOLDERS``."""
+    """Return package name -> folder of ``moetron``, the recipes and all code below ``FOLDERS``."""
     own = ("moetron", "moetron.common", "moetron.commands")
     found = {**{name: name.replace(".", "/") for name in own}, "moetron.recipes": "examples"}
     for folder in FOLDERS:
@@ -78,7 +78,7 @@ def packages() -> dict[str, str]:
 
 
 def version() -> str:
-    """The version that moetron/__init__.py states."""
+    """Return the version that moetron/__init__.py states."""
     text = (ROOT / "moetron" / "__init__.py").read_text(encoding="utf-8")
     match = re.search(r'__version__ = "([^"]+)"', text)
     assert match is not None
@@ -97,7 +97,7 @@ setup(
     package_dir=packages(),
     package_data={
         "moetron.moe.analysis.page": ["*.html"],
-        "moetron.recipes": ["*/*.yaml", "*.json"],
+        "moetron.recipes": ["*/*.yaml", "*.json", "evaluation/*.py"],
     },
     py_modules=["pretrain_moe"],
     entry_points={"console_scripts": ["moetron = moetron.__main__:main"]},

@@ -1,9 +1,9 @@
-"""The import root: ``moetron.moe``, ``moetron.data`` and ``moetron.tokenizers``.
+"""Import root of ``moetron.moe``, ``moetron.data`` and ``moetron.tokenizers``.
 
-The code lives in the checkout's top-level folders ``moe/``, ``data/`` and ``tokenizers/``. None of
-them may be imported by its bare name: ``tokenizers`` is HuggingFace's package, and a second copy of
-a module would bring second copies of its classes. A wheel maps the folders below ``moetron``
-(``package_dir`` in setup.py); a checkout is joined to this package's search path here.
+The code is in the checkout's folders ``moe/``, ``data/`` and ``tokenizers/``. Never import them by
+their bare names: ``tokenizers`` is HuggingFace's package, and a second copy of a module has second
+copies of its classes. A wheel maps the folders below ``moetron`` (``package_dir`` in
+setup.py); for a checkout, this file adds it to the package's search path.
 """
 
 from pathlib import Path

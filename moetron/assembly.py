@@ -9,14 +9,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from moetron.common.errors import UserError
+from moetron.common.process import report_stop
+from moetron.common.stop_signal import StopSignal
 from moetron.data.stream.mock_stream import ENDLESS, MockStream
 from moetron.data.stream.open_streams import open_training, open_validation
 from moetron.data.stream.stages import StagedStream, refuse_repetition
+from moetron.moe.checkpoint.compatibility import check_folders
 from moetron.moe.checkpoint.run_folder import latest_step
-from moetron.moe.config.schema.derived import total_samples, with_tokenizer
+from moetron.moe.config.schema.derived import total_samples, with_tokenizer, with_vocabulary
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.monitoring.library_warnings import quieten_libraries
 from moetron.moe.monitoring.sinks import Sink
+from moetron.moe.monitoring.start_banner import announce, opening
 from moetron.moe.training.sample_stream import SourceUse, StreamFrom, Streams
 from moetron.tokenizers.interface import Tokenizer
 from moetron.tokenizers.run_copy import keep, name_of, open_named
@@ -88,6 +92,36 @@ def source_uses(stream: StagedStream, samples: int) -> Iterator[SourceUse]:
         yield SourceUse(name, sum(use.tokens for use in mine), sum(use.epochs for use in mine))
 
 
+def train(
+    settings: Settings,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    sinks: Sequence[Sink] = (),
+    check_only: bool = False,
+) -> int:
+    """Open the samples, check checkpoint folders, train; return the exit code.
+
+    Args:
+        settings: checked.
+        tokenizer: the one that they name.
+        vocab_size: before padding.
+        sinks: see `pretrain`.
+        check_only: stop before any rank starts.
+
+    Raises:
+        UserError: the samples or a checkpoint cannot be used, or no step is left to train.
+    """
+    streams = open_streams(settings, vocab_size, tokenizer)
+    settings = with_vocabulary(settings, vocab_size)  # so that checkpoints state it
+    check_folders(settings, streams.training.state())
+    if check_only:
+        opening(settings, streams.training.state())  # raises where no step is left
+        return 0
+    settings = keep_tokenizer(settings, tokenizer)
+    announce(settings, streams.training.state())
+    return pretrain(settings, vocab_size, streams, sinks)
+
+
 def pretrain(
     settings: Settings, vocab_size: int, streams: Streams, sinks: Sequence[Sink] = ()
 ) -> int:
@@ -100,13 +134,12 @@ def pretrain(
         sinks: receive the metrics in addition to the sinks in the settings; main rank only.
     """
     quieten_libraries()
-    from moetron.common import process as resilience  # torch: seconds
-    from moetron.moe.training import build_trainer, runtime
+    from moetron.moe.training import build_trainer, runtime  # torch: seconds
 
     with runtime.running(settings) as ranks:
         trainer = build_trainer.build_trainer(settings, ranks, vocab_size)
         loop = build_trainer.build_loop(trainer, streams)
         loop.sinks += sinks if ranks.is_main else []
-        with resilience.StopSignal() as stop:
+        with StopSignal() as stop:
             stopped = loop.run(stop)
-    return resilience.stopped(settings.checkpoint.save) if stopped else 0
+    return report_stop(settings.checkpoint.save) if stopped else 0

@@ -11,11 +11,11 @@ in float32, so that they split runs of more than 16 spaces differently (170 of 2
 import json
 import logging
 from collections.abc import Iterable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from moetron.common.errors import UserError
+from moetron.common.packages import installed_version
 from moetron.tokenizers.byte_json import END, PAD, byte_definition
 from moetron.tokenizers.byte_level import ByteTokenizer
 from moetron.tokenizers.huggingface import TRAINING_POST_PROCESSOR, HuggingFaceTokenizer
@@ -87,11 +87,7 @@ def exported(tokenizer: Tokenizer | None) -> tuple[dict[str, int | None], dict[s
 
 def has_transformers() -> bool:
     """Return whether transformers is installed, without importing it."""
-    try:
-        metadata.version("transformers")
-    except metadata.PackageNotFoundError:
-        return False
-    return True
+    return installed_version("transformers") is not None
 
 
 def different_texts(
@@ -133,7 +129,7 @@ def why_not(tokenizer: Tokenizer, folder: Path) -> str | None:
         return str(error)
     if not found:
         return None
-    version = metadata.version("transformers")
+    version = installed_version("transformers")
     return (
         f"transformers {version} encodes {found[0]!r} differently beside this model's "
         "config.json; write the tokenizer to a folder of its own with tools/export_tokenizer.py"

@@ -7,11 +7,11 @@ the two on a sample of the corpus (``first_difference``).
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib import metadata
 from typing import Any
 
 import numpy as np
 
+from moetron.common.packages import installed_version
 from moetron.tokenizers.huggingface import HuggingFaceTokenizer
 from moetron.tokenizers.interface import Tokenizer, require_encodable
 
@@ -106,7 +106,7 @@ class FastBPE(Tokenizer):
 
 def open_fast(tokenizer: Tokenizer, threads: int = 1) -> FastBPE | None:
     """Return the fast engine of a tokenizer, if it exists and agrees on the probes."""
-    if not isinstance(tokenizer, HuggingFaceTokenizer) or not _installed():
+    if not isinstance(tokenizer, HuggingFaceTokenizer) or not installed_version("gigatoken"):
         return None
     try:
         fast = FastBPE(tokenizer, threads)
@@ -130,12 +130,3 @@ class _Engine:
 
         self.tokenizer: Any = gigatoken.Tokenizer.from_json(definition)
         self.characters = 0
-
-
-def _installed() -> bool:
-    """Return whether gigatoken is installed."""
-    try:
-        metadata.version("gigatoken")
-    except metadata.PackageNotFoundError:
-        return False
-    return True

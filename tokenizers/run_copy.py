@@ -10,6 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from moetron.common.errors import UserError
+from moetron.common.files import atomic_file, rename, write_text
 from moetron.tokenizers.interface import Tokenizer
 from moetron.tokenizers.load import load_known_tokenizer, load_tokenizer
 
@@ -56,13 +57,14 @@ def keep(tokenizer: Tokenizer, run_folder: Path, replace: bool) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     for name, path in tokenizer.files.items():
-        _write(temporary / name, path.read_bytes())
-    _write(temporary / FINGERPRINT, tokenizer.fingerprint.encode() + b"\n")
+        with atomic_file(temporary / name) as file:
+            file.write(path.read_bytes())
+    write_text(temporary / FINGERPRINT, tokenizer.fingerprint + "\n")
     if not _holds(temporary, tokenizer.fingerprint):
         shutil.rmtree(temporary)
         raise UserError(f"tokenizer {tokenizer.name}: its files changed during use")
     shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
+    rename(temporary, target)
 
 
 def find_copy(path: Path) -> Path | None:
@@ -133,11 +135,3 @@ def _holds(folder: Path, fingerprint: str) -> bool:
         return load_tokenizer(folder).fingerprint == fingerprint
     except (UserError, OSError):
         return False
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file that is on disk when this returns."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())

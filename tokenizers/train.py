@@ -6,7 +6,6 @@ pieces, then the sentinels of which ``<extra_id_0>`` is the highest, then unused
 multiple of 128 (umT5: 256,000 pieces + 300 sentinels = 256,300, padded to 256,384).
 """
 
-import hashlib
 import importlib
 import io
 import json
@@ -18,6 +17,7 @@ from typing import Any
 import sentencepiece
 
 from moetron.common.errors import UserError
+from moetron.common.files import sha256_of
 from moetron.tokenizers.umt5 import SPACE_MARKER
 
 model_pb2: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")  # untyped
@@ -126,7 +126,7 @@ def is_current(model: Path, sidecar: Path, made_from: Mapping[str, Any]) -> bool
         recorded = json.loads(sidecar.read_text(encoding="utf-8"))
     except ValueError:
         return False
-    intact = recorded.get("sha256") == hashlib.sha256(model.read_bytes()).hexdigest()
+    intact = recorded.get("sha256") == sha256_of(model)
     return intact and recorded.get("made_from") == made_from
 
 

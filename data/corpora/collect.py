@@ -14,7 +14,7 @@ from typing import Any
 
 import orjson
 
-from moetron.common.files import atomic_file
+from moetron.common.files import atomic_file, sha256_of
 from moetron.tokenizers.training_sample import blocks, unimax
 
 DOCUMENT_CHARACTERS = 200_000
@@ -167,8 +167,7 @@ def is_current(output: Path, made_from: Mapping[str, Any]) -> bool:
         return False
     manifest = orjson.loads(path.read_bytes())
     complete = all(
-        (file := output / f"{source}.jsonl").is_file()
-        and hashlib.sha256(file.read_bytes()).hexdigest() == recorded["sha256"]
+        (file := output / f"{source}.jsonl").is_file() and sha256_of(file) == recorded["sha256"]
         for source, recorded in manifest["sources"].items()
     )
     return complete and manifest["made_from"] == dict(made_from)

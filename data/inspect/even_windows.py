@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from moetron.common.data_path import split_data_path
 from moetron.common.errors import UserError
-from moetron.data.stream.blend import Source, open_blend, split_data_path
+from moetron.data.stream.blend import Source, open_blend
 
 Sources = dict[str, Source]
 """Source of each class, by its name."""

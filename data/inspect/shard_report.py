@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from moetron.common.text_table import table
+from moetron.common.text import table
 from moetron.data.shards.shard import Shard
 from moetron.data.stream.addresses import ShuffledAddresses
 from moetron.data.stream.blend import Blend

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from moetron.common.cores import usable_cores
-from moetron.common.files import bare_prefix, is_utf8
+from moetron.common.data_path import bare_prefixes
+from moetron.common.files import is_utf8
 from moetron.data.encoding.filters import Filters
 
 
@@ -174,6 +175,6 @@ def _prefix_problem(prefix: str) -> str | None:
         return "the name is not UTF-8; choose another"
     if prefix.endswith(("/", os.sep)) or Path(prefix).name in ("", ".."):
         return "names a folder; add a file name prefix, such as 'train'"
-    if bare_prefix(prefix) != prefix:
+    if bare_prefixes([prefix]) != [prefix]:
         return "names one file of a shard; give the name without .bin or .idx"
     return None

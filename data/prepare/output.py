@@ -5,12 +5,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import orjson
 
-from moetron.common.files import beside, open_at, replace, sync
+from moetron.common.files import beside, open_at, rename, sync
 from moetron.data.encoding.encode import Encoded
 from moetron.data.encoding.long_documents import LeftOut, LongDocument
 from moetron.data.prepare.journal import State, journal_path, write_state
@@ -89,19 +88,14 @@ class Output:
         """Rename the list of rejects to its final name, if there are any."""
         sync(self._rejects)
         if self.state.rejected:
-            replace(self._rejects_temporary, self.rejects_path)
+            rename(self._rejects_temporary, self.rejects_path)
         else:
             self.rejects_path.unlink(missing_ok=True)
 
     def __enter__(self) -> "Output":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for writer in self.writers:
             writer.close()
         self._rejects.close()

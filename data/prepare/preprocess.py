@@ -13,6 +13,8 @@ import orjson
 
 from moetron.common.errors import ReadFailed, UserError
 from moetron.common.files import beside
+from moetron.common.progress import ReadProgress
+from moetron.common.stop_signal import INTERRUPTS, StopSignal
 from moetron.data.encoding.encode import Encoded, Encoding, EnginesDiffer
 from moetron.data.encoding.long_documents import LongDocument
 from moetron.data.prepare.engine import encoded_chunks
@@ -28,10 +30,8 @@ from moetron.data.prepare.partitions import (
     sizes_prefix,
     with_sizes,
 )
-from moetron.data.prepare.progress_bar import Progress
 from moetron.data.prepare.ray_engine import require_ray
 from moetron.data.prepare.shard_set_writer import ShardSetWriter
-from moetron.data.prepare.stop_requests import stop_requests
 from moetron.data.readers import standard_input
 from moetron.data.readers.first_rows import ROWS, require_texts
 from moetron.data.readers.input_files import find_files
@@ -213,7 +213,7 @@ class _Run:
         return outcome
 
     @contextmanager
-    def _open(self, state: State) -> Iterator[tuple[Output, Progress]]:
+    def _open(self, state: State) -> Iterator[tuple[Output, ReadProgress]]:
         """Open the output files at ``state``, and the progress bar."""
         writers = [
             ShardSetWriter(prefix, vocab_size, side, self.shard_size_tokens, self.deduplicate)
@@ -223,11 +223,11 @@ class _Run:
         ]
         with (
             Output(writers, state) as output,
-            Progress("preprocess", self.input_bytes, state.read_bytes) as progress,
+            ReadProgress("preprocess", self.input_bytes, state.read_bytes) as progress,
         ):
             yield output, progress
 
-    def _encode(self, output: Output, progress: Progress) -> None:
+    def _encode(self, output: Output, progress: ReadProgress) -> None:
         """Write every chunk's documents to their shards, in the inputs' order."""
         options = self.options
         encoding = Encoding(
@@ -246,7 +246,7 @@ class _Run:
             options.workers,
             options.engine,
         )
-        with stop_requests() as stopping:
+        with StopSignal("chunk", INTERRUPTS, interrupt=True) as stopping:
             try:
                 for encoded in chunks:
                     self._take(encoded, output, progress)
@@ -260,7 +260,9 @@ class _Run:
                 output.mark()
                 raise KeyboardInterrupt
 
-    def _take(self, encoded: Encoded | LongDocument, output: Output, progress: Progress) -> None:
+    def _take(
+        self, encoded: Encoded | LongDocument, output: Output, progress: ReadProgress
+    ) -> None:
         """Write one chunk's documents to their shards."""
         if isinstance(encoded, LongDocument):
             output.take_long(encoded, len(self.outputs))

@@ -4,10 +4,10 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor
-from importlib import metadata
 from typing import Any, TypeVar
 
 from moetron.common.errors import UserError
+from moetron.common.packages import installed_version
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -56,10 +56,8 @@ def ray_map(
 
 def require_ray() -> None:
     """Raise UserError if Ray is not installed."""
-    try:
-        metadata.version("ray")
-    except metadata.PackageNotFoundError:
-        raise UserError("--engine ray: needs the package ray; pip install 'moetron[ray]'") from None
+    if installed_version("ray") is None:
+        raise UserError("--engine ray: needs the package ray; pip install 'moetron[ray]'")
 
 
 def _call(function: Callable[[Item], Result], item: Item) -> Result:

@@ -1,12 +1,11 @@
 """Read a token shard: memory-mapped, checked when opened, at a cost independent of its size."""
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
 
 from moetron.common.errors import UserError
-from moetron.common.files import beside
+from moetron.common.files import beside, sha256_of
 from moetron.data.shards.indexed_format import (
     DTYPES,
     HEADER,
@@ -17,8 +16,6 @@ from moetron.data.shards.indexed_format import (
     index_bytes,
 )
 from moetron.data.shards.manifest import FileRecord, Manifest, read_manifest
-
-HASH_BLOCK_BYTES = 1 << 22
 
 
 class Shard:
@@ -80,7 +77,7 @@ class Shard:
         if (recorded.dtype, recorded.documents, recorded.tokens) != found:
             problems.append(f"{self.prefix}.json: dtype, documents or tokens are not the shard's")
         for path, record in self._files(self.manifest):
-            if _sha256(path) != record.sha256:
+            if sha256_of(path) != record.sha256:
                 problems.append(f"{path}: its SHA-256 is not the manifest's")
         return problems
 
@@ -140,12 +137,3 @@ def _read_header(path: Path, index: np.ndarray) -> tuple[np.dtype, int]:
             f"{index_bytes(sequences, boundaries)}; truncated, or a multimodal index"
         )
     return DTYPES[code], sequences
-
-
-def _sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(HASH_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()

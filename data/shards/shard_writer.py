@@ -4,11 +4,10 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 
-from moetron.common.files import begin_sync, beside, open_at, replace, sync
+from moetron.common.files import begin_sync, beside, open_at, rename, sync
 from moetron.data.shards.indexed_format import (
     HEADER,
     LENGTH,
@@ -118,8 +117,8 @@ class ShardWriter:
         sync(self._bin)
         bin_bytes, idx_bytes = self._bin_path.stat().st_size, self._idx_path.stat().st_size
         manifest_path(self.prefix).unlink(missing_ok=True)
-        replace(self._bin_path, beside(self.prefix, ".bin"))
-        replace(self._idx_path, beside(self.prefix, ".idx"))
+        rename(self._bin_path, beside(self.prefix, ".bin"))
+        rename(self._idx_path, beside(self.prefix, ".idx"))
         self._lengths_path.unlink()
         return (
             FileRecord(bytes=bin_bytes, sha256=self._bin_hash.hexdigest()),
@@ -129,12 +128,7 @@ class ShardWriter:
     def __enter__(self) -> "ShardWriter":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _hash_kept_tokens(self) -> None:

@@ -1,6 +1,5 @@
 """Sources of a run and their weights: Megatron's ``--data-path``."""
 
-import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from moetron.common.data_path import split_data_path
 from moetron.common.errors import UserError
-from moetron.common.files import bare_prefix
 from moetron.data.addressing.windowing import Windowing
 from moetron.data.shards.shard import Shard
 from moetron.data.shards.shard_set import members
@@ -111,37 +110,6 @@ def open_blend(
 def source_name(prefix: str) -> str:
     """Return the prefix without its folders."""
     return Path(prefix).name
-
-
-def split_data_path(data_path: Sequence[str]) -> tuple[list[float] | None, list[str]]:
-    """(weights or None, prefixes) of a data path."""
-    if not data_path:
-        raise UserError("--data-path is empty: give PREFIX or WEIGHT PREFIX WEIGHT PREFIX ...")
-    if _number(data_path[0]) is None:
-        return None, [bare_prefix(word) for word in data_path]
-    weights = [_number(word) for word in data_path[::2]]
-    prefixes = [bare_prefix(word) for word in data_path[1::2]]
-    if len(weights) != len(prefixes) or None in weights:
-        raise UserError(
-            f"--data-path {' '.join(data_path)}: weights and prefixes must alternate: "
-            "WEIGHT PREFIX WEIGHT PREFIX ..."
-        )
-    found = [weight for weight in weights if weight is not None]
-    for weight, prefix in zip(found, prefixes, strict=True):
-        if not 0 < weight < math.inf:
-            raise UserError(
-                f"--data-path: the weight {weight:g} of {prefix} must be a number above 0; "
-                "leave out sources that give nothing"
-            )
-    return found, prefixes
-
-
-def _number(word: str) -> float | None:
-    """The number that a word spells, if it spells one."""
-    try:
-        return float(word)
-    except ValueError:
-        return None
 
 
 def _check_fingerprints(sources: Sequence[Source], expected: str) -> None:

@@ -4,10 +4,11 @@ import re
 from collections.abc import Sequence
 from typing import Protocol
 
+from moetron.common.data_path import split_data_path
 from moetron.common.errors import UserError
 from moetron.data.objectives.build_objective import ObjectiveName, ObjectivePlan, build_objective
 from moetron.data.objectives.objective import Objective
-from moetron.data.stream.blend import source_name, split_data_path
+from moetron.data.stream.blend import source_name
 from moetron.data.stream.repetition import RepetitionFilter
 from moetron.data.stream.stages import Stage, StagedStream
 from moetron.data.stream.token_stream import TokenStream, validation_stream

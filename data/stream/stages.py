@@ -15,7 +15,7 @@ from itertools import chain, pairwise
 from typing import Any
 
 from moetron.common.errors import UserError
-from moetron.common.text_table import table
+from moetron.common.text import table
 from moetron.data.addressing.windowing import Windowing
 from moetron.data.objectives.objective import Objective
 from moetron.data.stream.addresses import ShuffledAddresses

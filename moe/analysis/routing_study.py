@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from moetron.moe.analysis.progress import shown
+from moetron.common.progress import report_batches
 from moetron.moe.analysis.routing_statistics import CoActivation, Drops, mean_similarity, saturation
 from moetron.moe.analysis.routing_trace import RoutedModel, Windows
 from moetron.moe.analysis.specialization import (
@@ -55,7 +55,7 @@ class Text:
         Progress on standard error is labelled ``name``.
         """
         windows = sum(len(part.tokens_BS) for part in self.windows)
-        return shown(self._batches(), math.ceil(windows / self._windows_at_once), name)
+        return report_batches(self._batches(), math.ceil(windows / self._windows_at_once), name)
 
     @property
     def _windows_at_once(self) -> int:

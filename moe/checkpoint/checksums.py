@@ -4,37 +4,24 @@ A flipped bit is found in any file: in a listed one because its sum differs, in 
 because it no longer matches the files. Nothing here communicates or imports torch.
 """
 
-import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from moetron.common.files import write_text
+from moetron.common.files import sha256_of, write_text
 
 SUMS = "SHA256SUMS"
 THREADS = 2
 """Files that a rank reads at once."""
 _LINE = re.compile(r"([0-9a-f]{64})  (\S+)")
-_CHUNK_BYTES = 1 << 22
-
-
-def sum_of(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    digest, buffer = hashlib.sha256(), bytearray(_CHUNK_BYTES)
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(memoryview(buffer)[:count])
-    return digest.hexdigest()
 
 
 def write_sums(folder: Path, known: Mapping[str, str]) -> None:
     """List every other file below ``folder``; ``known`` are sums taken while writing."""
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    lines = [
-        f"{known.get(name) or sum_of(folder / name)}  {name}\n" for name in sorted(names - {SUMS})
-    ]
-    write_text(folder / SUMS, "".join(lines))
+    sums = {name: known.get(name) or sha256_of(folder / name) for name in sorted(names - {SUMS})}
+    write_text(folder / SUMS, "".join(f"{sum_}  {name}\n" for name, sum_ in sums.items()))
 
 
 def read_sums(folder: Path) -> dict[str, str]:
@@ -64,5 +51,5 @@ def changed(folder: Path, names: Iterable[str]) -> list[str]:
     """
     sums, names = read_sums(folder), list(names)
     with ThreadPoolExecutor(THREADS) as pool:
-        found = list(pool.map(lambda name: sum_of(folder / name), names))
+        found = list(pool.map(lambda name: sha256_of(folder / name), names))
     return [name for name, sum_ in zip(names, found, strict=True) if sums.get(name) != sum_]

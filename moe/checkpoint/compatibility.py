@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moetron.common.errors import UserError
+from moetron.common.text import value_text
 from moetron.moe.checkpoint.run_folder import (
     Record,
     find,
@@ -83,7 +84,8 @@ def differences(
         checked = [(group, name) for group, name in checked if group != "optimizer"]
     ours = settings.model_dump(mode="json")
     problems = [
-        f"  - {flag_name(name)} {_text(ours[group][name])}: the checkpoint has {_text(theirs)}"
+        f"  - {flag_name(name)} {value_text(ours[group][name], 'none')}: "
+        f"the checkpoint has {value_text(theirs, 'none')}"
         for group, name in checked
         if (theirs := record.settings.get(group, {}).get(name, ours[group][name]))
         != ours[group][name]
@@ -93,7 +95,7 @@ def differences(
         problems.append(f"  - {problem}")
     tokenizers = tokenizer_fingerprints(stream_state), tokenizer_fingerprints(record.stream)
     if all(tokenizers) and tokenizers[0] != tokenizers[1]:
-        new, old = map(_text, tokenizers)
+        new, old = map(value_text, tokenizers)
         problems.append(f"  - tokenizer {new}: the checkpoint has {old}")
     return problems
 
@@ -108,10 +110,3 @@ def tokenizer_fingerprints(stream_state: Mapping[str, Any]) -> list[str]:
     """Return the fingerprints of the sources' tokenizers."""
     sources = stream_state.get("sources", [])
     return sorted({source["tokenizer"] for source in sources if source.get("tokenizer")})
-
-
-def _text(value: Any) -> str:
-    """Return a JSON value as flags write it."""
-    if isinstance(value, list):
-        return " ".join(map(_text, value))
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)

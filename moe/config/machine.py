@@ -6,9 +6,10 @@ Checks of settings use this before a run starts; `moetron.moe.host.usable` then 
 import os
 import shutil
 import subprocess
-from importlib import metadata
 from pathlib import Path
 from typing import Literal
+
+from moetron.common.packages import installed_version
 
 _PROC = Path("/proc/driver/nvidia/version")
 _DEVICE_FOLDER = Path("/dev")
@@ -59,8 +60,4 @@ def expected_device(wanted: str) -> Literal["cpu", "cuda"]:
 
 def transformer_engine_is_installed() -> bool:
     """Return whether Transformer Engine is installed; it may still fail to import."""
-    try:
-        metadata.version("transformer-engine")
-    except metadata.PackageNotFoundError:
-        return False
-    return True
+    return installed_version("transformer-engine") is not None

@@ -1,12 +1,12 @@
 """Recipes: settings as a YAML file with one section per group and field names as keys."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from moetron.common.errors import ConfigError
+from moetron.common.files import write_text
 from moetron.moe.config.schema.settings import Settings, fields
 from moetron.moe.config.synonyms import key_answer
 
@@ -89,9 +89,4 @@ def dump(settings: Settings) -> str:
 
 def write(settings: Settings, path: Path) -> None:
     """Write ``dump(settings)`` atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(dump(settings))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_text(path, dump(settings))

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from moetron.common.text import value_text
 from moetron.moe.config.schema.data import StageLearningRate, StageSettings
 from moetron.moe.config.schema.field import (
     Rule,
@@ -47,15 +48,6 @@ def _known(tree: Tree) -> dict[str, dict[str, Any]]:
     return kept
 
 
-def _value_text(value: Any) -> str:
-    """Return a value as YAML and flags write it."""
-    if isinstance(value, list | tuple):
-        return " ".join(_value_text(item) for item in value)
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def _problem(
     group: str, name: str, field: FieldInfo, value: Any, missing: bool, error: object
 ) -> str:
@@ -67,11 +59,11 @@ def _problem(
     if missing:
         return f"{flag} is missing ({field.description}); or `{name}` under `{group}:` in a recipe"
     if isinstance(error, Rule):
-        return f"{flag} {_value_text(value)}: {error}"
+        return f"{flag} {value_text(value, 'null')}: {error}"
     unset = ", or null" if is_optional(field) else ""
     hint = nearest(value, literals(field)) if isinstance(value, str) else ""
     reason = f": {error}" if error else ""
-    return f"{flag} {_value_text(value)}: must be {type_text(field)}{unset}{hint}{reason}"
+    return f"{flag} {value_text(value, 'null')}: must be {type_text(field)}{unset}{hint}{reason}"
 
 
 def _inside(detail: ErrorDetails) -> Rule | None:
@@ -86,7 +78,7 @@ def _inside(detail: ErrorDetails) -> Rule | None:
     if kind == "extra_forbidden":
         known = StageSettings.model_fields | StageLearningRate.model_fields
         return Rule(f"entry {where} has the unknown key `{key}`{nearest(key, known)}")
-    return Rule(f"entry {where}, `{key}` {_value_text(detail['input'])}: {detail['msg']}")
+    return Rule(f"entry {where}, `{key}` {value_text(detail['input'], 'null')}: {detail['msg']}")
 
 
 def validate(tree: Tree) -> tuple[Settings | None, list[str], set[str]]:

@@ -6,7 +6,6 @@ https://github.com/huggingface/safetensors#format.
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -16,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from moetron.common.errors import UserError
-from moetron.common.files import write_text
+from moetron.common.files import sync, write_text
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -102,8 +101,7 @@ def write_folder(
                 assert given == expected
                 assert (tensor.shape, tensor.dtype) == (shape.shape, shape.dtype), given
                 _write_values(file, tensor)
-            file.flush()
-            os.fsync(file.fileno())
+            sync(file)
     if len(files) > 1:
         size = sum(tensor.nbytes for planned in files for tensor in planned.values())
         weight_map = {

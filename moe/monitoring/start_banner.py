@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moetron.common.errors import UserError
+from moetron.common.text import value_text
 from moetron.moe.checkpoint.compatibility import changed_data
 from moetron.moe.checkpoint.run_folder import Record, find, latest_step, read_record
 from moetron.moe.config.schema.field import flag_name
@@ -99,5 +100,5 @@ def _changes(record: Record, settings: Settings) -> Iterator[str]:
 
 
 def _text(value: Any) -> str:
-    text = "unset" if value is None else str(value)
+    text = value_text(value)
     return text if len(text) <= _WIDTH else text[: _WIDTH - 3] + "..."

@@ -5,7 +5,6 @@ Shape suffixes: L layers with experts, E experts, T tokens of this rank, s posit
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -127,10 +126,5 @@ class RoutingRecorder:
     def __enter__(self) -> "RoutingRecorder":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()

@@ -92,5 +92,5 @@ def needs_samples(chunk: DistributedDataParallel, settings: Settings) -> bool:
     """
     model, hashed = unwrap_model(chunk), settings.moe.moe_router_type == "hash"
     ends = model.pre_process or model.post_process
-    weighted = derived.masks_losses(settings) and settings.training.calculate_per_token_loss
+    weighted = settings.moe.num_experts is not None and settings.training.calculate_per_token_loss
     return bool(ends or hashed or weighted or settings.data.bidirectional_prefix)

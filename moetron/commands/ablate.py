@@ -19,8 +19,9 @@ from pathlib import Path
 
 from moetron.common.cores import usable_cores
 from moetron.common.errors import ConfigError, UserError
-from moetron.common.process import EXIT_STOPPED, TRAIN, StopSignal
+from moetron.common.process import EXIT_STOPPED, TRAIN
 from moetron.common.recipes import recipes_folder
+from moetron.common.stop_signal import StopSignal
 from moetron.common.threads import cpu_threads
 from moetron.moe.analysis.ablation import execute, sweep
 from moetron.moe.config import flags

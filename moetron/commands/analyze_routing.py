@@ -10,6 +10,7 @@ done, 2 user error, 1 internal error.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from moetron.common import threads
@@ -51,14 +52,19 @@ def require_one(tokenizer: Tokenizer, sources: Sources) -> None:
                 raise UserError(f"{name}, {source.prefix}: not of the model's tokenizer")
 
 
-def open_text(sources: Sources, tokenizer: Tokenizer, given: argparse.Namespace) -> study.Text:
-    """Windows of every class, and how ids are shown; a model may have ids that no piece uses."""
+def open_text(
+    sources: Sources, tokenizer: Tokenizer, tokens: int, token_class: Sequence[str]
+) -> study.Text:
+    """Return about ``tokens`` tokens of every class in windows, and how to show token ids.
+
+    A model may have ids that no piece of the tokenizer uses. ``token_class``: NAME=REGEX.
+    """
     require_one(tokenizer, sources)
-    rows = [(n.removesuffix(".valid"), spread_windows(s, given.tokens)) for n, s in sources.items()]
+    rows = [(n.removesuffix(".valid"), spread_windows(s, tokens)) for n, s in sources.items()]
     return study.Text(
         [Windows(name, row[:, :-1], row[:, 1:]) for name, row in rows],
         lambda id: tokenizer.decode([id]) if id < tokenizer.vocab_size else f"<{id}>",
-        specialization.token_classes(given.token_class) or study.TOKEN_CLASSES,
+        specialization.token_classes(token_class) or study.TOKEN_CLASSES,
     )
 
 
@@ -68,7 +74,7 @@ def analyze_folder(given: argparse.Namespace) -> study.Result:
 
     sources = named_sources(given.data or [], given.seq_length or 1024)
     tokenizer = load_tokenizer(given.tokenizer_model or given.model)
-    text = open_text(sources, tokenizer, given)
+    text = open_text(sources, tokenizer, given.tokens, given.token_class)
     threads.use_threads(given.cpu_threads)
     model = HuggingFaceModel(given.model, given.layers)
     return study.summary(model, text) | study.study(model, text, given.adjacent_pairs)[0]
@@ -88,7 +94,7 @@ def analyze_run(given: argparse.Namespace) -> study.Result:
     sources = named_sources(given.data or held_out, length)
     names = given.tokenizer_model, settings.data.tokenizer_model
     tokenizer = load_run_tokenizer(given.model, *names, tokenizer_fingerprints(record.stream))
-    text = open_text(sources, tokenizer, given)
+    text = open_text(sources, tokenizer, given.tokens, given.token_class)
     vocab_size = vocabulary_of(given.model, settings, tokenizer.vocab_size)
     with runtime.running(settings) as ranks:
         model = OwnModel(given.model, settings, vocab_size, ranks, given.layers)

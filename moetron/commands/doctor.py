@@ -13,12 +13,12 @@ import platform
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
 from moetron import __version__
 from moetron.common.cores import usable_cores
+from moetron.common.packages import installed_version
 from moetron.common.threads import cpu_threads
 from moetron.moe.config.schema.paths import ToolParser
 from moetron.moe.monitoring.library_warnings import quieten_libraries
@@ -54,21 +54,13 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def version_of(name: str) -> str | None:
-    """Version of an installed distribution, read without importing it."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def packages() -> Iterator[Finding]:
     """Check required and optional packages."""
     for name in NEEDED:
-        found = version_of(name)
+        found = installed_version(name)
         yield Finding(name, "ok" if found else "broken", found or "missing: pip install moetron")
     for name, (extra, use) in OPTIONAL.items():
-        found = version_of(name)
+        found = installed_version(name)
         detail = f"{found}: {use}" if found else f"pip install 'moetron[{extra}]' for {use}"
         yield Finding(name, "ok" if found else "absent", detail)
 
@@ -104,7 +96,7 @@ def devices() -> Iterator[Finding]:
         state: State = "broken" if fault.is_broken else "absent"
         yield Finding("CUDA", state, f"{fault.reason}; runs use the CPU over gloo")
     te_fault = transformer_engine_fault()
-    installed = version_of("transformer-engine")
+    installed = installed_version("transformer-engine")
     if te_fault is None:
         yield Finding("Transformer Engine", "ok", str(installed))
     else:

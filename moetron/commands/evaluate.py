@@ -11,7 +11,6 @@ error, 1 internal error.
 """
 
 import argparse
-import importlib.metadata
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 from moetron.common import threads
 from moetron.common.errors import UserError
 from moetron.common.files import write_text
+from moetron.common.packages import installed_version
 from moetron.moe.checkpoint import run_folder as checkpoint_folder
 from moetron.moe.checkpoint.compatibility import tokenizer_fingerprints
 from moetron.moe.checkpoint.vocabulary import vocabulary_of
@@ -46,11 +46,8 @@ def parser() -> argparse.ArgumentParser:
 
 def require_harness() -> None:
     """Refuse to start without the harness."""
-    try:
-        importlib.metadata.version("lm_eval")
-    except importlib.metadata.PackageNotFoundError:
-        missing = "lm-evaluation-harness is not installed: pip install moetron[eval]"
-        raise UserError(missing) from None
+    if installed_version("lm_eval") is None:
+        raise UserError("lm-evaluation-harness is not installed: pip install moetron[eval]")
 
 
 def run(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:

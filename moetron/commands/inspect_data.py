@@ -14,13 +14,14 @@ import sys
 from pathlib import Path
 
 from moetron.common.argument_types import whole_number
+from moetron.common.data_path import split_data_path
 from moetron.common.errors import ConfigError, UserError
 from moetron.common.files import require_writable
 from moetron.data.inspect.sample_view import documents, draw_lengths, stage_samples
 from moetron.data.inspect.shard_report import blend_table, length_histogram, shard_summary
 from moetron.data.shards.shard import Shard
 from moetron.data.shards.shard_set import members
-from moetron.data.stream.blend import open_blend, split_data_path
+from moetron.data.stream.blend import open_blend
 from moetron.data.stream.open_streams import open_training
 from moetron.data.stream.stages import use_table
 from moetron.moe.config.command import read_recipes

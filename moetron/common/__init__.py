@@ -1,1 +1,1 @@
-"""The ground floor: what `tokenizers`, `data` and `moe` share."""
+"""Code that `tokenizers`, `data` and `moe` share."""

@@ -1,4 +1,4 @@
-"""Types of command-line flags that name their rule."""
+"""argparse types whose errors state the rule."""
 
 import argparse
 import math
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 
 def whole_number(least: int) -> Callable[[str], int]:
-    """A type for argparse: a whole number of at least ``least``."""
+    """Return an argparse type: an integer of at least ``least``."""
 
     def parse(text: str) -> int:
         try:
@@ -21,7 +21,7 @@ def whole_number(least: int) -> Callable[[str], int]:
 
 
 def positive_number(text: str) -> float:
-    """A type for argparse: a finite number above 0."""
+    """Parse a finite number above 0."""
     try:
         number = float(text)
     except ValueError:

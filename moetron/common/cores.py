@@ -1,4 +1,4 @@
-"""The number of CPU cores that this process may use: its affinity and its cgroup's CPU quota."""
+"""Number of CPU cores that this process may use: its affinity and its cgroup's CPU quota."""
 
 import os
 from collections.abc import Iterator

@@ -1,19 +1,19 @@
-"""Errors that are a message, not a traceback."""
+"""Errors that print as a message without a traceback."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 
 class UserError(ValueError):
-    """Something that the user must change: printed without a traceback, exit code 2."""
+    """Error that the user can fix: printed without a traceback, exit code 2."""
 
 
 class RunError(RuntimeError):
-    """What ends a run without being anybody's bug: printed without a traceback, exit code 1."""
+    """Failure of a run that is not a bug: printed without a traceback, exit code 1."""
 
 
 class ConfigError(UserError):
-    """Every problem of a configuration at once, one line each."""
+    """All problems of a configuration, one line each."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = list(problems)
@@ -23,10 +23,10 @@ class ConfigError(UserError):
 
 
 class ReadFailed(UserError):
-    """The machine could not read an input that may be sound: what was done with it stays good."""
+    """I/O error on an input that may be sound: work done from it stays valid."""
 
 
 def unreadable(file: Path, error: Exception) -> UserError:
-    """What to raise where reading a file ended so: only the system's own errors have a number."""
+    """Return ReadFailed for a system error, which has an errno, else UserError."""
     failed = isinstance(error, OSError) and error.errno is not None
     return (ReadFailed if failed else UserError)(f"{file}: cannot be read ({error})")

@@ -1,5 +1,6 @@
-"""Files that are either whole or not there."""
+"""Files that are complete or absent: atomic writes, durable names, checksums."""
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,9 +9,11 @@ from typing import BinaryIO
 
 from moetron.common.errors import UserError
 
+_BLOCK_BYTES = 1 << 22
+
 
 def is_utf8(name: str) -> bool:
-    """Whether the name of a file is text; others come with stand-ins for bytes (PEP 383)."""
+    """Return whether a file name is valid UTF-8; other names contain surrogates (PEP 383)."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -19,39 +22,46 @@ def is_utf8(name: str) -> bool:
 
 
 def beside(prefix: str | Path, suffix: str) -> Path:
-    """The file ``prefix`` + ``suffix``; the prefix may hold dots. UserError if it has no name."""
+    """Return the path ``prefix`` + ``suffix``; the prefix may contain dots.
+
+    Raises:
+        UserError: the prefix has no file name.
+    """
     path = Path(prefix)
     if path.name in ("", ".."):
         raise UserError(f"{str(prefix)!r} is a folder; give the beginning of names in it")
     return path.with_name(path.name + suffix)
 
 
-def bare_prefix(word: str) -> str:
-    """A prefix without the ending of one of its two files, with which it may be given."""
-    return word.removesuffix(".idx") if word.endswith(".idx") else word.removesuffix(".bin")
-
-
-def replace(temporary: Path, final: Path) -> None:
-    """Give a finished, synced file its name, and make the name durable."""
-    temporary.replace(final)
-    folder = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
+    digest, buffer = hashlib.sha256(), bytearray(_BLOCK_BYTES)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+    return digest.hexdigest()
 
 
 def sync(file: BinaryIO) -> None:
-    """Bring a file to the disk."""
+    """Flush a file to the disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
-def begin_sync(file: BinaryIO, start: int) -> int:
-    """Let the disk take what was written from byte ``start`` on, without waiting; where that ends.
+def sync_folder(folder: Path) -> None:
+    """Flush the names in a folder to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
-    A later ``sync`` then has less to wait for. Linux starts to write dirty pages that it is told
-    nobody needs, and only drops clean ones; elsewhere nothing happens.
+
+def begin_sync(file: BinaryIO, start: int) -> int:
+    """Start to write back the bytes from ``start`` to the end, without waiting; return the end.
+
+    A later ``sync`` then waits less. Linux writes back dirty pages that are marked as not needed,
+    and drops only clean ones; elsewhere this does nothing.
     """
     file.flush()
     end = file.tell()
@@ -61,9 +71,9 @@ def begin_sync(file: BinaryIO, start: int) -> int:
 
 
 def open_at(path: Path, size_bytes: int) -> BinaryIO:
-    """A binary file to write on after its first ``size_bytes``; what lies behind them is dropped.
+    """Open a binary file to append after its first ``size_bytes``; truncate what follows them.
 
-    0 begins a new file. Otherwise the file must be there and hold as much.
+    0 creates the file. Otherwise it must exist and be at least that long.
     """
     file = path.open("r+b" if size_bytes else "w+b")
     file.truncate(size_bytes)
@@ -72,7 +82,7 @@ def open_at(path: Path, size_bytes: int) -> BinaryIO:
 
 
 def require_writable(prefix: str | Path) -> None:
-    """Make the folder of ``prefix``, and raise OSError if no file can be written there."""
+    """Create the folder of ``prefix``; raise OSError if no file can be written there."""
     trial = beside(prefix, ".trial")
     trial.parent.mkdir(parents=True, exist_ok=True)
     trial.touch()
@@ -81,37 +91,27 @@ def require_writable(prefix: str | Path) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that appears at ``path``, synced, when the block ends without an exception."""
+    """Yield a binary file that appears at ``path``, synced, if the block ends without an exception.
+
+    Readers, and the disk after a crash, see the old content or the new one.
+    """
     temporary = beside(path, ".tmp")
     try:
         with temporary.open("wb") as file:
             yield file
             sync(file)
-        replace(temporary, path)
+        rename(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that readers, and the disk after a crash, see the old text or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    rename(temporary, path)
+    """Write a UTF-8 file atomically."""
+    with atomic_file(path) as file:
+        file.write(text.encode())
 
 
 def rename(source: Path, target: Path) -> None:
-    """Rename within a folder, and make the new name last."""
-    source.rename(target)
+    """Rename a synced file, replacing ``target``, or a folder; make the new name durable."""
+    source.replace(target)
     sync_folder(target.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder last."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

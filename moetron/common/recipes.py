@@ -1,4 +1,4 @@
-"""Where recipes lie: examples/ of a checkout, or the copy inside an installed package."""
+"""Location of recipes: examples/ of a checkout, or the copy inside an installed package."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def recipes_folder() -> Path:
-    """Return the folder that holds one folder for each recipe."""
+    """Return the folder with one folder for each recipe."""
     checkout = _PACKAGE.parent
     if (checkout / "pretrain_moe.py").is_file() and (checkout / "examples").is_dir():
         return checkout / "examples"
@@ -16,8 +16,8 @@ def recipes_folder() -> Path:
 def recipe_path(name: str) -> Path:
     """Return the file that ``--config name`` means.
 
-    A file that exists; else ``olmoe_1b_7b`` (its pretrain.yaml) or ``olmoe_1b_7b/tiny`` among the
-    recipes that come with Moetron; else ``name`` itself, which does not exist.
+    An existing file; else a shipped recipe: ``olmoe_1b_7b`` (its pretrain.yaml) or
+    ``olmoe_1b_7b/tiny``; else ``name`` itself, which does not exist.
     """
     given = Path(name)
     if given.exists() or not name:

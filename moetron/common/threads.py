@@ -1,7 +1,7 @@
-"""CPU threads: how many a process computes with, and how idle ones wait. Imports no torch.
+"""Number of CPU threads of a process, and how idle threads wait. Imports no torch.
 
 One rule for training and for every tool that runs torch (``cpu_threads``): ``--cpu-threads``, else
-``OMP_NUM_THREADS``, else this process's share of the cores that it may use.
+``OMP_NUM_THREADS``, else usable cores divided by the ranks of the host.
 """
 
 import argparse
@@ -12,23 +12,23 @@ from moetron.common.cores import usable_cores
 from moetron.common.errors import UserError
 
 WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
-"""Environment variables by which a user chooses how OpenMP threads wait."""
+"""Environment variables that set how OpenMP threads wait."""
 
 
 def use_passive_waits() -> None:
-    """Make idle OpenMP threads sleep instead of spin, unless the user's environment chooses.
+    """Make idle OpenMP threads sleep instead of spin, unless the environment sets it.
 
     Must run before torch is imported: its Linux wheels bundle GNU OpenMP (libgomp), which reads the
-    environment once, when it is loaded. By default libgomp spins for milliseconds at the end of
-    every parallel region. Where other processes use the same cores, a spinning thread keeps the
-    thread that it waits for from running: docs/launching.md has the figures.
+    environment once, when loaded. By default libgomp spins for milliseconds at the end of every
+    parallel region. Where processes compete for cores, a spinning thread keeps the thread that it
+    waits for from running; docs/launching.md has measurements.
     """
     if not any(name in os.environ for name in WAIT_VARIABLES):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def add_option(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add ``--cpu-threads`` to a tool's parser, which is returned; 0, the default: the rule."""
+    """Add ``--cpu-threads`` to a parser and return it; 0, the default, applies the rule above."""
     help_text = "CPU threads (default: OMP_NUM_THREADS, else all usable cores)"
     parser.add_argument("--cpu-threads", type=_count, default=0, metavar="N", help=help_text)
     return parser
@@ -42,7 +42,7 @@ def _count(text: str) -> int:
 
 
 def use_threads(requested: int) -> None:
-    """Let torch compute with ``cpu_threads(requested, local ranks)`` threads.
+    """Set torch's threads to ``cpu_threads(requested, local ranks)``.
 
     Local ranks are those that torchrun started on this host (``LOCAL_WORLD_SIZE``).
     """
@@ -76,7 +76,7 @@ def _from_environment() -> int | None:
 
 
 def _set_by_torchrun(text: str) -> bool:
-    """Whether torchrun, not the user, set ``OMP_NUM_THREADS`` to ``text``.
+    """Return whether torchrun, not the user, set ``OMP_NUM_THREADS`` to ``text``.
 
     torchrun sets 1 for several ranks on a host where the variable is unset. Its own start
     environment (Linux: ``/proc/PID/environ``) shows whether it was; where that cannot be read, the

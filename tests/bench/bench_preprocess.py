@@ -37,7 +37,7 @@ from pathlib import Path
 
 import gigatoken
 
-from moetron.common.text_table import table
+from moetron.common.text import table
 from moetron.data.readers.chunks import Reject
 from moetron.data.readers.input_files import find_files
 from moetron.data.readers.rows import read_chunks

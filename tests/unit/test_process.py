@@ -1,4 +1,4 @@
-"""Exit codes, the cause as the last line, and stopping by signal."""
+"""Exit codes, the cause as the last line, and stop signals."""
 
 import errno
 import json
@@ -6,13 +6,16 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from moetron.common import process as resilience
+from moetron.common import stop_signal
 from moetron.common.errors import RunError, UserError
-from moetron.common.process import StopSignal, run_guarded
+from moetron.common.process import run_guarded
+from moetron.common.stop_signal import INTERRUPTS, StopSignal
 
 
 def _raising(error: BaseException) -> int:
@@ -39,10 +42,10 @@ def test_a_user_error_is_its_message_alone(capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     ("rank", "local_rank", "waits"), [("0", "0", 0.0), ("8", "0", 1.0), ("1", "1", 2.0)]
 )
-def test_of_a_nodes_ranks_one_tells_a_user_error(
+def test_one_rank_of_a_node_prints_a_user_error(
     monkeypatch: pytest.MonkeyPatch, rank: str, local_rank: str, waits: float
 ) -> None:
-    """Torchrun ends the ranks of a node when the first of them ends."""
+    """Torchrun ends the ranks of a node when the first one ends."""
     slept: list[float] = []
     monkeypatch.setattr(resilience.time, "sleep", slept.append)
     monkeypatch.setenv("RANK", rank)
@@ -60,20 +63,20 @@ def test_anything_else_ends_with_rank_and_cause(
     error = capsys.readouterr().err
     assert error.count("Traceback") == 1
     assert error.splitlines()[-1] == "rank 3: ArithmeticError: seven times eight"
-    told = json.loads((tmp_path / "error.json").read_text())["message"]
-    assert told["message"] == "rank 3: ArithmeticError: seven times eight"
-    assert int(told["extraInfo"]["timestamp"]) > 0
+    report = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert report["message"] == "rank 3: ArithmeticError: seven times eight"
+    assert int(report["extraInfo"]["timestamp"]) > 0
 
 
 @pytest.mark.parametrize("error", [RunError("loss is nan"), OSError(errno.ENOSPC, "disk full")])
-def test_what_its_own_words_explain_has_no_traceback(
+def test_a_self_explanatory_error_has_no_traceback(
     error: Exception, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_guarded(lambda: _raising(error)) == 1
     assert capsys.readouterr().err == f"rank 0: {type(error).__name__}: {error}\n"
 
 
-def test_a_reader_that_goes_away_gets_no_traceback() -> None:
+def test_a_closed_reader_gets_no_traceback() -> None:
     endless = (
         "import sys\nfrom moetron.common.process import run_guarded\n"
         "def main():\n  while True: print('line')\nsys.exit(run_guarded(main))"
@@ -83,7 +86,7 @@ def test_a_reader_that_goes_away_gets_no_traceback() -> None:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.readline()
         process.stdout.close()
-        assert process.stderr.read() == "stopped: nobody reads standard output any more\n"
+        assert process.stderr.read() == "stopped: the reader of standard output closed it\n"
         assert process.wait(60) == 1
 
 
@@ -94,13 +97,13 @@ def test_a_broken_pipe_of_another_kind_keeps_its_traceback(
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_a_stop_promises_a_checkpoint_only_where_there_is_one(
+def test_a_stop_names_a_checkpoint_only_if_there_is_one(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert resilience.stopped("runs/a") == 75
-    assert "saved in runs/a; --load runs/a goes on" in capsys.readouterr().err
-    assert resilience.stopped(None) == 1
-    assert "nothing is kept" in capsys.readouterr().err
+    assert resilience.report_stop("runs/a") == 75
+    assert "saved in runs/a; resume with --load runs/a" in capsys.readouterr().err
+    assert resilience.report_stop(None) == 1
+    assert "nothing is saved" in capsys.readouterr().err
 
 
 def test_an_echo_waits_for_the_cause_and_has_no_traceback(
@@ -126,8 +129,8 @@ def test_help_and_other_exits_pass_through() -> None:
         run_guarded(lambda: _raising(SystemExit(0)))
 
 
-@pytest.mark.parametrize("number", resilience.STOP_SIGNALS)
-def test_a_signal_is_a_wish_to_stop(
+@pytest.mark.parametrize("number", stop_signal.STOP_SIGNALS)
+def test_a_signal_requests_a_stop(
     number: signal.Signals, capfd: pytest.CaptureFixture[str]
 ) -> None:
     before = signal.getsignal(number)
@@ -135,14 +138,34 @@ def test_a_signal_is_a_wish_to_stop(
         assert not stop()
         os.kill(os.getpid(), number)
         assert stop()
-        os.kill(os.getpid(), number)  # at once: the same wish
+        os.kill(os.getpid(), number)  # at once: the same request
         assert stop()
     assert signal.getsignal(number) == before
     assert capfd.readouterr().err.startswith(f"{number.name}: stopping after this step")
 
 
+def test_a_second_signal_can_interrupt(capfd: pytest.CaptureFixture[str]) -> None:
+    with StopSignal("chunk", INTERRUPTS, interrupt=True) as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert capfd.readouterr().err.startswith("SIGINT: stopping after this chunk")
+
+
+def test_other_threads_leave_signals_alone() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    def enter() -> bool:
+        with StopSignal() as stop:
+            return stop() or signal.getsignal(signal.SIGTERM) != before
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(enter).result() is False
+
+
 def test_a_second_signal_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resilience, "REPEAT_S", -1.0)
+    monkeypatch.setattr(stop_signal, "REPEAT_S", -1.0)
     child = os.fork()
     if child == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)

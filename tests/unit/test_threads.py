@@ -93,7 +93,7 @@ PROGRAM = (
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, "3"), ("1", "1"), ("2", "2")])
-def test_torchruns_own_number_is_not_the_users_wish(
+def test_torchruns_own_number_is_not_the_users(
     tmp_path: Path, given: str | None, expected: str
 ) -> None:
     """Ranks of a real torchrun, which sets OMP_NUM_THREADS=1 where the user has not set it."""
@@ -122,7 +122,7 @@ def test_idle_threads_sleep_unless_the_user_chooses(
 
 
 def test_openmp_learns_of_it_before_it_is_loaded() -> None:
-    """What libgomp itself says that it read, in a command that starts as every command does."""
+    """Libgomp reports the value that it read, in a command started like every other."""
     program = (
         "from moetron.common.process import run_guarded\n"
         "def main():\n  import torch\n  print(torch.ones(2).sum().item())\n  return 0\n"

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from moetron.common.text import value_text
 from moetron.moe.config.schema.field import flag_name
 from moetron.moe.config.schema.implementation import is_local
 from moetron.moe.config.schema.settings import Settings, fields
@@ -44,8 +45,7 @@ def _flag_text(name: str, value: Any) -> str:
         return flag_name(name)
     if value is False:
         return f"{flag_name(name)} (off)"
-    items = value if isinstance(value, list | tuple) else [value]
-    return " ".join([flag_name(name), *map(str, items)])
+    return f"{flag_name(name)} {value_text(value)}".rstrip()
 
 
 def nearest_multiples(number: int, unit: int, plus: int = 0) -> str:

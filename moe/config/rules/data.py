@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 
+from moetron.common.data_path import data_path_problems
 from moetron.moe.config.rules.case import Case
-from moetron.moe.config.schema.data import StageSettings, number_or_none
+from moetron.moe.config.schema.data import StageSettings
 from moetron.moe.config.schema.field import flag_name
 
 
@@ -15,7 +16,8 @@ def data(case: Case) -> Iterator[str]:
     if case.settings.model.vocab_size is None and source.tokenizer_model is None:
         yield "the vocabulary size is unknown: give --tokenizer-model or --vocab-size N"
     for name in ("data_path", "valid_data_path"):
-        yield from _blend(flag_name(name), getattr(source, name))
+        if (words := getattr(source, name)) is not None:
+            yield from data_path_problems(words, flag_name(name))
     if source.stages is not None:
         yield from _stages(case, source.stages)
     yield from _fim_sources(case)
@@ -29,7 +31,7 @@ def _stages(case: Case, stages: list[StageSettings]) -> Iterator[str]:
         yield f"{case.given('objective')}: with --stages, each stage names its own objective"
     last_end = 0
     for number, stage in enumerate(stages, 1):
-        yield from _blend(f"--stages, stage {number}", stage.data_path)
+        yield from data_path_problems(stage.data_path, f"--stages, stage {number}")
         rate = stage.learning_rate
         if rate is not None and rate.min_lr > rate.lr:
             yield f"--stages, stage {number}: min_lr {rate.min_lr} exceeds lr {rate.lr}"
@@ -51,23 +53,6 @@ def _fim_sources(case: Case) -> Iterator[str]:
         yield "--fim-sources is empty: name sources, or leave it out for all"
     elif data.fim_sources and not data.mock_data and "fim" not in objectives:
         yield f"{case.given('fim_sources')} needs --objective fim (in a stage, at least)"
-
-
-def _blend(flag: str, items: list[str] | None) -> Iterator[str]:
-    """Check the form PREFIX PREFIX ... or WEIGHT PREFIX WEIGHT PREFIX ..."""
-    if items is None:
-        return
-    if not items:
-        yield f"{flag} is empty: give PREFIX, or pairs WEIGHT PREFIX"
-    weighted = [number_or_none(item) is not None for item in items]
-    if not any(weighted):
-        return
-    if weighted != [True, False] * (len(items) // 2):
-        yield f"{flag} {' '.join(items)}: give only prefixes, or pairs WEIGHT PREFIX"
-    for weight in items[::2]:
-        number = number_or_none(weight)
-        if number is not None and not 0 < number < float("inf"):
-            yield f"{flag}: weight {weight!r} must be a number above 0"
 
 
 def bidirectional_prefix(case: Case) -> Iterator[str]:

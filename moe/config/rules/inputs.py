@@ -1,23 +1,16 @@
 """Rules on inputs of a real run: data, folders, packages."""
 
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 
+from moetron.common.data_path import prefixes_of
+from moetron.common.packages import installed_version
 from moetron.moe.config.rules.case import Case
-from moetron.moe.config.schema.data import number_or_none
 from moetron.moe.config.schema.field import flag_name
 
 _ENDINGS = (".bin", ".idx")
 _FIRST_OF_SET = "_00000"
 """Suffix of the prefix of a shard set's first shard."""
-
-
-def prefixes(items: list[str]) -> list[str]:
-    """Return the prefixes of PREFIX PREFIX ... or of WEIGHT PREFIX WEIGHT PREFIX ..."""
-    if not items or number_or_none(items[0]) is None:
-        return items
-    return items[1::2]
 
 
 def data(case: Case) -> Iterator[str]:
@@ -33,7 +26,7 @@ def data(case: Case) -> Iterator[str]:
     paths = [("data_path", source.data_path), ("valid_data_path", source.valid_data_path)]
     paths += [("stages", stage.data_path) for stage in source.stages or []]
     for name, items in [] if source.mock_data else paths:
-        for prefix in dict.fromkeys(prefixes(source.rooted(items or []))):
+        for prefix in dict.fromkeys(prefixes_of(source.rooted(items or []))):
             absent = [prefix + end for end in _ENDINGS if not Path(prefix + end).is_file()]
             shard_set = all(Path(prefix + _FIRST_OF_SET + end).is_file() for end in _ENDINGS)
             if absent and not shard_set:
@@ -102,11 +95,8 @@ def packages(case: Case) -> Iterator[str]:
         for name in ("wandb_entity", "wandb_exp_name"):
             if getattr(logging, name) is not None:
                 yield f"{case.given(name)} needs --wandb-project"
-    else:
-        try:
-            metadata.version("wandb")
-        except metadata.PackageNotFoundError:
-            yield f"{case.given('wandb_project')} needs the package wandb: install moetron[log]"
+    elif installed_version("wandb") is None:
+        yield f"{case.given('wandb_project')} needs the package wandb: install moetron[log]"
 
 
 RULES = (data, folders, packages)

@@ -16,28 +16,14 @@ from pydantic import (
     model_validator,
 )
 
+from moetron.common.data_path import bare_prefixes, weight_or_none
 from moetron.moe.config.schema.field import Group, Rule
 from moetron.moe.config.schema.paths import LocalPath
 from moetron.moe.config.schema.roles import Role, Run
 
-_SHARD_FILES = (".bin", ".idx")
-
-
-def _bare_prefixes(words: list[str]) -> list[str]:
-    """Return prefixes without .bin or .idx; both files of a shard give one prefix."""
-    bare: list[str] = []
-    for last, word in zip(["", *words], words, strict=False):
-        prefix, ending = word[:-4], word[-4:]
-        if ending not in _SHARD_FILES:
-            bare.append(word)
-        elif not (last[:-4] == prefix and last[-4:] in _SHARD_FILES and last != word):
-            bare.append(prefix)
-    return bare
-
-
 Word = Annotated[str, Field(coerce_numbers_to_str=True)]
 """Text; numbers in a recipe are converted."""
-DataPath = Annotated[list[LocalPath], AfterValidator(_bare_prefixes)]
+DataPath = Annotated[list[LocalPath], AfterValidator(bare_prefixes)]
 """Shard prefixes, or pairs of weight and prefix."""
 ObjectiveName = Literal["causal", "prefix_lm", "ul2", "fim"]
 
@@ -141,7 +127,7 @@ class DataSettings(Group):
         if len(words) % 2:
             raise Rule(f"{words[-1]!r} has no pair; {form}")
         for name, word in zip(words[::2], words[1::2], strict=True):
-            number = number_or_none(word)
+            number = weight_or_none(word)
             if number is None or not number > 0:
                 raise Rule(f"{word!r}, the epochs of {name!r}, is not a number above 0; {form}")
         if twice := [name for name in words[::2] if words[::2].count(name) > 1]:
@@ -167,14 +153,6 @@ class DataSettings(Group):
         if root is None:
             return list(data_path)
         return [
-            word if number_or_none(word) is not None else str(Path(root) / word)
+            word if weight_or_none(word) is not None else str(Path(root) / word)
             for word in data_path
         ]
-
-
-def number_or_none(word: str) -> float | None:
-    """Return a word of a data path as a number (a weight), or None for a prefix."""
-    try:
-        return float(word)
-    except ValueError:
-        return None

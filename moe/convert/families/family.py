@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moetron.common.errors import UserError
+from moetron.common.text import value_text
 from moetron.moe.config.schema import derived
 from moetron.moe.config.schema.field import flag_name
 from moetron.moe.config.schema.settings import EXPORTED, Settings, fields
@@ -92,8 +93,8 @@ class Family:
             return str(error).splitlines()
         theirs = function_of(Settings.model_validate({**PLACEHOLDERS, **tree}))
         return [
-            f"{flag_name(name.split('.')[1])} {_text(value)}: {self.model_type} has "
-            f"{_text(theirs.get(name))}"
+            f"{flag_name(name.split('.')[1])} {value_text(value)}: {self.model_type} has "
+            f"{value_text(theirs.get(name))}"
             for name, value in values.items()
             if theirs.get(name) != value
         ]
@@ -153,10 +154,3 @@ def require_same(found: Iterable[str], expected: Iterable[str], where: str, fami
     ]
     if problems:
         raise UserError("\n".join(problems))
-
-
-def _text(value: Any) -> str:
-    """Return a value as flags write it."""
-    if isinstance(value, list):
-        return " ".join(map(str, value))
-    return "unset" if value is None else str(value).lower()

@@ -1,6 +1,5 @@
 """All cross-checks together; test_rules_*.py test single rules."""
 
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +87,8 @@ def test_outputs_need_a_save_folder() -> None:
 def test_wandb_is_checked_before_the_run(
     installed: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def version(name: str) -> str:
-        if not installed:
-            raise PackageNotFoundError(name)
-        return "1"
-
-    monkeypatch.setattr("moetron.moe.config.rules.inputs.metadata.version", version)
+    version = "1" if installed else None
+    monkeypatch.setattr("moetron.moe.config.rules.inputs.installed_version", lambda _: version)
     missing = ["--wandb-project p needs the package wandb: install moetron[log]"]
     found = inputs(wandb_project="p", save=str(tmp_path))
     assert found == ([] if installed else missing)

@@ -84,7 +84,7 @@ def test_training_only_settings_are_ignored() -> None:
         ("moe", {"moe_router_num_groups": 2}, "--moe-router-num-groups 2"),
         ("moe", {"moe_sequential_ffn_hidden_size": 8}, "--moe-sequential-ffn-hidden-size 8"),
         ("moe", {"moe_expert_multiplicative_bias": True}, "--moe-expert-multiplicative-bias"),
-        ("model", {"normalization": "LayerNorm"}, "--normalization layernorm"),
+        ("model", {"normalization": "LayerNorm"}, "--normalization LayerNorm"),
         ("moe", {"moe_router_score_function": "sigmoid"}, "--moe-router-score-function sigmoid"),
         ("moe", {"moe_layer_freq": 2}, "--moe-layer-freq 1 0"),
         ("moe", {"moe_shared_expert_intermediate_size": 8}, "--moe-shared-expert-"),

@@ -70,7 +70,7 @@ def test_every_setting_that_changed_is_named(run: Path) -> None:
         "  --train-iters 20 (was 10)",
         "  --lr 0.5 (was 1.0)",
         "  --lr-decay-style linear (was cosine)",
-        f"  --data-path ['{'x' * 75}... (was unset)",
+        f"  --data-path {'x' * 77}... (was unset)",
     ]
 
 

@@ -96,11 +96,11 @@ def test_a_crash_while_copying_leaves_no_copy(
     run = tmp_path / "run"
     run.mkdir()
 
-    def fail(path: Path, content: bytes) -> None:
+    def fail(path: Path, content: str) -> None:
         raise OSError("no space left")
 
     with monkeypatch.context() as patched:
-        patched.setattr(run_copy, "_write", fail)
+        patched.setattr(run_copy, "write_text", fail)
         with pytest.raises(OSError, match="no space"):
             keep(original, run, replace=True)
     assert find_copy(run) is None

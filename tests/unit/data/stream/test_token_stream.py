@@ -157,7 +157,7 @@ def test_refuses_other_forms_of_data_path(three, form: list[str]) -> None:
 
 @pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf"])
 def test_refuses_invalid_weights(three, weight: str) -> None:
-    with pytest.raises(UserError, match=r"--data-path: the weight .* above 0"):
+    with pytest.raises(UserError, match=r"--data-path: weight .* above 0"):
         training_stream([weight, three[0]], S, seed=1)
 
 
