@@ -42,5 +42,5 @@ def test_one_rank_prints_the_start_block_and_all_count(tmp_path: Path) -> None:
     assert peaks == sorted(peaks)
     assert main["peak_memory_bytes"] + EXTRA_BYTES / 2 < peaks[-1]
     assert other["peak_memory_bytes"] * 0.99 < peaks[-1] <= other["peak_memory_bytes"]
-    (last,) = [line for line in lines if line.startswith("step 3/3")]
+    [last] = [line for line in lines if line.startswith("step 3/3 |")]
     assert f"peak memory {peaks[-1] / 2**30:.2f} GiB a rank" in last
