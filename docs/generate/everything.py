@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from docs.generate import concept_figures, migration_page, recipe_table, rooms_figure
+from docs.generate import concept_figures, migration_page, modules_page, recipe_table, rooms_figure
 from moetron.moe.config import recipe_schema
 
 ROOT = Path(__file__).resolve().parents[2]
-GENERATORS = (migration_page, recipe_table, rooms_figure, concept_figures)
+GENERATORS = (migration_page, modules_page, recipe_table, rooms_figure, concept_figures)
 
 
 def documents() -> dict[str, str]:
