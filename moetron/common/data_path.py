@@ -42,7 +42,7 @@ def data_path_problems(words: Sequence[str], flag: str) -> Iterator[str]:
     if not any(weighted):
         return
     if weighted != [True, False] * (len(words) // 2):
-        yield f"{flag} {' '.join(words)}: give prefixes alone, or pairs WEIGHT PREFIX"
+        yield f"{flag} {' '.join(words)}: give only prefixes, or pairs WEIGHT PREFIX"
     for word in words[::2]:
         weight = weight_or_none(word)
         if weight is not None and not 0 < weight < math.inf:

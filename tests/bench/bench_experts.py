@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moetron.moe.host.allocator import keep_freed_memory
 from moetron.moe.layers.experts import GroupedExperts
-from tests.parallel.harness import model_parallel
+from tests.parallel.support.harness import model_parallel
 
 SHAPES = ((512, 256, 16, 4), (256, 128, 64, 8))  # H, F, experts, top-k
 TOKENS = 4096

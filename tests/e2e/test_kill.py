@@ -15,8 +15,8 @@ import psutil
 import pytest
 
 from moetron.moe.checkpoint import run_folder as checkpoint_folder
-from tests.parallel.checkpoint_runs import metrics, parallel_of, settings, start
-from tests.parallel.harness import RankFailed, run_ranks
+from tests.parallel.support.checkpoint_runs import metrics, parallel_of, settings, start
+from tests.parallel.support.harness import RankFailed, run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 30.0

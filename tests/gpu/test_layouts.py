@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.gpu.devices import needs, needs_package
-from tests.parallel.parity_cases import layouts
-from tests.parallel.parity_suite import Suite
+from tests.parallel.support.parity_cases import layouts
+from tests.parallel.support.parity_suite import Suite
 
 pytestmark = pytest.mark.gpu
 

@@ -12,8 +12,8 @@ import pytest
 from moetron.moe.verify.parity import Difference, Result, Tolerance, compare
 from tests.gpu.devices import needs, needs_package
 from tests.gpu.test_layouts import BF16
-from tests.parallel.parity_cases import settings
-from tests.parallel.parity_ranks import Run, results_of
+from tests.parallel.support.parity_cases import settings
+from tests.parallel.support.parity_ranks import Run, results_of
 
 pytestmark = [pytest.mark.gpu, needs_package("transformer-engine", "transformer_engine")]
 

@@ -14,8 +14,15 @@ from moetron.moe.checkpoint import (
     tensor_writer as checkpoint_writer,
 )
 from moetron.moe.checkpoint.tensor_writer import Contents
-from tests.parallel.checkpoint_runs import metrics, parallel_of, run, settings, start, tensors
-from tests.parallel.harness import RankFailed, run_ranks
+from tests.parallel.support.checkpoint_runs import (
+    metrics,
+    parallel_of,
+    run,
+    settings,
+    start,
+    tensors,
+)
+from tests.parallel.support.harness import RankFailed, run_ranks
 
 SLOW_S = 0.5
 

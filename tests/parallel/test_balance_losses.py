@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parallel.balance_runs import Case, reference, run_router
-from tests.parallel.harness import run_ranks
+from tests.parallel.support.balance_runs import Case, reference, run_router
+from tests.parallel.support.harness import run_ranks
 
 PREVIOUS = (("moe_global_aux_loss_counts", "previous_step"),)
 KINDS = {

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.parallel.steps import Case, assert_same, run
+from tests.parallel.support.steps import Case, assert_same, run
 
 TP, EP, PP = (f"{kind}_model_parallel_size" for kind in ("tensor", "expert", "pipeline"))
 CP, ETP = "context_parallel_size", "expert_tensor_parallel_size"

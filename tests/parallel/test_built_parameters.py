@@ -14,7 +14,7 @@ from moetron.moe.layers.experts import GroupedExperts
 from moetron.moe.plan.parameters import RankParameters, count_parameters, per_chunk, per_rank
 from moetron.moe.training.build_trainer import build_trainer
 from moetron.moe.training.runtime import divide
-from tests.parallel.harness import run_each, run_ranks
+from tests.parallel.support.harness import run_each, run_ranks
 
 VOCABULARY = 100
 HOME = {name: group for group, name, _ in fields()}

@@ -15,7 +15,7 @@ from moetron.moe.training.build_trainer import build_loop, build_trainer
 from moetron.moe.training.runtime import divide
 from moetron.moe.training.sample_stream import Streams
 from moetron.moe.verify.parity import Tolerance, compare, read_result
-from tests.parallel.harness import run_ranks
+from tests.parallel.support.harness import run_ranks
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "examples" / "olmoe_1b_7b" / "tiny.yaml")

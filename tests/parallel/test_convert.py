@@ -14,8 +14,8 @@ from moetron.moe.convert.from_huggingface import from_hf
 from moetron.moe.convert.to_huggingface import Export, to_hf
 from moetron.moe.training.build_trainer import build_trainer
 from moetron.moe.training.runtime import Runtime
-from tests.parallel.checkpoint_runs import LAYOUTS, parallel_of
-from tests.parallel.harness import run_ranks
+from tests.parallel.support.checkpoint_runs import LAYOUTS, parallel_of
+from tests.parallel.support.harness import run_ranks
 
 pytest.importorskip("transformers")
 from tests.unit.convert import hf_models

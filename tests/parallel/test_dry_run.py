@@ -19,7 +19,7 @@ from moetron.moe.plan.memory import memory_per_rank
 from moetron.moe.training.build_trainer import build_trainer
 from moetron.moe.training.runtime import divide
 from moetron.moe.verify import dry_run
-from tests.parallel.harness import RankFailed, run_ranks
+from tests.parallel.support.harness import RankFailed, run_ranks
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "olmoe_1b_7b"
 VOCABULARY = 512

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from moetron.moe.checkpoint.fp8_state import Place
-from tests.parallel.checkpoint_runs import Groups, metrics, read_and_go_on, tensors, write
-from tests.parallel.harness import run_ranks
+from tests.parallel.support.checkpoint_runs import Groups, metrics, read_and_go_on, tensors, write
+from tests.parallel.support.harness import run_ranks
 from tests.parallel.test_resume import _straight_and_resumed
 
 DELAYED: Groups = {

@@ -14,8 +14,8 @@ from moetron.moe.training.build_trainer import build_trainer
 from moetron.moe.training.model_chunks import needs_samples
 from moetron.moe.training.runtime import divide
 from moetron.moe.training.step import run_schedule
-from tests.parallel.harness import run_ranks
-from tests.parallel.sharded import assemble, local_shards
+from tests.parallel.support.harness import run_ranks
+from tests.parallel.support.sharded import assemble, local_shards
 
 RECIPE = Path(__file__).parents[2] / "examples" / "olmoe_1b_7b" / "tiny.yaml"
 CLIP = 0.01

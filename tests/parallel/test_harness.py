@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from tests.parallel.harness import RankFailed, run_ranks
+from tests.parallel.support.harness import RankFailed, run_ranks
 
 
 def _sum_of_ranks(offset: int) -> torch.Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parallel.steps import MOE, SAMPLES, SEQUENCE, Case, assert_same, run
+from tests.parallel.support.steps import MOE, SAMPLES, SEQUENCE, Case, assert_same, run
 
 
 @pytest.fixture(scope="module")

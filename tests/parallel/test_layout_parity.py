@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.parallel.parity_cases import MODES, QUICK, layouts
-from tests.parallel.parity_suite import Suite
+from tests.parallel.support.parity_cases import MODES, QUICK, layouts
+from tests.parallel.support.parity_suite import Suite
 
 STEPS = 10
 

@@ -11,9 +11,9 @@ import pytest
 
 from moetron.moe.config.schema.experts import MoESettings
 from moetron.moe.verify.parity import Result, compare, line
-from tests.parallel.parity_ranks import Run
-from tests.parallel.random_layouts import draw
-from tests.parallel.random_runs import TOLERANCE, attempts, title
+from tests.parallel.support.parity_ranks import Run
+from tests.parallel.support.random_layouts import draw
+from tests.parallel.support.random_runs import TOLERANCE, attempts, title
 
 DRAWS, BLOCK = 200, 25
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parallel.steps import Case, run_all
+from tests.parallel.support.steps import Case, run_all
 
 TP, EP, PP = (f"{kind}_model_parallel_size" for kind in ("tensor", "expert", "pipeline"))
 MOE = {"moe_shared_expert_intermediate_size": 16}

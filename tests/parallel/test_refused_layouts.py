@@ -15,9 +15,9 @@ import pytest
 
 from moetron.moe.config.checks import problems
 from moetron.moe.verify.parity import Result, Tolerance, compare
-from tests.parallel.parity_ranks import Run
-from tests.parallel.random_layouts import Draw, draw
-from tests.parallel.random_runs import TOLERANCE, Attempt, attempts, title
+from tests.parallel.support.parity_ranks import Run
+from tests.parallel.support.random_layouts import Draw, draw
+from tests.parallel.support.random_runs import TOLERANCE, Attempt, attempts, title
 
 SEEDS, TIME_LIMIT_S = 2000, 60
 CLEARLY = Tolerance(loss=1e-4, grad_norm=1e-2, gradient=1e-2)

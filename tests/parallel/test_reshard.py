@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.parallel.checkpoint_runs import (
+from tests.parallel.support.checkpoint_runs import (
     Groups,
     assert_identical,
     metrics,
@@ -12,7 +12,7 @@ from tests.parallel.checkpoint_runs import (
     tensors,
     write,
 )
-from tests.parallel.harness import run_ranks
+from tests.parallel.support.harness import run_ranks
 
 PAIRS = [
     ("1 dp", "2 ep2"),

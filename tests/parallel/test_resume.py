@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.parallel.checkpoint_runs import (
+from tests.parallel.support.checkpoint_runs import (
     Groups,
     assert_identical,
     metrics,
@@ -17,7 +17,7 @@ from tests.parallel.checkpoint_runs import (
     tensors,
     write,
 )
-from tests.parallel.harness import run_ranks
+from tests.parallel.support.harness import run_ranks
 
 MAIN = "optimizer.state.fp32_param."
 

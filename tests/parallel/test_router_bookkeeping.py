@@ -12,8 +12,8 @@ from moetron.moe.routing import expert_bias
 from moetron.moe.routing.router import Router
 from moetron.moe.routing.routing_record import RoutingRecorder
 from moetron.moe.training.sample_stream import Streams
-from tests.parallel import checkpoint_runs
-from tests.parallel.harness import run_ranks
+from tests.parallel.support import checkpoint_runs
+from tests.parallel.support.harness import run_ranks
 
 BIAS = {
     "moe_router_score_function": "sigmoid",

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.parallel.steps import Case, assert_same, run
+from tests.parallel.support.steps import Case, assert_same, run
 
 TP, EP, ETP = (
     f"{kind}_parallel_size" for kind in ("tensor_model", "expert_model", "expert_tensor")

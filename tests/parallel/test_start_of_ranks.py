@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from moetron.moe.host.allocator import peak_memory_bytes
-from tests.parallel.checkpoint_runs import parallel_of, settings, start
-from tests.parallel.harness import run_ranks
+from tests.parallel.support.checkpoint_runs import parallel_of, settings, start
+from tests.parallel.support.harness import run_ranks
 
 EXTRA_BYTES = 300 * 2**20
 

@@ -21,7 +21,7 @@ from moetron.moe.training.runtime import divide
 from moetron.moe.training.sample_stream import SampleStream, StreamFrom, Streams
 from moetron.moe.training.step import NotFiniteError
 from moetron.moe.training.trainer import Trainer
-from tests.parallel.harness import RankFailed, run_ranks
+from tests.parallel.support.harness import RankFailed, run_ranks
 from tests.unit.training.training_cases import CountingStream
 
 RECIPE = Path(__file__).parents[2] / "examples" / "olmoe_1b_7b" / "tiny.yaml"

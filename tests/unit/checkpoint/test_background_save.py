@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from moetron.moe.checkpoint import run_folder as checkpoint_folder
-from tests.parallel.checkpoint_runs import parallel_of, settings, start
+from tests.parallel.support.checkpoint_runs import parallel_of, settings, start
 
 SAVED = r"step (\d) \| saved (\S+) \(([\d.]+) MB in \d+\.\d s\)"
 

@@ -25,7 +25,7 @@ from moetron.moe.checkpoint.position import Progress
 from moetron.moe.checkpoint.run_folder import file_sizes, read_record, write_record
 from moetron.moe.checkpoint.save_load import load_weights, save_checkpoint
 from moetron.moe.training.loop import Loop
-from tests.parallel.checkpoint_runs import VOCABULARY, parallel_of, settings, start
+from tests.parallel.support.checkpoint_runs import VOCABULARY, parallel_of, settings, start
 
 
 @pytest.fixture(scope="module")

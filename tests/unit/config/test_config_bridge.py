@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from config_cases import found, make
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from megatron.core.transformer.enums import AttnBackend
 
 from moetron.moe.config import bridge
+from tests.unit.config.config_cases import found, make
 
 
 def test_olmoe_block() -> None:

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from config_cases import found, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moetron.moe.config.checks import input_problems
+from tests.unit.config.config_cases import found, make
 
 PP2 = {"world_size": 2, "pipeline_model_parallel_size": 2}
 TP2 = {"world_size": 2, "tensor_model_parallel_size": 2}

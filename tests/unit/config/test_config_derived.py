@@ -3,11 +3,11 @@
 from typing import Any
 
 import pytest
-from config_cases import make
 from hypothesis import given
 from hypothesis import strategies as st
 
 from moetron.moe.config.schema import derived
+from tests.unit.config.config_cases import make
 
 
 def test_unset_sizes() -> None:

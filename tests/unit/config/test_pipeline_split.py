@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from config_cases import found, make
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from megatron.core.transformer.enums import LayerType
@@ -20,6 +19,7 @@ from moetron.moe.config.schema.pipeline_split import (
     stage_chunks,
     virtual_pipeline_size,
 )
+from tests.unit.config.config_cases import found, make
 
 LETTERS = {LayerType.embedding: "E", LayerType.decoder: "t", LayerType.loss: "L"}
 PP2 = {"world_size": 2, "pipeline_model_parallel_size": 2}

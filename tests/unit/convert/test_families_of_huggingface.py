@@ -19,8 +19,8 @@ from moetron.moe.convert.from_huggingface import from_hf
 from moetron.moe.convert.to_huggingface import Export, to_hf
 from moetron.moe.inference.generation import load_model
 from moetron.moe.training.runtime import Runtime
-from tests.parallel import checkpoint_runs
-from tests.parallel.harness import model_parallel
+from tests.parallel.support import checkpoint_runs
+from tests.parallel.support.harness import model_parallel
 
 pytest.importorskip("transformers")
 from tests.unit.convert import hf_models

@@ -27,7 +27,7 @@ from moetron.moe.convert.to_huggingface import Export, to_hf
 from moetron.moe.inference.generation import load_model
 from moetron.moe.training.build_trainer import build_trainer
 from moetron.moe.training.runtime import Runtime
-from tests.parallel.harness import model_parallel
+from tests.parallel.support.harness import model_parallel
 
 pytest.importorskip("transformers")
 from tests.unit.convert import hf_models

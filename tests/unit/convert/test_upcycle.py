@@ -26,8 +26,8 @@ from moetron.moe.convert.upcycle import (
 )
 from moetron.moe.inference.generation import load_model
 from moetron.moe.training.runtime import Runtime
-from tests.parallel.checkpoint_runs import metrics, run, settings
-from tests.parallel.harness import model_parallel
+from tests.parallel.support.checkpoint_runs import metrics, run, settings
+from tests.parallel.support.harness import model_parallel
 
 PLAIN = {"num_experts": 4, "moe_router_topk": 2}
 FINE = {"num_experts": 12, "moe_router_topk": 6, "moe_ffn_hidden_size": 16}

@@ -27,7 +27,7 @@ from moetron.moe.config.bridge import ddp_config, optimizer_config, transformer_
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.host.adapt import ADAPTATIONS, EVERYWHERE, adapt_host, restore_host
 from moetron.moe.layers.build_model import build_model
-from tests.parallel.harness import RankFailed, model_parallel, run_ranks
+from tests.parallel.support.harness import RankFailed, model_parallel, run_ranks
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is adapted on a GPU")
 

@@ -6,7 +6,7 @@ from megatron.core import parallel_state
 from megatron.core.utils import get_batch_on_this_cp_rank
 
 from moetron.moe.host.context_parallel import chunks_of_rank, from_rank_order, gather_sequence
-from tests.parallel.harness import model_parallel, run_ranks
+from tests.parallel.support.harness import model_parallel, run_ranks
 
 
 def test_two_ranks() -> None:

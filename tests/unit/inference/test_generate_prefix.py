@@ -14,7 +14,7 @@ from moetron.moe.inference.scoring import score
 from moetron.moe.layers.attention import SdpaAttention, prefix_mask, shorten_prefix
 from moetron.moe.layers.build_model import build_model
 from moetron.moe.layers.language_model import LanguageModel
-from tests.parallel.harness import model_parallel
+from tests.parallel.support.harness import model_parallel
 from tests.unit.training.training_cases import settings
 
 TOKENS = torch.randint(40, (22,), generator=torch.Generator().manual_seed(0)).tolist()

@@ -20,8 +20,8 @@ from moetron.moe.inference.sampling import Sampling
 from moetron.moe.layers.build_model import build_model
 from moetron.moe.layers.language_model import LanguageModel
 from moetron.moe.routing.router_types import KINDS
-from tests.parallel import checkpoint_runs
-from tests.parallel.harness import model_parallel
+from tests.parallel.support import checkpoint_runs
+from tests.parallel.support.harness import model_parallel
 from tests.unit.training.training_cases import settings
 
 LOGITS = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()

@@ -7,7 +7,7 @@ from megatron.core.models.gpt import GPTModel
 from moetron.moe.config.bridge import transformer_config
 from moetron.moe.inference.scoring import score
 from moetron.moe.layers.build_model import build_model
-from tests.parallel.harness import model_parallel
+from tests.parallel.support.harness import model_parallel
 from tests.unit.training.training_cases import settings
 
 PAIRS = [([1, 2, 3], [4]), ([5], [6, 7, 8, 9]), (list(range(10, 18)), [1, 2]), ([3], [3])]

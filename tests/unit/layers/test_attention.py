@@ -10,7 +10,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moetron.moe.layers.attention import SdpaAttention, prefix_mask
-from tests.parallel.harness import model_parallel
+from tests.parallel.support.harness import model_parallel
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ from moetron.moe.layers.build_model import build_model, count_built
 from moetron.moe.layers.experts import GroupedExperts
 from moetron.moe.layers.norm import FullWidthRMSNorm, LayerNorm, RMSNorm
 from moetron.moe.routing.router import Router
-from tests.parallel.harness import model_parallel
+from tests.parallel.support.harness import model_parallel
 
 OLMOE = {
     "num_layers": 16,

@@ -20,8 +20,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moetron.moe.checkpoint.tensor_writer import Contents
 from moetron.moe.layers.experts import GroupedExperts, grouped_gemm_fits
-from tests.parallel.harness import model_parallel, run_ranks
-from tests.parallel.sharded import assemble, fill, local_shards
+from tests.parallel.support.harness import model_parallel, run_ranks
+from tests.parallel.support.sharded import assemble, fill, local_shards
 
 EXPERTS, HIDDEN, FFN = 4, 16, 8
 

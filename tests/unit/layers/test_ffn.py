@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from moetron.moe.config.bridge import transformer_config
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.layers.build_model import build_model
-from tests.parallel.harness import model_parallel
+from tests.parallel.support.harness import model_parallel
 
 HIDDEN, FFN, EXPERTS, HEADS = 16, 8, 4, 2
 

@@ -20,8 +20,8 @@ from moetron.moe.layers.fp8_linear import (
     Fp8RowParallelLinear,
 )
 from moetron.moe.routing.router import Router
-from tests.parallel.harness import model_parallel, run_ranks
-from tests.parallel.sharded import assemble, fill, local_shards
+from tests.parallel.support.harness import model_parallel, run_ranks
+from tests.parallel.support.sharded import assemble, fill, local_shards
 
 LINEAR = (Fp8ColumnParallelLinear, Fp8RowParallelLinear)
 

@@ -10,7 +10,7 @@ from moetron.moe.config.bridge import transformer_config
 from moetron.moe.layers import language_model
 from moetron.moe.layers.build_model import build_model
 from moetron.moe.layers.language_model import LanguageModel, label_logits
-from tests.parallel.checkpoint_runs import VOCABULARY, parallel_of, settings
+from tests.parallel.support.checkpoint_runs import VOCABULARY, parallel_of, settings
 
 COEFFICIENT = 0.3
 SECOND: Any = SimpleNamespace(rank=lambda: 1)  # of two ranks

@@ -10,7 +10,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from moetron.moe.config.bridge import transformer_config
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.layers.build_model import build_model
-from tests.parallel.harness import model_parallel
+from tests.parallel.support.harness import model_parallel
 
 YARN = {
     "rope_type": "yarn",

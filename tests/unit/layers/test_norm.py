@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moetron.moe.layers.norm import FullWidthRMSNorm, LayerNorm, RMSNorm, rms_norm
-from tests.parallel.harness import model_parallel, run_ranks
+from tests.parallel.support.harness import model_parallel, run_ranks
 
 
 def _config(**changes: object) -> TransformerConfig:

@@ -11,7 +11,7 @@ from moetron.moe.config.bridge import transformer_config
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.routing.router import Router
 from moetron.moe.routing.router_types import router_class
-from tests.parallel.harness import model_parallel
+from tests.parallel.support.harness import model_parallel
 
 EXPERTS, LENGTH, BATCH, HIDDEN = 6, 12, 2, 8
 TOKENS = LENGTH * BATCH

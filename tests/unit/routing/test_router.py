@@ -14,7 +14,7 @@ from moetron.moe.config.schema.settings import Settings
 from moetron.moe.routing.losses import read_auxiliary_losses
 from moetron.moe.routing.router import Router
 from moetron.moe.routing.routing_record import RoutingRecorder, RoutingSummary
-from tests.parallel.harness import model_parallel
+from tests.parallel.support.harness import model_parallel
 
 EXPERTS, TOKENS = 8, 32
 

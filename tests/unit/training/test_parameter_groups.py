@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parallel.checkpoint_runs import parallel_of, settings, start
+from tests.parallel.support.checkpoint_runs import parallel_of, settings, start
 
 LR, DECAY = 0.01, 0.3
 OPTIMIZER: dict[str, Any] = {

@@ -22,7 +22,7 @@ from moetron.moe.routing.losses import read_auxiliary_losses
 from moetron.moe.routing.reinforce import ReinforceRouter
 from moetron.moe.routing.router import Router
 from moetron.moe.routing.router_types import router_class
-from tests.parallel.harness import model_parallel
+from tests.parallel.support.harness import model_parallel
 
 SAMPLES, SEQUENCE, EXPERTS, HIDDEN, TOPK = 16, 16, 6, 8, 2
 BALANCE, Z = 0.7, 0.3

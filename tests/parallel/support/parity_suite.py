@@ -11,8 +11,8 @@ import pytest
 from moetron.moe.monitoring.sinks import Row
 from moetron.moe.plan.named_layouts import parse
 from moetron.moe.verify.parity import Result, Tolerance, compare, line
-from tests.parallel.parity_cases import MODES, num_layers, settings, tolerance
-from tests.parallel.parity_ranks import Run, results_of
+from tests.parallel.support.parity_cases import MODES, num_layers, settings, tolerance
+from tests.parallel.support.parity_ranks import Run, results_of
 
 
 @dataclass

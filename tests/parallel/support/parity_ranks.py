@@ -20,8 +20,8 @@ from moetron.moe.training.loop import Loop
 from moetron.moe.training.runtime import divide
 from moetron.moe.training.sample_stream import Streams
 from moetron.moe.verify.parity import Result
-from tests.parallel.harness import run_each
-from tests.parallel.sharded import assemble, local_moments
+from tests.parallel.support.harness import run_each
+from tests.parallel.support.sharded import assemble, local_moments
 
 METRICS = ("lm_loss", "grad_norm", "aux_loss", "z_loss", "dropped_fraction", "loss_tokens")
 

@@ -3,7 +3,8 @@
 from typing import Any
 
 import pytest
-from config_cases import found
+
+from tests.unit.config.config_cases import found
 
 TP2 = {"world_size": 2, "tensor_model_parallel_size": 2}
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moetron.moe.config.schema.settings import Settings
-from tests.parallel.random_routers import another_router, capacity, mostly, sound
+from tests.parallel.support.random_routers import another_router, capacity, mostly, sound
 from tests.unit.config.config_cases import found, make
 
 Values = dict[str, Any]

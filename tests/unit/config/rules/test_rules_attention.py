@@ -3,9 +3,9 @@
 from typing import Any
 
 import pytest
-from config_cases import found, make
 
 from moetron.moe.config import bridge
+from tests.unit.config.config_cases import found, make
 
 LATENT: dict[str, Any] = {"multi_latent_attention": True, "kv_lora_rank": 16}
 

@@ -3,9 +3,9 @@
 from typing import Any
 
 import pytest
-from config_cases import found
 
 from moetron.moe.config.schema.experts import MoESettings
+from tests.unit.config.config_cases import found
 
 NEEDS: dict[str, dict[str, Any]] = {
     "topk": {},

@@ -3,9 +3,9 @@
 from typing import Any
 
 import pytest
-from config_cases import found, make
 
 from moetron.moe.config.schema.implementation import beyond_transformer_engine, is_local
+from tests.unit.config.config_cases import found, make
 
 TP2 = {"world_size": 2, "tensor_model_parallel_size": 2}
 FP8 = {"fp8_format": "hybrid", "fp8_recipe": "tensorwise"}

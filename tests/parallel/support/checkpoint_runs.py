@@ -17,7 +17,7 @@ from moetron.moe.training.build_trainer import build_loop, build_trainer
 from moetron.moe.training.loop import Loop
 from moetron.moe.training.runtime import Runtime
 from moetron.moe.training.sample_stream import Streams
-from tests.parallel.harness import model_parallel
+from tests.parallel.support.harness import model_parallel
 
 VOCABULARY = 96
 LAYOUTS: dict[str, dict[str, Any]] = {

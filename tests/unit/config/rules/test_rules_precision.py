@@ -3,10 +3,10 @@
 from typing import Any
 
 import pytest
-from config_cases import found, make
 
 from moetron.moe.config import bridge
 from moetron.moe.config.schema.derived import fp8_layers
+from tests.unit.config.config_cases import found, make
 
 DELAYED = {"fp8_format": "hybrid"}
 MXFP8 = {"fp8_format": "e4m3", "fp8_recipe": "mxfp8"}

@@ -3,7 +3,8 @@
 from typing import Any
 
 import pytest
-from config_cases import found
+
+from tests.unit.config.config_cases import found
 
 SIGMOID = {"moe_router_score_function": "sigmoid"}
 

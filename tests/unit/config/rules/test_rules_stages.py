@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from config_cases import found, make
 
 from moetron.moe.config import flags, recipe
 from moetron.moe.config.checks import input_problems
 from moetron.moe.config.schema.data import StageLearningRate, StageSettings
 from moetron.moe.config.validate import validate
+from tests.unit.config.config_cases import found, make
 
 FIRST = {"data_path": ["1", "a", "2", "b"], "until_tokens": 64, "objective": "ul2"}
 LAST = {"data_path": ["b"], "seed": 7}
@@ -95,7 +95,7 @@ def test_shards_of_stages_must_be_there(tmp_path) -> None:
 
 
 def test_the_documented_example_is_valid() -> None:
-    page = (Path(__file__).parents[3] / "docs" / "data_format.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[4] / "docs" / "data_format.md").read_text(encoding="utf-8")
     example = page.split("```yaml\n")[1].split("```")[0]
     assert found(**{"mock_data": False, **recipe.loads(example)["data"]}) == []
 

@@ -3,9 +3,9 @@
 from typing import Any
 
 import pytest
-from config_cases import found, make
 
 from moetron.moe.config.schema.derived import looks_ahead
+from tests.unit.config.config_cases import found, make
 
 
 @pytest.mark.parametrize(

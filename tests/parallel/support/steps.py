@@ -19,8 +19,8 @@ from moetron.moe.layers.build_model import build_model
 from moetron.moe.routing.expert_bias import finalize_gradients
 from moetron.moe.routing.losses import read_auxiliary_losses
 from moetron.moe.routing.routing_record import RoutingRecorder
-from tests.parallel.harness import model_parallel, run_ranks
-from tests.parallel.sharded import assemble, fill, local_shards
+from tests.parallel.support.harness import model_parallel, run_ranks
+from tests.parallel.support.sharded import assemble, fill, local_shards
 
 SEQUENCE, SAMPLES, VOCABULARY = 16, 4, 60
 

@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Mapping
 
 from moetron.moe.verify.parity import Result, Tolerance
-from tests.parallel.harness import RankFailed
-from tests.parallel.parity_ranks import Run, results_of
-from tests.parallel.random_layouts import Draw
+from tests.parallel.support.harness import RankFailed
+from tests.parallel.support.parity_ranks import Run, results_of
+from tests.parallel.support.random_layouts import Draw
 
 STEPS = 2
 TOLERANCE = Tolerance(loss=1e-5, grad_norm=1e-3, gradient=1e-4)

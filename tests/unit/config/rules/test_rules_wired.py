@@ -7,7 +7,7 @@ import pytest
 
 from moetron.moe.config import checks
 
-FOLDER = Path(__file__).parents[3] / "moe" / "config" / "rules"
+FOLDER = Path(__file__).parents[4] / "moe" / "config" / "rules"
 ASKED = {(r.__module__.split(".")[-1], r.__name__) for r in checks.SETTINGS_RULES}
 ASKED |= {(r.__module__.split(".")[-1], r.__name__) for r in checks.INPUT_RULES}
 
