@@ -1,4 +1,4 @@
-"""Figures of docs/concepts/: which rank holds what, capacity, stages, resume."""
+"""Figures of docs/concepts/: parts of each rank, capacity, stages, resume."""
 
 from math import ceil
 from pathlib import Path

@@ -37,7 +37,7 @@ it adds only where nvidia-modelopt is installed. An unknown flag is
 refused with the nearest name, so that no part of a Megatron-LM command line is ignored silently.
 
 Unchanged: token shards (`.bin`/`.idx` are the same format; see [data
-format](../data_format.md) for the manifest that a run requires), layouts, and the
+format](../data_format.md) for the manifest that Moetron adds), layouts, and the
 meaning of every flag in the first and fifth table. Different: checkpoints (convert through
 [HuggingFace's format](../huggingface.md)), shell scripts that name a removed flag, and capacity,
 which counts a micro-batch's tokens here and a rank's in Megatron-LM (`--moe-capacity-scope
