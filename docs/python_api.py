@@ -68,7 +68,7 @@ def main(folder: Path) -> None:
     rows = api.train(settings)
     print(f"loss {rows[0]['lm_loss']:.3f} -> {rows[-1]['lm_loss']:.3f} nats a token")
 
-    # The run: its latest checkpoint, whatever the layout that wrote it.
+    # The run: its latest checkpoint, of any layout.
     with api.load_run(folder / "run") as run:
         print(f"step {run.step}, tokenizer {run.tokenizer.name}")
         print(api.generate(run, ["The router", "def "], max_new_tokens=20, temperature=0))

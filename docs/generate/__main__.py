@@ -4,7 +4,7 @@ from docs.generate.everything import ROOT, documents
 
 
 def main() -> None:
-    """Write what differs, and say so."""
+    """Write the files that differ and print their names."""
     for name, text in documents().items():
         path = ROOT / name
         if not path.is_file() or path.read_text(encoding="utf-8") != text:

@@ -1,4 +1,4 @@
-"""Figures of docs/concepts/: which rank holds what, capacity, stages, resume."""
+"""Figures of docs/concepts/: parts of each rank, capacity, stages, resume."""
 
 from math import ceil
 from pathlib import Path
@@ -15,7 +15,7 @@ LAYERS, EXPERTS, HEADS, RANKS = 4, 8, 4, 8
 
 
 def _example() -> Settings:
-    """Eight ranks: TP2, PP2, EP2 with whole experts, and so two data-parallel copies."""
+    """Return settings for eight ranks: TP2, PP2, EP2 with ETP1, two data-parallel copies."""
     return Settings.model_validate(
         {
             "model": {
@@ -38,9 +38,9 @@ def _example() -> Settings:
 
 
 def layout() -> str:
-    """Which rank holds which layers, heads, experts and samples."""
+    """Draw the layers, heads, experts and samples of each rank."""
     settings, picture = _example(), Picture(980, 400, "What each of eight ranks holds")
-    picture.text(20, 30, "TP 2, PP 2, EP 2 with whole experts, 8 ranks", size=16, bold=True)
+    picture.text(20, 30, "TP 2, PP 2, EP 2, ETP 1, 8 ranks", size=16, bold=True)
     picture.text(20, 52, "4 layers, 4 heads, 8 experts; what differs between ranks", colour=FAINT)
     for rank in range(RANKS):
         place = position(settings, RANKS, rank)
@@ -64,18 +64,18 @@ def layout() -> str:
 
 
 _TOKENS = {"the": 0, "cat": 0, "sat": 1, "on": 0, "a": 3, "mat": 1, "ate": 2, "and": 0}
-"""Tokens in their order, each with its expert."""
+"""Token -> expert, in order of position."""
 
 
 def capacity() -> str:
-    """Tokens, experts with slots, and a dropped token."""
+    """Draw tokens, experts with slots, and a dropped token."""
     factor, tokens, experts = 1.25, len(_TOKENS), 4
     slots = ceil(factor * tokens / experts)
-    picture = Picture(980, 330, "Capacity: slots of an expert, and what does not fit")
-    said = f"{tokens} tokens, {experts} experts, top-1, capacity factor {factor}, policy position"
-    picture.text(20, 28, said, bold=True, size=16)
-    said = f"slots of an expert = ceil({factor} x 1 x {tokens} / {experts}) = {slots}"
-    picture.text(20, 50, said, colour=FAINT)
+    picture = Picture(980, 330, "Capacity: slots of an expert, and dropped tokens")
+    title = f"{tokens} tokens, {experts} experts, top-1, capacity factor {factor}, policy position"
+    picture.text(20, 28, title, bold=True, size=16)
+    formula = f"slots of an expert = ceil({factor} x 1 x {tokens} / {experts}) = {slots}"
+    picture.text(20, 50, formula, colour=FAINT)
     taken = [0] * experts
     for at, (name, expert) in enumerate(_TOKENS.items()):
         x, kept = 40 + 112 * at, taken[expert] < slots
@@ -94,24 +94,24 @@ def capacity() -> str:
         for slot in range(min(taken[expert], slots), slots):
             picture.box(_slot(expert, slot), 210, 58, 30, "#ffffff", FAINT)
         picture.text(_slot(expert, 1) + 29, 265, f"expert {expert}", anchor="middle", bold=True)
-    picture.text(20, 305, "Dropless (no capacity factor): every token is served; loads differ.")
+    picture.text(20, 305, "Dropless (no capacity factor): no token is dropped; loads differ.")
     return picture.document()
 
 
 def _slot(expert: int, number: int) -> int:
-    """Left edge of an expert's slot."""
+    """Return the left edge of an expert's slot."""
     return 40 + 232 * expert + 66 * number
 
 
 def _code_share(words: list[Any]) -> float:
-    """Percent of a data path's weights on code."""
+    """Return the percentage of a data path's weights on code."""
     pairs = list(zip(words[::2], words[1::2], strict=True))
     code = sum(weight for weight, name in pairs if "github" in name or "stack_dedup" in name)
     return 100 * code / sum(weight for weight, _ in pairs)
 
 
 def stages() -> str:
-    """OpenMoE-8B's two stages as bars, and a source's cursor."""
+    """Draw OpenMoE-8B's two stages as bars, and a source's cursor."""
     folder = ROOT / "examples" / "openmoe_8b"
     first, second = recipe.read(folder / "data.yaml")["data"]["stages"]
     run = recipe.read(folder / "pretrain.yaml")
@@ -136,8 +136,7 @@ def stages() -> str:
     picture.text(20, 182, "a source")
     picture.line(left, 178, switch - 4, 178, arrow=True)
     picture.line(switch, 178, left + width, 178, arrow=True)
-    said = "other windows: shuffled anew"
-    picture.text(switch + 8, 200, said, size=13, colour=FAINT)
+    picture.text(switch + 8, 200, "other windows: reshuffled", size=13, colour=FAINT)
     picture.line(switch, 52, switch, 222, colour=FAINT)
     points = ((left, "0"), (switch, f"{switch_b:g} B tokens"), (left + width, f"{end_b:,.0f} B"))
     for x, words in points:
@@ -145,13 +144,13 @@ def stages() -> str:
     picture.text(
         20,
         280,
-        "The switch is inside the run; nothing is launched again.",
+        "The switch is inside the run, without a relaunch.",
     )
     return picture.document()
 
 
 def resume() -> str:
-    """A run that is killed, resumed in another layout, and ends as if nothing had happened."""
+    """Draw a run that is killed and resumed in another layout, and the order of a save."""
     picture = Picture(980, 330, "Resume")
     picture.text(20, 28, "Killed at step 137, resumed from step 100", bold=True, size=16)
     left, scale = 150, 3.6
@@ -171,7 +170,7 @@ def resume() -> str:
         "latest -> step_0000100",
     )
     picture.text(
-        20, 228, "A save, in this order; a crash between two of them leaves the older one:"
+        20, 228, "A save, in this order; a crash between two steps leaves the previous checkpoint:"
     )
     for at, words in enumerate(boxes):
         x = 20 + 240 * at
@@ -179,11 +178,11 @@ def resume() -> str:
         picture.text(x + 105, 270, words, anchor="middle", size=13)
         if at:
             picture.line(x - 28, 265, x - 2, 265, arrow=True)
-    picture.text(20, 315, "The position is one number: samples trained on.", colour=FAINT)
+    picture.text(20, 315, "The position is one number: trained samples.", colour=FAINT)
     return picture.document()
 
 
 def pages() -> dict[str, str]:
-    """Path -> text."""
+    """Return path -> text."""
     figures = {"layout": layout, "capacity": capacity, "stages": stages, "resume": resume}
     return {f"docs/images/{name}.svg": draw() for name, draw in figures.items()}

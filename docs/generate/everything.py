@@ -10,7 +10,7 @@ GENERATORS = (migration_page, modules_page, recipe_table, rooms_figure, concept_
 
 
 def documents() -> dict[str, str]:
-    """Path from the checkout's root -> text."""
+    """Return path from the checkout's root -> text."""
     found = {"examples/recipe.schema.json": recipe_schema.document()}
     for generator in GENERATORS:
         found.update(generator.pages())

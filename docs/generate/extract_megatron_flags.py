@@ -4,7 +4,7 @@
     python -m docs.generate.extract_megatron_flags MEGATRON > docs/generate/megatron_flags.json
 
 Builds the parser of ``pretrain_gpt.py`` at that tag beside the installed megatron-core, and lists
-its actions. Facts alone are kept, no help text.
+its actions. Keeps only facts, no help text.
 """
 
 import argparse
@@ -20,7 +20,7 @@ TAG = "core_v0.16.1"
 
 
 def arguments_module(checkout: Path) -> Any:
-    """``megatron.training.arguments`` of a checkout, without its package's heavy imports."""
+    """Import ``megatron.training.arguments`` of a checkout without its package's heavy imports."""
     package = types.ModuleType("megatron.training")
     package.__path__ = [str(checkout / "megatron" / "training")]
     for name in ("get_args", "get_timers", "get_adlr_autoresume"):  # what its modules import
@@ -31,12 +31,12 @@ def arguments_module(checkout: Path) -> Any:
 
 
 def default(value: Any) -> Any:
-    """A default as JSON: enumeration members by name."""
+    """Return a default as JSON: enumeration members by name."""
     return getattr(value, "name", value)
 
 
 def fact(action: argparse.Action, group: str) -> dict[str, Any]:
-    """What one action is."""
+    """Return the facts about one action."""
     is_switch = action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction)
     turns_off = isinstance(action, argparse._StoreFalseAction)
     kind = "switch" if is_switch else getattr(action.type, "__name__", "text")
@@ -57,7 +57,7 @@ def fact(action: argparse.Action, group: str) -> dict[str, Any]:
 
 
 def facts(checkout: Path) -> list[dict[str, Any]]:
-    """All flags in the parser's order."""
+    """Return all flags in the parser's order."""
     warnings.simplefilter("ignore")
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     arguments_module(checkout).add_megatron_arguments(parser)

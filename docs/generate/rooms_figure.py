@@ -13,31 +13,31 @@ COLOURS = {"moetron": GREY, "tokenizers": VIOLET, "data": GREEN, "moe": BLUE}
 WITHOUT_INIT = {
     "tokenizers": "SentencePiece, HuggingFace and byte tokenizers behind one interface."
 }
-"""Rooms that cannot have an __init__.py to say what they are (docs/architecture.md)."""
+"""Room without an __init__.py -> description (docs/architecture.md)."""
 ROW, MARGIN, LABEL, GAP, BOX, PER_LINE = 58, 14, 66, 10, 165, 5
 
 
 def files_in(room: str) -> int:
-    """Modules of a room."""
+    """Return the number of modules of a room."""
     return len([path for path in (ROOT / room).glob("*.py") if path.name != "__init__.py"])
 
 
 def purpose(room: str) -> str:
-    """The first line of a room's docstring."""
+    """Return the first line of a room's docstring."""
     if room in WITHOUT_INIT:
         return WITHOUT_INIT[room]
     text = ast.get_docstring(ast.parse((ROOT / room / "__init__.py").read_text("utf-8")))
-    assert text, f"{room}/__init__.py does not say what the room is"
+    assert text, f"{room}/__init__.py has no docstring"
     return text.splitlines()[0]
 
 
 def graph() -> rooms.Arrows:
-    """Which room imports which; folders without modules of their own are no rooms."""
+    """Return the rooms that each room imports; folders without modules are not rooms."""
     return {room: found for room, found in rooms.arrows(ROOT).items() if files_in(room)}
 
 
 def lines_of(floors: list[list[str]]) -> list[tuple[str, list[str]]]:
-    """The picture's lines from the top down, with their labels; a full floor takes several."""
+    """Return the picture's lines from the top down, with labels; a full floor takes several."""
     lines = []
     for number, floor in reversed(list(enumerate(floors))):
         for start in range(0, len(floor), PER_LINE):
@@ -47,7 +47,7 @@ def lines_of(floors: list[list[str]]) -> list[tuple[str, list[str]]]:
 
 
 def figure(arrows: rooms.Arrows) -> str:
-    """Floors from the top down: a room imports rooms of lower floors alone."""
+    """Draw the floors from the top down: a room imports only rooms of lower floors."""
     floors, circular = rooms.floors(arrows)
     assert not circular
     lines, width = lines_of(floors), 2 * MARGIN + LABEL + PER_LINE * (BOX + GAP)
@@ -59,8 +59,8 @@ def figure(arrows: rooms.Arrows) -> str:
             x = LABEL + MARGIN + at * (BOX + GAP)
             picture.box(x, y, BOX, ROW - 12, COLOURS[room.split("/")[0]])
             picture.text(x + BOX / 2, y + 20, room, size=13, anchor="middle", bold=True)
-            said = f"{files_in(room)} files"
-            picture.text(x + BOX / 2, y + 36, said, size=11, anchor="middle", colour=FAINT)
+            count = f"{files_in(room)} files"
+            picture.text(x + BOX / 2, y + 36, count, size=11, anchor="middle", colour=FAINT)
     x, y = LABEL + MARGIN, MARGIN + len(lines) * ROW + 14
     for tree, colour in COLOURS.items():
         picture.box(x, y - 11, 14, 14, colour)
@@ -70,7 +70,7 @@ def figure(arrows: rooms.Arrows) -> str:
 
 
 def table(arrows: rooms.Arrows) -> str:
-    """A line for each room, from the ground up."""
+    """Return a table with a line for each room, from the ground up."""
     floors, _ = rooms.floors(arrows)
     lines = ["| floor | room | what is in it | imports |", "|--:|---|---|---|"]
     for number, floor in enumerate(floors):
@@ -81,11 +81,11 @@ def table(arrows: rooms.Arrows) -> str:
 
 
 def pages() -> dict[str, str]:
-    """Path -> text; the page keeps what stands around its table."""
+    """Return path -> text; the page keeps its text around the table."""
     arrows = graph()
     text = (ROOT / PAGE).read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
     _, found, after = rest.partition(END)
-    assert found, f"{PAGE} has lost the marks of its table"
+    assert found, f"{PAGE}: the marks of the table are missing"
     page = f"{before}{BEGIN}\n{table(arrows)}\n{END}{after}"
     return {FIGURE: figure(arrows), PAGE: page}

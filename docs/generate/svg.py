@@ -1,4 +1,4 @@
-"""Pictures as SVG text: boxes, words, lines and arrows, the same bytes each time."""
+"""Deterministic SVG pictures: boxes, text, lines and arrows."""
 
 from dataclasses import dataclass, field
 from xml.sax.saxutils import escape
@@ -16,7 +16,7 @@ BLUE, GREEN, AMBER, RED, GREY, VIOLET = (
 
 @dataclass
 class Picture:
-    """A white sheet that is drawn on from the top left; sizes in pixels."""
+    """White sheet with its origin at the top left; sizes in pixels."""
 
     width: int
     height: int
@@ -26,7 +26,7 @@ class Picture:
     def box(
         self, x: float, y: float, width: float, height: float, fill: str = GREY, line: str = INK
     ) -> None:
-        """A rectangle with rounded corners."""
+        """Draw a rectangle with rounded corners."""
         self.parts.append(
             f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="5" '
             f'fill="{fill}" stroke="{line}" stroke-width="1"/>'
@@ -43,7 +43,7 @@ class Picture:
         bold: bool = False,
         colour: str = INK,
     ) -> None:
-        """One line of text, its baseline at y."""
+        """Draw one line of text with its baseline at y."""
         weight = ' font-weight="600"' if bold else ""
         self.parts.append(
             f'<text x="{x:g}" y="{y:g}" font-size="{size}" text-anchor="{anchor}" '
@@ -53,7 +53,7 @@ class Picture:
     def line(
         self, x1: float, y1: float, x2: float, y2: float, *, arrow: bool = False, colour: str = INK
     ) -> None:
-        """A straight line, with an arrow's head at its end if asked for."""
+        """Draw a straight line, optionally with an arrow head at its end."""
         head = ' marker-end="url(#head)"' if arrow else ""
         self.parts.append(
             f'<line x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}" stroke="{colour}" '
@@ -61,14 +61,14 @@ class Picture:
         )
 
     def path(self, points: list[tuple[float, float]], colour: str) -> None:
-        """Joined lines."""
+        """Draw joined lines."""
         joined = " ".join(f"{x:g},{y:g}" for x, y in points)
         self.parts.append(
             f'<polyline points="{joined}" fill="none" stroke="{colour}" stroke-width="2.5"/>'
         )
 
     def document(self) -> str:
-        """The file."""
+        """Return the SVG file."""
         head = (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}" '
             f'width="{self.width}" height="{self.height}" role="img" '
