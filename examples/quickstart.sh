@@ -38,7 +38,7 @@ esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly RECIPE=examples/quickstart/pretrain.yaml
-readonly RANKS=2
+readonly ranks=2
 total_steps="$(sed -n 's/^ *train_iters: *\([0-9]*\).*/\1/p' "$RECIPE")"
 stop_at=$((total_steps / 2))
 step() { printf '\n[%s] %s (after %s s)\n' "$1" "$2" "$((SECONDS - started))"; }
@@ -79,7 +79,7 @@ done
 
 run="$out/run"
 pretrain() {
-  PYTHON="$bin/python" RANKS="$RANKS" bash examples/train.sh quickstart \
+  PYTHON="$bin/python" RANKS="$ranks" bash examples/train.sh quickstart \
     --data-path "${train[@]}" --valid-data-path "${valid[@]}" --tokenizer-model "$tokenizer" \
     --save "$run" --load "$run" "$@"
 }
@@ -96,7 +96,7 @@ if [ "$(cat "$run/latest" 2>/dev/null)" = "$last" ]; then
   step 5-6/8 "Training: $run/$last exists"
 else
   if [ ! -e "$run/latest" ]; then
-    step 5/8 "Training: 64 experts, 8 per token, on $RANKS ranks; stops at step $stop_at to show resuming"
+    step 5/8 "Training: 64 experts, 8 per token, on $ranks ranks; stops at step $stop_at to show resuming"
     pretrain --exit-interval "$stop_at"
   fi
   step 6/8 "Resuming from $run/$(cat "$run/latest")"
