@@ -1,6 +1,7 @@
 """The quick start from end to end; takes minutes."""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -44,3 +45,43 @@ def test_a_wrong_option_is_reported_at_once(arguments: list[str], message: str) 
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+STAND_IN = r"""#!/usr/bin/env bash
+# Python of a fast run: logs its arguments; collects one text, and writes `latest` as training does.
+echo "$*" >>"$LOG"
+case "$*" in
+  *collect_corpus*) mkdir -p "$OUT/corpus"; echo '{"text": "a"}' >"$OUT/corpus/a.jsonl" ;;
+  *preprocess_corpus*) mkdir -p "$OUT/data"; echo '{}' >"$OUT/data/a.json" ;;
+  *--check*) ;;
+  *distributed.run*--exit-interval*) echo step_0000350 >"$OUT/run/latest" ;;
+  *distributed.run*) echo step_0000700 >"$OUT/run/latest" ;;
+esac
+"""
+
+
+def test_every_step_of_the_script_runs(tmp_path: Path) -> None:
+    """With a stand-in for Python: the script itself, in seconds."""
+    checkout, out, log = tmp_path / "checkout", tmp_path / "out", tmp_path / "log"
+    for name in ("quickstart.sh", "train.sh", "quickstart/pretrain.yaml"):
+        (checkout / "examples" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / "examples" / name, checkout / "examples" / name)
+    python = checkout / ".venv" / "bin" / "python"
+    for path, text in ((python, STAND_IN), (checkout / "tools" / "setup_env.sh", "exit 0\n")):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+    done = subprocess.run(
+        ["bash", "examples/quickstart.sh", "--out", str(out)],
+        cwd=checkout,
+        env={"PATH": "/usr/bin:/bin", "LOG": str(log), "OUT": str(out)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    launches = [line for line in log.read_text().splitlines() if "distributed.run" in line]
+    assert len(launches) == 2
+    assert all("--nproc-per-node 2" in line for line in launches)
+    assert ["--exit-interval 350" in line for line in launches] == [True, False]
+    assert "summarize.py" in log.read_text().splitlines()[-1]
