@@ -48,10 +48,13 @@ def test_a_tiny_recipe_learns(recipe: Path, tmp_path: Path) -> None:
 def test_openmoes_life_and_its_report(tmp_path: Path) -> None:
     run("bash", "examples/openmoe_8b/life.sh", str(tmp_path))
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    shares = re.findall(r"<td[^>]*>(ul2|causal); code ([0-9.]+)\s%, prose ([0-9.]+)\s%</td>", page)
+    stage = r"<td[^>]*>(ul2|causal); code ([0-9.]+)\s%, prose ([0-9.]+)\s%</td>"
+    shares = re.findall(stage, page)
     assert [name for name, *_ in shares] == ["ul2", "causal"]
     assert [float(code) for _, code, _ in shares] == pytest.approx([52.25, 15], abs=3)
-    drops = re.findall(r"<td[^>]*>([0-9.]+)\s% of choices in the first part .*? ([0-9.]+)\s% in", page)
+    drops = re.findall(
+        r"<td[^>]*>([0-9.]+)\s% of choices in the first part .*? ([0-9.]+)\s% in", page
+    )
     assert len(drops) == 2 and all(float(last) > 2 * float(first) for first, last in drops)
     stages = [row["stage"] for row in rows(tmp_path / "run" / "metrics.jsonl")]
     assert stages == sorted(stages) and set(stages) == {1, 2}
