@@ -8,6 +8,7 @@ from typing import Any
 import tokenizers
 
 from moetron.common.errors import UserError
+from moetron.common.json_files import parse_object, read_object
 from moetron.tokenizers.interface import Tokenizer, fingerprint_of, require_encodable
 
 END_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>")
@@ -28,7 +29,7 @@ class HuggingFaceTokenizer(Tokenizer):
     """The ``tokenizer.json`` without truncation and padding, which determines the ids."""
 
     def __init__(self, path: Path) -> None:
-        described = _read_json(path)
+        described = read_object(path)
         try:
             model = tokenizers.Tokenizer.from_buffer(path.read_bytes())
         except Exception as error:  # the library raises bare Exception
@@ -36,7 +37,7 @@ class HuggingFaceTokenizer(Tokenizer):
         model.no_truncation()
         model.no_padding()
         config_path = path.with_name("tokenizer_config.json")
-        config = _read_json(config_path) if config_path.is_file() else {}
+        config = read_object(config_path) if config_path.is_file() else {}
         eod = _special(model, config, "eos_token", END_TOKENS)
         if eod is None:
             raise UserError(
@@ -57,7 +58,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self.sentinels = tuple(_sentinels(model))
         described["eod"] = eod
         if TRAINING_POST_PROCESSOR in config:
-            described["post_processor"] = json.loads(config[TRAINING_POST_PROCESSOR])
+            described["post_processor"] = parse_object(
+                str(config[TRAINING_POST_PROCESSOR]), f"{config_path}: {TRAINING_POST_PROCESSOR}"
+            )
         canonical = json.dumps(described, sort_keys=True, separators=(",", ":"))
         self.fingerprint = fingerprint_of(self.kind, canonical.encode())
 
@@ -80,17 +83,6 @@ class HuggingFaceTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         """Decode ids without special tokens."""
         return self._model.decode([int(i) for i in ids], skip_special_tokens=True)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Read the object in a JSON file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"tokenizer {path}: not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"tokenizer {path}: not a JSON object")
-    return content
 
 
 def _special(

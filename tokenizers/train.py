@@ -8,7 +8,6 @@ multiple of 128 (umT5: 256,000 pieces + 300 sentinels = 256,300, padded to 256,3
 
 import importlib
 import io
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import sentencepiece
 
 from moetron.common.errors import UserError
 from moetron.common.files import sha256_of
+from moetron.common.json_files import read_object
 from moetron.tokenizers.umt5 import SPACE_MARKER
 
 model_pb2: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")  # untyped
@@ -123,8 +123,8 @@ def is_current(model: Path, sidecar: Path, made_from: Mapping[str, Any]) -> bool
     if not (model.is_file() and sidecar.is_file()):
         return False
     try:
-        recorded = json.loads(sidecar.read_text(encoding="utf-8"))
-    except ValueError:
+        recorded = read_object(sidecar)
+    except UserError:
         return False
     intact = recorded.get("sha256") == sha256_of(model)
     return intact and recorded.get("made_from") == made_from

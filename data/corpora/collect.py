@@ -165,9 +165,12 @@ def is_current(output: Path, made_from: Mapping[str, Any]) -> bool:
     path = output / MANIFEST
     if not path.is_file():
         return False
-    manifest = orjson.loads(path.read_bytes())
-    complete = all(
-        (file := output / f"{source}.jsonl").is_file() and sha256_of(file) == recorded["sha256"]
-        for source, recorded in manifest["sources"].items()
-    )
-    return complete and manifest["made_from"] == dict(made_from)
+    try:
+        manifest = orjson.loads(path.read_bytes())
+        complete = all(
+            (file := output / f"{source}.jsonl").is_file() and sha256_of(file) == recorded["sha256"]
+            for source, recorded in manifest["sources"].items()
+        )
+        return complete and bool(manifest["made_from"] == dict(made_from))
+    except (ValueError, KeyError, TypeError, AttributeError):  # not a manifest of ours
+        return False

@@ -15,10 +15,13 @@ import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from moetron.common.errors import UserError
 from moetron.common.files import rename, sync_folder, write_text
+from moetron.common.json_files import parse_object
 from moetron.moe.checkpoint.checksums import SUMS, changed, read_sums, write_sums
 from moetron.moe.checkpoint.index_reader import METADATA, read_index
 from moetron.moe.checkpoint.position import Progress
@@ -36,6 +39,8 @@ _NAME = re.compile(r"step_(\d{7,})")
 class Record:
     """Contents of ``run.json``."""
 
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+
     progress: Progress
     settings: dict[str, dict[str, Any]]
     """The settings tree as JSON."""
@@ -46,6 +51,9 @@ class Record:
     versions: dict[str, str]
     files: dict[str, int]
     """Size in bytes of every other file of the folder."""
+
+
+_RECORD = TypeAdapter(Record)
 
 
 @dataclass(frozen=True)
@@ -204,14 +212,18 @@ def read_record(folder: Path) -> Record:
         raise UserError(f"--load {folder}: not a complete checkpoint: {RECORD} is missing")
     _refuse_changes(folder, [RECORD])
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        if tree.pop("format") != FORMAT:
+        tree = parse_object(path.read_text(encoding="utf-8"), RECORD)
+        if tree.pop("format", None) != FORMAT:
             raise UserError(f"{path}: written by a newer Moetron; update to load it")
-        return Record(**{**tree, "progress": Progress(**tree["progress"])})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
+        return _RECORD.validate_json(json.dumps(tree), strict=True)
+    except ValidationError as error:
+        [first, *_] = error.errors()
+        field = ".".join(map(str, first["loc"]))
+        raise damaged(folder, f"{RECORD}: {field}: {first['msg']}") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError) and str(path) in str(error):
             raise
-        raise damaged(folder, f"{RECORD}: {error}") from error
+        raise damaged(folder, str(error)) from None
 
 
 def write_record(folder: Path, record: Record, sums: Mapping[str, str]) -> None:

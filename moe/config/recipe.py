@@ -48,6 +48,10 @@ def read(path: Path, source: str = "--config ") -> dict[str, dict[str, Any]]:
         problems = [_yaml_problem(error)]
     except ConfigError as error:
         problems = error.problems
+    except RecursionError:
+        problems = ["nested too deeply"]
+    except ValueError as error:  # an integer of too many digits, a date that does not exist
+        problems = [" ".join(str(error).split())]
     raise ConfigError([f"{source}{path}: {problem}" for problem in problems])
 
 

@@ -1,6 +1,5 @@
 """Conversion of HuggingFace folders to checkpoints for ``--load``, one tensor at a time."""
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moetron.common.errors import UserError
+from moetron.common.json_files import read_object
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.convert.families.family import (
     CONFIG,
@@ -21,7 +21,7 @@ from moetron.moe.convert.families.family import (
 from moetron.moe.convert.families.registry import family_named
 from moetron.moe.convert.families.tensor_rules import Rule
 from moetron.moe.convert.initial_checkpoint import write_start
-from moetron.moe.convert.safetensors_folder import TensorFolder
+from moetron.moe.convert.safetensors_folder import TensorFolder, file_in
 
 logger = logging.getLogger(__name__)
 _DERIVED = ("rotary_emb.inv_freq",)
@@ -32,15 +32,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Return ``config.json`` of a HuggingFace folder.
 
     Raises:
-        UserError: the file is missing or not a JSON object.
+        UserError: the file is missing, leads out of the folder or is not a JSON object.
     """
-    path = folder / CONFIG
-    if not path.is_file():
+    path = file_in(folder, CONFIG)
+    if path is None:
         raise UserError(f"{folder}: no {CONFIG}; give a HuggingFace folder")
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise UserError(f"{path}: damaged: {error}") from error
+    return read_object(path)
 
 
 class HuggingFaceModel:

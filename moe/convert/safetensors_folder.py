@@ -7,19 +7,39 @@ https://github.com/huggingface/safetensors#format.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moetron.common.errors import UserError
 from moetron.common.files import sync, write_text
+from moetron.common.json_files import read_object
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def file_in(folder: Path, name: str) -> Path | None:
+    """Return the path of a file of ``folder``, or None if there is none of this name.
+
+    Raises:
+        UserError: ``name`` is not a plain name, or a link leads out of the folder. Links into the
+            ``blobs`` folder of HuggingFace's cache (models--NAME/snapshots/REVISION) are allowed.
+    """
+    path = folder / name
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise UserError(f"{folder}: {name!r} leads out of the folder")
+    if not path.is_file():
+        return None
+    home, target = folder.resolve(), path.resolve().parent
+    if target != home and (home.parent.name, target) != ("snapshots", home.parents[1] / "blobs"):
+        raise UserError(f"{path}: a link that leads out of the folder; copy the file")
+    return path
 
 
 class TensorFolder:
@@ -30,11 +50,15 @@ class TensorFolder:
         self._file_of = self._read_index()
 
     def _read_index(self) -> dict[str, str]:
-        if (self._folder / INDEX).is_file():
-            content = json.loads((self._folder / INDEX).read_text(encoding="utf-8"))
-            return dict(content["weight_map"])
-        if (self._folder / SINGLE).is_file():
-            with safe_open(self._folder / SINGLE, "pt") as file:
+        if (index := file_in(self._folder, INDEX)) is not None:
+            files = read_object(index).get("weight_map")
+            if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
+                raise UserError(
+                    f"{index}: damaged: `weight_map` is not a mapping of names to files"
+                )
+            return files
+        if file_in(self._folder, SINGLE) is not None:
+            with self._reading(SINGLE) as file:
                 return dict.fromkeys(file.keys(), SINGLE)
         raise UserError(
             f"{self._folder}: neither {SINGLE} nor {INDEX}; pickled weights (.bin) are not "
@@ -47,7 +71,7 @@ class TensorFolder:
 
     def empty(self, name: str) -> Tensor:
         """Return a meta tensor of the same shape and dtype."""
-        with self._open(name) as file:
+        with self._reading(self._file_of[name]) as file:
             part = file.get_slice(name)
             dtypes = {text: dtype for dtype, text in DTYPES.items()}
             if part.get_dtype() not in dtypes:
@@ -56,15 +80,21 @@ class TensorFolder:
 
     def read(self, name: str) -> Tensor:
         """Return the tensor."""
-        with self._open(name) as file:
+        with self._reading(self._file_of[name]) as file:
             tensor: Tensor = file.get_tensor(name)
             return tensor
 
-    def _open(self, name: str) -> safe_open:
-        path = self._folder / self._file_of[name]
-        if path.parent != self._folder or not path.is_file():
-            raise UserError(f"{self._folder}: {self._file_of[name]} is missing")
-        return safe_open(path, "pt")
+    @contextmanager
+    def _reading(self, file_name: str) -> Iterator[safe_open]:
+        """Yield an open file of the folder; raise UserError if it is missing or damaged."""
+        path = file_in(self._folder, file_name)
+        if path is None:
+            raise UserError(f"{self._folder}: {file_name} is missing")
+        try:
+            with safe_open(path, "pt") as file:
+                yield file
+        except SafetensorError as error:
+            raise UserError(f"{path}: damaged: {error}") from None
 
 
 def shards(tensors: Mapping[str, Tensor], largest: int) -> list[dict[str, Tensor]]:

@@ -29,6 +29,9 @@ SMALL = {
         ("a: !!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
         ("", "must hold sections"),
         ("- 1\n- 2\n", "must hold sections"),
+        ("model: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
+        ("model:\n  num_layers: " + "9" * 5000, "limit (4300 digits)"),
+        ("model:\n  num_layers: 2001-02-31", "day is out of range"),
         ("model: 3\nmoe: [1]\n", "`model` must hold keys and values, indented"),
     ],
 )  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from moetron.common.errors import UserError
-from moetron.moe.convert.safetensors_folder import INDEX, TensorFolder, shards, write_folder
+from moetron.moe.convert.safetensors_folder import INDEX, SINGLE, TensorFolder, shards, write_folder
 
 TENSORS = {
     "a": torch.randn(3, 2),
@@ -51,5 +51,37 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"pickled weights .* are not supported"):
         TensorFolder(tmp_path)
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "../other.safetensors"}}))
+    with pytest.raises(UserError, match=r"'../other.safetensors' leads out of the folder"):
+        TensorFolder(tmp_path).read("a")
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "other.safetensors"}}))
     with pytest.raises(UserError, match=r"other.safetensors is missing"):
         TensorFolder(tmp_path).read("a")
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}'])
+def test_a_damaged_index_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / INDEX).write_text(content)
+    with pytest.raises(UserError, match=rf"{INDEX}: damaged"):
+        TensorFolder(tmp_path)
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / SINGLE).write_bytes(b"\xff" * 64)
+    with pytest.raises(UserError, match=rf"{SINGLE}: damaged"):
+        TensorFolder(tmp_path)
+
+
+def test_links_stay_in_the_folder_or_in_the_hubs_cache(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    write_folder(outside, [TENSORS], iter(TENSORS.items()))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / SINGLE).symlink_to(outside / SINGLE)
+    with pytest.raises(UserError, match="a link that leads out of the folder"):
+        TensorFolder(folder)
+    cache = tmp_path / "models--a--b"
+    (cache / "snapshots" / "1").mkdir(parents=True)
+    outside.rename(cache / "blobs")
+    (cache / "snapshots" / "1" / SINGLE).symlink_to(f"../../blobs/{SINGLE}")
+    assert TensorFolder(cache / "snapshots" / "1").names() == list(TENSORS)
