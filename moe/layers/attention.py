@@ -15,8 +15,10 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.distributed import ProcessGroup
+from torch.nn.attention import sdpa_kernel
 
 from moetron.moe.host.context_parallel import chunks_of_rank, gather_sequence
+from moetron.moe.layers.attention_kernels import WITHOUT_CUDNN, prefer, preferred
 
 
 def prefix_mask(prefix_B: torch.Tensor, length: int) -> torch.Tensor:
@@ -43,6 +45,12 @@ def shorten_prefix(mask_B1SS: torch.Tensor, ahead: int) -> torch.Tensor:
     shorter = torch.ones_like(mask_B1SS).triu(1)
     shorter[..., :-ahead] &= mask_B1SS[..., ahead:]
     return shorter
+
+
+def repeat_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """Repeat each key or value head [s, b, groups, width] for the query heads that share it."""
+    s, b, groups, width = x.shape
+    return x.unsqueeze(3).expand(s, b, groups, heads // groups, width).reshape(s, b, heads, width)
 
 
 class SdpaAttention(MegatronModule):
@@ -86,6 +94,8 @@ class SdpaAttention(MegatronModule):
         if config.context_parallel_size > 1:
             assert pg_collection is not None
             self.cp_group = pg_collection.cp
+        if torch.cuda.is_available():
+            prefer(preferred(config.attention_backend))
         self.attn_mask_type = attn_mask_type
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
@@ -165,7 +175,12 @@ class SdpaAttention(MegatronModule):
         allowed: torch.Tensor | None = None,
         causal: bool = False,
     ) -> torch.Tensor:
-        with self._dropout_rng():
+        shares_keys = query.shape[2] != key.shape[2]
+        if query.is_cuda and shares_keys:
+            # Not every kernel shares a key among queries; those that do not leave it to math.
+            key, value = (repeat_heads(x, query.shape[2]) for x in (key, value))
+            shares_keys = False
+        with self._dropout_rng(), self._kernels(query):
             context = F.scaled_dot_product_attention(
                 query.permute(1, 2, 0, 3),
                 key.permute(1, 2, 0, 3),
@@ -174,9 +189,18 @@ class SdpaAttention(MegatronModule):
                 dropout_p=self.dropout if self.training else 0.0,
                 is_causal=causal,
                 scale=self.softmax_scale,
-                enable_gqa=query.shape[2] != key.shape[2],
+                enable_gqa=shares_keys,
             )  # [b, heads, sq, width]
         return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _kernels(self, query: torch.Tensor) -> AbstractContextManager[object]:
+        """Return the context of a call's kernels.
+
+        Outside training shapes vary, as the length of a text that is generated.
+        """
+        if self.training or not query.is_cuda:
+            return nullcontext()
+        return sdpa_kernel(WITHOUT_CUDNN)
 
     def _dropout_rng(self) -> AbstractContextManager[None]:
         """Return the generator context that gives tensor ranks different dropout masks.

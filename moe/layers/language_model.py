@@ -12,6 +12,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from torch.distributed import ProcessGroup
 
+from moetron.moe.kernels.availability import uses_triton
+from moetron.moe.kernels.cross_entropy import cross_entropy
 from moetron.moe.layers.attention import shorten_prefix
 from moetron.moe.routing.hash import HashRouter
 from moetron.moe.routing.reinforce import ReinforceRouter, advantages
@@ -106,14 +108,20 @@ class LanguageModel(GPTModel):
         self, labels: torch.Tensor, logits: torch.Tensor
     ) -> torch.Tensor:
         """Return the losses [b, s] of ``labels`` [b, s]; ``logits`` are [s, b, v]."""
-        coefficient = self.config.output_z_loss_coeff
-        if coefficient is None or not self.training:
-            plain: torch.Tensor = super().compute_language_model_loss(labels, logits)
-            return plain
-        # Before the cross-entropy, which overwrites fp32 logits.
-        label_logits_bs = label_logits(logits, labels, self.pg_collection.tp)
-        losses_bs: torch.Tensor = super().compute_language_model_loss(labels, logits)
-        squared_bs = (losses_bs + label_logits_bs).square()
+        coefficient = self.config.output_z_loss_coeff if self.training else None
+        if uses_triton(logits) and not self.config.cross_entropy_loss_fusion:
+            both = cross_entropy(logits, labels.transpose(0, 1), self.pg_collection.tp)
+            losses_bs, log_z_bs = (each.transpose(0, 1).contiguous() for each in both)
+        elif coefficient is None:
+            losses_bs = super().compute_language_model_loss(labels, logits)
+        else:
+            # Before the cross-entropy, which overwrites fp32 logits.
+            label_logits_bs = label_logits(logits, labels, self.pg_collection.tp)
+            losses_bs = super().compute_language_model_loss(labels, logits)
+            log_z_bs = losses_bs + label_logits_bs
+        if coefficient is None:
+            return losses_bs
+        squared_bs = log_z_bs.square()
         self._squared_log_z_bs = squared_bs.detach()
         return losses_bs + coefficient * (squared_bs - squared_bs.detach())
 

@@ -9,6 +9,7 @@ the tensor group.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
@@ -61,6 +62,15 @@ def _all_reduce(tensor: torch.Tensor, group: ProcessGroup | None) -> torch.Tenso
     return tensor
 
 
+def _has_kernel(x: torch.Tensor, weight: torch.Tensor, group: ProcessGroup | None) -> bool:
+    """Return whether torch's own kernel serves: on a GPU, one dtype, a width that is not split.
+
+    It computes in fp32 too. In eager mode on a CPU torch has several operations instead, which are
+    slower than ours, as it has on a GPU for a weight of another dtype.
+    """
+    return x.is_cuda and x.dtype == weight.dtype and (group is None or group.size() == 1)
+
+
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, epsilon: float, group: ProcessGroup | None = None
 ) -> torch.Tensor:
@@ -73,6 +83,8 @@ def rms_norm(
         group: ranks that hold equal shards of the last dimension; the mean runs over all of them.
             Forward and backward each all-reduce one number per token.
     """
+    if _has_kernel(x, weight, group):
+        return F.rms_norm(x, weight.shape, weight, epsilon)
     result: torch.Tensor = _RMSNorm.apply(x, weight, epsilon, group)
     return result
 

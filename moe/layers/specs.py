@@ -7,7 +7,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
@@ -43,6 +43,7 @@ from moetron.moe.layers.fp8_linear import (
 )
 from moetron.moe.layers.latent_attention import LatentAttention
 from moetron.moe.layers.norm import FullWidthRMSNorm, LayerNorm, RMSNorm
+from moetron.moe.layers.rotary_attention import RotarySelfAttention
 from moetron.moe.numerics.fp8_emulation import Fp8Numerics, fp8_numerics
 from moetron.moe.routing.router_types import router_class
 
@@ -123,7 +124,7 @@ def _attention(backend: LocalProvider, config: TransformerConfig) -> ModuleSpec:
     params: dict[str, Any] = {"attn_mask_type": AttnMaskType.causal}
     if not config.multi_latent_attention:
         plain = SelfAttentionSubmodules(linear_qkv=columns, k_layernorm=norm, **shared)
-        return ModuleSpec(module=SelfAttention, params=params, submodules=plain)
+        return ModuleSpec(module=RotarySelfAttention, params=params, submodules=plain)
     latent = MLASelfAttentionSubmodules(
         linear_q_proj=columns,
         linear_q_up_proj=columns,

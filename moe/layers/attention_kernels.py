@@ -1,0 +1,44 @@
+"""Order in which ``scaled_dot_product_attention`` tries its CUDA kernels.
+
+cuDNN's is the fastest on an H100, but plans every new shape for tens of milliseconds: for training,
+whose shapes repeat, and not for generation. It serves bf16 with and without a mask; flash serves
+bf16 without a mask and with equal widths of keys and values; efficient also serves fp32, masks and
+unequal widths (latent attention); math serves everything and keeps the s x s matrix.
+
+Under ``torch.use_deterministic_algorithms(True)`` (not ``warn_only``) torch gives flash and
+efficient attention backward passes with equal bits from run to run, and refuses cuDNN's. Math
+attention has them always. Without it only the forward passes repeat.
+"""
+
+from contextlib import ExitStack
+
+import torch
+from megatron.core.transformer.enums import AttnBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+WITH_CUDNN = [SDPBackend.CUDNN_ATTENTION, *WITHOUT_CUDNN]
+
+_preference = ExitStack()
+
+
+def preferred(backend: AttnBackend) -> list[SDPBackend]:
+    """Return the kernels for training in order of preference; each serves what those before do not.
+
+    Args:
+        backend: ``flash``: without cuDNN's; others: cuDNN's first, but for a deterministic run.
+    """
+    if backend == AttnBackend.flash or torch.are_deterministic_algorithms_enabled():
+        return WITHOUT_CUDNN
+    return WITH_CUDNN
+
+
+def prefer(kernels: list[SDPBackend]) -> None:
+    """Set the order for the whole process; a context manager for every call would cost its time."""
+    reset_preference()
+    _preference.enter_context(sdpa_kernel(kernels, set_priority=True))
+
+
+def reset_preference() -> None:
+    """Return to torch's order."""
+    _preference.close()
