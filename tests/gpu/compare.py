@@ -32,7 +32,8 @@ import torch
 from moetron.common.errors import ConfigError
 from moetron.moe.config.command import load
 from moetron.moe.config.schema.implementation import beyond_transformer_engine
-from moetron.moe.host.usable import cuda_fault, transformer_engine_fault
+from moetron.moe.host.usable import cuda_fault
+from tests.gpu.devices import kind_fault
 from tests.gpu.gpu_cases import KINDS, STEPS, Case, Kind, cases
 from tests.gpu.in_process import train
 from tests.gpu.references import one_line, read, weights_folder
@@ -81,7 +82,7 @@ def main() -> int:
                 continue
             outcome = known.get((case.name, kind))
             if outcome is None:
-                reference = references.get(case.name)
+                reference = references.get(case.like or case.name)
                 outcome = _outcome(case, kind, reference, arguments)
                 print(_line(outcome), flush=True)
             outcomes.append(outcome)
@@ -153,12 +154,10 @@ def _lacking(case: Case, kind: Kind) -> str | None:
     """Return what the machine or this version lacks for a run, or None."""
     if unknown := case.unknown_flags():
         return unknown[0]
-    if kind.te and (fault := transformer_engine_fault()):
-        return f"Transformer Engine: {fault}"
-    if cuda_fault() is None and torch.cuda.get_device_capability() < kind.capability:
-        return f"needs compute capability {kind.capability[0]}.{kind.capability[1]}"
+    if fault := kind_fault(kind.te, kind.capability):
+        return fault
     try:
-        settings = load(case.argv()).settings
+        settings = load(case.reference_argv()).settings
         beyond = beyond_transformer_engine(settings) if kind.te else []
         return f"Transformer Engine's layers lack {', '.join(beyond)}" if beyond else None
     except ConfigError as error:

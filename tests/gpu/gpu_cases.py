@@ -1,6 +1,6 @@
 """The small models that a GPU trains and compares with the CPU: recipes, and variants of OLMoE."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moetron.moe.config.flags import parse
@@ -74,16 +74,31 @@ class Case:
     """Has dropout, whose numbers come from the device's generator (routers draw on the host)."""
     prefix: int = 0
     """Sample n has a bidirectional prefix of n modulo this many tokens."""
+    like: str = ""
+    """Case whose reference it has, since ``extra`` does not change the mathematics."""
+    extra: tuple[str, ...] = ()
+    """Further flags of the compared run."""
 
-    def argv(self, kind: str = "local") -> list[str]:
+    def argv(self, kind: str) -> list[str]:
         """Return the flags of a run of ``kind``."""
+        return [*self._common(), *self.extra, *KINDS[kind].flags]
+
+    def reference_argv(self) -> list[str]:
+        """Return the flags of the reference."""
+        return [*self._common(), *KINDS["local"].flags]
+
+    def _common(self) -> list[str]:
         common = ("--mock-data", "--eval-iters", "0", "--lr-warmup-iters", "2")
-        steps = ("--train-iters", str(STEPS + WARM_STEPS))
-        return [*self.flags, *common, *steps, *KINDS[kind].flags]
+        return [*self.flags, *common, "--train-iters", str(STEPS + WARM_STEPS)]
 
     def unknown_flags(self) -> list[str]:
         """Return problems of flags that this version does not have."""
-        return [problem for problem in parse(list(self.flags)).problems if "unknown" in problem]
+        given = [*self.flags, *self.extra]
+        return [problem for problem in parse(given).problems if "unknown" in problem]
+
+
+OLMOE = ("--config", str(ROOT / "examples" / "olmoe_1b_7b" / "tiny.yaml"))
+"""Flags of the model that variants change."""
 
 
 def _recipes() -> list[Case]:
@@ -166,7 +181,6 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "output_z_loss": ("--output-z-loss-coeff", "1e-4"),
     "shared_expert": ("--moe-shared-expert-intermediate-size", "32", "--moe-shared-expert-gate"),
     "recompute_norms": (_RECOMPUTE, "selective", "--recompute-modules", "layernorm"),
-    "recompute_activation": (_RECOMPUTE, "selective", "--recompute-modules", "moe_act"),
     "recompute_experts": (_RECOMPUTE, "selective", "--recompute-modules", "moe"),
 }
 IN_FP8_TOO: dict[str, tuple[str, ...]] = {
@@ -186,13 +200,35 @@ NOISY: dict[str, tuple[str, ...]] = {
     "attention_dropout": ("--attention-dropout", "0.1"),
     "expert_dropout": ("--moe-expert-dropout", "0.1"),
 }
-EXPERTS = ("grouped_mm", "te", "sequential")
-"""Values of --moe-experts-impl."""
+_ON_TE, _ON_FP8 = ("te32", "te16", "delayed"), ("delayed", "tensorwise", "blockwise")
+_FUSED = ("--moe-permute-fusion", "--moe-router-fusion")
+_CROSS_ENTROPY = ("--cross-entropy-loss-fusion", "--cross-entropy-fusion-impl")
+SAME_MATHEMATICS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "experts_grouped_mm": (("--moe-experts-impl", "grouped_mm"), PLAIN),
+    "experts_te": (("--moe-experts-impl", "te"), _ON_TE),
+    "recompute_activation": (
+        (_RECOMPUTE, "selective", "--recompute-modules", "moe_act"),
+        _ON_TE[:2],
+    ),
+    "unfused": (
+        (
+            *("--no-bias-swiglu-fusion", "--no-bias-dropout-fusion", "--no-rope-fusion"),
+            "--no-gradient-accumulation-fusion",
+        ),
+        _ON_TE,
+    ),
+    "permute_fusion": (("--moe-permute-fusion",), (*PLAIN, "delayed")),
+    "router_fusion": (("--moe-router-fusion",), (*PLAIN, "delayed")),
+    "cross_entropy_native": ((*_CROSS_ENTROPY, "native"), ("local16", "te16")),
+    "cross_entropy_te": ((*_CROSS_ENTROPY, "te"), PLAIN),
+    "all_fused": ((*_FUSED, *_CROSS_ENTROPY, "te"), _ON_TE),
+    "quantization_padding": (("--moe-router-padding-for-quantization",), _ON_FP8),
+}
+"""Further flags and kinds of cases that are compared with the unchanged OLMoE."""
 
 
 def cases() -> list[Case]:
     """Return all cases; those with the weights of another come after it."""
-    base = ("--config", str(ROOT / "examples" / "olmoe_1b_7b" / "tiny.yaml"))
     variants = {
         **{f"router_{name}": ("--moe-router-type", name, *more) for name, more in ROUTERS.items()},
         **{
@@ -201,12 +237,17 @@ def cases() -> list[Case]:
         },
         **{f"capacity_{name}": (*_CAPACITY, *more) for name, more in CAPACITY.items()},
         **OTHERS,
-        **{f"experts_{name}": ("--moe-experts-impl", name) for name in EXPERTS},
     }
     found = _recipes()
-    found += [Case(name, (*base, *flags), PLAIN) for name, flags in variants.items()]
-    found += [Case(name, (*base, *flags), WITH_FP8) for name, flags in IN_FP8_TOO.items()]
-    prefix = (*base, "--bidirectional-prefix")
+    found += [Case(name, (*OLMOE, *flags), PLAIN) for name, flags in variants.items()]
+    found += [Case(name, (*OLMOE, *flags), WITH_FP8) for name, flags in IN_FP8_TOO.items()]
+    prefix = (*OLMOE, "--bidirectional-prefix")
     found.append(Case("prefix_mask", prefix, WITH_FP8, prefix=64))
-    found += [Case(name, (*base, *flags), PLAIN, is_noisy=True) for name, flags in NOISY.items()]
-    return found
+    found += [Case(name, (*OLMOE, *flags), PLAIN, is_noisy=True) for name, flags in NOISY.items()]
+    found += [
+        Case(name, OLMOE, kinds, like="olmoe_1b_7b", extra=extra)
+        for name, (extra, kinds) in SAME_MATHEMATICS.items()
+    ]
+    v3 = next(case for case in found if case.name == "deepseek_v3")
+    fused = replace(v3, name="deepseek_v3_fused", kinds=_ON_TE, like=v3.name, extra=_FUSED)
+    return [*found, fused]

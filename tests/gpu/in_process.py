@@ -5,7 +5,7 @@ import gc
 import io
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ import torch
 from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
+from moetron import assembly
 from moetron.moe.checkpoint.position import Progress
 from moetron.moe.checkpoint.save_load import load_weights
+from moetron.moe.config.command import load
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.host.patching import Patch
-from moetron.moe.monitoring.sinks import Row
+from moetron.moe.monitoring.sinks import Row, Sink
 from moetron.moe.routing.random_draws import Draws, derived_seed
 from moetron.moe.training import runtime
 from moetron.moe.training.build_trainer import build_trainer
@@ -84,18 +86,33 @@ def drawn_on_host() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def built(settings: Settings) -> Iterator[Trainer]:
-    """Start a run of one rank and build its model; leave nothing of it in the process."""
-    vocab_size = settings.model.vocab_size
-    assert vocab_size is not None
+def one_run() -> Iterator[None]:
+    """Keep a run's prints and warnings to itself, and leave nothing of it in the process."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with contextlib.redirect_stdout(io.StringIO()), runtime.running(settings) as ranks:
-            yield build_trainer(settings, ranks, vocab_size)
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
     finally:
         logging.disable(level)
         forget()
+
+
+@contextlib.contextmanager
+def built(settings: Settings) -> Iterator[Trainer]:
+    """Start a run of one rank and build its model."""
+    vocab_size = settings.model.vocab_size
+    assert vocab_size is not None
+    with one_run(), runtime.running(settings) as ranks:
+        yield build_trainer(settings, ranks, vocab_size)
+
+
+def pretrain(argv: Sequence[str], sinks: Sequence[Sink] = ()) -> None:
+    """Run what ``pretrain_moe.py`` runs with these flags; ``sinks`` get the metrics too."""
+    settings = load(argv).settings
+    with one_run():
+        code = assembly.train(settings, None, assembly.vocabulary_size(settings, None), sinks)
+    assert code == 0
 
 
 def forget() -> None:

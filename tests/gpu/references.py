@@ -51,10 +51,7 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     known, failed, start_s = read(folder), 0, time.perf_counter()
     for case in cases():
-        if case.name in known or not re.search(arguments.only, case.name):
-            continue
-        if unknown := case.unknown_flags():
-            print(f"{case.name:<22} left out: {unknown[0]}", flush=True)
+        if case.like or case.name in known or not re.search(arguments.only, case.name):
             continue
         try:
             reference = make(case, folder)
@@ -84,7 +81,7 @@ def weights_folder(folder: Path, reference: dict[str, Any]) -> Path:
 
 def make(case: Case, folder: Path) -> dict[str, Any]:
     """Train a case, after weights of its shape if there are none; return its reference."""
-    settings = load(case.argv()).settings
+    settings = load(case.reference_argv()).settings
     name = shape_name(settings)
     weights = folder / "weights" / name
     if not weights.exists():
@@ -92,7 +89,9 @@ def make(case: Case, folder: Path) -> dict[str, Any]:
     runs = []
     for number in range(SEEDS if case.is_noisy else 1):
         seed = ("--seed", str(settings.training.seed + number))
-        runs.append(train(load([*case.argv(), *seed]).settings, STEPS, case.prefix, weights))
+        runs.append(
+            train(load([*case.reference_argv(), *seed]).settings, STEPS, case.prefix, weights)
+        )
     reference = {"case": case.name, "weights": name, "torch": torch.__version__}
     for metric in ("lm_loss", "grad_norm"):
         reference.update(_mean_and_spread(runs, metric))
