@@ -131,7 +131,9 @@ def test_every_recipe_has_a_block_for_its_layout(path: Path) -> None:
 def test_a_peak_names_its_basis(monkeypatch: pytest.MonkeyPatch) -> None:
     given = settings(logging={"peak_tflops_per_s": 2.0})
     assert peak_of_rank(given, torch.device("cpu")) == Peak(2.0, GIVEN)
+    state = torch.get_rng_state()
     measured = peak_of_rank(settings(), torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), state), "a resumed run has restored it by now"
     assert measured is not None and measured.tflops_per_s > 0
     assert measured.basis.startswith("measured at start: fastest 1024^3 float32 product")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")

@@ -1,0 +1,253 @@
+"""The small models that a GPU trains and compares with the CPU: recipes, and variants of OLMoE."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from moetron.moe.config.flags import parse
+
+ROOT = Path(__file__).resolve().parents[2]
+
+STEPS, WARM_STEPS = 5, 10
+"""Compared steps, and steps before them that make the common weights (on the CPU)."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Largest relative differences from the CPU's fp32 run."""
+
+    loss: float
+    """At every compared step."""
+    grad_norm: float
+    """At the first step, where all runs have the same weights."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """An implementation and precision."""
+
+    flags: tuple[str, ...]
+    bound: Bound
+    capability: tuple[int, int] = (7, 0)
+    """Least compute capability."""
+
+    @property
+    def te(self) -> bool:
+        """Transformer Engine's layers."""
+        return "transformer_engine" in self.flags
+
+
+_LOCAL, _TE = ("--transformer-impl", "local"), ("--transformer-impl", "transformer_engine")
+_BF16, _FP8 = Bound(2e-2, 0.1), Bound(3e-2, 0.2)
+
+
+def _fp8(recipe: str, *more: str, capability: tuple[int, int] = (8, 9)) -> Kind:
+    flags = ("--bf16", "--fp8-format", "hybrid", "--fp8-recipe", recipe, *more)
+    return Kind((*flags, *_TE), _FP8, capability)
+
+
+_IN_FP8 = ("--fp8-param-gather", "--use-distributed-optimizer")
+KINDS = {
+    "local": Kind(("--fp32", *_LOCAL), Bound(1e-4, 1e-3)),
+    "local16": Kind(("--bf16", *_LOCAL), _BF16, (8, 0)),
+    "emulated": Kind(("--bf16", "--fp8-format", "hybrid", *_LOCAL), _FP8, (8, 0)),
+    "te32": Kind(("--fp32", *_TE), Bound(5e-3, 5e-2)),
+    "te16": Kind(("--bf16", *_TE), _BF16, (8, 0)),
+    "delayed": _fp8("delayed"),
+    "tensorwise": _fp8("tensorwise"),
+    "blockwise": _fp8("blockwise", capability=(9, 0)),
+    "delayed_params": _fp8("delayed", *_IN_FP8),
+    "tensorwise_params": _fp8("tensorwise", *_IN_FP8),
+    "blockwise_params": _fp8("blockwise", *_IN_FP8, capability=(9, 0)),
+}
+PLAIN = ("local", "local16", "te32", "te16")
+WITH_FP8 = (*PLAIN, "delayed", "tensorwise", "blockwise")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, its optimizer and its batches."""
+
+    name: str
+    flags: tuple[str, ...]
+    kinds: tuple[str, ...]
+    is_noisy: bool = False
+    """Has dropout, whose numbers come from the device's generator (routers draw on the host)."""
+    prefix: int = 0
+    """Sample n has a bidirectional prefix of n modulo this many tokens."""
+    like: str = ""
+    """Case whose reference it has, since ``extra`` does not change the mathematics."""
+    extra: tuple[str, ...] = ()
+    """Further flags of the compared run."""
+
+    def argv(self, kind: str) -> list[str]:
+        """Return the flags of a run of ``kind``."""
+        return [*self._common(), *self.extra, *KINDS[kind].flags]
+
+    def reference_argv(self) -> list[str]:
+        """Return the flags of the reference."""
+        return [*self._common(), *KINDS["local"].flags]
+
+    def _common(self) -> list[str]:
+        common = ("--mock-data", "--eval-iters", "0", "--lr-warmup-iters", "2")
+        return [*self.flags, *common, "--train-iters", str(STEPS + WARM_STEPS)]
+
+    def unknown_flags(self) -> list[str]:
+        """Return problems of flags that this version does not have."""
+        given = [*self.flags, *self.extra]
+        return [problem for problem in parse(given).problems if "unknown" in problem]
+
+
+OLMOE = ("--config", str(ROOT / "examples" / "olmoe_1b_7b" / "tiny.yaml"))
+"""Flags of the model that variants change."""
+
+
+def _recipes() -> list[Case]:
+    found = []
+    for path in sorted((ROOT / "examples").glob("*/tiny.yaml")):
+        name, text = path.parent.name, path.read_text(encoding="utf-8")
+        decay = ("--lr-wsd-decay-iters", "2") if "WSD" in text else ()
+        in_fp8 = name in ("olmoe_1b_7b", "deepseek_v2_lite", "mixtral_8x7b")
+        kinds = tuple(kind for kind in KINDS if in_fp8 or not kind.endswith("params"))
+        flags = ("--config", str(path), *decay)
+        found.append(Case(name, flags, kinds))
+    return found
+
+
+_NO_SOFTMAX = "--no-moe-router-pre-softmax"
+_NO_BALANCE = ("--moe-aux-loss-coeff", "0")
+_CAPACITY = ("--moe-expert-capacity-factor", "1.0")
+_RECOMPUTE = "--recompute-granularity"
+
+ROUTERS: dict[str, tuple[str, ...]] = {
+    "expert_choice": (*_CAPACITY, *_NO_BALANCE),
+    "base": (
+        *("--moe-router-topk", "1", "--moe-router-score-function", "sigmoid"),
+        *(_NO_SOFTMAX, *_NO_BALANCE),
+    ),
+    "random_second": ("--moe-router-topk", "2", _NO_SOFTMAX, *_CAPACITY),
+    "noisy_topk": (),
+    "straight_through": (),
+    "gumbel": (),
+    "relaxed_topk": (),
+    "reinforce": (_NO_SOFTMAX,),
+    "hash": (_NO_SOFTMAX, *_NO_BALANCE, "--moe-z-loss-coeff", "0"),
+}
+BALANCE: dict[str, tuple[str, ...]] = {
+    "seq_aux_loss": (),
+    "global_aux_loss": (),
+    "none": _NO_BALANCE,
+    "sinkhorn": _NO_BALANCE,
+}
+CAPACITY: dict[str, tuple[str, ...]] = {
+    **{
+        policy: ("--moe-token-drop-policy", policy)
+        for policy in ("probs", "position", "choice", "batch_prioritized")
+    },
+    "padded": ("--moe-pad-expert-input-to-capacity",),
+    "sequence": ("--moe-capacity-scope", "sequence"),
+    "rank": ("--moe-capacity-scope", "rank"),
+}
+OTHERS: dict[str, tuple[str, ...]] = {
+    "noisy_load": (
+        *("--moe-router-type", "noisy_topk"),
+        *("--moe-router-load-balancing-type", "noisy_load"),
+    ),
+    "previous_counts": (
+        *("--moe-router-load-balancing-type", "global_aux_loss"),
+        *("--moe-global-aux-loss-counts", "previous_step"),
+    ),
+    "expert_bias": (
+        *("--moe-router-score-function", "sigmoid", "--moe-router-enable-expert-bias"),
+        *(_NO_SOFTMAX, "--moe-router-load-balancing-type", "none", *_NO_BALANCE),
+    ),
+    "jitter": ("--moe-input-jitter-eps", "0.01"),
+    "router_fp64": ("--moe-router-dtype", "fp64"),
+    "router_params": ("--moe-router-dtype", "params"),
+    "adafactor": ("--optimizer", "adafactor"),
+    "muon": ("--optimizer", "muon"),
+    "sgd": ("--optimizer", "sgd"),
+    "distributed": ("--use-distributed-optimizer",),
+    "overlapped": (
+        *("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
+        *("--ddp-bucket-size", "50000"),
+    ),
+    "micro_batch_means": ("--no-calculate-per-token-loss",),
+    "unfused_attention": ("--attention-backend", "unfused"),
+    "sequential_experts": ("--no-moe-grouped-gemm",),
+    "allgather": ("--moe-token-dispatcher-type", "allgather"),
+    "tied_embeddings": ("--no-untie-embeddings-and-output-weights",),
+    "geglu": ("--ffn-type", "geglu"),
+    "relu": ("--ffn-type", "relu"),
+    "output_z_loss": ("--output-z-loss-coeff", "1e-4"),
+    "shared_expert": ("--moe-shared-expert-intermediate-size", "32", "--moe-shared-expert-gate"),
+    "recompute_norms": (_RECOMPUTE, "selective", "--recompute-modules", "layernorm"),
+    "recompute_experts": (_RECOMPUTE, "selective", "--recompute-modules", "moe"),
+}
+IN_FP8_TOO: dict[str, tuple[str, ...]] = {
+    "recompute_full": (
+        *(_RECOMPUTE, "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"),
+    ),
+    "recompute_attention": (_RECOMPUTE, "selective"),
+    "prediction": ("--mtp-num-layers", "1"),
+    "query_groups": ("--num-query-groups", "2"),
+    "idle_experts": (
+        *("--num-experts", "64", "--moe-router-topk", "1", "--seq-length", "16"),
+        *("--micro-batch-size", "1", "--global-batch-size", "4"),
+    ),
+}
+NOISY: dict[str, tuple[str, ...]] = {
+    "hidden_dropout": ("--hidden-dropout", "0.1"),
+    "attention_dropout": ("--attention-dropout", "0.1"),
+    "expert_dropout": ("--moe-expert-dropout", "0.1"),
+}
+_ON_TE, _ON_FP8 = ("te32", "te16", "delayed"), ("delayed", "tensorwise", "blockwise")
+_FUSED = ("--moe-permute-fusion", "--moe-router-fusion")
+_CROSS_ENTROPY = ("--cross-entropy-loss-fusion", "--cross-entropy-fusion-impl")
+SAME_MATHEMATICS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "experts_grouped_mm": (("--moe-experts-impl", "grouped_mm"), PLAIN),
+    "experts_te": (("--moe-experts-impl", "te"), _ON_TE),
+    "recompute_activation": (
+        (_RECOMPUTE, "selective", "--recompute-modules", "moe_act"),
+        _ON_TE[:2],
+    ),
+    "unfused": (
+        (
+            *("--no-bias-swiglu-fusion", "--no-bias-dropout-fusion", "--no-rope-fusion"),
+            "--no-gradient-accumulation-fusion",
+        ),
+        _ON_TE,
+    ),
+    "permute_fusion": (("--moe-permute-fusion",), (*PLAIN, "delayed")),
+    "router_fusion": (("--moe-router-fusion",), (*PLAIN, "delayed")),
+    "cross_entropy_native": ((*_CROSS_ENTROPY, "native"), ("local16", "te16")),
+    "cross_entropy_te": ((*_CROSS_ENTROPY, "te"), PLAIN),
+    "all_fused": ((*_FUSED, *_CROSS_ENTROPY, "te"), _ON_TE),
+    "quantization_padding": (("--moe-router-padding-for-quantization",), _ON_FP8),
+}
+"""Further flags and kinds of cases that are compared with the unchanged OLMoE."""
+
+
+def cases() -> list[Case]:
+    """Return all cases; those with the weights of another come after it."""
+    variants = {
+        **{f"router_{name}": ("--moe-router-type", name, *more) for name, more in ROUTERS.items()},
+        **{
+            f"balance_{name}": ("--moe-router-load-balancing-type", name, *more)
+            for name, more in BALANCE.items()
+        },
+        **{f"capacity_{name}": (*_CAPACITY, *more) for name, more in CAPACITY.items()},
+        **OTHERS,
+    }
+    found = _recipes()
+    found += [Case(name, (*OLMOE, *flags), PLAIN) for name, flags in variants.items()]
+    found += [Case(name, (*OLMOE, *flags), WITH_FP8) for name, flags in IN_FP8_TOO.items()]
+    prefix = (*OLMOE, "--bidirectional-prefix")
+    found.append(Case("prefix_mask", prefix, WITH_FP8, prefix=64))
+    found += [Case(name, (*OLMOE, *flags), PLAIN, is_noisy=True) for name, flags in NOISY.items()]
+    found += [
+        Case(name, OLMOE, kinds, like="olmoe_1b_7b", extra=extra)
+        for name, (extra, kinds) in SAME_MATHEMATICS.items()
+    ]
+    v3 = next(case for case in found if case.name == "deepseek_v3")
+    fused = replace(v3, name="deepseek_v3_fused", kinds=_ON_TE, like=v3.name, extra=_FUSED)
+    return [*found, fused]
