@@ -21,7 +21,7 @@ def bench(folder: Path, *argv: str) -> str:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,  # 12 s of a quiet core
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -49,6 +49,14 @@ def test_every_kind_of_program_is_measured(tmp_path: Path) -> None:
     table = (tmp_path / "bench.md").read_text(encoding="utf-8")
     assert "| broken | ConfigError" in table and "| x megatron |" in table
     assert "Host operations" in (tmp_path / "profile_local.txt").read_text(encoding="utf-8")
+
+
+def test_losses_of_two_precisions_are_compared(tmp_path: Path) -> None:
+    flags = ("--variant", "fp32=--transformer-impl local --fp32")
+    lines = bench(tmp_path, *flags, "--loss-steps", "30", "local", "fp32").splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["local", "fp32"]
+    losses = json.loads((tmp_path / "losses.json").read_text(encoding="utf-8"))
+    assert losses["local"] != losses["fp32"] and losses["local"][-1] < losses["local"][0] - 0.3
 
 
 def test_device_time_counts_overlapping_kernels_once() -> None:

@@ -13,15 +13,16 @@ KINDS = {
     "gemm": r"gemm|nvjet|cutlass|xmma|gemv|splitk",
     "optimizer": r"adam|multi_tensor|lpnorm|l2norm|foreach",
     "communication": r"nccl",
-    "cross-entropy": r"cross_?entropy|softmax|nll",
+    "cross-entropy": r"cross_?entropy|softmax|nll|^(forward|backward)_kernel",
+    "experts' activation": r"swiglu|^_(forward|backward)_kernel",
     "norm": r"norm|ln_(fwd|bwd)",
     "permute, gather, sort": (
-        r"permute|gather|scatter|index|sort|topk|radix|bincount|histogram|combine|unpermute"
+        r"permute|gather|scatter|index|sort|topk|radix|bincount|histogram|combine|plan_kernel"
     ),
     "copy, fill, cat": r"memcpy|memset|copy|fill|catarray|transpose",
     "cast to fp8": r"cast|quantize|amax",
     "add": r"functor_add|addfunctor|add_kernel",
-    "other elementwise": r"elementwise|reduce|triton|swiglu|silu|act|rotary|rope|scan|cumsum",
+    "other elementwise": r"elementwise|reduce|triton|silu|act|rotary|rope|scan|cumsum",
 }
 """Kind -> pattern of its kernels' names; the first that matches counts."""
 _PATTERNS = {kind: re.compile(pattern, re.IGNORECASE) for kind, pattern in KINDS.items()}

@@ -18,6 +18,7 @@ GROUPS: list[Group] = [
     *our_kernels.GROUPS,
     *expert_kernels.GROUPS,
     *attention_kernels.GROUPS,
+    *our_kernels.SLOW_GROUPS,
 ]
 
 
@@ -45,7 +46,9 @@ def run_kernels(device: torch.device, folder: Path, only: re.Pattern[str], small
     rows: list[Timed] = []
     for group in GROUPS:
         if only.search(group.__name__):
-            rows += _group(group, shape, ceilings)
+            for timed in _group(group, shape, ceilings):
+                print(_line(timed), flush=True)
+                rows.append(timed)
             write(folder, ceilings, rows)
             gc.collect()
             if device.type == "cuda":
@@ -61,9 +64,7 @@ def _group(group: Group, shape: Shape, ceilings: dict[str, Any]) -> Iterator[Tim
         yield Timed(name, "", error=_text(error))
         return
     for case in cases:
-        timed = _case(name, case, ceilings)
-        print(_line(timed), flush=True)
-        yield timed
+        yield _case(name, case, ceilings)
 
 
 def _case(group: str, case: Case, ceilings: dict[str, Any]) -> Timed:
