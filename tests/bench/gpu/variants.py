@@ -1,0 +1,140 @@
+"""The programs to measure, by name."""
+
+import ast
+import gc
+import importlib
+import os
+import shlex
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+
+from moetron.moe.config.command import load
+from moetron.moe.config.schema.settings import Settings
+from moetron.moe.host.usable import transformer_engine_fault
+
+Found = TypeVar("Found")
+RECIPE = Path(__file__).parents[1] / "bench_gpu.yaml"
+SMOKE = shlex.split(
+    "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --num-experts 8 "
+    "--moe-ffn-hidden-size 32 --moe-router-topk 2 --vocab-size 256 --micro-batch-size 1 "
+    "--global-batch-size 2 --lr-warmup-iters 1"
+)
+"""Flags of a shape that a CPU trains in milliseconds."""
+_TE = "--transformer-impl transformer_engine"
+_FP8 = f"{_TE} --fp8-format hybrid --fp8-recipe"
+VARIANTS = {
+    "megatron-core": "megatron:",
+    "megatron-core-fused-wgrad": "megatron: gradient_accumulation_fusion=True",
+    "transformers": "transformers:",
+    "local": "--transformer-impl local",
+    "te": _TE,
+    "te-experts-te": f"{_TE} --moe-experts-impl te",
+    "te-experts-grouped_mm": f"{_TE} --moe-experts-impl grouped_mm",
+    "fp8-delayed": f"{_FP8} delayed",
+    "fp8-tensorwise": f"{_FP8} tensorwise",
+    "fp8-blockwise": f"{_FP8} blockwise",
+}
+"""Name -> flags of ours, or ``megatron:`` or ``transformers:`` and fields of their configuration.
+
+In the order of measurement.
+"""
+_KINDS = {
+    "ours": ("tests.bench.gpu.our_step", "our_program"),
+    "megatron": ("tests.bench.gpu.megatron_step", "megatron_program"),
+    "transformers": ("tests.bench.gpu.transformers_step", "transformers_program"),
+}
+"""Kind -> module and function that builds it."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A program to measure."""
+
+    name: str
+    text: str
+
+    @property
+    def kind(self) -> str:
+        """Return ``ours``, ``megatron`` or ``transformers``."""
+        head, colon, _ = self.text.partition(":")
+        return head if colon and head in _KINDS else "ours"
+
+    @property
+    def flags(self) -> list[str]:
+        """Return the flags of ours; opponents take their shape from ours in bf16."""
+        return shlex.split(self.text) if self.kind == "ours" else ["--transformer-impl", "local"]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Return fields of an opponent's configuration, ``name=value`` with a Python value."""
+        if self.kind == "ours":
+            return {}
+        words = shlex.split(self.text.partition(":")[2])
+        pairs = (word.partition("=") for word in words)
+        return {name: _value(text) for name, _, text in pairs}
+
+    def why_not(self) -> str | None:
+        """Return why it cannot run on this machine, or None."""
+        words = ("transformer_engine", "gradient_accumulation_fusion")
+        if not any(word in self.text for word in words):
+            return None
+        fault = transformer_engine_fault()
+        return None if fault is None else f"needs Transformer Engine: {fault}"
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def settings_of(variant: Variant, steps: int, flags: Sequence[str]) -> Settings:
+    """Return the settings of a run of ``steps`` steps; ``flags`` apply to all variants."""
+    given = ["--config", str(RECIPE), *flags, "--train-iters", str(steps), *variant.flags]
+    return load(given).settings
+
+
+def run_program(
+    variant: Variant, settings: Settings, use: Callable[[Any], Found], stream: Any = None
+) -> Found:
+    """Build a variant's program, return ``use(program)``, and free all that it held.
+
+    ``stream``: samples for ours, in place of synthetic ones.
+    """
+    module, function = _KINDS[variant.kind]
+    build: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    program = None
+    try:
+        with build(settings, variant.options, stream) as program:
+            return use(program)
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # they hold tensors
+        raise
+    finally:
+        program = None
+        free()
+
+
+def free() -> None:
+    """Drop what megatron-core and Transformer Engine keep for the process, and unused memory."""
+    get_moe_layer_wise_logging_tracker().clear()
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        os.environ.pop(name, None)  # megatron-core sets them and refuses others later
+    if torch.cuda.is_available():
+        if transformer_engine_fault() is None:
+            from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+            FP8GlobalStateManager.reset()
+        torch.cuda.synchronize()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
