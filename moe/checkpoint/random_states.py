@@ -62,12 +62,16 @@ def restore_rng(loaded: ShardedStateDict) -> None:
 
 def reseed(seed: int, step: int) -> None:
     """Seed every generator from (seed, step) and the rank's place in the layout."""
-    value = int(np.random.SeedSequence((seed, step)).generate_state(1)[0]) >> 2
-    value += 100 * parallel_state.get_pipeline_model_parallel_rank()
-    random.seed(value)
-    np.random.seed(value)
-    torch.manual_seed(value)
-    model_parallel_cuda_manual_seed(value, force_reset_rng=True)
+    seed_generators(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]) >> 2)
+
+
+def seed_generators(seed: int) -> None:
+    """Seed every generator of this rank; pipeline stages differ by 100, as in Megatron."""
+    seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
 def _states() -> dict[str, Tensor]:

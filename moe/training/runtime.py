@@ -9,10 +9,10 @@ from datetime import timedelta
 import torch
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from moetron.common.errors import UserError
 from moetron.common.threads import use_threads
+from moetron.moe.checkpoint.random_states import seed_generators
 from moetron.moe.config.schema.pipeline_split import virtual_pipeline_size
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.host.adapt import adapt_host
@@ -102,7 +102,7 @@ def divide(settings: Settings, device: torch.device) -> Runtime:
         distributed_timeout_minutes=max(1, round(parallel.distributed_timeout_minutes)),
         create_gloo_process_groups=False,
     )
-    _seed(settings.training.seed)
+    seed_generators(settings.training.seed)
     return Runtime(
         torch.distributed.get_rank(),
         torch.distributed.get_world_size(),
@@ -130,10 +130,3 @@ def _join(settings: Settings, backend: str) -> None:
             f"MASTER_PORT={os.environ.get('MASTER_PORT')}: another program listens on this port; "
             "choose a free one (torchrun: --master-port)"
         ) from error
-
-
-def _seed(seed: int) -> None:
-    """Seed every generator; pipeline stages differ by 100, as in Megatron."""
-    seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
-    torch.manual_seed(seed)
-    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

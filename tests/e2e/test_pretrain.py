@@ -15,6 +15,7 @@ from tokenizers.models import BPE
 
 from moetron.common.process import EXIT_STOPPED, EXIT_USER
 from moetron.moe.monitoring.sinks import MACHINE_METRICS
+from tests.parallel.support.checkpoint_runs import assert_identical, tensors
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "examples" / "olmoe_1b_7b" / "tiny.yaml")
@@ -61,6 +62,7 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         *("--lr-warmup-iters", "2", "--eval-interval", "4", "--no-tensorboard"),
         *("--data-path", "0.7", str(folder / "code"), "0.3", str(folder / "prose")),
         *("--valid-data-path", str(folder / "held"), "--cpu-threads", "1"),
+        *("--hidden-dropout", "0.1", "--num-workers", "2"),  # generators and loaders matter
     ]
 
 
@@ -114,6 +116,10 @@ def test_a_run_stopped_by_a_signal_resumes_bit_identically(
     assert done.returncode == 0, done.stderr
     for name in ("metrics.jsonl", "validation.jsonl"):
         assert _lines(tmp_path / name) == _lines(full_run / name)
+    last = f"step_{STEPS:07d}"
+    one, other = (tensors(folder / last, states=True) for folder in (full_run, tmp_path))
+    assert_identical(one, other)
+    assert {"rng.python", "rng.numpy", "rng.torch"} < one.keys()
 
 
 def test_a_sample_text_from_the_run(full_run: Path) -> None:

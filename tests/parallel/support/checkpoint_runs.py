@@ -9,6 +9,7 @@ import torch.distributed.checkpoint as dcp
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from moetron.data.stream.mock_stream import MockStream
+from moetron.moe.checkpoint.random_states import seed_generators
 from moetron.moe.checkpoint.save_load import save_checkpoint
 from moetron.moe.config.schema.pipeline_split import virtual_pipeline_size
 from moetron.moe.config.schema.settings import Settings
@@ -75,9 +76,10 @@ def start(chosen: Settings) -> Loop:
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     groups = ProcessGroupCollection.use_mpu_process_groups()
     runtime = Runtime(rank, ranks, torch.device("cpu"), groups)
-    torch.manual_seed(chosen.training.seed)
+    seed_generators(chosen.training.seed)
     stream = MockStream(chosen.training.seed, VOCABULARY, chosen.model.seq_length)
-    return build_loop(build_trainer(chosen, runtime, VOCABULARY), Streams(stream, None))
+    validation = stream if chosen.validation.eval_iters else None
+    return build_loop(build_trainer(chosen, runtime, VOCABULARY), Streams(stream, validation))
 
 
 def parallel_of(chosen: Settings) -> Any:
@@ -133,14 +135,15 @@ def assert_identical(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor
         assert torch.equal(tensor, other[key]), key
 
 
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Read every global tensor of a step folder except random-number states."""
+def tensors(folder: Path, states: bool = False) -> dict[str, torch.Tensor]:
+    """Read every global tensor of a step folder; random-number ``states`` only if asked for."""
     reader = dcp.FileSystemReader(folder)
     index = reader.read_metadata().state_dict_metadata
     state = {
         key: torch.empty(entry.size, dtype=entry.properties.dtype)
         for key, entry in index.items()
-        if isinstance(entry, dcp.metadata.TensorStorageMetadata) and not key.startswith("rng.")
+        if isinstance(entry, dcp.metadata.TensorStorageMetadata)
+        and (states or not key.startswith("rng."))
     }
     dcp.load(state, storage_reader=reader, no_dist=True)
     return state
