@@ -2,6 +2,31 @@
 
 import torch
 
+SINKHORN_ROUNDS = 30
+SINKHORN_TOLERANCE = 1e-4
+
+
+def sinkhorn(logits_TE: torch.Tensor) -> torch.Tensor:
+    """Return exp(logits) scaled by row and column until rows and columns sum to 1 / T and 1 / E.
+
+    Equal to ``sinkhorn`` of megatron-core (transformer/moe/moe_utils.py) where that needs at most
+    `SINKHORN_ROUNDS` rounds to change column factors by less than `SINKHORN_TOLERANCE` in the mean:
+    logits of a standard deviation of 1 need about 5. Beyond, megatron-core's may run for 100,000.
+    The host asks for no result: a converged iteration goes on without effect.
+    """
+    cost_TE = logits_TE.exp()
+    tokens, experts = cost_TE.shape
+    rows_T, columns_E = cost_TE.new_ones(tokens), cost_TE.new_ones(experts)
+    done = torch.zeros((), dtype=torch.bool, device=cost_TE.device)
+    for _ in range(SINKHORN_ROUNDS):
+        new_T = (1 / tokens) / ((columns_E * cost_TE).sum(1) + 1e-8)
+        new_E = (1 / experts) / ((new_T[:, None] * cost_TE).sum(0) + 1e-8)
+        change = (columns_E - new_E).abs().mean()
+        rows_T = torch.where(done, rows_T, new_T)
+        columns_E = torch.where(done, columns_E, new_E)
+        done = done | (change <= SINKHORN_TOLERANCE)
+    return columns_E * cost_TE * rows_T[:, None]
+
 
 def linear_assignment(scores_TE: torch.Tensor) -> torch.Tensor:
     """Assign one expert per token and at most ceil(T / E) tokens per expert, maximising the score.

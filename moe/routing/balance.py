@@ -25,7 +25,7 @@ def choice_shares(counts_GE: torch.Tensor) -> torch.Tensor:
 
 
 def balance_part(
-    shares_GE: torch.Tensor, scores_sGE: torch.Tensor, tokens_G: torch.Tensor
+    shares_GE: torch.Tensor, scores_sGE: torch.Tensor, tokens_G: torch.Tensor | int
 ) -> torch.Tensor:
     r"""Return this rank's part of :math:`\frac{1}{G'} \sum_g E \sum_i f_{gi} P_{gi}`; parts add up.
 
@@ -37,14 +37,18 @@ def balance_part(
     Args:
         shares_GE: f.
         scores_sGE: fp32 or fp64, sum to 1 over experts, 0 for padding; differentiable.
-        tokens_G: int64, tokens of each group over all ranks, without padding.
+        tokens_G: int64, tokens of each group over all ranks, without padding; a number if all
+            groups have equally many.
 
     Returns:
         A scalar in the dtype of the scores.
     """
     experts = shares_GE.shape[-1]
-    groups = (tokens_G > 0).sum().clamp(min=1)
-    weights_GE = shares_GE * experts / (tokens_G.clamp(min=1)[:, None] * groups)
+    if isinstance(tokens_G, int):
+        weights_GE = shares_GE * experts / (tokens_G * len(shares_GE))
+    else:
+        groups = (tokens_G > 0).sum().clamp(min=1)
+        weights_GE = shares_GE * experts / (tokens_G.clamp(min=1)[:, None] * groups)
     return (weights_GE.to(scores_sGE.dtype) * scores_sGE.sum(0)).sum()
 
 

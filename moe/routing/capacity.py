@@ -41,7 +41,7 @@ class Capacity:
         return max(slots, 1)
 
 
-def kept_choices(priority_GTE: torch.Tensor, slots: int, policy: Policy) -> torch.Tensor:
+def kept_choices(priority_GTE: torch.Tensor, slots: int, policy: Policy, most: int) -> torch.Tensor:
     """Return the choices that get a slot: bool [G, T, E], at most ``slots`` per expert and group.
 
     Args:
@@ -56,16 +56,17 @@ def kept_choices(priority_GTE: torch.Tensor, slots: int, policy: Policy) -> torc
             - "batch_prioritized": as "choice", but tokens ordered by their highest probability
               (V-MoE's BPR, arXiv 2106.05974, section 4.2), so that a token's rank depends on later
               tokens.
+        most: largest number of choices of a token; the last two policies need it.
     """
     if policy == "probs":
         return _best(priority_GTE, slots)
     if policy == "position":
         return _first(priority_GTE > NOT_CHOSEN, slots)
     if policy == "choice":
-        return _first_choices_first(priority_GTE, slots)
+        return _first_choices_first(priority_GTE, slots, most)
     order_GT = priority_GTE.amax(2).argsort(dim=1, descending=True, stable=True)
     order_GTE = order_GT.unsqueeze(2).expand_as(priority_GTE)
-    kept_GTE = _first_choices_first(priority_GTE.gather(1, order_GTE), slots)
+    kept_GTE = _first_choices_first(priority_GTE.gather(1, order_GTE), slots, most)
     return torch.zeros_like(kept_GTE).scatter(1, order_GTE, kept_GTE)
 
 
@@ -78,12 +79,12 @@ def _best(priority_GTE: torch.Tensor, slots: int) -> torch.Tensor:
     return above_GTE | _first(equal_GTE, slots - above_GTE.sum(1, keepdim=True))
 
 
-def _first_choices_first(priority_GTE: torch.Tensor, slots: int) -> torch.Tensor:
+def _first_choices_first(priority_GTE: torch.Tensor, slots: int, most: int) -> torch.Tensor:
     order_GTE = priority_GTE.argsort(dim=2, descending=True, stable=True)
     place_GTE = order_GTE.argsort(dim=2)  # 0: the token's first choice
     chosen_GTE = priority_GTE > NOT_CHOSEN
     kept_GTE = torch.zeros_like(chosen_GTE)
-    for place in range(int(chosen_GTE.sum(2).amax())):
+    for place in range(most):  # not the actual maximum, for which the host would wait
         free_G1E = slots - kept_GTE.sum(1, keepdim=True)
         kept_GTE |= _first(chosen_GTE & (place_GTE == place), free_G1E)
     return kept_GTE

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import finalize_model_grads
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from moetron.moe.routing.router import Router
 
@@ -41,13 +42,38 @@ def update_expert_biases(chunks: Sequence[torch.nn.Module]) -> None:
         router.local_tokens_per_expert.zero_()
 
 
-def finalize_gradients(model: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
-    """Run `update_expert_biases`, then megatron-core's ``finalize_model_grads``.
+def finalize_gradients(
+    model: list[torch.nn.Module],
+    num_tokens: torch.Tensor | None = None,
+    pg_collection: ProcessGroupCollection | None = None,
+    **kwargs: Any,
+) -> None:
+    """Run `update_expert_biases`, megatron-core's ``finalize_model_grads``, and its last part.
 
-    The latter finds zero counts and leaves the biases unchanged. Its collectives: gradient
+    megatron-core finds zero counts and leaves the biases unchanged. Its collectives: gradient
     reduction over the data-parallel groups; all-reduces over the tensor group for parameters marked
-    ``sequence_parallel``; over the first and last pipeline stage for tied embeddings; and of the
-    number of loss tokens, by which it divides all gradients.
+    ``sequence_parallel``; over the first and last pipeline stage for tied embeddings.
+
+    Args:
+        model: chunks of this rank.
+        num_tokens: loss tokens of this rank, by whose sum all gradients are divided, if any; not on
+            other stages than the last. megatron-core would divide too, but reads the sum on the
+            host first, for every chunk.
+        pg_collection: ``pp`` and ``dp_cp`` are read here.
+        kwargs: further arguments of ``finalize_model_grads``.
     """
     update_expert_biases(model)
-    finalize_model_grads(model, *args, **kwargs)
+    groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+    finalize_model_grads(model, None, pg_collection=groups, **kwargs)
+    if num_tokens is None:
+        return
+    if groups.pp.size() > 1:
+        # Broadcast over the pipeline group from its last stage, which alone counted loss tokens.
+        last = torch.distributed.get_process_group_ranks(groups.pp)[-1]
+        torch.distributed.broadcast(num_tokens, src=last, group=groups.pp)
+    if groups.dp_cp.size() > 1:
+        # All-reduce over DP x CP, which hold other samples and positions of the global batch.
+        torch.distributed.all_reduce(num_tokens, group=groups.dp_cp)
+    scaling = 1.0 / num_tokens.clamp(min=1)
+    for chunk in model:
+        chunk.scale_gradients(scaling)

@@ -4,8 +4,9 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from moetron.moe.config.bridge import ModelConfig
+from moetron.moe.routing.micro_batch_value import MicroBatchValue
 from moetron.moe.routing.random_draws import derived_seed
-from moetron.moe.routing.router import MicroBatchValue, Router
+from moetron.moe.routing.router import Router
 
 
 def hash_table(ids: int, experts: int, topk: int, seed: int) -> torch.Tensor:
@@ -71,8 +72,9 @@ class HashRouter(Router):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return weights and map for the tokens of ``input`` [s, b, H], whose values are unused."""
         logits_TE = self.gating(input).flatten(0, 1)
-        self.chosen = logits_TE > 0
-        return self.limit(logits_TE / self.topk, self.chosen, input.shape[1])
+        chosen_TE = logits_TE > 0
+        self._remember(chosen_TE)
+        return self.limit(logits_TE / self.topk, chosen_TE, input.shape[1])
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         """Return 1 for the experts of each token, 0 for the others: fp32 [s, b, E]."""

@@ -1,24 +1,57 @@
-"""Auxiliary losses of a step, read from megatron-core's tracker."""
+"""Auxiliary losses of a step, in megatron-core's tracker."""
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe.moe_utils import (
-    clear_aux_losses_tracker,
-    get_moe_layer_wise_logging_tracker,
-)
+from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
 from moetron.moe.config.schema import derived
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.routing.balance import BALANCE_LOSSES
 
 
-def read_auxiliary_losses(
+def record_auxiliary_loss(name: str, part: torch.Tensor, layer: int, layers: int) -> None:
+    """Add ``part`` to the loss ``name`` of ``layer`` (1-based) of ``layers``.
+
+    As ``save_to_aux_losses_tracker`` of megatron-core, in one operation instead of two.
+    """
+    tracker = get_moe_layer_wise_logging_tracker()
+    if name not in tracker:
+        tracker[name] = {"values": torch.zeros(layers, device=part.device)}
+    tracker[name]["values"][layer - 1].add_(part.detach())
+
+
+def take_auxiliary_losses(settings: Settings, device: torch.device) -> dict[str, torch.Tensor]:
+    """Return this rank's sums over layers since the last call, and clear them.
+
+    ``aux_loss`` and ``z_loss``, if they are on: float64 scalars, 0 if no router ran here. Nothing
+    waits for the device. All ranks' sums, added up, go to `auxiliary_losses`.
+    """
+    names = {}
+    balance = settings.moe.moe_router_load_balancing_type
+    if balance in BALANCE_LOSSES and settings.moe.moe_aux_loss_coeff > 0:
+        names["aux_loss"] = BALANCE_LOSSES[balance]
+    if settings.moe.moe_z_loss_coeff:
+        names["z_loss"] = "z_loss"
+    if not any(derived.routed_layers(settings)):
+        return {}
+    tracker = get_moe_layer_wise_logging_tracker()
+    sums = {}
+    for metric, name in names.items():
+        if name in tracker:
+            sums[metric] = tracker[name]["values"].double().sum()
+            tracker[name]["values"].zero_()
+        else:
+            sums[metric] = torch.zeros((), dtype=torch.float64, device=device)
+    return sums
+
+
+def auxiliary_losses(
     settings: Settings,
+    sums: dict[str, float],
     num_microbatches: int,
     groups: ProcessGroupCollection,
-    device: torch.device | None = None,
 ) -> dict[str, float]:
-    r"""Return the step's auxiliary losses without coefficients; clears megatron-core's tracker.
+    r"""Return the step's auxiliary losses without coefficients.
 
     With L the layers with experts, m micro-batches and d data-parallel ranks:
 
@@ -27,31 +60,12 @@ def read_auxiliary_losses(
     - ``z_loss`` = the mean over tokens of :math:`(\log \sum_j \exp x_j)^2`, averaged over L.
 
     Args:
-        settings: which losses are on, which layers have experts.
-        num_microbatches: forward passes of each data-parallel rank since the last call.
+        settings: which layers have experts.
+        sums: those of `take_auxiliary_losses`, added up over all ranks: a tracker holds the parts
+            of a rank's own tokens, which add up over tensor, context and data ranks, for the layers
+            of its own pipeline stage.
+        num_microbatches: forward passes of each data-parallel rank.
         groups: ``dp`` is read for its size.
-        device: where the collective runs; None: the CPU.
-
-    Returns:
-        ``aux_loss`` and ``z_loss``, if they are on; the same on every rank (collective).
     """
-    names = {}
-    balance = settings.moe.moe_router_load_balancing_type
-    if balance in BALANCE_LOSSES and settings.moe.moe_aux_loss_coeff > 0:
-        names["aux_loss"] = BALANCE_LOSSES[balance]
-    if settings.moe.moe_z_loss_coeff:
-        names["z_loss"] = "z_loss"
-    layers = sum(derived.routed_layers(settings))
-    if not names or not layers:
-        return {}
-    tracker = get_moe_layer_wise_logging_tracker()
-    sums = torch.zeros(len(names), dtype=torch.float64, device=device)
-    for row, name in enumerate(names.values()):
-        if name in tracker:
-            sums[row] = tracker[name]["values"].double().sum()
-    # All-reduce over all ranks: a tracker holds the parts of a rank's own tokens, which add up over
-    # tensor, context and data ranks, for the layers of its own pipeline stage.
-    torch.distributed.all_reduce(sums)
-    clear_aux_losses_tracker()
-    sums /= groups.dp.size() * layers * num_microbatches
-    return dict(zip(names, sums.tolist(), strict=True))
+    passes = groups.dp.size() * sum(derived.routed_layers(settings)) * num_microbatches
+    return {name: total / passes for name, total in sums.items()}

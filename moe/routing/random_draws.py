@@ -2,10 +2,12 @@
 
 Every rank draws the numbers of all tokens of its micro-batch from a generator seeded by (run's
 seed, layer, number of the micro-batch in the run), and uses those of its own tokens: no
-communication. Shape suffixes: S positions of the sequence, s of them on this rank, b samples.
+communication. A GPU draws on the GPU: other numbers than a CPU's, the same in all layouts of one
+kind of GPU. Shape suffixes: S positions of the sequence, s of them on this rank, b samples.
 """
 
 import hashlib
+from typing import Any
 
 import torch
 from torch.distributed import ProcessGroup
@@ -33,36 +35,46 @@ class Draws(torch.nn.Module):
     """
 
     micro_batches: torch.Tensor
-    """int64 [1]: micro-batches of the run whose pass with gradient is done."""
+    """int64 [1]: micro-batches of the run whose pass with gradient is done, for checkpoints."""
 
     def __init__(self, seed: int, tokens: TokenGroup, dp_group: ProcessGroup) -> None:
         super().__init__()
         self._seed = seed
         self._tokens = tokens
         self._dp_rank, self._dp_size = dp_group.rank(), dp_group.size()
+        self.done = 0
+        """The value of `micro_batches`; reading that from the device would block the host."""
         self.number = 0  # of the current or last micro-batch
         self._ahead = 0  # micro-batches that await their second pass
         counter = torch.zeros(1, dtype=torch.int64, device=torch.cuda.current_device())
         self.register_buffer("micro_batches", counter)
         self._generator = torch.Generator()
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.done = 0 if self.micro_batches.is_meta else int(self.micro_batches)
+
     def start(self, layer: int) -> None:
         """Begin the next training pass of ``layer``."""
-        self.number = int(self.micro_batches) + self._dp_rank
+        self.number = self.done + self._dp_rank
         if torch.is_grad_enabled():
+            self.done += self._dp_size
             self.micro_batches += self._dp_size
             self._ahead = max(0, self._ahead - 1)
         else:
             self.number += self._dp_size * self._ahead
             self._ahead += 1
+        device = self.micro_batches.device
+        if self._generator.device != device:
+            self._generator = torch.Generator(device)
         self._generator.manual_seed(derived_seed(self._seed, layer, self.number))
 
     def uniform(self, like_sbX: torch.Tensor) -> torch.Tensor:
         """Return U(0, 1) numbers, fp32, for this rank's rows of a micro-batch [S, b, X]."""
         rows, *rest = like_sbX.shape
         shape = (rows * self._tokens.group.size(), *rest)
-        full = torch.rand(shape, generator=self._generator)
-        return self._tokens.own(full).to(like_sbX.device)
+        full = torch.rand(shape, generator=self._generator, device=self._generator.device)
+        return self._tokens.own(full)
 
     def normal(self, like_sbX: torch.Tensor) -> torch.Tensor:
         """Return N(0, 1) numbers, likewise."""

@@ -8,14 +8,12 @@ same sequences, data ranks different sequences.
 """
 
 import copy
-from collections import deque
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import (
     MoEAuxLossAutoScaler,
     compute_routing_scores_for_aux_loss,
-    save_to_aux_losses_tracker,
     topk_routing_with_score_function,
 )
 from megatron.core.transformer.moe.router import TopKRouter
@@ -32,32 +30,10 @@ from moetron.moe.routing.capacity import (
     kept_choices,
     to_groups,
 )
+from moetron.moe.routing.losses import record_auxiliary_loss
+from moetron.moe.routing.micro_batch_value import MicroBatchValue
 from moetron.moe.routing.random_draws import Draws
 from moetron.moe.routing.token_group import TokenGroup
-
-
-class MicroBatchValue:
-    """A tensor per micro-batch that a router's forward pass needs.
-
-    With activation recomputation a micro-batch has two forward passes, the first without gradient,
-    and others may run in between: values of first passes are queued.
-    """
-
-    def __init__(self) -> None:
-        self._value: torch.Tensor | None = None
-        self._waiting: deque[torch.Tensor | None] = deque()
-
-    def set_next(self, value: torch.Tensor) -> None:
-        """Set the value of the next micro-batch."""
-        self._value = value
-
-    def take(self, training: bool) -> torch.Tensor | None:
-        """Return the value of the current micro-batch; call it once per forward pass."""
-        if training and not torch.is_grad_enabled():
-            self._waiting.append(self._value)
-        elif training and self._waiting:
-            return self._waiting.popleft()
-        return self._value
 
 
 class Router(TopKRouter):
@@ -89,6 +65,7 @@ class Router(TopKRouter):
     draws: Draws | None
     chosen: torch.Tensor | None = None
     """Choices of the last forward pass before dropping, bool [tokens, experts]."""
+    _choices_E: torch.Tensor | None = None
     padded_dispatcher: MoEAlltoAllTokenDispatcher | None = None
     """Dispatcher that needs the capacity of padded experts."""
 
@@ -164,11 +141,25 @@ class Router(TopKRouter):
         padding_T = None if padding_mask is None else padding_mask.reshape(-1)
         logits_TE = self.apply_z_loss(logits.flatten(0, 1), padding_T)
         probs_TE, chosen_TE = self.choose(logits_TE, batch)
+        self._remember(chosen_TE)
         if self.training and torch.is_grad_enabled():
             probs_TE = self.balance(probs_TE, logits_TE, batch, padding_T)
         self._apply_expert_bias(chosen_TE, padding_T)
-        self.chosen = chosen_TE
         return self.limit(probs_TE, chosen_TE, batch)
+
+    def _remember(self, chosen_TE: torch.Tensor) -> None:
+        """Set the choices of this pass."""
+        self.chosen, self._choices_E = chosen_TE, None
+
+    def choices_of_experts(self) -> torch.Tensor:
+        """Return how often each expert was chosen in the last pass: int64 [E], not to be changed.
+
+        Losses, biases and the recorder share one pass over the choices.
+        """
+        if self._choices_E is None:
+            assert self.chosen is not None
+            self._choices_E = self.chosen.sum(0)
+        return self._choices_E
 
     def choose(self, logits_TE: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return weights and choices (bool), both [s x b, experts], before any drop."""
@@ -201,27 +192,64 @@ class Router(TopKRouter):
         kind, coefficient = self.routing_type, self.config.moe_aux_loss_coeff
         if kind not in BALANCE_LOSSES or not coefficient:
             return probs_TE
+        groups = batch if kind == "seq_aux_loss" else 1
+        scores_TE, counts_GE = self._scores_and_counts(logits_TE, groups, padding_T)
+        scores_sGE = scores_TE.view(-1, groups, self.num_experts)
+        tokens_G = self._tokens(len(scores_sGE), groups, padding_T)
+        part = balance_part(self._shares(kind, counts_GE), scores_sGE, tokens_G)
+        total = tokens_G * groups if isinstance(tokens_G, int) else tokens_G.sum()
+        return self.attach(probs_TE, part, coefficient, total, BALANCE_LOSSES[kind])
+
+    def _scores_and_counts(
+        self, logits_TE: torch.Tensor, groups: int, padding_T: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the scores [T, E] of the balance loss and its counts int64 [G, E], of this rank.
+
+        The choices of this pass are counted where they are the best scores anyway.
+        """
         wide_TE = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
         counted = 1 if self.config.moe_aux_loss_first_choice_only else self.topk
-        map_TE, scores_TE = compute_routing_scores_for_aux_loss(
-            wide_TE,
-            counted,
-            self.score_function,
-            self.config.moe_router_fusion,
-            padding_mask=padding_T,
-        )
-        groups = batch if kind == "seq_aux_loss" else 1
-        map_sGE, scores_sGE = (x.view(-1, groups, self.num_experts) for x in (map_TE, scores_TE))
-        tokens_G = self._tokens(len(map_sGE), groups, padding_T)
-        shares_GE = self._shares(kind, map_sGE.sum(0))
-        part = balance_part(shares_GE, scores_sGE, tokens_G)
-        return self.attach(probs_TE, part, coefficient, tokens_G.sum(), BALANCE_LOSSES[kind])
+        is_wide = logits_TE is wide_TE  # narrow logits are equal where wide scores are not
+        if counted == self.topk and is_wide and self._chooses_best_scores and padding_T is None:
+            scores_TE = self._scores(wide_TE)
+            if groups == 1:
+                return scores_TE, self.choices_of_experts()[None]
+            assert self.chosen is not None
+            map_TE = self.chosen
+        else:
+            map_TE, scores_TE = compute_routing_scores_for_aux_loss(
+                wide_TE,
+                counted,
+                self.score_function,
+                self.config.moe_router_fusion,
+                padding_mask=padding_T,
+            )
+        return scores_TE, map_TE.view(-1, groups, self.num_experts).sum(0)
 
-    def _tokens(self, rows: int, groups: int, padding_T: torch.Tensor | None) -> torch.Tensor:
-        """Count each group's tokens over all ranks of the micro-batch, no padding: int64 [G]."""
+    @property
+    def _chooses_best_scores(self) -> bool:
+        """Return whether tokens choose the experts with the best scores."""
+        return (
+            type(self).choose is Router.choose
+            and self.expert_bias is None
+            and not self.config.moe_router_group_topk
+            and not self.config.moe_router_fusion
+        )
+
+    def _scores(self, wide_TE: torch.Tensor) -> torch.Tensor:
+        """Return what ``compute_routing_scores_for_aux_loss`` does, without its top-k."""
+        if self.score_function == "softmax":
+            return wide_TE.softmax(-1, dtype=torch.float32)
+        scores_TE = wide_TE.sigmoid()
+        return scores_TE / (scores_TE.sum(-1, keepdim=True) + 1e-20)
+
+    def _tokens(self, rows: int, groups: int, padding_T: torch.Tensor | None) -> torch.Tensor | int:
+        """Count each group's tokens over all ranks of the micro-batch, no padding: int64 [G].
+
+        A number, which costs no operation, if there is no padding.
+        """
         if padding_T is None:
-            tokens = rows * self.tp_cp_group.size()
-            return torch.full((groups,), tokens, device=torch.cuda.current_device())
+            return rows * self.tp_cp_group.size()
         # All-reduce over TP x CP, which hold different positions of the micro-batch.
         return self._all_reduced((~padding_T).view(-1, groups).sum(0), self.tp_cp_group)
 
@@ -247,8 +275,9 @@ class Router(TopKRouter):
 
     @staticmethod
     def _all_reduced(counts: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
-        """Sum int64 ``counts`` in place over ``group``, whose ranks count different tokens."""
+        """Sum int64 ``counts`` over ``group``, whose ranks count different tokens."""
         if group.size() > 1:
+            counts = counts.clone()
             torch.distributed.all_reduce(counts, group=group)
         return counts
 
@@ -280,7 +309,8 @@ class Router(TopKRouter):
         priority_GTE = to_groups(priority_SBE, scope)
         groups, tokens, experts = priority_GTE.shape
         slots = self.capacity.slots(tokens, experts, self.topk, self.training)
-        kept_GTE = kept_choices(priority_GTE, slots, self.config.moe_token_drop_policy)
+        policy = self.config.moe_token_drop_policy
+        kept_GTE = kept_choices(priority_GTE, slots, policy, self.topk)
         if self.config.moe_pad_expert_input_to_capacity:
             kept_GTE = fill_free_slots(kept_GTE, slots)
             self._set_dispatcher_capacity(groups * slots, groups * tokens)
@@ -311,9 +341,10 @@ class Router(TopKRouter):
     ) -> None:
         """Count choices (bool [tokens, experts]) of training passes, without padding."""
         if self.enable_expert_bias and self.training and torch.is_grad_enabled():
-            if padding_mask is not None:
-                routing_map = routing_map & ~padding_mask[:, None]
-            self.local_tokens_per_expert += routing_map.sum(0)
+            if padding_mask is None:
+                self.local_tokens_per_expert += self.choices_of_experts()
+            else:
+                self.local_tokens_per_expert += (routing_map & ~padding_mask[:, None]).sum(0)
 
     def apply_z_loss(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
@@ -322,7 +353,8 @@ class Router(TopKRouter):
         coefficient = self.config.moe_z_loss_coeff
         if not coefficient or not self.training or not torch.is_grad_enabled():
             return logits
-        tokens = self._tokens(len(logits), 1, padding_mask)[0]
+        tokens_G = self._tokens(len(logits), 1, padding_mask)
+        tokens = tokens_G if isinstance(tokens_G, int) else tokens_G[0]
         part = z_part(logits, padding_mask, tokens)
         return self.attach(logits, part, coefficient, tokens, "z_loss")
 
@@ -331,7 +363,7 @@ class Router(TopKRouter):
         activation: torch.Tensor,
         part: torch.Tensor,
         coefficient: float,
-        tokens: torch.Tensor,
+        tokens: torch.Tensor | int,
         name: str,
     ) -> torch.Tensor:
         """Add coefficient x ``part`` to the backward pass of ``activation``, and log ``part``.
@@ -344,7 +376,7 @@ class Router(TopKRouter):
             name: in megatron-core's tracker.
         """
         layers = self.config.num_layers + (self.config.mtp_num_layers or 0)
-        save_to_aux_losses_tracker(name, part, self.layer_number, layers)
+        record_auxiliary_loss(name, part, self.layer_number, layers)
         loss_tokens = tokens if self._loss_tokens is None else self._loss_tokens
         weight = coefficient * (loss_tokens if self.calculate_per_token_loss else 1)
         attached: torch.Tensor = MoEAuxLossAutoScaler.apply(activation, part * weight)

@@ -10,13 +10,10 @@ import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
-from megatron.core.transformer.moe.moe_utils import (
-    router_gating_linear,
-    sinkhorn,
-)
+from megatron.core.transformer.moe.moe_utils import router_gating_linear
 
 from moetron.moe.config.bridge import ModelConfig
-from moetron.moe.routing.assignment import linear_assignment
+from moetron.moe.routing.assignment import linear_assignment, sinkhorn
 from moetron.moe.routing.balance import BALANCE_LOSSES
 from moetron.moe.routing.gradient_estimators import (
     annealed,
@@ -61,9 +58,9 @@ class ExpertChoiceRouter(Router):
 class SinkhornRouter(Router):
     """Router by the k best Sinkhorn-balanced scores in training, plain scores in evaluation.
 
-    megatron-core's iteration, over all tokens of the micro-batch instead of the rank's (Clark et
-    al., arXiv 2202.01169, section 3). Nearly even load without a balance loss; choices depend on
-    later tokens.
+    See assignment.py; over all tokens of the micro-batch, where megatron-core's sees the rank's
+    (Clark et al., arXiv 2202.01169, section 3). Nearly even load without a balance loss; choices
+    depend on later tokens.
     """
 
     def choose(self, logits_TE: torch.Tensor, batch: int) -> Choice:
@@ -184,7 +181,8 @@ class NoisyTopKRouter(Router):
         sums_2E = reduce_from_tensor_model_parallel_region(sums_2E, self.tp_cp_group)
         loss = cv_squared(sums_2E[0]) + cv_squared(sums_2E[1])
         part = loss.detach() / self.tp_cp_group.size() + (loss - loss.detach())
-        tokens = self._tokens(len(probs_TE), 1, padding_T)[0]
+        tokens_G = self._tokens(len(probs_TE), 1, padding_T)
+        tokens = tokens_G if isinstance(tokens_G, int) else tokens_G[0]
         name = BALANCE_LOSSES["noisy_load"]
         return self.attach(probs_TE, part, self.config.moe_aux_loss_coeff, tokens, name)
 
@@ -239,7 +237,7 @@ class GumbelRouter(Router):
         start = config.moe_router_temperature
         if config.moe_router_anneal_samples is None:
             return start
-        number = self.draws.number if self.training else int(self.draws.micro_batches)
+        number = self.draws.number if self.training else self.draws.done
         done = number * batch / config.moe_router_anneal_samples
         return annealed(start, config.moe_router_final_temperature, done)
 

@@ -24,13 +24,23 @@ class RoutingSummary:
 
     ``chosen`` and ``kept`` are int64 [MoE layers, experts] on the CPU: choices before and after
     capacity drops some. ``chosen_at`` and ``kept_at`` are the same choices by the token's position
-    in its sequence, int64 [MoE layers, `POSITION_BUCKETS`]. All tokens count, also masked ones.
+    in its sequence, int64 [MoE layers, `POSITION_BUCKETS`], of layers with a capacity; 0 in others,
+    which drop nothing. All tokens count, also masked ones.
     """
 
     chosen: torch.Tensor
     kept: torch.Tensor
     chosen_at: torch.Tensor
     kept_at: torch.Tensor
+
+    @classmethod
+    def of(cls, counts: torch.Tensor) -> "RoutingSummary":
+        """Return the summary of `RoutingRecorder.counts`, summed over ranks, on the CPU."""
+        experts = counts.shape[-1] - POSITION_BUCKETS
+        (chosen, chosen_at), (kept, kept_at) = (
+            part.split([experts, POSITION_BUCKETS], dim=1) for part in counts
+        )
+        return cls(chosen, kept, chosen_at, kept_at)
 
     @property
     def dropped_fraction(self) -> float:
@@ -64,12 +74,16 @@ def _missing(before: torch.Tensor, after: torch.Tensor) -> Any:
 class RoutingRecorder:
     """Counter of the routers' choices in training passes (once per micro-batch if recomputed).
 
-    Use it as a context manager, or call `close`.
+    Counts stay on the device: nothing waits for it before `summary`, or whoever reads `counts`. Use
+    it as a context manager, or call `close`.
 
     Args:
         model: this rank's model chunks, wrapped or not.
         settings: which layers have experts, and how many.
     """
+
+    counts: torch.Tensor
+    """This rank's, int64 [2, MoE layers, experts + `POSITION_BUCKETS`]: chosen, then kept."""
 
     def __init__(self, model: Sequence[torch.nn.Module], settings: Settings) -> None:
         experts = settings.moe.num_experts
@@ -80,8 +94,8 @@ class RoutingRecorder:
         found = (parameter.device for chunk in model for parameter in chunk.parameters())
         device = next(found, torch.device("cpu"))
         self._experts = experts
-        shape = (2, len(self._row), experts + POSITION_BUCKETS)  # by expert, then by position
-        self._counts = torch.zeros(shape, dtype=torch.int64, device=device)
+        shape = (2, len(self._row), experts + POSITION_BUCKETS)
+        self.counts = torch.zeros(shape, dtype=torch.int64, device=device)
         self._hooks = [router.register_forward_hook(self._count) for router in routers]
 
     def _count(
@@ -89,34 +103,34 @@ class RoutingRecorder:
     ) -> None:
         if not (router.training and torch.is_grad_enabled()):
             return
+        counts = self.counts[:, self._row[router.layer_number - 1]]
+        if router.capacity is None:
+            # Kept as well as chosen. ``+=`` on a slice would copy it back onto itself.
+            counts[:, : self._experts].add_(router.choices_of_experts())
+            return
+        # A map padded to capacity also holds tokens that did not choose the expert.
         chosen_TE = router.chosen
         assert chosen_TE is not None
-        # A map padded to capacity also holds tokens that did not choose the expert.
         kept_TE = output[1] & chosen_TE
         rows = len(inputs[0])  # of [s, b, H]
-        bucket_s = router.tokens.parts_of_sequence(rows, POSITION_BUCKETS)
-        counts = self._counts[:, self._row[router.layer_number - 1]]
+        bucket_s = router.tokens.parts_of_sequence(rows, POSITION_BUCKETS, counts.device)
         for count, map_TE in zip(counts, (chosen_TE, kept_TE), strict=True):
-            count[: self._experts] += map_TE.sum(0)
-            at_s = map_TE.sum(1).view(rows, -1).sum(1)
-            count[self._experts :].index_add_(0, bucket_s.to(at_s.device), at_s)
+            count[: self._experts].add_(map_TE.sum(0))
+            count[self._experts :].index_add_(0, bucket_s, map_TE.sum(1).view(rows, -1).sum(1))
 
     def reset(self) -> None:
         """Clear all counts."""
-        self._counts.zero_()
+        self.counts.zero_()
 
     def summary(self, group: ProcessGroup | None = None) -> RoutingSummary:
         """Return the sums over ``group`` (collective; None: all ranks)."""
-        counts = self._counts.clone()
+        counts = self.counts.clone()
         if torch.distributed.is_initialized():
             # All-reduce over ``group``: every rank routes different tokens or layers (tensor ranks
             # hold different positions: training experts requires sequence parallelism), so the sum
             # counts every token once.
             torch.distributed.all_reduce(counts, group=group)
-        (chosen, chosen_at), (kept, kept_at) = (
-            part.split([self._experts, POSITION_BUCKETS], dim=1) for part in counts.cpu()
-        )
-        return RoutingSummary(chosen, kept, chosen_at, kept_at)
+        return RoutingSummary.of(counts.cpu())
 
     def close(self) -> None:
         """Remove the hooks."""

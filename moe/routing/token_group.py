@@ -6,6 +6,8 @@ not split a micro-batch. S positions x B sequences; shapes are [S, B, ...], or [
 rank's part.
 """
 
+from functools import lru_cache
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
@@ -23,11 +25,32 @@ def positions_of_ranks(length: int, tensor_ranks: int, context_ranks: int) -> to
         tensor_ranks: that split a context rank's positions.
         context_ranks: that split the sequence.
     """
+    everything = torch.arange(length, device="cpu")
     if context_ranks == 1:
-        return torch.arange(length).view(tensor_ranks, -1)
-    chunks = torch.arange(length).view(2 * context_ranks, -1)
+        return everything.view(tensor_ranks, -1)
+    chunks = everything.view(2 * context_ranks, -1)
     held = [chunks[list(chunks_of_rank(rank, context_ranks))] for rank in range(context_ranks)]
     return torch.stack(held).view(tensor_ranks * context_ranks, -1)
+
+
+# Indices stay on the device: to send them from pageable memory at every use would block the host
+# until the device has caught up.
+@lru_cache(maxsize=8)
+def _positions(
+    length: int, tensor_ranks: int, context_ranks: int, device: torch.device
+) -> torch.Tensor:
+    """Return `positions_of_ranks` on ``device``; usable in training also if made in inference."""
+    with torch.inference_mode(False):
+        return positions_of_ranks(length, tensor_ranks, context_ranks).to(device)
+
+
+@lru_cache(maxsize=8)
+def _order(
+    length: int, tensor_ranks: int, context_ranks: int, device: torch.device
+) -> torch.Tensor:
+    """Return the index that sorts the rows of all ranks by position: int64 [S]."""
+    with torch.inference_mode(False):
+        return _positions(length, tensor_ranks, context_ranks, device).flatten().argsort()
 
 
 class TokenGroup:
@@ -45,32 +68,32 @@ class TokenGroup:
         assert self.group.size() == self._context_ranks * self._tensor_ranks
         assert self.group.rank() // self._tensor_ranks == groups.cp.rank()
 
-    def positions(self, rows: int) -> torch.Tensor:
+    def positions(self, rows: int, device: torch.device) -> torch.Tensor:
         """Return the positions in the sequence of this rank's ``rows``: int64 [s]."""
-        return self._all_positions(rows)[self.group.rank()]
+        return _positions(*self._shape(rows), device)[self.group.rank()]
 
-    def parts_of_sequence(self, rows: int, parts: int) -> torch.Tensor:
+    def parts_of_sequence(self, rows: int, parts: int, device: torch.device) -> torch.Tensor:
         """Return the number of the part, of ``parts`` equal ones, of each position: int64 [s]."""
-        return self.positions(rows) * parts // (rows * self.group.size())
+        return self.positions(rows, device) * parts // (rows * self.group.size())
 
     def gather(self, local: torch.Tensor) -> torch.Tensor:
         """Gather all ranks' rows in sequence order, [s, b, ...] to [S, b, ...]; no gradient."""
         if self.group.size() == 1:
             return local.detach()
-        order = self._all_positions(len(local)).flatten().argsort()
         # All-gather over TP x CP (CP without sequence parallelism): rows arrive in rank order.
         held = gather_from_sequence_parallel_region(local.detach().contiguous(), group=self.group)
-        return held[order.to(held.device)]
+        return held[_order(*self._shape(len(local)), held.device)]
 
     def own(self, full: torch.Tensor) -> torch.Tensor:
         """Return this rank's rows of [S, ...]."""
         if self.group.size() == 1:
             return full
-        return full[self.positions(len(full) // self.group.size()).to(full.device)]
+        return full[self.positions(len(full) // self.group.size(), full.device)]
 
     def of_context_rank(self, rows_sX: torch.Tensor) -> torch.Tensor:
         """Return this rank's rows of its context rank's [S / C, ...]."""
         return rows_sX.chunk(self._tensor_ranks)[self.group.rank() % self._tensor_ranks]
 
-    def _all_positions(self, rows: int) -> torch.Tensor:
-        return positions_of_ranks(rows * self.group.size(), self._tensor_ranks, self._context_ranks)
+    def _shape(self, rows: int) -> tuple[int, int, int]:
+        """Return the arguments of `positions_of_ranks` for ``rows`` on each rank."""
+        return rows * self.group.size(), self._tensor_ranks, self._context_ranks

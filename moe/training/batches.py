@@ -18,10 +18,12 @@ from moetron.moe.config.schema.settings import Settings
 from moetron.moe.training.sample_stream import SampleStream
 
 Batch = dict[str, torch.Tensor]
-"""tokens, labels, position_ids: int64 [b, S]; loss_mask: float32 [b, S]; PER_SAMPLE: int64 [b]."""
+"""tokens, labels: int64 [b, S]; loss_mask: float32 [b, S]; PER_SAMPLE: int64 [b]."""
 
 PER_SAMPLE = ("source", "objective", "prefix", "filtered")
 """Fields with one value per sample."""
+
+_CPU = torch.device("cpu")
 
 PADDING = -1
 """Sample number of padding: a row of zeros without loss."""
@@ -59,10 +61,21 @@ def training_numbers(
 
 
 def micro_batches(
-    stream: SampleStream, seq_length: int, numbers: Iterable[list[int]], num_workers: int = 0
+    stream: SampleStream,
+    seq_length: int,
+    numbers: Iterable[list[int]],
+    num_workers: int = 0,
+    device: torch.device = _CPU,
 ) -> Iterator[Batch]:
-    """Return the micro-batches of ``numbers``, loaded here or by ``num_workers`` processes."""
-    samples = _Samples(stream, seq_length)
+    """Return the micro-batches of ``numbers`` on ``device``.
+
+    They are loaded here or by ``num_workers`` processes, for a GPU one ahead.
+    """
+    loaded = _loaded(_Samples(stream, seq_length), numbers, num_workers)
+    return sent_ahead(loaded, device) if device.type == "cuda" else loaded
+
+
+def _loaded(samples: "_Samples", numbers: Iterable[list[int]], num_workers: int) -> Iterator[Batch]:
     if num_workers == 0:
         return map(samples.__getitem__, numbers)
     return iter(
@@ -77,12 +90,65 @@ def micro_batches(
     )
 
 
+def sent_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Yield ``batches`` on a GPU; the next one travels while the current one is used.
+
+    One copy from pinned memory on a stream of its own: a copy from pageable memory would block the
+    host until the device has finished all earlier work.
+    """
+    stream = torch.cuda.Stream(device)
+    ahead: tuple[Batch, torch.Tensor, torch.cuda.Event] | None = None
+    for batch in batches:
+        sent = _send(batch, device, stream)
+        if ahead is not None:
+            yield _received(*ahead)
+        ahead = sent
+    if ahead is not None:
+        yield _received(*ahead)
+
+
+def _send(
+    batch: Batch, device: torch.device, stream: torch.cuda.Stream
+) -> tuple[Batch, torch.Tensor, torch.cuda.Event]:
+    """Start the copy of a micro-batch; return it, its memory and the event of its arrival."""
+    # torch keeps pinned memory for reuse, and does not reuse it before its copies have ended.
+    pinned = torch.empty(packed_bytes(batch), dtype=torch.uint8, pin_memory=True)
+    for name, field in fields_of(pinned, batch).items():
+        field.copy_(batch[name])
+    with torch.cuda.stream(stream):
+        memory = pinned.to(device, non_blocking=True)
+        arrival = stream.record_event()
+    return fields_of(memory, batch), memory, arrival
+
+
+def _received(batch: Batch, memory: torch.Tensor, arrival: torch.cuda.Event) -> Batch:
+    """Let the current stream wait for a micro-batch, not the host; return the micro-batch."""
+    current = torch.cuda.current_stream()
+    current.wait_event(arrival)
+    memory.record_stream(current)  # which uses memory that belongs to the copy stream
+    return batch
+
+
+def packed_bytes(batch: Batch) -> int:
+    """Return the size of a buffer for all fields."""
+    return sum(field.numel() * field.itemsize for field in batch.values())
+
+
+def fields_of(buffer: torch.Tensor, batch: Batch) -> Batch:
+    """Return fields like those of ``batch`` as parts of ``buffer`` (uint8), widest types first."""
+    fields, start = {}, 0
+    for name, like in sorted(batch.items(), key=lambda item: -item[1].itemsize):
+        size = like.numel() * like.itemsize
+        fields[name] = buffer[start : start + size].view(like.dtype).view(like.shape)
+        start += size
+    return fields
+
+
 class _Samples(Dataset[Batch]):
     """A stream addressed by the sample numbers of one micro-batch."""
 
     def __init__(self, stream: SampleStream, seq_length: int) -> None:
         self._stream = stream
-        self._position_ids = torch.arange(seq_length)
         self._padding: Mapping[str, np.ndarray | int] = {
             "tokens": np.zeros(seq_length, np.int64),
             "labels": np.zeros(seq_length, np.int64),
@@ -96,7 +162,6 @@ class _Samples(Dataset[Batch]):
             name: torch.from_numpy(np.stack([np.asarray(row[name]) for row in rows]))
             for name in ("tokens", "labels", "loss_mask")
         }
-        batch["position_ids"] = self._position_ids.expand(len(rows), -1)
         for name in PER_SAMPLE:
             batch[name] = torch.tensor([int(row[name]) for row in rows])
         return batch

@@ -32,7 +32,7 @@ def evaluate(trainer: Trainer, stream: SampleStream) -> Losses:
         micro_batch_numbers(0, count, micro_batch_size, runtime.dp_rank, runtime.dp_size, padded)
     )
     batches = [
-        micro_batches(stream, settings.model.seq_length, numbers)
+        micro_batches(stream, settings.model.seq_length, numbers, device=runtime.device)
         if needs_samples(chunk, settings)
         else None
         for chunk in trainer.chunks

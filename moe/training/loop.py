@@ -97,6 +97,7 @@ class Loop:
                 length,
                 training_numbers(settings, self.progress, runtime.dp_rank, runtime.dp_size),
                 workers,
+                runtime.device,
             )
             if needs_samples(chunk, settings)
             else None

@@ -55,7 +55,7 @@ class Tally:
 
     def read(self, sums: torch.Tensor) -> Losses:
         """Return the losses for sums over all ranks."""
-        count = len(self._sources)
+        count, sums = len(self._sources), sums.cpu()
         losses, tokens, filtered = sums[:, :count].sum(1).tolist()
         by_source = _means(self._sources, sums[:, :count])
         source_tokens = sums[1, :count].long().tolist()

@@ -55,12 +55,14 @@ def build_optimizer(settings: Settings, chunks: ModelChunks, runtime: Runtime) -
                 betas=(chosen.adam_beta1, chosen.adam_beta2),
                 eps=chosen.adam_eps,
             )
+        if isinstance(leaf.optimizer, torch.optim.AdamW):
+            # megatron-core selects no implementation. torch's default is a loop of small operations
+            # on a CPU and several passes over all states on a GPU. Transformer Engine's and apex's
+            # AdamW are other classes, with one pass.
+            for group in leaf.optimizer.param_groups:
+                group["fused"] = True
     for group in optimizer.param_groups:
         group["weight_decay"] = chosen.weight_decay * group["wd_mult"]
-        if runtime.device.type == "cpu" and chosen.optimizer in ("adam", "muon"):
-            # megatron-core selects no implementation, and torch's default on a CPU is a loop of
-            # small operations, several times slower.
-            group["fused"] = True
     return optimizer
 
 

@@ -8,7 +8,6 @@ its tensor ranks. Shape suffixes: B samples of a micro-batch, S positions on thi
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,11 +18,11 @@ from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model
 from moetron.common.errors import RunError
 from moetron.moe.host.allocator import peak_memory_bytes
 from moetron.moe.layers.attention import prefix_mask
-from moetron.moe.optim.update import clip_and_update
+from moetron.moe.optim.update import clip_and_update, norm_of, prepare_gradients
 from moetron.moe.training.batches import PER_SAMPLE, Batch
-from moetron.moe.training.loss_tally import Losses, Tally
+from moetron.moe.training.loss_tally import Tally
 from moetron.moe.training.optimizer import set_learning_rate
-from moetron.moe.training.step_metrics import StepMetrics, read_recorded_metrics
+from moetron.moe.training.step_metrics import LOADS, StepMetrics, read_all, recorded_metrics
 from moetron.moe.training.trainer import Trainer
 
 BatchIterators = Sequence[Iterator[Batch] | None]
@@ -61,45 +60,58 @@ def train_step(
     trainer.optimizer.zero_grad()
     # Gradients are reduced when this returns; see run_schedule for the collectives.
     reports = run_schedule(trainer, batches, num_microbatches, partial(token_loss, tally))
-    reduced = _reduce_reports(trainer, tally, reports, stop_requested())
-    set_learning_rate(trainer.optimizer, learning_rate)
+    squares = prepare_gradients(trainer.optimizer)
+    local = _local_sums(trainer, tally, reports)
+    metrics = _read(trainer, tally, local, squares, stop_requested(), num_microbatches)
     # All ranks see the same loss and norm, so either all of them update or all of them raise.
-    check = partial(_refuse_non_finite, trainer, reduced)
-    grad_norm = clip_and_update(trainer.optimizer, check)
-    extra, loads = read_recorded_metrics(trainer, num_microbatches)
-    return StepMetrics(
-        reduced.losses, grad_norm, extra, loads, reduced.stop, reduced.peak_memory_bytes
-    )
+    _refuse_non_finite(trainer, metrics, local)
+    set_learning_rate(trainer.optimizer, learning_rate)
+    clip_and_update(trainer.optimizer, metrics.grad_norm)
+    return metrics
 
 
-@dataclass(frozen=True)
-class _Reduced:
-    """Reports of a step, reduced over all ranks before the update."""
-
-    losses: Losses
-    local_loss: torch.Tensor
-    """Summed loss of this rank only, a scalar."""
-    stop: bool
-    peak_memory_bytes: int
-
-
-def _reduce_reports(
-    trainer: Trainer, tally: Tally, reports: list[torch.Tensor], stop_requested: bool
-) -> _Reduced:
-    """Reduce losses (sum), stop requests (any) and peak memory (maximum) over all ranks."""
+def _local_sums(trainer: Trainer, tally: Tally, reports: list[torch.Tensor]) -> torch.Tensor:
+    """Return the tally's sums of this rank."""
     local = tally.zeros(trainer.runtime.device)
     if trainer.runtime.holds_loss:  # one tensor rank of the last stage: nothing counts twice
         local += torch.stack(reports).sum(0)
-    # One slot per rank, so that the sum below keeps every rank's own value.
+    return local
+
+
+def _read(
+    trainer: Trainer,
+    tally: Tally,
+    local: torch.Tensor,
+    squares: torch.Tensor,
+    stop_requested: bool,
+    num_microbatches: int,
+) -> StepMetrics:
+    """Read all of a step on the host, before the update, from all ranks.
+
+    Losses are summed; a stop request of any rank counts; of peak memory the maximum does; the norm
+    is reduced already. The device has then finished forward and backward passes, and is free
+    until the update is launched: this is the step's only wait.
+    """
+    # One slot per rank, so that the sum over ranks keeps every rank's own value.
     memory_R = local.new_zeros(trainer.runtime.world_size)
     memory_R[trainer.runtime.rank] = peak_memory_bytes(trainer.runtime.device)
-    total = torch.cat([local.flatten(), local.new_full((1,), stop_requested), memory_R])
-    # All-reduce over all ranks: last-stage ranks hold the sums of their samples or positions, the
-    # others zeros. One collective for all three, since each costs a latency per step.
-    torch.distributed.all_reduce(total)
-    sums, stops, memory_R = total.split([local.numel(), 1, len(memory_R)])
-    losses, peak = tally.read(sums.view_as(local)), int(memory_R.max())
-    return _Reduced(losses, local[0].sum(), bool(stops > 0), peak)
+    stops = local.new_full((1,), stop_requested)
+    recorded = recorded_metrics(trainer, num_microbatches)
+    sums, stops, memory_R, *others, squares = read_all(
+        [local, stops, memory_R, *(each.sums for each in recorded)], squares
+    )
+    extra: dict[str, Any] = {}
+    for each, total in zip(recorded, others, strict=True):
+        extra |= each.read(total)
+    loads = extra.pop(LOADS, {})
+    return StepMetrics(
+        tally.read(sums),
+        norm_of(squares.tolist()),
+        extra,
+        loads,
+        bool(stops > 0),
+        int(memory_R.max()),
+    )
 
 
 def run_schedule(
@@ -136,14 +148,16 @@ def _forward(
     trainer: Trainer, loss: Any, batches: Iterator[Batch] | None, chunk: torch.nn.Module
 ) -> tuple[torch.Tensor, Any]:
     """Run a chunk's forward pass over its next micro-batch; return output and loss function."""
-    batch: Batch = {} if batches is None else next(batches)
+    batch: Batch = {} if batches is None else dict(next(batches))
     settings, runtime, mask = trainer.settings, trainer.runtime, None
-    batch = {name: tensor.to(runtime.device, non_blocking=True) for name, tensor in batch.items()}
     per_sample = {name: batch.pop(name) for name in PER_SAMPLE if name in batch}
     if settings.data.bidirectional_prefix:
         mask = prefix_mask(per_sample["prefix"], settings.model.seq_length)
-    if "loss_mask" in batch:  # of full sequences: not split over context ranks yet
+    if batch:  # of full sequences: not split over context ranks yet
         unwrap_model(chunk).set_loss_tokens(batch["loss_mask"].sum())
+        tokens_BS = batch["tokens"]
+        places_S = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
+        batch["position_ids"] = places_S.expand_as(tokens_BS)
     # No communication: every context rank has read the full samples and takes its own chunks.
     batch = get_batch_on_this_cp_rank(batch, cp_group=runtime.groups.cp)
     # With labels the model returns losses; it needs the mask for rewards and the output z-loss.
@@ -175,16 +189,16 @@ def token_loss(
     return total, mask_BS.sum().to(torch.int), tally.count(batch, losses_BS)
 
 
-def _refuse_non_finite(trainer: Trainer, reduced: _Reduced, grad_norm: float) -> None:
+def _refuse_non_finite(trainer: Trainer, metrics: StepMetrics, local: torch.Tensor) -> None:
     """Raise NotFiniteError on all ranks, if the settings check the loss and gradient norm."""
     if not trainer.settings.training.check_for_nan_in_loss_and_grad:
         return
-    lm_loss = reduced.losses.loss
+    lm_loss, grad_norm = metrics.losses.loss, metrics.grad_norm
     if math.isfinite(lm_loss) and math.isfinite(grad_norm):
         return
     finite: list[bool] = [True] * torch.distributed.get_world_size()
     # All-gather over all ranks, only before the error: the message names the failing ranks.
-    torch.distributed.all_gather_object(finite, bool(reduced.local_loss.isfinite()))
+    torch.distributed.all_gather_object(finite, bool(local[0].sum().isfinite()))
     ranks = [rank for rank, good in enumerate(finite) if not good]
     where = f" (loss of rank {', '.join(map(str, ranks))})" if ranks else ""
     raise NotFiniteError(f"lm_loss is {lm_loss}, the gradient norm {grad_norm}{where}")

@@ -1,5 +1,11 @@
-"""The metrics of a step, reduced over all ranks."""
+"""The metrics of a step, reduced over all ranks.
 
+What a step records stays on the device as sums of this rank until `read_all`: one all-reduce and
+one copy to the host serve all metrics. Every copy makes the host wait until the device has caught
+up, and the device then waits for the host to launch again.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +15,8 @@ from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelpe
 from megatron.core.utils import unwrap_model
 
 from moetron.moe.config.schema.derived import routed_layers
-from moetron.moe.routing.losses import read_auxiliary_losses
+from moetron.moe.routing.losses import auxiliary_losses, take_auxiliary_losses
+from moetron.moe.routing.routing_record import RoutingSummary
 from moetron.moe.training.loss_tally import Losses
 from moetron.moe.training.trainer import Trainer
 
@@ -22,7 +29,7 @@ class StepMetrics:
     grad_norm: float
     """Norm of the full gradient before clipping."""
     extra: dict[str, Any]
-    """`output_metrics`, `prediction_metrics` and `routing_metrics`."""
+    """Of `output_metrics`, `prediction_metrics`, `auxiliary_metrics` and `routing_metrics`."""
     loads: dict[str, np.ndarray]
     """Load over mean load of every expert, float64 [E], by layer."""
     stop: bool
@@ -31,83 +38,124 @@ class StepMetrics:
     """Highest peak of any rank since its start; see `moe/host/allocator.py`."""
 
 
-def read_recorded_metrics(
-    trainer: Trainer, num_microbatches: int
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Collect the metrics that model and routers recorded since the last step (collective).
+@dataclass(frozen=True)
+class Recorded:
+    """Sums of this rank on its device, and what their sums over all ranks mean."""
 
-    Returns ``extra`` and ``loads`` of `StepMetrics`.
+    sums: torch.Tensor
+    """Any shape; int64 below 2^53 or a float type."""
+    read: Callable[[torch.Tensor], dict[str, Any]]
+    """Takes the sums over all ranks, float64 on the CPU, in the same shape."""
+
+
+def read_all(sums: Sequence[torch.Tensor], final: torch.Tensor) -> list[torch.Tensor]:
+    """Return ``sums`` added up over all ranks, and ``final`` as it is: float64 on the CPU.
+
+    The step's only wait for the device.
     """
-    routing, loads = routing_metrics(trainer, num_microbatches)
-    ahead = prediction_metrics(trainer, num_microbatches)
-    return {**output_metrics(trainer), **ahead, **routing}, loads
+    total = torch.cat([each.flatten().double() for each in sums])
+    # All-reduce over all ranks: every rank holds the sums of its own samples, positions, layers or
+    # experts, and zeros elsewhere. One collective for all, since each costs a latency per step.
+    torch.distributed.all_reduce(total)
+    read = torch.cat([total, final.double()]).cpu()
+    parts = read.split([*(each.numel() for each in sums), len(final)])
+    shapes = [*(each.shape for each in sums), final.shape]
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def output_metrics(trainer: Trainer) -> dict[str, float]:
-    """Return ``output_z_loss`` since the last call (collective), if it has a coefficient.
+def recorded_metrics(trainer: Trainer, num_microbatches: int) -> list[Recorded]:
+    """Take what model and routers recorded since the last step."""
+    return [
+        *output_metrics(trainer),
+        *prediction_metrics(trainer, num_microbatches),
+        *auxiliary_metrics(trainer, num_microbatches),
+        *routing_metrics(trainer),
+    ]
+
+
+def output_metrics(trainer: Trainer) -> list[Recorded]:
+    """Take ``output_z_loss``, if it has a coefficient.
 
     It is the mean of (log Z)^2 over the loss tokens of the global batch, without the coefficient.
+    Last-stage ranks hold the sums of their tokens, others zeros.
     """
     if trainer.settings.model.output_z_loss_coeff is None:
-        return {}
+        return []
     runtime = trainer.runtime
     sums = torch.zeros(2, dtype=torch.float64, device=runtime.device)
     for model in unwrap_model(trainer.chunks):
         recorded = model.take_squared_log_z()
-        sums += recorded.to(sums.device) if runtime.holds_loss else 0
-    # All-reduce over all ranks: last-stage ranks hold the sums of their tokens, others zeros.
-    torch.distributed.all_reduce(sums)
-    total, tokens = sums.tolist()
-    return {"output_z_loss": total / max(tokens, 1.0)}
+        if runtime.holds_loss and recorded.device == sums.device:  # elsewhere: nothing recorded yet
+            sums += recorded
+
+    def read(sums: torch.Tensor) -> dict[str, Any]:
+        total, tokens = sums.tolist()
+        return {"output_z_loss": total / max(tokens, 1.0)}
+
+    return [Recorded(sums, read)]
 
 
-def prediction_metrics(trainer: Trainer, num_microbatches: int) -> dict[str, Any]:
-    """Return the losses of multi-token prediction since the last call (collective), if it is on.
+def prediction_metrics(trainer: Trainer, num_microbatches: int) -> list[Recorded]:
+    """Take the losses of multi-token prediction, if it is on.
 
     ``mtp_losses``: for each module the mean over micro-batches of its mean loss, without its weight
     (nats per token). megatron-core records them on the ranks of the last stage.
     """
     modules = trainer.settings.model.mtp_num_layers
     if modules is None:
-        return {}
+        return []
     recorded, runtime = MTPLossLoggingHelper.tracker, trainer.runtime
     sums = torch.zeros(modules + 1, dtype=torch.float64, device=runtime.device)
     if runtime.holds_loss:
         sums[:-1], sums[-1] = recorded["values"], num_microbatches
     if "values" in recorded:
         MTPLossLoggingHelper.clean_loss_in_tracker()
-    # All-reduce over all ranks, as above; the last entry counts micro-batches.
-    torch.distributed.all_reduce(sums)
-    return {"mtp_losses": (sums[:-1] / sums[-1]).tolist()}
+    # The last entry counts micro-batches.
+    return [Recorded(sums, lambda sums: {"mtp_losses": (sums[:-1] / sums[-1]).tolist()})]
 
 
-def routing_metrics(
-    trainer: Trainer, num_microbatches: int
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Return routing metrics since the last call over all ranks (collective), and ``loads``.
+def auxiliary_metrics(trainer: Trainer, num_microbatches: int) -> list[Recorded]:
+    """Take ``aux_loss`` and ``z_loss``, without their coefficients, if they are on."""
+    settings, groups = trainer.settings, trainer.runtime.groups
+    taken = take_auxiliary_losses(settings, trainer.runtime.device)
+    if not taken:
+        return []
 
-    ``aux_loss`` and ``z_loss`` without their coefficients; ``expert_load_max_over_mean``, the load
-    of a layer's busiest expert over the mean, averaged over layers, and ``expert_load``, the same
-    by layer; with a capacity ``dropped_fraction`` of choices, over all layers,
-    ``dropped_fractions``, by layer, and ``dropped_by_position``, by layer and part of the sequence.
-    Both are empty for a dense model.
+    def read(sums: torch.Tensor) -> dict[str, Any]:
+        named = dict(zip(taken, sums.tolist(), strict=True))
+        return dict(auxiliary_losses(settings, named, num_microbatches, groups))
+
+    return [Recorded(torch.stack(list(taken.values())), read)]
+
+
+LOADS = "loads"
+"""Key of the load of every expert, which is not a metric of its own."""
+
+
+def routing_metrics(trainer: Trainer) -> list[Recorded]:
+    """Take the counts of routing, unless the model is dense.
+
+    ``expert_load_max_over_mean``, the load of a layer's busiest expert over the mean, averaged over
+    layers, and ``expert_load``, the same by layer; with a capacity ``dropped_fraction`` of choices,
+    over all layers, ``dropped_fractions``, by layer, and ``dropped_by_position``, by layer and part
+    of the sequence; and `LOADS`.
     """
     if trainer.recorder is None:
-        return {}, {}
-    runtime, moe = trainer.runtime, trainer.settings.moe
-    metrics: dict[str, Any] = dict(
-        read_auxiliary_losses(trainer.settings, num_microbatches, runtime.groups, runtime.device)
-    )
-    summary = trainer.recorder.summary()
+        return []
+    counts = trainer.recorder.counts.double()
     trainer.recorder.reset()
-    metrics["expert_load_max_over_mean"] = summary.load_max_over_mean
+    return [Recorded(counts, lambda sums: _routing(trainer, RoutingSummary.of(sums.long())))]
+
+
+def _routing(trainer: Trainer, summary: RoutingSummary) -> dict[str, Any]:
+    metrics: dict[str, Any] = {"expert_load_max_over_mean": summary.load_max_over_mean}
     chosen_LE = summary.chosen.double()  # [MoE layers, experts]
     loads_LE = (chosen_LE / chosen_LE.mean(1, keepdim=True)).numpy()
     names = [f"layer_{n}" for n, sparse in enumerate(routed_layers(trainer.settings)) if sparse]
     loads = dict(zip(names, loads_LE, strict=True))
     metrics["expert_load"] = {name: float(load_E.max()) for name, load_E in loads.items()}
-    if moe.moe_expert_capacity_factor is not None:
+    if trainer.settings.moe.moe_expert_capacity_factor is not None:
         metrics["dropped_fraction"] = summary.dropped_fraction
         metrics["dropped_fractions"] = dict(zip(names, summary.dropped_fractions, strict=True))
         metrics["dropped_by_position"] = dict(zip(names, summary.dropped_by_position, strict=True))
-    return metrics, loads
+    return {**metrics, LOADS: loads}

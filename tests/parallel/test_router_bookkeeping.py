@@ -10,7 +10,7 @@ from megatron.core.utils import unwrap_model
 
 from moetron.moe.routing import expert_bias
 from moetron.moe.routing.router import Router
-from moetron.moe.routing.routing_record import RoutingRecorder
+from moetron.moe.routing.routing_record import RoutingSummary
 from moetron.moe.training.sample_stream import Streams
 from tests.parallel.support import checkpoint_runs
 from tests.parallel.support.harness import run_ranks
@@ -57,14 +57,14 @@ def _count_steps(chosen: Any) -> list[dict[str, torch.Tensor]]:
     with checkpoint_runs.parallel_of(chosen):
         loop = checkpoint_runs.start(chosen)
         routers, seen = _routers(loop.trainer.chunks), []
-        read, judge = RoutingRecorder.summary, expert_bias.surplus_signs
+        read, judge = RoutingSummary.of, expert_bias.surplus_signs
         counted: list[torch.Tensor] = []
 
-        def summary(self: RoutingRecorder) -> Any:
+        def summary(counts: torch.Tensor) -> Any:
             biases = torch.stack([router.expert_bias.clone() for router in routers])
-            counts = torch.stack([router.previous_choices.clone() for router in routers])
-            found = read(self)
-            seen.append({"chosen": found.chosen, "bias": biases, "previous": counts})
+            previous = torch.stack([router.previous_choices.clone() for router in routers])
+            found = read(counts)
+            seen.append({"chosen": found.chosen, "bias": biases, "previous": previous})
             seen[-1]["counted"] = counted[-1]
             return found
 
@@ -73,7 +73,7 @@ def _count_steps(chosen: Any) -> list[dict[str, torch.Tensor]]:
             return judge(counts_LE)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(RoutingRecorder, "summary", summary)
+            patch.setattr(RoutingSummary, "of", summary)
             patch.setattr(expert_bias, "surplus_signs", signs)
             loop.run(lambda: False)
         return seen

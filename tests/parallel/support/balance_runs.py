@@ -18,10 +18,10 @@ from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker
 from moetron.moe.config.bridge import ddp_config, transformer_config
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.routing.expert_bias import finalize_gradients
-from moetron.moe.routing.losses import read_auxiliary_losses
 from moetron.moe.routing.reinforce import ReinforceRouter
 from moetron.moe.routing.router import Router
 from moetron.moe.routing.router_types import router_class
+from tests.parallel.support.auxiliary import read_auxiliary_losses
 from tests.parallel.support.harness import model_parallel
 
 SAMPLES, SEQUENCE, EXPERTS, HIDDEN, TOPK = 16, 16, 6, 8, 2

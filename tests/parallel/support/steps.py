@@ -17,8 +17,8 @@ from moetron.moe.config.bridge import ddp_config, transformer_config
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.layers.build_model import build_model
 from moetron.moe.routing.expert_bias import finalize_gradients
-from moetron.moe.routing.losses import read_auxiliary_losses
 from moetron.moe.routing.routing_record import RoutingRecorder
+from tests.parallel.support.auxiliary import read_auxiliary_losses
 from tests.parallel.support.harness import model_parallel, run_ranks
 from tests.parallel.support.sharded import assemble, fill, local_shards
 

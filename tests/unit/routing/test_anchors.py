@@ -11,8 +11,8 @@ from router_cases import parallel_state as parallel_state
 
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.plan.published_coefficients import CONVENTIONS, balance_coefficient
-from moetron.moe.routing.losses import read_auxiliary_losses
 from moetron.moe.routing.router import Router
+from tests.parallel.support.auxiliary import read_auxiliary_losses
 
 
 def _losses(router: Router, **moe: Any) -> dict[str, float]:

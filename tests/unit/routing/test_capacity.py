@@ -80,15 +80,16 @@ def kept_in_one_group(
     probs: torch.Tensor, chosen: torch.Tensor, slots: int, policy: str
 ) -> torch.Tensor:
     """Return `kept_choices` of a single group."""
-    return kept_choices(probs.masked_fill(~chosen, NOT_CHOSEN)[None], slots, policy)[0]
+    priority = probs.masked_fill(~chosen, NOT_CHOSEN)[None]
+    return kept_choices(priority, slots, policy, int(chosen.sum(1).max()))[0]
 
 
 @pytest.mark.parametrize("policy", get_args(Policy))
 def test_groups_are_independent(policy: str) -> None:
     priority = PROBS.masked_fill(~CHOSEN, NOT_CHOSEN)
     both = torch.stack([priority, priority.flip(0)])
-    separate = [kept_choices(group[None], 1, policy)[0] for group in both]
-    assert torch.equal(kept_choices(both, 1, policy), torch.stack(separate))
+    separate = [kept_choices(group[None], 1, policy, 2)[0] for group in both]
+    assert torch.equal(kept_choices(both, 1, policy, 2), torch.stack(separate))
 
 
 def test_first_rows_fill_free_slots() -> None:

@@ -77,7 +77,7 @@ def _drawn_orders(
 ) -> torch.Tensor:
     """Return which of two orders was drawn for each token, from the same noise."""
     assert router.draws is not None
-    router.draws.micro_batches.zero_()
+    router.draws.load_state_dict({"micro_batches": torch.zeros(1, dtype=torch.int64)})
     router.draws.start(1)
     noisy = logits + router.draws.gumbel(logits.unflatten(0, (-1, BATCH))).flatten(0, 1)
     first = noisy.gather(1, both[0])

@@ -11,9 +11,9 @@ from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker
 
 from moetron.moe.config.bridge import transformer_config
 from moetron.moe.config.schema.settings import Settings
-from moetron.moe.routing.losses import read_auxiliary_losses
 from moetron.moe.routing.router import Router
 from moetron.moe.routing.routing_record import RoutingRecorder, RoutingSummary
+from tests.parallel.support.auxiliary import read_auxiliary_losses
 from tests.parallel.support.harness import model_parallel
 
 EXPERTS, TOKENS = 8, 32

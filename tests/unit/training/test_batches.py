@@ -1,14 +1,21 @@
 """Samples of a rank: worked examples, and equal micro-batches in every layout."""
 
+from typing import Any
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from moetron.moe.checkpoint.position import Progress
+from moetron.moe.training import batches
 from moetron.moe.training.batches import (
     PADDING,
+    Batch,
+    fields_of,
     micro_batch_numbers,
     micro_batches,
+    packed_bytes,
     training_numbers,
 )
 from moetron.moe.training.sample_stream import StreamFrom
@@ -60,7 +67,6 @@ def test_tensors_of_a_micro_batch() -> None:
     assert batch["tokens"].tolist() == [[7] * 4, [0] * 4]
     assert batch["labels"].tolist() == [[8] * 4, [0] * 4]
     assert batch["loss_mask"].tolist() == [[1.0, 0.0, 0.0, 0.0], [0.0] * 4]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3]] * 2
     assert batch["source"].tolist() == [1, 0]
     assert batch["tokens"].dtype == torch.int64
     assert batch["loss_mask"].dtype == torch.float32
@@ -83,3 +89,32 @@ def test_stream_from_a_later_number() -> None:
     assert len(later) == 4
     assert later[1]["tokens"].tolist() == [7] * 4  # type: ignore[union-attr]
     assert later.state() == {"counting": 10, "first": 6}
+
+
+def test_fields_share_one_buffer() -> None:
+    """What a GPU gets in one copy, unpacked, is the micro-batch."""
+    (batch,) = micro_batches(CountingStream(), 4, [[7, 8, PADDING]])
+    buffer = torch.empty(packed_bytes(batch), dtype=torch.uint8)
+    for name, field in fields_of(buffer, batch).items():
+        field.copy_(batch[name])
+    arrived = fields_of(buffer.clone(), batch)
+    assert arrived.keys() == batch.keys()
+    for name, field in arrived.items():
+        assert torch.equal(field, batch[name]) and field.dtype == batch[name].dtype
+
+
+def test_a_gpu_gets_every_micro_batch_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins for streams and pinned memory; the copy of the next one starts first."""
+    order: list[str] = []
+
+    def send(batch: Batch, *_: Any) -> tuple[Batch, torch.Tensor, Any]:
+        order.append(f"send {int(batch['tokens'][0, 0])}")
+        return batch, torch.empty(0), None
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(batches, "_send", send)
+    monkeypatch.setattr(batches, "_received", lambda batch, *_: batch)
+    loaded = micro_batches(CountingStream(), 4, [[1], [2], [3]], device=torch.device("cuda"))
+    for batch in loaded:
+        order.append(f"use {int(batch['tokens'][0, 0])}")
+    assert order == ["send 1", "send 2", "use 1", "send 3", "use 2", "use 3"]
