@@ -5,11 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from megatron.core.transformer.dot_product_attention import DotProductAttention
-from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
-from moetron.moe.layers.attention import SdpaAttention, prefix_mask
+from moetron.moe.layers import attention_kernels
+from moetron.moe.layers.attention import SdpaAttention, prefix_mask, repeat_heads
 from tests.parallel.support.harness import model_parallel
 
 
@@ -115,3 +118,50 @@ def test_attention_with_a_prefix_mask_equals_explicit_softmax() -> None:
     weights = scores.masked_fill(forbidden, -torch.inf).softmax(-1)
     expected = torch.einsum("bhqk,kbhw->qbhw", weights, value).flatten(2)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("groups", [4, 2, 1])
+def test_repeated_keys_equal_shared_ones(groups: int) -> None:
+    """What a GPU gets in place of ``enable_gqa``: the query heads of a group are neighbours."""
+    query, key, value = _qkv(groups=groups)
+    results = []
+    for shared in (True, False):
+        keys, values = (x if shared else repeat_heads(x, 4) for x in (key, value))
+        out = F.scaled_dot_product_attention(
+            *(x.permute(1, 2, 0, 3) for x in (query, keys, values)),
+            is_causal=True,
+            enable_gqa=shared,
+        )
+        weights = torch.linspace(-1, 1, out.numel()).view_as(out)
+        results.append([out, *torch.autograd.grad((out * weights).sum(), [query, key, value])])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_cudnn_comes_first_but_for_flash_and_deterministic_runs() -> None:
+    cudnn = SDPBackend.CUDNN_ATTENTION
+    for backend in (AttnBackend.auto, AttnBackend.fused):
+        assert attention_kernels.preferred(backend)[0] == cudnn
+    assert cudnn not in attention_kernels.preferred(AttnBackend.flash)
+    try:
+        torch.use_deterministic_algorithms(True)
+        assert cudnn not in attention_kernels.preferred(AttnBackend.fused)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_preference_replaces_the_one_before_and_can_be_undone() -> None:
+    def current() -> list[SDPBackend]:
+        found: list[SDPBackend] = _cur_sdpa_kernel_backends(with_priority=True)
+        return found
+
+    before = current()
+    try:
+        attention_kernels.prefer(attention_kernels.WITHOUT_CUDNN)
+        attention_kernels.prefer(attention_kernels.WITH_CUDNN)
+        assert current() == attention_kernels.WITH_CUDNN
+        attention_kernels.prefer(attention_kernels.WITHOUT_CUDNN)
+        assert current() == attention_kernels.WITHOUT_CUDNN
+    finally:
+        attention_kernels.reset_preference()
+    assert current() == before

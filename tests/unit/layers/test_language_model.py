@@ -30,7 +30,19 @@ def _model(coefficient: float | None) -> LanguageModel:
     return build_model(chosen, transformer_config(chosen), VOCABULARY)
 
 
-def test_gradients_equal_the_formula() -> None:
+def _in_torch(
+    logits: torch.Tensor, labels: torch.Tensor, _: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what the kernel does."""
+    log_z = logits.logsumexp(-1)
+    return log_z - logits.gather(-1, labels[..., None]).squeeze(-1), log_z
+
+
+@pytest.mark.parametrize("has_kernel", [False, True])
+def test_gradients_equal_the_formula(has_kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if has_kernel:
+        monkeypatch.setattr(language_model, "uses_triton", lambda _: True)
+        monkeypatch.setattr(language_model, "cross_entropy", _in_torch)
     generator = torch.Generator().manual_seed(1)
     tokens, labels = torch.randint(VOCABULARY, (2, 2, 16), generator=generator)
     mask = (torch.rand(2, 16, generator=generator) > 0.3).float()

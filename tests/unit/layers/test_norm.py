@@ -1,10 +1,15 @@
+from types import SimpleNamespace
+from typing import Any, cast
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.distributed import ProcessGroup
 
+from moetron.moe.layers import norm
 from moetron.moe.layers.norm import FullWidthRMSNorm, LayerNorm, RMSNorm, rms_norm
 from tests.parallel.support.harness import model_parallel, run_ranks
 
@@ -53,14 +58,43 @@ def test_bf16_is_computed_in_fp32() -> None:
     assert x.grad.dtype == weight.grad.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("norm", [RMSNorm, LayerNorm])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torchs_kernel_for_gpus_equals_ours(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(5, 2, 24).to(dtype).requires_grad_()
+    weight = (torch.rand(24) + 0.5).to(dtype).requires_grad_()
+    grad, results = torch.randn(5, 2, 24).to(dtype), []
+    for has_kernel in (False, True):
+        monkeypatch.setattr(norm, "_has_kernel", lambda *_, found=has_kernel: found)
+        out = rms_norm(x, weight, 1e-5)
+        results.append([out, *torch.autograd.grad((out * grad).sum(), (x, weight))])
+    for ours, theirs in zip(*results, strict=True):
+        assert theirs.dtype == dtype
+        near = 1e-5 if dtype == torch.float32 else 2**-6
+        torch.testing.assert_close(theirs, ours, rtol=near, atol=near)
+
+
+def test_torchs_kernel_serves_one_dtype_and_a_whole_width_on_a_gpu() -> None:
+    def tensor(dtype: torch.dtype, is_cuda: bool = True) -> Any:
+        return SimpleNamespace(dtype=dtype, is_cuda=is_cuda)
+
+    half, single = tensor(torch.bfloat16), tensor(torch.float32)
+    one, two = (cast(ProcessGroup, SimpleNamespace(size=lambda n=n: n)) for n in (1, 2))
+    assert norm._has_kernel(half, half, None) and norm._has_kernel(single, single, one)
+    assert not norm._has_kernel(half, single, None)
+    assert not norm._has_kernel(half, half, two)
+    assert not norm._has_kernel(tensor(torch.float32, is_cuda=False), single, None)
+
+
+@pytest.mark.parametrize("kind", [RMSNorm, LayerNorm])
 @pytest.mark.parametrize("tensor_ranks", [1, 2])
 def test_parameters_are_marked_if_their_gradients_are_partial(
-    norm: type[RMSNorm] | type[LayerNorm], tensor_ranks: int
+    kind: type[RMSNorm] | type[LayerNorm], tensor_ranks: int
 ) -> None:
     parallel = tensor_ranks > 1
     config = _config(tensor_model_parallel_size=tensor_ranks, sequence_parallel=parallel)
-    module = norm(config, 8, 1e-5)
+    module = kind(config, 8, 1e-5)
     assert [p.sequence_parallel for p in module.parameters()] == [parallel] * len(
         list(module.parameters())
     )
