@@ -8,13 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from moetron.moe.checkpoint.tensor_writer import Contents
-from moetron.moe.monitoring.sinks import Row
 from tests.gpu.devices import kind_fault
 from tests.gpu.gpu_cases import KINDS, OLMOE, ROOT
-from tests.gpu.in_process import Rows, pretrain
+from tests.gpu.in_process import pretrain
 from tests.parallel.support.checkpoint_runs import metrics
 
 pytestmark = pytest.mark.gpu
@@ -86,19 +84,6 @@ def test_fp8_there_and_back(tmp_path: Path, from_cpu: Path, kind: str, other: st
     for ours, theirs in zip(changed, straight, strict=True):
         assert ours["lm_loss"] == pytest.approx(theirs["lm_loss"], rel=1e-2)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=0.2)
-
-
-class _Weights(Rows):
-    """Sink that copies the weights after a step, which is before the loop saves them."""
-
-    def __init__(self, at: int) -> None:
-        super().__init__()
-        self.at = at
-        self.copies: dict[str, torch.Tensor] = {}
-        self.trainer = None
-
-    def step(self, row: Row) -> None:
-        super().step(row)
 
 
 @pytest.mark.parametrize("kind", ["local16", "te16", "delayed"])
