@@ -39,8 +39,8 @@ FUSIONS: dict[str, Any] = {
 }
 DIFFERENCES = (
     "megatron-core: GPTModel of get_gpt_layer_with_transformer_engine_spec, its DDP, optimizer and "
-    "schedule; samples on the device before, no metrics, no checks, no norm of the loss read. TE's "
-    "RMSNorm over each head of queries and keys (OLMoE's runs over the full width, which it lacks)."
+    "schedule; samples on the device before, no metrics, no checks. TE's RMSNorm over each head of "
+    "queries and keys (OLMoE's runs over the full width, which megatron-core lacks)."
 )
 
 

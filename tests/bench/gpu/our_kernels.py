@@ -51,7 +51,7 @@ def _rows_bytes(shape: Shape) -> int:
 
 def rows(shape: Shape) -> Iterator[Case]:
     """Yield our plan, gather and combine of the experts' rows."""
-    from moetron.moe.kernels.rows import plan_rows
+    from moetron.moe.kernels.expert_rows import plan_rows
 
     chosen_TE = _map(shape)
     plan = plan_rows(chosen_TE, shape.k)

@@ -60,6 +60,8 @@ def markdown(head: Result, rows: Sequence[Result]) -> str:
         for row in done:
             cells = [f"{row['kinds_ms'].get(kind, 0):.1f}" for kind in kinds]
             lines.append(_line([row["name"], *cells]))
+    left = [(row["name"], row["left_gib"]) for row in rows if (row.get("left_gib") or 0) > 0.5]
+    lines += ["", *(f"- memory that {name} did not free: {gib:.1f} GiB" for name, gib in left)]
     sites = [(row["name"], row["sync_sites"]) for row in done if row["sync_sites"]]
     if sites:
         lines += ["", "Blocking calls of a step, by place:", ""]

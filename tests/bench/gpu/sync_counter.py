@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 
-_FROM_TORCH = "synchroniz"
+_FROM_TORCH = "called a synchronizing"
 """In torch's warning of a blocking copy, ``item()``, ``nonzero()`` or a stream's synchronize."""
 
 

@@ -14,8 +14,8 @@ from tests.bench.gpu.opponents import device_batches, learning_rates
 
 DIFFERENCES = (
     "transformers: OlmoeForCausalLM in bf16, experts grouped_mm, attention sdpa. Gradients "
-    "accumulate in bf16, its custom (ours: in fp32); they are copied to fp32, clipped, and torch's "
-    "fused AdamW moves fp32 copies of the weights with fp32 moments, which are copied back to bf16."
+    "accumulate in bf16, as in its Trainer (ours: in fp32). They are copied to fp32 and clipped; "
+    "torch's fused AdamW moves fp32 weights with fp32 moments, which are copied back to bf16."
 )
 _AUX_LOSS_COEFF = 0.01
 

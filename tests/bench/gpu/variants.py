@@ -34,6 +34,10 @@ VARIANTS = {
     "transformers": "transformers:",
     "local": "--transformer-impl local",
     "te": _TE,
+    "te-all-fusions": (
+        f"{_TE} --moe-permute-fusion --moe-router-fusion --cross-entropy-loss-fusion "
+        "--cross-entropy-fusion-impl te"
+    ),
     "te-experts-te": f"{_TE} --moe-experts-impl te",
     "te-experts-grouped_mm": f"{_TE} --moe-experts-impl grouped_mm",
     "fp8-delayed": f"{_FP8} delayed",
