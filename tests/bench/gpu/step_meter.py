@@ -18,6 +18,8 @@ from tests.bench.gpu.kernel_kinds import Kernel, busy_ms, by_kind, kernels_of, t
 from tests.bench.gpu.sync_counter import counted_syncs
 
 GIB = 2**30
+LONGEST_STEP_S = 3.0
+"""On a GPU: emulation, for example, would use up the time of the variants after it."""
 
 
 class Program(Protocol):
@@ -81,8 +83,11 @@ class Measured:
 
 def measure(program: Program, plan: Plan, profile_path: Any = None) -> Measured:
     """Run and measure the steps of ``plan``; ``profile_path``: also write a detailed profile."""
-    for _ in range(plan.warm_up):
+    for _ in range(plan.warm_up - 1):
         program.step()
+    (seconds,) = step_times(program, 1)
+    if torch.cuda.is_available() and seconds > LONGEST_STEP_S:
+        raise RuntimeError(f"a step takes {seconds:.1f} s: too slow for this bench")
     times = [seconds * 1e3 for seconds in step_times(program, plan.timed)]
     found = Measured(median(times), times, program.loss(), program.parameters)
     if torch.cuda.is_available():

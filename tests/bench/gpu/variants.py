@@ -31,18 +31,20 @@ _FP8 = f"{_TE} --fp8-format hybrid --fp8-recipe"
 VARIANTS = {
     "megatron-core": "megatron:",
     "megatron-core-fused-wgrad": "megatron: gradient_accumulation_fusion=True",
-    "transformers": "transformers:",
     "local": "--transformer-impl local",
     "te": _TE,
+    "te-experts-grouped_mm": f"{_TE} --moe-experts-impl grouped_mm",
+    "transformers": "transformers:",
+    "fp8-tensorwise": f"{_FP8} tensorwise",
+    "fp8-tensorwise-grouped_mm": f"{_FP8} tensorwise --moe-experts-impl grouped_mm",
+    "fp8-tensorwise-local": "--transformer-impl local --fp8-format hybrid --fp8-recipe tensorwise",
+    "fp8-delayed": f"{_FP8} delayed",
+    "fp8-blockwise": f"{_FP8} blockwise",
     "te-all-fusions": (
         f"{_TE} --moe-permute-fusion --moe-router-fusion --cross-entropy-loss-fusion "
         "--cross-entropy-fusion-impl te"
     ),
     "te-experts-te": f"{_TE} --moe-experts-impl te",
-    "te-experts-grouped_mm": f"{_TE} --moe-experts-impl grouped_mm",
-    "fp8-delayed": f"{_FP8} delayed",
-    "fp8-tensorwise": f"{_FP8} tensorwise",
-    "fp8-blockwise": f"{_FP8} blockwise",
 }
 """Name -> flags of ours, or ``megatron:`` or ``transformers:`` and fields of their configuration.
 
