@@ -15,9 +15,9 @@ def deterministic(wanted: bool) -> Iterator[None]:
 
     Enter it before CUDA and process groups start: cuBLAS and NCCL read their variables once. They
     remain set for the process; torch's switches are restored. An operation without a deterministic
-    algorithm raises a RuntimeError.
+    algorithm raises a RuntimeError. Without a GPU nothing changes: a CPU repeats every bit anyway.
     """
-    if not wanted:
+    if not wanted or not torch.cuda.is_available():
         yield
         return
     for name, accepted in DETERMINISTIC_ENVIRONMENT.items():
