@@ -30,13 +30,19 @@ def _number_bytes(settings: Settings) -> int:
 
 
 def _optimizer_bytes(settings: Settings, parameters: int, matrices: int) -> int:
-    """Return bytes of fp32 moments (without Adafactor's rows and columns) and main parameters.
+    """Return bytes of moments (without Adafactor's rows and columns) and main parameters.
 
     Args:
         settings: the run's settings.
         parameters: parameters whose state the rank keeps.
         matrices: number of these that Muon would update, with one moment rather than two.
     """
+    formats = settings.optimizer
+    if formats.use_precision_aware_optimizer:
+        width = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
+        # Main parameters are 16 bits beside the bf16 weight, or fp16.
+        each = 2 + width[formats.exp_avg_dtype] + width[formats.exp_avg_sq_dtype]
+        return parameters * each
     kept = {"adam": 2, "sgd": int(settings.optimizer.sgd_momentum > 0), "adafactor": 0, "muon": 2}
     chosen = settings.optimizer.optimizer
     numbers = parameters * (kept[chosen] + int(settings.precision.bf16))

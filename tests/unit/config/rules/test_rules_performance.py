@@ -44,6 +44,16 @@ PADDING = {"moe_router_padding_for_quantization": True}
             {**GPU, "moe_router_fusion": True, "moe_router_dtype": "fp64"},
             "--moe-router-fusion has no --moe-router-dtype fp64",
         ),
+        (
+            {
+                **GPU,
+                "moe_router_fusion": True,
+                "moe_router_score_function": "sigmoid",
+                "moe_aux_loss_coeff": 0.1,
+                "moe_aux_loss_first_choice_only": True,
+            },
+            "does not normalise the scores of a balance loss that counts one expert",
+        ),
         (CROSS_ENTROPY, "--cross-entropy-loss-fusion needs a CUDA device"),
         ({**GPU, **CROSS_ENTROPY}, "native rounds gradients to bf16: use --bf16"),
         (
@@ -127,11 +137,11 @@ def test_environment_of_determinism(
     monkeypatch: pytest.MonkeyPatch, name: str, wrong: str, first: str
 ) -> None:
     monkeypatch.setenv(name, wrong)
-    assert not found()
-    (problem,) = found(deterministic_mode=True)
+    assert not found(device="cuda") and not found(deterministic_mode=True)
+    (problem,) = found(device="cuda", deterministic_mode=True)
     assert f"{name}={wrong} in the environment" in problem and f"sets {first}" in problem
     monkeypatch.setenv(name, first)
-    assert not found(deterministic_mode=True)
+    assert not found(device="cuda", deterministic_mode=True)
 
 
 ON = {
