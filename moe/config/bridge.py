@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -151,13 +152,33 @@ def _blocks(model: ModelSettings) -> dict[str, Any]:
             AttnBackend.unfused if model.attention_backend == "unfused" else AttnBackend.auto
         ),
         "transformer_impl": ModelConfig.transformer_impl,  # ours has other values
-        "bias_activation_fusion": False,
-        "bias_dropout_fusion": False,
-        "masked_softmax_fusion": False,
-        "cross_entropy_loss_fusion": False,
-        "gradient_accumulation_fusion": False,
         "cuda_graph_scope": [],
     }
+
+
+def _fusions(settings: Settings, transformer_engine: bool) -> dict[str, Any]:
+    """Return the fusions in effect: those that are on by default need layers with such kernels."""
+    model, chosen = settings.model, settings.performance
+    plain_rope = not settings.attention.multi_latent_attention and (
+        settings.attention.rope_type != "yarn"  # its scale of channels is not fused
+    )
+    return {
+        # For other activations megatron-core has no fusion with the token's probability.
+        "bias_activation_fusion": (
+            transformer_engine and chosen.bias_swiglu_fusion and derived.ffn_type(model) == "swiglu"
+        ),
+        "bias_dropout_fusion": transformer_engine and chosen.bias_dropout_fusion,
+        "apply_rope_fusion": transformer_engine and chosen.rope_fusion and plain_rope,
+        "masked_softmax_fusion": chosen.masked_softmax_fusion and _has_fused_softmax(),
+        "gradient_accumulation_fusion": transformer_engine and chosen.gradient_accumulation_fusion,
+    }
+
+
+def _has_fused_softmax() -> bool:
+    """Return whether apex's kernels, which megatron-core imports at first use, are present."""
+    names = ("scaled_upper_triang_masked_softmax_cuda", "scaled_masked_softmax_cuda")
+    found = all(importlib.util.find_spec(name) is not None for name in names)
+    return found and torch.cuda.is_available()
 
 
 def _experts(settings: Settings) -> dict[str, Any]:
@@ -210,8 +231,18 @@ def transformer_config(settings: Settings, transformer_engine: bool = False) -> 
     dtype = params_dtype(settings)
     fp8 = transformer_engine and settings.precision.fp8_format is not None
     kind = LatentModelConfig if settings.attention.multi_latent_attention else ModelConfig
-    groups: list[Group] = [settings.model, settings.attention, settings.parallel]
-    values = {**_blocks(settings.model), **_initialisation(settings), **_layout(settings)}
+    groups: list[Group] = [
+        settings.model,
+        settings.attention,
+        settings.parallel,
+        settings.performance,
+    ]
+    values = {
+        **_blocks(settings.model),
+        **_fusions(settings, transformer_engine),
+        **_initialisation(settings),
+        **_layout(settings),
+    }
     if settings.moe.num_experts is not None:  # without experts megatron-core refuses their width
         groups.append(settings.moe)
         values |= _experts(settings)
@@ -224,6 +255,7 @@ def transformer_config(settings: Settings, transformer_engine: bool = False) -> 
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "calculate_per_token_loss": settings.training.calculate_per_token_loss,
+        "deterministic_mode": settings.training.deterministic_mode,
     }
     return kind(**carried | values)
 

@@ -1,9 +1,14 @@
 """Patches of bugs in megatron-core 0.16.1 on every device.
 
-Paths in docstrings are relative to ``megatron/core``. Each function returns no patch if Transformer
-Engine is present, since the faulty code is then correct or not reached.
+Paths in docstrings are relative to ``megatron/core``. Each function returns no patch where the
+faulty code is correct or not reached.
 """
 
+import copy
+import functools
+from typing import Any
+
+from megatron.core.tensor_parallel import layers
 from megatron.core.tensor_parallel import random as parallel_random
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe import moe_utils
@@ -44,9 +49,30 @@ def discarded_outputs() -> list[Patch]:
     return [Patch(made, "__defaults__", (None,))]
 
 
+def output_layer() -> list[Patch]:
+    """Build the output layer without apex's fused gradient accumulation, which only it needs.
+
+    tensor_parallel/layers.py:924 refuses ``gradient_accumulation_fusion`` without apex, also where
+    all other linear layers are Transformer Engine's, which bring that fusion.
+    """
+    if layers._grad_accum_fusion_available:
+        return []
+    made = layers.ColumnParallelLinear.__init__
+
+    @functools.wraps(made)
+    def without_fusion(self: Any, *args: Any, config: Any, **kwargs: Any) -> None:
+        if config.gradient_accumulation_fusion:
+            config = copy.copy(config)
+            config.gradient_accumulation_fusion = False
+        made(self, *args, config=config, **kwargs)
+
+    return [Patch(layers.ColumnParallelLinear, "__init__", without_fusion)]
+
+
 FIXES = (
     latent_attention,
     router_gemm,
     discarded_outputs,
+    output_layer,
 )
 """Applied on every device."""

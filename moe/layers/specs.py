@@ -29,6 +29,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from moetron.moe.config.bridge import ModelConfig
 from moetron.moe.config.schema import derived
+from moetron.moe.config.schema.implementation import experts_impl
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.host.device import uses_transformer_engine
 from moetron.moe.layers.attention import SdpaAttention
@@ -188,13 +189,17 @@ def _local_layer(
     return layer
 
 
-def _transformer_engine_layer(config: TransformerConfig, experts: bool) -> ModuleSpec:
-    return get_gpt_layer_with_transformer_engine_spec(
+def _transformer_engine_layer(settings: Settings, config: ModelConfig, experts: bool) -> ModuleSpec:
+    layer: ModuleSpec = get_gpt_layer_with_transformer_engine_spec(
         num_experts=config.num_moe_experts if experts else None,
         moe_grouped_gemm=config.moe_grouped_gemm and experts,
         qk_layernorm=config.qk_layernorm,
         multi_latent_attention=config.multi_latent_attention,
     )
+    if experts and experts_impl(settings, local=False) == "grouped_mm":
+        stacked, _ = LocalProvider(settings, config, None).grouped_mlp_modules(True, False)
+        layer.submodules.mlp.submodules.experts = ModuleSpec(module=stacked)
+    return layer
 
 
 def _normalise_full_width(
@@ -269,7 +274,7 @@ def _layers(
     """Return the specs of all layers of the model."""
     kinds = list(zip(derived.moe_layers(settings), derived.fp8_layers(settings), strict=True))
     if uses_transformer_engine(settings):
-        layer = {kind: _transformer_engine_layer(config, kind[0]) for kind in kinds}
+        layer = {kind: _transformer_engine_layer(settings, config, kind[0]) for kind in kinds}
         if settings.data.bidirectional_prefix:  # Transformer Engine reads no mask otherwise
             for spec in layer.values():
                 spec.submodules.self_attention.params["attn_mask_type"] = AttnMaskType.arbitrary

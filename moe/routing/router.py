@@ -182,6 +182,7 @@ class Router(TopKRouter):
             scaling_factor=config.moe_router_topk_scaling_factor,
             score_function=self.score_function,
             expert_bias=self.expert_bias,
+            fused=config.moe_router_fusion,
         )
         return choice
 
@@ -203,7 +204,11 @@ class Router(TopKRouter):
         wide_TE = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
         counted = 1 if self.config.moe_aux_loss_first_choice_only else self.topk
         map_TE, scores_TE = compute_routing_scores_for_aux_loss(
-            wide_TE, counted, self.score_function, padding_mask=padding_T
+            wide_TE,
+            counted,
+            self.score_function,
+            self.config.moe_router_fusion,
+            padding_mask=padding_T,
         )
         groups = batch if kind == "seq_aux_loss" else 1
         map_sGE, scores_sGE = (x.view(-1, groups, self.num_experts) for x in (map_TE, scores_TE))

@@ -17,6 +17,7 @@ from moetron.moe.config.schema.pipeline_split import virtual_pipeline_size
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.host.adapt import adapt_host
 from moetron.moe.host.allocator import keep_freed_memory
+from moetron.moe.host.determinism import deterministic
 from moetron.moe.host.device import backend_for, prepare_device
 
 
@@ -61,21 +62,22 @@ def running(settings: Settings) -> Iterator[Runtime]:
         UserError: the requested device or layers cannot be used; the port of the rendezvous is
             taken.
     """
-    device = prepare_device(settings)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    else:
-        keep_freed_memory()
-    use_threads(settings.parallel.cpu_threads)
-    _join(settings, backend_for(device))
-    try:
-        yield divide(settings, device)
-    except BaseException:
-        # With several ranks, destroying groups may wait for a dead one; the process ends anyway.
-        if torch.distributed.get_world_size() == 1:
-            _leave()
-        raise
-    _leave()
+    with deterministic(settings.training.deterministic_mode):
+        device = prepare_device(settings)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        else:
+            keep_freed_memory()
+        use_threads(settings.parallel.cpu_threads)
+        _join(settings, backend_for(device))
+        try:
+            yield divide(settings, device)
+        except BaseException:
+            # With several ranks, destroying groups may wait for a dead one; the process ends.
+            if torch.distributed.get_world_size() == 1:
+                _leave()
+            raise
+        _leave()
 
 
 def _leave() -> None:

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from moetron.common.text import value_text
 from moetron.moe.config.schema.field import flag_name
-from moetron.moe.config.schema.implementation import is_local
+from moetron.moe.config.schema.implementation import experts_impl, is_local
 from moetron.moe.config.schema.settings import Settings, fields
 
 _HOME = {name: group for group, name, _ in fields()}
@@ -27,7 +27,17 @@ class Case:
     @property
     def local(self) -> bool:
         """Layers are local rather than Transformer Engine's."""
-        return is_local(self.settings, self.te and self.device == "cuda")
+        return is_local(self.settings, self.te_on_gpu)
+
+    @property
+    def te_on_gpu(self) -> bool:
+        """Transformer Engine's kernels are believed usable, in layers of either kind."""
+        return self.te and self.device == "cuda"
+
+    @property
+    def experts_impl(self) -> Literal["grouped_mm", "te", "sequential"]:
+        """Implementation of experts."""
+        return experts_impl(self.settings, self.local)
 
     def given(self, *names: str) -> str:
         """Return ``--flag value`` of the named settings, joined by 'and'."""

@@ -42,6 +42,12 @@ def _grouped(case: Case, name: str) -> Iterator[str]:
         return
     if not settings.moe.moe_grouped_gemm:
         yield f"{case.given(name)} needs --moe-grouped-gemm"
+    yield from unaligned_experts(case, name)
+
+
+def unaligned_experts(case: Case, name: str) -> Iterator[str]:
+    """Check the widths of grouped experts, which setting ``name`` needs."""
+    settings = case.settings
     ranks = derived.expert_tensor_parallel_size(settings.parallel)
     widths = (settings.model.hidden_size, derived.expert_ffn_size(settings) // ranks)
     if any(width % _ALIGNMENT for width in widths):

@@ -109,7 +109,7 @@ def _modules(case: Case, modules: list[str]) -> Iterator[str]:
             "--recompute-modules mlp hangs with --add-bias-linear, whose bias megatron-core passes "
             "through the recomputed part: leave mlp out, or use --recompute-granularity full"
         )
-    if "moe_act" in modules and (case.local or not moe.moe_grouped_gemm):
+    if "moe_act" in modules and case.experts_impl != "te":
         yield (
             "--recompute-modules moe_act needs Transformer Engine's grouped experts: "
             "use moe, which recomputes the full layer"

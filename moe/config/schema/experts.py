@@ -1,5 +1,6 @@
 """Experts, routing and balance."""
 
+import ast
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -12,11 +13,53 @@ from pydantic import (
 )
 
 from moetron.moe.config.schema.field import Group
-from moetron.moe.config.schema.layer_pattern import layer_pattern
 from moetron.moe.config.schema.roles import Exported, Function, Shape, Training, Unexported
 
 EVEN_WEIGHTS = ("hash", "reinforce")
 """Values of --moe-router-type that give every selected expert weight 1 / k, without a softmax."""
+
+MOST_LAYERS = 10_000
+"""Longest list of --moe-layer-freq."""
+
+
+def layer_pattern(text: str) -> list[int]:
+    """Return the list of a --moe-layer-freq expression, such as ``([0]*3+[1]*23)*1``.
+
+    Integers, brackets, ``+``, ``*`` and parentheses; Megatron-LM evaluates it as Python
+    (``moe_freq_type`` in megatron/training/arguments.py).
+
+    Raises:
+        ValueError: the expression holds anything else, or the list exceeds ``MOST_LAYERS``.
+    """
+    try:
+        made = _value(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, RecursionError, MemoryError):
+        made = None
+    if not isinstance(made, list):
+        raise ValueError("not an expression like ([0]*3+[1]*23)*1")
+    return made
+
+
+def _value(node: ast.expr) -> int | list[int] | None:
+    """Return the integer or list of a node, or None for anything else."""
+    if isinstance(node, ast.Constant):
+        return node.value if type(node.value) is int else None
+    if isinstance(node, ast.List):
+        items = [_value(item) for item in node.elts]
+        integers = [item for item in items if isinstance(item, int)]
+        return integers if len(integers) == len(items) else None
+    if not isinstance(node, ast.BinOp):
+        return None
+    left, right = _value(node.left), _value(node.right)
+    if isinstance(node.op, ast.Add) and isinstance(left, list) and isinstance(right, list):
+        return left + right
+    if isinstance(node.op, ast.Mult) and isinstance(left, int):
+        left, right = right, left
+    if isinstance(node.op, ast.Mult) and isinstance(left, list) and isinstance(right, int):
+        if len(left) * right > MOST_LAYERS:
+            raise ValueError(f"more than {MOST_LAYERS:,} layers")
+        return left * right
+    return None
 
 
 class MoESettings(Group):
@@ -123,6 +166,10 @@ class MoESettings(Group):
     """Token dispatcher."""
     moe_grouped_gemm: Training[bool] = True
     """Run a rank's experts as one grouped GEMM; otherwise sequentially."""
+    moe_experts_impl: Training[Literal["auto", "grouped_mm", "te"]] = "auto"
+    """Grouped GEMM of experts: torch's with one stacked weight for each matrix (grouped_mm), or
+    Transformer Engine's with one weight per expert (te); auto: that of the layer implementation.
+    Checkpoints are the same."""
     moe_shared_expert_intermediate_size: Shape[PositiveInt | None] = None
     """Total width of shared experts; unset: none."""
     moe_shared_expert_gate: Shape[bool] = False

@@ -1,5 +1,7 @@
 """Choice of layer implementation: local or Transformer Engine."""
 
+from typing import Literal
+
 from moetron.moe.config.schema import derived
 from moetron.moe.config.schema.settings import Settings
 
@@ -26,3 +28,16 @@ def is_local(settings: Settings, te: bool) -> bool:
     if chosen == "auto":
         return not te or bool(beyond_transformer_engine(settings))
     return chosen == "local"
+
+
+def experts_impl(settings: Settings, local: bool) -> Literal["grouped_mm", "te", "sequential"]:
+    """Return the implementation of experts in local or Transformer Engine's layers.
+
+    Local layers fall back to sequential experts where grouped ones do not support the model.
+    """
+    moe = settings.moe
+    if not moe.moe_grouped_gemm:
+        return "sequential"
+    if moe.moe_experts_impl == "auto":
+        return "grouped_mm" if local else "te"
+    return moe.moe_experts_impl

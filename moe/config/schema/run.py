@@ -24,6 +24,8 @@ class TrainingSettings(Group):
     """Batch-size ramp: start, increment, and samples until the global batch size is reached."""
     seed: NonNegativeInt = 1234
     """Seed of initialisation, dropout and data order."""
+    deterministic_mode: bool = False
+    """Use only deterministic algorithms: a run repeats bit for bit on a GPU too, but is slower."""
     calculate_per_token_loss: bool = True
     """Average the loss over the real tokens of the global batch; otherwise average micro-batch
     means."""

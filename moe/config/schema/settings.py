@@ -10,6 +10,7 @@ from moetron.moe.config.schema.experts import MoESettings
 from moetron.moe.config.schema.field import Group
 from moetron.moe.config.schema.model import ModelSettings
 from moetron.moe.config.schema.parallel import ParallelSettings
+from moetron.moe.config.schema.performance import PerformanceSettings
 from moetron.moe.config.schema.precision import PrecisionSettings
 from moetron.moe.config.schema.roles import Role, is_exported, role_of
 from moetron.moe.config.schema.run import (
@@ -30,6 +31,7 @@ class Settings(Group):
     moe: MoESettings = MoESettings()
     parallel: ParallelSettings = ParallelSettings()
     precision: PrecisionSettings = PrecisionSettings()
+    performance: PerformanceSettings = PerformanceSettings()
     training: TrainingSettings
     optimizer: OptimizerSettings = OptimizerSettings()
     learning_rate: LearningRateSettings

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moetron.moe.config.flags import parse
-from moetron.moe.config.schema.layer_pattern import layer_pattern
+from moetron.moe.config.schema.experts import layer_pattern
 from moetron.moe.config.validate import validate
 
 REQUIRED = {

@@ -61,7 +61,7 @@ UNEXPORTED = {
         moe_input_jitter_eps moe_global_aux_loss_counts moe_aux_loss_first_choice_only
         moe_capacity_scope moe_expert_capacity_factor moe_eval_capacity_factor moe_minimum_capacity
         moe_capacity_includes_topk moe_pad_expert_input_to_capacity moe_token_drop_policy
-        moe_token_dispatcher_type moe_grouped_gemm moe_shared_expert_overlap"""
+        moe_token_dispatcher_type moe_grouped_gemm moe_experts_impl moe_shared_expert_overlap"""
     ),
 }
 CARRIED_EXPERTS = names(
@@ -90,6 +90,13 @@ CARRIED_MODEL = names(
     normalization norm_affine qk_layernorm add_bias_linear init_method_std init_method
     embedding_init_method_std mtp_num_layers mtp_loss_scaling_factor output_z_loss_coeff
     hidden_dropout attention_dropout transformer_impl attention_backend"""
+)
+CARRIED_PERFORMANCE = names(
+    """cross_entropy_loss_fusion cross_entropy_fusion_impl moe_permute_fusion moe_router_fusion
+    moe_router_padding_for_quantization"""
+)
+REPLACED_PERFORMANCE = names(
+    "bias_dropout_fusion masked_softmax_fusion gradient_accumulation_fusion"
 )
 CARRIED_PARALLEL = names(
     """tensor_model_parallel_size pipeline_model_parallel_size pipeline_model_parallel_layout
@@ -150,6 +157,7 @@ def test_settings_that_megatron_core_has_by_the_same_name() -> None:
     assert carried("precision") == CARRIED_PRECISION
     assert carried("model") == CARRIED_MODEL
     assert carried("parallel") == CARRIED_PARALLEL
+    assert carried("performance") == CARRIED_PERFORMANCE | REPLACED_PERFORMANCE
     assert carried("attention") == {"add_qkv_bias", "softmax_scale", "multi_latent_attention"}
     latent: Any = Settings.model_fields["attention"].annotation
     assert carried("attention", bridge.LatentModelConfig) == set(latent.model_fields)

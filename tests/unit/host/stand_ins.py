@@ -3,9 +3,12 @@
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.transformer.moe import moe_utils
 
 from moetron.moe.config import machine
 from moetron.moe.host import usable
@@ -30,6 +33,27 @@ def write_transformer_engine(folder: Path, kind: str, part: bool = False) -> Non
 def was_executed(folder: Path) -> bool:
     """Return whether the package ran."""
     return (folder / "executed").exists()
+
+
+def pretend_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give megatron-core names of Transformer Engine's fused kernels, which fail if called."""
+
+    def kernel(*_: Any, **__: Any) -> None:
+        raise AssertionError("a stand-in for a GPU kernel was called")
+
+    monkeypatch.setattr(moe_utils, "HAVE_TE", True)
+    for name in ("fused_apply_rotary_pos_emb", "fused_apply_rotary_pos_emb_thd"):
+        monkeypatch.setattr(rope_utils, name, kernel)
+    for name in (
+        "fused_permute",
+        "fused_permute_with_probs",
+        "fused_sort_chunks_by_index",
+        "fused_sort_chunks_by_index_with_probs",
+        "fused_unpermute",
+        "fused_topk_with_score_function",
+        "fused_compute_score_for_moe_aux_loss",
+    ):
+        monkeypatch.setattr(moe_utils, name, kernel, raising=False)
 
 
 def pretend(

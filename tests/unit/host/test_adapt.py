@@ -14,6 +14,7 @@ from megatron.core.optimizer import clip_grads, get_megatron_optimizer
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import data as parallel_data
+from megatron.core.tensor_parallel import layers as parallel_layers
 from megatron.core.tensor_parallel import mappings
 from megatron.core.tensor_parallel import random as parallel_random
 from megatron.core.transformer import multi_latent_attention
@@ -237,6 +238,17 @@ def _discarded_outputs() -> None:
     torch.testing.assert_close(x.grad, torch.sin(2 * x.detach()))
 
 
+def _output_layer() -> None:
+    config = _config(gradient_accumulation_fusion=True)
+    layer = tensor_parallel.ColumnParallelLinear(
+        4, 4, config=config, init_method=torch.nn.init.ones_, bias=False
+    )
+    layer.weight.main_grad = torch.zeros(4, 4)
+    layer(torch.ones(2, 4, dtype=torch.bfloat16))[0].sum().backward()
+    assert layer.weight.grad is not None and layer.weight.grad.float().eq(2).all()
+    assert config.gradient_accumulation_fusion  # for Transformer Engine's layers
+
+
 def _checkpoint_exchange() -> None:
     tensor = torch.ones(4)
     shard = ShardedTensor.from_rank_offsets("weight", tensor).without_data()
@@ -255,6 +267,7 @@ SCENARIOS: dict[str, tuple[Callable[[], None], int]] = {
     "router_gemm": (_router, 1),
     "eager_router": (_router_with_bias, 1),
     "discarded_outputs": (_discarded_outputs, 1),
+    "output_layer": (_output_layer, 1),
     "split_sizes": (_dispatch, 2),
     "uneven_gather": (_gather_uneven, 2),
     "schedule_scalars": (_schedule, 1),
@@ -327,15 +340,21 @@ def _pretend_cuda() -> None:
 
 
 def test_bugs_of_megatron_core_are_fixed_with_cuda_too() -> None:
-    assert {"router_gemm", "latent_attention", "discarded_outputs"} == set(EVERYWHERE)
+    assert set(EVERYWHERE) == {
+        "router_gemm",
+        "latent_attention",
+        "discarded_outputs",
+        "output_layer",
+    }
     run_ranks(_pretend_cuda, 1)
 
 
 @pytest.mark.parametrize("name", EVERYWHERE)
-def test_a_fix_leaves_transformer_engine_alone(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_fix_leaves_present_packages_alone(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(parallel_random, "HAVE_TE", True)
     monkeypatch.setattr(multi_latent_attention, "TELinear", torch.nn.Linear)
     monkeypatch.setattr(moe_utils, "te_general_gemm", torch.mm, raising=False)
+    monkeypatch.setattr(parallel_layers, "_grad_accum_fusion_available", True)
     assert EVERYWHERE[name]() == []
 
 

@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.models.gpt import GPTModel
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt import GPTModel, gpt_layer_specs
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.dot_product_attention import DotProductAttention
-from megatron.core.transformer.mlp import MLP
-from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
@@ -48,10 +50,8 @@ def _parallel_state() -> Iterator[None]:
         yield
 
 
-def _build(
-    model: dict[str, Any], moe: dict[str, Any], vocab_size: int, bf16: bool = False
-) -> GPTModel:
-    settings = Settings.model_validate(
+def _settings(model: dict[str, Any], moe: dict[str, Any], bf16: bool = False) -> Settings:
+    return Settings.model_validate(
         {
             "model": model,
             "moe": moe,
@@ -60,6 +60,12 @@ def _build(
             "learning_rate": {"lr": 1e-3},
         }
     )
+
+
+def _build(
+    model: dict[str, Any], moe: dict[str, Any], vocab_size: int, bf16: bool = False
+) -> GPTModel:
+    settings = _settings(model, moe, bf16)
     return build_model(settings, transformer_config(settings), vocab_size)
 
 
@@ -144,6 +150,39 @@ def test_widths_that_grouped_gemm_rejects_run_sequentially() -> None:
     experts = {"num_experts": 4, "moe_ffn_hidden_size": 6}
     layer = _build(TINY, experts, 100).decoder.layers[0]
     assert isinstance(layer.mlp.experts, SequentialMLP)
+
+
+class _Kernels(LocalSpecProvider):
+    """Stand-in for Transformer Engine's modules in megatron-core's spec of its layers."""
+
+    linear = column_parallel_layer_norm_linear = LocalSpecProvider.column_parallel_linear
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
+        return RMSNorm
+
+    def grouped_mlp_modules(self, *_: bool) -> tuple[type, MLPSubmodules]:
+        return TEGroupedMLP, MLPSubmodules()
+
+
+@pytest.mark.parametrize(
+    ("moe", "expected"),
+    [
+        ({}, TEGroupedMLP),
+        ({"moe_experts_impl": "te"}, TEGroupedMLP),
+        ({"moe_experts_impl": "grouped_mm"}, GroupedExperts),
+    ],
+)
+def test_experts_in_layers_of_transformer_engine(
+    monkeypatch: pytest.MonkeyPatch, moe: dict[str, Any], expected: type
+) -> None:
+    monkeypatch.setattr(gpt_layer_specs, "TESpecProvider", _Kernels, raising=False)
+    monkeypatch.setattr(specs, "uses_transformer_engine", lambda _: True)
+    settings = _settings(TINY, {"num_experts": 4, "moe_layer_freq": [0, 1, 0], **moe})
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    layers = specs._layers(settings, transformer_config(settings), groups)
+    feed_forward = [layer.submodules.mlp for layer in layers]
+    assert [part.module for part in feed_forward] == [MLP, MoELayer, MLP]
+    assert feed_forward[1].submodules.experts.module is expected
 
 
 def test_missing_transformer_engine() -> None:

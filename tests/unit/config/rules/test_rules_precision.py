@@ -7,6 +7,7 @@ import pytest
 from moetron.moe.config import bridge
 from moetron.moe.config.schema.derived import fp8_layers
 from tests.unit.config.config_cases import found, make
+from tests.unit.host.stand_ins import pretend_kernels
 
 DELAYED = {"fp8_format": "hybrid"}
 MXFP8 = {"fp8_format": "e4m3", "fp8_recipe": "mxfp8"}
@@ -90,6 +91,7 @@ def test_megatron_core_has_fp8_only_with_transformer_engine(
     monkeypatch.setattr(
         "megatron.core.transformer.transformer_config.is_te_min_version", lambda *_: True
     )
+    pretend_kernels(monkeypatch)
     config = bridge.transformer_config(settings, transformer_engine=True)
     assert (config.fp8, config.fp8_recipe, config.fp8_margin) == ("hybrid", "delayed", 2)
     assert (config.fp8_amax_history_len, config.fp8_amax_compute_algo) == (16, "max")
@@ -105,6 +107,7 @@ def test_parameters_in_fp8_reach_all_of_megatron_core(monkeypatch: pytest.Monkey
     monkeypatch.setattr(
         "megatron.core.transformer.transformer_config.is_te_min_version", lambda *_: True
     )
+    pretend_kernels(monkeypatch)
     assert not found(**GATHERED)
     values = {name: value for name, value in GATHERED.items() if name not in ("device", "te")}
     settings = make(**values)

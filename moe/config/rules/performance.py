@@ -1,0 +1,113 @@
+"""Rules on fused operations, the implementation of experts and determinism."""
+
+import os
+from collections.abc import Iterator
+
+from moetron.moe.config.rules.case import Case
+from moetron.moe.config.rules.ffn import unaligned_experts
+from moetron.moe.config.schema.experts import MoESettings
+
+_NEED_TRANSFORMER_ENGINE = ("moe_permute_fusion", "moe_router_fusion")
+DETERMINISTIC_ENVIRONMENT = {
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",),
+    "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
+    "NCCL_ALGO": ("Ring", "Tree", "CollnetDirect", "CollnetChain", "^NVLS"),
+}
+"""Variables of --deterministic-mode: accepted values, of which a run sets the first if unset."""
+
+
+def fusions(case: Case) -> Iterator[str]:
+    """Check fusions that are off by default; others are used where layers have their kernels."""
+    chosen, settings = case.settings.performance, case.settings
+    for name in _NEED_TRANSFORMER_ENGINE:
+        if not getattr(chosen, name):
+            continue
+        if settings.moe.num_experts is None:
+            yield f"{case.given(name)} needs --num-experts: add it or leave this out"
+        elif not case.te_on_gpu:
+            yield f"{case.given(name)} needs Transformer Engine on a GPU: leave it out"
+    if chosen.moe_router_fusion and settings.moe.num_experts is not None:
+        yield from _router(case, settings.moe)
+    if chosen.cross_entropy_loss_fusion:
+        yield from _cross_entropy(case)
+    elif chosen.cross_entropy_fusion_impl != "native":
+        yield f"{case.given('cross_entropy_fusion_impl')} needs --cross-entropy-loss-fusion: add it"
+    if chosen.moe_router_padding_for_quantization:
+        yield from _padding(case)
+
+
+def _router(case: Case, moe: MoESettings) -> Iterator[str]:
+    """Check routing that the fused kernels compute."""
+    flag = "--moe-router-fusion"
+    if moe.moe_router_type != "topk" or moe.moe_router_load_balancing_type == "sinkhorn":
+        name = (
+            "moe_router_type" if moe.moe_router_type != "topk" else "moe_router_load_balancing_type"
+        )
+        yield f"{flag} fuses plain top-k, not {case.given(name)}: leave it out"
+    if moe.moe_router_dtype == "fp64":
+        yield f"{flag} has no {case.given('moe_router_dtype')}: use fp32 or leave it out"
+
+
+def _cross_entropy(case: Case) -> Iterator[str]:
+    flag = "--cross-entropy-loss-fusion"
+    if case.device == "cpu":
+        yield f"{flag} needs a CUDA device: leave it out"
+    elif case.settings.performance.cross_entropy_fusion_impl == "te":
+        if not case.te:
+            yield f"{case.given('cross_entropy_fusion_impl')} needs Transformer Engine: use native"
+    elif not case.settings.precision.bf16:
+        yield f"{flag} with --cross-entropy-fusion-impl native rounds gradients to bf16: use --bf16"
+    if case.settings.training.deterministic_mode:
+        yield f"{flag} is incompatible with --deterministic-mode (Megatron): drop one"
+
+
+def _padding(case: Case) -> Iterator[str]:
+    """Check padding of experts' tokens."""
+    name = "moe_router_padding_for_quantization"
+    if case.settings.moe.num_experts is None:
+        yield f"{case.given(name)} needs --num-experts: add it or leave this out"
+        return
+    if case.local or case.settings.precision.fp8_format is None:
+        yield (
+            f"{case.given(name)} needs --fp8-format with Transformer Engine's layers: leave it out"
+        )
+    if case.settings.moe.moe_token_dispatcher_type == "allgather":
+        yield f"{case.given(name)} needs --moe-token-dispatcher-type alltoall"
+
+
+def experts(case: Case) -> Iterator[str]:
+    """Check the implementation of experts."""
+    moe, chosen = case.settings.moe, case.settings.moe.moe_experts_impl
+    if chosen == "auto":
+        return
+    flag = case.given("moe_experts_impl")
+    if moe.num_experts is None:
+        yield f"{flag} needs --num-experts: add it or leave this out"
+        return
+    if not moe.moe_grouped_gemm:
+        yield f"{flag} needs --moe-grouped-gemm: drop --no-moe-grouped-gemm"
+    if chosen == "te" and case.local:
+        yield f"{flag} needs Transformer Engine's layers on a GPU: use auto or grouped_mm"
+    if chosen == "grouped_mm":
+        yield from unaligned_experts(case, "moe_experts_impl")
+        if not case.local and case.settings.precision.fp8_format is not None:
+            yield (
+                f"{flag} with {case.given('fp8_format')} is not supported in Transformer Engine's "
+                "layers: use te"
+            )
+
+
+def determinism(case: Case) -> Iterator[str]:
+    """Check the environment of --deterministic-mode (as Megatron-LM's arguments.py does)."""
+    if not case.settings.training.deterministic_mode:
+        return
+    for name, accepted in DETERMINISTIC_ENVIRONMENT.items():
+        present = os.environ.get(name)
+        if present not in (None, *accepted):
+            yield (
+                f"--deterministic-mode: {name}={present} in the environment must be "
+                f"{' or '.join(accepted)}: unset it, and the run sets {accepted[0]}"
+            )
+
+
+RULES = (fusions, experts, determinism)

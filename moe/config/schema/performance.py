@@ -1,0 +1,36 @@
+"""Fused operations of megatron-core and Transformer Engine."""
+
+from typing import Literal
+
+from moetron.moe.config.schema.field import Group
+from moetron.moe.config.schema.roles import Role
+
+
+class PerformanceSettings(Group):
+    """Fused operations; docs/gpu.md says what each gives and what it excludes."""
+
+    default_role = Role.TRAINING
+
+    bias_swiglu_fusion: bool = True
+    """Fuse SwiGLU, biases and the token's probability (Transformer Engine's layers)."""
+    bias_dropout_fusion: bool = True
+    """Fuse bias, dropout and residual addition (Transformer Engine's layers)."""
+    rope_fusion: bool = True
+    """Fuse rotary embedding (Transformer Engine's layers; not latent attention, not YaRN)."""
+    masked_softmax_fusion: bool = True
+    """Fuse scale, mask and softmax of --attention-backend unfused in local layers (a GPU with apex;
+    other attention is always fused)."""
+    gradient_accumulation_fusion: bool = True
+    """Add weight gradients to main gradients inside the matrix product (Transformer Engine's linear
+    layers)."""
+    cross_entropy_loss_fusion: bool = False
+    """Fuse the vocabulary's cross-entropy (GPU)."""
+    cross_entropy_fusion_impl: Literal["native", "te"] = "native"
+    """Kernels of --cross-entropy-loss-fusion: compiled by torch (native), or Transformer Engine's
+    (te)."""
+    moe_permute_fusion: bool = False
+    """Permute tokens by Transformer Engine's kernels."""
+    moe_router_fusion: bool = False
+    """Compute scores, top-k and the balance loss's scores by Transformer Engine's kernels."""
+    moe_router_padding_for_quantization: bool = False
+    """Pad each expert's tokens in the routing map, in place of copies in FP8 experts."""
