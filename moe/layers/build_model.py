@@ -12,6 +12,7 @@ from moetron.common.errors import RunError
 from moetron.moe.config.bridge import ModelConfig
 from moetron.moe.config.schema import derived
 from moetron.moe.config.schema.settings import Settings
+from moetron.moe.layers.dispatcher import keep_tokens_local
 from moetron.moe.layers.experts import mark_gradient_ranks
 from moetron.moe.layers.language_model import LanguageModel
 from moetron.moe.layers.specs import block_spec, prediction_spec
@@ -69,6 +70,7 @@ def build_model(
     for module in built.modules():
         if isinstance(module, MoELayer):
             mark_gradient_ranks(module.experts, groups)
+            keep_tokens_local(module, groups)
             if isinstance(module.router, HashRouter):
                 module.router.draw_table(derived.padded_vocab_size(vocab_size, settings))
             if config.moe_pad_expert_input_to_capacity:

@@ -12,10 +12,76 @@ from megatron.core.tensor_parallel.random import (
 )
 
 from moetron.moe.config.bridge import ModelConfig
-from moetron.moe.layers.experts import GroupedExperts, sharded_tensor
+from moetron.moe.kernels.expert_rows import ExpertRows
+from moetron.moe.layers.experts import GroupedExperts, Layer, sharded_tensor
 
 
-class VariantExperts(GroupedExperts):
+class _Gather(torch.autograd.Function):
+    """Differentiable ``gather`` of rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, rows: ExpertRows) -> torch.Tensor:
+        ctx.rows = rows
+        return rows.gather(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.rows.combine(grad.contiguous()), None
+
+
+class _Combine(torch.autograd.Function):
+    """Differentiable ``combine``; grouped_mm also needs its contiguous gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, rows: ExpertRows) -> torch.Tensor:
+        ctx.rows = rows
+        return rows.combine(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.rows.gather(grad.contiguous()), None
+
+
+class _Weights(torch.autograd.Function):
+    """Differentiable ``weights`` of rows."""
+
+    @staticmethod
+    def forward(ctx: Any, probs: torch.Tensor, rows: ExpertRows) -> torch.Tensor:
+        ctx.rows = rows
+        return rows.weights(probs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.rows.weight_gradient(grad.contiguous()), None
+
+
+class SeparateExperts(GroupedExperts):
+    """Grouped experts whose operations autograd differentiates one by one.
+
+    Subclasses may replace `product` and `inner`. On a GPU the host waits for the number of rows.
+    """
+
+    def run(self, x: torch.Tensor, probs: torch.Tensor, rows: ExpertRows) -> torch.Tensor:
+        """Return the output of ``forward``."""
+        rows = rows.trimmed()
+        hidden = self.product("fc1", _Gather.apply(x, rows), self.weight1, rows)
+        weight_R = _Weights.apply(probs, rows)
+        activated = (self.inner(hidden, rows) * weight_R.unsqueeze(-1)).to(hidden.dtype)
+        out: torch.Tensor = _Combine.apply(self.product("fc2", activated, self.weight2, rows), rows)
+        return out
+
+    def product(
+        self, layer: Layer, x: torch.Tensor, weight: torch.Tensor, rows: ExpertRows
+    ) -> torch.Tensor:
+        """Multiply each expert's rows by its transposed weight; differentiable."""
+        return self.multiply(layer, x, weight, rows)
+
+    def inner(self, hidden: torch.Tensor, rows: ExpertRows) -> torch.Tensor:
+        """Return the input of the second layer, before the token's weight: [R, F]."""
+        return self.activation.inner(hidden)
+
+
+class VariantExperts(SeparateExperts):
     """Grouped experts with any of the following options.
 
     - ``double_gated``: down((silu(gate x) * up x) * linear x), OpenMoE's unit; ``weight1``
@@ -55,15 +121,17 @@ class VariantExperts(GroupedExperts):
         """Return the number of matrices [F, H] per expert in ``weight1``."""
         return 3 if config.double_gated else GroupedExperts.fc1_parts(config)
 
-    def _inner(self, hidden: torch.Tensor, tokens_per_expert: torch.Tensor) -> torch.Tensor:
+    def inner(self, hidden: torch.Tensor, rows: ExpertRows) -> torch.Tensor:
+        """Return the input of the second layer, before the token's weight: [R, F]."""
         if self.config.double_gated:
             gate, up, linear = hidden.chunk(3, dim=-1)
             inner = self.config.activation_func(gate) * up * linear
         else:
-            inner = super()._inner(hidden, tokens_per_expert)
+            inner = super().inner(hidden, rows)
         if self.config.moe_expert_multiplicative_bias:
-            counts = tokens_per_expert.to(hidden.device)
-            scale = self.inner_scale.repeat_interleave(counts, dim=0, output_size=len(hidden))
+            scale = self.inner_scale.repeat_interleave(
+                rows.counts_E, dim=0, output_size=len(hidden)
+            )
             inner = inner * scale
         if self.config.moe_expert_dropout and self.training:
             with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):

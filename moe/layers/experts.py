@@ -1,11 +1,12 @@
 """A rank's experts as grouped matrix products.
 
-E experts on this rank, F this rank's part of their inner width, H hidden size. ``rows`` are token
-copies that the dispatcher's all-to-all brought to this rank, sorted by local expert.
+T tokens, E experts on this rank, F this rank's part of their inner width, H hidden size. R ``rows``
+are token copies sorted by local expert: of this rank's tokens if it holds all experts
+(`dispatcher`), or those that a dispatcher's all-to-all brought here.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,11 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 
+from moetron.moe.kernels.activation import Activation
+from moetron.moe.kernels.expert_rows import ExpertRows, SortedRows
+
+Layer = Literal["fc1", "fc2"]
+"""Layer of an expert."""
 _ALIGNMENT_BYTES = 16  # of the rows of every operand of grouped_mm
 
 
@@ -44,16 +50,54 @@ def mark_gradient_ranks(experts: torch.nn.Module, groups: ProcessGroupCollection
         parameter.allreduce = like_dense  # type: ignore[attr-defined]
 
 
-class _ContiguousGrad(torch.autograd.Function):
-    """Identity with a contiguous gradient: grouped_mm rejects expanded ones such as ``sum()``'s."""
+class _Fused(torch.autograd.Function):
+    """Experts and the movement of their rows as one operation.
+
+    Kept for the backward pass: the tokens, the output of the first layer [R, 2F or F] and the rows'
+    weights [R]. The rows [R, H] and the activation [R, F] are made again: they are larger than
+    the time to make them is worth.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.view_as(x)
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        probs: torch.Tensor,
+        weight1: torch.Tensor,
+        weight2: torch.Tensor,
+        rows: ExpertRows,
+        experts: "GroupedExperts",
+    ) -> torch.Tensor:
+        hidden = experts.multiply("fc1", experts.expert_input(x, rows), weight1, rows)
+        weight_R = rows.weights(probs)
+        activated = experts.activation.forward(hidden, weight_R)
+        out = experts.multiply("fc2", activated, weight2, rows)
+        ctx.save_for_backward(x, hidden, weight_R, weight1, weight2)
+        ctx.rows, ctx.experts = rows, experts
+        return rows.combine(out)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        return grad.contiguous()
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, hidden, weight_R, weight1, weight2 = ctx.saved_tensors
+        rows, experts, needed = ctx.rows, ctx.experts, ctx.needs_input_grad
+        grad_x = grad_weight1 = grad_weight2 = None
+        # grouped_mm rejects expanded gradients such as those of ``sum()``.
+        grad_out = rows.gather(grad.contiguous())
+        grad_activated = experts.input_gradient("fc2", grad_out, weight2, rows)
+        grad_hidden, grad_weight_R, activated = experts.activation.backward(
+            grad_activated, hidden, weight_R
+        )
+        del grad_activated  # temporaries of [R, ...] are the peak of a step's memory
+        if needed[3]:
+            grad_weight2 = experts.weight_gradient("fc2", grad_out, activated, rows)
+        del grad_out, activated
+        if needed[0]:
+            grad_x = rows.combine(experts.input_gradient("fc1", grad_hidden, weight1, rows))
+        if needed[2]:
+            operand = experts.expert_input(x, rows)
+            grad_weight1 = experts.weight_gradient("fc1", grad_hidden, operand, rows)
+        grad_probs = rows.weight_gradient(grad_weight_R) if needed[1] else None
+        return grad_x, grad_probs, grad_weight1, grad_weight2, None, None
 
 
 class GroupedExperts(MegatronModule):
@@ -89,6 +133,7 @@ class GroupedExperts(MegatronModule):
         self.tp_group = pg_collection.expt_tp
         self.dp_group = pg_collection.expt_dp
         ffn = config.moe_ffn_hidden_size // self.tp_group.size()
+        self.activation = Activation(config.activation_func, config.gated_linear_unit)
         parts = self.fc1_parts(config)
         self.weight1 = self._empty_weight(parts * ffn, config.hidden_size)
         self.weight2 = self._empty_weight(config.hidden_size, ffn)
@@ -122,42 +167,52 @@ class GroupedExperts(MegatronModule):
                 self.config.output_layer_init_method(fc2)
 
     def forward(
-        self,
-        permuted_local_hidden_states: torch.Tensor,
-        tokens_per_expert: torch.Tensor,
-        permuted_probs: torch.Tensor,
+        self, x: torch.Tensor, rows: torch.Tensor | ExpertRows, probs: torch.Tensor
     ) -> tuple[torch.Tensor, None]:
         """Run every expert on its rows.
 
         Args:
-            permuted_local_hidden_states: [rows, H], sorted by local expert.
-            tokens_per_expert: int [E], rows of each expert; its sum is ``rows``, zeros are fine.
-            permuted_probs: [rows], multiplied in after the activation.
+            x: tokens of this rank [T, H]; or [R, H], exchanged and sorted by local expert.
+            rows: plan of the rows of the tokens; or number of rows of each expert, int [E], zeros
+                are fine.
+            probs: weights of the tokens [T, E]; or of the rows [R]. They multiply the activation.
 
         Returns:
-            [rows, H] (partial sums over expert tensor ranks) and no bias.
+            Output of the shape of ``x`` (partial sums over expert tensor ranks) and no bias.
         """
-        x = permuted_local_hidden_states
-        ends = tokens_per_expert.to(x.device).cumsum(0).to(torch.int32)
-        hidden = self._product("fc1", x, self.weight1, ends)
-        inner = self._inner(hidden, tokens_per_expert)
-        activated = (inner * permuted_probs.unsqueeze(-1)).to(hidden.dtype)
-        out = self._product("fc2", activated, self.weight2, ends)
-        return _ContiguousGrad.apply(out), None
+        if isinstance(rows, torch.Tensor):
+            rows = SortedRows(rows.to(x.device).cumsum(0).to(torch.int32))
+        return self.run(x, probs, rows), None
 
-    def _product(
-        self, layer: str, x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor
+    def run(self, x: torch.Tensor, probs: torch.Tensor, rows: ExpertRows) -> torch.Tensor:
+        """Return the output of `forward`."""
+        out: torch.Tensor = _Fused.apply(x, probs, self.weight1, self.weight2, rows, self)  # type: ignore[no-untyped-call]
+        return out
+
+    def expert_input(self, x: torch.Tensor, rows: ExpertRows) -> Any:
+        """Return the input of the first layer in the form that products of "fc1" take."""
+        return rows.gather(x)
+
+    def multiply(
+        self, layer: Layer, operand: Any, weight: torch.Tensor, rows: ExpertRows
     ) -> torch.Tensor:
-        """Multiply each expert's rows by its transposed weight, in one of the two layers."""
-        return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+        """Multiply each expert's rows by its transposed weight."""
+        return F.grouped_mm(operand, weight.transpose(1, 2), offs=rows.ends_E)
 
-    def _inner(self, hidden: torch.Tensor, tokens_per_expert: torch.Tensor) -> torch.Tensor:
-        """Return the input of the second layer, before the token's probability: [rows, F]."""
-        activation = self.config.activation_func
-        if self.config.gated_linear_unit:
-            gate, up = hidden.chunk(2, dim=-1)
-            return activation(gate) * up
-        return activation(hidden)
+    def input_gradient(
+        self, layer: Layer, grad: torch.Tensor, weight: torch.Tensor, rows: ExpertRows
+    ) -> torch.Tensor:
+        """Multiply each expert's output gradients by its weight."""
+        return F.grouped_mm(grad, weight, offs=rows.ends_E)
+
+    def weight_gradient(
+        self, layer: Layer, grad: torch.Tensor, operand: Any, rows: ExpertRows
+    ) -> torch.Tensor:
+        """Multiply each expert's transposed output gradients by its inputs: [E, outputs, inputs].
+
+        Rows after the last expert's are not read; an expert without rows gets 0.
+        """
+        return F.grouped_mm(grad.t(), operand, offs=rows.ends_E)
 
     def sharded_state_dict(
         self,

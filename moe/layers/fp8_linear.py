@@ -9,7 +9,9 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
 )
 
-from moetron.moe.layers.experts import GroupedExperts
+from moetron.moe.kernels.expert_rows import ExpertRows
+from moetron.moe.layers.expert_variants import SeparateExperts
+from moetron.moe.layers.experts import Layer
 from moetron.moe.numerics.fp8_emulation import Fp8Numerics
 from moetron.moe.numerics.fp8_matmul import Fp8Product
 
@@ -71,7 +73,7 @@ class Fp8RowParallelLinear(RowParallelLinear):
         return fp8_linear(self._fp8, input, weight)
 
 
-class Fp8GroupedExperts(GroupedExperts):
+class Fp8GroupedExperts(SeparateExperts):
     """Grouped experts with FP8 products; every expert has its own scales.
 
     Args:
@@ -83,7 +85,9 @@ class Fp8GroupedExperts(GroupedExperts):
         super().__init__(*args, **kwargs)
         self._fp8 = torch.nn.ModuleDict({layer: Fp8Product(numerics) for layer in ("fc1", "fc2")})
 
-    def _product(
-        self, layer: str, x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor
+    def product(
+        self, layer: Layer, x: torch.Tensor, weight: torch.Tensor, rows: ExpertRows
     ) -> torch.Tensor:
-        return self._fp8[layer](x, weight, ends)
+        """Multiply each expert's rows by its transposed weight."""
+        product: torch.Tensor = self._fp8[layer](x, weight, rows.ends_E)
+        return product
