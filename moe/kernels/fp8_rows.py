@@ -10,13 +10,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from moetron.moe.kernels.availability import is_interpreted, uses_triton
+from moetron.moe.kernels.availability import is_interpreted, triton_is_installed, uses_triton
+
+if triton_is_installed():
+    from moetron.moe.kernels import fp8_rows_triton
 
 DTYPE = torch.float8_e4m3fn
 _LIMIT = torch.finfo(DTYPE).max  # 448
 _LARGEST_FLOAT = torch.finfo(torch.float32).max
-_ELEMENTS = 4096  # of a program: several rows where they are short
-_COLUMN_BLOCK = (128, 64)  # rows and columns of a tile; written rows are 128 bytes long
 
 
 class Fp8Rows(NamedTuple):
@@ -31,57 +32,24 @@ class Fp8Rows(NamedTuple):
 
 def quantize_rows(x: torch.Tensor) -> Fp8Rows:
     """Quantise [..., K], a floating dtype, with one scale a row; nearest, ties to even."""
-    x = x.contiguous()
     if not uses_triton(x) or x.numel() == 0:
         return _quantize(x)
-    import triton
-
-    from moetron.moe.kernels.fp8_rows_triton import quantize_rows_kernel
-
-    width = x.shape[-1]
-    rows = x.numel() // width
-    quantized = _empty(x.shape, x.device)
-    block_width = triton.next_power_of_2(width)
-    block_rows = max(1, min(_ELEMENTS // block_width, 16))
-    quantize_rows_kernel[(triton.cdiv(rows, block_rows),)](
-        x,
-        quantized.values,
-        quantized.inverse,
-        rows,
-        width,
-        BLOCK_ROWS=block_rows,
-        BLOCK_WIDTH=block_width,
-        num_warps=8 if block_width > _ELEMENTS else 4,
-    )
-    return _rounded(quantized)
+    written = empty(x.shape, x.device)
+    fp8_rows_triton.quantize_rows(x.contiguous(), *written)
+    return rounded(written)
 
 
-def quantize_columns(weight_ENK: torch.Tensor) -> Fp8Rows:
-    """Quantise each column of the matrices and transpose: [E, K, N], one scale for each of [E, K].
+def quantize_columns(x: torch.Tensor) -> Fp8Rows:
+    """Quantise each column of matrices [..., N, K] and transpose: [..., K, N].
 
-    The operand of an input gradient, whose product sums over the outputs.
+    Of weights the operand of an input gradient, whose product sums over the outputs.
     """
-    weight_ENK = weight_ENK.contiguous()
-    if not uses_triton(weight_ENK) or weight_ENK.numel() == 0:
-        return _quantize(weight_ENK.transpose(1, 2).contiguous())
-    import triton
-
-    from moetron.moe.kernels.fp8_rows_triton import quantize_columns_kernel
-
-    experts, height, width = weight_ENK.shape
-    quantized = _empty((experts, width, height), weight_ENK.device)
-    block_height, block_width = _COLUMN_BLOCK
-    quantize_columns_kernel[(triton.cdiv(width, block_width), experts)](
-        weight_ENK,
-        quantized.values,
-        quantized.inverse,
-        height,
-        width,
-        BLOCK_HEIGHT=block_height,
-        BLOCK_WIDTH=block_width,
-        num_warps=4,
-    )
-    return _rounded(quantized)
+    if not uses_triton(x) or x.numel() == 0:
+        return _quantize(x.transpose(-2, -1).contiguous())
+    *stack, height, width = x.shape
+    written = empty((*stack, width, height), x.device)
+    fp8_rows_triton.quantize_columns(x.contiguous(), *written)
+    return rounded(written)
 
 
 def scaled_grouped_mm(
@@ -124,6 +92,8 @@ def scaled_grouped_mm(
 
 def scaled_mm(x_RK: Fp8Rows, weight_NK: Fp8Rows, dtype: torch.dtype) -> torch.Tensor:
     """Multiply [R, K] by the transposed [N, K]: [R, N]; see `scaled_grouped_mm`."""
+    if len(x_RK.values) == 0:
+        return x_RK.inverse.new_zeros(0, len(weight_NK.values), dtype=dtype)
     if x_RK.values.is_cuda:
         return torch._scaled_mm(
             x_RK.values,
@@ -137,7 +107,7 @@ def scaled_mm(x_RK: Fp8Rows, weight_NK: Fp8Rows, dtype: torch.dtype) -> torch.Te
     return (product_RN * x_RK.inverse.unsqueeze(1) * weight_NK.inverse).to(dtype)
 
 
-def _empty(shape: tuple[int, ...], device: torch.device) -> Fp8Rows:
+def empty(shape: tuple[int, ...], device: torch.device) -> Fp8Rows:
     """Return memory that a kernel fills; interpreted, of unrounded values.
 
     Triton's interpreter (3.6) does not round to the nearest FP8 number; kernels round to the dtype
@@ -148,12 +118,15 @@ def _empty(shape: tuple[int, ...], device: torch.device) -> Fp8Rows:
     return Fp8Rows(values, torch.empty(shape[:-1], device=device))
 
 
-def _rounded(written: Fp8Rows) -> Fp8Rows:
+def rounded(written: Fp8Rows) -> Fp8Rows:
+    """Return what a kernel wrote into `empty`."""
     return Fp8Rows(written.values.to(DTYPE), written.inverse)
 
 
 def _quantize(x: torch.Tensor) -> Fp8Rows:
     amax = x.abs().amax(-1).float() if x.shape[-1] else x.new_zeros(x.shape[:-1]).float()
     usable = (amax > 0) & (amax <= _LARGEST_FLOAT)
-    factor = torch.where(usable, (_LIMIT / amax).clamp(max=_LARGEST_FLOAT), 1.0)
+    factor = torch.where(
+        usable, (torch.full_like(amax, _LIMIT) / amax).clamp(max=_LARGEST_FLOAT), 1.0
+    )
     return Fp8Rows((x.float() * factor.unsqueeze(-1)).to(DTYPE), amax / _LIMIT)

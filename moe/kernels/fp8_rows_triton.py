@@ -1,11 +1,16 @@
-"""Triton kernels of `fp8_rows`; imported only where triton is installed."""
+"""Triton kernels behind fp8_rows.py; they round to the dtype of ``values``."""
+# mypy: allow-untyped-defs
 
+import torch
 import triton
 import triton.language as tl
 
 _MAGNITUDE: tl.constexpr = tl.constexpr(0x7FFFFFFF)  # all bits of a float32 but its sign
 _LIMIT: tl.constexpr = tl.constexpr(448.0)  # largest number of E4M3
 _LARGEST_FLOAT: tl.constexpr = tl.constexpr(3.4028234663852886e38)
+
+_ELEMENTS = 4096  # that a program of `quantize_rows` holds: several rows where they are short
+_COLUMN_TILE = (128, 64)  # rows and columns; a transposed row of it is 128 bytes long
 
 
 @triton.jit
@@ -30,7 +35,7 @@ def scales(amax_bits):
 
 
 @triton.jit
-def quantize_rows_kernel(
+def _quantize_rows_kernel(
     x_ptr,
     values_ptr,
     inverse_ptr,
@@ -51,7 +56,7 @@ def quantize_rows_kernel(
 
 
 @triton.jit
-def quantize_columns_kernel(
+def _quantize_columns_kernel(
     x_ptr,
     values_ptr,
     inverse_ptr,
@@ -86,3 +91,42 @@ def quantize_columns_kernel(
         transposed = column[:, None].to(tl.int64) * height + row[None, :]
         across = (column < width)[:, None] & (row < height)[None, :]
         tl.store(values_ptr + transposed, tl.trans(values), across)
+
+
+def quantize_rows(x: torch.Tensor, values: torch.Tensor, inverse: torch.Tensor) -> None:
+    """Quantise the rows of x [..., K] into ``values`` [..., K] and ``inverse`` [...]."""
+    width, rows = x.shape[-1], inverse.numel()
+    block_width = triton.next_power_of_2(width)
+    block_rows = max(1, min(_ELEMENTS // block_width, 16))
+    _quantize_rows_kernel[(triton.cdiv(rows, block_rows),)](
+        x,
+        values,
+        inverse,
+        rows,
+        width,
+        BLOCK_ROWS=block_rows,
+        BLOCK_WIDTH=block_width,
+        num_warps=warps(block_width),
+    )
+
+
+def quantize_columns(x: torch.Tensor, values: torch.Tensor, inverse: torch.Tensor) -> None:
+    """Quantise columns of x [..., N, K] into ``values`` [..., K, N] and ``inverse`` [..., K]."""
+    height, width = x.shape[-2:]
+    matrices = x.numel() // (height * width)
+    tile_height, tile_width = _COLUMN_TILE
+    _quantize_columns_kernel[(triton.cdiv(width, tile_width), matrices)](
+        x,
+        values,
+        inverse,
+        height,
+        width,
+        BLOCK_HEIGHT=tile_height,
+        BLOCK_WIDTH=tile_width,
+        num_warps=4,
+    )
+
+
+def warps(width: int) -> int:
+    """Return the warps of a program that holds ``width`` values, a power of two, in registers."""
+    return max(4, min(width // 1024, 16))

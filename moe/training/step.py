@@ -19,6 +19,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model
 from moetron.common.errors import RunError
 from moetron.moe.host.allocator import peak_memory_bytes
 from moetron.moe.layers.attention import prefix_mask
+from moetron.moe.numerics.scaled_matmul import expire_weights
 from moetron.moe.optim.update import clip_and_update
 from moetron.moe.training.batches import PER_SAMPLE, Batch
 from moetron.moe.training.loss_tally import Losses, Tally
@@ -66,6 +67,8 @@ def train_step(
     # All ranks see the same loss and norm, so either all of them update or all of them raise.
     check = partial(_refuse_non_finite, trainer, reduced)
     grad_norm = clip_and_update(trainer.optimizer, check)
+    if trainer.settings.precision.fp8_format is not None:
+        expire_weights(trainer.chunks)
     extra, loads = read_recorded_metrics(trainer, num_microbatches)
     return StepMetrics(
         reduced.losses, grad_norm, extra, loads, reduced.stop, reduced.peak_memory_bytes
