@@ -37,6 +37,9 @@ from moetron.moe.host.usable import cuda_fault, transformer_engine_fault
 
 logger = logging.getLogger(__name__)
 
+_SCALED_PRODUCTS = ((9, 0), (10, 0))
+"""Compute capabilities with torch._scaled_grouped_mm."""
+
 
 def prepare_device(settings: Settings) -> torch.device:
     """Select device and layers of a run, before process groups start.
@@ -129,6 +132,17 @@ def uses_transformer_engine(settings: Settings) -> bool:
             "use --transformer-impl auto"
         )
     return not is_local(settings, te=fault is None)
+
+
+def fp8_on_tensor_cores(settings: Settings) -> bool:
+    """Return whether local layers multiply FP8 operands on tensor cores rather than emulate it.
+
+    torch's products with one scale a row exist for some GPUs and for bfloat16 results. Of the
+    recipes only tensorwise leaves the unit of a current scale to the implementation.
+    """
+    chosen = settings.precision
+    wanted = chosen.bf16 and chosen.fp8_recipe == "tensorwise" and cuda_fault() is None
+    return wanted and torch.cuda.get_device_capability() in _SCALED_PRODUCTS
 
 
 def _why_cpu(settings: Settings) -> str | None:

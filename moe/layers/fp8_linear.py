@@ -1,4 +1,4 @@
-"""The local linear layers and experts with emulated FP8 products."""
+"""The local linear layers with FP8 products, and experts with emulated ones."""
 
 from typing import Any
 
@@ -14,11 +14,16 @@ from moetron.moe.layers.expert_variants import SeparateExperts
 from moetron.moe.layers.experts import Layer
 from moetron.moe.numerics.fp8_emulation import Fp8Numerics
 from moetron.moe.numerics.fp8_matmul import Fp8Product
+from moetron.moe.numerics.scaled_matmul import ScaledProduct, fp8_product
 
 
-def fp8_linear(product: Fp8Product, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def fp8_linear(
+    product: Fp8Product | ScaledProduct, x: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
     """Multiply x [..., K] by the transposed weight [N, K]."""
     x_TK = x.reshape(-1, x.shape[-1])
+    if isinstance(product, ScaledProduct):
+        return product(x_TK, weight).view(*x.shape[:-1], -1)
     ends = torch.tensor([len(x_TK)], dtype=torch.int32, device=x.device)
     return product(x_TK, weight.unsqueeze(0), ends).view(*x.shape[:-1], -1)
 
@@ -33,7 +38,7 @@ class Fp8ColumnParallelLinear(ColumnParallelLinear):
 
     def __init__(self, *args: Any, numerics: Fp8Numerics, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._fp8 = Fp8Product(numerics)
+        self._fp8 = fp8_product(numerics, *self.weight.shape)
 
     def _forward_impl(
         self,
@@ -67,14 +72,14 @@ class Fp8RowParallelLinear(RowParallelLinear):
 
     def __init__(self, *args: Any, numerics: Fp8Numerics, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._fp8 = Fp8Product(numerics)
+        self._fp8 = fp8_product(numerics, *self.weight.shape)
 
     def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, **_: Any) -> torch.Tensor:
         return fp8_linear(self._fp8, input, weight)
 
 
 class Fp8GroupedExperts(SeparateExperts):
-    """Grouped experts with FP8 products; every expert has its own scales.
+    """Grouped experts with emulated FP8 products; every expert has its own scales.
 
     Args:
         numerics: the recipe.

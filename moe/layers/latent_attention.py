@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from moetron.moe.layers.fp8_linear import fp8_linear
 from moetron.moe.numerics.fp8_emulation import Fp8Numerics
-from moetron.moe.numerics.fp8_matmul import Fp8Product
+from moetron.moe.numerics.scaled_matmul import fp8_product
 
 
 class ReplicatedLinear(torch.nn.Module):
@@ -27,7 +27,7 @@ class ReplicatedLinear(torch.nn.Module):
         config: initialisation and dtype.
         inputs: width of x.
         outputs: width of the result.
-        numerics: FP8 emulation of the product; None: no emulation.
+        numerics: of an FP8 product; None: no FP8.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class ReplicatedLinear(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         if config.perform_initialization:
             config.init_method(self.weight)
-        self._fp8 = None if numerics is None else Fp8Product(numerics)
+        self._fp8 = None if numerics is None else fp8_product(numerics, outputs, inputs)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
         """Map [s, b, inputs] to [s, b, outputs]; no bias."""
@@ -63,7 +63,7 @@ class LatentAttention(MLASelfAttention):
         config: megatron-core's.
         submodules: ``linear_*_down_proj`` are not read.
         args: of ``MLASelfAttention``, as are ``kwargs``.
-        numerics: FP8 emulation of the down projections; None: no emulation.
+        numerics: of FP8 down projections; None: no FP8.
     """
 
     def __init__(

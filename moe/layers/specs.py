@@ -31,7 +31,7 @@ from moetron.moe.config.bridge import ModelConfig
 from moetron.moe.config.schema import derived
 from moetron.moe.config.schema.implementation import experts_impl
 from moetron.moe.config.schema.settings import Settings
-from moetron.moe.host.device import uses_transformer_engine
+from moetron.moe.host.device import fp8_on_tensor_cores, uses_transformer_engine
 from moetron.moe.layers.attention import SdpaAttention
 from moetron.moe.layers.expert_variants import VariantExperts
 from moetron.moe.layers.experts import GroupedExperts, grouped_gemm_fits
@@ -44,6 +44,7 @@ from moetron.moe.layers.fp8_linear import (
 from moetron.moe.layers.latent_attention import LatentAttention
 from moetron.moe.layers.norm import FullWidthRMSNorm, LayerNorm, RMSNorm
 from moetron.moe.layers.rotary_attention import RotarySelfAttention
+from moetron.moe.layers.scaled_experts import ScaledGroupedExperts, scaled_experts_fit
 from moetron.moe.numerics.fp8_emulation import Fp8Numerics, fp8_numerics
 from moetron.moe.routing.router_types import router_class
 
@@ -59,7 +60,7 @@ with warnings.catch_warnings():  # "Apex is not installed": we have our own norm
 class LocalProvider(LocalSpecProvider):
     """megatron-core's local modules with our norms, core attention and experts.
 
-    ``fp8``: FP8 emulation of linear layers and experts; None: no emulation.
+    ``fp8``: numerics of linear layers and experts in FP8; None: no FP8.
     """
 
     def __init__(self, settings: Settings, config: ModelConfig, fp8: Fp8Numerics | None) -> None:
@@ -75,10 +76,10 @@ class LocalProvider(LocalSpecProvider):
         """Return the linear layer whose inputs are split over tensor ranks."""
         return self._linear(RowParallelLinear, Fp8RowParallelLinear)
 
-    def _linear(self, plain: type, emulated: type) -> type | ModuleSpec:
+    def _linear(self, plain: type, reduced: type) -> type | ModuleSpec:
         if self.fp8 is None:
             return plain
-        return ModuleSpec(module=emulated, params={"numerics": self.fp8})
+        return ModuleSpec(module=reduced, params={"numerics": self.fp8})
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
         """Return the norm that the configuration names."""
@@ -110,7 +111,11 @@ class LocalProvider(LocalSpecProvider):
             or config.moe_expert_dropout
         ):
             return VariantExperts
-        return GroupedExperts if self.fp8 is None else Fp8GroupedExperts
+        if self.fp8 is None:
+            return GroupedExperts
+        ranks = derived.expert_tensor_parallel_size(self._settings.parallel)
+        scaled = self.fp8.on_tensor_cores and scaled_experts_fit(config, ranks)
+        return ScaledGroupedExperts if scaled else Fp8GroupedExperts
 
 
 def _attention(backend: LocalProvider, config: TransformerConfig) -> ModuleSpec:
@@ -190,7 +195,9 @@ def _local_layer(
     return layer
 
 
-def _transformer_engine_layer(settings: Settings, config: ModelConfig, experts: bool) -> ModuleSpec:
+def _transformer_engine_layer(
+    settings: Settings, config: ModelConfig, experts: bool, fp8: bool
+) -> ModuleSpec:
     layer: ModuleSpec = get_gpt_layer_with_transformer_engine_spec(
         num_experts=config.num_moe_experts if experts else None,
         moe_grouped_gemm=config.moe_grouped_gemm and experts,
@@ -198,7 +205,8 @@ def _transformer_engine_layer(settings: Settings, config: ModelConfig, experts: 
         multi_latent_attention=config.multi_latent_attention,
     )
     if experts and experts_impl(settings, local=False) == "grouped_mm":
-        stacked, _ = LocalProvider(settings, config, None).grouped_mlp_modules(True, False)
+        numerics = fp8_numerics(settings.precision, on_tensor_cores=True) if fp8 else None
+        stacked, _ = LocalProvider(settings, config, numerics).grouped_mlp_modules(True, False)
         layer.submodules.mlp.submodules.experts = ModuleSpec(module=stacked)
     return layer
 
@@ -275,16 +283,17 @@ def _layers(
     """Return the specs of all layers of the model."""
     kinds = list(zip(derived.moe_layers(settings), derived.fp8_layers(settings), strict=True))
     if uses_transformer_engine(settings):
-        layer = {kind: _transformer_engine_layer(settings, config, kind[0]) for kind in kinds}
+        layer = {kind: _transformer_engine_layer(settings, config, *kind) for kind in kinds}
         if settings.data.bidirectional_prefix:  # Transformer Engine reads no mask otherwise
             for spec in layer.values():
                 spec.submodules.self_attention.params["attn_mask_type"] = AttnMaskType.arbitrary
     else:
         plain = LocalProvider(settings, config, None)
-        emulating = LocalProvider(settings, config, fp8_numerics(settings.precision))
+        numerics = fp8_numerics(settings.precision, fp8_on_tensor_cores(settings))
+        reduced = LocalProvider(settings, config, numerics)
         extra = settings.moe.moe_sequential_ffn_hidden_size
         layer = {
-            (experts, fp8): _local_layer(emulating if fp8 else plain, config, experts, extra)
+            (experts, fp8): _local_layer(reduced if fp8 else plain, config, experts, extra)
             for experts, fp8 in kinds
         }
     for spec in layer.values():

@@ -33,13 +33,15 @@ class Fp8Numerics:
     """Delayed scaling: length of the amax history."""
     amax_compute_algo: Literal["most_recent", "max"] = "most_recent"
     """Delayed scaling: amax of the history that sets the scale."""
+    on_tensor_cores: bool = False
+    """Multiply on FP8 tensor cores (`scaled_matmul`) what they can; emulate the rest."""
 
     def dtype(self, role: Role) -> torch.dtype:
         """Return the format of an operand."""
         return self.backward if role == "gradient" else self.forward
 
 
-def fp8_numerics(precision: PrecisionSettings) -> Fp8Numerics | None:
+def fp8_numerics(precision: PrecisionSettings, on_tensor_cores: bool = False) -> Fp8Numerics | None:
     """Return the FP8 numerics of the settings, or None; ``hybrid`` has e5m2 gradients."""
     if precision.fp8_format is None:
         return None
@@ -49,6 +51,7 @@ def fp8_numerics(precision: PrecisionSettings) -> Fp8Numerics | None:
         margin=precision.fp8_margin,
         amax_history_len=precision.fp8_amax_history_len,
         amax_compute_algo=precision.fp8_amax_compute_algo,
+        on_tensor_cores=on_tensor_cores,
     )
 
 

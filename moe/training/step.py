@@ -18,6 +18,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model
 from moetron.common.errors import RunError
 from moetron.moe.host.allocator import peak_memory_bytes
 from moetron.moe.layers.attention import prefix_mask
+from moetron.moe.numerics.scaled_matmul import expire_weights
 from moetron.moe.optim.update import clip_and_update, norm_of, prepare_gradients
 from moetron.moe.training.batches import PER_SAMPLE, Batch
 from moetron.moe.training.loss_tally import Tally
@@ -67,6 +68,8 @@ def train_step(
     _refuse_non_finite(trainer, metrics, local)
     set_learning_rate(trainer.optimizer, learning_rate)
     clip_and_update(trainer.optimizer, metrics.grad_norm)
+    if trainer.settings.precision.fp8_format is not None:
+        expire_weights(trainer.chunks)
     return metrics
 
 

@@ -28,7 +28,14 @@ from tests.bench.gpu import result_files
 from tests.bench.gpu.ceilings import measured_ceilings
 from tests.bench.gpu.result_files import Result
 from tests.bench.gpu.step_meter import GIB, Measured, Plan, Program, measure
-from tests.bench.gpu.variants import SMOKE, VARIANTS, Variant, run_program, settings_of
+from tests.bench.gpu.variants import (
+    SMOKE,
+    VARIANTS,
+    Variant,
+    holders,
+    run_program,
+    settings_of,
+)
 
 BUDGET_S = 235.0
 EXPECTED_S = 20.0
@@ -109,6 +116,8 @@ def run_bench(device: torch.device, options: argparse.Namespace) -> None:
         row = rows[-1]
         rate = f"{row['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in row else row["error"]
         print(f"[{process_age_s():5.0f} s] {name}: {rate}", flush=True)
+        if (row.get("left_gib") or 0) > 1:
+            print("  left on the device:", *holders(), sep="\n    ", flush=True)
     print((options.out / "bench.md").read_text(encoding="utf-8"))
 
 

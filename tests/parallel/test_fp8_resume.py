@@ -1,4 +1,4 @@
-"""A run with delayed FP8 scaling resumes with its amaxes."""
+"""A run with FP8 resumes with its amaxes, and with copies of its own weights."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moetron.moe.checkpoint.fp8_state import Place
+from moetron.moe.layers import specs
 from tests.parallel.support.checkpoint_runs import Groups, metrics, read_and_go_on, tensors, write
 from tests.parallel.support.harness import run_ranks
 from tests.parallel.test_resume import _straight_and_resumed
@@ -24,6 +25,25 @@ DELAYED: Groups = {
 @pytest.mark.parametrize(("layout", "ranks"), [("dp", 1), ("ep2_zero", 2)])
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, layout: str, ranks: int) -> None:
     run_ranks(_straight_and_resumed, ranks, str(tmp_path), layout, DELAYED)
+    straight = metrics(tmp_path / "straight")
+    assert len(straight) == 6
+    assert metrics(tmp_path / "resumed") == straight
+
+
+def _on_tensor_cores(folder: str, layout: str, groups: Groups) -> None:
+    """Use the products of tensor cores, by their reference on a CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(specs, "fp8_on_tensor_cores", lambda _: True)
+        _straight_and_resumed(folder, layout, groups)
+
+
+@pytest.mark.parametrize(("layout", "ranks"), [("dp", 1), ("ep2_zero", 2)])
+def test_weights_are_quantised_again_after_each_step(
+    tmp_path: Path, layout: str, ranks: int
+) -> None:
+    """Stale FP8 copies of weights would last until the end of a run, but not in a resumed one."""
+    groups: Groups = {"precision": {"fp8_format": "e4m3", "fp8_recipe": "tensorwise"}}
+    run_ranks(_on_tensor_cores, ranks, str(tmp_path), layout, groups)
     straight = metrics(tmp_path / "straight")
     assert len(straight) == 6
     assert metrics(tmp_path / "resumed") == straight

@@ -45,15 +45,15 @@ def _grouped(case: Case, name: str) -> Iterator[str]:
     yield from unaligned_experts(case, name)
 
 
-def unaligned_experts(case: Case, name: str) -> Iterator[str]:
+def unaligned_experts(case: Case, name: str, alignment: int = _ALIGNMENT) -> Iterator[str]:
     """Check the widths of grouped experts, which setting ``name`` needs."""
     settings = case.settings
     ranks = derived.expert_tensor_parallel_size(settings.parallel)
     widths = (settings.model.hidden_size, derived.expert_ffn_size(settings) // ranks)
-    if any(width % _ALIGNMENT for width in widths):
+    if any(width % alignment for width in widths):
         yield (
             f"{case.given(name)}: --hidden-size and {flag_name('moe_ffn_hidden_size')} of a rank, "
-            f"{widths[0]} and {widths[1]}, must be multiples of {_ALIGNMENT}"
+            f"{widths[0]} and {widths[1]}, must be multiples of {alignment}"
         )
 
 

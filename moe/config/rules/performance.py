@@ -7,6 +7,7 @@ from moetron.moe.config.rules.case import Case
 from moetron.moe.config.rules.ffn import unaligned_experts
 from moetron.moe.config.schema.experts import MoESettings
 
+_FP8_ALIGNMENT = 16  # of widths, in numbers
 _NEED_TRANSFORMER_ENGINE = ("moe_permute_fusion", "moe_router_fusion")
 DETERMINISTIC_ENVIRONMENT = {
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",),
@@ -96,12 +97,24 @@ def experts(case: Case) -> Iterator[str]:
     if chosen == "te" and case.local:
         yield f"{flag} needs Transformer Engine's layers on a GPU: use auto or grouped_mm"
     if chosen == "grouped_mm":
-        yield from unaligned_experts(case, "moe_experts_impl")
-        if not case.local and case.settings.precision.fp8_format is not None:
-            yield (
-                f"{flag} with {case.given('fp8_format')} is not supported in Transformer Engine's "
-                "layers: use te"
-            )
+        if case.local or case.settings.precision.fp8_format is None:
+            yield from unaligned_experts(case, "moe_experts_impl")
+        else:
+            yield from _scaled_experts(case)
+
+
+def _scaled_experts(case: Case) -> Iterator[str]:
+    """Check FP8 experts with one stacked weight, which have one current scale a row."""
+    precision = case.settings.precision
+    flags = case.given("moe_experts_impl", "fp8_format")
+    if precision.fp8_recipe != "tensorwise":
+        yield (
+            f"{flags} needs --fp8-recipe tensorwise, not {precision.fp8_recipe}: use it, or "
+            "--moe-experts-impl te"
+        )
+    if not precision.bf16:
+        yield f"{flags} needs --bf16: add it"
+    yield from unaligned_experts(case, "moe_experts_impl", _FP8_ALIGNMENT)
 
 
 def determinism(case: Case) -> Iterator[str]:

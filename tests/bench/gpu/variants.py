@@ -6,6 +6,8 @@ import importlib
 import os
 import shlex
 import traceback
+import types
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,6 +130,30 @@ def run_program(
     finally:
         program = None
         free()
+
+
+def holders(least_bytes: int = 1 << 26) -> list[str]:
+    """Return who refers to the largest tensors that are left on the device, up to four steps."""
+    found: Counter[str] = Counter()
+    large = [
+        thing
+        for thing in gc.get_objects()
+        if isinstance(thing, torch.Tensor) and thing.is_cuda and thing.nbytes >= least_bytes
+    ]
+    for tensor in large:
+        chain, thing = [], tensor
+        for _ in range(5):
+            owners = [o for o in gc.get_referrers(thing) if o is not large and _is_owner(o)]
+            if not owners:
+                break
+            thing = owners[0]
+            chain.append(f"{type(thing).__module__}.{type(thing).__qualname__}")
+        found[f"{tuple(tensor.shape)} {tensor.dtype} <- {' <- '.join(chain)}"] += 1
+    return [f"{count} x {text}" for text, count in found.most_common(12)]
+
+
+def _is_owner(thing: object) -> bool:
+    return not isinstance(thing, types.FrameType | types.GeneratorType | enumerate)
 
 
 def free() -> None:

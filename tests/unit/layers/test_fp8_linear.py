@@ -12,6 +12,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 
 from moetron.moe.config.bridge import transformer_config
 from moetron.moe.config.schema.settings import Settings
+from moetron.moe.layers import specs
 from moetron.moe.layers.build_model import build_model
 from moetron.moe.layers.experts import GroupedExperts
 from moetron.moe.layers.fp8_linear import (
@@ -19,6 +20,9 @@ from moetron.moe.layers.fp8_linear import (
     Fp8GroupedExperts,
     Fp8RowParallelLinear,
 )
+from moetron.moe.layers.scaled_experts import ScaledGroupedExperts
+from moetron.moe.numerics.fp8_matmul import Fp8Product
+from moetron.moe.numerics.scaled_matmul import ScaledProduct
 from moetron.moe.routing.router import Router
 from tests.parallel.support.harness import model_parallel, run_ranks
 from tests.parallel.support.sharded import assemble, fill, local_shards
@@ -113,6 +117,31 @@ def test_weights_and_checkpoints_equal_those_without_fp8(recipe: str) -> None:
     assert keys[0] == keys[1]
     assert losses[0] != losses[1] == pytest.approx(losses[0], rel=1e-3)
     assert norms[1] == pytest.approx(norms[0], rel=0.05)
+
+
+@pytest.mark.usefixtures("_parallel_state")
+def test_on_tensor_cores_only_tensorwise_scaling_is_not_emulated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By the reference of the products on a CPU: another loss than emulation, but a close one."""
+    tokens = torch.arange(64).unsqueeze(0)
+    losses = []
+    for on_tensor_cores in (False, True):
+        monkeypatch.setattr(specs, "fp8_on_tensor_cores", lambda _, on=on_tensor_cores: on)
+        model = _build({"fp8_format": "hybrid", "fp8_recipe": "tensorwise"})
+        layer = model.decoder.layers[1]
+        kind = ScaledGroupedExperts if on_tensor_cores else Fp8GroupedExperts
+        assert _kinds(layer, GroupedExperts) == [kind]
+        products = _kinds(layer, ScaledProduct, Fp8Product)
+        assert set(products) == {ScaledProduct if on_tensor_cores else Fp8Product}
+        fill_with = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=fill_with) * 0.05)
+        loss = model(tokens, tokens, None, labels=(tokens * 7) % 128).sum()
+        loss.backward()
+        losses.append(float(loss.detach()))
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:

@@ -11,6 +11,7 @@ from tests.unit.host.stand_ins import pretend_kernels
 GPU: dict[str, Any] = {"device": "cuda", "te": True}
 FP8 = {**GPU, "bf16": True, "fp8_format": "hybrid"}
 CROSS_ENTROPY = {"cross_entropy_loss_fusion": True}
+SCALED = {**FP8, "fp8_recipe": "tensorwise", "moe_experts_impl": "grouped_mm"}
 PADDING = {"moe_router_padding_for_quantization": True}
 
 
@@ -91,8 +92,13 @@ PADDING = {"moe_router_padding_for_quantization": True}
         ),
         (
             {**FP8, "moe_experts_impl": "grouped_mm"},
-            "--moe-experts-impl grouped_mm with --fp8-format hybrid is not supported",
+            "grouped_mm and --fp8-format hybrid needs --fp8-recipe tensorwise, not delayed",
         ),
+        (
+            {**SCALED, "bf16": False},
+            "--moe-experts-impl grouped_mm and --fp8-format hybrid needs --bf16",
+        ),
+        ({**SCALED, "moe_ffn_hidden_size": 24}, "must be multiples of 16"),
     ],
 )
 def test_a_rule_is_reported_alone(changes: dict[str, Any], expected: str) -> None:
@@ -109,6 +115,8 @@ def test_a_rule_is_reported_alone(changes: dict[str, Any], expected: str) -> Non
         {**GPU, **CROSS_ENTROPY, "te": False, "bf16": True},
         {**FP8, **PADDING},
         {**GPU, "moe_experts_impl": "te"},
+        SCALED,
+        {**SCALED, "te": False, "moe_ffn_hidden_size": 24, "fp8_recipe": "delayed"},
         {**GPU, "moe_experts_impl": "grouped_mm"},
         {"moe_experts_impl": "grouped_mm"},
         {"deterministic_mode": True},
