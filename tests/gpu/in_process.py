@@ -122,7 +122,7 @@ def forget() -> None:
     get_moe_layer_wise_logging_tracker().clear()
     MTPLossLoggingHelper.tracker.clear()
     with contextlib.suppress(ImportError):
-        from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
+        from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
         FP8GlobalStateManager.reset()
     gc.collect()
