@@ -37,13 +37,25 @@ def dropless(settings: Settings) -> Settings:
     return settings.model_copy(update={"moe": settings.moe.model_copy(update=changes)})
 
 
+def in_bf16(settings: Settings) -> Settings:
+    """Return settings without FP8.
+
+    Transformer Engine's FP8 products need a multiple of 8 tokens, which a prompt need not have. The
+    emulation takes any number.
+    """
+    changes = {"fp8_format": None, "fp8_param_gather": False}
+    precision = settings.precision.model_copy(update=changes)
+    return settings.model_copy(update={"precision": precision})
+
+
 def load_model(
     path: Path, settings: Settings, vocab_size: int, runtime: Runtime, limited: bool = False
 ) -> LanguageModel:
     """Load the model of the checkpoint at ``path`` in evaluation mode.
 
     Modules of multi-token prediction are omitted: only training uses them, and the next token's
-    logits do not depend on them.
+    logits do not depend on them. Transformer Engine's layers run in bf16 after training in FP8, see
+    `in_bf16`.
 
     Args:
         path: a run's folder or one step_* folder, written in any layout.
@@ -56,7 +68,9 @@ def load_model(
     settings = settings if limited else dropless(settings)
     shape = settings.model.model_copy(update={"mtp_num_layers": None})
     settings = settings.model_copy(update={"model": shape})
-    config = transformer_config(settings, uses_transformer_engine(settings))
+    transformer_engine = uses_transformer_engine(settings)
+    settings = in_bf16(settings) if transformer_engine else settings
+    config = transformer_config(settings, transformer_engine)
     model = build_model(settings, config, vocab_size).to(runtime.device, config.params_dtype)
     load_weights(path, [model], vocab_size)
     return model.eval()

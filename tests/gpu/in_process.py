@@ -122,7 +122,7 @@ def forget() -> None:
     get_moe_layer_wise_logging_tracker().clear()
     MTPLossLoggingHelper.tracker.clear()
     with contextlib.suppress(ImportError):
-        from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
+        from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
         FP8GlobalStateManager.reset()
     gc.collect()
@@ -135,6 +135,7 @@ def train(
     steps: int,
     prefix: int = 0,
     weights: Path | None = None,
+    before: Callable[[Trainer], None] | None = None,
     after: Callable[[Trainer], None] | None = None,
 ) -> list[Row]:
     """Train from step 0 with a fresh optimizer; return the metrics of each step.
@@ -146,13 +147,16 @@ def train(
         steps: number of steps.
         prefix: of the `Samples`.
         weights: checkpoint that gives the weights; None: newly initialised ones.
+        before: called with the trainer before the first step; may change parameters.
         after: called with the trainer after the last step.
     """
     sink = Rows()
     with drawn_on_host(), built(settings) as trainer:
         if weights is not None:
             load_weights(weights, trainer.chunks, trainer.vocab_size)
-            trainer.optimizer.reload_model_params()
+        if before is not None:
+            before(trainer)
+        trainer.optimizer.reload_model_params()
         stream = Samples(trainer.vocab_size, settings.model.seq_length, prefix)
         loop = Loop(trainer, Streams(stream, None), Progress(), [sink], peak=None)
         batches = loop.batches()

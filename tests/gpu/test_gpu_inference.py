@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from moetron.moe.checkpoint import run_folder
-from moetron.moe.inference.generation import GrowingSequence, load_model
+from moetron.moe.config.schema.settings import Settings
+from moetron.moe.inference.generation import GrowingSequence, in_bf16, load_model
 from moetron.moe.inference.scoring import score
 from moetron.moe.training import runtime
 from tests.gpu.devices import kind_fault
@@ -19,12 +20,8 @@ TOKENS = torch.randint(512, (40,), generator=torch.Generator().manual_seed(0)).t
 PAIRS = [(TOKENS[:5], TOKENS[5:8]), (TOKENS[:1], TOKENS[1:14]), (TOKENS[3:9], TOKENS[9:10])]
 
 
-def _log_likelihoods(folder: Path, precision: dict[str, object]) -> list[float]:
-    """Score `PAIRS` in a batch and one by one, and along a growing sequence with a cache."""
-    record = run_folder.read(folder).record
-    settings = run_folder.one_rank_settings(record)
-    changed = settings.precision.model_copy(update=precision)
-    settings = settings.model_copy(update={"precision": changed})
+def _log_likelihoods(folder: Path, settings: Settings) -> list[float]:
+    """Score `PAIRS` in a batch and one by one, and a growing sequence with and without a cache."""
     with one_run(), runtime.running(settings) as ranks:
         model = load_model(folder, settings, 512, ranks)
         found = score(model, PAIRS, len(PAIRS)) + score(model, PAIRS, 1)
@@ -49,13 +46,12 @@ def test_any_number_of_tokens(tmp_path: Path, kind: str, recipe: str) -> None:
     config = str(ROOT / "examples" / recipe / "tiny.yaml")
     argv = ["--config", config, *KINDS[kind].flags, "--mock-data", "--eval-iters", "1"]
     argv += ["--train-iters", "2", "--lr-warmup-iters", "1", "--no-tensorboard"]
-    argv += ["--lr-decay-style", "cosine", "--save", str(tmp_path)]
-    if recipe.startswith("deepseek"):
-        argv += ["--lr-wsd-decay-iters", "1", "--lr-decay-style", "WSD"]
+    argv += ["--save", str(tmp_path)]
+    argv += ["--lr-wsd-decay-iters", "1"] if recipe.startswith("deepseek") else []
     pretrain(argv)
-    values = _log_likelihoods(tmp_path, {})
-    in_bf16 = {"fp8_format": None, "fp8_param_gather": False, "fp8_recipe": "delayed"}
-    exact = _log_likelihoods(tmp_path, in_bf16)
+    settings = run_folder.one_rank_settings(run_folder.read(tmp_path).record)
+    values = _log_likelihoods(tmp_path, settings)
+    exact = _log_likelihoods(tmp_path, in_bf16(settings))
     assert values == pytest.approx(exact, rel=1e-2)
     batch, alone, growing = values[:3], values[3:6], values[6:]
     assert batch == pytest.approx(alone, rel=5e-3)
