@@ -8,7 +8,8 @@ from moetron.common.errors import UserError
 from moetron.common.process import run_guarded
 
 COMMANDS = {
-    "train": ("pretrain_moe", "pretrain a model; under torchrun for several ranks"),
+    "train": ("pretrain_moe", "pretrain a model; under launch for several ranks"),
+    "launch": ("moetron.commands.launch", "start the ranks of a run on this node"),
     "tokenize": ("moetron.commands.train_tokenizer", "train a SentencePiece tokenizer"),
     "prepare": ("moetron.commands.preprocess_corpus", "tokenize raw text into shards"),
     "inspect": ("moetron.commands.inspect_data", "print shards and samples"),

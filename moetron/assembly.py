@@ -5,17 +5,19 @@ Only this module imports tokenizers, data and model together: `moe` sees samples
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from moetron.common.errors import UserError
 from moetron.common.process import report_stop
-from moetron.common.stop_signal import StopSignal
+from moetron.common.run_owner import claim, refuse_owned
+from moetron.common.stop_signal import EndAtOnce, StopSignal
 from moetron.data.stream.mock_stream import ENDLESS, MockStream
 from moetron.data.stream.open_streams import open_training, open_validation
 from moetron.data.stream.stages import StagedStream, refuse_repetition
 from moetron.moe.checkpoint.compatibility import check_folders
-from moetron.moe.checkpoint.run_folder import latest_step
+from moetron.moe.checkpoint.run_folder import latest_step, make_run_folder
 from moetron.moe.config.schema.derived import total_samples, with_tokenizer, with_vocabulary
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.monitoring.library_warnings import quieten_libraries
@@ -98,6 +100,7 @@ def train(
     vocab_size: int,
     sinks: Sequence[Sink] = (),
     check_only: bool = False,
+    early: EndAtOnce | None = None,
 ) -> int:
     """Open the samples, check checkpoint folders, train; return the exit code.
 
@@ -107,23 +110,48 @@ def train(
         vocab_size: before padding.
         sinks: see `pretrain`.
         check_only: stop before any rank starts.
+        early: ends this process on a signal before the first step.
 
     Raises:
-        UserError: the samples or a checkpoint cannot be used, or no step is left to train.
+        UserError: the samples or a checkpoint cannot be used, another run owns --save, or no step
+            is left to train.
     """
     streams = open_streams(settings, vocab_size, tokenizer)
     settings = with_vocabulary(settings, vocab_size)  # so that checkpoints state it
     check_folders(settings, streams.training.state())
     if check_only:
+        if settings.checkpoint.save is not None:
+            refuse_owned(Path(settings.checkpoint.save))
         opening(settings, streams.training.state())  # raises where no step is left
         return 0
-    settings = keep_tokenizer(settings, tokenizer)
-    announce(settings, streams.training.state())
-    return pretrain(settings, vocab_size, streams, sinks)
+    with owning(settings.checkpoint.save, early) as require_owner:
+        settings = keep_tokenizer(settings, tokenizer)
+        announce(settings, streams.training.state())
+        return pretrain(settings, vocab_size, streams, sinks, require_owner)
+
+
+@contextmanager
+def owning(save: str | None, early: EndAtOnce | None) -> Iterator[Callable[[], None]]:
+    """Own the --save folder, from rank 0; yield a check that this still holds."""
+    if save is None or os.environ.get("RANK", "0") != "0":
+        yield lambda: None
+        return
+    make_run_folder(Path(save))
+    ownership = claim(Path(save))
+    if early is not None:
+        early.cleanups.append(ownership.release)
+    try:
+        yield ownership.require
+    finally:
+        ownership.release()
 
 
 def pretrain(
-    settings: Settings, vocab_size: int, streams: Streams, sinks: Sequence[Sink] = ()
+    settings: Settings,
+    vocab_size: int,
+    streams: Streams,
+    sinks: Sequence[Sink] = (),
+    require_owner: Callable[[], None] = lambda: None,
 ) -> int:
     """Start the ranks, build the model, load a checkpoint, train; return the exit code.
 
@@ -132,6 +160,7 @@ def pretrain(
         vocab_size: before padding.
         streams: training and validation samples.
         sinks: receive the metrics in addition to the sinks in the settings; main rank only.
+        require_owner: raises in each step if another run has taken --save over.
     """
     quieten_libraries()
     from moetron.moe.training import build_trainer, runtime  # torch: seconds
@@ -141,5 +170,10 @@ def pretrain(
         loop = build_trainer.build_loop(trainer, streams)
         loop.sinks += sinks if ranks.is_main else []
         with StopSignal() as stop:
-            stopped = loop.run(stop)
+
+            def stop_requested() -> bool:
+                require_owner()
+                return stop()
+
+            stopped = loop.run(stop_requested)
     return report_stop(settings.checkpoint.save) if stopped else 0

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from moetron.common.errors import RunError, UserError
+from moetron.common.parent_death import end_with_launcher
 from moetron.common.threads import use_passive_waits
 
 TRAIN = ("-m", "moetron", "train")
@@ -52,12 +53,14 @@ def run_guarded(main: Callable[[], int]) -> int:
     several ranks fail together, one rank of a node prints: ranks other than 0 with a UserError, and
     ranks that lost a peer, wait first, and torchrun ends them.
 
-    Makes idle OpenMP threads sleep: torch must not be imported before.
+    Makes idle OpenMP threads sleep: torch must not be imported before. A rank ends with its
+    launcher from here on.
 
     A rank that fails in a job of several exits by ``os._exit``, without waiting for process groups:
     its connections close, so that ranks that wait for it fail instead of hanging.
     """
     rank = int(os.environ.get("RANK", "0"))
+    end_with_launcher()
     use_passive_waits()
     try:
         code = main()

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from moetron.common import run_owner
 from moetron.moe.checkpoint import run_folder as checkpoint_folder
 from tests.parallel.support.checkpoint_runs import metrics, parallel_of, settings, start
 from tests.parallel.support.harness import RankFailed, run_ranks
@@ -21,6 +22,7 @@ from tests.parallel.support.harness import RankFailed, run_ranks
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 30.0
 """Time limit for a job to end after one of its ranks."""
+LAUNCHER = [sys.executable, str(ROOT / "tools" / "launch.py"), "--nproc-per-node", "2"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
 
 
@@ -36,7 +38,8 @@ def job(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
         try:
             yield process
         finally:
-            ranks = psutil.Process(process.pid).children() if process.poll() is None else []
+            alive = process.poll() is None
+            ranks = psutil.Process(process.pid).children(recursive=True) if alive else []
             for survivor in (process, *ranks):
                 survivor.kill()
             process.wait()
@@ -60,12 +63,13 @@ def end_of(process: subprocess.Popen[bytes], log: Path) -> tuple[int, list[str]]
     return code, log.read_text().splitlines()[-30:]
 
 
-def training(folder: Path) -> list[str]:
+def training(folder: Path, launcher: list[str] = TORCHRUN, *more: str) -> list[str]:
     """Return the command of an endless run of two ranks that saves every second step."""
     flags = "--train-iters 100000 --save-interval 2 --keep-last 2 --expert-model-parallel-size 2"
     recipe = ROOT / "examples" / "olmoe_1b_7b" / "tiny.yaml"
     script = str(ROOT / "pretrain_moe.py")
-    return [*TORCHRUN, script, "--config", str(recipe), "--save", str(folder), *flags.split()]
+    chosen = ["--config", str(recipe), "--save", str(folder), *flags.split(), *more]
+    return [*launcher, script, *chosen]
 
 
 def test_a_killed_rank_ends_the_job_with_the_cause_named(tmp_path: Path) -> None:
@@ -80,15 +84,40 @@ def test_a_killed_rank_ends_the_job_with_the_cause_named(tmp_path: Path) -> None
     assert checkpoint_folder.read(run_folder).record.progress.step >= 2
 
 
-def test_sigterm_saves_and_ends(tmp_path: Path) -> None:
+def test_sigusr1_saves_and_ends_and_a_second_run_waits_outside(tmp_path: Path) -> None:
     log, run_folder = tmp_path / "log", tmp_path / "run"
-    with job(training(run_folder), log) as process:
+    with job(training(run_folder, LAUNCHER), log) as process:
         wait_for((run_folder / "latest").exists, process, log)
-        process.terminate()
-        _, lines = end_of(process, log)
-    assert "SIGTERM: stopping after this step" in log.read_text()
+        owner, *_ = psutil.Process(process.pid).children()
+        for more in (["--check", "--world-size", "2"], ["--expert-model-parallel-size", "1"]):
+            command = [sys.executable, *training(run_folder, [], *more)]
+            again = subprocess.run(command, capture_output=True, text=True, timeout=60)
+            assert again.returncode == 2, again.stderr
+            assert f"belongs to a run that has not ended: process {owner.pid} on" in again.stderr
+        process.send_signal(signal.SIGUSR1)
+        code, lines = end_of(process, log)
+    assert code == 75
+    assert "SIGUSR1: stopping after this step" in log.read_text()
+    assert lines[-1].startswith("stopped by a signal; saved in")
+    assert "Traceback" not in log.read_text()
     last = checkpoint_folder.read(run_folder).record.progress
     assert last.step == metrics(run_folder)[-1]["step"], lines
+    assert not (run_folder / "owner.json").exists()
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, LAUNCHER], ids=["torchrun", "launch"])
+def test_nothing_outlives_a_killed_launcher(tmp_path: Path, launcher: list[str]) -> None:
+    """Ranks, loader workers and their helpers end within 10 s; the run goes on afterwards."""
+    log, run_folder = tmp_path / "log", tmp_path / "run"
+    with job(training(run_folder, launcher, "--num-workers", "1"), log) as process:
+        wait_for((run_folder / "latest").exists, process, log)
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert len(family) >= 4
+        process.kill()
+        _, alive = psutil.wait_procs(family, timeout=10)
+        assert not alive
+    assert (run_folder / "owner.json").exists()
+    run_owner.claim(run_folder).release()
 
 
 FAILING = """
