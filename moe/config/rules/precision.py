@@ -3,9 +3,11 @@
 from collections.abc import Iterator
 
 from moetron.moe.config.rules.case import Case
+from moetron.moe.config.schema import derived
 
 _DELAYED_ONLY = ("fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo")
 _PREFIXES = ("fp8_", "first_last_", "num_layers_at_")
+_FP8_WIDTH = 16
 _HOLD_LINEAR_LAYERS = {"mlp", "moe", "shared_experts"}
 
 
@@ -82,4 +84,50 @@ def recomputed(case: Case) -> Iterator[str]:
         )
 
 
-RULES = (fp8, parameters, recomputed)
+def widths(case: Case) -> Iterator[str]:
+    """Check the widths of Transformer Engine's linear layers: FP8 products need multiples of 16."""
+    if case.settings.precision.fp8_format is None or case.local:
+        return
+    for name, width in _widths(case).items():
+        if width % _FP8_WIDTH:
+            yield (
+                f"{name} is {width} on a rank: FP8 matrix products need a multiple of "
+                f"{_FP8_WIDTH}; change it, or leave --fp8-format out"
+            )
+
+
+def _widths(case: Case) -> dict[str, int]:
+    """Return inputs and outputs of linear layers on a tensor rank, by their settings."""
+    settings = case.settings
+    model, latent, moe = settings.model, settings.attention, settings.moe
+    tp = settings.parallel.tensor_model_parallel_size
+    found = {"--hidden-size": model.hidden_size}
+    if latent.multi_latent_attention:
+        heads = model.num_attention_heads // tp
+        joint = latent.kv_lora_rank + latent.qk_pos_emb_head_dim
+        found |= {
+            "--kv-lora-rank": latent.kv_lora_rank,
+            "--kv-lora-rank + --qk-pos-emb-head-dim": joint,
+            "heads x (--qk-head-dim + --v-head-dim)": heads
+            * (latent.qk_head_dim + latent.v_head_dim),
+            "heads x --v-head-dim": heads * latent.v_head_dim,
+        }
+        if latent.q_lora_rank is not None:
+            found["--q-lora-rank"] = latent.q_lora_rank
+    else:
+        width = derived.head_dim(model)
+        rows = (model.num_attention_heads + 2 * derived.query_groups(model)) // tp * width
+        found["heads x head width"] = model.num_attention_heads // tp * width
+        found["(heads + 2 query groups) x head width"] = rows
+    if not all(derived.moe_layers(settings)):
+        found["--ffn-hidden-size"] = derived.dense_ffn_size(model) // tp
+    if moe.num_experts is not None:
+        etp = derived.expert_tensor_parallel_size(settings.parallel)
+        if case.experts_impl != "grouped_mm":  # which has a rule of its own
+            found["--moe-ffn-hidden-size"] = derived.expert_ffn_size(settings) // etp
+        if shared := moe.moe_shared_expert_intermediate_size:
+            found["--moe-shared-expert-intermediate-size"] = shared // tp
+    return found
+
+
+RULES = (fp8, parameters, recomputed, widths)

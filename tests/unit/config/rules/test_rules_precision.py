@@ -19,6 +19,12 @@ GATHERED = {
     "device": "cuda",
     "te": True,
 }
+LATENT = {
+    "multi_latent_attention": True,
+    "kv_lora_rank": 16,
+    "qk_head_dim": 16,
+    "v_head_dim": 16,
+}
 PIPELINE = {"pipeline_model_parallel_size": 2, "world_size": 2}
 
 
@@ -55,6 +61,11 @@ PIPELINE = {"pipeline_model_parallel_size": 2, "world_size": 2}
         ),
         ({**GATHERED, "bf16": False}, "--fp8-param-gather needs --bf16"),
         ({**GATHERED, "fp8_recipe": "mxfp8"}, "reuse of gradient buffers"),
+        (
+            {**GATHERED, **LATENT, "qk_pos_emb_head_dim": 8},
+            "--kv-lora-rank + --qk-pos-emb-head-dim is 24 on a rank: FP8 matrix products need",
+        ),
+        ({**GATHERED, "moe_ffn_hidden_size": 24}, "--moe-ffn-hidden-size is 24 on a rank"),
     ],
 )
 def test_a_rule_is_reported_alone(changes: dict[str, Any], expected: str) -> None:
