@@ -20,8 +20,8 @@ KINDS = {
         r"permute|gather|scatter|index|sort|topk|radix|bincount|histogram|combine|plan_kernel"
     ),
     "copy, fill, cat": r"memcpy|memset|copy|fill|catarray|transpose",
-    "cast to fp8": r"cast|quantize|amax",
     "add": r"functor_add|addfunctor|add_kernel",
+    "cast to fp8": r"(?<!with)(?<!broad)cast|quantize|amax",
     "other elementwise": r"elementwise|reduce|triton|silu|act|rotary|rope|scan|cumsum",
 }
 """Kind -> pattern of its kernels' names; the first that matches counts."""
@@ -60,6 +60,18 @@ def busy_ms(kernels: list[Kernel]) -> float:
         busy += max(0, kernel.end_ns - max(reached, kernel.start_ns))
         reached = max(reached, kernel.end_ns)
     return busy / 1e6
+
+
+def longest_gaps(kernels: list[Kernel], rows: int) -> list[str]:
+    """Return the longest times without a kernel, and the kernels around them, as text."""
+    gaps, reached, last = [], None, ""
+    for kernel in sorted(kernels, key=lambda kernel: kernel.start_ns):
+        if reached is not None and kernel.start_ns > reached:
+            gaps.append(((kernel.start_ns - reached) / 1e3, last, kernel.name))
+        if reached is None or kernel.end_ns > reached:
+            reached, last = kernel.end_ns, kernel.name
+    gaps.sort(reverse=True)
+    return [f"{us:9.1f} us  {before[:70]} -> {after[:70]}" for us, before, after in gaps[:rows]]
 
 
 def kind_of(name: str) -> str:

@@ -14,7 +14,14 @@ from typing import Any, Protocol
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from tests.bench.gpu.kernel_kinds import Kernel, busy_ms, by_kind, kernels_of, table_of
+from tests.bench.gpu.kernel_kinds import (
+    Kernel,
+    busy_ms,
+    by_kind,
+    kernels_of,
+    longest_gaps,
+    table_of,
+)
 from tests.bench.gpu.sync_counter import counted_syncs
 
 GIB = 2**30
@@ -67,6 +74,8 @@ class Measured:
     kernels: int | None = None
     """Kernels, copies and fills of a step."""
     kinds_ms: dict[str, float] = field(default_factory=dict)
+    gaps: list[str] = field(default_factory=list)
+    """Longest times without a kernel in the profiled steps."""
     syncs: int | None = None
     """Calls of a step that block the host until the device is done."""
     sync_sites: dict[str, int] = field(default_factory=dict)
@@ -151,6 +160,7 @@ def _profile(program: Program, steps: int, found: Measured) -> None:
             program.step()
     kernels: list[Kernel] = kernels_of(profiler)
     found.device_ms = busy_ms(kernels) / steps
+    found.gaps = longest_gaps(kernels, rows=12)
     found.kernel_sum_ms = sum(kernel.ms for kernel in kernels) / steps
     found.kernels = round(len(kernels) / steps)
     found.kinds_ms = {kind: ms / steps for kind, ms in by_kind(kernels).items()}
