@@ -178,6 +178,15 @@ def test_fusions_in_effect(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fusions(te=True, **chosen) == ON | chosen
 
 
+def test_padding_reaches_megatron_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "megatron.core.transformer.transformer_config.is_te_min_version", lambda *_: True
+    )
+    pretend_kernels(monkeypatch)
+    settings = make(bf16=True, fp8_format="hybrid", **PADDING)
+    assert bridge.transformer_config(settings, True).moe_router_padding_for_quantization
+
+
 def test_softmax_is_fused_only_by_apex(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bridge, "_has_fused_softmax", lambda: True)
     assert fusions(te=False) == {"masked_softmax_fusion": True}
