@@ -71,6 +71,15 @@ PADDING = {"moe_router_padding_for_quantization": True}
             {**FP8, **PADDING, "moe_token_dispatcher_type": "allgather"},
             "-for-quantization needs --moe-token-dispatcher-type alltoall",
         ),
+        (
+            {
+                **FP8,
+                **PADDING,
+                "moe_expert_capacity_factor": 1.0,
+                "moe_pad_expert_input_to_capacity": True,
+            },
+            "--moe-pad-expert-input-to-capacity both pad",
+        ),
         ({**FP8, **PADDING, "num_experts": None}, "-for-quantization needs --num-experts"),
         ({"moe_experts_impl": "te"}, "--moe-experts-impl te needs Transformer Engine's layers"),
         (
