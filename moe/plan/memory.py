@@ -172,9 +172,10 @@ def memory_per_rank(settings: Settings, vocab_size: int, world_size: int, stage:
     """Return the peak memory of a rank of pipeline stage ``stage``, in bytes.
 
     Per parameter: 2 bytes in bf16, else 4; gradients 4, or 2 in bf16 without fp32 accumulation;
-    Adam 8 (Muon's matrices 4), and 4 for main parameters in bf16, both sharded over data-parallel
-    ranks by the distributed optimizer (experts over expert-data-parallel ranks). The last stage has
-    fp32 logits and their gradient.
+    Adam 8 (Muon's matrices 4), and 4 for main parameters in bf16, both less with
+    --use-precision-aware-optimizer and sharded over data-parallel ranks by the distributed
+    optimizer (experts over expert-data-parallel ranks). The last stage has fp32 logits and their
+    gradient.
     """
     parallel, training = settings.parallel, settings.training
     held = per_rank(settings, vocab_size, stage)

@@ -81,6 +81,10 @@ def _padding(case: Case) -> Iterator[str]:
         )
     if case.settings.moe.moe_token_dispatcher_type == "allgather":
         yield f"{case.given(name)} needs --moe-token-dispatcher-type alltoall"
+    if case.settings.moe.moe_pad_expert_input_to_capacity:
+        yield (
+            f"{case.given(name)} and --moe-pad-expert-input-to-capacity both pad: drop one of them"
+        )
 
 
 def experts(case: Case) -> Iterator[str]:
