@@ -10,8 +10,8 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 
 from moetron.moe.kernels.availability import uses_triton
-from moetron.moe.kernels.query_key import HeadLayout, query_key, rotation_table
-from moetron.moe.kernels.rotary import PairLayout, rotary
+from moetron.moe.kernels.query_key import HeadLayout, query_key
+from moetron.moe.kernels.rotary import PairLayout, rotary, rotation_table
 from moetron.moe.layers.norm import FullWidthRMSNorm, RMSNorm
 
 
