@@ -1,4 +1,4 @@
-"""Patches of megatron-core 0.16.1: bugs on every device, and assumptions of CUDA.
+"""Patches of megatron-core 0.16.1: bugs and kernels on every device, and assumptions of CUDA.
 
 The entry point calls `adapt_host` once, before it creates process groups or a model. Importing this
 module changes nothing. Each patch set is a function whose docstring names the lines of
@@ -13,6 +13,7 @@ import torch
 from moetron.moe.host.cuda_constants import CUDA_CONSTANTS
 from moetron.moe.host.cuda_functions import CUDA_FUNCTIONS
 from moetron.moe.host.host_behaviour import HOST_BEHAVIOUR
+from moetron.moe.host.kernel_hooks import HOOKS
 from moetron.moe.host.megatron_fixes import FIXES
 from moetron.moe.host.patching import Patch
 
@@ -35,13 +36,13 @@ def adapt_host(skip: Collection[str] = ()) -> None:
     Args:
         skip: names in `ADAPTATIONS` to leave out (tests show what breaks without each).
     """
-    needed = EVERYWHERE if torch.cuda.is_available() else ADAPTATIONS
+    needed = HOOKS | (EVERYWHERE if torch.cuda.is_available() else ADAPTATIONS)
     for name, adaptation in needed.items():
         if name not in skip and name not in _undo:
             _undo[name] = [patch.apply() for patch in adaptation()]
 
 
-def restore_host(names: Collection[str] = tuple(ADAPTATIONS)) -> None:
+def restore_host(names: Collection[str] = (*ADAPTATIONS, *HOOKS)) -> None:
     """Undo patch sets (all by default)."""
     for name in names:
         for patch in reversed(_undo.pop(name, [])):

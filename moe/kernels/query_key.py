@@ -9,10 +9,6 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.utils.weak import WeakTensorKeyDictionary
-
-_tables = WeakTensorKeyDictionary()
-"""Angles -> cosines and sines: megatron-core keeps the angles of a sequence length."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +57,7 @@ class _QueryKey(torch.autograd.Function):
             (query, 0, shared, query_weight),
             (key, first_key, 1, key_weight),
         ):
-            tile = _tile(groups * per_group, layout)
+            tile = _tile(groups * per_group, layout, values_of_a_thread=16)
             kernels.forward_kernel[(s * b, tile.pop("blocks"))](
                 mixed[..., first:],
                 target,
@@ -105,7 +101,8 @@ class _QueryKey(torch.autograd.Function):
         ):
             grad = grad if grad.stride(-1) == 1 else grad.contiguous()
             heads = groups * per_group
-            tile = _tile(heads, layout)
+            # Half as many as in the forward pass: it holds twice as many tensors.
+            tile = _tile(heads, layout, values_of_a_thread=8)
             size = (programs, heads, layout.width) if layout.normed else (0,)
             parts = grad.new_empty(size, dtype=torch.float32)
             kernels.backward_kernel[(programs, tile.pop("blocks"))](
@@ -133,12 +130,14 @@ class _QueryKey(torch.autograd.Function):
         return result, of_weights[0], of_weights[1], None, None
 
 
-def _tile(heads: int, layout: HeadLayout) -> dict[str, Any]:
+def _tile(heads: int, layout: HeadLayout, values_of_a_thread: int) -> dict[str, Any]:
     """Return the constants of a launch, and its number of blocks of heads."""
     channels, block = _power_of_2(layout.width), _power_of_2(heads)
     is_whole = layout.normed and layout.full_width
     block = block if is_whole else min(block, max(1, TILE // channels))
+    warps = block * channels // (32 * values_of_a_thread)
     return {
+        "num_warps": min(16, max(1, warps)),
         "blocks": -(-heads // block),
         "ALL_HEADS": heads,
         "WIDTH": layout.width,
@@ -147,23 +146,7 @@ def _tile(heads: int, layout: HeadLayout) -> dict[str, Any]:
         "FULL": layout.full_width,
         "HEADS": block,
         "CHANNELS": channels,
-        "num_warps": min(16, max(1, block * channels // 512)),
     }
-
-
-def rotation_table(angles: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-    """Return cosines and sines x ``scale``, fp32 [2, s, R]; computed once for all layers.
-
-    Args:
-        angles: fp32 [s, 1, 1, R]: each pair's angle twice, in the places of its channels.
-        scale: YaRN's mscale, the same in every call.
-    """
-    if angles not in _tables:
-        assert angles.shape[1:3] == (1, 1)
-        flat = angles.detach().float().flatten(1)
-        _tables[angles] = torch.stack([flat.cos(), flat.sin()]).mul_(scale)
-    table: torch.Tensor = _tables[angles]
-    return table
 
 
 def query_key(
@@ -179,7 +162,7 @@ def query_key(
         mixed: [s, b, G, (r + 2) D]: for each key head its queries, its key and its value.
         query_weight: the norm's, [D] or [G r D]; None without a norm.
         key_weight: [D] or [G D].
-        table: of `rotation_table`, for the s positions.
+        table: of `rotary.rotation_table`, for the s positions.
         layout: see there.
 
     Returns:

@@ -9,6 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_tables = WeakTensorKeyDictionary()
+"""Angles -> cosines and sines: megatron-core keeps the angles of a sequence length."""
 
 
 class PairLayout(NamedTuple):
@@ -24,26 +28,17 @@ TILE = 2048
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, angles: torch.Tensor, layout: PairLayout, scale: float
-    ) -> torch.Tensor:
-        ctx.save_for_backward(angles)
-        ctx.layout, ctx.scale = layout, scale
-        return _rotate(x, angles, layout, layout.target_interleaved, scale, scale)
+    def forward(ctx: Any, x: torch.Tensor, table: torch.Tensor, layout: PairLayout) -> torch.Tensor:
+        ctx.table, ctx.layout = table, layout
+        return _rotate(x, table, layout, layout.target_interleaved, 1.0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        (angles,) = ctx.saved_tensors
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         # The inverse rotation, from the result's layout to the argument's.
-        back = PairLayout(ctx.layout.target_interleaved, ctx.layout.source_interleaved)
-        angles_interleaved = ctx.layout.target_interleaved
-        return (
-            _rotate(grad, angles, back, angles_interleaved, ctx.scale, -ctx.scale),
-            None,
-            None,
-            None,
-        )
+        source_interleaved, target_interleaved = ctx.layout
+        back = PairLayout(target_interleaved, source_interleaved)
+        return _rotate(grad, ctx.table, back, target_interleaved, -1.0), None, None
 
 
 def _power_of_2(number: int) -> int:
@@ -51,18 +46,13 @@ def _power_of_2(number: int) -> int:
 
 
 def _rotate(
-    x: torch.Tensor,
-    angles: torch.Tensor,
-    layout: PairLayout,
-    angles_interleaved: bool,
-    cos_scale: float,
-    sin_scale: float,
+    x: torch.Tensor, table: torch.Tensor, layout: PairLayout, table_interleaved: bool, sign: float
 ) -> torch.Tensor:
     from moetron.moe.kernels import rotary_triton as kernels
 
     x = x if x.stride(-1) == 1 else x.contiguous()
     length, samples, heads, width = x.shape
-    rotated = angles.shape[-1]
+    rotated = table.shape[-1]
     target = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     pairs = _power_of_2(rotated // 2)
     block = min(_power_of_2(heads), max(1, TILE // pairs))
@@ -71,27 +61,41 @@ def _rotate(
     kernels.rotary_kernel[(length * samples, -(-heads // block))](
         x,
         target,
-        angles,
+        table,
         x.stride(0),
         x.stride(1),
         x.stride(2),
-        angles.stride(0),
         samples,
         heads,
-        cos_scale,
-        sin_scale,
+        length,
+        sign,
         WIDTH=width,
         ROTATED=rotated,
         SOURCE_STEP=source_step,
         SOURCE_GAP=source_gap,
         TARGET_STEP=target_step,
         TARGET_GAP=target_gap,
-        ANGLE_STEP=2 if angles_interleaved else 1,
+        ANGLE_STEP=2 if table_interleaved else 1,
         HEADS=block,
         PAIRS=pairs,
         REST=_power_of_2(max(1, width - rotated)),
     )
     return target
+
+
+def rotation_table(angles: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """Return cosines and sines x ``scale``, fp32 [2, s, R]; computed once for all layers.
+
+    Args:
+        angles: fp32 [s, 1, 1, R]: each pair's angle twice, in the places of its channels.
+        scale: YaRN's mscale, the same in every call.
+    """
+    if angles not in _tables:
+        assert angles.shape[1:3] == (1, 1)
+        flat = angles.detach().float().flatten(1)
+        _tables[angles] = torch.stack([flat.cos(), flat.sin()]).mul_(scale)
+    table: torch.Tensor = _tables[angles]
+    return table
 
 
 def rotary(
@@ -109,6 +113,6 @@ def rotary(
     Returns:
         Contiguous [s, b, heads, width].
     """
-    assert angles.shape[:3] == (x.shape[0], 1, 1) and angles.shape[-1] % 2 == 0
-    result: torch.Tensor = _Rotary.apply(x, angles, layout, scale)
+    assert len(angles) == x.shape[0] and angles.shape[-1] % 2 == 0
+    result: torch.Tensor = _Rotary.apply(x, rotation_table(angles, scale), layout)
     return result

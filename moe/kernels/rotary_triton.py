@@ -9,15 +9,14 @@ import triton.language as tl
 def rotary_kernel(
     source,
     target,
-    angles,
+    table,
     stride_s,
     stride_b,
     stride_h,
-    angle_stride,
     samples,
     heads,
-    cos_scale,
-    sin_scale,
+    length,
+    sign,
     WIDTH: tl.constexpr,
     ROTATED: tl.constexpr,
     SOURCE_STEP: tl.constexpr,
@@ -29,16 +28,19 @@ def rotary_kernel(
     PAIRS: tl.constexpr,
     REST: tl.constexpr,
 ):
-    """Rotate ``HEADS`` heads of one token; ``target`` is contiguous [s, b, heads, WIDTH]."""
+    """Rotate ``HEADS`` heads of one token, back if ``sign`` is -1.
+
+    ``target`` is contiguous [s, b, heads, WIDTH], ``table`` [2, length, ROTATED].
+    """
     token = tl.program_id(0).to(tl.int64)
     place, sample = token // samples, token % samples
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     pair = tl.arange(0, PAIRS)[None, :]
     of_pair = pair < ROTATED // 2
     inside = (head < heads) & of_pair
-    angle = tl.load(angles + place * angle_stride + pair * ANGLE_STEP, mask=of_pair, other=0.0)
-    angle = angle.to(tl.float32)
-    cos, sin = tl.cos(angle) * cos_scale, tl.sin(angle) * sin_scale
+    entry = table + place * ROTATED + pair * ANGLE_STEP
+    cos = tl.load(entry, mask=of_pair, other=0.0)
+    sin = tl.load(entry + length * ROTATED, mask=of_pair, other=0.0) * sign
     source += place * stride_s + sample * stride_b + head * stride_h
     target += (token * heads + head) * WIDTH
     first = source + pair * SOURCE_STEP

@@ -95,7 +95,7 @@ class SdpaAttention(MegatronModule):
             assert pg_collection is not None
             self.cp_group = pg_collection.cp
         if torch.cuda.is_available():
-            prefer(preferred(config.attention_backend))
+            prefer(preferred())
         self.attn_mask_type = attn_mask_type
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)

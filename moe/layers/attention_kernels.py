@@ -13,7 +13,6 @@ attention has them always. Without it only the forward passes repeat.
 from contextlib import ExitStack
 
 import torch
-from megatron.core.transformer.enums import AttnBackend
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -22,15 +21,9 @@ WITH_CUDNN = [SDPBackend.CUDNN_ATTENTION, *WITHOUT_CUDNN]
 _preference = ExitStack()
 
 
-def preferred(backend: AttnBackend) -> list[SDPBackend]:
-    """Return the kernels for training in order of preference; each serves what those before do not.
-
-    Args:
-        backend: ``flash``: without cuDNN's; others: cuDNN's first, but for a deterministic run.
-    """
-    if backend == AttnBackend.flash or torch.are_deterministic_algorithms_enabled():
-        return WITHOUT_CUDNN
-    return WITH_CUDNN
+def preferred() -> list[SDPBackend]:
+    """Return the kernels for training by preference; each serves what those before do not."""
+    return WITHOUT_CUDNN if torch.are_deterministic_algorithms_enabled() else WITH_CUDNN
 
 
 def prefer(kernels: list[SDPBackend]) -> None:

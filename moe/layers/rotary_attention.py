@@ -10,8 +10,8 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 
 from moetron.moe.kernels.availability import uses_triton
-from moetron.moe.kernels.query_key import HeadLayout, query_key, rotation_table
-from moetron.moe.kernels.rotary import PairLayout, rotary
+from moetron.moe.kernels.query_key import HeadLayout, query_key
+from moetron.moe.kernels.rotary import PairLayout, rotary, rotation_table
 from moetron.moe.layers.norm import FullWidthRMSNorm, RMSNorm
 
 
@@ -68,7 +68,8 @@ class RotarySelfAttention(SelfAttention):
             mixed, _ = self.linear_qkv(hidden_states)
             mixed = mixed.view(*mixed.shape[:2], self.num_query_groups_per_partition, -1)
             normed = not isinstance(self.q_layernorm, IdentityOp)
-            weights = [x.weight if normed else None for x in (self.q_layernorm, self.k_layernorm)]
+            query_weight = self.q_layernorm.weight if normed else None
+            key_weight = self.k_layernorm.weight if normed else None
             layout = HeadLayout(
                 width=self.hidden_size_per_attention_head,
                 interleaved=interleaved,
@@ -76,7 +77,8 @@ class RotarySelfAttention(SelfAttention):
                 full_width=isinstance(self.q_layernorm, FullWidthRMSNorm),
                 epsilon=self.config.layernorm_epsilon,
             )
-            return query_key(mixed, *weights, rotation_table(angles, scale), layout)
+            table = rotation_table(angles, scale)
+            return query_key(mixed, query_weight, key_weight, table, layout)
         query, key, value = super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
         pairs = PairLayout(interleaved, interleaved)
         query, key = (rotary(x, angles, pairs, scale) for x in (query, key))

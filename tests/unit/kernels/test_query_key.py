@@ -9,7 +9,8 @@ from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_
 
 from moetron.moe.kernels import query_key as module
 from moetron.moe.kernels.availability import uses_triton
-from moetron.moe.kernels.query_key import HeadLayout, query_key, rotation_table
+from moetron.moe.kernels.query_key import HeadLayout, query_key
+from moetron.moe.kernels.rotary import rotation_table
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(
@@ -113,12 +114,3 @@ def test_bf16_in_bf16_out_with_one_rounding() -> None:
     ):
         assert ours.dtype == torch.bfloat16
         torch.testing.assert_close(ours.float(), wanted, rtol=2**-7, atol=1e-6)
-
-
-def test_tables_live_as_long_as_their_angles() -> None:
-    angles = _angles(3, 8, False)
-    table = rotation_table(angles)
-    assert rotation_table(angles) is table
-    count = len(module._tables)
-    del angles
-    assert len(module._tables) == count - 1

@@ -6,8 +6,9 @@ import pytest
 import torch
 from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 
+from moetron.moe.kernels import rotary as module
 from moetron.moe.kernels.availability import uses_triton
-from moetron.moe.kernels.rotary import PairLayout, rotary
+from moetron.moe.kernels.rotary import PairLayout, rotary, rotation_table
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(
@@ -75,3 +76,12 @@ def test_gradients_of_any_strides() -> None:
     twin = x.detach().clone().requires_grad_()
     _apply_rotary_pos_emb_bshd(twin, angles).sum().backward()
     torch.testing.assert_close(x.grad, twin.grad)
+
+
+def test_tables_live_as_long_as_their_angles() -> None:
+    angles = _angles(3, 8, HALVES)
+    table = rotation_table(angles)
+    assert rotation_table(angles) is table
+    count = len(module._tables)
+    del angles
+    assert len(module._tables) == count - 1

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.dot_product_attention import DotProductAttention
-from megatron.core.transformer.enums import AttnBackend, AttnMaskType
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
@@ -138,14 +138,11 @@ def test_repeated_keys_equal_shared_ones(groups: int) -> None:
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_cudnn_comes_first_but_for_flash_and_deterministic_runs() -> None:
-    cudnn = SDPBackend.CUDNN_ATTENTION
-    for backend in (AttnBackend.auto, AttnBackend.fused):
-        assert attention_kernels.preferred(backend)[0] == cudnn
-    assert cudnn not in attention_kernels.preferred(AttnBackend.flash)
+def test_cudnn_comes_first_but_in_deterministic_runs() -> None:
+    assert attention_kernels.preferred()[0] == SDPBackend.CUDNN_ATTENTION
     try:
         torch.use_deterministic_algorithms(True)
-        assert cudnn not in attention_kernels.preferred(AttnBackend.fused)
+        assert SDPBackend.CUDNN_ATTENTION not in attention_kernels.preferred()
     finally:
         torch.use_deterministic_algorithms(False)
 
