@@ -17,6 +17,7 @@ from moetron.moe.config.schema.run import (
     LearningRateSettings,
     LoggingSettings,
     OptimizerSettings,
+    ProfilingSettings,
     TrainingSettings,
     ValidationSettings,
 )
@@ -37,6 +38,7 @@ class Settings(Group):
     validation: ValidationSettings = ValidationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     logging: LoggingSettings = LoggingSettings()
+    profiling: ProfilingSettings = ProfilingSettings()
 
 
 def fields() -> Iterator[tuple[str, str, FieldInfo]]:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from moetron.moe.routing.router_types import KINDS
-from tests.parallel.support import checkpoint_runs
+from tests.parallel.support.checkpoint_runs import parallel_of, start
+from tests.parallel.support.checkpoint_runs import settings as run_settings
 from tests.unit.training.host_reads import HostReads
 
 ALLOWED = 1
@@ -62,9 +63,9 @@ OPTIMIZERS = ("adam", "sgd", "adafactor", "muon")
 
 def reads_of_a_step(**groups: dict[str, Any]) -> dict[str, int]:
     """Return the waits of the second step, by place."""
-    chosen = checkpoint_runs.settings("dp", **groups)
-    with checkpoint_runs.parallel_of(chosen):
-        loop = checkpoint_runs.start(chosen)
+    chosen = run_settings("dp", **groups)
+    with parallel_of(chosen):
+        loop = start(chosen)
         batches = loop.batches()
         loop.step(batches, lambda: False)
         with HostReads(ignored=(*HOST_SIDE, *DISPATCHER)) as reads:
