@@ -83,6 +83,9 @@ def profiling(case: Case) -> Iterator[str]:
         default = type(chosen).model_fields[name].default
         if getattr(chosen, name) != default and not records:
             yield f"{case.given(name)} needs --profile"
+    default_path = type(chosen).model_fields["memory_snapshot_path"].default
+    if chosen.memory_snapshot_path != default_path and not chosen.record_memory_history:
+        yield f"{case.given('memory_snapshot_path')} needs --record-memory-history"
     if chosen.manual_gc_interval and not chosen.manual_gc:
         yield f"{case.given('manual_gc_interval')} needs --manual-gc"
     if not records:

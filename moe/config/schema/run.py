@@ -189,7 +189,7 @@ class ProfilingSettings(Group):
     experts."""
     record_memory_history: bool = False
     """Record every allocation on a GPU, up to the last profiled step or an error."""
-    memory_snapshot_path: str = "snapshot.pickle"
+    memory_snapshot_path: LocalPath = "snapshot.pickle"
     """File of the record of memory, below SAVE/profile; the rank's number is added."""
     manual_gc: bool = False
     """Collect Python's garbage only at given steps, at the same time on all ranks, instead of

@@ -49,6 +49,7 @@ TRACE = {"profile": True, "use_pytorch_profiler": True, "save": "x"}
         ({"nvtx_ranges": True}, "--nvtx-ranges needs --profile"),
         ({"profile_ranks": [1]}, "--profile-ranks 1 needs --profile"),
         ({"profile_step_start": 3}, "--profile-step-start 3 needs --profile"),
+        ({"memory_snapshot_path": "m"}, "--memory-snapshot-path m needs --record-memory-history"),
         ({"manual_gc_interval": 5}, "--manual-gc-interval 5 needs --manual-gc"),
         (
             {**TRACE, "profile_step_start": 4, "profile_step_end": 4},
