@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from moetron.moe.routing.router_types import KINDS
 from tests.parallel.support.checkpoint_runs import parallel_of, start
@@ -11,13 +12,14 @@ from tests.parallel.support.checkpoint_runs import settings as run_settings
 from tests.unit.training.host_reads import HostReads
 
 ALLOWED = 1
-HOST_SIDE = ("moe/training/batches.py",)
-"""Works on host tensors."""
+HOST_SIDE = ("moe/training/batches.py", "moe/kernels/")
+"""Works on host tensors, or in place of a kernel."""
 DISPATCHER = (
     "megatron/core/transformer/moe/token_dispatcher.py",
     "megatron/core/transformer/moe/moe_utils.py",
 )
-"""Megatron-core's exchange of tokens reads the counts of experts, and selects by masks."""
+"""Megatron-core's exchange of tokens reads the counts of experts, and selects by masks. It is
+ignored only where a layer uses it."""
 PRE = {"moe_router_pre_softmax": True}
 LIMIT = {"moe_expert_capacity_factor": 1.0}
 SIGMOID = {"moe_router_score_function": "sigmoid"}
@@ -68,7 +70,12 @@ def reads_of_a_step(**groups: dict[str, Any]) -> dict[str, int]:
         loop = start(chosen)
         batches = loop.batches()
         loop.step(batches, lambda: False)
-        with HostReads(ignored=(*HOST_SIDE, *DISPATCHER)) as reads:
+        modules = [module for chunk in loop.trainer.chunks for module in chunk.modules()]
+        dispatchers = [
+            module.token_dispatcher for module in modules if isinstance(module, MoELayer)
+        ]
+        is_megatrons = any(type(each).__module__.startswith("megatron.") for each in dispatchers)
+        with HostReads(ignored=(*HOST_SIDE, *(DISPATCHER if is_megatrons else ()))) as reads:
             loop.step(batches, lambda: False)
     return reads.found
 
