@@ -1,6 +1,7 @@
-"""Memory of a rank: its peak, and reuse of freed memory on the CPU."""
+"""Memory of a rank: its peak, reuse of freed memory on the CPU, and Python's garbage."""
 
 import ctypes
+import gc
 import resource
 import sys
 from pathlib import Path
@@ -39,3 +40,34 @@ def peak_memory_bytes(device: torch.device) -> int:
     except (OSError, IndexError):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else 1024 * peak
+
+
+class GarbageCollector:
+    """Collector of Python's garbage after given steps; see --manual-gc.
+
+    The automatic one starts whenever many objects were made, at another moment on every rank, and
+    every rank then waits for the one that collects. Objects made before the first step stay out of
+    later collections.
+
+    Args:
+        manual: whether to turn the automatic one off, until `close`.
+        interval: steps between collections; 0: none.
+    """
+
+    def __init__(self, manual: bool, interval: int) -> None:
+        self._manual, self._interval = manual, interval
+        if manual:
+            gc.disable()
+            gc.collect()
+            gc.freeze()
+
+    def after_step(self, step: int) -> None:
+        """Collect if ``step`` is due."""
+        if self._manual and self._interval and step % self._interval == 0:
+            gc.collect()
+
+    def close(self) -> None:
+        """Turn the automatic one on again."""
+        if self._manual:
+            gc.unfreeze()
+            gc.enable()

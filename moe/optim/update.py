@@ -41,7 +41,7 @@ def prepare_gradients(optimizer: MegatronOptimizer) -> torch.Tensor:
     return torch.cat(squares)
 
 
-def _squared_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+def _squared_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
     """Return the squared norm of all ``gradients`` together, fp32 [1]."""
     if not gradients:
         return torch.zeros(1, device=torch.cuda.current_device())

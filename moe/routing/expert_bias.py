@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from megatron.core.distributed import finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from moetron.moe.routing.router import Router
@@ -43,7 +43,7 @@ def update_expert_biases(chunks: Sequence[torch.nn.Module]) -> None:
 
 
 def finalize_gradients(
-    model: list[torch.nn.Module],
+    model: list[DistributedDataParallel],
     num_tokens: torch.Tensor | None = None,
     pg_collection: ProcessGroupCollection | None = None,
     **kwargs: Any,

@@ -7,7 +7,9 @@ from typing import Any
 from moetron.moe.checkpoint.background_save import Saver
 from moetron.moe.checkpoint.position import Progress
 from moetron.moe.config.schema.derived import global_batch_size_at, stage_at
+from moetron.moe.host.allocator import GarbageCollector
 from moetron.moe.monitoring.peak_flops import Peak
+from moetron.moe.monitoring.profiling import Profiler
 from moetron.moe.monitoring.sinks import Row, Sink
 from moetron.moe.plan.flops import flops_per_token
 from moetron.moe.training.batches import micro_batches, training_numbers
@@ -56,6 +58,11 @@ class Loop:
         self._flops_per_token = flops_per_token(trainer.settings, trainer.vocab_size)
         self._evaluated: int | None = None
         self._saver = Saver(trainer.settings)
+        profiling, runtime = trainer.settings.profiling, trainer.runtime
+        self._profiler = Profiler(
+            trainer.settings, runtime.rank, runtime.device, trainer.chunks, trainer.optimizer
+        )
+        self._garbage = GarbageCollector(profiling.manual_gc, profiling.manual_gc_interval)
 
     def run(self, stop_requested: Callable[[], bool]) -> bool:
         """Train to the end, to --exit-interval or until a rank gets a stop request; then save.
@@ -70,6 +77,8 @@ class Loop:
             self._save()
             self._saver.wait()
         finally:
+            self._profiler.close()
+            self._garbage.close()
             self._saver.close()
             for sink in self.sinks:
                 sink.close()
@@ -80,7 +89,9 @@ class Loop:
         training = self.trainer.settings.training
         batches = self.batches()
         while self.progress.step < training.train_iters:
-            stopped = self.step(batches, stop_requested)
+            with self._profiler.step(self.progress.step):
+                stopped = self.step(batches, stop_requested)
+            self._garbage.after_step(self.progress.step)
             self._after_step()
             exit_interval = training.exit_interval
             if stopped or (exit_interval is not None and self.progress.step % exit_interval == 0):

@@ -1,4 +1,4 @@
-"""Rules on the learning rate, checkpoints and evaluation."""
+"""Rules on the learning rate, checkpoints, evaluation and profiling."""
 
 from collections.abc import Iterator
 
@@ -72,4 +72,51 @@ def evaluation(case: Case) -> Iterator[str]:
         yield f"{case.given('eval_interval')} needs --eval-iters above 0"
 
 
-RULES = (learning_rate, checkpoint, evaluation)
+def profiling(case: Case) -> Iterator[str]:
+    """Check the profiled steps and ranks, and what profiles need."""
+    chosen, save = case.settings.profiling, case.settings.checkpoint.save
+    records = chosen.profile or chosen.record_memory_history
+    for name in ("use_pytorch_profiler", "nvtx_ranges"):
+        if getattr(chosen, name) and not chosen.profile:
+            yield f"{case.given(name)} needs --profile"
+    for name in ("profile_step_start", "profile_step_end", "profile_ranks"):
+        default = type(chosen).model_fields[name].default
+        if getattr(chosen, name) != default and not records:
+            yield f"{case.given(name)} needs --profile"
+    default_path = type(chosen).model_fields["memory_snapshot_path"].default
+    if chosen.memory_snapshot_path != default_path and not chosen.record_memory_history:
+        yield f"{case.given('memory_snapshot_path')} needs --record-memory-history"
+    if chosen.manual_gc_interval and not chosen.manual_gc:
+        yield f"{case.given('manual_gc_interval')} needs --manual-gc"
+    if not records:
+        return
+    if chosen.profile_step_end <= chosen.profile_step_start:
+        yield (
+            f"{case.given('profile_step_end')} is not above {case.given('profile_step_start')}: "
+            f"use --profile-step-end {chosen.profile_step_start + 1} to profile one step"
+        )
+    if chosen.profile_step_end > case.settings.training.train_iters:
+        yield (
+            f"{case.given('profile_step_end')} exceeds {case.given('train_iters')}: profile "
+            "earlier steps"
+        )
+    if unknown := [rank for rank in chosen.profile_ranks if rank >= case.world_size]:
+        yield (
+            f"{case.given('profile_ranks')}: there is no rank {unknown[0]} of {case.world_size}: "
+            f"use at most {case.world_size - 1}"
+        )
+    if save is None and (chosen.use_pytorch_profiler or chosen.record_memory_history):
+        names = [
+            name
+            for name in ("use_pytorch_profiler", "record_memory_history")
+            if getattr(chosen, name)
+        ]
+        yield f"{case.given(*names)} writes to SAVE/profile: give --save"
+    if case.device == "cpu":
+        if chosen.profile and not chosen.use_pytorch_profiler:
+            yield "--profile needs --use-pytorch-profiler on a CPU: Nsight Systems profiles GPUs"
+        if chosen.record_memory_history:
+            yield f"{case.given('record_memory_history')} needs a GPU: leave it out"
+
+
+RULES = (learning_rate, checkpoint, evaluation, profiling)

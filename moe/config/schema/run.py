@@ -1,4 +1,4 @@
-"""Run settings: batches, optimizer, learning rate, checkpoints, evaluation, logging."""
+"""Run settings: batches, optimizer, learning rate, checkpoints, evaluation, logging, profiling."""
 
 from typing import Literal
 
@@ -179,3 +179,33 @@ class LoggingSettings(Group):
     """Weights & Biases run name; unset: the name of the --save folder."""
     peak_tflops_per_s: PositiveFloat | None = None
     """Peak TFLOP/s of one rank, for MFU; unset: from a short GEMM on a CPU, a table on a GPU."""
+
+
+class ProfilingSettings(Group):
+    """Profiles of single steps, and the collection of Python's garbage."""
+
+    default_role = Role.RUN
+
+    profile: bool = False
+    """Profile some steps on some ranks: for Nsight Systems (nsys profile --capture-range
+    cudaProfilerApi), or with --use-pytorch-profiler."""
+    profile_step_start: NonNegativeInt = 10
+    """Steps before the first profiled one."""
+    profile_step_end: PositiveInt = 12
+    """Last profiled step."""
+    profile_ranks: list[NonNegativeInt] = [0]
+    """Ranks that profile, or record memory."""
+    use_pytorch_profiler: bool = False
+    """Write a Chrome trace to SAVE/profile, for TensorBoard or Perfetto; also on a CPU."""
+    nvtx_ranges: bool = False
+    """Name the parts of a step in profiles: passes, update, attention, router, exchange of tokens,
+    experts."""
+    record_memory_history: bool = False
+    """Record every allocation on a GPU, up to the last profiled step or an error."""
+    memory_snapshot_path: LocalPath = "snapshot.pickle"
+    """File of the record of memory, below SAVE/profile; the rank's number is added."""
+    manual_gc: bool = False
+    """Collect Python's garbage only at given steps, at the same time on all ranks, instead of
+    whenever many objects were made."""
+    manual_gc_interval: NonNegativeInt = 0
+    """Steps between collections with --manual-gc; 0: none."""

@@ -18,6 +18,7 @@ from moetron.moe.config.schema.run import (
     LearningRateSettings,
     LoggingSettings,
     OptimizerSettings,
+    ProfilingSettings,
     TrainingSettings,
     ValidationSettings,
 )
@@ -39,6 +40,7 @@ class Settings(Group):
     validation: ValidationSettings = ValidationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     logging: LoggingSettings = LoggingSettings()
+    profiling: ProfilingSettings = ProfilingSettings()
 
 
 def fields() -> Iterator[tuple[str, str, FieldInfo]]:

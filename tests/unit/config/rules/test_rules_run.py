@@ -6,6 +6,8 @@ import pytest
 
 from tests.unit.config.config_cases import found
 
+TRACE = {"profile": True, "use_pytorch_profiler": True, "save": "x"}
+
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
@@ -43,6 +45,21 @@ from tests.unit.config.config_cases import found
         ({"valid_data_path": ["inf", "a"]}, "weight 'inf' must be a number above 0"),
         ({"finetune": True, "reset_progress": True}, "exclude each other"),
         ({"eval_interval": 5, "eval_iters": 0}, "--eval-interval 5 needs --eval-iters above 0"),
+        ({"use_pytorch_profiler": True}, "--use-pytorch-profiler needs --profile"),
+        ({"nvtx_ranges": True}, "--nvtx-ranges needs --profile"),
+        ({"profile_ranks": [1]}, "--profile-ranks 1 needs --profile"),
+        ({"profile_step_start": 3}, "--profile-step-start 3 needs --profile"),
+        ({"memory_snapshot_path": "m"}, "--memory-snapshot-path m needs --record-memory-history"),
+        ({"manual_gc_interval": 5}, "--manual-gc-interval 5 needs --manual-gc"),
+        (
+            {**TRACE, "profile_step_start": 4, "profile_step_end": 4},
+            "--profile-step-end 4 is not above --profile-step-start 4: use --profile-step-end 5",
+        ),
+        ({**TRACE, "profile_step_end": 101}, "--profile-step-end 101 exceeds --train-iters 100"),
+        ({**TRACE, "profile_ranks": [0, 7]}, "--profile-ranks 0 7: there is no rank 7 of 1"),
+        ({**TRACE, "save": None}, "--use-pytorch-profiler writes to SAVE/profile: give --save"),
+        ({"profile": True}, "--profile needs --use-pytorch-profiler on a CPU"),
+        ({"record_memory_history": True, "save": "x"}, "--record-memory-history needs a GPU"),
     ],
 )
 def test_rule(changes: dict[str, Any], expected: str) -> None:
