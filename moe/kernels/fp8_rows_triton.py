@@ -40,7 +40,7 @@ def _quantize_rows_kernel(
     values_ptr,
     inverse_ptr,
     rows,
-    width,
+    width: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):

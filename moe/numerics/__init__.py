@@ -1,1 +1,1 @@
-"""Emulation of number formats."""
+"""FP8 products: on tensor cores, or emulated."""

@@ -19,11 +19,11 @@ class PrecisionSettings(Group):
     """Accumulate and reduce gradients in fp32."""
     fp8_format: Literal["e4m3", "hybrid"] | None = None
     """FP8 format of matrix products in linear layers and experts, e4m3 throughout or with e5m2
-    gradients (hybrid): Transformer Engine's, or emulated by the local implementation. Unset:
-    none."""
+    gradients (hybrid): Transformer Engine's, torch's or emulated (docs/fp8.md). Unset: none."""
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "delayed"
-    """Granularity of FP8 scales: a tensor (delayed: from earlier amaxes; tensorwise: its own),
-    1x128 activations and 128x128 weights (blockwise), or 32 values (mxfp8)."""
+    """Granularity of FP8 scales: a tensor (delayed: from earlier amaxes; tensorwise: its own, in
+    torch's products one for each token and channel), 1x128 activations and 128x128 weights
+    (blockwise), or 32 values (mxfp8)."""
     fp8_margin: NonNegativeInt = 0
     """Delayed scaling: divide scales by 2^margin."""
     fp8_amax_history_len: PositiveInt = 1
