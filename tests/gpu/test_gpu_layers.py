@@ -47,7 +47,7 @@ def test_experts_without_tokens(kind: str) -> None:
             with get_fp8_context(config, 0):
                 out, _ = experts(x, torch.tensor(counts), probabilities)
             assert out.shape == rows.shape
-            out.float().square().sum().backward()
+            (1e3 * out.float().square().sum()).backward()  # above the least e5m2
             for name, parameter in experts.named_parameters():
                 grad = parameter.main_grad
                 single = re.search(r"(?:weight|local_experts\.)(\d+)", name.split(".", 1)[-1])
