@@ -34,7 +34,7 @@ from moetron.moe.config.command import load
 from moetron.moe.config.schema.implementation import beyond_transformer_engine
 from moetron.moe.host.usable import cuda_fault
 from tests.gpu.devices import kind_fault
-from tests.gpu.gpu_cases import KINDS, STEPS, Case, Kind, cases
+from tests.gpu.gpu_cases import KINDS, STEPS, Case, cases
 from tests.gpu.in_process import train
 from tests.gpu.references import one_line, read, weights_folder
 
@@ -42,6 +42,8 @@ SPREADS = 4
 RUN_LIMIT_S = 120
 EXACT_METRICS = 1e-3
 """Bound of the other metrics of the first step, of local fp32 runs."""
+_NEEDS = ("needs the package", "needs Transformer Engine on a GPU", "needs a CUDA device")
+"""In problems of flags that this machine cannot run."""
 _WIDTH = 18
 
 
@@ -129,7 +131,7 @@ def _outcome(
     case: Case, kind: str, reference: dict[str, Any] | None, arguments: argparse.Namespace
 ) -> Outcome:
     """Run a case in a kind, or say why not."""
-    reason = _lacking(case, KINDS[kind])
+    reason = _lacking(case, kind)
     if reason is None and reference is None:
         reason = "no reference"
     if reason is not None or reference is None:
@@ -150,19 +152,22 @@ def _outcome(
     return outcome
 
 
-def _lacking(case: Case, kind: Kind) -> str | None:
-    """Return what the machine or this version lacks for a run, or None."""
+def _lacking(case: Case, name: str) -> str | None:
+    """Return what the machine or this version lacks for a run of kind ``name``, or None."""
+    kind = KINDS[name]
     if unknown := case.unknown_flags():
         return unknown[0]
     if fault := kind_fault(kind.te, kind.capability):
         return fault
     try:
         settings = load(case.reference_argv()).settings
-        beyond = beyond_transformer_engine(settings) if kind.te else []
-        return f"Transformer Engine's layers lack {', '.join(beyond)}" if beyond else None
+        if beyond := beyond_transformer_engine(settings) if kind.te else []:
+            return f"Transformer Engine's layers lack {', '.join(beyond)}"
+        load(case.argv(name))
     except ConfigError as error:  # other problems are the run's failure
-        packages = (problem for problem in error.problems if "needs the package" in problem)
-        return next(packages, None)
+        lacks = (line for line in error.problems if any(need in line for need in _NEEDS))
+        return next(lacks, None)
+    return None
 
 
 def _compared(

@@ -44,8 +44,13 @@ _BF16, _FP8 = Bound(2e-2, 5e-4, 1e-2), Bound(3e-2, 2e-3, 3e-2)
 _FP8_PARAMETERS = Bound(3e-2, 5e-3, 0.1)
 
 
-def _fp8(recipe: str, capability: tuple[int, int] = (8, 9), parameters: bool = False) -> Kind:
-    flags = ("--bf16", "--fp8-format", "hybrid", "--fp8-recipe", recipe, *_TE)
+def _fp8(
+    recipe: str,
+    capability: tuple[int, int] = (8, 9),
+    layers: tuple[str, ...] = _TE,
+    parameters: bool = False,
+) -> Kind:
+    flags = ("--bf16", "--fp8-format", "hybrid", "--fp8-recipe", recipe, *layers)
     if not parameters:
         return Kind(flags, _FP8, capability)
     more = ("--fp8-param-gather", "--use-distributed-optimizer")
@@ -55,18 +60,20 @@ def _fp8(recipe: str, capability: tuple[int, int] = (8, 9), parameters: bool = F
 KINDS = {
     "local": Kind(("--fp32", *_LOCAL), Bound(1e-4, 1e-5, 1e-3)),
     "local16": Kind(("--bf16", *_LOCAL), _BF16, (8, 0)),
-    "emulated": Kind(("--bf16", "--fp8-format", "hybrid", *_LOCAL), _FP8, (8, 0)),
+    "emulated": _fp8("delayed", (8, 0), _LOCAL),
+    "scaled": _fp8("tensorwise", (8, 0), _LOCAL),  # on tensor cores from (9, 0) on
     "te32": Kind(("--fp32", *_TE), Bound(5e-3, 5e-4, 1e-2)),
     "te16": Kind(("--bf16", *_TE), _BF16, (8, 0)),
     "delayed": _fp8("delayed"),
     "tensorwise": _fp8("tensorwise"),
     "blockwise": _fp8("blockwise", (9, 0)),
+    "scaled_experts": _fp8("tensorwise", (9, 0), (*_TE, "--moe-experts-impl", "grouped_mm")),
     "delayed_params": _fp8("delayed", parameters=True),
     "tensorwise_params": _fp8("tensorwise", parameters=True),
     "blockwise_params": _fp8("blockwise", (9, 0), parameters=True),
 }
 PLAIN = ("local", "local16", "te32", "te16")
-WITH_FP8 = (*PLAIN, "delayed", "tensorwise", "blockwise")
+WITH_FP8 = (*PLAIN, "scaled", "delayed", "tensorwise", "blockwise", "scaled_experts")
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,8 @@ def _recipes() -> list[Case]:
         decay = ("--lr-wsd-decay-iters", "2") if "WSD" in text else ()
         in_fp8 = name in ("olmoe_1b_7b", "deepseek_v2_lite", "mixtral_8x7b")
         kinds = tuple(kind for kind in KINDS if in_fp8 or not kind.endswith("params"))
+        if "num_experts" not in text:
+            kinds = tuple(kind for kind in kinds if kind != "scaled_experts")
         if "double_gated" in text or "multiplicative_bias: true" in text:  # refused with FP8
             kinds = PLAIN
         flags = ("--config", str(path), *decay)
@@ -231,6 +240,17 @@ SAME_MATHEMATICS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "cross_entropy_te": ((*_CROSS_ENTROPY, "te"), PLAIN),
     "all_fused": ((*_FUSED, *_CROSS_ENTROPY, "te"), _ON_TE),
     "quantization_padding": (("--moe-router-padding-for-quantization",), _ON_FP8),
+    "precision_aware": (
+        ("--use-precision-aware-optimizer", "--use-distributed-optimizer"),
+        ("te16", "delayed"),
+    ),
+    "narrow_moments": (
+        (
+            *("--use-precision-aware-optimizer", "--use-distributed-optimizer"),
+            *("--exp-avg-dtype", "bf16", "--exp-avg-sq-dtype", "bf16"),
+        ),
+        ("te16",),
+    ),
 }
 """Further flags and kinds of cases that are compared with the unchanged OLMoE."""
 

@@ -60,6 +60,8 @@ def from_cpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     ("kind", "other"),
     [
         ("emulated", "local16"),
+        ("scaled", "local16"),
+        ("scaled_experts", "te16"),
         ("delayed", "te16"),
         ("tensorwise", "te16"),
         ("blockwise", "te16"),

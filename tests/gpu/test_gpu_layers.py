@@ -30,7 +30,7 @@ def _moe_layer(trainer: Trainer) -> MoELayer:
     return next(m for m in trainer.chunks[0].modules() if isinstance(m, MoELayer))
 
 
-@pytest.mark.parametrize("kind", ["local", "local16", "emulated", "te16", "delayed", "tensorwise"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.endswith("params")])
 def test_experts_without_tokens(kind: str) -> None:
     """All idle (a rank that got no token), some idle, and each one alone: no trace of the idle."""
     if fault := kind_fault(KINDS[kind].te, KINDS[kind].capability):
@@ -47,7 +47,7 @@ def test_experts_without_tokens(kind: str) -> None:
             with get_fp8_context(config, 0):
                 out, _ = experts(x, torch.tensor(counts), probabilities)
             assert out.shape == rows.shape
-            out.float().square().sum().backward()
+            (1e3 * out.float().square().sum()).backward()  # above the least e5m2
             for name, parameter in experts.named_parameters():
                 grad = parameter.main_grad
                 single = re.search(r"(?:weight|local_experts\.)(\d+)", name.split(".", 1)[-1])
@@ -72,7 +72,9 @@ def test_experts_without_tokens(kind: str) -> None:
             alone, count = counts_E.clone(), int(some[expert])
             alone[expert] = count
             own = run(alone.tolist(), inputs[start : start + count])
-            tolerance = 0.1 * own.abs().amax().item() if "fp8_format" in str(KINDS[kind]) else 1e-2
+            tolerance = (
+                0.1 * own.abs().amax().item() if "--fp8-format" in KINDS[kind].flags else 1e-2
+            )
             assert_close(together[start : start + count], own, atol=tolerance, rtol=0)
             start += count
 

@@ -47,6 +47,7 @@ def runs(folder: Path, kind: str, flags: tuple[str, ...]) -> None:
         ("local", ()),
         ("local16", ADAM_SHARDS),
         ("emulated", ()),
+        ("scaled", ()),
         ("te16", ()),
         ("te16", ADAM_SHARDS),
         ("delayed", ()),

@@ -1,7 +1,9 @@
-"""Layouts on GPUs and NCCL against one GPU: the table of tests/parallel, fp32, our own layers.
+"""Layouts on 2 to 8 GPUs and NCCL against one GPU: the table of tests/parallel, our own layers.
 
-Experts run sequentially, since grouped products support only bf16 there. NCCL adds in another
-order than gloo, and kernels add atomically: tolerances are ten times those of the host.
+    python -m pytest tests/gpu/test_layouts.py -m gpu -s
+
+In fp32. NCCL adds in another order than gloo, and kernels add atomically: tolerances are ten times
+those of the host.
 """
 
 from pathlib import Path
@@ -15,7 +17,7 @@ from tests.parallel.support.parity_suite import Suite
 pytestmark = pytest.mark.gpu
 
 STEPS = 10
-EXACT = {"transformer_impl": "local", "moe_grouped_gemm": False}
+EXACT = {"transformer_impl": "local"}
 BF16 = {
     "bf16": True,
     "hidden_size": 256,
@@ -27,7 +29,7 @@ BF16 = {
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("mode", ["dropless", "capacity"])
+@pytest.mark.parametrize("mode", ["dropless", "capacity", "sequential"])
 @pytest.mark.parametrize("ranks", [pytest.param(n, marks=needs(n)) for n in (2, 4, 8)])
 def test_every_layout_equals_one_gpu(tmp_path: Path, mode: str, ranks: int) -> None:
     suite = Suite(tmp_path, STEPS, "cuda", EXACT, slack=10)
