@@ -5,7 +5,7 @@
 # The first word names a folder of examples/ (its pretrain.yaml), or FOLDER/STAGE; flags follow. One process checks
 # settings, data and folders first, so that a user error is one message and exit code 2. --dry-run plans for the same
 # number of ranks (or --world-size N) and launches nothing. Ranks rendezvous on a free port, so runs may share a node.
-# PRINT=1 prints the command instead of running it.
+# Ctrl-C, SIGTERM and SIGUSR1 save and stop with code 75. PRINT=1 prints the command instead of running it.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 recipe="${1:-}"
@@ -22,10 +22,10 @@ python="${PYTHON:-${MOETRON_VENV:-$root/.venv}/bin/python}"
 gpus="$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)"
 ranks="${RANKS:-$((gpus > 0 ? gpus : 1))}"
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
-# Time for a step and a save after a signal; torchrun kills ranks after 30 s by default.
+# Time for a step and a save after a signal.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
 alone=("$python" "$root/pretrain_moe.py" --world-size "$ranks" --config "$config" "$@") # the last --world-size wins
-launch=("$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" "$root/pretrain_moe.py" --config "$config" "$@")
+launch=("$python" "$root/tools/launch.py" --nproc-per-node "$ranks" "$root/pretrain_moe.py" --config "$config" "$@")
 case " $* " in *" --dry-run "* | *" --check "* | *" --help "*) launch=("${alone[@]}") ;; esac
 if [ -n "${PRINT:-}" ]; then
   printf '%q ' "${launch[@]}"

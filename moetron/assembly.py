@@ -118,10 +118,10 @@ def train(
     """
     streams = open_streams(settings, vocab_size, tokenizer)
     settings = with_vocabulary(settings, vocab_size)  # so that checkpoints state it
+    if settings.checkpoint.save is not None and os.environ.get("RANK", "0") == "0":
+        refuse_owned(Path(settings.checkpoint.save))
     check_folders(settings, streams.training.state())
     if check_only:
-        if settings.checkpoint.save is not None:
-            refuse_owned(Path(settings.checkpoint.save))
         opening(settings, streams.training.state())  # raises where no step is left
         return 0
     with owning(settings.checkpoint.save, early) as require_owner:

@@ -45,10 +45,11 @@ python="${PYTHON:-$root/.venv/bin/python}"
 flags=(--config "$config" "${resume[@]}" "$@" "${again[@]}")
 alone=("$python" "$root/pretrain_moe.py" --world-size "$((nodes * ranks))" "${flags[@]}")
 export CUDA_DEVICE_MAX_CONNECTIONS=1
-# Time for a step and a save, within SLURM's 300 s; torchrun kills ranks after 30 s by default.
+# Time for a step and a save, within SLURM's 300 s.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-270}"
 case " $* " in *" --dry-run "* | *" --check "*) exec "${alone[@]}" ;; esac
 "${alone[@]}" --check
-exec srun "$python" -m torch.distributed.run --nnodes "$nodes" --nproc-per-node "$ranks" \
-  --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$head_node:$port" \
-  "$root/pretrain_moe.py" "${flags[@]}"
+# srun takes the place of this shell, and so also gets the signals of `--signal B:USR1@300` and `scancel --batch`; it
+# passes them on to the launchers of all nodes. A node that fails ends the others.
+exec srun --kill-on-bad-exit=1 "$python" "$root/tools/launch.py" --nnodes "$nodes" --nproc-per-node "$ranks" \
+  --master-addr "$head_node" --master-port "$port" "$root/pretrain_moe.py" "${flags[@]}"

@@ -136,9 +136,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="launch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    count = {"type": int, "default": 1, "metavar": "N"}
-    parser.add_argument("--nproc-per-node", **count, help="ranks on this node")
-    parser.add_argument("--nnodes", **count, help="nodes")
+    for name, text in (("--nproc-per-node", "ranks on this node"), ("--nnodes", "nodes")):
+        parser.add_argument(name, type=int, default=1, metavar="N", help=f"{text} (default: 1)")
     node = int(os.environ.get("SLURM_NODEID", "0"))
     parser.add_argument("--node-rank", type=int, default=node, help="default: SLURM_NODEID, else 0")
     address = os.environ.get("MASTER_ADDR")

@@ -54,14 +54,14 @@ def slurm(folder: Path, srun: str, python: str = "") -> dict[str, str]:
 
 def port_of(command: list[str]) -> int:
     """Return the rendezvous port of a printed command."""
-    return int(command[command.index("--rdzv-endpoint") + 1].split(":")[1])
+    return int(command[command.index("--master-port") + 1])
 
 
 def test_one_node_gets_one_rank_per_device_and_every_flag() -> None:
     words = ("olmoe_1b_7b/tiny", "--save", "a folder", "--lr", "1e-3")
     printed = launch("train.sh", *words, PRINT="1", RANKS="4")
     assert shlex.split(printed.stdout) == [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"),
+        *(sys.executable, str(ROOT / "tools" / "launch.py"), "--nproc-per-node", "4"),
         *(str(ROOT / "pretrain_moe.py"), "--config", CONFIG, *words[1:]),
     ]
 
@@ -76,7 +76,7 @@ def test_a_dry_run_plans_for_the_same_ranks_in_one_process() -> None:
 
 
 def test_ranks_have_time_to_save_and_a_flag_may_have_an_equals_sign(tmp_path: Path) -> None:
-    """By default torchrun kills ranks after 30 s; SLURM allows 300 s."""
+    """SLURM allows 300 s."""
     environment = slurm(tmp_path, 'echo "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT $*"')
     run = tmp_path / "a run"
     words = ("slurm/pretrain.sh", "olmoe_1b_7b/tiny", f"--save={run}")
@@ -94,8 +94,9 @@ def test_many_nodes_rendezvous_at_the_first_and_resume_from_save(tmp_path: Path)
     environment |= {"SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "1"}
     printed = launch("slurm/pretrain.sh", "olmoe_1b_7b/tiny", "--save", run, **environment)
     assert shlex.split(printed.stdout) == [
-        *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"),
-        *("--rdzv-id", "7", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:10007"),
+        *("--kill-on-bad-exit=1", sys.executable, str(ROOT / "tools" / "launch.py")),
+        *("--nnodes", "2", "--nproc-per-node", "1"),
+        *("--master-addr", "localhost", "--master-port", "10007"),
         *(str(ROOT / "pretrain_moe.py"), "--config", CONFIG, "--load", run, "--save", run),
     ]
 
@@ -235,7 +236,7 @@ def test_two_ranks_train_on_a_node_and_a_slurm_job_resumes(tmp_path: Path) -> No
     words = ("olmoe_1b_7b/tiny", *FLAGS, "--eval-iters", "0", "--save", run, "--exit-interval", "2")
     first = launch("train.sh", *words, RANKS="2")
     assert first.returncode == 0, first.stderr
-    environment = slurm(tmp_path, 'exec "$@"') | {"SLURM_JOB_ID": str(os.getpid())}
+    environment = slurm(tmp_path, 'shift; exec "$@"') | {"SLURM_JOB_ID": str(os.getpid())}
     second = launch("slurm/pretrain.sh", *words, **environment)
     assert second.returncode == 0, second.stderr
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
