@@ -126,6 +126,10 @@ def _recipes() -> list[Case]:
         if "double_gated" in text or "multiplicative_bias: true" in text:  # refused with FP8
             kinds = PLAIN
         flags = ("--config", str(path), *decay)
+        if "multi_latent_attention: true" in text:  # its joint projection is too narrow for FP8
+            wide = tuple(kind for kind in kinds if KINDS[kind].te and kind not in PLAIN)
+            found.append(Case(f"{name}_wide", (*flags, "--qk-pos-emb-head-dim", "16"), wide))
+            kinds = tuple(kind for kind in kinds if kind not in wide)
         found.append(Case(name, flags, kinds))
     return found
 
