@@ -40,7 +40,7 @@ class Kind:
 
 
 _LOCAL, _TE = ("--transformer-impl", "local"), ("--transformer-impl", "transformer_engine")
-_BF16, _FP8 = Bound(2e-2, 5e-4, 1e-2), Bound(3e-2, 2e-3, 3e-2)
+_BF16, _FP8 = Bound(2e-2, 1e-3, 2e-2), Bound(3e-2, 2e-3, 3e-2)
 _FP8_PARAMETERS = Bound(3e-2, 5e-3, 0.1)
 
 

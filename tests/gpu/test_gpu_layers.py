@@ -72,10 +72,9 @@ def test_experts_without_tokens(kind: str) -> None:
             alone, count = counts_E.clone(), int(some[expert])
             alone[expert] = count
             own = run(alone.tolist(), inputs[start : start + count])
-            tolerance = (
-                0.1 * own.abs().amax().item() if "--fp8-format" in KINDS[kind].flags else 1e-2
-            )
-            assert_close(together[start : start + count], own, atol=tolerance, rtol=0)
+            # Delayed scales change between calls, and the first are 1.
+            bound = 0.3 if "--fp8-format" in KINDS[kind].flags else 1e-2
+            assert (together[start : start + count] - own).norm() < bound * own.norm()
             start += count
 
 
