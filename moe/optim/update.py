@@ -10,6 +10,8 @@ import torch
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.utils import to_local_if_dtensor
 
+from moetron.moe.optim.one_pass_adamw import OnePassAdamW
+
 
 def parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     """Return the chained optimizers, or the only one."""
@@ -66,6 +68,9 @@ def clip_and_update(optimizer: MegatronOptimizer, grad_norm: float) -> None:
         if getattr(part, "is_stub_optimizer", False) or part.config.clip_grad <= 0.0:
             continue
         coefficient = part.config.clip_grad / (grad_norm + 1.0e-6)
+        if isinstance(part.optimizer, OnePassAdamW):
+            part.optimizer.grad_factor = min(coefficient, 1.0)
+            continue
         name = (
             "decoupled_grad"
             if part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8

@@ -4,7 +4,10 @@ from collections.abc import Sequence
 
 import torch
 from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
-from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer.optimizer import (
+    Float16OptimizerWithFloat16Params,
+    MegatronOptimizer,
+)
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
@@ -12,8 +15,10 @@ from moetron.moe.checkpoint.optimizer_state import leaves, mains
 from moetron.moe.config.bridge import optimizer_config
 from moetron.moe.config.schema.run import OptimizerSettings
 from moetron.moe.config.schema.settings import Settings
+from moetron.moe.kernels.availability import uses_triton
 from moetron.moe.optim.adafactor import Adafactor
 from moetron.moe.optim.muon import Muon, MuonRule
+from moetron.moe.optim.one_pass_adamw import OnePassAdamW
 from moetron.moe.optim.tensor_shards import shard_of
 from moetron.moe.training.model_chunks import ModelChunks
 from moetron.moe.training.runtime import Runtime
@@ -55,6 +60,9 @@ def build_optimizer(settings: Settings, chunks: ModelChunks, runtime: Runtime) -
                 betas=(chosen.adam_beta1, chosen.adam_beta2),
                 eps=chosen.adam_eps,
             )
+        elif chosen.optimizer == "adam" and _suits_one_pass(leaf):
+            _use_one_pass(leaf, chosen)
+            continue
         if isinstance(leaf.optimizer, torch.optim.AdamW):
             # megatron-core selects no implementation. torch's default is a loop of small operations
             # on a CPU and several passes over all states on a GPU. Transformer Engine's and apex's
@@ -64,6 +72,48 @@ def build_optimizer(settings: Settings, chunks: ModelChunks, runtime: Runtime) -
     for group in optimizer.param_groups:
         group["weight_decay"] = chosen.weight_decay * group["wd_mult"]
     return optimizer
+
+
+def _suits_one_pass(leaf: MegatronOptimizer) -> bool:
+    """Return whether `OnePassAdamW` can replace the AdamW of torch, Transformer Engine or apex."""
+    known = type(leaf.optimizer).__name__ in ("AdamW", "FusedAdam")  # not on the host, for example
+    found = [main for _, main, _ in mains(leaf)]
+    return (
+        known
+        and not leaf.config.use_precision_aware_optimizer
+        and all(
+            main.dtype == torch.float32 and main.is_contiguous() and uses_triton(main)
+            for main in found
+        )
+    )
+
+
+def _use_one_pass(leaf: MegatronOptimizer, chosen: OptimizerSettings) -> None:
+    """Let `OnePassAdamW` update parameters, and those of the model too where it holds all of them.
+
+    The distributed optimizer copies its shards itself. Quantised parameters are no plain tensors.
+    """
+    copies = {}
+    if isinstance(leaf, Float16OptimizerWithFloat16Params):
+        copies = {main: model for model, main, _ in mains(leaf) if main is not model}
+        if not all(type(model.data) is torch.Tensor for model in copies.values()):
+            copies = {}
+    inner = leaf.optimizer = OnePassAdamW(
+        leaf.optimizer.param_groups,
+        copies,
+        betas=(chosen.adam_beta1, chosen.adam_beta2),
+        eps=chosen.adam_eps,
+    )
+    if not copies:
+        return
+    copy = leaf._copy_main_params_to_model_params
+
+    def copy_unless_done() -> None:
+        if not inner.copied:  # after a load
+            copy()
+        inner.copied = False
+
+    leaf._copy_main_params_to_model_params = copy_unless_done
 
 
 def group_overrides(settings: Settings) -> dict[ParamKey, ParamGroupOverride]:
