@@ -44,6 +44,7 @@ from megatron.core.optimizer import (
 )
 from torch import Tensor
 
+from moetron.moe.checkpoint.scaled_state import MAIN, ScaledState
 from moetron.moe.optim.adafactor import FACTOR_AXIS, Adafactor
 from moetron.moe.optim.muon import Muon
 
@@ -51,7 +52,6 @@ Entry: TypeAlias = ShardedTensor | ShardedTensorFactory
 
 PREFIX = "optimizer.state"
 STEP_KEY = "optimizer.step"
-MAIN = "fp32_param"
 MOMENTS = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 
 
@@ -85,11 +85,13 @@ class Slot:
     """Entry of the model: the parameter, its name and its place in the global tensor."""
     main: Tensor
     """Tensor that the optimizer updates: fp32, the parameter's shape; flat [end - start] if split
-    by a span."""
+    by a span. Of `scaled` state: this rank's part of the parameter itself."""
     state: dict[str, Tensor]
     """The inner optimizer's live state for ``main``; empty before the first step."""
     moments: tuple[str, ...]
     span: Span | None
+    scaled: ScaledState | None
+    """State in other formats, with the main parameters (--use-precision-aware-optimizer)."""
 
     @property
     def parameter(self) -> Tensor:
@@ -107,6 +109,8 @@ class Slot:
 
     def local(self, name: str) -> Tensor:
         """Return this rank's part of a tensor to save; a moment before the first step is zero."""
+        if self.scaled is not None:
+            return self.scaled.read(self.main, name)
         if name == MAIN:
             return self.main
         moment = self.state.get(name)
@@ -231,7 +235,12 @@ def _slots(leaf: MegatronOptimizer, entries: dict[int, Entry]) -> Iterator[Slot]
     for parameter, main, span in mains(leaf):
         assert id(parameter) in entries, "a trained parameter is not in the model's sharded state"
         own = inner.moments(main) if isinstance(inner, Adafactor | Muon) else moments
-        yield Slot(entries[id(parameter)], main, inner.state[main], own, span)
+        scaled = ScaledState(inner) if _is_precision_aware(leaf) else None
+        yield Slot(entries[id(parameter)], main, inner.state[main], own, span, scaled)
+
+
+def _is_precision_aware(leaf: MegatronOptimizer) -> bool:
+    return bool(leaf.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8)
 
 
 def mains(leaf: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor, Span | None]]:
@@ -254,7 +263,10 @@ def mains(leaf: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor, Span | None
 
 def _distributed_mains(leaf: DistributedOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
     yield from _paired(leaf.model_fp32_groups, leaf.shard_fp32_groups)
-    yield from _paired(leaf.model_float16_groups, leaf.shard_fp32_from_float16_groups)
+    shards = leaf.shard_fp32_from_float16_groups
+    if _is_precision_aware(leaf):  # which has no others
+        shards = leaf.shard_float16_groups
+    yield from _paired(leaf.model_float16_groups, shards)
 
 
 def _paired(
@@ -314,7 +326,9 @@ def _restore_slot(slot: Slot, loaded: ShardedStateDict) -> None:
         tensor = loaded[_key(slot, name)]
         if slot.span is not None:
             tensor = tensor.view(-1)[slot.span.start : slot.span.end].clone()
-        if name == MAIN:
+        if slot.scaled is not None:
+            slot.scaled.write(slot.main, name, tensor)
+        elif name == MAIN:
             slot.main.data.copy_(tensor)
         elif name in FACTOR_AXIS:
             slot.state[name] = tensor.narrow(FACTOR_AXIS[name], 0, 1).clone()

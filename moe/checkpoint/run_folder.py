@@ -60,8 +60,18 @@ class Checkpoint:
     """Rows of the vocabulary with padding; None: it holds no embedding."""
 
 
+_PORTABLE = {
+    "moe_token_dispatcher_type": "alltoall",
+    "moe_experts_impl": "auto",
+    "moe_shared_expert_overlap": False,
+}
+"""Values of settings of experts that run on any machine."""
+
+
 def one_rank_settings(record: Record, cpu_threads: int = 0) -> Settings:
-    """Return the settings of a checkpoint of any layout, for a single rank.
+    """Return the settings of a checkpoint of any layout, for a single rank of any machine.
+
+    Layout, fusions, dispatcher and implementations that need a GPU are not those of the run.
 
     Args:
         record: the checkpoint's.
@@ -70,15 +80,18 @@ def one_rank_settings(record: Record, cpu_threads: int = 0) -> Settings:
     Raises:
         UserError: another version of Moetron wrote settings that are invalid here.
     """
-    here = {"cpu_threads": cpu_threads}
-    settings, problems, _ = validate({**record.settings, "parallel": here})
+    here = {"parallel": {"cpu_threads": cpu_threads}, "performance": {}}
+    settings, problems, _ = validate({**record.settings, **here})
     if settings is None or problems:
         version = record.versions.get("moetron", "unknown")
         raise UserError(
             f"the checkpoint's settings are of another Moetron (version {version}); use it, or:\n"
             + "\n".join(f"  - {problem}" for problem in problems)
         )
-    return settings
+    model, moe = settings.model, settings.moe
+    if model.transformer_impl == "transformer_engine":
+        model = model.model_copy(update={"transformer_impl": "auto"})
+    return settings.model_copy(update={"model": model, "moe": moe.model_copy(update=_PORTABLE)})
 
 
 def step_folder(run_folder: Path, step: int) -> Path:

@@ -22,6 +22,14 @@ from moetron.moe.config.schema.model import ModelSettings
 from moetron.moe.config.schema.precision import PrecisionSettings
 from moetron.moe.config.schema.settings import Settings
 
+_FORMATS = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp8": torch.uint8,  # Transformer Engine's name for it
+}
+"""Formats of optimizer state."""
+
 padded_vocab_size = derived.padded_vocab_size
 
 
@@ -255,7 +263,8 @@ def transformer_config(settings: Settings, transformer_engine: bool = False) -> 
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "calculate_per_token_loss": settings.training.calculate_per_token_loss,
-        "deterministic_mode": settings.training.deterministic_mode,
+        # A CPU repeats every bit anyway, and the embedding's other form would change some.
+        "deterministic_mode": settings.training.deterministic_mode and torch.cuda.is_available(),
     }
     return kind(**carried | values)
 
@@ -284,6 +293,11 @@ def optimizer_config(settings: Settings) -> OptimizerConfig:
         use_distributed_optimizer=settings.parallel.use_distributed_optimizer,
         overlap_param_gather=settings.parallel.overlap_param_gather,
         fp8_recipe=settings.precision.fp8_recipe if settings.precision.fp8_param_gather else None,
+        use_precision_aware_optimizer=optimizer.use_precision_aware_optimizer,
+        main_grads_dtype=_FORMATS[optimizer.main_grads_dtype],
+        main_params_dtype=_FORMATS[optimizer.main_params_dtype],
+        exp_avg_dtype=_FORMATS[optimizer.exp_avg_dtype],
+        exp_avg_sq_dtype=_FORMATS[optimizer.exp_avg_sq_dtype],
     )
 
 

@@ -111,7 +111,7 @@ _COPIES = (
     "{pipeline_model_parallel_size} x {context_parallel_size})"
 )
 _DECOUPLED = "not supported; routers and experts have {router_lr_mult} and {expert_lr_mult}"
-_DTYPES = "the optimizer's state is fp32: leave it out"
+_OFFLOAD = "not supported yet: {use_precision_aware_optimizer} makes the state smaller"
 _TOKENIZER = "give {tokenizer_model} a tokenizer.json, a SentencePiece .model, or bytes"
 _EXPERTS = "use {moe_shared_expert_intermediate_size}: all shared experts' widths together"
 _TORCHRUN = "an option of torchrun or srun: give it before pretrain_moe.py"
@@ -126,6 +126,7 @@ DIFFERENT: dict[str, str] = {
     # Megatron-LM: parallelism and memory
     "cpu_offloading_num_layers": "activations are not offloaded: use {recompute_granularity}",
     "data_parallel_size": _COPIES,
+    "delay_wgrad_compute": "not supported yet: leave it out",
     "data_parallel_sharding_strategy": "FSDP is not supported: use {use_distributed_optimizer}",
     "dp": _COPIES,
     "dp_size": _COPIES,
@@ -139,10 +140,11 @@ DIFFERENT: dict[str, str] = {
     "num_virtual_stages_per_pipeline_rank": (
         "use {num_layers_per_virtual_pipeline_stage}: a stage's layers / its virtual stages"
     ),
-    "optimizer_cpu_offload": "not supported: use {use_distributed_optimizer}",
-    "optimizer_offload_fraction": "not supported: use {use_distributed_optimizer}",
+    "optimizer_cpu_offload": _OFFLOAD,
+    "optimizer_offload_fraction": _OFFLOAD,
     "recompute_activations": "use {recompute_granularity} selective",
-    "tp_comm_overlap": "not supported: leave it out",
+    "overlap_moe_expert_parallel_comm": "not supported yet: leave it out",
+    "tp_comm_overlap": "not supported yet: leave it out",
     "use_cpu_initialization": "leave it out: weights are initialised on {device}",
     "use_megatron_fsdp": "FSDP is not supported: use {use_distributed_optimizer}",
     "use_torch_fsdp2": "FSDP is not supported: use {use_distributed_optimizer}",
@@ -180,18 +182,13 @@ DIFFERENT: dict[str, str] = {
     "no_persist_layer_norm": _FUSED,
     "use_flash_attn": "leave it out: {attention_backend} chooses the attention",
     # Megatron-LM: precision
-    "exp_avg_dtype": _DTYPES,
-    "exp_avg_sq_dtype": _DTYPES,
     "fp16": _FP16,
     "grad_reduce_in_bf16": "turn {accumulate_allreduce_grads_in_fp32} off",
     "hysteresis": _FP16,
     "initial_loss_scale": _FP16,
     "loss_scale": _FP16,
     "loss_scale_window": _FP16,
-    "main_grads_dtype": "use {accumulate_allreduce_grads_in_fp32}",
-    "main_params_dtype": _DTYPES,
     "min_loss_scale": _FP16,
-    "use_precision_aware_optimizer": _DTYPES,
     # Megatron-LM: training
     "data_parallel_random_init": "not supported: all replicas start equal",
     "decoupled_lr": _DECOUPLED,
@@ -303,7 +300,7 @@ DIFFERENT: dict[str, str] = {
 """Foreign name -> advice, where no setting has the same meaning, scale or sign."""
 
 PREFIXES: dict[str, str] = {
-    "cuda_graph": "CUDA graphs are not supported",
+    "cuda_graph": "CUDA graphs are not supported yet: leave it out",
     "dino": "vision models are not supported",
     "grpo": "reinforcement learning is not supported",
     "hybrid": "state-space layers are not supported",

@@ -30,13 +30,19 @@ def _number_bytes(settings: Settings) -> int:
 
 
 def _optimizer_bytes(settings: Settings, parameters: int, matrices: int) -> int:
-    """Return bytes of fp32 moments (without Adafactor's rows and columns) and main parameters.
+    """Return bytes of moments (without Adafactor's rows and columns) and main parameters.
 
     Args:
         settings: the run's settings.
         parameters: parameters whose state the rank keeps.
         matrices: number of these that Muon would update, with one moment rather than two.
     """
+    formats = settings.optimizer
+    if formats.use_precision_aware_optimizer:
+        width = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
+        # Main parameters are 16 bits beside the bf16 weight, or fp16.
+        each = 2 + width[formats.exp_avg_dtype] + width[formats.exp_avg_sq_dtype]
+        return parameters * each
     kept = {"adam": 2, "sgd": int(settings.optimizer.sgd_momentum > 0), "adafactor": 0, "muon": 2}
     chosen = settings.optimizer.optimizer
     numbers = parameters * (kept[chosen] + int(settings.precision.bf16))
@@ -166,9 +172,10 @@ def memory_per_rank(settings: Settings, vocab_size: int, world_size: int, stage:
     """Return the peak memory of a rank of pipeline stage ``stage``, in bytes.
 
     Per parameter: 2 bytes in bf16, else 4; gradients 4, or 2 in bf16 without fp32 accumulation;
-    Adam 8 (Muon's matrices 4), and 4 for main parameters in bf16, both sharded over data-parallel
-    ranks by the distributed optimizer (experts over expert-data-parallel ranks). The last stage has
-    fp32 logits and their gradient.
+    Adam 8 (Muon's matrices 4), and 4 for main parameters in bf16, both less with
+    --use-precision-aware-optimizer and sharded over data-parallel ranks by the distributed
+    optimizer (experts over expert-data-parallel ranks). The last stage has fp32 logits and their
+    gradient.
     """
     parallel, training = settings.parallel, settings.training
     held = per_rank(settings, vocab_size, stage)

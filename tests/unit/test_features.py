@@ -29,6 +29,8 @@ CHOICES = (
     "transformer_impl",
     "attention_backend",
     "recompute_granularity",
+    "moe_experts_impl",
+    "cross_entropy_fusion_impl",
 )
 
 

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 from moetron.moe.config.rules.case import Case
 
+_FORMATS = ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
+
 
 def distributed(case: Case) -> Iterator[str]:
     """Check the distributed optimizer and overlaps."""
@@ -19,6 +21,32 @@ def distributed(case: Case) -> Iterator[str]:
         yield f"{used} has no effect without --overlap-grad-reduce: add it"
 
 
+def precision(case: Case) -> Iterator[str]:
+    """Check formats of optimizer state (OptimizerConfig.__post_init__ of megatron-core)."""
+    chosen, flag = case.settings.optimizer, "--use-precision-aware-optimizer"
+    if not chosen.use_precision_aware_optimizer:
+        for name in _FORMATS:
+            if getattr(chosen, name) != "fp32":
+                yield f"{case.given(name)} needs {flag}: add it"
+        return
+    if not case.te_on_gpu:
+        yield f"{flag} needs Transformer Engine on a GPU: leave it out"
+    if not case.settings.parallel.use_distributed_optimizer:
+        yield f"{flag} needs --use-distributed-optimizer: add it"
+    if not case.settings.precision.bf16:
+        yield f"{flag} needs --bf16: add it"
+    if case.settings.precision.fp8_param_gather:
+        yield f"{flag} is not supported with --fp8-param-gather: drop one"
+    reduced_in_fp32 = case.settings.precision.accumulate_allreduce_grads_in_fp32
+    if reduced_in_fp32 != (chosen.main_grads_dtype == "fp32"):
+        remedy = (
+            "add --no-accumulate-allreduce-grads-in-fp32"
+            if reduced_in_fp32
+            else "use --main-grads-dtype bf16"
+        )
+        yield f"{case.given('main_grads_dtype')} is not the format of gradient buffers: {remedy}"
+
+
 def groups(case: Case) -> Iterator[str]:
     """Check multipliers of parameter groups that the model lacks."""
     moe, chosen = case.settings.moe, case.settings.optimizer
@@ -31,4 +59,4 @@ def groups(case: Case) -> Iterator[str]:
             yield f"{case.given(name)}: --moe-router-type hash has no weights: leave it out"
 
 
-RULES = (distributed, groups)
+RULES = (distributed, precision, groups)

@@ -47,6 +47,13 @@ def _router(case: Case, moe: MoESettings) -> Iterator[str]:
         yield f"{flag} fuses plain top-k, not {case.given(name)}: leave it out"
     if moe.moe_router_dtype == "fp64":
         yield f"{flag} has no {case.given('moe_router_dtype')}: use fp32 or leave it out"
+    counted = 1 if moe.moe_aux_loss_first_choice_only else moe.moe_router_topk
+    if moe.moe_router_score_function == "sigmoid" and counted == 1 and moe.moe_aux_loss_coeff:
+        # Transformer Engine's fused_score_for_moe_aux_loss.cu: only for more than one expert.
+        yield (
+            f"{flag} with {case.given('moe_router_score_function')} does not normalise the scores "
+            "of a balance loss that counts one expert: leave it out"
+        )
 
 
 def _cross_entropy(case: Case) -> Iterator[str]:
@@ -74,6 +81,10 @@ def _padding(case: Case) -> Iterator[str]:
         )
     if case.settings.moe.moe_token_dispatcher_type == "allgather":
         yield f"{case.given(name)} needs --moe-token-dispatcher-type alltoall"
+    if case.settings.moe.moe_pad_expert_input_to_capacity:
+        yield (
+            f"{case.given(name)} and --moe-pad-expert-input-to-capacity both pad: drop one of them"
+        )
 
 
 def experts(case: Case) -> Iterator[str]:
@@ -112,7 +123,7 @@ def _scaled_experts(case: Case) -> Iterator[str]:
 
 def determinism(case: Case) -> Iterator[str]:
     """Check the environment of --deterministic-mode (as Megatron-LM's arguments.py does)."""
-    if not case.settings.training.deterministic_mode:
+    if not case.settings.training.deterministic_mode or case.device == "cpu":
         return
     for name, accepted in DETERMINISTIC_ENVIRONMENT.items():
         present = os.environ.get(name)

@@ -79,6 +79,17 @@ class OptimizerSettings(Group):
     """Weight-decay factor of routed experts."""
     clip_grad: NonNegativeFloat = 1.0
     """Maximum global gradient norm; 0: no clipping."""
+    use_precision_aware_optimizer: bool = False
+    """Let Transformer Engine's AdamW hold main parameters and moments, in the formats below and
+    main parameters as bfloat16 weights and 16 further bits."""
+    main_grads_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision-aware optimizer: format of gradients."""
+    main_params_dtype: Literal["fp32", "fp16"] = "fp32"
+    """Precision-aware optimizer: format of main parameters."""
+    exp_avg_dtype: Literal["fp32", "fp16", "bf16", "fp8"] = "fp32"
+    """Precision-aware optimizer: format of first moments (computation remains fp32)."""
+    exp_avg_sq_dtype: Literal["fp32", "fp16", "bf16", "fp8"] = "fp32"
+    """Precision-aware optimizer: format of second moments (computation remains fp32)."""
 
 
 class LearningRateSettings(Group):

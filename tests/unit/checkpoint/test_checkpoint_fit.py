@@ -33,7 +33,7 @@ FREE = {
     *("moe_expert_capacity_factor", "moe_capacity_scope", "moe_eval_capacity_factor"),
     *("moe_minimum_capacity", "moe_capacity_includes_topk", "moe_pad_expert_input_to_capacity"),
     *("moe_token_drop_policy", "moe_token_dispatcher_type", "moe_grouped_gemm"),
-    *("moe_router_init_method_std", "moe_shared_expert_overlap"),
+    *("moe_experts_impl", "moe_router_init_method_std", "moe_shared_expert_overlap"),
 }
 """Model settings that may change at a resume: initialisation, training, drops, kernels."""
 

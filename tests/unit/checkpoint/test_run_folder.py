@@ -21,6 +21,8 @@ from moetron.moe.checkpoint import run_folder as checkpoint_folder
 from moetron.moe.checkpoint.checksums import SUMS, write_sums
 from moetron.moe.checkpoint.position import Progress
 from moetron.moe.checkpoint.run_folder import Record, step_folder, temporary_folder
+from moetron.moe.config.checks import problems
+from moetron.moe.convert.families.family import function_of
 from moetron.moe.convert.initial_checkpoint import write_start
 from tests.unit.config.config_cases import make
 
@@ -57,6 +59,25 @@ def test_settings_of_another_version_are_named() -> None:
     known["model"] |= {"num_heads": 4, "hidden_size": "wide"}
     with pytest.raises(UserError, match=r"version 0\.0\.1(.|\n)*num_heads(.|\n)*--hidden-size"):
         checkpoint_folder.one_rank_settings(record)
+
+
+def test_a_run_on_gpus_is_used_on_any_machine() -> None:
+    """Whatever needs GPUs or several ranks is left behind, the model is not."""
+    gpus = make(
+        transformer_impl="transformer_engine", bf16=True, fp8_format="hybrid",
+        moe_token_dispatcher_type="flex", expert_model_parallel_size=8, moe_experts_impl="te",
+        moe_shared_expert_intermediate_size=64, moe_shared_expert_overlap=True,
+        moe_permute_fusion=True, moe_router_fusion=True, cross_entropy_loss_fusion=True,
+        cross_entropy_fusion_impl="te", moe_router_padding_for_quantization=True,
+    )  # fmt: skip
+    record = Record(Progress(1, 4, 64), gpus.model_dump(mode="json"), {}, {}, {}, {})
+    here = checkpoint_folder.one_rank_settings(record)
+    assert problems(here, 1, device="cpu", te=False) == []
+    assert function_of(here) == function_of(gpus)
+    assert here.precision == gpus.precision
+    local = make(transformer_impl="local")
+    record = Record(Progress(1, 4, 64), local.model_dump(mode="json"), {}, {}, {}, {})
+    assert checkpoint_folder.one_rank_settings(record) == local
 
 
 class _Crash(BaseException):

@@ -10,7 +10,8 @@ from moetron.moe.host.determinism import deterministic
 
 
 @pytest.fixture(autouse=True)
-def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def _gpu_without_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name in DETERMINISTIC_ENVIRONMENT:
         monkeypatch.setenv(name, "")  # restored afterwards, also if the code under test sets it
         monkeypatch.delenv(name)
@@ -42,8 +43,10 @@ def test_given_variables_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         assert os.environ["NCCL_ALGO"] == "Tree"
 
 
-def test_nothing_without_the_flag() -> None:
+@pytest.mark.parametrize("gpu", [True, False])
+def test_nothing_without_the_flag_or_a_gpu(monkeypatch: pytest.MonkeyPatch, gpu: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     before = _switches()
-    with deterministic(False):
+    with deterministic(not gpu):
         assert _switches() == before
     assert not DETERMINISTIC_ENVIRONMENT.keys() & os.environ.keys()

@@ -39,6 +39,16 @@ def test_only_selected_experts_cost_flops() -> None:
         ({}, {}, (4, 4, 8)),
         ({"bf16": True}, {}, (2, 4, 12)),
         ({"bf16": True, "accumulate_allreduce_grads_in_fp32": False}, {}, (2, 2, 12)),
+        ({"bf16": True}, {"use_precision_aware_optimizer": True}, (2, 4, 10)),
+        (
+            {"bf16": True, "accumulate_allreduce_grads_in_fp32": False},
+            {
+                "use_precision_aware_optimizer": True,
+                "exp_avg_dtype": "fp8",
+                "exp_avg_sq_dtype": "bf16",
+            },
+            (2, 2, 5),
+        ),
         ({}, {"optimizer": "sgd"}, (4, 4, 4)),
         ({}, {"optimizer": "sgd", "sgd_momentum": 0}, (4, 4, 0)),
     ],

@@ -52,3 +52,40 @@ def test_allowed() -> None:
 )
 def test_looks_ahead(changes: dict[str, Any], expected: list[str]) -> None:
     assert looks_ahead(make(**changes)) == expected
+
+
+AWARE = {
+    "use_precision_aware_optimizer": True,
+    "use_distributed_optimizer": True,
+    "bf16": True,
+    "device": "cuda",
+    "te": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"exp_avg_dtype": "bf16"}, "--exp-avg-dtype bf16 needs --use-precision-aware-optimizer"),
+        ({**AWARE, "device": "cpu"}, "needs Transformer Engine on a GPU"),
+        ({**AWARE, "te": False}, "needs Transformer Engine on a GPU"),
+        ({**AWARE, "use_distributed_optimizer": False}, "needs --use-distributed-optimizer"),
+        ({**AWARE, "bf16": False}, "--use-precision-aware-optimizer needs --bf16"),
+        (
+            {**AWARE, "fp8_format": "hybrid", "fp8_param_gather": True},
+            "is not supported with --fp8-param-gather",
+        ),
+        (
+            {**AWARE, "main_grads_dtype": "bf16"},
+            "add --no-accumulate-allreduce-grads-in-fp32",
+        ),
+        (
+            {**AWARE, "accumulate_allreduce_grads_in_fp32": False},
+            "use --main-grads-dtype bf16",
+        ),
+    ],
+)
+def test_formats_of_optimizer_state(changes: dict[str, Any], expected: str) -> None:
+    (problem,) = found(**changes)
+    assert expected in problem
+    assert not found(**AWARE, exp_avg_dtype="fp8", exp_avg_sq_dtype="bf16")

@@ -45,6 +45,16 @@ PADDING = {"moe_router_padding_for_quantization": True}
             {**GPU, "moe_router_fusion": True, "moe_router_dtype": "fp64"},
             "--moe-router-fusion has no --moe-router-dtype fp64",
         ),
+        (
+            {
+                **GPU,
+                "moe_router_fusion": True,
+                "moe_router_score_function": "sigmoid",
+                "moe_aux_loss_coeff": 0.1,
+                "moe_aux_loss_first_choice_only": True,
+            },
+            "does not normalise the scores of a balance loss that counts one expert",
+        ),
         (CROSS_ENTROPY, "--cross-entropy-loss-fusion needs a CUDA device"),
         ({**GPU, **CROSS_ENTROPY}, "native rounds gradients to bf16: use --bf16"),
         (
@@ -61,6 +71,15 @@ PADDING = {"moe_router_padding_for_quantization": True}
         (
             {**FP8, **PADDING, "moe_token_dispatcher_type": "allgather"},
             "-for-quantization needs --moe-token-dispatcher-type alltoall",
+        ),
+        (
+            {
+                **FP8,
+                **PADDING,
+                "moe_expert_capacity_factor": 1.0,
+                "moe_pad_expert_input_to_capacity": True,
+            },
+            "--moe-pad-expert-input-to-capacity both pad",
         ),
         ({**FP8, **PADDING, "num_experts": None}, "-for-quantization needs --num-experts"),
         ({"moe_experts_impl": "te"}, "--moe-experts-impl te needs Transformer Engine's layers"),
@@ -135,11 +154,11 @@ def test_environment_of_determinism(
     monkeypatch: pytest.MonkeyPatch, name: str, wrong: str, first: str
 ) -> None:
     monkeypatch.setenv(name, wrong)
-    assert not found()
-    (problem,) = found(deterministic_mode=True)
+    assert not found(device="cuda") and not found(deterministic_mode=True)
+    (problem,) = found(device="cuda", deterministic_mode=True)
     assert f"{name}={wrong} in the environment" in problem and f"sets {first}" in problem
     monkeypatch.setenv(name, first)
-    assert not found(deterministic_mode=True)
+    assert not found(device="cuda", deterministic_mode=True)
 
 
 ON = {
@@ -174,6 +193,15 @@ def test_fusions_in_effect(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "apply_rope_fusion" not in fusions(te=True, multi_latent_attention=True)
     chosen = dict.fromkeys(ALL[-3:], True)
     assert fusions(te=True, **chosen) == ON | chosen
+
+
+def test_padding_reaches_megatron_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "megatron.core.transformer.transformer_config.is_te_min_version", lambda *_: True
+    )
+    pretend_kernels(monkeypatch)
+    settings = make(bf16=True, fp8_format="hybrid", **PADDING)
+    assert bridge.transformer_config(settings, True).moe_router_padding_for_quantization
 
 
 def test_softmax_is_fused_only_by_apex(monkeypatch: pytest.MonkeyPatch) -> None:
