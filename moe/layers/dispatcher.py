@@ -71,6 +71,7 @@ def keep_tokens_local(layer: MoELayer, groups: ProcessGroupCollection) -> None:
         config.moe_router_type == "expert_choice"
         or config.moe_pad_expert_input_to_capacity
         or config.moe_router_padding_for_quantization
+        or config.moe_permute_fusion  # asks for megatron-core's permutation
     )
     alone = groups.ep.size() == groups.expt_tp.size() == 1
     if (
