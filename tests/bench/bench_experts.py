@@ -1,11 +1,13 @@
-"""Time of a rank's experts: grouped matrix products against megatron-core's sequential ones.
+"""Time of a rank's routed experts: our dispatcher and grouped products against megatron-core's.
 
     python -m tests.bench.bench_experts [--rounds 7] [--threads 2]
 
-Rounds alternate between the two, so that machine noise affects both. The ratio is of medians of
-forward plus backward passes, in wall time and in CPU time, which other programs disturb less.
-Freed memory is kept, as in a run (--no-keep-memory disables this). Loads are Dirichlet-skewed, like
-those of routers.
+Three ways from tokens and a routing map to their outputs: ours (`LocalDispatcher`, whose plan
+`GroupedExperts` follows), our experts behind megatron-core's all-to-all dispatcher, and
+megatron-core's sequential experts behind it. Rounds alternate between them, so that machine noise
+affects all. Ratios are of medians of forward plus backward passes, in wall time and in CPU time,
+which other programs disturb less. Freed memory is kept, as in a run (--no-keep-memory disables
+this). Loads are Dirichlet-skewed, like those of routers.
 """
 
 import argparse
@@ -19,9 +21,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.token_dispatcher import (
+    MoEAlltoAllTokenDispatcher,
+    MoETokenDispatcher,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moetron.moe.host.allocator import keep_freed_memory
+from moetron.moe.layers.dispatcher import LocalDispatcher
 from moetron.moe.layers.experts import GroupedExperts
 from tests.parallel.support.harness import model_parallel
 
@@ -49,23 +56,30 @@ def _config(
     )
 
 
-def _skewed_counts(experts: int, rows: int) -> torch.Tensor:
+def _skewed_map(experts: int, topk: int) -> torch.Tensor:
+    """Return a map of ``topk`` experts for each token, some experts much more popular."""
     share = torch.distributions.Dirichlet(torch.full((experts,), 5.0)).sample()
-    counts = (share * rows).long()
-    counts[0] += rows - counts.sum()
-    return counts
+    chosen = torch.multinomial(share.expand(TOKENS, -1), topk)
+    return torch.zeros(TOKENS, experts, dtype=torch.bool).scatter_(1, chosen, True)
 
 
-def _one_round(module: torch.nn.Module, x: torch.Tensor, counts: torch.Tensor) -> np.ndarray:
+def _one_round(
+    dispatcher: MoETokenDispatcher, experts: torch.nn.Module, x: torch.Tensor, map_TE: torch.Tensor
+) -> np.ndarray:
     """Return [wall, CPU] seconds of one forward and backward pass."""
-    probs = torch.rand(len(x), requires_grad=True)
+    probs = (torch.rand(map_TE.shape) * map_TE).requires_grad_()
     grad = torch.randn_like(x)
     start = _clocks()
-    out, _ = module(x, counts, probs)
-    out.backward(grad)
+    tokens, weights = dispatcher.dispatch_preprocess(x, map_TE, probs)
+    rows, counts, weights = dispatcher.dispatch_postprocess(
+        *dispatcher.token_dispatch(tokens, weights)
+    )
+    out, _ = experts(rows, counts, weights)
+    out = dispatcher.token_combine(dispatcher.combine_preprocess(out))
+    dispatcher.combine_postprocess(out).backward(grad)
     elapsed = _clocks() - start
     x.grad = None
-    module.zero_grad()
+    experts.zero_grad()
     return elapsed
 
 
@@ -80,19 +94,24 @@ def _compare(shape: tuple[int, int, int, int], dtype: torch.dtype, rounds: int) 
     linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     grouped = GroupedExperts(experts, config, pg_collection=groups)
     sequential = SequentialMLP(experts, config, linear, pg_collection=groups)
-    x = torch.randn(TOKENS * topk, hidden, dtype=dtype, requires_grad=True)
-    counts = _skewed_counts(experts, len(x))
-    pairs = [
-        (_one_round(grouped, x, counts), _one_round(sequential, x, counts))
-        for _ in range(WARM_UP + rounds)
+    exchange = MoEAlltoAllTokenDispatcher(experts, list(range(experts)), config, groups)
+    ways = {
+        "ours": (LocalDispatcher(config, groups), grouped),
+        "exchanged": (exchange, grouped),
+        "sequential": (exchange, sequential),
+    }
+    x = torch.randn(TOKENS, 1, hidden, dtype=dtype, requires_grad=True)
+    map_TE = _skewed_map(experts, topk)
+    times = [
+        [_one_round(*way, x, map_TE) for way in ways.values()] for _ in range(WARM_UP + rounds)
     ]
-    ours, theirs = np.median(pairs[WARM_UP:], axis=0)
+    medians = np.median(times[WARM_UP:], axis=0)
     name = f"H{shape[0]} F{shape[1]} E{experts} top{topk} {str(dtype).removeprefix('torch.')}"
-    for clock, mine, other in zip(("wall", "CPU"), ours, theirs, strict=True):
-        print(
-            f"{name}, {clock}: grouped {mine * 1e3:.0f} ms, sequential {other * 1e3:.0f} ms, "
-            f"sequential / grouped {other / mine:.2f}"
-        )
+    for clock, (ours, *others) in zip(("wall", "CPU"), medians.T, strict=True):
+        line = f"{name}, {clock}: ours {ours * 1e3:.0f} ms"
+        for way, other in zip(list(ways)[1:], others, strict=True):
+            line += f", {way} {other * 1e3:.0f} ms ({other / ours:.2f} x)"
+        print(line)
 
 
 def main() -> None:
