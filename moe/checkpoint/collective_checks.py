@@ -3,6 +3,7 @@
 import logging
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,7 +57,7 @@ def fall_back(settings: Settings) -> Settings:
                 logger.warning("--load-fallback: %s", error)
             continue
         if damage and options.load == options.save:
-            on_rank_0(lambda folder=folder: _resume_from(folder, folders))
+            on_rank_0(partial(_resume_from, folder, folders))
         chosen = options.model_copy(update={"load": str(folder)})
         return settings.model_copy(update={"checkpoint": chosen})
     raise UserError(f"--load {path}: no checkpoint is sound:\n" + "\n".join(damage))

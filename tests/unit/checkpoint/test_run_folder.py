@@ -145,6 +145,7 @@ def test_keep_last_keeps_the_last(tmp_path: Path) -> None:
 
 
 def test_retained_checkpoints_are_never_deleted(tmp_path: Path) -> None:
+    """Those of --save-retain-interval, besides those of --keep-last."""
     for step in (2, 3, 4, 5, 6, 7):
         write(tmp_path, step)
     checkpoint_folder.prune(tmp_path, 2, retain_interval=3)
