@@ -126,7 +126,7 @@ def run_variant(
 ) -> Result:
     """Return a variant's row; with ``error`` if it could not be measured."""
     row: Result = {"name": variant.name, "kind": variant.kind, "text": variant.text}
-    start = time.monotonic()
+    start, before = time.monotonic(), left_gib()
     if options.budget_s - process_age_s() < EXPECTED_S and not options.smoke:
         return {**row, "error": f"not started: {process_age_s():.0f} s are over"}
     if reason := variant.why_not():
@@ -148,6 +148,7 @@ def run_variant(
     return {
         **row,
         **asdict(found),
+        "peak_gib": None if before is None else (found.peak_gib or 0) - before,
         "wall_over_device": found.wall_over_device,
         **rates(settings, found.step_ms, ceilings),
         "built_s": built_s,
