@@ -2,7 +2,7 @@
 
     python -m tests.bench.bench_gpu [--out FOLDER] [--only REGEX] [--variant "NAME=FLAGS" ...]
     python -m tests.bench.bench_gpu --kernels
-    python -m tests.bench.bench_gpu --loss-steps 200 te fp8-delayed
+    python -m tests.bench.bench_gpu --loss-steps 200 local fp8-tensorwise-local
     python -m tests.bench.bench_gpu --smoke          (any machine: a tiny shape)
 
 Each variant is built, warmed up, timed, profiled and freed. ``bench.md`` and ``bench.json`` in the
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif options.loss_steps:
         from tests.bench.gpu.loss_gap import run_losses
 
-        names = options.loss_steps[1:] or ["te", "fp8-delayed"]
+        names = options.loss_steps[1:] or ["local", "fp8-tensorwise-local"]
         steps = int(options.loss_steps[0])
         run_losses([_named(name, options) for name in names], steps, flags_of(options), options.out)
     else:
