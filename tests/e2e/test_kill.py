@@ -1,6 +1,8 @@
 """Runs that are killed, fail on one rank or get SIGTERM: their exit and their checkpoints."""
 
+import contextlib
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -16,7 +19,14 @@ import pytest
 
 from moetron.common import run_owner
 from moetron.moe.checkpoint import run_folder as checkpoint_folder
-from tests.parallel.support.checkpoint_runs import metrics, parallel_of, settings, start
+from tests.parallel.support.checkpoint_runs import (
+    assert_identical,
+    metrics,
+    parallel_of,
+    settings,
+    start,
+    tensors,
+)
 from tests.parallel.support.harness import RankFailed, run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -191,3 +201,57 @@ def test_kill_at_random_times_of_a_run_that_saves_every_step(tmp_path: Path) -> 
 @pytest.mark.parametrize("background", [False, True])
 def test_two_ranks_killed_ten_times_while_they_save(tmp_path: Path, background: bool) -> None:
     _kill_and_resume(tmp_path / "run", "ep2_zero", 2, background, kills=10)
+
+
+def _victims(process: subprocess.Popen[bytes], number: int) -> list[psutil.Process]:
+    """Return whom the kill of this number hits: a rank, the launcher, a loader worker, or all."""
+    launcher = psutil.Process(process.pid)
+    ranks, everyone = launcher.children(), launcher.children(recursive=True)
+    workers = [one for one in everyone if one not in ranks and "spawn_main" in one.cmdline()[-1]]
+    kinds = [ranks[-1:], [launcher], ranks[:1], [launcher, *everyone], workers[:1] or ranks[:1]]
+    return kinds[number % len(kinds)]
+
+
+def _has_lines(path: Path, count: int) -> bool:
+    return path.exists() and len(path.read_text().splitlines()) >= count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("background", ["--no-async-save", "--async-save"])
+def test_random_kills_leave_no_trace(tmp_path: Path, background: str) -> None:
+    """Ten kills of a run of two ranks with dropout and two workers each; then as if uninterrupted.
+
+    Kills come at random moments: while it starts, in steps, in saves.
+    """
+    moments = random.Random(len(background))
+    flags = f"--train-iters 40 --num-workers 2 --hidden-dropout 0.1 --cpu-threads 1 {background}"
+    evaluated = "--eval-interval 10 --eval-iters 1 --no-tensorboard"
+
+    def command(folder: Path) -> list[str]:
+        words = [*flags.split(), *evaluated.split(), "--load", str(folder)]
+        return training(folder, LAUNCHER, *words)
+
+    straight, killed, log = tmp_path / "straight", tmp_path / "killed", tmp_path / "log"
+    starts = killed / "starts.jsonl"
+    with job(command(straight), log) as process:
+        assert process.wait(600) == 0, log.read_text()
+    for number in range(10):
+        with job(command(killed), log) as process:
+            if number % 5:  # else while it starts
+                started = len(starts.read_text().splitlines()) if starts.exists() else 0
+                wait_for(partial(_has_lines, starts, started + 1), process, log)
+            time.sleep(moments.uniform(0, 3))
+            family = psutil.Process(process.pid).children(recursive=True)
+            for victim in _victims(process, number) if process.poll() is None and family else []:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    victim.kill()
+            assert process.wait(60) is not None
+            _, alive = psutil.wait_procs(family, timeout=10)
+            assert not alive
+    with job(command(killed), log) as process:
+        assert process.wait(600) == 0, log.read_text()
+    assert metrics(killed) == metrics(straight)
+    evaluations = [(path / "validation.jsonl").read_text() for path in (straight, killed)]
+    assert evaluations[0] == evaluations[1] != ""
+    one, other = (tensors(path / "step_0000040", states=True) for path in (straight, killed))
+    assert_identical(one, other)
