@@ -48,6 +48,7 @@ class Saver:
         model: Sequence[torch.nn.Module],
         optimizer: MegatronOptimizer,
         stream_state: Mapping[str, Any],
+        texts: Mapping[str, str] | None = None,
     ) -> None:
         """Save, after the previous save has ended; a collective over all ranks.
 
@@ -60,7 +61,7 @@ class Saver:
         folder = Path(self._settings.checkpoint.save)
         if self._thread is None:
             saved = save_checkpoint(
-                folder, progress, model, optimizer, self._settings, stream_state
+                folder, progress, model, optimizer, self._settings, stream_state, texts
             )
             _report_saved(progress, saved, start_s)
             return
@@ -70,7 +71,7 @@ class Saver:
             minutes = self._settings.parallel.distributed_timeout_minutes
             self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=minutes))
         write = take_checkpoint(
-            folder, progress, model, optimizer, self._settings, stream_state, self._group
+            folder, progress, model, optimizer, self._settings, stream_state, texts, self._group
         )
         paused_s = time.perf_counter() - start_s
         _report(progress, f"saving a checkpoint in the background, paused for {paused_s:.1f} s")

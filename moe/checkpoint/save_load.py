@@ -30,6 +30,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from moetron import __version__
 from moetron.common.errors import UserError
+from moetron.common.files import write_text
 from moetron.moe.checkpoint import optimizer_state
 from moetron.moe.checkpoint import run_folder as checkpoint_folder
 from moetron.moe.checkpoint.compatibility import require_fit
@@ -59,6 +60,7 @@ def save_checkpoint(
     optimizer: MegatronOptimizer,
     settings: Settings,
     stream_state: Mapping[str, Any],
+    texts: Mapping[str, str] | None = None,
 ) -> Path:
     """Write ``run_folder/step_NNNNNNN`` and move ``latest`` to it; return the new folder.
 
@@ -69,11 +71,12 @@ def save_checkpoint(
         optimizer: from ``get_megatron_optimizer``.
         settings: the run's; older checkpoints are deleted by ``checkpoint.keep_last``.
         stream_state: identity of the stream of samples (``SampleStream.state()``).
+        texts: further files of the checkpoint, by name.
 
     Raises:
         UserError: the folder cannot be written, or the run has saved this step already.
     """
-    return take_checkpoint(run_folder, progress, model, optimizer, settings, stream_state)()
+    return take_checkpoint(run_folder, progress, model, optimizer, settings, stream_state, texts)()
 
 
 def take_checkpoint(
@@ -83,6 +86,7 @@ def take_checkpoint(
     optimizer: MegatronOptimizer,
     settings: Settings,
     stream_state: Mapping[str, Any],
+    texts: Mapping[str, str] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Callable[[], Path]:
     """Collect the contents of a checkpoint; return a function that writes them.
@@ -109,7 +113,7 @@ def take_checkpoint(
 
     def write() -> Path:
         sums = _merged(contents.write(temporary, group), group)
-        _on_rank_0(lambda: _complete(folder, progress, settings, state, sums), group)
+        _on_rank_0(lambda: _complete(folder, progress, settings, state, texts or {}, sums), group)
         return folder
 
     return write
@@ -120,11 +124,14 @@ def _complete(
     progress: Progress,
     settings: Settings,
     stream_state: dict[str, Any],
+    texts: Mapping[str, str],
     sums: Mapping[str, str],
 ) -> None:
     """Write settings and record after the tensors, and rename the folder to its final name."""
     temporary = checkpoint_folder.temporary_folder(folder)
     recipe.write(settings, temporary / "settings.yaml")
+    for name, text in texts.items():
+        write_text(temporary / name, text)
     record = Record(
         progress=progress,
         settings=settings.model_dump(mode="json"),

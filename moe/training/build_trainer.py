@@ -4,6 +4,7 @@ import logging
 from dataclasses import asdict
 from pathlib import Path
 
+from moetron.moe.checkpoint import run_folder as checkpoint_folder
 from moetron.moe.checkpoint.position import Progress
 from moetron.moe.checkpoint.save_load import load_checkpoint
 from moetron.moe.config.bridge import transformer_config
@@ -17,6 +18,7 @@ from moetron.moe.routing.routing_record import RoutingRecorder
 from moetron.moe.training.loop import Loop
 from moetron.moe.training.model_chunks import build_chunks
 from moetron.moe.training.optimizer import build_optimizer
+from moetron.moe.training.rollback import rolled_back_position
 from moetron.moe.training.runtime import Runtime
 from moetron.moe.training.sample_stream import Streams
 from moetron.moe.training.start_record import FILE, describe
@@ -47,6 +49,10 @@ def build_loop(trainer: Trainer, streams: Streams) -> Loop:
     if settings.checkpoint.load is not None:
         path, state = Path(settings.checkpoint.load), streams.training.state()
         progress = load_checkpoint(path, trainer.chunks, trainer.optimizer, settings, state)
+    folder = None
+    if progress.step > 0:  # of a checkpoint, with its position
+        folder = checkpoint_folder.find(Path(str(settings.checkpoint.load)))
+        progress, rollbacks = rolled_back_position(folder, progress)
     peak = peak_of_rank(settings, runtime.device)
     sinks: list[Sink] = []
     if runtime.is_main:
@@ -59,4 +65,8 @@ def build_loop(trainer: Trainer, streams: Streams) -> Loop:
             starts = JsonLines(Path(settings.checkpoint.save) / FILE, progress.step)
             starts.write(asdict(start))
             starts.close()
-    return Loop(trainer, streams, progress, sinks, peak)
+    loop = Loop(trainer, streams, progress, sinks, peak)
+    if folder is not None:
+        loop.health.restore(folder)
+        loop.health.rollbacks = max(loop.health.rollbacks, rollbacks)
+    return loop

@@ -8,6 +8,7 @@ from moetron.moe.config.schema.attention import AttentionSettings
 from moetron.moe.config.schema.data import DataSettings
 from moetron.moe.config.schema.experts import MoESettings
 from moetron.moe.config.schema.field import Group
+from moetron.moe.config.schema.health import HealthSettings
 from moetron.moe.config.schema.model import ModelSettings
 from moetron.moe.config.schema.parallel import ParallelSettings
 from moetron.moe.config.schema.performance import PerformanceSettings
@@ -39,6 +40,7 @@ class Settings(Group):
     validation: ValidationSettings = ValidationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     logging: LoggingSettings = LoggingSettings()
+    health: HealthSettings = HealthSettings()
 
 
 def fields() -> Iterator[tuple[str, str, FieldInfo]]:
