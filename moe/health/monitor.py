@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from moetron.common.errors import UserError
 from moetron.common.json_files import read_object
 from moetron.moe.config.schema.settings import Settings
-from moetron.moe.health.experts import ExpertAlarms, ExpertState, Loads, spread_of
+from moetron.moe.health.expert_alarms import ExpertAlarms, ExpertState, Loads, spread_of
 from moetron.moe.health.gradients import GradientNorm
 from moetron.moe.health.spikes import Place, SpikeDetector, SpikeState, StepValues, Verdict
 from moetron.moe.routing.router import Router

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from moetron.moe.config.schema.health import HealthSettings
+from moetron.moe.config.schema.run import HealthSettings
 from moetron.moe.health.events import Event, NotFiniteError, SpikeError
 from moetron.moe.health.window import Comparison, Window
 

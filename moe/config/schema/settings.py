@@ -8,7 +8,6 @@ from moetron.moe.config.schema.attention import AttentionSettings
 from moetron.moe.config.schema.data import DataSettings
 from moetron.moe.config.schema.experts import MoESettings
 from moetron.moe.config.schema.field import Group
-from moetron.moe.config.schema.health import HealthSettings
 from moetron.moe.config.schema.model import ModelSettings
 from moetron.moe.config.schema.parallel import ParallelSettings
 from moetron.moe.config.schema.performance import PerformanceSettings
@@ -16,6 +15,7 @@ from moetron.moe.config.schema.precision import PrecisionSettings
 from moetron.moe.config.schema.roles import Role, is_exported, role_of
 from moetron.moe.config.schema.run import (
     CheckpointSettings,
+    HealthSettings,
     LearningRateSettings,
     LoggingSettings,
     OptimizerSettings,

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from moetron.moe.config.schema.health import HealthSettings
+from moetron.moe.config.schema.run import HealthSettings
 from moetron.moe.health.events import Event
 
 Loads = Mapping[str, np.ndarray]
