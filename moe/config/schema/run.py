@@ -6,7 +6,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from moetron.moe.config.schema.field import Group
 from moetron.moe.config.schema.paths import LocalPath
-from moetron.moe.config.schema.roles import Function, Role, Run, Unexported
+from moetron.moe.config.schema.roles import Function, Role, Unexported
 
 
 class TrainingSettings(Group):
@@ -157,20 +157,20 @@ class HealthSettings(Group):
     """rollback: rollbacks of a run before it stops."""
     spike_rollback_checkpoints: PositiveInt = 1
     """rollback: checkpoints to go back; 1 is the latest. Later ones are deleted."""
-    check_weight_hash_across_dp_replicas_interval: Run[PositiveInt | None] = None
+    check_weight_hash_across_dp_replicas_interval: PositiveInt | None = None
     """Steps between comparisons of parameter hashes over data-parallel replicas; a difference names
     the ranks and stops the run."""
-    expert_alarm_steps: Run[PositiveInt | None] = 200
+    expert_alarm_steps: PositiveInt | None = 200
     """Consecutive steps after which an expert without tokens, or a bound below that is exceeded,
     raises an alarm; null: no alarms."""
-    expert_alarm_load: Run[PositiveFloat] = 4.0
+    expert_alarm_load: PositiveFloat = 4.0
     """Alarm: load of a layer's fullest expert over the mean load above this."""
-    expert_alarm_max_violation: Run[PositiveFloat] = 3.0
+    expert_alarm_max_violation: PositiveFloat = 3.0
     """Alarm: MaxVio, the mean over layers of (fullest expert over mean load) - 1, above this."""
-    expert_alarm_entropy: Run[float] = Field(default=0.5, ge=0, lt=1)
+    expert_alarm_entropy: float = Field(default=0.5, ge=0, lt=1)
     """Alarm: entropy of a layer's choices below this, 0: the same top-k experts for every token, 1:
     uniform load."""
-    expert_alarm_bias_range: Run[PositiveFloat] = 1.0
+    expert_alarm_bias_range: PositiveFloat = 1.0
     """Alarm: range of a layer's expert biases above this; scores have a range of 1."""
 
 
