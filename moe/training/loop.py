@@ -148,7 +148,7 @@ class Loop:
         settings = self.trainer.settings
         tokens_per_s = samples * settings.model.seq_length / step_time_s
         tflops_per_s = tokens_per_s * self._flops_per_token / self.trainer.runtime.world_size / 1e12
-        row = {
+        row: dict[str, Any] = {
             "step": self.progress.step,
             "tokens": self.progress.consumed_tokens,
             "samples": self.progress.consumed_samples,

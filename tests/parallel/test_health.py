@@ -17,7 +17,7 @@ from moetron.moe.health.events import ReplicasDifferError
 from moetron.moe.routing.router import Router
 from moetron.moe.training import step as step_module
 from moetron.moe.training.loop import Loop
-from tests.parallel.support.checkpoint_runs import metrics, parallel_of, settings, start
+from tests.parallel.support.checkpoint_runs import metrics, parallel_of, settings, start, tensors
 from tests.parallel.support.harness import RankFailed, run_ranks
 
 FAULTY = 9
@@ -125,17 +125,16 @@ def test_a_bad_gradient_of_one_rank_is_skipped_on_all(
     assert rows[-1]["spike_score"] == 1 / (FAULTY + 1)
 
 
-def _roll_back(folder: str, steps: list[int], load: str | None) -> dict[str, Any]:
+def _roll_back(folder: str) -> dict[str, Any]:
     chosen = settings(
         "dp",
         **CALM,
         training={"train_iters": FAULTY + 2},
-        checkpoint={"save": folder, "save_interval": 2, "load": load},
+        checkpoint={"save": folder, "save_interval": 2},
         health={"spike_policy": "rollback", "spike_rollback_checkpoints": 2, **SPIKES},
     )
     with parallel_of(chosen):
         loop = start(chosen)
-        first = loop.progress.consumed_samples
         read: list[int] = []
         stream = loop.streams.training
         plain = type(stream).__getitem__
@@ -146,15 +145,15 @@ def _roll_back(folder: str, steps: list[int], load: str | None) -> dict[str, Any
 
         with (
             patch.object(type(stream), "__getitem__", noted),
-            _multiplied_loss(lambda: loop, 30.0, steps),
+            _multiplied_loss(lambda: loop, 30.0, [FAULTY]),
         ):
             loop.run(_never)
-        return {"read": read, "first": first, "samples": loop.progress.consumed_samples}
+        return {"read": read, "samples": loop.progress.consumed_samples}
 
 
 def test_a_loss_spike_rolls_back_and_leaves_out_its_samples(tmp_path: Path) -> None:
     """The spike of step 9 returns the run to step 6, the second checkpoint before it."""
-    found = run_ranks(_roll_back, 2, str(tmp_path), [FAULTY], None)
+    found = run_ranks(_roll_back, 2, str(tmp_path))
     back_to, after = 6, FAULTY * SAMPLES
     # Every rank reads its own two samples of a step, up to the spike and from the next one on.
     for rank, result in enumerate(found):
@@ -171,37 +170,48 @@ def test_a_loss_spike_rolls_back_and_leaves_out_its_samples(tmp_path: Path) -> N
     assert progress.consumed_samples == after + 2 * SAMPLES
 
 
-def _stop_after_rollback(folder: str) -> None:
-    class Killed(Exception):
-        pass
+class Killed(Exception):
+    """A run ends without a word."""
 
+
+def _spike_once(folder: str, spikes: bool, killed: bool) -> int:
     chosen = settings(
-        "dp",
+        "ep2_zero",
         **CALM,
         training={"train_iters": FAULTY + 2},
-        checkpoint={"save": folder, "save_interval": 4},
+        checkpoint={"save": folder, "load": folder, "save_interval": 4},
         health={"spike_policy": "rollback", **SPIKES},
     )
     with parallel_of(chosen):
         loop = start(chosen)
+        first = loop.progress.consumed_samples
 
-        def killed() -> bool:
-            if loop.health.rollbacks:
+        def end() -> bool:
+            if killed and loop.health.rollbacks:
                 raise Killed
             return False
 
-        with _multiplied_loss(lambda: loop, 30.0, [FAULTY]):
-            loop.run(killed)
+        with _multiplied_loss(lambda: loop, 30.0, [FAULTY] if spikes else []):
+            loop.run(end)
+        return first
 
 
-def test_a_resume_after_a_rollback_leaves_out_the_samples_too(tmp_path: Path) -> None:
-    """Also if the run ends before it has saved again."""
+def test_a_run_that_ends_after_a_rollback_resumes_as_if_it_had_not(tmp_path: Path) -> None:
+    """Before it has saved again: the samples to leave out are in events.jsonl alone.
+
+    So a rollback inside a job restores all that a new process reads from the same checkpoint.
+    """
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    run_ranks(_spike_once, 2, str(straight), True, False)
     with pytest.raises(RankFailed, match="Killed"):
-        run_ranks(_stop_after_rollback, 1, str(tmp_path))
-    assert latest_step(tmp_path) == 8
-    [found] = run_ranks(_roll_back, 1, str(tmp_path), [], str(tmp_path))
-    assert found["first"] == FAULTY * SAMPLES
-    assert _events(tmp_path)[0]["rolled_back_to"] == 8
+        run_ranks(_spike_once, 2, str(resumed), True, True)
+    assert latest_step(resumed) == 8
+    assert run_ranks(_spike_once, 2, str(resumed), False, False) == [FAULTY * SAMPLES] * 2
+    assert [row["rolled_back_to"] for row in _events(resumed)] == [8] * len(_events(straight))
+    assert metrics(resumed) == metrics(straight)
+    last = f"step_{FAULTY + 2:07d}"
+    one, other = (tensors(folder / last, states=True) for folder in (straight, resumed))
+    assert not [key for key in one | other if not torch.equal(one[key], other[key])]
 
 
 def _stop(folder: str, policy: str) -> None:

@@ -137,7 +137,9 @@ def framed(title: str, y_title: str, x_title: str = "tokens") -> go.Figure:
 
 def _with_events(figure: go.Figure | None, runs: Sequence[Run]) -> go.Figure | None:
     """Draw what the health checks of a single run found as bands over the tokens concerned."""
-    for event in runs[0].events[:SHOWN_EVENTS] if figure is not None and len(runs) == 1 else ():
+    if figure is None or len(runs) > 1:
+        return figure
+    for event in runs[0].events[:SHOWN_EVENTS]:
         first, last = event_tokens(runs[0], event)
         figure.add_vrect(
             x0=first,
@@ -154,13 +156,13 @@ def _with_events(figure: go.Figure | None, runs: Sequence[Run]) -> go.Figure | N
 
 def event_tokens(run: Run, event: Row) -> tuple[int, int]:
     """Return the tokens [first, last) that an event concerns: its step's, or those rolled back."""
-    length = run.metrics[-1]["tokens"] // run.metrics[-1]["samples"]
-    tokens = {row["step"]: row["tokens"] for row in run.metrics}
+    last, tokens = run.metrics[-1], {row["step"]: int(row["tokens"]) for row in run.metrics}
     if "rolled_back_to" in event:
-        return tokens.get(event["rolled_back_to"], 0), event["next_token"]
+        return tokens.get(event["rolled_back_to"], 0), int(event["next_token"])
     if event["samples"]:
+        length = last["tokens"] // last["samples"]
         return event["samples"][0] * length, event["samples"][1] * length
-    return tokens.get(event["step"] - 1, 0), tokens.get(event["step"], run.metrics[-1]["tokens"])
+    return tokens.get(event["step"] - 1, 0), tokens.get(event["step"], int(last["tokens"]))
 
 
 def _bands(figure: go.Figure, run: Run) -> None:

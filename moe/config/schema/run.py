@@ -32,7 +32,7 @@ class TrainingSettings(Group):
     exit_interval: PositiveInt | None = None
     """Save and exit with code 0 after a step divisible by this."""
     check_for_nan_in_loss_and_grad: bool = True
-    """Stop with an error that names step and rank if a loss or gradient norm is not finite."""
+    """Look for losses and gradient norms that are not finite: --spike-policy says what follows."""
 
 
 class OptimizerSettings(Group):

@@ -39,8 +39,8 @@ class Settings(Group):
     data: DataSettings = DataSettings()
     validation: ValidationSettings = ValidationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
-    logging: LoggingSettings = LoggingSettings()
     health: HealthSettings = HealthSettings()
+    logging: LoggingSettings = LoggingSettings()
 
 
 def fields() -> Iterator[tuple[str, str, FieldInfo]]:
