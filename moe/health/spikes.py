@@ -183,7 +183,8 @@ def _event(
         ranks = sorted({*ranks, *outlying(values.rank_grad_norms)})
     numbers: dict[str, Any] = {"loss": values.loss, "grad_norm": values.grad_norm}
     if kind == "non_finite":
-        where = f" (ranks {', '.join(map(str, ranks))})" if ranks else ""
+        named = ", ".join(map(str, ranks))
+        where = f" (of rank{'s' if len(ranks) > 1 else ''} {named})" if ranks else ""
         text = f"lm_loss is {values.loss}, the gradient norm {values.grad_norm}{where}"
         sources = {name: loss for name, loss in sources.items() if not math.isfinite(loss)}
     else:
