@@ -305,6 +305,13 @@ class _Rows:
     def expert_load(self, step: int, loads: Loads) -> None:
         """Ignore the loads; the rows hold their maxima."""
 
+    def event(self, row: Row) -> None:
+        """Ignore an event: events.jsonl has it."""
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows after a step."""
+        self.rows = [row for row in self.rows if row["step"] <= step]
+
     def close(self) -> None:
         """Do nothing."""
 

@@ -79,10 +79,12 @@ def open_streams(settings: Settings, vocab_size: int, tokenizer: Tokenizer | Non
         return Streams(mock, StreamFrom(mock, ENDLESS // 2) if wanted else None)
     assert tokenizer is not None, "checks refuse shards without it"
     training = open_training(data, length, seed, tokenizer)
+    training.limit_ids(vocab_size)
     refuse_repetition(training, total_samples(settings), data.max_epochs, data.epoch_caps())
     validation = None
     if wanted and data.valid_data_path is not None:
         validation = open_validation(data, data.valid_data_path, length, tokenizer)
+        validation.limit_ids(vocab_size)
     return Streams(training, validation, list(source_uses(training, total_samples(settings))))
 
 

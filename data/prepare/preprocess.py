@@ -296,11 +296,12 @@ class _Run:
             self._check(output)
         manifests = {}
         for writer in output.writers:
-            for prefix, part, bin_record, idx_record in writer.finish():
+            for prefix, part, max_id, bin_record, idx_record in writer.finish():
                 manifests[prefix] = Manifest(
                     tokenizer=self.record,
                     dtype=writer.dtype.name,
                     **part.model_dump(),
+                    max_id=max_id,
                     appended_eod=self.options.append_eod,
                     bin=bin_record,
                     idx=idx_record,

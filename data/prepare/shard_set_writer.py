@@ -83,12 +83,12 @@ class ShardSetWriter:
             sizes |= self._writer.sizes(self._name(number), part.documents, part.tokens)
         return sizes
 
-    def finish(self) -> Iterator[tuple[str, Part, FileRecord, FileRecord]]:
-        """Rename each shard's files; yield (prefix, counts, records of .bin and .idx)."""
+    def finish(self) -> Iterator[tuple[str, Part, int | None, FileRecord, FileRecord]]:
+        """Rename each shard's files; yield (prefix, counts, largest id, records of both files)."""
         last = len(self.side.parts) - 1
         for number, part in enumerate(self.side.parts):
             with self._writer if number == last else self._open(number) as writer:
-                yield self._name(number), part, *writer.finish()
+                yield self._name(number), part, writer.max_id, *writer.finish()
         for prefix in shard_prefixes(self.prefix)[last + 1 :] if self._size is not None else ():
             for suffix in (".json", ".idx", ".bin"):  # of an earlier run with more shards
                 beside(prefix, suffix).unlink(missing_ok=True)

@@ -46,6 +46,8 @@ class Manifest(BaseModel):
     """End-of-document tokens included."""
     text_bytes: int
     """UTF-8 bytes of the documents' text."""
+    max_id: int | None = None
+    """Largest token id; None: a manifest of an older version, or no token."""
     appended_eod: bool
     bin: FileRecord
     idx: FileRecord

@@ -17,6 +17,9 @@ from moetron.data.shards.indexed_format import (
 )
 from moetron.data.shards.manifest import FileRecord, Manifest, read_manifest
 
+SCAN_TOKENS = 1 << 24
+"""Tokens read at once by `scanned_range`."""
+
 
 class Shard:
     """A ``.bin/.idx`` pair of Moetron or Megatron-LM.
@@ -76,6 +79,14 @@ class Shard:
         recorded, found = self.manifest, (self.tokens.dtype.name, len(self), len(self.tokens))
         if (recorded.dtype, recorded.documents, recorded.tokens) != found:
             problems.append(f"{self.prefix}.json: dtype, documents or tokens are not the shard's")
+        smallest, largest = scanned_range(self.tokens)
+        if recorded.max_id is not None and largest != recorded.max_id:
+            problems.append(f"{self.prefix}.json: the largest id is {largest}, not max_id")
+        if smallest < 0 or largest >= recorded.tokenizer.vocab_size:
+            problems.append(
+                f"{self.bin_path}: ids from {smallest} to {largest}, but the tokenizer has "
+                f"{recorded.tokenizer.vocab_size}"
+            )
         for path, record in self._files(self.manifest):
             if sha256_of(path) != record.sha256:
                 problems.append(f"{path}: its SHA-256 is not the manifest's")
@@ -105,6 +116,15 @@ class Shard:
     def _files(self, manifest: Manifest) -> list[tuple[Path, FileRecord]]:
         """Return both files with their manifest records."""
         return [(self.bin_path, manifest.bin), (self.idx_path, manifest.idx)]
+
+
+def scanned_range(tokens: np.ndarray) -> tuple[int, int]:
+    """Return the smallest and largest of all ids [T], block by block; (0, -1) without tokens."""
+    smallest, largest = 0, -1
+    for start in range(0, len(tokens), SCAN_TOKENS):
+        block = tokens[start : start + SCAN_TOKENS]
+        smallest, largest = min(smallest, int(block.min())), max(largest, int(block.max()))
+    return smallest, largest
 
 
 def _map(path: Path, dtype: np.dtype) -> np.ndarray:

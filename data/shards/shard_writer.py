@@ -43,6 +43,8 @@ class ShardWriter:
         self.dtype = token_dtype(vocab_size)
         self.documents = documents
         self.tokens = tokens
+        self.max_id: int | None = None
+        """Largest token id so far."""
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
         self._bin_path, self._idx_path, self._lengths_path = temporary_paths(prefix)
         self._bin = open_at(self._bin_path, tokens * self.dtype.itemsize)
@@ -58,6 +60,7 @@ class ShardWriter:
         self._bin.write(payload)
         self._begun_bytes = begin_sync(self._bin, self._begun_bytes)
         self._bin_hash.update(payload)
+        self._note(tokens)
         self._lengths.write(lengths.astype(LENGTH).tobytes())
         self.documents += lengths.size
         self.tokens += tokens.size
@@ -68,13 +71,14 @@ class ShardWriter:
 
         If the block raises, the document is removed again.
         """
-        start, digest, size = self._bin.tell(), self._bin_hash.copy(), 0
+        start, digest, max_id, size = self._bin.tell(), self._bin_hash.copy(), self.max_id, 0
 
         def append(tokens: np.ndarray) -> None:
             nonlocal size
             assert tokens.dtype == self.dtype
             self._bin.write(tokens.data)
             self._bin_hash.update(tokens.data)
+            self._note(tokens)
             size += tokens.size
 
         try:
@@ -82,7 +86,7 @@ class ShardWriter:
         except BaseException:
             self._bin.seek(start)
             self._bin.truncate()
-            self._bin_hash = digest
+            self._bin_hash, self.max_id = digest, max_id
             raise
         self._lengths.write(np.array([size], LENGTH).tobytes())
         self.documents += 1
@@ -132,10 +136,17 @@ class ShardWriter:
         self.close()
 
     def _hash_kept_tokens(self) -> None:
-        """Hash the tokens that an earlier writer left."""
+        """Hash the tokens that an earlier writer left, and find the largest."""
         self._bin.seek(0)
         while block := self._bin.read(HASH_BLOCK_BYTES):
             self._bin_hash.update(block)
+            self._note(np.frombuffer(block, self.dtype))
+
+    def _note(self, tokens: np.ndarray) -> None:
+        """Keep the largest id."""
+        if tokens.size:
+            largest = int(tokens.max())
+            self.max_id = largest if self.max_id is None else max(self.max_id, largest)
 
     def _write_index(self) -> str:
         """Write the index block by block; return its SHA-256."""

@@ -96,6 +96,11 @@ class StagedStream:
         self.objective_names = list(dict.fromkeys(chain.from_iterable(kinds)))
         self._kinds = [[self.objective_names.index(kind) for kind in mine] for mine in kinds]
 
+    def limit_ids(self, vocab_size: int) -> None:
+        """See ``TokenStream.limit_ids``."""
+        for stream in self._streams:
+            stream.limit_ids(vocab_size)
+
     def _orders(self, stages: Sequence[Stage]) -> Iterator[ShuffledAddresses]:
         """Yield the addresses of each stage, after the windows that earlier stages drew."""
         drawn: dict[tuple[int, int, Windowing], int] = {}

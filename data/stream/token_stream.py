@@ -18,6 +18,7 @@ from moetron.data.objectives.causal import Causal
 from moetron.data.objectives.objective import Made, Objective
 from moetron.data.stream.addresses import Addresses, FileOrderAddresses, ShuffledAddresses
 from moetron.data.stream.blend import Blend, Source, open_blend
+from moetron.data.stream.id_range import refuse_ids_outside
 from moetron.data.stream.repetition import RepetitionFilter
 
 ADDRESS_BLOCK = 256
@@ -123,8 +124,21 @@ class TokenStream:
         ]
         self.addresses = addresses
         self._eods = [_eod(source) for source in blend.sources] if eod_mask_loss else None
+        self._vocab_size: int | None = None
         self._block = self._touched_block = -1
         self._block_addresses: tuple[list[int], list[int]] = ([], [])
+
+    def limit_ids(self, vocab_size: int) -> None:
+        """Refuse ids that a model with ``vocab_size`` ids cannot take: in all shards, before a run.
+
+        A sample that holds one all the same, because a shard was changed, is refused when it is
+        read.
+
+        Raises:
+            UserError: names every shard with such ids.
+        """
+        refuse_ids_outside([s for source in self.sources for s in source.shards], vocab_size)
+        self._vocab_size = vocab_size
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -184,6 +198,12 @@ class TokenStream:
         source, window = self._address(n)
         slot, raw = self.sources[source].read(window)
         made = self.objectives[source].fill(raw, slot, f"{self.key} sample {n}", row, mask)
+        if self._vocab_size is not None and not 0 <= row.min() <= row.max() < self._vocab_size:
+            raise UserError(
+                f"{self.sources[source].prefix}: sample {n} holds ids {row.min()} to {row.max()}, "
+                f"outside the vocabulary of {self._vocab_size}; the shard has been changed since "
+                "it was made: check it with tools/inspect_data.py --verify"
+            )
         if self._eods is not None:
             mask[row[:-1] == self._eods[source]] = 0.0
         filtered = self.repetition is not None and self.repetition.masks(raw)

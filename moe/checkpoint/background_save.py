@@ -61,6 +61,7 @@ class Saver:
         model: Sequence[torch.nn.Module],
         optimizer: MegatronOptimizer,
         stream_state: Mapping[str, Any],
+        texts: Mapping[str, str] | None = None,
     ) -> None:
         """Save, after the previous save has ended, unless it was of ``progress``; collective.
 
@@ -77,7 +78,7 @@ class Saver:
         self._position = progress
         assert self._settings.checkpoint.save is not None
         folder = Path(self._settings.checkpoint.save)
-        contents = folder, progress, model, optimizer, self._settings, stream_state
+        contents = folder, progress, model, optimizer, self._settings, stream_state, texts
         try:
             if self._thread is None:
                 _report_saved(progress, save_checkpoint(*contents), start_s)
@@ -112,10 +113,11 @@ class Saver:
         model: Sequence[torch.nn.Module],
         optimizer: MegatronOptimizer,
         stream_state: Mapping[str, Any],
+        texts: Mapping[str, str] | None = None,
     ) -> None:
         """Save and wait until it is done, with a pause after each failure; as `save`."""
         while True:
-            self.save(progress, model, optimizer, stream_state)
+            self.save(progress, model, optimizer, stream_state, texts)
             self.wait()
             if self.saved == progress:
                 return

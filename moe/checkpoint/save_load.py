@@ -13,6 +13,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from moetron import __version__
 from moetron.common.errors import UserError
+from moetron.common.files import write_text
 from moetron.moe.checkpoint import optimizer_state
 from moetron.moe.checkpoint import run_folder as checkpoint_folder
 from moetron.moe.checkpoint.collective_checks import on_rank_0, require_space, verify_together
@@ -60,6 +62,7 @@ def save_checkpoint(
     optimizer: MegatronOptimizer,
     settings: Settings,
     stream_state: Mapping[str, Any],
+    texts: Mapping[str, str] | None = None,
 ) -> Path:
     """Write ``run_folder/step_NNNNNNN`` and move ``latest`` to it; return the new folder.
 
@@ -70,13 +73,14 @@ def save_checkpoint(
         optimizer: from ``get_megatron_optimizer``.
         settings: the run's; ``checkpoint`` says which older checkpoints are deleted.
         stream_state: identity of the stream of samples (``SampleStream.state()``).
+        texts: further files of the checkpoint, by name.
 
     Raises:
         UserError: the folder cannot be written, or the run has saved this step already.
         RunError: the disk has too little space, or a rank could not write.
         OSError: rank 0 could not complete the folder.
     """
-    return take_checkpoint(run_folder, progress, model, optimizer, settings, stream_state)()
+    return take_checkpoint(run_folder, progress, model, optimizer, settings, stream_state, texts)()
 
 
 def take_checkpoint(
@@ -86,6 +90,7 @@ def take_checkpoint(
     optimizer: MegatronOptimizer,
     settings: Settings,
     stream_state: Mapping[str, Any],
+    texts: Mapping[str, str] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Callable[[], Path]:
     """Collect the contents of a checkpoint; return a function that writes them.
@@ -116,7 +121,10 @@ def take_checkpoint(
     def write() -> Path:
         try:
             sums = _merged(contents.write(temporary, group), group)
-            on_rank_0(lambda: _complete(folder, progress, settings, state, sums, common), group)
+            finish = partial(
+                _complete, folder, progress, settings, state, texts or {}, sums, common
+            )
+            on_rank_0(finish, group)
         except Exception:
             # On all ranks, and each has ended its writing: the files would only fill the disk.
             if dist.get_rank() == 0:
@@ -132,6 +140,7 @@ def _complete(
     progress: Progress,
     settings: Settings,
     stream_state: dict[str, Any],
+    texts: Mapping[str, str],
     sums: Mapping[str, str],
     common: dict[str, Any],
 ) -> None:
@@ -139,6 +148,8 @@ def _complete(
     temporary = checkpoint_folder.temporary_folder(folder)
     write_format_files(temporary, common)
     recipe.write(settings, temporary / "settings.yaml")
+    for name, text in texts.items():
+        write_text(temporary / name, text)
     record = Record(
         progress=progress,
         settings=settings.model_dump(mode="json"),

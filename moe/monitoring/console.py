@@ -36,6 +36,15 @@ class Console:
     def expert_load(self, step: int, loads: Loads) -> None:
         """Do nothing: `step` prints one number."""
 
+    def event(self, row: Row) -> None:
+        """Print an event."""
+        self.print_line(f"step {row['step']} | {row['kind']}: {row['text']} ({row['action']})")
+
+    def rewind(self, step: int) -> None:
+        """Return to an earlier step; the time to the end counts from here."""
+        self._first_step, self._start_s = step, time.perf_counter()
+        self.print_line(f"step {step} | continued from the checkpoint, without the samples since")
+
     def validation(self, row: Row) -> None:
         """Print an evaluation."""
         sources = ", ".join(f"{name} {loss:.4f}" for name, loss in row["source_losses"].items())

@@ -54,6 +54,14 @@ class Sink(Protocol):
         """Write the load of every expert, every --expert-load-interval steps."""
         ...
 
+    def event(self, row: Row) -> None:
+        """Write an event: ``step``, ``kind``, ``action``, ``text`` and more."""
+        ...
+
+    def rewind(self, step: int) -> None:
+        """Drop what follows ``step``: the run has returned to its checkpoint."""
+        ...
+
     def close(self) -> None:
         """Flush and release resources."""
         ...
@@ -92,6 +100,11 @@ class JsonLines:
         self._file = self._without(lambda step: step == row["step"])
         self.write(row)
 
+    def rewind(self, last_step: int) -> None:
+        """Drop the lines of steps after ``last_step``."""
+        self._file.close()
+        self._file = self._without(lambda step: step > last_step)
+
     def _without(self, dropped: Callable[[float], bool]) -> FileIO:
         """Drop the lines of some steps and open the file to append."""
         if self._path.exists():
@@ -110,15 +123,19 @@ class JsonLines:
 
 
 def _step(line: str) -> float:
-    """Return the step of a line; infinity for a line that a crash truncated."""
+    """Return the step of a line; infinity for a line that a crash truncated.
+
+    An event that set the run back belongs to the step from which it continued.
+    """
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+        row = json.loads(line)
+        return int(row.get("rolled_back_to", row["step"]))
+    except (ValueError, KeyError, TypeError, AttributeError):
         return math.inf
 
 
 class LineFiles:
-    """``metrics.jsonl`` and ``validation.jsonl`` in a run's folder.
+    """``metrics.jsonl``, ``validation.jsonl`` and ``events.jsonl`` in a run's folder.
 
     Raises:
         UserError: when the folder cannot be written.
@@ -129,6 +146,7 @@ class LineFiles:
             folder.mkdir(parents=True, exist_ok=True)
             self._metrics = JsonLines(folder / "metrics.jsonl", last_step)
             self._validation = JsonLines(folder / "validation.jsonl", last_step)
+            self._events = JsonLines(folder / "events.jsonl", last_step)
         except OSError as error:
             raise UserError(f"--save {folder}: cannot write there: {error.strerror}") from error
 
@@ -143,10 +161,20 @@ class LineFiles:
     def expert_load(self, step: int, loads: Loads) -> None:
         """Do nothing: the step's line has each layer's maximum; all loads would fill the file."""
 
+    def event(self, row: Row) -> None:
+        """Append a line to events.jsonl."""
+        self._events.write(row)
+
+    def rewind(self, step: int) -> None:
+        """Drop later lines of metrics and evaluations; events stay."""
+        self._metrics.rewind(step)
+        self._validation.rewind(step)
+
     def close(self) -> None:
-        """Close both files."""
+        """Close all files."""
         self._metrics.close()
         self._validation.close()
+        self._events.close()
 
 
 class TensorBoard:
@@ -156,9 +184,9 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path, last_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # a second of imports
-
-        self._writer: Any = SummaryWriter(str(folder), purge_step=last_step + 1)
+        self._folder = folder
+        self._writer: Any = None
+        self.rewind(last_step)
 
     def step(self, row: Row) -> None:
         """Write one scalar for each number."""
@@ -175,6 +203,19 @@ class TensorBoard:
                 writer.add_histogram(f"expert_load/{name}", load_E, step)
             if loads:
                 writer.add_image("expert_load/all", heat_map(loads), step, dataformats="HWC")
+
+    def event(self, row: Row) -> None:
+        """Write the event as text."""
+        with self._tolerant() as writer:
+            writer.add_text(f"events/{row['kind']}", row["text"], row["step"])
+
+    def rewind(self, step: int) -> None:
+        """Open a new file, which hides values of later steps in the earlier ones."""
+        from torch.utils.tensorboard import SummaryWriter  # a second of imports
+
+        if self._writer is not None:
+            self.close()
+        self._writer = SummaryWriter(str(self._folder), purge_step=step + 1)
 
     def close(self) -> None:
         """Flush the buffer."""
@@ -256,6 +297,13 @@ class WandB:
         if loads:
             found["expert_load/all"] = self._wandb.Image(heat_map(loads))
         self._send(found, step)
+
+    def event(self, row: Row) -> None:
+        """Do nothing: an event is no value of a step."""
+
+    def rewind(self, step: int) -> None:
+        """Keep the first values of repeated steps, as at a resume."""
+        self._first_step = max(self._first_step, int(self._run.step) + 1)
 
     def close(self) -> None:
         """Upload the remaining values."""

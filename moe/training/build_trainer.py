@@ -4,6 +4,7 @@ import logging
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from moetron.moe.checkpoint import run_folder as checkpoint_folder
 from moetron.moe.checkpoint.collective_checks import fall_back
 from moetron.moe.checkpoint.compatibility import starts_run
 from moetron.moe.checkpoint.position import Progress
@@ -19,6 +20,7 @@ from moetron.moe.routing.routing_record import RoutingRecorder
 from moetron.moe.training.loop import Loop
 from moetron.moe.training.model_chunks import build_chunks
 from moetron.moe.training.optimizer import build_optimizer
+from moetron.moe.training.rollback import rolled_back_position
 from moetron.moe.training.runtime import Runtime
 from moetron.moe.training.sample_stream import Streams
 from moetron.moe.training.start_record import FILE, describe
@@ -54,6 +56,10 @@ def build_loop(trainer: Trainer, streams: Streams) -> Loop:
         progress = load_checkpoint(
             path, trainer.chunks, trainer.optimizer, settings, state, verified=falls_back
         )
+    folder = None
+    if progress.step > 0:  # of a checkpoint, with its position
+        folder = checkpoint_folder.find(Path(str(settings.checkpoint.load)))
+        progress, rollbacks = rolled_back_position(folder, progress)
     peak = peak_of_rank(settings, runtime.device)
     sinks: list[Sink] = []
     if runtime.is_main:
@@ -66,4 +72,8 @@ def build_loop(trainer: Trainer, streams: Streams) -> Loop:
             starts = JsonLines(Path(settings.checkpoint.save) / FILE, progress.step)
             starts.write(asdict(start))
             starts.close()
-    return Loop(trainer, streams, progress, sinks, peak)
+    loop = Loop(trainer, streams, progress, sinks, peak)
+    if folder is not None:
+        loop.health.restore(folder)
+        loop.health.rollbacks = max(loop.health.rollbacks, rollbacks)
+    return loop

@@ -1,12 +1,18 @@
 """The training loop: steps, evaluations, checkpoints, metrics and stop conditions."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from moetron.moe.checkpoint.background_save import Saver
 from moetron.moe.checkpoint.position import Progress
 from moetron.moe.config.schema.derived import global_batch_size_at, stage_at
+from moetron.moe.health.events import Event, ReplicasDifferError
+from moetron.moe.health.monitor import FILE as HEALTH_FILE
+from moetron.moe.health.monitor import HealthMonitor
+from moetron.moe.health.replicas import compare_replicas
+from moetron.moe.health.spikes import Place
 from moetron.moe.host.allocator import GarbageCollector
 from moetron.moe.monitoring.peak_flops import Peak
 from moetron.moe.monitoring.profiling import Profiler
@@ -16,19 +22,16 @@ from moetron.moe.training.batches import micro_batches, training_numbers
 from moetron.moe.training.evaluate import bits_per_byte, evaluate
 from moetron.moe.training.loss_tally import Losses, Tally
 from moetron.moe.training.model_chunks import needs_samples, parameters_gathered
+from moetron.moe.training.rollback import roll_back
 from moetron.moe.training.sample_stream import Streams
 from moetron.moe.training.schedule import LearningRate
-from moetron.moe.training.step import (
-    BatchIterators,
-    NotFiniteError,
-    train_step,
-)
+from moetron.moe.training.step import BatchIterators, train_step
 from moetron.moe.training.step_metrics import StepMetrics
 from moetron.moe.training.trainer import Trainer
 
 _REMEDY = (
-    "checkpoints are from before it: resume from one with a lower --lr or --clip-grad, or pass "
-    "--no-check-for-nan-in-loss-and-grad to continue anyway"
+    "checkpoints are from before it: resume from one with a lower --lr or --clip-grad, or with "
+    "--spike-policy skip or rollback; --no-check-for-nan-in-loss-and-grad continues anyway"
 )
 
 
@@ -62,6 +65,7 @@ class Loop:
             trainer.settings, runtime.rank, runtime.device, trainer.chunks, trainer.optimizer
         )
         self._garbage = GarbageCollector(profiling.manual_gc, profiling.manual_gc_interval)
+        self.health = HealthMonitor(trainer.settings, trainer.chunks, trainer.config)
 
     def run(self, stop_requested: Callable[[], bool]) -> bool:
         """Train to the end, to --exit-interval or until a rank gets a stop request; then save.
@@ -90,6 +94,10 @@ class Loop:
             with self._profiler.step(self.progress.step):
                 stopped = self.step(batches, stop_requested)
             self._garbage.after_step(self.progress.step)
+            if self.health.verdict.action == "rollback":
+                self._roll_back()
+                batches = self.batches()
+                continue
             self._after_step()
             exit_interval = training.exit_interval
             if stopped or (exit_interval is not None and self.progress.step % exit_interval == 0):
@@ -119,15 +127,20 @@ class Loop:
         samples = global_batch_size_at(settings, self.progress.consumed_samples)
         count = samples // (settings.training.micro_batch_size * runtime.dp_size)
         learning_rate = self._rate.at(self.progress)
+        first = self.progress.consumed_samples
+        self.health.begin(Place(self.progress.step + 1, first, first + samples))
         start_s = time.perf_counter()
-        try:
-            metrics = train_step(
-                self.trainer, batches, count, learning_rate, stop_requested, self._tally
-            )
-        except NotFiniteError as error:
-            raise NotFiniteError(f"{error} in step {self.progress.step + 1}; {_REMEDY}") from error
+        metrics = train_step(
+            self.trainer, batches, count, learning_rate, stop_requested, self._tally, self.health
+        )
         step_time_s = time.perf_counter() - start_s
         self.progress = self.progress.after(samples, settings.model.seq_length)
+        verdict = self.health.verdict
+        if verdict.action == "rollback":
+            return metrics.stop
+        self._tell(verdict.events)
+        if verdict.action == "stop":
+            raise verdict.error(_REMEDY)
         if self.sinks:
             row = self._row(metrics, samples, learning_rate, step_time_s)
             for sink in self.sinks:
@@ -144,7 +157,7 @@ class Loop:
         settings = self.trainer.settings
         tokens_per_s = samples * settings.model.seq_length / step_time_s
         tflops_per_s = tokens_per_s * self._flops_per_token / self.trainer.runtime.world_size / 1e12
-        row = {
+        row: dict[str, Any] = {
             "step": self.progress.step,
             "tokens": self.progress.consumed_tokens,
             "samples": self.progress.consumed_samples,
@@ -152,6 +165,7 @@ class Loop:
             "loss_tokens": metrics.losses.tokens,
             **self._loss_row(metrics.losses),
             **metrics.extra,
+            **self.health.metrics,
             "grad_norm": metrics.grad_norm,
             "lr": learning_rate,
             "step_time_s": step_time_s,
@@ -183,6 +197,9 @@ class Loop:
         """Run the evaluation and the checkpoint that are due."""
         self._saver.check()
         settings, step = self.trainer.settings, self.progress.step
+        compare_interval = settings.health.check_weight_hash_across_dp_replicas_interval
+        if compare_interval is not None and step % compare_interval == 0:
+            self._compare_replicas()
         eval_interval = settings.validation.eval_interval
         if eval_interval is not None and step % eval_interval == 0:
             self._evaluate()
@@ -218,4 +235,41 @@ class Loop:
         trainer, state = self.trainer, self.streams.training.state()
         if trainer.settings.checkpoint.save is not None:
             with parameters_gathered(trainer.chunks, trainer.settings):
-                save(self.progress, trainer.chunks, trainer.optimizer, state)
+                texts = {HEALTH_FILE: self.health.state()}
+                save(self.progress, trainer.chunks, trainer.optimizer, state, texts)
+
+    def _tell(self, events: Sequence[Event]) -> None:
+        """Write events to the sinks."""
+        for sink in self.sinks:
+            for event in events:
+                sink.event(event.row())
+
+    def _compare_replicas(self) -> None:
+        """Raise on all ranks if data-parallel replicas differ, before a checkpoint is saved."""
+        trainer = self.trainer
+        with parameters_gathered(trainer.chunks, trainer.settings):
+            found = compare_replicas(trainer.chunks, trainer.runtime.groups)
+        if found is not None:
+            self._tell([found.event(self.progress.step)])
+            raise ReplicasDifferError(f"{found.text} in step {self.progress.step}")
+
+    def _roll_back(self) -> None:
+        """Return to an earlier checkpoint, with the data after the step that caused it."""
+        self._saver.wait()
+        verdict, before = self.health.verdict, self.health.rollbacks
+        found = roll_back(self.trainer, self.streams.training, self.progress)
+        if found is None:
+            self._tell([replace(event, action="stop") for event in verdict.events])
+            raise verdict.error("there is no checkpoint to roll back to yet")
+        self.progress, folder = found
+        position = (
+            self.progress.step,
+            self.progress.consumed_samples,
+            self.progress.consumed_tokens,
+        )
+        self._tell([event.rolled_back(*position, before + 1) for event in verdict.events])
+        self.health.restore(folder)
+        self.health.rollbacks = before + 1
+        for sink in self.sinks:
+            sink.rewind(self.progress.step)
+        self._saver.saved, self._evaluated = self.progress, None

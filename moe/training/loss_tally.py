@@ -36,11 +36,11 @@ class Tally:
     """
 
     def __init__(self, stream: SampleStream) -> None:
-        self._sources, self._objectives = stream.source_names, stream.objective_names
+        self.source_names, self._objectives = stream.source_names, stream.objective_names
 
     def zeros(self, device: torch.device) -> torch.Tensor:
         """Return zero sums."""
-        columns = len(self._sources) + len(self._objectives)
+        columns = len(self.source_names) + len(self._objectives)
         return torch.zeros(3, columns, dtype=torch.float64, device=device)
 
     def count(self, batch: Batch, losses_BS: torch.Tensor) -> torch.Tensor:
@@ -50,21 +50,21 @@ class Tally:
         rows_3B = torch.stack([(losses_BS.detach() * mask_BS).sum(1), mask_BS.sum(1), filtered_B])
         sums = self.zeros(losses_BS.device)
         sums.index_add_(1, batch["source"], rows_3B)
-        sums.index_add_(1, batch["objective"] + len(self._sources), rows_3B)
+        sums.index_add_(1, batch["objective"] + len(self.source_names), rows_3B)
         return sums
 
     def read(self, sums: torch.Tensor) -> Losses:
         """Return the losses for sums over all ranks."""
-        count, sums = len(self._sources), sums.cpu()
+        count, sums = len(self.source_names), sums.cpu()
         losses, tokens, filtered = sums[:, :count].sum(1).tolist()
-        by_source = _means(self._sources, sums[:, :count])
+        by_source = _means(self.source_names, sums[:, :count])
         source_tokens = sums[1, :count].long().tolist()
         return Losses(
             losses / max(tokens, 1.0),
             int(tokens),
             by_source,
             _means(self._objectives, sums[:, count:]),
-            {name: n for name, n in zip(self._sources, source_tokens, strict=True) if n},
+            {name: n for name, n in zip(self.source_names, source_tokens, strict=True) if n},
             int(filtered),
         )
 

@@ -15,23 +15,26 @@ import torch
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model
 
-from moetron.common.errors import RunError
+from moetron.moe.health.monitor import HealthMonitor
+from moetron.moe.health.spikes import StepValues
 from moetron.moe.host.allocator import peak_memory_bytes
 from moetron.moe.layers.attention import prefix_mask
 from moetron.moe.numerics.scaled_matmul import expire_weights
 from moetron.moe.optim.update import clip_and_update, norm_of, prepare_gradients
 from moetron.moe.training.batches import PER_SAMPLE, Batch
-from moetron.moe.training.loss_tally import Tally
+from moetron.moe.training.loss_tally import Losses, Tally
 from moetron.moe.training.optimizer import set_learning_rate
-from moetron.moe.training.step_metrics import LOADS, StepMetrics, read_all, recorded_metrics
+from moetron.moe.training.step_metrics import (
+    BIAS_RANGES,
+    LOADS,
+    StepMetrics,
+    read_all,
+    recorded_metrics,
+)
 from moetron.moe.training.trainer import Trainer
 
 BatchIterators = Sequence[Iterator[Batch] | None]
 """Micro-batches for each model chunk of this rank; None for a chunk that needs no samples."""
-
-
-class NotFiniteError(RunError):
-    """A loss or gradient norm is infinite or NaN."""
 
 
 def train_step(
@@ -41,6 +44,7 @@ def train_step(
     learning_rate: float,
     stop_requested: Callable[[], bool],
     tally: Tally,
+    health: HealthMonitor,
 ) -> StepMetrics:
     """Run one step.
 
@@ -51,10 +55,7 @@ def train_step(
         learning_rate: of this step.
         stop_requested: returns whether this rank got a stop request; all ranks learn of it.
         tally: sums the losses by source and objective.
-
-    Raises:
-        NotFiniteError: the loss or the gradient norm is not finite and the settings check it; no
-            weight has changed.
+        health: decides whether the weights are updated; its ``verdict`` says what follows.
     """
     for chunk in trainer.chunks:
         chunk.zero_grad_buffer()
@@ -63,13 +64,14 @@ def train_step(
     reports = run_schedule(trainer, batches, num_microbatches, partial(token_loss, tally))
     squares = prepare_gradients(trainer.optimizer)
     local = _local_sums(trainer, tally, reports)
-    metrics = _read(trainer, tally, local, squares, stop_requested(), num_microbatches)
-    # All ranks see the same loss and norm, so either all of them update or all of them raise.
-    _refuse_non_finite(trainer, metrics, local)
-    set_learning_rate(trainer.optimizer, learning_rate)
-    clip_and_update(trainer.optimizer, metrics.grad_norm)
-    if trainer.settings.precision.fp8_format is not None:
-        expire_weights(trainer.chunks)
+    own_square = health.gradients.take()
+    metrics = _read(trainer, tally, local, squares, own_square, stop_requested(), num_microbatches)
+    # All ranks see the same values, also each other's, so that all of them decide the same.
+    if health.judge(metrics.values, metrics.loads, metrics.bias_ranges).updates:
+        set_learning_rate(trainer.optimizer, learning_rate)
+        clip_and_update(trainer.optimizer, metrics.grad_norm)
+        if trainer.settings.precision.fp8_format is not None:
+            expire_weights(trainer.chunks)
     return metrics
 
 
@@ -86,34 +88,62 @@ def _read(
     tally: Tally,
     local: torch.Tensor,
     squares: torch.Tensor,
+    own_square: torch.Tensor | None,
     stop_requested: bool,
     num_microbatches: int,
 ) -> StepMetrics:
     """Read all of a step on the host, before the update, from all ranks.
 
-    Losses are summed; a stop request of any rank counts; of peak memory the maximum does; the norm
-    is reduced already. The device has then finished forward and backward passes, and is free
-    until the update is launched: this is the step's only wait.
+    Losses are summed; a stop request of any rank counts; of peak memory the maximum does, and of
+    the norm, which is reduced already: ranks whose reductions differ in the last bit clip alike.
+    The device has then finished forward and backward passes, and is free until the update is
+    launched: this is the step's only wait.
     """
-    # One slot per rank, so that the sum over ranks keeps every rank's own value.
-    memory_R = local.new_zeros(trainer.runtime.world_size)
-    memory_R[trainer.runtime.rank] = peak_memory_bytes(trainer.runtime.device)
+    # One row per rank, so that the sum over ranks keeps every rank's own values.
+    rows_RK = local.new_zeros(trainer.runtime.world_size, OWN + len(squares))
+    mine_K = rows_RK[trainer.runtime.rank]
+    mine_K[0] = peak_memory_bytes(trainer.runtime.device)
+    mine_K[1:3] = local[:2, : len(tally.source_names)].sum(1)
+    if own_square is not None:
+        mine_K[3] = own_square
+    mine_K[OWN:] = squares
     stops = local.new_full((1,), stop_requested)
     recorded = recorded_metrics(trainer, num_microbatches)
-    sums, stops, memory_R, *others, squares = read_all(
-        [local, stops, memory_R, *(each.sums for each in recorded)], squares
+    sums, stops, rows_RK, *others = read_all(
+        [local, stops, rows_RK, *(each.sums for each in recorded)]
     )
     extra: dict[str, Any] = {}
     for each, total in zip(recorded, others, strict=True):
         extra |= each.read(total)
-    loads = extra.pop(LOADS, {})
+    loads, bias_ranges = extra.pop(LOADS, {}), extra.pop(BIAS_RANGES, {})
+    losses = tally.read(sums)
+    values = _values(losses, rows_RK.tolist(), own_square is not None)
     return StepMetrics(
-        tally.read(sums),
-        norm_of(squares.tolist()),
+        losses,
+        values.grad_norm,
+        values,
         extra,
         loads,
+        bias_ranges,
         bool(stops > 0),
-        int(memory_R.max()),
+        int(rows_RK[:, 0].max()),
+    )
+
+
+OWN = 4
+"""Values of a rank before those of the norm: peak memory, sum of losses, loss tokens, squared norm
+of its own gradients."""
+
+
+def _values(losses: Losses, rows_RK: Sequence[Sequence[float]], measured: bool) -> StepValues:
+    """Return the values that decide about the update; rows as in `_read`."""
+    norms = [norm_of(row[OWN:]) for row in rows_RK]
+    return StepValues(
+        losses.loss,
+        next((norm for norm in norms if not math.isfinite(norm)), max(norms)),
+        [total / tokens if tokens else None for _, total, tokens, *_ in rows_RK],
+        [math.sqrt(square) for _, _, _, square, *_ in rows_RK] if measured else [],
+        losses.by_source,
     )
 
 
@@ -190,18 +220,3 @@ def token_loss(
     mask_BS = batch["loss_mask"]
     total = (losses_BS * mask_BS).sum()
     return total, mask_BS.sum().to(torch.int), tally.count(batch, losses_BS)
-
-
-def _refuse_non_finite(trainer: Trainer, metrics: StepMetrics, local: torch.Tensor) -> None:
-    """Raise NotFiniteError on all ranks, if the settings check the loss and gradient norm."""
-    if not trainer.settings.training.check_for_nan_in_loss_and_grad:
-        return
-    lm_loss, grad_norm = metrics.losses.loss, metrics.grad_norm
-    if math.isfinite(lm_loss) and math.isfinite(grad_norm):
-        return
-    finite: list[bool] = [True] * torch.distributed.get_world_size()
-    # All-gather over all ranks, only before the error: the message names the failing ranks.
-    torch.distributed.all_gather_object(finite, bool(local[0].sum().isfinite()))
-    ranks = [rank for rank, good in enumerate(finite) if not good]
-    where = f" (loss of rank {', '.join(map(str, ranks))})" if ranks else ""
-    raise NotFiniteError(f"lm_loss is {lm_loss}, the gradient norm {grad_norm}{where}")

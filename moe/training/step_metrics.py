@@ -15,7 +15,9 @@ from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelpe
 from megatron.core.utils import unwrap_model
 
 from moetron.moe.config.schema.derived import routed_layers
+from moetron.moe.health.spikes import StepValues
 from moetron.moe.routing.losses import auxiliary_losses, take_auxiliary_losses
+from moetron.moe.routing.router import Router
 from moetron.moe.routing.routing_record import RoutingSummary
 from moetron.moe.training.loss_tally import Losses
 from moetron.moe.training.trainer import Trainer
@@ -28,10 +30,14 @@ class StepMetrics:
     losses: Losses
     grad_norm: float
     """Norm of the full gradient before clipping."""
+    values: StepValues
+    """Loss and norm, also by rank, for the decision about the update."""
     extra: dict[str, Any]
     """Of `output_metrics`, `prediction_metrics`, `auxiliary_metrics` and `routing_metrics`."""
     loads: dict[str, np.ndarray]
     """Load over mean load of every expert, float64 [E], by layer."""
+    bias_ranges: dict[str, float]
+    """Range of the expert biases, by layer; empty without them."""
     stop: bool
     """Whether any rank got a stop request."""
     peak_memory_bytes: int
@@ -48,8 +54,8 @@ class Recorded:
     """Takes the sums over all ranks, float64 on the CPU, in the same shape."""
 
 
-def read_all(sums: Sequence[torch.Tensor], final: torch.Tensor) -> list[torch.Tensor]:
-    """Return ``sums`` added up over all ranks, and ``final`` as it is: float64 on the CPU.
+def read_all(sums: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return ``sums`` added up over all ranks: float64 on the CPU.
 
     The step's only wait for the device.
     """
@@ -57,10 +63,8 @@ def read_all(sums: Sequence[torch.Tensor], final: torch.Tensor) -> list[torch.Te
     # All-reduce over all ranks: every rank holds the sums of its own samples, positions, layers or
     # experts, and zeros elsewhere. One collective for all, since each costs a latency per step.
     torch.distributed.all_reduce(total)
-    read = torch.cat([total, final.double()]).cpu()
-    parts = read.split([*(each.numel() for each in sums), len(final)])
-    shapes = [*(each.shape for each in sums), final.shape]
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    parts = total.cpu().split([each.numel() for each in sums])
+    return [part.view(each.shape) for part, each in zip(parts, sums, strict=True)]
 
 
 def recorded_metrics(trainer: Trainer, num_microbatches: int) -> list[Recorded]:
@@ -70,6 +74,7 @@ def recorded_metrics(trainer: Trainer, num_microbatches: int) -> list[Recorded]:
         *prediction_metrics(trainer, num_microbatches),
         *auxiliary_metrics(trainer, num_microbatches),
         *routing_metrics(trainer),
+        *bias_metrics(trainer),
     ]
 
 
@@ -151,7 +156,7 @@ def _routing(trainer: Trainer, summary: RoutingSummary) -> dict[str, Any]:
     metrics: dict[str, Any] = {"expert_load_max_over_mean": summary.load_max_over_mean}
     chosen_LE = summary.chosen.double()  # [MoE layers, experts]
     loads_LE = (chosen_LE / chosen_LE.mean(1, keepdim=True)).numpy()
-    names = [f"layer_{n}" for n, sparse in enumerate(routed_layers(trainer.settings)) if sparse]
+    names = _layer_names(trainer)
     loads = dict(zip(names, loads_LE, strict=True))
     metrics["expert_load"] = {name: float(load_E.max()) for name, load_E in loads.items()}
     if trainer.settings.moe.moe_expert_capacity_factor is not None:
@@ -159,3 +164,29 @@ def _routing(trainer: Trainer, summary: RoutingSummary) -> dict[str, Any]:
         metrics["dropped_fractions"] = dict(zip(names, summary.dropped_fractions, strict=True))
         metrics["dropped_by_position"] = dict(zip(names, summary.dropped_by_position, strict=True))
     return {**metrics, LOADS: loads}
+
+
+BIAS_RANGES = "bias_ranges"
+"""Key of the range of expert biases by layer, which is not a metric of its own."""
+
+
+def bias_metrics(trainer: Trainer) -> list[Recorded]:
+    """Take the range (largest - smallest) of every layer's expert biases, if there are any."""
+    if not trainer.settings.moe.moe_router_enable_expert_bias:
+        return []
+    names = _layer_names(trainer)
+    flags = routed_layers(trainer.settings)
+    ranges_L = torch.zeros(len(names), dtype=torch.float64, device=trainer.runtime.device)
+    for router in (m for chunk in trainer.chunks for m in chunk.modules() if isinstance(m, Router)):
+        # One of the ranks that replicate the layer: nothing counts twice.
+        if router.enable_expert_bias and router.tp_dp_cp_group.rank() == 0:
+            bias_E, layer = router.expert_bias, router.layer_number - 1
+            ranges_L[sum(flags[:layer])].copy_(bias_E.max() - bias_E.min())
+    return [
+        Recorded(ranges_L, lambda sums: {BIAS_RANGES: dict(zip(names, sums.tolist(), strict=True))})
+    ]
+
+
+def _layer_names(trainer: Trainer) -> list[str]:
+    """Return the keys of layers with experts."""
+    return [f"layer_{n}" for n, sparse in enumerate(routed_layers(trainer.settings)) if sparse]

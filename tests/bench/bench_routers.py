@@ -79,6 +79,12 @@ class Rows:
     def expert_load(self, step: int, loads: Loads) -> None:
         """Do nothing; the recorder has the loads."""
 
+    def event(self, row: Row) -> None:
+        """Ignore events."""
+
+    def rewind(self, step: int) -> None:
+        """Do nothing; no run is set back."""
+
     def close(self) -> None:
         """Do nothing."""
 

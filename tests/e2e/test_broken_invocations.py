@@ -82,7 +82,7 @@ def _files() -> dict[str, str]:
 
 
 def _break_shards(here: Path) -> None:
-    for name in ("no_idx", "cut", "bad_idx", "other"):
+    for name in ("no_idx", "cut", "bad_idx", "other", "foreign"):
         for end in (".bin", ".idx", ".json"):
             shutil.copy(here / f"ok{end}", here / f"{name}{end}")
     (here / "no_idx.idx").unlink()
@@ -91,6 +91,8 @@ def _break_shards(here: Path) -> None:
     manifest = json.loads((here / "other.json").read_text())
     manifest["tokenizer"]["fingerprint"] = "0" * 64
     (here / "other.json").write_text(json.dumps(manifest))
+    manifest = json.loads((here / "ok.json").read_text())
+    (here / "foreign.json").write_text(json.dumps({**manifest, "max_id": 300}))
 
 
 def _write_checkpoint(run_folder: Path) -> None:
@@ -184,6 +186,7 @@ BROKEN = {
     f"{DATA} cut": "cut",
     f"{DATA} bad_idx": "bad_idx.idx",
     f"{DATA} other": "tokenizer",
+    f"{DATA} foreign": r"token ids outside the vocabulary of \d+: foreign \(ids 0 to 300\)",
     f"{DATA} 0 ok": "weight '0' must be",
     f"{DATA} ok --seq-length 100000": "100000|100001",
     f"{DATA} ok --vocab-size 10": "--vocab-size 10",
@@ -271,7 +274,8 @@ def test_a_loss_that_is_not_finite_names_the_step(world: Path) -> None:
     code, message = run(world, f"{MOCK} --lr 1e30 --clip-grad 0 --no-tensorboard")
     assert code == 1, message
     assert re.search(
-        r"^rank 0: NotFiniteError: lm_loss is .*norm nan in step \d; checkpoints", message
+        r"^rank 0: NotFiniteError: lm_loss is .*norm nan \(of rank 0\) in step \d; checkpoints",
+        message,
     )
     assert "Traceback" not in message
 

@@ -60,6 +60,10 @@ class Rows:
     def validation(self, row: Row) -> None:
         self.rows.append(row)
 
+    def event(self, row: Row) -> None: ...
+
+    def rewind(self, step: int) -> None: ...
+
     def close(self) -> None: ...
 
 

@@ -13,13 +13,13 @@ from moetron.moe.checkpoint.position import Progress
 from moetron.moe.checkpoint.save_load import load_checkpoint, save_checkpoint
 from moetron.moe.config.command import load
 from moetron.moe.config.schema.settings import Settings
+from moetron.moe.health.events import NotFiniteError
 from moetron.moe.monitoring.sinks import MACHINE_METRICS, Row
 from moetron.moe.training.build_trainer import build_trainer
 from moetron.moe.training.evaluate import evaluate
 from moetron.moe.training.loop import Loop
 from moetron.moe.training.runtime import divide
 from moetron.moe.training.sample_stream import SampleStream, StreamFrom, Streams
-from moetron.moe.training.step import NotFiniteError
 from moetron.moe.training.trainer import Trainer
 from tests.parallel.support.harness import RankFailed, run_ranks
 from tests.unit.training.training_cases import CountingStream

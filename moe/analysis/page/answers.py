@@ -40,7 +40,7 @@ def spikes(run: Run) -> list[int]:
 
 def health(run: Run) -> list[Answer]:
     """Answer whether the run is healthy."""
-    return [_loss(run), _spikes(run), _load(run), _drops(run)]
+    return [_loss(run), _spikes(run), _found(run), _load(run), _drops(run)]
 
 
 def routing(run: Run) -> list[Answer]:
@@ -73,6 +73,16 @@ def _spikes(run: Run) -> Answer:
     grade: Grade = "good" if not found else "watch" if len(found) < 5 else "bad"
     rule = f"a step {SPIKE_DEVIATIONS:.0f} deviations and {SPIKE_LEAST} nats above the 50 before it"
     return Answer("Does it spike?", grade, f"{len(found)} spikes{where}", rule)
+
+
+def _found(run: Run) -> Answer:
+    """Answer from the events of the run's own health checks."""
+    kinds = [row["kind"].replace("_", " ") for row in run.events]
+    text = ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds)) or "nothing"
+    hard = [row for row in run.events if row["action"] in ("stop", "rollback")]
+    grade: Grade = "good" if not kinds else "bad" if hard else "watch"
+    rule = "events.jsonl: spikes, values that are not finite, replicas that differ, sick experts"
+    return Answer("What did the health checks find?", grade, text, rule)
 
 
 def _load(run: Run) -> Answer:

@@ -8,10 +8,17 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from moetron.moe.analysis.page.runs import Run, thinned
+from moetron.moe.analysis.page.runs import Row, Run, thinned
 
 TITLE_WIDTH = 42
 """Characters per title line, to fit on a phone."""
+SHOWN_EVENTS = 50
+EVENT_COLOURS = {
+    "warn": "rgba(154,103,0,0.35)",
+    "skip": "rgba(180,35,24,0.35)",
+    "rollback": "rgba(180,35,24,0.18)",
+    "stop": "rgba(180,35,24,0.6)",
+}
 STAGE_COLOURS = ("rgba(31,119,180,0.10)", "rgba(255,127,14,0.12)", "rgba(44,160,44,0.12)")
 
 
@@ -24,7 +31,10 @@ def over_tokens(runs: Sequence[Run]) -> list[go.Figure]:
         from_zero(curve(runs, "tokens_per_s", "Throughput", "tokens/s, all ranks")),
         from_zero(curve(runs, "mfu", "Model FLOPs utilisation (MFU)", "% of the peak", 100)),
         from_zero(curve(runs, "peak_memory_bytes", "Peak memory, largest rank", "GiB", 2**-30)),
-        curve(runs, "grad_norm", "Gradient norm before clipping", "L2 norm"),
+        _with_events(curve(runs, "grad_norm", "Gradient norm before clipping", "L2 norm"), runs),
+        curve(runs, "loss_deviations", "Loss against the steps before it", "deviations"),
+        curve(runs, "router_entropy", "Entropy of choices, lowest layer", "0 collapsed, 1 uniform"),
+        curve(runs, "expert_bias_range", "Range of expert biases, widest layer", "range"),
         curve(runs, "aux_loss", "Balance loss, 1 is uniform", "balance loss"),
         curve(runs, "z_loss", "Router z-loss", "mean (log Z)²"),
         *(heat(run, "expert_load", "Load of the fullest expert", "× mean", 1.0) for run in runs),
@@ -49,7 +59,7 @@ def losses(runs: Sequence[Run]) -> go.Figure:
             )
     if len(runs) == 1:
         _bands(figure, runs[0])
-    return figure
+    return _with_events(figure, runs) or figure
 
 
 def by_source(run: Run) -> go.Figure | None:
@@ -123,6 +133,36 @@ def framed(title: str, y_title: str, x_title: str = "tokens") -> go.Figure:
         yaxis={"title": y_title, "automargin": True},
     )
     return figure
+
+
+def _with_events(figure: go.Figure | None, runs: Sequence[Run]) -> go.Figure | None:
+    """Draw what the health checks of a single run found as bands over the tokens concerned."""
+    if figure is None or len(runs) > 1:
+        return figure
+    for event in runs[0].events[:SHOWN_EVENTS]:
+        first, last = event_tokens(runs[0], event)
+        figure.add_vrect(
+            x0=first,
+            x1=last,
+            fillcolor=EVENT_COLOURS.get(event["action"], EVENT_COLOURS["warn"]),
+            line_width=1,
+            line_color=EVENT_COLOURS.get(event["action"], EVENT_COLOURS["warn"]),
+            annotation_text=html.escape(event["kind"].replace("_", " "), quote=False),
+            annotation_position="bottom left",
+            annotation_font_size=9,
+        )
+    return figure
+
+
+def event_tokens(run: Run, event: Row) -> tuple[int, int]:
+    """Return the tokens [first, last) that an event concerns: its step's, or those rolled back."""
+    last, tokens = run.metrics[-1], {row["step"]: int(row["tokens"]) for row in run.metrics}
+    if "rolled_back_to" in event:
+        return tokens.get(event["rolled_back_to"], 0), int(event["next_token"])
+    if event["samples"]:
+        length = last["tokens"] // last["samples"]
+        return event["samples"][0] * length, event["samples"][1] * length
+    return tokens.get(event["step"] - 1, 0), tokens.get(event["step"], int(last["tokens"]))
 
 
 def _bands(figure: go.Figure, run: Run) -> None:

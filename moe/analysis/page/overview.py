@@ -69,9 +69,11 @@ def _of_settings(settings: Mapping[str, Row], start: Row) -> dict[str, str]:
 
 
 def events(run: Run) -> list[tuple[int, str]]:
-    """Return starts, stage changes, loss spikes and checkpoints, by step."""
+    """Return starts, stage changes, findings, loss spikes and checkpoints, by step."""
     found = [(row["step"], f"started: {layout_text(row['layout'])}") for row in run.starts]
-    found += [(step, "loss spike") for step in spikes(run)]
+    found += [(row["step"], finding(row)) for row in run.events]
+    told = {row["step"] for row in run.events if row["kind"] == "loss_spike"}
+    found += [(step, "loss spike") for step in spikes(run) if step not in told]
     for number, stage in enumerate(run.stages[1:], start=2):
         step = next(row["step"] for row in run.metrics if row["tokens"] > stage.first_token)
         found.append((step, f"stage {number} begins: {stage.objective}"))
@@ -82,6 +84,16 @@ def events(run: Run) -> list[tuple[int, str]]:
         text = f"latest of {counted(len(saved), 'checkpoint')} kept: {', '.join(some)}"
         found.append((saved[-1], text))
     return sorted(found)
+
+
+def finding(event: Row) -> str:
+    """Return an event of events.jsonl in words."""
+    text = f"{event['kind'].replace('_', ' ')}: {event['text']}; {event['action']}"
+    if "rolled_back_to" in event:
+        text += f" to step {event['rolled_back_to']}"
+    if event["samples"]:
+        text += f"; samples {event['samples'][0]:,} to {event['samples'][1] - 1:,}"
+    return text
 
 
 def _start(run: Run) -> Row:

@@ -1,6 +1,7 @@
 """Reading of run folders for the page."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,8 @@ from moetron.common.errors import UserError
 from moetron.moe.analysis.curves import read_rows
 from moetron.moe.analysis.figures import RESULT
 from moetron.moe.checkpoint import run_folder as checkpoint_folder
+from moetron.moe.health.events import FILE as EVENTS
+from moetron.moe.health.events import read_events
 
 Row = dict[str, Any]
 POINTS = 1_000
@@ -44,6 +47,8 @@ class Run:
     """Result of tools/analyze_routing.py."""
     starts: list[Row] = field(default_factory=list)
     """Rows of starts.jsonl, one per start; empty for runs of older versions."""
+    events: list[Row] = field(default_factory=list)
+    """Rows of events.jsonl: what the health checks found."""
 
     @property
     def stages(self) -> list[Stage]:
@@ -73,7 +78,8 @@ def read(folder: Path) -> Run:
     Raises:
         UserError: the folder has no metrics.jsonl with a step in it.
     """
-    metrics = read_rows(folder / "metrics.jsonl")
+    rows = read_rows(folder / "metrics.jsonl")
+    metrics = [row for row in rows if math.isfinite(row["lm_loss"])]  # others: skipped steps
     if not metrics:
         raise UserError(
             f"{folder}: no metrics.jsonl with a step in it; give the --save folder of a run"
@@ -89,6 +95,7 @@ def read(folder: Path) -> Run:
         steps,
         json.loads(analysis.read_text(encoding="utf-8")) if analysis.is_file() else None,
         read_rows(folder / "starts.jsonl"),
+        list(read_events(folder / EVENTS)),
     )
 
 
@@ -101,6 +108,7 @@ def thinned(
         for row in rows
         if name in row and (inner is None or inner in row[name])
     ]
+    pairs = [pair for pair in pairs if math.isfinite(pair[1])]
     parts = np.array_split(np.array(pairs, dtype=np.float64), min(len(pairs), points) or 1)
     if not pairs:
         return [], []

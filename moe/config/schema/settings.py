@@ -15,6 +15,7 @@ from moetron.moe.config.schema.precision import PrecisionSettings
 from moetron.moe.config.schema.roles import Role, is_exported, role_of
 from moetron.moe.config.schema.run import (
     CheckpointSettings,
+    HealthSettings,
     LearningRateSettings,
     LoggingSettings,
     OptimizerSettings,
@@ -39,6 +40,7 @@ class Settings(Group):
     data: DataSettings = DataSettings()
     validation: ValidationSettings = ValidationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    health: HealthSettings = HealthSettings()
     logging: LoggingSettings = LoggingSettings()
     profiling: ProfilingSettings = ProfilingSettings()
 

@@ -31,6 +31,12 @@ class LastRow:
     def expert_load(self, step: int, loads: Loads) -> None:
         """Ignore loads."""
 
+    def event(self, row: Row) -> None:
+        """Ignore events."""
+
+    def rewind(self, step: int) -> None:
+        """Do nothing; no run is set back."""
+
     def close(self) -> None:
         """Do nothing."""
 

@@ -18,7 +18,7 @@ from moetron.moe.analysis import figures as pictures
 from moetron.moe.analysis.page import answers, overview
 from moetron.moe.analysis.page import stage_charts as stages
 from moetron.moe.analysis.page.build_page import write_page
-from moetron.moe.analysis.page.charts import over_tokens
+from moetron.moe.analysis.page.charts import event_tokens, over_tokens
 from moetron.moe.analysis.page.routing_charts import of_routing
 from moetron.moe.analysis.page.runs import POINTS, Run, read, thinned
 
@@ -347,3 +347,43 @@ def test_the_quick_start_keeps_the_checkpoints_of_its_saturation_curve() -> None
     assert recipe["training"]["train_iters"] == 700
     page = (ROOT / "docs" / "analysis.md").read_text(encoding="utf-8")
     assert "python tools/analyze_routing.py runs/quickstart/run" in page
+
+
+def event(step: int, kind: str, action: str, **extra: Any) -> dict[str, Any]:
+    """Return a line of events.jsonl about a step of four samples of 25 tokens."""
+    samples = [4 * (step - 1), 4 * step] if kind == "loss_spike" else None
+    row = {"step": step, "kind": kind, "action": action, "text": "loss <9>", "samples": samples}
+    return {**row, **extra}
+
+
+def test_what_health_checks_found_is_told_and_drawn(tmp_path: Path) -> None:
+    """Bands over the tokens of a skipped step, of an alarm, and of those rolled back."""
+    found = [
+        event(50, "loss_spike", "skip"),
+        event(60, "dead_experts", "warn"),
+        event(90, "loss_spike", "rollback", rolled_back_to=80, next_token=9000),
+    ]
+    rows = [{**row, "samples": 4 * row["step"]} for row in metrics()]
+    rows[49]["lm_loss"] = float("nan")  # of a skipped step
+    for name, lines in (("metrics.jsonl", rows), ("events.jsonl", found)):
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = read(tmp_path)
+    assert len(run.metrics) == STEPS - 1
+    [answer] = [each for each in answers.health(run) if "health checks" in each.question]
+    assert (answer.grade, answer.text) == ("bad", "2 x loss spike, 1 x dead experts")
+    told = dict(overview.events(run))
+    assert told[50] == "loss spike: loss <9>; skip; samples 196 to 199"
+    assert "rollback to step 80" in told[90]
+    assert [event_tokens(run, each) for each in found] == [
+        (4900, 5000),
+        (5900, 6000),
+        (8000, 9000),
+    ]
+    losses = over_tokens([run])[0]
+    assert [(band.x0, band.x1) for band in losses.layout.shapes] == [
+        (4900, 5000),
+        (5900, 6000),
+        (8000, 9000),
+    ]
+    write_page([run], tmp_path / "report.html")
+    assert "loss <9>" not in (tmp_path / "report.html").read_text(encoding="utf-8")
