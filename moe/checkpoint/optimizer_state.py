@@ -44,7 +44,7 @@ from megatron.core.optimizer import (
 )
 from torch import Tensor
 
-from moetron.moe.checkpoint.scaled_state import MAIN, ScaledState
+from moetron.moe.checkpoint.states.scaled_state import MAIN, ScaledState
 from moetron.moe.optim.adafactor import FACTOR_AXIS, Adafactor
 from moetron.moe.optim.muon import Muon
 

@@ -397,10 +397,3 @@ def refuse_to_rewrite(run_folder: Path, step: int) -> None:
             f"step {step}; resume with --load {run_folder}, without --finetune and "
             "--reset-progress, or name another folder"
         )
-
-
-def missing(wanted: Collection[str], checkpoint: Checkpoint) -> str:
-    """Return the first few of the ``wanted`` names that are missing; empty if none is."""
-    names = sorted(set(wanted) - checkpoint.keys)
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

@@ -11,7 +11,7 @@ import logging
 import platform
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -37,10 +37,10 @@ from moetron.moe.checkpoint import optimizer_state
 from moetron.moe.checkpoint import run_folder as checkpoint_folder
 from moetron.moe.checkpoint.collective_checks import on_rank_0, require_space, verify_together
 from moetron.moe.checkpoint.compatibility import require_fit, starts_run
-from moetron.moe.checkpoint.fp8_state import fp8_entries, restore_fp8
 from moetron.moe.checkpoint.position import Progress
 from moetron.moe.checkpoint.random_states import HOST, mismatch, reseed, restore_rng, rng_entries
 from moetron.moe.checkpoint.run_folder import Checkpoint, Record
+from moetron.moe.checkpoint.states.fp8_state import fp8_entries, restore_fp8
 from moetron.moe.checkpoint.tensor_reader import load_tensors
 from moetron.moe.checkpoint.tensor_writer import Contents, write_format_files
 from moetron.moe.checkpoint.vocabulary import require_vocabulary
@@ -293,7 +293,7 @@ def _load(checkpoint: Checkpoint, request: ShardedStateDict, remedy: str) -> Sha
     built, _ = extract_matching_values(request, optimizer_state.is_entry)
     apply_factories(built)
     wanted = {entry.key for entry in nested_values(built)}
-    absent = checkpoint_folder.missing(wanted, checkpoint)
+    absent = _missing(wanted, checkpoint)
     if absent:
         raise UserError(f"--load {checkpoint.folder}: holds no {absent}; {remedy}")
     try:
@@ -370,3 +370,10 @@ def _without_future_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield
+
+
+def _missing(wanted: Collection[str], checkpoint: checkpoint_folder.Checkpoint) -> str:
+    """Return the first few of the ``wanted`` names that are missing; empty if none is."""
+    names = sorted(set(wanted) - checkpoint.keys)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

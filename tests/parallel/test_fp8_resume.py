@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moetron.moe.checkpoint.fp8_state import Place
+from moetron.moe.checkpoint.states.fp8_state import Place
 from moetron.moe.layers import specs
 from tests.parallel.support.checkpoint_runs import Groups, metrics, read_and_go_on, tensors, write
 from tests.parallel.support.harness import run_ranks

@@ -19,7 +19,7 @@ from megatron.core.utils import unwrap_model
 
 from moetron.moe.checkpoint import optimizer_state
 from moetron.moe.checkpoint.optimizer_state import load_request, sharded_optimizer_state
-from moetron.moe.checkpoint.scaled_state import joined, remainder
+from moetron.moe.checkpoint.states.scaled_state import joined, remainder
 from moetron.moe.config.bridge import transformer_config
 from moetron.moe.training.model_chunks import ModelChunks, build_chunks
 from moetron.moe.training.optimizer import build_optimizer

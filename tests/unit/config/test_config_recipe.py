@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from moetron.common.errors import ConfigError
@@ -78,6 +79,7 @@ def is_path(text: str) -> bool:
     return kept and not text.endswith((".bin", ".idx"))
 
 
+@hypothesis_settings(deadline=None)  # machines that run several jobs are slow
 @given(
     lr=positive,
     epsilon=positive,
