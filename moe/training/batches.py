@@ -6,18 +6,15 @@ micro-batches. Every rank reads its own samples: nothing is broadcast, and a res
 number of consumed samples. Shape suffixes: B samples of a micro-batch, S full sequence.
 """
 
-import atexit
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from multiprocessing import resource_tracker
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from moetron.common.parent_death import end_with_parent
-from moetron.common.stop_signal import held_back, leave_group
+from moetron.common.parent_death import HelperContext
+from moetron.common.stop_signal import held_back
 from moetron.moe.checkpoint.position import Progress
 from moetron.moe.config.schema.derived import global_batch_size_at
 from moetron.moe.config.schema.settings import Settings
@@ -89,23 +86,13 @@ def _loaded(samples: "_Samples", numbers: Iterable[list[int]], num_workers: int)
         batch_size=None,
         sampler=numbers,
         num_workers=num_workers,
-        multiprocessing_context="spawn",  # a fork of a process with threads can hang
+        multiprocessing_context=HelperContext(),  # a fork of a process with threads can hang
         generator=torch.Generator(),  # the loader would draw a seed from the global one
-        worker_init_fn=partial(_begin_worker, os.getpid()),
     )
     with held_back():
         resource_tracker.ensure_running()  # when it starts its process it lets signals through
     with held_back():
         return iter(loader)
-
-
-def _begin_worker(parent: int, number: int) -> None:
-    """Bind a loader worker to its rank: it ends with it, and not by signals to its group."""
-    leave_group()
-    end_with_parent()
-    if os.getppid() != parent:  # ended before
-        os._exit(1)
-    atexit.register(os._exit, 0)  # taking torch's modules down takes seconds
 
 
 def sent_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:

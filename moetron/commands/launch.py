@@ -22,8 +22,7 @@ from types import FrameType
 from moetron.common.errors import UserError
 from moetron.common.parent_death import LAUNCHER
 from moetron.common.process import EXIT_STOPPED, EXIT_USER
-from moetron.common.stop_signal import STOP_SIGNALS
-from moetron.moe.config.schema.paths import ToolParser
+from moetron.common.stop_signal import STOP_SIGNALS, EndAtOnce
 
 POLL_S = 0.05
 GRACE_S = 2.0
@@ -102,8 +101,9 @@ class Ranks:
 
 def main() -> int:
     """Run the ranks of this node; return the exit code."""
-    arguments = parse(sys.argv[1:])
-    ranks = Ranks(command_of(arguments), arguments.nproc_per_node, environment_of(arguments))
+    with EndAtOnce():
+        arguments = parse(sys.argv[1:])
+        ranks = Ranks(command_of(arguments), arguments.nproc_per_node, environment_of(arguments))
     for number in STOP_SIGNALS:
         signal.signal(number, ranks.forward)
     ranks.start()
@@ -134,6 +134,8 @@ def _end_text(code: int) -> str:
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
+    from moetron.moe.config.schema.paths import ToolParser  # pydantic: a signal may come meanwhile
+
     parser = ToolParser(
         prog="launch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -5,13 +5,18 @@ port. Only processes that a launcher of ours or torchrun started are bound to it
 started goes on when the shell ends.
 """
 
+import atexit
 import ctypes
 import os
 import signal
 import sys
 import threading
 import time
+from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
+from typing import Any
+
+from moetron.common.stop_signal import leave_group
 
 LAUNCHER = "MOETRON_LAUNCHER_PID"
 """Environment variable with the process id of our launcher."""
@@ -80,3 +85,35 @@ def _is_adopted() -> bool:
     except OSError:  # not Linux, or ended just now
         return parent == 1
     return (parent == 1 or b"systemd" in command) and b"python" not in command
+
+
+class _Bind:
+    """Object that, unpickled in a process that this one starts, binds it to this one."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _begin_helper, (os.getpid(),)
+
+
+class HelperProcess(SpawnProcess):
+    """Process that ends with its parent, and not by signals to the parent's process group.
+
+    Both hold before it imports what its work needs, such as torch: what is unpickled first does it.
+    """
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state, after what binds the new process."""
+        return {"_bind": _Bind(), **self.__dict__}
+
+
+class HelperContext(SpawnContext):
+    """Context of `HelperProcess` for torch's loaders."""
+
+    Process = HelperProcess  # type: ignore[assignment]
+
+
+def _begin_helper(parent: int) -> None:
+    leave_group()
+    end_with_parent()
+    if os.getppid() != parent:  # ended before
+        os._exit(1)
+    atexit.register(os._exit, 0)  # taking torch's modules down takes seconds

@@ -1,5 +1,8 @@
 """Samples of a rank: worked examples, and equal micro-batches in every layout."""
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -118,3 +121,34 @@ def test_a_gpu_gets_every_micro_batch_once(monkeypatch: pytest.MonkeyPatch) -> N
     for batch in loaded:
         order.append(f"use {int(batch['tokens'][0, 0])}")
     assert order == ["send 1", "send 2", "use 1", "send 3", "use 2", "use 3"]
+
+
+SIGNALLED = """
+import os, signal
+from moetron.common.stop_signal import STOP_SIGNALS
+from moetron.data.stream.mock_stream import MockStream
+from moetron.moe.training.batches import micro_batches
+
+if __name__ == "__main__":
+    came = []
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda number, frame: came.append(number))
+    batches = micro_batches(MockStream(1, 96, 16), 16, iter([[n] for n in range(50)]), 1)
+    for number in STOP_SIGNALS:  # while the worker starts
+        os.killpg(0, number)
+    next(batches)
+    for number in STOP_SIGNALS:
+        os.killpg(0, number)
+    print(1 + sum(1 for _ in batches), len(came))
+"""
+
+
+def test_signals_to_the_group_of_a_rank_do_not_reach_its_workers(tmp_path: Path) -> None:
+    """Terminals and torchrun signal the whole process group."""
+    program = tmp_path / "signalled.py"
+    program.write_text(SIGNALLED)
+    command = [sys.executable, str(program)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, start_new_session=True, **pipes) as process:  # type: ignore[call-overload]
+        out, errors = process.communicate(timeout=100)
+    assert (process.returncode, out) == (0, "50 6\n"), errors
