@@ -103,6 +103,8 @@ class HealthMonitor:
         """
         path = folder / FILE
         state = HealthState()
+        if path.is_symlink():
+            raise UserError(f"{path}: damaged: leads out of the folder")
         if path.is_file():
             try:
                 state = HealthState.model_validate(read_object(path))

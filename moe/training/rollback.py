@@ -5,6 +5,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from moetron.common.errors import UserError
 from moetron.common.files import write_text
 from moetron.moe.checkpoint import run_folder as checkpoint_folder
 from moetron.moe.checkpoint.position import Progress
@@ -74,10 +75,12 @@ def rolled_back_position(folder: Path, progress: Progress) -> tuple[Progress, in
         rows = [row for row in read_events(folder.parent / FILE) if ROLLED_BACK_TO in row]
         last = rows[-1] if rows else {}
         if last.get(ROLLED_BACK_TO) == progress.step:
-            found = [(last["next_sample"], last["next_token"], last["rollbacks"])]
+            found = [[last.get(name) for name in ("next_sample", "next_token", "rollbacks")]]
     # Broadcast from rank 0, which alone reads the file.
     dist.broadcast_object_list(found, src=0)
     if found[0] is None:
         return progress, 0
+    if not all(type(number) is int and number >= 0 for number in found[0]):
+        raise UserError(f"{folder.parent / FILE}: damaged: the last rollback lacks its numbers")
     samples, tokens, rollbacks = found[0]
     return Progress(progress.step, samples, tokens), rollbacks

@@ -92,7 +92,7 @@ def _break_shards(here: Path) -> None:
     manifest["tokenizer"]["fingerprint"] = "0" * 64
     (here / "other.json").write_text(json.dumps(manifest))
     manifest = json.loads((here / "ok.json").read_text())
-    (here / "foreign.json").write_text(json.dumps({**manifest, "max_id": 300}))
+    (here / "foreign.json").write_text(json.dumps({**manifest, "max_id": 400}))
 
 
 def _write_checkpoint(run_folder: Path) -> None:
@@ -186,7 +186,7 @@ BROKEN = {
     f"{DATA} cut": "cut",
     f"{DATA} bad_idx": "bad_idx.idx",
     f"{DATA} other": "tokenizer",
-    f"{DATA} foreign": r"token ids outside the vocabulary of \d+: foreign \(ids 0 to 300\)",
+    f"{DATA} foreign": r"token ids outside the vocabulary of \d+: foreign \(ids 0 to 400\)",
     f"{DATA} 0 ok": "weight '0' must be",
     f"{DATA} ok --seq-length 100000": "100000|100001",
     f"{DATA} ok --vocab-size 10": "--vocab-size 10",
