@@ -42,6 +42,8 @@ def _optimizer_bytes(settings: Settings, parameters: int, matrices: int) -> int:
         width = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
         # Main parameters are 16 bits beside the bf16 weight, or fp16.
         each = 2 + width[formats.exp_avg_dtype] + width[formats.exp_avg_sq_dtype]
+        if settings.performance.optimizer_cpu_offload:  # fp32; the rest is on the device
+            return int(parameters * 12 * (1 - settings.performance.optimizer_offload_fraction))
         return parameters * each
     kept = {"adam": 2, "sgd": int(settings.optimizer.sgd_momentum > 0), "adafactor": 0, "muon": 2}
     chosen = settings.optimizer.optimizer

@@ -14,6 +14,7 @@ from moetron.moe.monitoring.sinks import Row, Sink
 from moetron.moe.plan.flops import flops_per_token
 from moetron.moe.training.batches import micro_batches, training_numbers
 from moetron.moe.training.evaluate import bits_per_byte, evaluate
+from moetron.moe.training.layer_graphs import LayerGraphs
 from moetron.moe.training.loss_tally import Losses, Tally
 from moetron.moe.training.model_chunks import needs_samples, parameters_gathered
 from moetron.moe.training.sample_stream import Streams
@@ -61,6 +62,7 @@ class Loop:
         self._profiler = Profiler(
             trainer.settings, runtime.rank, runtime.device, trainer.chunks, trainer.optimizer
         )
+        self._graphs = LayerGraphs(trainer)
         self._garbage = GarbageCollector(profiling.manual_gc, profiling.manual_gc_interval)
 
     def run(self, stop_requested: Callable[[], bool]) -> bool:
@@ -77,6 +79,7 @@ class Loop:
         finally:
             self._profiler.close()
             self._garbage.close()
+            self._graphs.close()
             self._saver.close()
             for sink in self.sinks:
                 sink.close()
@@ -119,6 +122,7 @@ class Loop:
         samples = global_batch_size_at(settings, self.progress.consumed_samples)
         count = samples // (settings.training.micro_batch_size * runtime.dp_size)
         learning_rate = self._rate.at(self.progress)
+        self._graphs.before_step(count)
         start_s = time.perf_counter()
         try:
             metrics = train_step(
