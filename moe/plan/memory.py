@@ -175,7 +175,8 @@ def memory_per_rank(settings: Settings, vocab_size: int, world_size: int, stage:
 
     Per parameter: 2 bytes in bf16, else 4; gradients 4, or 2 in bf16 without fp32 accumulation;
     Adam 8 (Muon's matrices 4), and 4 for main parameters in bf16, both less with
-    --use-precision-aware-optimizer and sharded over data-parallel ranks by the distributed
+    --use-precision-aware-optimizer or
+    --optimizer-cpu-offload, and sharded over data-parallel ranks by the distributed
     optimizer (experts over expert-data-parallel ranks). The last stage has fp32 logits and their
     gradient.
     """

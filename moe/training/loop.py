@@ -79,10 +79,10 @@ class Loop:
         finally:
             self._profiler.close()
             self._garbage.close()
-            self._graphs.close()
             self._saver.close()
             for sink in self.sinks:
                 sink.close()
+            self._graphs.close()
         return stopped and not ended
 
     def _train(self, stop_requested: Callable[[], bool]) -> bool:
