@@ -142,6 +142,7 @@ DIFFERENT: dict[str, str] = {
     ),
     "recompute_activations": "use {recompute_granularity} selective",
     "overlap_moe_expert_parallel_comm": "not supported yet: leave it out",
+    "te_rng_tracker": "leave it out: {cuda_graph_impl} includes it",
     "tp_comm_overlap": "not supported yet: leave it out",
     "use_cpu_initialization": "leave it out: weights are initialised on {device}",
     "use_megatron_fsdp": "FSDP is not supported: use {use_distributed_optimizer}",

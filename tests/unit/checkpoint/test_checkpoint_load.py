@@ -103,27 +103,6 @@ def test_random_numbers_continue(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("single_rank")
-def test_generators_of_cuda_graphs_continue(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A graph and attention hold the generators themselves: a state is restored into them."""
-    monkeypatch.setattr(rng, "is_graph_safe_cuda_rng_tracker", lambda _: True)
-    tracker, generator = get_cuda_rng_tracker(), torch.Generator().manual_seed(1)
-    monkeypatch.setattr(tracker, "states_", {"model-parallel-rng": generator})
-    entries = {key: entry.data.clone() for key, entry in rng.rng_entries().items()}
-    expected = torch.rand(3, generator=generator)
-    rng.restore_rng(entries)
-    assert tracker.get_states() == {"model-parallel-rng": generator}
-    assert torch.equal(torch.rand(3, generator=generator), expected)
-
-
-@pytest.mark.usefixtures("single_rank")
-def test_reseeding_keeps_the_tracker_that_attention_holds() -> None:
-    tracker = get_cuda_rng_tracker()
-    before = _draws()
-    rng.reseed(1, 1)
-    assert get_cuda_rng_tracker() is tracker and _draws() != before
-
-
-@pytest.mark.usefixtures("single_rank")
 def test_another_layout_gets_other_random_numbers(
     saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
