@@ -42,9 +42,10 @@ from megatron.core.optimizer import (
     Float16OptimizerWithFloat16Params,
     MegatronOptimizer,
 )
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from torch import Tensor
 
-from moetron.moe.checkpoint.states.scaled_state import MAIN, ScaledState
+from moetron.moe.checkpoint.states.scaled_state import MAIN, OffloadedState, ScaledState
 from moetron.moe.optim.adafactor import FACTOR_AXIS, Adafactor
 from moetron.moe.optim.muon import Muon
 
@@ -90,13 +91,18 @@ class Slot:
     """The inner optimizer's live state for ``main``; empty before the first step."""
     moments: tuple[str, ...]
     span: Span | None
-    scaled: ScaledState | None
+    scaled: ScaledState | OffloadedState | None
     """State in other formats, with the main parameters (--use-precision-aware-optimizer)."""
 
     @property
     def parameter(self) -> Tensor:
         """The model's parameter, in the model's dtype."""
         return self.entry.data
+
+    @property
+    def offloaded(self) -> bool:
+        """Return whether the state stays on the CPU, as the device might lack the memory."""
+        return isinstance(self.scaled, OffloadedState)
 
     @property
     def separate_main(self) -> bool:
@@ -165,7 +171,8 @@ def load_request(
     request: ShardedStateDict = {STEP_KEY: _step_entry(torch.tensor([-1]))}
     for slot in slots:
         for name in slot.names():
-            blank = torch.full_like(slot.parameter, torch.nan, dtype=torch.float32)
+            where = slot.parameter.device if not slot.offloaded else torch.device("cpu")
+            blank = torch.full_like(slot.parameter, torch.nan, dtype=torch.float32, device=where)
             entry = make_sharded_optimizer_tensor(_placed(slot), blank, f"{PREFIX}.{name}")
             if name == MAIN and not has_mains:
                 entry = replace(entry, key=slot.entry.key)
@@ -175,7 +182,8 @@ def load_request(
         for slot in slots:
             _restore_slot(slot, loaded)
         for leaf in leaves(optimizer):
-            _set_step(leaf, int(loaded[STEP_KEY].item()))
+            for inner in _counting(leaf):
+                _set_step(inner, int(loaded[STEP_KEY].item()))
 
     return request, restore
 
@@ -198,18 +206,24 @@ def optimizer_step(optimizer: MegatronOptimizer) -> int:
     """Return the steps done: torch's Adam counts by parameter, Transformer Engine's by group."""
     steps = {0}
     for leaf in leaves(optimizer):
-        steps.update(int(group["step"]) for group in leaf.optimizer.param_groups if "step" in group)
-        states = leaf.optimizer.state.values()
-        steps.update(int(state["step"]) for state in states if "step" in state)
+        for inner in _counting(leaf):
+            steps.update(int(group["step"]) for group in inner.param_groups if "step" in group)
+            states = inner.state.values()
+            steps.update(int(state["step"]) for state in states if "step" in state)
     return max(steps)
 
 
-def _set_step(leaf: MegatronOptimizer, step: int) -> None:
-    if isinstance(leaf.optimizer, torch.optim.SGD):  # it has no counter
-        return
+def _counting(leaf: MegatronOptimizer) -> list[torch.optim.Optimizer]:
+    """Return the optimizers that count steps: with offload those of the CPU and the device."""
     inner = leaf.optimizer
+    return inner.sub_optimizers if isinstance(inner, HybridDeviceOptimizer) else [inner]
+
+
+def _set_step(inner: torch.optim.Optimizer, step: int) -> None:
+    if isinstance(inner, torch.optim.SGD):  # it has no counter
+        return
     by_parameter = isinstance(inner, torch.optim.Adam | torch.optim.AdamW)
-    for group in leaf.optimizer.param_groups:
+    for group in inner.param_groups:
         if not by_parameter:
             group["step"] = step
             continue
@@ -217,7 +231,7 @@ def _set_step(leaf: MegatronOptimizer, step: int) -> None:
             if isinstance(inner, Muon) and "exp_avg" not in inner.moments(main):
                 continue
             on_device = group.get("fused") or group.get("capturable")
-            leaf.optimizer.state[main]["step"] = torch.tensor(
+            inner.state[main]["step"] = torch.tensor(
                 float(step), device=main.device if on_device else "cpu"
             )
 
@@ -232,10 +246,14 @@ def _slots(leaf: MegatronOptimizer, entries: dict[int, Entry]) -> Iterator[Slot]
     if leaf.config.optimizer == "sgd" and leaf.config.sgd_momentum == 0:
         moments = ()
     inner = leaf.optimizer
+    scaled: ScaledState | OffloadedState | None = None
+    if isinstance(inner, HybridDeviceOptimizer):
+        scaled = OffloadedState.of(inner)
+    elif _is_precision_aware(leaf):
+        scaled = ScaledState(inner)
     for parameter, main, span in mains(leaf):
         assert id(parameter) in entries, "a trained parameter is not in the model's sharded state"
         own = inner.moments(main) if isinstance(inner, Adafactor | Muon) else moments
-        scaled = ScaledState(inner) if _is_precision_aware(leaf) else None
         yield Slot(entries[id(parameter)], main, inner.state[main], own, span, scaled)
 
 
@@ -310,6 +328,9 @@ def _gather(pieces: Tensor, span: Span, parameter: Tensor) -> list[Tensor]:
     """
     # Point-to-point within the data-parallel group (experts: theirs): only ranks that hold a part
     # of the parameter take part, all of them in the order of `mains`.
+    home = pieces.device
+    if span.first_rank != span.last_rank:  # offloaded state: NCCL sends from the device
+        pieces = pieces.to(parameter.device)
     if span.group.rank() != span.first_rank:
         dist.send(pieces, dist.get_global_rank(span.group, span.first_rank), span.group)
         return []
@@ -318,7 +339,7 @@ def _gather(pieces: Tensor, span: Span, parameter: Tensor) -> list[Tensor]:
         part = pieces.new_empty(len(pieces), span.numel_of(rank, parameter.numel()))
         dist.recv(part, dist.get_global_rank(span.group, rank), span.group)
         parts.append(part)
-    return [full.view(parameter.shape) for full in torch.cat(parts, dim=1).unbind()]
+    return [full.view(parameter.shape) for full in torch.cat(parts, dim=1).to(home).unbind()]
 
 
 def _restore_slot(slot: Slot, loaded: ShardedStateDict) -> None:

@@ -11,6 +11,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
+from megatron.core.tensor_parallel.random import (
+    convert_cuda_rng_state,
+    is_graph_safe_cuda_rng_tracker,
+)
 from torch import Tensor
 
 CUDA = "rng.cuda"
@@ -56,22 +60,38 @@ def restore_rng(loaded: ShardedStateDict) -> None:
     torch.set_rng_state(states.pop("torch"))
     if "cuda" in states:
         torch.cuda.set_rng_state(states.pop("cuda"))
+    tracker = get_cuda_rng_tracker()
     tracked = {name.removeprefix("tracker."): state for name, state in states.items()}
-    get_cuda_rng_tracker().set_states(tracked)
+    if is_graph_safe_cuda_rng_tracker(tracker):  # it holds generators, which modules refer to
+        for name, generator in tracker.get_states().items():
+            generator.set_state(tracked[name])
+    else:
+        tracker.set_states(tracked)
 
 
 def reseed(seed: int, step: int) -> None:
     """Seed every generator from (seed, step) and the rank's place in the layout."""
-    seed_generators(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]) >> 2)
+    _seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]) >> 2)
 
 
-def seed_generators(seed: int) -> None:
-    """Seed every generator of this rank; pipeline stages differ by 100, as in Megatron."""
+def seed_generators(seed: int, graph_safe: bool = False) -> None:
+    """Seed every generator of this rank, with a new tracker.
+
+    ``graph_safe``: Transformer Engine's tracker, for CUDA graphs.
+    """
+    _seed(seed, te_rng_tracker=graph_safe, force_reset_rng=True)
+
+
+def _seed(seed: int, **tracker: bool) -> None:
+    """Seed every generator; pipeline stages differ by 100, as in Megatron.
+
+    Attention keeps the tracker of its construction: without ``tracker`` it stays the same.
+    """
     seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    model_parallel_cuda_manual_seed(seed, **tracker)
 
 
 def _states() -> dict[str, Tensor]:
@@ -86,7 +106,9 @@ def _states() -> dict[str, Tensor]:
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     tracked = get_cuda_rng_tracker().get_states()
-    return states | {f"tracker.{name}": state for name, state in tracked.items()}
+    return states | {
+        f"tracker.{name}": convert_cuda_rng_state(state) for name, state in tracked.items()
+    }
 
 
 def _to_bytes(value: Any) -> Tensor:

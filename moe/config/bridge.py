@@ -160,7 +160,6 @@ def _blocks(model: ModelSettings) -> dict[str, Any]:
             AttnBackend.unfused if model.attention_backend == "unfused" else AttnBackend.auto
         ),
         "transformer_impl": ModelConfig.transformer_impl,  # ours has other values
-        "cuda_graph_scope": [],
     }
 
 
@@ -180,6 +179,12 @@ def _fusions(settings: Settings, transformer_engine: bool) -> dict[str, Any]:
         "masked_softmax_fusion": chosen.masked_softmax_fusion and _has_fused_softmax(),
         "gradient_accumulation_fusion": transformer_engine and chosen.gradient_accumulation_fusion,
     }
+
+
+def _graphs(settings: Settings) -> dict[str, Any]:
+    """Return what is captured; an empty scope would be all of a layer."""
+    captures = settings.performance.cuda_graph_impl != "none"
+    return {"cuda_graph_scope": ["attn"] if captures else []}
 
 
 def _has_fused_softmax() -> bool:
@@ -248,6 +253,7 @@ def transformer_config(settings: Settings, transformer_engine: bool = False) -> 
     values = {
         **_blocks(settings.model),
         **_fusions(settings, transformer_engine),
+        **_graphs(settings),
         **_initialisation(settings),
         **_layout(settings),
     }
@@ -298,6 +304,9 @@ def optimizer_config(settings: Settings) -> OptimizerConfig:
         main_params_dtype=_FORMATS[optimizer.main_params_dtype],
         exp_avg_dtype=_FORMATS[optimizer.exp_avg_dtype],
         exp_avg_sq_dtype=_FORMATS[optimizer.exp_avg_sq_dtype],
+        optimizer_cpu_offload=settings.performance.optimizer_cpu_offload,
+        optimizer_offload_fraction=settings.performance.optimizer_offload_fraction,
+        pin_cpu_grads=torch.cuda.is_available(),  # elsewhere torch has no such memory
     )
 
 

@@ -112,7 +112,6 @@ _COPIES = (
     "{pipeline_model_parallel_size} x {context_parallel_size})"
 )
 _DECOUPLED = "not supported; routers and experts have {router_lr_mult} and {expert_lr_mult}"
-_OFFLOAD = "not supported yet: {use_precision_aware_optimizer} makes the state smaller"
 _TOKENIZER = "give {tokenizer_model} a tokenizer.json, a SentencePiece .model, or bytes"
 _EXPERTS = "use {moe_shared_expert_intermediate_size}: all shared experts' widths together"
 _TORCHRUN = "an option of torchrun or srun: give it before pretrain_moe.py"
@@ -141,10 +140,9 @@ DIFFERENT: dict[str, str] = {
     "num_virtual_stages_per_pipeline_rank": (
         "use {num_layers_per_virtual_pipeline_stage}: a stage's layers / its virtual stages"
     ),
-    "optimizer_cpu_offload": _OFFLOAD,
-    "optimizer_offload_fraction": _OFFLOAD,
     "recompute_activations": "use {recompute_granularity} selective",
     "overlap_moe_expert_parallel_comm": "not supported yet: leave it out",
+    "te_rng_tracker": "leave it out: {cuda_graph_impl} includes it",
     "tp_comm_overlap": "not supported yet: leave it out",
     "use_cpu_initialization": "leave it out: weights are initialised on {device}",
     "use_megatron_fsdp": "FSDP is not supported: use {use_distributed_optimizer}",
@@ -300,7 +298,6 @@ DIFFERENT: dict[str, str] = {
 """Foreign name -> advice, where no setting has the same meaning, scale or sign."""
 
 PREFIXES: dict[str, str] = {
-    "cuda_graph": "CUDA graphs are not supported yet: leave it out",
     "dino": "vision models are not supported",
     "grpo": "reinforcement learning is not supported",
     "hybrid": "state-space layers are not supported",

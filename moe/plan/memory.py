@@ -42,6 +42,8 @@ def _optimizer_bytes(settings: Settings, parameters: int, matrices: int) -> int:
         width = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
         # Main parameters are 16 bits beside the bf16 weight, or fp16.
         each = 2 + width[formats.exp_avg_dtype] + width[formats.exp_avg_sq_dtype]
+        if settings.performance.optimizer_cpu_offload:  # fp32; the rest is on the device
+            return int(parameters * 12 * (1 - settings.performance.optimizer_offload_fraction))
         return parameters * each
     kept = {"adam": 2, "sgd": int(settings.optimizer.sgd_momentum > 0), "adafactor": 0, "muon": 2}
     chosen = settings.optimizer.optimizer
@@ -173,7 +175,8 @@ def memory_per_rank(settings: Settings, vocab_size: int, world_size: int, stage:
 
     Per parameter: 2 bytes in bf16, else 4; gradients 4, or 2 in bf16 without fp32 accumulation;
     Adam 8 (Muon's matrices 4), and 4 for main parameters in bf16, both less with
-    --use-precision-aware-optimizer and sharded over data-parallel ranks by the distributed
+    --use-precision-aware-optimizer or
+    --optimizer-cpu-offload, and sharded over data-parallel ranks by the distributed
     optimizer (experts over expert-data-parallel ranks). The last stage has fp32 logits and their
     gradient.
     """

@@ -20,6 +20,7 @@ from moetron.moe.monitoring.sinks import Row, Sink
 from moetron.moe.plan.flops import flops_per_token
 from moetron.moe.training.batches import micro_batches, training_numbers
 from moetron.moe.training.evaluate import bits_per_byte, evaluate
+from moetron.moe.training.layer_graphs import LayerGraphs
 from moetron.moe.training.loss_tally import Losses, Tally
 from moetron.moe.training.model_chunks import needs_samples, parameters_gathered
 from moetron.moe.training.rollback import roll_back
@@ -64,6 +65,7 @@ class Loop:
         self._profiler = Profiler(
             trainer.settings, runtime.rank, runtime.device, trainer.chunks, trainer.optimizer
         )
+        self._graphs = LayerGraphs(trainer)
         self._garbage = GarbageCollector(profiling.manual_gc, profiling.manual_gc_interval)
         self.health = HealthMonitor(trainer.settings, trainer.chunks, trainer.config)
 
@@ -84,6 +86,7 @@ class Loop:
             self._saver.close()
             for sink in self.sinks:
                 sink.close()
+            self._graphs.close()
         return stopped and not ended
 
     def _train(self, stop_requested: Callable[[], bool]) -> bool:
@@ -129,6 +132,7 @@ class Loop:
         learning_rate = self._rate.at(self.progress)
         first = self.progress.consumed_samples
         self.health.begin(Place(self.progress.step + 1, first, first + samples))
+        self._graphs.before_step(count)
         start_s = time.perf_counter()
         metrics = train_step(
             self.trainer, batches, count, learning_rate, stop_requested, self._tally, self.health

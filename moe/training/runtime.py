@@ -102,7 +102,8 @@ def divide(settings: Settings, device: torch.device) -> Runtime:
         distributed_timeout_minutes=max(1, round(parallel.distributed_timeout_minutes)),
         create_gloo_process_groups=False,
     )
-    seed_generators(settings.training.seed)
+    captures = settings.performance.cuda_graph_impl != "none"
+    seed_generators(settings.training.seed, graph_safe=captures)
     return Runtime(
         torch.distributed.get_rank(),
         torch.distributed.get_world_size(),

@@ -224,6 +224,10 @@ NOISY: dict[str, tuple[str, ...]] = {
 _ON_TE, _ON_FP8 = ("te32", "te16", "delayed"), ("delayed", "tensorwise", "blockwise")
 _FUSED = ("--moe-permute-fusion", "--moe-router-fusion")
 _CROSS_ENTROPY = ("--cross-entropy-loss-fusion", "--cross-entropy-fusion-impl")
+_OFFLOAD = (
+    *("--optimizer-cpu-offload", "--use-precision-aware-optimizer"),
+    "--use-distributed-optimizer",
+)
 SAME_MATHEMATICS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "experts_grouped_mm": (("--moe-experts-impl", "grouped_mm"), PLAIN),
     "experts_te": (("--moe-experts-impl", "te"), _ON_TE),
@@ -253,6 +257,12 @@ SAME_MATHEMATICS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             *("--use-precision-aware-optimizer", "--use-distributed-optimizer"),
             *("--exp-avg-dtype", "bf16", "--exp-avg-sq-dtype", "bf16"),
         ),
+        ("te16",),
+    ),
+    "offload": ((*_OFFLOAD,), ("te16", "delayed")),
+    "offload_half": ((*_OFFLOAD, "--optimizer-offload-fraction", "0.5"), ("te16",)),
+    "graphs_attention": (
+        ("--cuda-graph-impl", "transformer_engine", "--cuda-graph-warmup-steps", "2"),
         ("te16",),
     ),
 }

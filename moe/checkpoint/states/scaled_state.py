@@ -1,13 +1,16 @@
-"""State of Transformer Engine's AdamW under --use-precision-aware-optimizer, as fp32 tensors.
+"""State of the optimizers of --use-precision-aware-optimizer, as fp32 tensors.
 
-It holds moments in fp32, bf16, fp16 or FP8, the latter two with a scale for each tensor, and main
-parameters in fp16 likewise or as the 16 bits of an fp32 number that its bf16 weight lacks.
+Transformer Engine's AdamW holds moments in fp32, bf16, fp16 or FP8, the latter two with a scale for
+each tensor, and main parameters in fp16 likewise or as the 16 bits of an fp32 number that its bf16
+weight lacks. With --optimizer-cpu-offload megatron-core's optimizer holds everything in fp32, in
+optimizers of its own for parameters on the CPU and on the device.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from torch import Tensor
 
 MAIN = "fp32_param"
@@ -35,6 +38,44 @@ class ScaledState:
             self.adam.set_scaled_state(weight, _MAIN_STATE, remainder(weight, value))
         else:  # Transformer Engine scales in place
             self.adam.set_scaled_state(weight, _MAIN_STATE if name == MAIN else name, value.clone())
+
+
+@dataclass(frozen=True)
+class OffloadedState:
+    """Access to the state of ``hybrid``, as that of `ScaledState`; tensors are on the CPU."""
+
+    hybrid: HybridDeviceOptimizer
+    owners: dict[Tensor, torch.optim.Optimizer]
+    """Inner optimizer by main parameter."""
+
+    @classmethod
+    def of(cls, hybrid: HybridDeviceOptimizer) -> "OffloadedState":
+        """Return access to the state of ``hybrid``, whose weights are narrower than fp32."""
+        # Copies of fp32 weights are not refreshed after a load (update_fp32_param_by_new_param).
+        assert hybrid.param_to_fp32_param.keys() == hybrid.param_to_inner_param.keys()
+        owners = {
+            main: inner
+            for inner in hybrid.sub_optimizers
+            for group in inner.param_groups
+            for main in group["params"]
+        }
+        return cls(hybrid, owners)
+
+    def read(self, weight: Tensor, name: str) -> Tensor:
+        """Return main parameter or moment ``name`` of ``weight``, fp32, as it is or will be."""
+        main: Tensor = self.hybrid.param_to_inner_param[weight]
+        if name == MAIN:
+            return main.detach().cpu()
+        value = self.owners[main].state[main].get(name)
+        return torch.zeros_like(main, device="cpu") if value is None else value.cpu()
+
+    def write(self, weight: Tensor, name: str, value: Tensor) -> None:
+        """Set main parameter or moment ``name`` of ``weight``, which is already loaded, to fp32."""
+        main: Tensor = self.hybrid.param_to_inner_param[weight]
+        if name == MAIN:
+            main.data.copy_(value)
+        else:
+            self.owners[main].state[main][name] = value.to(main.device)
 
 
 def joined(weight: Tensor, lower: Tensor) -> Tensor:

@@ -8,6 +8,17 @@ from moetron.moe.config.rules.ffn import unaligned_experts
 from moetron.moe.config.schema.experts import MoESettings
 
 _FP8_ALIGNMENT = 16  # of widths, in numbers
+_NOT_CAPTURED: dict[tuple[str, str], object] = {
+    ("model", "attention_dropout"): 0.0,
+    ("model", "hidden_dropout"): 0.0,
+    ("model", "mtp_num_layers"): None,
+    ("attention", "multi_latent_attention"): False,
+    ("parallel", "recompute_granularity"): None,
+    ("parallel", "overlap_param_gather"): False,
+    ("precision", "fp8_format"): None,
+    ("data", "bidirectional_prefix"): False,
+}
+"""Settings that nobody has captured yet, or that graphs exclude, with the values to have."""
 _NEED_TRANSFORMER_ENGINE = ("moe_permute_fusion", "moe_router_fusion")
 DETERMINISTIC_ENVIRONMENT = {
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",),
@@ -87,6 +98,51 @@ def _padding(case: Case) -> Iterator[str]:
         )
 
 
+def offload(case: Case) -> Iterator[str]:
+    """Check optimizer state on the CPU (Megatron-LM's arguments.py, HybridDeviceOptimizer)."""
+    chosen, optimizer = case.settings.performance, case.settings.optimizer
+    flag, fraction = "--optimizer-cpu-offload", "optimizer_offload_fraction"
+    if not chosen.optimizer_cpu_offload:
+        if chosen.optimizer_offload_fraction != 1:
+            yield f"{case.given(fraction)} needs {flag}: add it"
+        return
+    if not optimizer.use_precision_aware_optimizer:
+        yield f"{flag} needs --use-precision-aware-optimizer, whose code it shares: add it"
+    if chosen.optimizer_offload_fraction > 1:
+        yield f"{case.given(fraction)}: above 1: use a number in (0, 1]"
+    for name in ("main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"):
+        if getattr(optimizer, name) != "fp32":
+            yield f"{case.given(name)}: {flag} keeps all state in fp32: leave it out"
+
+
+def graphs(case: Case) -> Iterator[str]:
+    """Check CUDA graphs: what megatron-core asserts, and what nobody has captured yet."""
+    chosen, settings = case.settings.performance, case.settings
+    impl, scope = chosen.cuda_graph_impl, chosen.cuda_graph_scope
+    if impl == "none":
+        for name in ("cuda_graph_scope", "cuda_graph_warmup_steps"):
+            if getattr(chosen, name) != type(chosen).model_fields[name].default:
+                yield f"{case.given(name)} needs --cuda-graph-impl transformer_engine: add it"
+        return
+    flag = case.given("cuda_graph_impl")
+    if impl == "local":
+        yield f"{flag} is not supported: use transformer_engine"
+    elif case.local or not case.te_on_gpu:
+        yield f"{flag} needs Transformer Engine's layers on a GPU: leave it out"
+    if scope not in (None, ["attn"]):
+        yield (
+            f"{case.given('cuda_graph_scope')}: routers and experts work with sizes and counts "
+            "outside the graph: use attn"
+        )
+    if not settings.precision.bf16:
+        yield f"{flag} needs --bf16: megatron-core captures bf16 inputs"
+    if settings.parallel.pipeline_model_parallel_size > 1:
+        yield f"{flag} is not supported with --pipeline-model-parallel-size above 1: drop one"
+    for (group, name), value in _NOT_CAPTURED.items():
+        if getattr(getattr(settings, group), name) != value:
+            yield f"{flag} is not supported with {case.given(name)}: drop one"
+
+
 def experts(case: Case) -> Iterator[str]:
     """Check the implementation of experts."""
     moe, chosen = case.settings.moe, case.settings.moe.moe_experts_impl
@@ -134,4 +190,4 @@ def determinism(case: Case) -> Iterator[str]:
             )
 
 
-RULES = (fusions, experts, determinism)
+RULES = (fusions, offload, graphs, experts, determinism)

@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+from pydantic import PositiveFloat, PositiveInt
+
 from moetron.moe.config.schema.field import Group
 from moetron.moe.config.schema.roles import Role
 
@@ -34,3 +36,15 @@ class PerformanceSettings(Group):
     """Compute scores, top-k and the balance loss's scores by Transformer Engine's kernels."""
     moe_router_padding_for_quantization: bool = False
     """Pad each expert's tokens in the routing map, in place of copies in FP8 experts."""
+    optimizer_cpu_offload: bool = False
+    """Keep optimizer state in the CPU's memory and update there (with
+    --use-precision-aware-optimizer)."""
+    optimizer_offload_fraction: PositiveFloat = 1.0
+    """Fraction of the state that --optimizer-cpu-offload moves."""
+    cuda_graph_impl: Literal["none", "local", "transformer_engine"] = "none"
+    """Capture parts of layers as CUDA graphs; only Transformer Engine's implementation is
+    supported."""
+    cuda_graph_scope: list[str] | None = None
+    """Parts of a layer to capture; unset: attn, the only one supported."""
+    cuda_graph_warmup_steps: PositiveInt = 3
+    """Steps of a process before it captures."""

@@ -67,6 +67,16 @@ def test_bytes_of_the_states(
     assert memory.total == sum(states) + memory.activations + memory.logits
 
 
+def test_offloaded_state_takes_no_memory_of_the_device() -> None:
+    tree = settings({}, {"num_experts": 4}).model_dump()
+    tree |= {"precision": {"bf16": True}, "optimizer": {"use_precision_aware_optimizer": True}}
+    for fraction, each in ((1.0, 0), (0.5, 6)):
+        offload = {"optimizer_cpu_offload": True, "optimizer_offload_fraction": fraction}
+        chosen = Settings.model_validate({**tree, "performance": offload})
+        count = count_parameters(chosen, 16).total
+        assert memory_per_rank(chosen, 16, 1, 0).optimizer == count * each
+
+
 def test_muon_keeps_one_moment_of_hidden_matrices() -> None:
     moe = {"num_experts": 4, "moe_ffn_hidden_size": 5}
     plain = settings({"add_bias_linear": True, "untie_embeddings_and_output_weights": True}, moe)

@@ -12,6 +12,14 @@ GPU: dict[str, Any] = {"device": "cuda", "te": True}
 FP8 = {**GPU, "bf16": True, "fp8_format": "hybrid"}
 CROSS_ENTROPY = {"cross_entropy_loss_fusion": True}
 SCALED = {**FP8, "fp8_recipe": "tensorwise", "moe_experts_impl": "grouped_mm"}
+OFFLOAD = {
+    **GPU,
+    "bf16": True,
+    "use_distributed_optimizer": True,
+    "use_precision_aware_optimizer": True,
+    "optimizer_cpu_offload": True,
+}
+GRAPHS = {**GPU, "bf16": True, "cuda_graph_impl": "transformer_engine"}
 PADDING = {"moe_router_padding_for_quantization": True}
 
 
@@ -108,6 +116,26 @@ PADDING = {"moe_router_padding_for_quantization": True}
             "--moe-experts-impl grouped_mm and --fp8-format hybrid needs --bf16",
         ),
         ({**SCALED, "moe_ffn_hidden_size": 24}, "must be multiples of 16"),
+        (
+            {**OFFLOAD, "use_precision_aware_optimizer": False},
+            "--optimizer-cpu-offload needs --use-precision-aware-optimizer",
+        ),
+        ({"optimizer_offload_fraction": 0.5}, "0.5 needs --optimizer-cpu-offload: add it"),
+        ({**OFFLOAD, "optimizer_offload_fraction": 1.5}, "use a number in (0, 1]"),
+        ({**OFFLOAD, "exp_avg_dtype": "bf16"}, "--exp-avg-dtype bf16: --optimizer-cpu-offload"),
+        ({"cuda_graph_scope": ["attn"]}, "needs --cuda-graph-impl transformer_engine: add it"),
+        ({"cuda_graph_warmup_steps": 5}, "needs --cuda-graph-impl transformer_engine: add it"),
+        ({**GRAPHS, "cuda_graph_impl": "local"}, "local is not supported: use transformer_engine"),
+        ({**GRAPHS, "te": False}, "needs Transformer Engine's layers on a GPU"),
+        ({**GRAPHS, "transformer_impl": "local"}, "needs Transformer Engine's layers on a GPU"),
+        ({**GRAPHS, "cuda_graph_scope": ["attn", "moe_router"]}, "outside the graph: use attn"),
+        ({**GRAPHS, "bf16": False}, "needs --bf16: megatron-core captures bf16 inputs"),
+        (
+            {**GRAPHS, "hidden_dropout": 0.1},
+            "transformer_engine is not supported with --hidden-dropout 0.1: drop one",
+        ),
+        ({**GRAPHS, "fp8_format": "hybrid"}, "is not supported with --fp8-format hybrid"),
+        ({**GRAPHS, "mtp_num_layers": 1}, "is not supported with --mtp-num-layers 1"),
     ],
 )
 def test_a_rule_is_reported_alone(changes: dict[str, Any], expected: str) -> None:
@@ -129,6 +157,9 @@ def test_a_rule_is_reported_alone(changes: dict[str, Any], expected: str) -> Non
         {**GPU, "moe_experts_impl": "grouped_mm"},
         {"moe_experts_impl": "grouped_mm"},
         {"deterministic_mode": True},
+        {**OFFLOAD, "optimizer_offload_fraction": 0.5},
+        GRAPHS,
+        {**GRAPHS, "cuda_graph_scope": ["attn"], "cuda_graph_warmup_steps": 1},
     ],
 )
 def test_allowed(changes: dict[str, Any]) -> None:
@@ -208,3 +239,13 @@ def test_softmax_is_fused_only_by_apex(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bridge, "_has_fused_softmax", lambda: True)
     assert fusions(te=False) == {"masked_softmax_fusion": True}
     assert fusions(te=False, masked_softmax_fusion=False) == {}
+
+
+def test_graphs_reach_megatron_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty scope would capture whole layers, with their routers."""
+    pretend_kernels(monkeypatch)
+    graphs = {"bf16": True, "cuda_graph_impl": "transformer_engine", "cuda_graph_warmup_steps": 5}
+    config = bridge.transformer_config(make(**graphs), True)
+    assert config.cuda_graph_impl == "transformer_engine" and config.cuda_graph_warmup_steps == 5
+    assert [scope.name for scope in config.cuda_graph_scope] == ["attn"]
+    assert bridge.transformer_config(make(), True).cuda_graph_impl == "none"

@@ -1,0 +1,45 @@
+"""CUDA graphs of the layers' attention, captured by Transformer Engine (--cuda-graph-impl)."""
+
+from megatron.core import num_microbatches_calculator as calculator
+from megatron.core.transformer.cuda_graphs import TECudaGraphHelper
+
+from moetron.moe.training.trainer import Trainer
+
+
+class LayerGraphs:
+    """Captures after the first steps of the process, as Megatron-LM's training.py does.
+
+    A graph replays what precedes the FFN in a layer: norm, projections, attention and residual
+    addition, forward and backward. Routers, experts and evaluation run as without graphs.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        chosen = trainer.settings.performance
+        self._trainer = trainer
+        self._wait = chosen.cuda_graph_warmup_steps if chosen.cuda_graph_impl != "none" else None
+        self._helper: TECudaGraphHelper | None = None
+
+    def before_step(self, num_microbatches: int) -> None:
+        """Capture if this is the step for it; gradients and auxiliary losses are cleared then."""
+        if self._wait is None or self._helper is not None:
+            return
+        if self._wait > 0:
+            self._wait -= 1
+            return
+        trainer = self._trainer
+        size, length = trainer.settings.training.micro_batch_size, trainer.settings.model.seq_length
+        helper = TECudaGraphHelper(
+            trainer.chunks, trainer.config, length, size, [trainer.optimizer]
+        )
+        # megatron-core asks its global calculator how often each layer has run before.
+        calculator.unset_num_microbatches_calculator()
+        calculator.init_num_microbatches_calculator(0, None, num_microbatches * size, size, 1)
+        helper.create_cudagraphs()  # barriers over all ranks
+        calculator.unset_num_microbatches_calculator()
+        self._helper = helper
+
+    def close(self) -> None:
+        """Delete the graphs: communicators in them must end before their process groups."""
+        if self._helper is not None:
+            self._helper.delete_cuda_graphs()
+            self._helper, self._wait = None, None
