@@ -33,9 +33,9 @@ _FP8 = f"{_TE} --fp8-format hybrid --fp8-recipe"
 VARIANTS = {
     "local": "--transformer-impl local",
     "fp8-tensorwise-local": "--transformer-impl local --fp8-format hybrid --fp8-recipe tensorwise",
+    "te-experts-grouped_mm": f"{_TE} --moe-experts-impl grouped_mm",
     "transformers": "transformers:",
     "megatron-core": "megatron:",
-    "te-experts-grouped_mm": f"{_TE} --moe-experts-impl grouped_mm",
     "fp8-tensorwise-grouped_mm": f"{_FP8} tensorwise --moe-experts-impl grouped_mm",
     "te-experts-te": f"{_TE} --moe-experts-impl te",
     "megatron-core-fused-wgrad": "megatron: gradient_accumulation_fusion=True",
