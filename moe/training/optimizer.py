@@ -82,7 +82,10 @@ def _suits_one_pass(leaf: MegatronOptimizer) -> bool:
         known
         and not leaf.config.use_precision_aware_optimizer
         and all(
-            main.dtype == torch.float32 and main.is_contiguous() and uses_triton(main)
+            main.dtype == torch.float32
+            and main.is_contiguous()
+            and main.is_leaf  # not so the shards of an fp32 model's distributed optimizer
+            and uses_triton(main)
             for main in found
         )
     )
