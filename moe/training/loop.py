@@ -14,13 +14,13 @@ from moetron.moe.health.monitor import HealthMonitor
 from moetron.moe.health.replicas import compare_replicas
 from moetron.moe.health.spikes import Place
 from moetron.moe.host.allocator import GarbageCollector
+from moetron.moe.host.layer_graphs import LayerGraphs
 from moetron.moe.monitoring.peak_flops import Peak
 from moetron.moe.monitoring.profiling import Profiler
 from moetron.moe.monitoring.sinks import Row, Sink
 from moetron.moe.plan.flops import flops_per_token
 from moetron.moe.training.batches import micro_batches, training_numbers
 from moetron.moe.training.evaluate import bits_per_byte, evaluate
-from moetron.moe.training.layer_graphs import LayerGraphs
 from moetron.moe.training.loss_tally import Losses, Tally
 from moetron.moe.training.model_chunks import needs_samples, parameters_gathered
 from moetron.moe.training.rollback import roll_back
@@ -65,7 +65,9 @@ class Loop:
         self._profiler = Profiler(
             trainer.settings, runtime.rank, runtime.device, trainer.chunks, trainer.optimizer
         )
-        self._graphs = LayerGraphs(trainer)
+        self._graphs = LayerGraphs(
+            trainer.settings, trainer.config, trainer.chunks, trainer.optimizer
+        )
         self._garbage = GarbageCollector(profiling.manual_gc, profiling.manual_gc_interval)
         self.health = HealthMonitor(trainer.settings, trainer.chunks, trainer.config)
 

@@ -2,8 +2,8 @@
 
 import sys
 from functools import partial
-from types import ModuleType, SimpleNamespace
-from typing import Any, cast
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +11,8 @@ from megatron.core import num_microbatches_calculator as calculator
 from megatron.core.transformer import cuda_graphs
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from moetron.moe.host import device
-from moetron.moe.training import layer_graphs
-from moetron.moe.training.layer_graphs import LayerGraphs
+from moetron.moe.host import device, layer_graphs
+from moetron.moe.host.layer_graphs import LayerGraphs
 from tests.gpu.in_process import train
 from tests.unit.config.config_cases import make
 
@@ -37,8 +36,8 @@ def _graphs(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> LayerGraphs:
     calls.clear()
     monkeypatch.setattr(layer_graphs, "TECudaGraphHelper", Helper)
     settings = make(micro_batch_size=2, global_batch_size=8, seq_length=8, **changes)
-    trainer = SimpleNamespace(settings=settings, chunks=["chunk"], config="config", optimizer="o")
-    return LayerGraphs(cast("Any", trainer))
+    names: Any = "config", ["chunk"], "optimizer"
+    return LayerGraphs(settings, *names)
 
 
 def test_captures_once_after_the_first_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,7 +48,7 @@ def test_captures_once_after_the_first_steps(monkeypatch: pytest.MonkeyPatch) ->
         assert not calls
     for _ in range(3):
         graphs.before_step(4)
-        assert calls == [(["chunk"], "config", 8, 2, ["o"]), 4]
+        assert calls == [(["chunk"], "config", 8, 2, ["optimizer"]), 4]
     graphs.close()
     graphs.close()
     assert calls[2:] == ["deleted"]

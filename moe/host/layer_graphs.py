@@ -1,9 +1,12 @@
 """CUDA graphs of the layers' attention, captured by Transformer Engine (--cuda-graph-impl)."""
 
 from megatron.core import num_microbatches_calculator as calculator
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.cuda_graphs import TECudaGraphHelper
+from megatron.core.transformer.transformer_config import TransformerConfig
 
-from moetron.moe.training.trainer import Trainer
+from moetron.moe.config.schema.settings import Settings
 
 
 class LayerGraphs:
@@ -13,9 +16,18 @@ class LayerGraphs:
     addition, forward and backward. Routers, experts and evaluation run as without graphs.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
-        chosen = trainer.settings.performance
-        self._trainer = trainer
+    def __init__(
+        self,
+        settings: Settings,
+        config: TransformerConfig,
+        chunks: list[DistributedDataParallel],
+        optimizer: MegatronOptimizer,
+    ) -> None:
+        chosen = settings.performance
+        self._size, self._length = settings.training.micro_batch_size, settings.model.seq_length
+        self._config = config
+        self._chunks = chunks
+        self._optimizer = optimizer
         self._wait = chosen.cuda_graph_warmup_steps if chosen.cuda_graph_impl != "none" else None
         self._helper: TECudaGraphHelper | None = None
 
@@ -26,10 +38,9 @@ class LayerGraphs:
         if self._wait > 0:
             self._wait -= 1
             return
-        trainer = self._trainer
-        size, length = trainer.settings.training.micro_batch_size, trainer.settings.model.seq_length
+        size = self._size
         helper = TECudaGraphHelper(
-            trainer.chunks, trainer.config, length, size, [trainer.optimizer]
+            self._chunks, self._config, self._length, size, [self._optimizer]
         )
         # megatron-core asks its global calculator how often each layer has run before.
         calculator.unset_num_microbatches_calculator()
