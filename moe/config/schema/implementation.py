@@ -39,5 +39,16 @@ def experts_impl(settings: Settings, local: bool) -> Literal["grouped_mm", "te",
     if not moe.moe_grouped_gemm:
         return "sequential"
     if moe.moe_experts_impl == "auto":
-        return "grouped_mm" if local else "te"
+        return "grouped_mm" if local or _stacked_experts_fit(settings) else "te"
     return moe.moe_experts_impl
+
+
+def _stacked_experts_fit(settings: Settings) -> bool:
+    """Return whether layers of Transformer Engine can have experts with one stacked weight."""
+    ranks = derived.expert_tensor_parallel_size(settings.parallel)
+    widths = (settings.model.hidden_size, derived.expert_ffn_size(settings) // ranks)
+    return (
+        settings.precision.fp8_format is None
+        and all(width % 8 == 0 for width in widths)  # rows of 16 bytes in bf16
+        and "moe_act" not in (settings.parallel.recompute_modules or [])
+    )

@@ -167,7 +167,8 @@ class _Kernels(LocalSpecProvider):
 @pytest.mark.parametrize(
     ("moe", "expected"),
     [
-        ({}, TEGroupedMLP),
+        ({}, GroupedExperts),
+        ({"moe_ffn_hidden_size": 12}, TEGroupedMLP),
         ({"moe_experts_impl": "te"}, TEGroupedMLP),
         ({"moe_experts_impl": "grouped_mm"}, GroupedExperts),
     ],
