@@ -169,7 +169,7 @@ class HealthSettings(Group):
     on)."""
     spike_threshold: PositiveFloat = 6.0
     """Standard deviations above the mean that make a spike."""
-    spike_grad_norm_ratio: PositiveFloat = 4.0
+    spike_grad_norm_ratio: PositiveFloat = 5.0
     """A gradient norm is a spike only above this multiple of the mean: norms have heavy tails."""
     spike_max_skips: PositiveInt = 10
     """skip: updates skipped in a row before the run stops."""
