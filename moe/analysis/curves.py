@@ -1,6 +1,5 @@
 """Picture of loss and expert load of a run over tokens."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from moetron.common import json_files
 from moetron.common.errors import UserError
 
 Rows = Sequence[dict[str, Any]]
@@ -44,7 +44,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """Return the objects of a JSON Lines file, none if it does not exist."""
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return json_files.read_rows(path)
 
 
 def _loss(axes: Axes, metrics: Rows, validation: Rows) -> None:

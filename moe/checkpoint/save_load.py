@@ -41,7 +41,7 @@ from moetron.moe.checkpoint.position import Progress
 from moetron.moe.checkpoint.random_states import HOST, mismatch, reseed, restore_rng, rng_entries
 from moetron.moe.checkpoint.run_folder import Checkpoint, Record
 from moetron.moe.checkpoint.states.fp8_state import fp8_entries, restore_fp8
-from moetron.moe.checkpoint.tensor_reader import load_tensors
+from moetron.moe.checkpoint.tensor_reader import cause_of, load_tensors
 from moetron.moe.checkpoint.tensor_writer import Contents, write_format_files
 from moetron.moe.checkpoint.vocabulary import require_vocabulary
 from moetron.moe.config import recipe
@@ -302,8 +302,9 @@ def _load(checkpoint: Checkpoint, request: ShardedStateDict, remedy: str) -> Sha
             # torch's planner gathers and scatters the plans, and so reports errors to all ranks.
             return load_tensors(request, checkpoint.folder)
     except (CheckpointingException, CheckpointException) as error:
+        text = cause_of(error) if isinstance(error, CheckpointException) else error
         raise UserError(
-            f"--load {checkpoint.folder}: damaged or of another shape: {error}"
+            f"--load {checkpoint.folder}: damaged or of another shape: {text}"
         ) from error
 
 

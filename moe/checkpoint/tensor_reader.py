@@ -13,6 +13,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from megatron.core.dist_checkpointing.strategies.base import LoadCommonStrategy
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
 from torch.futures import Future
@@ -65,6 +66,14 @@ class IndexedReader(dcp.FileSystemReader):
         torch.save(states, packed)
         packed.seek(0)
         return packed
+
+
+def cause_of(error: CheckpointException) -> str:
+    """Return the first line of what the first rank reports, without tracebacks."""
+    for failure, _ in error.failures.values():
+        lines = str(failure).strip().splitlines()
+        return f"{type(failure).__name__}: {lines[0][:300] if lines else 'no text'}"
+    return "no reason given"
 
 
 class _NoCommonState(LoadCommonStrategy):

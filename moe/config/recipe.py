@@ -10,9 +10,19 @@ from moetron.common.files import write_text
 from moetron.moe.config.schema.settings import Settings, fields
 from moetron.moe.config.synonyms import key_answer
 
+MOST_VALUES = 100_000
+"""Values of a recipe, with every alias written out."""
+_EXPANDS = f"aliases stand for more than {MOST_VALUES:,} values"
+
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses duplicate keys in place of keeping the last."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Merge `<<: *anchor`; refuse merges of merges that would fill the memory."""
+        super().flatten_mapping(node)
+        if len(node.value) > MOST_VALUES:
+            raise yaml.MarkedYAMLError(problem=_EXPANDS, problem_mark=node.start_mark)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -58,12 +68,33 @@ def read(path: Path, source: str = "--config ") -> dict[str, dict[str, Any]]:
 def loads(text: str) -> dict[str, dict[str, Any]]:
     """Parse a recipe's text; raise yaml.YAMLError for invalid YAML."""
     tree = yaml.load(text, Loader=_Loader)
+    _count(tree, {})
     if not isinstance(tree, dict) or not tree:
         raise ConfigError(["must hold sections such as `model:`"])
     wrong = [name for name, section in tree.items() if not isinstance(section, dict | None)]
     if wrong:
         raise ConfigError([_no_section(str(name)) for name in wrong])
     return {name: dict(section or {}) for name, section in tree.items()}
+
+
+def _count(node: Any, counts: dict[int, int]) -> int:
+    """Return the values below ``node``, aliases written out; ``counts``: of containers, by id.
+
+    Raises ConfigError if there are too many, or if a container holds itself.
+    """
+    if not isinstance(node, dict | list | tuple | set):
+        return 1
+    if (known := counts.get(id(node), 0)) > 0:
+        return known
+    if id(node) in counts:
+        raise ConfigError(["an alias stands inside of what it stands for"])
+    counts[id(node)] = 0  # its values are being counted
+    parts = node.values() if isinstance(node, dict) else node
+    total = 1 + sum(_count(part, counts) for part in parts)
+    if total > MOST_VALUES:
+        raise ConfigError([_EXPANDS])
+    counts[id(node)] = total
+    return total
 
 
 def _no_section(name: str) -> str:

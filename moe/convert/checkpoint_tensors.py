@@ -13,10 +13,12 @@ import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from moetron.common.errors import UserError
 from moetron.moe.checkpoint.optimizer_state import MAIN, PREFIX
-from moetron.moe.checkpoint.tensor_reader import IndexedReader
+from moetron.moe.checkpoint.tensor_reader import IndexedReader, cause_of
 
 _NOT_WEIGHTS = ("optimizer.", "rng.")
 
@@ -30,7 +32,7 @@ class CheckpointTensors:
     """
 
     def __init__(self, folder: Path, exact: bool = False) -> None:
-        self._reader = IndexedReader(folder)
+        self._folder, self._reader = folder, IndexedReader(folder)
         entries = self._reader.index.state_dict_metadata
         self._stored = {
             name: self._best(name) if exact else name
@@ -53,9 +55,13 @@ class CheckpointTensors:
         return torch.empty(entry.size, dtype=entry.properties.dtype, device=device)
 
     def read(self, name: str) -> Tensor:
-        """Return the tensor."""
+        """Return the tensor; raise UserError if its file is damaged."""
         tensor = self.empty(name, "cpu")
-        dcp.load({self._stored[name]: tensor}, storage_reader=self._reader, no_dist=True)
+        try:
+            dcp.load({self._stored[name]: tensor}, storage_reader=self._reader, no_dist=True)
+        except CheckpointException as error:
+            text = f"{self._folder}: {name} cannot be read: {cause_of(error)}"
+            raise UserError(text) from error
         return tensor
 
 

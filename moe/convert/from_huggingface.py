@@ -11,6 +11,7 @@ from torch import Tensor
 from moetron.common.errors import UserError
 from moetron.common.json_files import read_object
 from moetron.moe.config.schema.settings import Settings
+from moetron.moe.config.validate import validate
 from moetron.moe.convert.families.family import (
     CONFIG,
     PLACEHOLDERS,
@@ -60,16 +61,38 @@ class HuggingFaceModel:
             raise UserError(
                 f"{folder}: quantized weights are not supported; give the original ones"
             )
-        self.tree = self.family.settings(config)
-        self.tree["precision"] = {"bf16": _named_dtype(config) == "bfloat16"}
+        self._source = TensorFolder(folder)
+        self.tree = self._described(folder / CONFIG, config)
         if tokenizer is not None:
             self.tree["data"] = {"tokenizer_model": tokenizer}
-        self.settings = Settings.model_validate({**PLACEHOLDERS, **self.tree})
+        self.settings = _checked(folder / CONFIG, self.tree)
+        self._refuse_size(folder / CONFIG, "experts", self.settings.moe.num_experts or 0)
         self._rules = {rule.ours: rule for rule in self.family.rules(function_of(self.settings))}
-        self._source = TensorFolder(folder)
         expected = [name for rule in self._rules.values() for name in rule.theirs]
         found = _without_prediction(_parameters(self._source, self.settings), config)
         require_same(found, expected, f"{folder}", self.family)
+
+    def _described(self, path: Path, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """Return the settings sections; raise UserError for values that no model has."""
+        self._refuse_size(path, "layers", config.get("num_hidden_layers", 0))
+        self._refuse_size(path, "layers", config.get("num_nextn_predict_layers") or 0)
+        try:
+            tree = self.family.settings(config)
+        except UserError:
+            raise
+        except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+            raise UserError(
+                f"{path}: a value is of another kind than {self.family.model_type}'s: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        tree["precision"] = {"bf16": _named_dtype(config) == "bfloat16"}
+        return tree
+
+    def _refuse_size(self, path: Path, what: str, count: Any) -> None:
+        """Raise UserError for more layers or experts than tensors, before any is listed."""
+        tensors = len(self._source.names())
+        if type(count) is not int or not 0 <= count <= tensors:
+            raise UserError(f"{path}: {count!r:.40} {what} in a folder with {tensors} tensors")
 
     def names(self) -> list[str]:
         """Return the names of all weights."""
@@ -103,6 +126,15 @@ def from_hf(
     model = HuggingFaceModel(folder, tokenizer)
     write_start(output, model, model.settings, model.tree, fingerprint)
     return model.family, model.settings
+
+
+def _checked(path: Path, tree: Mapping[str, Mapping[str, Any]]) -> Settings:
+    """Return the settings of a tree; raise UserError with all its problems."""
+    settings, problems, _ = validate({**PLACEHOLDERS, **tree})
+    if settings is None or problems:
+        lines = "\n".join(f"  - {problem}" for problem in problems)
+        raise UserError(f"{path}: not a model that Moetron has:\n{lines}")
+    return settings
 
 
 def _named_dtype(config: Mapping[str, Any]) -> str:

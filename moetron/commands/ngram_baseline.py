@@ -65,6 +65,11 @@ def run(arguments: list[str] | None = None) -> int:
     windows = min(len(stream) if args.windows is None else args.windows, len(stream))
     shards = training + [shard for source in stream.sources for shard in source.shards]
     vocab_size = args.vocab_size or max(ids_below(shard) for shard in shards)
+    for shard in shards:
+        if len(shard.tokens) and (found_id := int(shard.tokens.max())) >= vocab_size:
+            raise UserError(
+                f"{shard.bin_path}: holds id {found_id}; the vocabulary has {vocab_size}"
+            )
     models = NgramModels((shard.tokens for shard in training), vocab_size)
     found = cross_entropies(models, batches(stream, windows))
     metrics = {

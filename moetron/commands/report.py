@@ -17,8 +17,33 @@ from moetron.moe.config.schema.paths import ToolParser
 PICTURES = (".png", ".svg", ".pdf")
 
 
+_FILES = "metrics.jsonl, validation.jsonl, starts.jsonl or analysis/analysis.json"
+_WRONG_VALUES = (
+    *(KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError),
+    *(StopIteration, RecursionError, MemoryError),
+)
+"""What values of other types and sizes lead to: the files have no schema of their own."""
+
+
 def write(runs: list[Path], output: Path) -> None:
-    """Write a page or a picture, chosen by the suffix of ``output``."""
+    """Write a page or a picture, chosen by the suffix of ``output``.
+
+    Raises:
+        UserError: a file of a run cannot be read, or holds other values than Moetron writes.
+    """
+    try:
+        _write(runs, output)
+    except UserError:
+        raise
+    except _WRONG_VALUES as error:
+        folders = ", ".join(map(str, runs))
+        raise UserError(
+            f"{folders}: {_FILES} is damaged or of another version: "
+            f"{type(error).__name__}: {str(error)[:300]}"
+        ) from error
+
+
+def _write(runs: list[Path], output: Path) -> None:
     if output.suffix in PICTURES:
         if len(runs) > 1:
             raise UserError(f"--output {output}: a picture shows one run; write .html for several")

@@ -1,7 +1,9 @@
 """Files that are complete or absent: atomic writes, durable names, checksums."""
 
+import errno
 import hashlib
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +33,19 @@ def beside(prefix: str | Path, suffix: str) -> Path:
     if path.name in ("", ".."):
         raise UserError(f"{str(prefix)!r} is a folder; give the beginning of names in it")
     return path.with_name(path.name + suffix)
+
+
+def read_regular(path: Path) -> bytes:
+    """Return the content of a regular file; never wait for a writer, as reading of a FIFO does.
+
+    Raises:
+        OSError: it is a FIFO, a device or a folder, or cannot be read.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return file.read()
 
 
 def sha256_of(path: Path) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from moetron.common.errors import UserError
+from moetron.common.files import read_regular
 
 
 def parse_object(text: str, name: object) -> dict[str, Any]:
@@ -31,8 +32,21 @@ def read_object(path: Path) -> dict[str, Any]:
     Raises:
         UserError: see `parse_object`; or the file cannot be read.
     """
+    return parse_object(_text(path), path)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a UTF-8 JSON Lines file.
+
+    Raises:
+        UserError: see `parse_object`, with the line; or the file cannot be read.
+    """
+    lines = _text(path).split("\n")
+    return [parse_object(line, f"{path}:{n}") for n, line in enumerate(lines, 1) if line]
+
+
+def _text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return read_regular(path).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
-    return parse_object(text, path)

@@ -1,6 +1,5 @@
 """Reading of run folders for the page."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from moetron.common.errors import UserError
+from moetron.common.json_files import read_object
 from moetron.moe.analysis.curves import read_rows
 from moetron.moe.analysis.figures import RESULT
 from moetron.moe.checkpoint import run_folder as checkpoint_folder
@@ -93,7 +93,7 @@ def read(folder: Path) -> Run:
         read_rows(folder / "validation.jsonl"),
         checkpoint_folder.read_record(latest).settings if latest else {},
         steps,
-        json.loads(analysis.read_text(encoding="utf-8")) if analysis.is_file() else None,
+        read_object(analysis) if analysis.is_file() else None,
         read_rows(folder / "starts.jsonl"),
         list(read_events(folder / EVENTS)),
     )

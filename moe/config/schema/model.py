@@ -9,11 +9,14 @@ from moetron.moe.config.schema.roles import Exported, Function, Shape, Training,
 
 FfnType = Literal["swiglu", "geglu", "gelu", "relu", "double_gated"]
 
+MOST_LAYERS = 100_000
+"""More than any model has; lists of layers fit into memory."""
+
 
 class ModelSettings(Group):
     """Shape and blocks of the transformer."""
 
-    num_layers: Shape[PositiveInt]
+    num_layers: Shape[PositiveInt] = Field(le=MOST_LAYERS)
     """Number of transformer layers."""
     hidden_size: Shape[PositiveInt]
     """Width of the residual stream (H)."""

@@ -139,7 +139,7 @@ def test_a_truth_value_is_not_a_number(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(RECIPE.replace("num_layers: 2", "num_layers: yes"))
     assert problems("--config", path) == [
-        "--num-layers true: must be integer > 0: must not be a truth value"
+        "--num-layers true: must be integer <= 100000, > 0: must not be a truth value"
     ]
 
 
