@@ -11,6 +11,7 @@ from moetron.moe.checkpoint import run_folder as checkpoint_folder
 from moetron.moe.checkpoint.position import Progress
 from moetron.moe.checkpoint.save_load import load_checkpoint
 from moetron.moe.health.events import FILE, ROLLED_BACK_TO, read_events
+from moetron.moe.numerics.scaled_matmul import expire_weights
 from moetron.moe.training.sample_stream import SampleStream
 from moetron.moe.training.trainer import Trainer
 
@@ -46,6 +47,8 @@ def roll_back(
     options = settings.checkpoint.model_copy(update=plain)
     settings = settings.model_copy(update={"checkpoint": options})
     load_checkpoint(folder, trainer.chunks, trainer.optimizer, settings, stream.state())
+    if settings.precision.fp8_format is not None:
+        expire_weights(trainer.chunks)  # the load has changed them in place
     return Progress(step, progress.consumed_samples, progress.consumed_tokens), folder
 
 

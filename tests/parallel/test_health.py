@@ -174,10 +174,11 @@ class Killed(Exception):
     """A run ends without a word."""
 
 
-def _spike_once(folder: str, spikes: bool, killed: bool) -> int:
+def _spike_once(folder: str, fp8: str | None, spikes: bool, killed: bool) -> int:
     chosen = settings(
         "ep2_zero",
         **CALM,
+        precision={"fp8_format": fp8},
         training={"train_iters": FAULTY + 2},
         checkpoint={"save": folder, "load": folder, "save_interval": 4},
         health={"spike_policy": "rollback", **SPIKES},
@@ -196,17 +197,20 @@ def _spike_once(folder: str, spikes: bool, killed: bool) -> int:
         return first
 
 
-def test_a_run_that_ends_after_a_rollback_resumes_as_if_it_had_not(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fp8", [None, "e4m3"])
+def test_a_run_that_ends_after_a_rollback_resumes_as_if_it_had_not(
+    tmp_path: Path, fp8: str | None
+) -> None:
     """Before it has saved again: the samples to leave out are in events.jsonl alone.
 
     So a rollback inside a job restores all that a new process reads from the same checkpoint.
     """
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    run_ranks(_spike_once, 2, str(straight), True, False)
+    run_ranks(_spike_once, 2, str(straight), fp8, True, False)
     with pytest.raises(RankFailed, match="Killed"):
-        run_ranks(_spike_once, 2, str(resumed), True, True)
+        run_ranks(_spike_once, 2, str(resumed), fp8, True, True)
     assert latest_step(resumed) == 8
-    assert run_ranks(_spike_once, 2, str(resumed), False, False) == [FAULTY * SAMPLES] * 2
+    assert run_ranks(_spike_once, 2, str(resumed), fp8, False, False) == [FAULTY * SAMPLES] * 2
     assert [row["rolled_back_to"] for row in _events(resumed)] == [8] * len(_events(straight))
     assert metrics(resumed) == metrics(straight)
     last = f"step_{FAULTY + 2:07d}"
