@@ -17,7 +17,7 @@ from moetron.data.stream.mock_stream import ENDLESS, MockStream
 from moetron.data.stream.open_streams import open_training, open_validation
 from moetron.data.stream.stages import StagedStream, refuse_repetition
 from moetron.moe.checkpoint.compatibility import check_folders
-from moetron.moe.checkpoint.run_folder import latest_step, make_run_folder
+from moetron.moe.checkpoint.run_folder import make_run_folder, remove_leftovers, saved_steps
 from moetron.moe.config.schema.derived import total_samples, with_tokenizer, with_vocabulary
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.monitoring.library_warnings import quieten_libraries
@@ -41,7 +41,7 @@ def keep_tokenizer(settings: Settings, tokenizer: Tokenizer | None) -> Settings:
         return settings
     if os.environ.get("RANK", "0") == "0":
         try:
-            keep(tokenizer, Path(save), replace=latest_step(Path(save)) is None)
+            keep(tokenizer, Path(save), replace=not saved_steps(Path(save)))
         except (UserError, OSError) as error:
             raise UserError(f"--save {save}: {error}") from error
     return with_tokenizer(settings, name_of(tokenizer, Path(save)))
@@ -141,6 +141,7 @@ def owning(save: str | None, early: EndAtOnce | None) -> Iterator[Callable[[], N
     if early is not None:
         early.cleanups.append(ownership.release)
     try:
+        remove_leftovers(Path(save))
         yield ownership.require
     finally:
         ownership.release()

@@ -10,16 +10,18 @@ from moetron.common.errors import UserError
 from moetron.common.text import value_text
 from moetron.moe.checkpoint.run_folder import (
     Record,
-    find,
+    find_readable,
     latest_step,
     make_run_folder,
     read_record,
     refuse_to_rewrite,
+    saved_steps,
     verify_files,
 )
 from moetron.moe.checkpoint.vocabulary import vocabulary_problem
 from moetron.moe.config.schema.field import flag_name
 from moetron.moe.config.schema.roles import Role
+from moetron.moe.config.schema.run import CheckpointSettings
 from moetron.moe.config.schema.settings import Settings, with_role
 
 SHAPE = {
@@ -41,9 +43,8 @@ def check_folders(settings: Settings, stream_state: Mapping[str, Any]) -> None:
             holds a later step than the start of this run.
     """
     options, step = settings.checkpoint, 0
-    may_start = options.load is not None and options.load == options.save
-    if options.load is not None and not (may_start and latest_step(Path(options.load)) is None):
-        folder = find(Path(options.load))
+    if options.load is not None and not starts_run(options):
+        folder = find_readable(Path(options.load), options.load_fallback)
         record = read_record(folder)
         require_fit(folder, record, settings, stream_state)
         if os.environ.get("RANK", "0") == "0":
@@ -51,7 +52,16 @@ def check_folders(settings: Settings, stream_state: Mapping[str, Any]) -> None:
         step = 0 if options.finetune or options.reset_progress else record.progress.step
     if options.save is not None:
         make_run_folder(Path(options.save))
-        refuse_to_rewrite(Path(options.save), step)
+        if not (options.load_fallback and options.load == options.save):
+            refuse_to_rewrite(Path(options.save), step)
+
+
+def starts_run(options: CheckpointSettings) -> bool:
+    """Return whether --load equals --save and holds no checkpoint yet: the run starts at step 0."""
+    if options.load is None or options.load != options.save:
+        return False
+    folder = Path(options.load)
+    return not saved_steps(folder) if options.load_fallback else latest_step(folder) is None
 
 
 def require_fit(

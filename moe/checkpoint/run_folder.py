@@ -9,6 +9,7 @@ does not name yet. Nothing here communicates.
 """
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -33,6 +34,11 @@ RECORD = "run.json"
 EMBEDDING = "embedding.word_embeddings.weight"
 LATEST = "latest"
 _NAME = re.compile(r"step_(\d{7,})")
+logger = logging.getLogger(__name__)
+
+
+class DamagedError(UserError):
+    """A checkpoint is incomplete, or not what was written."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +158,51 @@ def find(path: Path) -> Path:
     return folder
 
 
+def candidates(path: Path, fallback: bool) -> list[Path]:
+    """Return the step folders to try for ``--load path``, the newest first.
+
+    Without ``fallback``, and if ``path`` is a step folder, the only one is that of `find`.
+    """
+    if fallback and not _NAME.fullmatch(path.name) and (steps := saved_steps(path)):
+        return [step_folder(path, step) for step in reversed(steps)]
+    return [find(path)]
+
+
+def find_readable(path: Path, fallback: bool) -> Path:
+    """Return the first of `candidates` whose record and sizes are right, or the last of them."""
+    *others, last = candidates(path, fallback)
+    for folder in others:
+        try:
+            verify_files(folder, read_record(folder))
+        except DamagedError:
+            continue
+        return folder
+    return last
+
+
+def verify_all(path: Path) -> dict[Path, str | None]:
+    """Verify all checkpoints of a run, or one step folder; return the damage, None of sound ones.
+
+    The newest comes first.
+    """
+    found: dict[Path, str | None] = {}
+    for folder in candidates(path, fallback=True):
+        try:
+            verify(folder)
+            found[folder] = None
+        except DamagedError as error:
+            found[folder] = str(error)
+    return found
+
+
+def set_aside(folder: Path) -> None:
+    """Rename a damaged checkpoint to ``step_NNNNNNN.damaged``, which nothing reads."""
+    aside = folder.with_name(folder.name + ".damaged")
+    if aside.exists():
+        shutil.rmtree(aside)
+    rename(folder, aside)
+
+
 def read(path: Path) -> Checkpoint:
     """Find a checkpoint and check all of it but the tensors; ``UserError`` names the problem.
 
@@ -208,21 +259,24 @@ def _refuse_changes(folder: Path, names: Collection[str]) -> None:
         raise damaged(folder, f"{', '.join(found)}: the contents do not match {SUMS}")
 
 
-def damaged(folder: Path, what: str) -> UserError:
+def damaged(folder: Path, what: str) -> DamagedError:
     """Return the error of a damaged checkpoint; it names the previous one if ``folder`` is last."""
     run_folder, steps = folder.parent, saved_steps(folder.parent)
     remedy = ""
     if len(steps) > 1 and step_folder(run_folder, steps[-1]).name == folder.name:
         before = step_folder(run_folder, steps[-2]).name
-        remedy = f"; to resume from {before}, delete {folder.name} and `{LATEST}` in {run_folder}"
-    return UserError(f"--load {folder}: damaged: {what}{remedy}")
+        remedy = (
+            f"; to resume from {before}, delete {folder.name} and `{LATEST}` in {run_folder}, or "
+            "give --load-fallback"
+        )
+    return DamagedError(f"--load {folder}: damaged: {what}{remedy}")
 
 
 def read_record(folder: Path) -> Record:
     """Read ``run.json`` of a step folder."""
     path = folder / RECORD
     if not path.is_file():
-        raise UserError(f"--load {folder}: not a complete checkpoint: {RECORD} is missing")
+        raise DamagedError(f"--load {folder}: not a complete checkpoint: {RECORD} is missing")
     _refuse_changes(folder, [RECORD])
     try:
         tree = parse_object(path.read_text(encoding="utf-8"), RECORD)
@@ -286,8 +340,7 @@ def prepare(folder: Path, flag: str = "--save") -> Path:
         step = int(folder.name.removeprefix("step_"))
         if folder.exists() and pointed is not None and step <= pointed:
             raise UserError(f"{flag} {run_folder}: {folder.name} exists and is never overwritten")
-        for leftover in run_folder.glob("step_*.tmp"):
-            shutil.rmtree(leftover)
+        remove_leftovers(run_folder)
         remove(folder)
         temporary_folder(folder).mkdir()
     except OSError as error:
@@ -295,23 +348,37 @@ def prepare(folder: Path, flag: str = "--save") -> Path:
     return temporary_folder(folder)
 
 
-def commit(folder: Path, keep_last: int | None) -> None:
+def commit(folder: Path, keep_last: int | None, retain_interval: int | None = None) -> None:
     """Rename the temporary folder to the checkpoint, move ``latest``, delete old checkpoints."""
     sync_folder(temporary_folder(folder))
     rename(temporary_folder(folder), folder)
     write_text(folder.parent / LATEST, folder.name + "\n")
-    if keep_last is not None:
-        prune(folder.parent, keep_last)
+    if keep_last is None and retain_interval is None:
+        return
+    try:
+        prune(folder.parent, keep_last or 1, retain_interval)
+    except OSError as error:  # the new checkpoint is complete
+        logger.warning("%s: cannot delete old checkpoints: %s", folder.parent, error)
 
 
-def prune(run_folder: Path, keep_last: int) -> None:
-    """Delete all but the last ``keep_last`` checkpoints up to the one that ``latest`` names."""
+def prune(run_folder: Path, keep_last: int, retain_interval: int | None = None) -> None:
+    """Delete checkpoints up to the one that ``latest`` names.
+
+    All but the last ``keep_last`` and those whose step is divisible by ``retain_interval``.
+    """
     pointed = latest_step(run_folder)
     assert pointed is not None
     assert keep_last > 0
     steps = [step for step in saved_steps(run_folder) if step <= pointed]
     for step in steps[:-keep_last]:
-        remove(step_folder(run_folder, step))
+        if retain_interval is None or step % retain_interval:
+            remove(step_folder(run_folder, step))
+
+
+def remove_leftovers(run_folder: Path) -> None:
+    """Delete what dead writers left unfinished; the caller owns the folder."""
+    for leftover in run_folder.glob("step_*.tmp"):
+        shutil.rmtree(leftover)
 
 
 def remove(folder: Path) -> None:

@@ -9,21 +9,22 @@ rank writes and reads the tensors of its own shards; rank 0 alone handles folder
 import importlib.metadata
 import logging
 import platform
+import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
 from megatron.core.dist_checkpointing.mapping import (
     ShardedStateDict,
     apply_factories,
 )
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint import CheckpointException
@@ -32,13 +33,14 @@ from moetron import __version__
 from moetron.common.errors import UserError
 from moetron.moe.checkpoint import optimizer_state
 from moetron.moe.checkpoint import run_folder as checkpoint_folder
-from moetron.moe.checkpoint.compatibility import require_fit
+from moetron.moe.checkpoint.collective_checks import on_rank_0, require_space, verify_together
+from moetron.moe.checkpoint.compatibility import require_fit, starts_run
 from moetron.moe.checkpoint.fp8_state import fp8_entries, restore_fp8
 from moetron.moe.checkpoint.position import Progress
 from moetron.moe.checkpoint.random_states import HOST, mismatch, reseed, restore_rng, rng_entries
 from moetron.moe.checkpoint.run_folder import Checkpoint, Record
 from moetron.moe.checkpoint.tensor_reader import load_tensors
-from moetron.moe.checkpoint.tensor_writer import Contents
+from moetron.moe.checkpoint.tensor_writer import Contents, write_format_files
 from moetron.moe.checkpoint.vocabulary import require_vocabulary
 from moetron.moe.config import recipe
 from moetron.moe.config.schema.derived import expert_tensor_parallel_size
@@ -46,7 +48,6 @@ from moetron.moe.config.schema.pipeline_split import chunk_sizes
 from moetron.moe.config.schema.settings import Settings
 
 logger = logging.getLogger(__name__)
-Result = TypeVar("Result")
 
 MODEL_METADATA = {"non_homogeneous_layers": True}
 """Save each layer under its own name, also if all layers are alike."""
@@ -67,11 +68,13 @@ def save_checkpoint(
         progress: position of the run.
         model: the model's chunks on this rank, wrapped or not.
         optimizer: from ``get_megatron_optimizer``.
-        settings: the run's; older checkpoints are deleted by ``checkpoint.keep_last``.
+        settings: the run's; ``checkpoint`` says which older checkpoints are deleted.
         stream_state: identity of the stream of samples (``SampleStream.state()``).
 
     Raises:
         UserError: the folder cannot be written, or the run has saved this step already.
+        RunError: the disk has too little space, or a rank could not write.
+        OSError: rank 0 could not complete the folder.
     """
     return take_checkpoint(run_folder, progress, model, optimizer, settings, stream_state)()
 
@@ -91,7 +94,7 @@ def take_checkpoint(
     memory, and every rank may call the function on a thread while training continues.
     """
     folder = checkpoint_folder.step_folder(run_folder, progress.step)
-    temporary = _on_rank_0(lambda: checkpoint_folder.prepare(folder))
+    temporary = on_rank_0(lambda: checkpoint_folder.prepare(folder))
     weights = _model_state(model)
     tensors = {
         **weights,
@@ -102,14 +105,23 @@ def take_checkpoint(
     contents = Contents(copied=group is not None)
     with _without_future_warnings():
         # Collective over all ranks: megatron-core validates that the main replicas cover every
-        # global tensor exactly once.
-        dist_checkpointing.save(tensors, str(temporary), sharded_strategy=contents)
+        # global tensor exactly once. Its `save` would then write files on rank 0, whose failure
+        # the others would not learn of.
+        sharded, common = save_preprocess(tensors)
+    contents.save(sharded, temporary)
+    require_space(temporary, contents.size_bytes)
 
     state = dict(stream_state)
 
     def write() -> Path:
-        sums = _merged(contents.write(temporary, group), group)
-        _on_rank_0(lambda: _complete(folder, progress, settings, state, sums), group)
+        try:
+            sums = _merged(contents.write(temporary, group), group)
+            on_rank_0(lambda: _complete(folder, progress, settings, state, sums, common), group)
+        except Exception:
+            # On all ranks, and each has ended its writing: the files would only fill the disk.
+            if dist.get_rank() == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
         return folder
 
     return write
@@ -121,9 +133,11 @@ def _complete(
     settings: Settings,
     stream_state: dict[str, Any],
     sums: Mapping[str, str],
+    common: dict[str, Any],
 ) -> None:
     """Write settings and record after the tensors, and rename the folder to its final name."""
     temporary = checkpoint_folder.temporary_folder(folder)
+    write_format_files(temporary, common)
     recipe.write(settings, temporary / "settings.yaml")
     record = Record(
         progress=progress,
@@ -134,7 +148,8 @@ def _complete(
         files=checkpoint_folder.file_sizes(temporary),
     )
     checkpoint_folder.write_record(temporary, record, sums)
-    checkpoint_folder.commit(folder, settings.checkpoint.keep_last)
+    options = settings.checkpoint
+    checkpoint_folder.commit(folder, options.keep_last, options.save_retain_interval)
 
 
 def load_checkpoint(
@@ -143,6 +158,7 @@ def load_checkpoint(
     optimizer: MegatronOptimizer,
     settings: Settings,
     stream_state: Mapping[str, Any],
+    verified: bool = False,
 ) -> Progress:
     """Load ``path``, a run's folder (its latest checkpoint) or a step folder; return its position.
 
@@ -152,17 +168,18 @@ def load_checkpoint(
     by bit; with another layout or kind of device random numbers are reseeded from (seed, step).
 
     If --load equals --save and holds no checkpoint yet, the run starts at step 0: one command
-    starts a run and resumes it.
+    starts a run and resumes it. ``verified``: all files match their sums already.
 
     Raises:
         UserError: no checkpoint, incomplete or damaged, or of another architecture, vocabulary or
             tokenizer.
     """
-    checkpoint = _on_rank_0(lambda: _read_compatible(path, settings, stream_state))
+    checkpoint = on_rank_0(lambda: _read_compatible(path, settings, stream_state))
     if checkpoint is None:
         return Progress()
     options, record = settings.checkpoint, checkpoint.record
-    _verify(checkpoint)
+    if not verified:
+        verify_together(checkpoint.folder)
     _load_model(checkpoint, model, record.layout == _layout(settings))
     if options.finetune or options.no_load_optim:
         optimizer.reload_model_params()
@@ -186,38 +203,21 @@ def load_weights(path: Path, model: Sequence[torch.nn.Module], vocab_size: int) 
     Raises:
         UserError: no checkpoint, incomplete or damaged, or of another architecture or vocabulary.
     """
-    checkpoint = _on_rank_0(lambda: checkpoint_folder.read(path))
+    checkpoint = on_rank_0(lambda: checkpoint_folder.read(path))
     require_vocabulary(checkpoint, vocab_size)
-    _verify(checkpoint)
+    verify_together(checkpoint.folder)
     _load_model(checkpoint, model, same_layout=False)
 
 
 def _read_compatible(
     path: Path, settings: Settings, stream_state: Mapping[str, Any]
 ) -> Checkpoint | None:
-    begins = settings.checkpoint.load == settings.checkpoint.save
-    if begins and checkpoint_folder.latest_step(path) is None:
+    if starts_run(settings.checkpoint):
         return None
     checkpoint = checkpoint_folder.read(path)
     rows = checkpoint.embedding_rows
     require_fit(checkpoint.folder, checkpoint.record, settings, stream_state, rows)
     return checkpoint
-
-
-def _verify(checkpoint: Checkpoint) -> None:
-    """Check every file against its sum, files divided among ranks; all raise the first error."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    found: list[UserError | None] = [None] * ranks
-    mine = None
-    try:
-        checkpoint_folder.verify(checkpoint.folder, rank, ranks)
-    except UserError as error:
-        mine = error
-    # All-gather over all ranks: a rank that raised alone would leave the others waiting in the
-    # next collective.
-    dist.all_gather_object(found, mine)
-    for damage in filter(None, found):
-        raise damage
 
 
 def _load_model(
@@ -351,22 +351,6 @@ def _merged(own: dict[str, str], group: dist.ProcessGroup | None) -> dict[str, s
     # Gather to rank 0, which alone writes the list of sums.
     dist.gather_object(own, parts if dist.get_rank() == 0 else None, dst=0, group=group)
     return {name: value for part in parts for name, value in (part or {}).items()}
-
-
-def _on_rank_0(action: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
-    """Run ``action`` on rank 0; all ranks return its result or raise its error."""
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = action()
-        except Exception as error:
-            outcome[1] = error
-    # Broadcast from rank 0 to all ranks: also the barrier after a change of the file system.
-    dist.broadcast_object_list(outcome, src=0, group=group)
-    result, failure = outcome
-    if failure is not None:
-        raise failure
-    return result
 
 
 @contextmanager

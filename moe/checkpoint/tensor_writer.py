@@ -2,17 +2,20 @@
 
 import hashlib
 import io
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 from torch.distributed.checkpoint import save as save_tensors
 from torch.distributed.checkpoint.filesystem import FileSystem
@@ -20,13 +23,14 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 
 from moetron.common.errors import RunError
+from moetron.common.files import atomic_file, write_text
 
 THREADS = 2
 """Files that a rank writes at once."""
 
 
 class Contents(torch_strategy.TorchDistSaveShardedStrategy):
-    """Save strategy that holds the tensors of ``dist_checkpointing.save`` until ``write``.
+    """Save strategy that holds the tensors of a checkpoint until ``write``.
 
     megatron-core's own writer (strategies/filesystem_async.py) forks processes around a spawned
     manager even for a blocking save: seconds of start-up, and a hang if one of them dies.
@@ -39,11 +43,17 @@ class Contents(torch_strategy.TorchDistSaveShardedStrategy):
         super().__init__("torch_dist", 1)
         self._copied = copied
         self._tensors: dict[str, Any] = {}
+        self.size_bytes = 0
+        """Bytes of the tensors that this rank writes."""
 
     def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path) -> None:
         """Keep the main replica of every tensor."""
         grouped, _, _ = torch_strategy._replace_state_dict_keys_with_sharded_keys(
             sharded_state_dict, keep_only_main_replica=True
+        )
+        tensors = (part for parts in grouped.values() for part in parts)
+        self.size_bytes = sum(
+            part.data.nbytes for part in tensors if isinstance(part, ShardedTensor)
         )
         if self._copied:
             grouped = {key: [_copy(part) for part in parts] for key, parts in grouped.items()}
@@ -68,6 +78,15 @@ class Contents(torch_strategy.TorchDistSaveShardedStrategy):
         except CheckpointException as error:  # not an Exception, for torch
             raise _readable(folder, error) from error
         return files.sums
+
+
+def write_format_files(folder: Path, common: dict[str, Any]) -> None:
+    """Write what megatron-core's format has besides tensors: its version, and an empty state."""
+    buffer = io.BytesIO()
+    torch.save(common, buffer)
+    with atomic_file(folder / COMMON_STATE_FNAME) as file:
+        file.write(buffer.getvalue())
+    write_text(folder / CONFIG_FNAME, json.dumps(asdict(CheckpointingConfig("torch_dist"))))
 
 
 def _readable(folder: Path, error: CheckpointException) -> Exception:

@@ -13,14 +13,13 @@ from moetron.moe.convert.families.registry import family_of
 def describe(path: Path, verify: bool = False) -> str:
     """Describe position, layout, model, weights and matching family of a checkpoint.
 
-    Reads no values; ``verify`` checks the SHA-256 of every file.
+    Reads no values; ``verify`` checks the SHA-256 of every file, of all checkpoints of a run.
 
     Raises:
-        UserError: the checkpoint is missing, incomplete or damaged.
+        UserError: the checkpoint is missing, incomplete or damaged; with ``verify``, any of them.
     """
+    sound = _verified(path) if verify else []
     checkpoint = checkpoint_folder.read(path)
-    if verify:
-        checkpoint_folder.verify(checkpoint.folder)
     record = checkpoint.record
     values = function_of(checkpoint_folder.one_rank_settings(record))
     tensors = CheckpointTensors(checkpoint.folder)
@@ -39,7 +38,7 @@ def describe(path: Path, verify: bool = False) -> str:
         f"on disk      {len(record.files)} files, {size / 1e9:.3f} GB",
         f"weights      {len(shapes)} tensors, {parameters:,} parameters",
         f"HuggingFace  {fit}",
-        *(["verified     SHA-256 of every file matches"] if verify else []),
+        *sound,
         "",
     ]
     width = max(map(len, shapes))
@@ -48,3 +47,14 @@ def describe(path: Path, verify: bool = False) -> str:
         for name, tensor in shapes.items()
     ]
     return "\n".join(lines)
+
+
+def _verified(path: Path) -> list[str]:
+    """Return a line for each checkpoint, all of them sound."""
+    found = checkpoint_folder.verify_all(path)
+    damaged = [text for text in found.values() if text is not None]
+    if damaged:
+        sound = ", ".join(folder.name for folder, text in found.items() if text is None)
+        head = f"{len(damaged)} of {len(found)} checkpoints are damaged (sound: {sound or 'none'})"
+        raise UserError("\n".join([f"{head}:", *damaged]))
+    return [f"verified     {folder.name}: SHA-256 of every file matches" for folder in found]

@@ -2,10 +2,13 @@
 
 import importlib
 import json
+import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -13,6 +16,7 @@ from moetron.common.errors import UserError
 from moetron.common.files import write_text
 from moetron.moe.config.schema.settings import Settings
 
+logger = logging.getLogger(__name__)
 WANDB_RUN_ID = "wandb_run_id"
 """File in a run's folder with its id on Weights & Biases."""
 Row = Mapping[str, Any]
@@ -63,12 +67,24 @@ class JsonLines:
 
     def __init__(self, path: Path, last_step: int) -> None:
         self._path = path
+        self._waiting = b""
+        self._failed = False
         self._file = self._without(lambda step: step > last_step)
 
     def write(self, row: Row) -> None:
-        """Append a line and flush it."""
-        self._file.write(json.dumps(dict(row)) + "\n")
-        self._file.flush()
+        """Append a line; if the disk is full or fails, keep it for the next write."""
+        self._waiting += (json.dumps(dict(row)) + "\n").encode()
+        self._drain()
+
+    def _drain(self) -> None:
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+            self._failed = False
+        except OSError as error:
+            if not self._failed:
+                logger.error("%s: cannot be written, lines are kept: %s", self._path, error)
+            self._failed = True
 
     def rewrite(self, row: Row) -> None:
         """Write a line and drop its step's earlier one: a finished run repeats its evaluation."""
@@ -76,17 +92,20 @@ class JsonLines:
         self._file = self._without(lambda step: step == row["step"])
         self.write(row)
 
-    def _without(self, dropped: Callable[[float], bool]) -> TextIO:
+    def _without(self, dropped: Callable[[float], bool]) -> FileIO:
         """Drop the lines of some steps and open the file to append."""
         if self._path.exists():
             lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if not dropped(_step(line))]
             if kept != lines:
                 write_text(self._path, "".join(kept))
-        return self._path.open("a", encoding="utf-8")
+        return FileIO(self._path, "a")
 
     def close(self) -> None:
         """Close the file."""
+        self._drain()
+        if self._waiting:
+            logger.error("%s: the last %d bytes are lost", self._path, len(self._waiting))
         self._file.close()
 
 
@@ -139,7 +158,7 @@ class TensorBoard:
     def __init__(self, folder: Path, last_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # a second of imports
 
-        self._writer = SummaryWriter(str(folder), purge_step=last_step + 1)
+        self._writer: Any = SummaryWriter(str(folder), purge_step=last_step + 1)
 
     def step(self, row: Row) -> None:
         """Write one scalar for each number."""
@@ -151,18 +170,38 @@ class TensorBoard:
 
     def expert_load(self, step: int, loads: Loads) -> None:
         """Write a histogram of each layer's experts, and a heat map of all."""
-        for name, load_E in loads.items():
-            self._writer.add_histogram(f"expert_load/{name}", load_E, step)
-        if loads:
-            self._writer.add_image("expert_load/all", heat_map(loads), step, dataformats="HWC")
+        with self._tolerant() as writer:
+            for name, load_E in loads.items():
+                writer.add_histogram(f"expert_load/{name}", load_E, step)
+            if loads:
+                writer.add_image("expert_load/all", heat_map(loads), step, dataformats="HWC")
 
     def close(self) -> None:
         """Flush the buffer."""
-        self._writer.close()
+        with self._tolerant() as writer:
+            writer.close()
 
     def _write(self, prefix: str, row: Row) -> None:
-        for name, value in flat(row):
-            self._writer.add_scalar(f"{prefix}/{name}", value, row["step"])
+        with self._tolerant() as writer:
+            for name, value in flat(row):
+                writer.add_scalar(f"{prefix}/{name}", value, row["step"])
+
+    @contextmanager
+    def _tolerant(self) -> Iterator[Any]:
+        """Yield the writer; a disk that fails ends TensorBoard's thread, but not the run."""
+        try:
+            yield self._writer
+        except OSError as error:
+            text = "TensorBoard is off until the next start, metrics.jsonl has its values: %s"
+            logger.error(text, error)
+            self._writer = _Nothing()
+
+
+class _Nothing:
+    """Writer that drops everything."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *values, **options: None
 
 
 class WandB:

@@ -7,8 +7,8 @@ from typing import Any
 
 from moetron.common.errors import UserError
 from moetron.common.text import value_text
-from moetron.moe.checkpoint.compatibility import changed_data
-from moetron.moe.checkpoint.run_folder import Record, find, latest_step, read_record
+from moetron.moe.checkpoint.compatibility import changed_data, starts_run
+from moetron.moe.checkpoint.run_folder import Record, find_readable, read_record
 from moetron.moe.config.schema.field import flag_name
 from moetron.moe.config.schema.roles import Role
 from moetron.moe.config.schema.settings import ROLES, Settings
@@ -68,10 +68,9 @@ def _checkpoint(settings: Settings) -> Path | None:
     options = settings.checkpoint
     if options.load is None:
         return None
-    path = Path(options.load)
-    if options.load == options.save and latest_step(path) is None:
+    if starts_run(options):
         return None
-    return find(path)
+    return find_readable(Path(options.load), options.load_fallback)
 
 
 def _differences(

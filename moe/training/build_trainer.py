@@ -1,9 +1,11 @@
 """Construction of the trainer and the loop on one rank."""
 
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
+from moetron.moe.checkpoint.collective_checks import fall_back
+from moetron.moe.checkpoint.compatibility import starts_run
 from moetron.moe.checkpoint.position import Progress
 from moetron.moe.checkpoint.save_load import load_checkpoint
 from moetron.moe.config.bridge import transformer_config
@@ -45,12 +47,17 @@ def build_loop(trainer: Trainer, streams: Streams) -> Loop:
     settings, runtime = trainer.settings, trainer.runtime
     progress = Progress()
     if settings.checkpoint.load is not None:
-        path, state = Path(settings.checkpoint.load), streams.training.state()
-        progress = load_checkpoint(path, trainer.chunks, trainer.optimizer, settings, state)
+        falls_back = settings.checkpoint.load_fallback and not starts_run(settings.checkpoint)
+        if falls_back:
+            settings = fall_back(settings)
+        path, state = Path(str(settings.checkpoint.load)), streams.training.state()
+        progress = load_checkpoint(
+            path, trainer.chunks, trainer.optimizer, settings, state, verified=falls_back
+        )
     peak = peak_of_rank(settings, runtime.device)
     sinks: list[Sink] = []
     if runtime.is_main:
-        start, block = describe(trainer, streams, progress, peak)
+        start, block = describe(replace(trainer, settings=settings), streams, progress, peak)
         print(block, flush=True)
         last_step = settings.training.train_iters
         console = Console(progress.step, last_step, settings.logging.log_interval)

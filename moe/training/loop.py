@@ -51,13 +51,12 @@ class Loop:
         self.streams = streams
         self.progress = progress
         self.sinks = sinks
-        self.saved = progress if progress.step else None
         self._peak = peak
         self._rate = LearningRate.of(trainer.settings)
         self._tally = Tally(streams.training)
         self._flops_per_token = flops_per_token(trainer.settings, trainer.vocab_size)
         self._evaluated: int | None = None
-        self._saver = Saver(trainer.settings)
+        self._saver = Saver(trainer.settings, progress if progress.step else None)
         profiling, runtime = trainer.settings.profiling, trainer.runtime
         self._profiler = Profiler(
             trainer.settings, runtime.rank, runtime.device, trainer.chunks, trainer.optimizer
@@ -74,8 +73,7 @@ class Loop:
             ended = self.progress.step == self.trainer.settings.training.train_iters
             if ended:
                 self._evaluate()
-            self._save()
-            self._saver.wait()
+            self._save(self._saver.save_at_end)
         finally:
             self._profiler.close()
             self._garbage.close()
@@ -190,7 +188,7 @@ class Loop:
             self._evaluate()
         save_interval = settings.checkpoint.save_interval
         if save_interval is not None and step % save_interval == 0:
-            self._save()
+            self._save(self._saver.save)
 
     def _evaluate(self) -> None:
         """Evaluate and write the metrics, unless this step was evaluated."""
@@ -215,12 +213,9 @@ class Loop:
                 }
             )
 
-    def _save(self) -> None:
-        """Save a checkpoint, unless this position has one or --save is unset."""
-        trainer = self.trainer
-        if trainer.settings.checkpoint.save is None or self.saved == self.progress:
-            return
-        state = self.streams.training.state()
-        with parameters_gathered(trainer.chunks, trainer.settings):
-            self._saver.save(self.progress, trainer.chunks, trainer.optimizer, state)
-        self.saved = self.progress
+    def _save(self, save: Callable[..., None]) -> None:
+        """Save a checkpoint with ``save``, unless this position has one or --save is unset."""
+        trainer, state = self.trainer, self.streams.training.state()
+        if trainer.settings.checkpoint.save is not None:
+            with parameters_gathered(trainer.chunks, trainer.settings):
+                save(self.progress, trainer.chunks, trainer.optimizer, state)

@@ -192,5 +192,9 @@ def _saves(settings: Settings) -> str:
         return "nothing: no --save FOLDER, whatever ends the run"
     every = options.save_interval
     when = "at the end" if every is None else f"every {counted(every, 'step')} and at the end"
-    kept = "" if options.keep_last is None else f", the last {options.keep_last:,} kept"
+    retained, kept = options.save_retain_interval, ""
+    if options.keep_last is not None or retained is not None:
+        kept = f", the last {options.keep_last or 1:,} kept"
+    if retained is not None:
+        kept += f" and those of every {retained:,} steps"
     return f"to {options.save} {when}{kept}"

@@ -23,6 +23,7 @@ from moetron.common.errors import UserError
 from moetron.common.parent_death import LAUNCHER
 from moetron.common.process import EXIT_STOPPED, EXIT_USER
 from moetron.common.stop_signal import STOP_SIGNALS
+from moetron.moe.config.schema.paths import ToolParser
 
 POLL_S = 0.05
 GRACE_S = 2.0
@@ -133,7 +134,7 @@ def _end_text(code: int) -> str:
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
+    parser = ToolParser(
         prog="launch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for name, text in (("--nproc-per-node", "ranks on this node"), ("--nnodes", "nodes")):
@@ -141,10 +142,14 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     node = int(os.environ.get("SLURM_NODEID", "0"))
     parser.add_argument("--node-rank", type=int, default=node, help="default: SLURM_NODEID, else 0")
     address = os.environ.get("MASTER_ADDR")
-    parser.add_argument("--master-addr", default=address, help="first node (several nodes)")
+    parser.add_argument(
+        "--master-addr", type=str, default=address, help="first node (several nodes)"
+    )
     port = os.environ.get("MASTER_PORT")
-    parser.add_argument("--master-port", default=port, help="its port (default: a free one)")
-    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND ...")
+    parser.add_argument(
+        "--master-port", type=str, default=port, help="its port (default: a free one)"
+    )
+    parser.add_argument("command", type=str, nargs=argparse.REMAINDER, metavar="COMMAND ...")
     arguments = parser.parse_args(words)
     if not arguments.command:
         raise UserError("launch: no COMMAND: give pretrain_moe.py or train, then its flags")

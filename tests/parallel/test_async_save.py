@@ -104,11 +104,14 @@ def _fail_on_one_rank(folder: str) -> None:
 
     checkpoint_writer._SummingFileSystem.create_stream = full
     checkpoint = {"save": folder, "save_interval": 2, "async_save": True}
-    chosen = settings("ep2", checkpoint=checkpoint)
+    chosen = settings("ep2", checkpoint={**checkpoint, "max_failed_saves": 1})
     with parallel_of(chosen):
         with pytest.raises(RuntimeError, match="cannot write") as error:
             start(chosen).run(lambda: False)
         assert "No space left" in str(error.value)
+    tolerant = settings("ep2", checkpoint={**checkpoint, "save": f"{folder}/tolerant"})
+    with parallel_of(tolerant):
+        start(tolerant).run(lambda: False)
 
 
 def test_a_failure_on_one_rank_reaches_all_and_keeps_the_previous_checkpoint(
@@ -117,6 +120,7 @@ def test_a_failure_on_one_rank_reaches_all_and_keeps_the_previous_checkpoint(
     run_ranks(_fail_on_one_rank, 2, str(tmp_path))
     assert checkpoint_folder.read(tmp_path).record.progress.step == 2
     assert checkpoint_folder.saved_steps(tmp_path) == [2]
+    assert checkpoint_folder.saved_steps(tmp_path / "tolerant") == [2, 6]
 
 
 def _fail_while_writing(folder: str) -> None:

@@ -178,9 +178,9 @@ def test_the_environment_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (own["WORLD_SIZE"], own["MASTER_ADDR"]) == ("2", "127.0.0.1")
     assert 1024 < int(own["MASTER_PORT"]) < 65536
     monkeypatch.setenv("SLURM_NODEID", "1")
-    words = "--nproc-per-node 4 --nnodes 3 --master-addr a1 --master-port 7 p.py -m"
+    words = "--nproc-per-node 4 --nnodes 3 --master-addr a1 --master-port 7 p.py -m s3://b"
     several = launch.parse(shlex.split(words))
-    assert launch.command_of(several) == [sys.executable, "p.py", "-m"]
+    assert launch.command_of(several) == [sys.executable, "p.py", "-m", "s3://b"]
     own = launch.environment_of(several)
     names = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
     assert [own[name] for name in names] == ["12", "4", "1", "a1", "7"]

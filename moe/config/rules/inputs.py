@@ -70,6 +70,7 @@ def folders(case: Case) -> Iterator[str]:
     needs_save = {
         "save_interval": wanted.save_interval,
         "keep_last": wanted.keep_last,
+        "save_retain_interval": wanted.save_retain_interval,
         "exit_interval": case.settings.training.exit_interval,
         "async_save": wanted.async_save or None,
         "tensorboard_dir": case.settings.logging.tensorboard_dir,
@@ -78,7 +79,13 @@ def folders(case: Case) -> Iterator[str]:
     for name, value in needs_save.items():
         if value is not None and wanted.save is None:
             yield f"{case.given(name)} needs --save FOLDER"
-    for name in ("finetune", "reset_progress", "no_load_optim", "no_load_rng"):
+    retained, interval = wanted.save_retain_interval, wanted.save_interval
+    if retained is not None and interval is not None and retained % interval:
+        yield (
+            f"{case.given('save_retain_interval')}: must be a multiple of "
+            f"{case.given('save_interval')}"
+        )
+    for name in (*("finetune", "reset_progress", "no_load_optim", "no_load_rng", "load_fallback"),):
         if getattr(wanted, name) and wanted.load is None:
             yield f"{flag_name(name)} needs --load FOLDER"
     # --load equal to --save resumes a run, or starts it the first time.

@@ -130,10 +130,19 @@ class CheckpointSettings(Group):
     """Run folder: checkpoints, metrics.jsonl, TensorBoard."""
     load: LocalPath | None = None
     """Checkpoint to load: a run folder (its latest checkpoint) or one step_* folder."""
+    load_fallback: bool = False
+    """If checkpoints of --load are damaged, take the newest sound one and say what is wrong with
+    the others."""
     save_interval: PositiveInt | None = None
     """Steps between saves; with --save, the last step is always saved."""
     keep_last: PositiveInt | None = None
     """Number of checkpoints to keep; unset: all."""
+    save_retain_interval: PositiveInt | None = None
+    """Also keep checkpoints of steps divisible by this; without --keep-last, only the last one is
+    kept besides them."""
+    max_failed_saves: PositiveInt = 3
+    """Failed saves in a row (disk full, storage down) after which the run ends; before, it goes on
+    and tries again at the next save."""
     async_save: bool = False
     """Continue training while checkpoints are written from a copy in host memory (this rank's
     shard)."""

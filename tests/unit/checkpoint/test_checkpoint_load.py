@@ -4,6 +4,7 @@ import json
 import pickle
 import random
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -301,6 +302,49 @@ def test_a_flipped_bit_of_any_file_is_found(saved: Path, tmp_path: Path) -> None
         (folder / name).write_bytes(contents)
         with pytest.raises(UserError, match="damaged" if name == SUMS else re.escape(name)):
             start(bf16(load=str(folder)))
+
+
+@pytest.fixture(scope="module")
+def twice(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save a bf16 run at steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("twice")
+    chosen = bf16(save=str(folder), save_interval=2, training={"train_iters": 4})
+    with parallel_of(chosen):
+        start(chosen).run(lambda: False)
+    return folder
+
+
+@pytest.mark.usefixtures("single_rank")
+def test_damage_of_any_file_falls_back_to_the_checkpoint_before(
+    twice: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One byte of each file in turn, at a random place; then `latest`; then every checkpoint."""
+    for number, file in enumerate(sorted((twice / "step_0000004").iterdir())):
+        run = tmp_path / str(number)
+        shutil.copytree(twice, run)
+        damaged = run / "step_0000004" / file.name
+        contents = bytearray(damaged.read_bytes())
+        contents[random.Random(number).randrange(len(contents))] ^= 1 << number % 8
+        damaged.write_bytes(contents)
+        caplog.clear()
+        kept = start(bf16(load=str(run), load_fallback=True, save=str(tmp_path / "other")))
+        assert kept.progress.step == 2
+        assert "--load-fallback: --load" in caplog.text and "step_0000004: damaged" in caplog.text
+        assert read_record(run / "step_0000002") and damaged.exists()
+        own = bf16(load=str(run), load_fallback=True, save=str(run), keep_last=2, training=_to(6))
+        start(own).run(lambda: False)
+        names = sorted(path.name for path in run.glob("step_*"))
+        assert names == ["step_0000002", "step_0000004.damaged", "step_0000006"]
+    (run / "latest").write_text("step_7")
+    assert start(bf16(load=str(run), load_fallback=True)).progress.step == 6
+    for name in ("step_0000002", "step_0000006"):
+        (run / name / "run.json").unlink()
+    with pytest.raises(UserError, match=r"no checkpoint is sound:(.|\n)*0000006(.|\n)*0000002"):
+        start(bf16(load=str(run), load_fallback=True))
+
+
+def _to(step: int) -> dict[str, Any]:
+    return {"train_iters": step}
 
 
 @pytest.mark.usefixtures("single_rank")

@@ -165,6 +165,64 @@ def test_keep_last_keeps_the_last(tmp_path: Path) -> None:
     assert checkpoint_folder.saved_steps(tmp_path) == [9_999_999, 10_000_000]
 
 
+def test_retained_checkpoints_are_never_deleted(tmp_path: Path) -> None:
+    """Those of --save-retain-interval, besides those of --keep-last."""
+    for step in (2, 3, 4, 5, 6, 7):
+        write(tmp_path, step)
+    checkpoint_folder.prune(tmp_path, 2, retain_interval=3)
+    assert checkpoint_folder.saved_steps(tmp_path) == [3, 6, 7]
+    checkpoint_folder.commit(_unfinished(tmp_path, 8), None, retain_interval=6)
+    assert checkpoint_folder.saved_steps(tmp_path) == [6, 8]
+
+
+def _unfinished(run: Path, step: int) -> Path:
+    checkpoint_folder.prepare(step_folder(run, step))
+    return step_folder(run, step)
+
+
+def test_a_checkpoint_stays_if_old_ones_cannot_be_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path, 1)
+    monkeypatch.setattr(checkpoint_folder, "prune", Mock(side_effect=OSError(5, "I/O error")))
+    write(tmp_path, 2, keep_last=1)
+    assert checkpoint_folder.latest_step(tmp_path) == 2
+    assert "cannot delete old checkpoints: [Errno 5]" in caplog.text
+
+
+def test_leftovers_of_dead_writers_are_removed(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    (_unfinished(tmp_path, 2).with_suffix(".tmp") / "half").touch()
+    checkpoint_folder.remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_0000001"]
+
+
+def test_the_newest_readable_checkpoint_is_found(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        write(tmp_path, step)
+    find, names = checkpoint_folder.find_readable, ["step_0000003", "step_0000002"]
+    assert [path.name for path in checkpoint_folder.candidates(tmp_path, True)][:2] == names
+    assert find(tmp_path, True).name == names[0]
+    _flip("run.json")(tmp_path / names[0])
+    (tmp_path / "latest").write_bytes(b"\xff")
+    assert find(tmp_path, True).name == names[1]
+    assert find(tmp_path / names[0], True).name == names[0]  # named by the user
+    with pytest.raises(UserError, match="latest cannot be read"):
+        find(tmp_path, False)
+
+
+def test_all_checkpoints_of_a_run_are_verified(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        write(tmp_path, step)
+    assert list(checkpoint_folder.verify_all(tmp_path).values()) == [None] * 3
+    _flip(".metadata")(tmp_path / "step_0000002")
+    (tmp_path / "step_0000003" / SUMS).unlink()
+    third, second, first = checkpoint_folder.verify_all(tmp_path).values()
+    assert first is None
+    assert second is not None and ".metadata: the contents do not match" in second
+    assert third is not None and f"{SUMS} is missing" in third
+
+
 def test_without_latest_the_last_complete_checkpoint_counts(tmp_path: Path) -> None:
     write(tmp_path, 1)
     write(tmp_path, 2)

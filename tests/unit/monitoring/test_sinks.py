@@ -6,12 +6,14 @@ import math
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from moetron.common.errors import UserError
+from moetron.moe.monitoring import sinks
 from moetron.moe.monitoring.heat_map import draw, pixels
 from moetron.moe.monitoring.sinks import JsonLines, LineFiles, WandB, flat, heat_map, open_sinks
 from tests.unit.training.training_cases import settings
@@ -28,6 +30,50 @@ def test_floats_keep_every_bit_and_lines_are_flushed(tmp_path: Path) -> None:
     value = math.pi * 1e-7
     lines.write({"step": 1, "lm_loss": value})
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["lm_loss"] == value
+
+
+def test_a_full_disk_delays_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = JsonLines(tmp_path / "metrics.jsonl", 0)
+    real = lines._file
+
+    class Full:
+        room = 5
+
+        def write(self, data: bytes) -> int:
+            if not self.room:
+                raise OSError(28, "No space left on device")
+            written = real.write(data[: self.room])
+            self.room -= written
+            return written
+
+        close = real.close
+
+    lines._file = full = Full()
+    for step in (1, 2, 3):
+        lines.write({"step": step})
+    assert caplog.text.count("lines are kept") == 1
+    full.room = 1000
+    lines.write({"step": 4})
+    full.room = 0
+    lines.write({"step": 5})
+    lines.close()
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 4
+    assert "the last 12 bytes are lost" in caplog.text
+
+
+def test_tensorboard_ends_with_its_disk_and_the_run_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    board = sinks.TensorBoard(tmp_path, 0)
+    full = OSError(28, "No space left on device")
+    board._writer.close()
+    monkeypatch.setattr(board, "_writer", Mock(add_scalar=Mock(side_effect=full)))
+    for step in (1, 2):
+        board.step({"step": step, "loss": 1.0})
+    board.close()
+    assert caplog.text.count("TensorBoard is off until the next start") == 1
 
 
 def test_a_resume_drops_the_steps_that_it_repeats(tmp_path: Path) -> None:
