@@ -4,15 +4,17 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from moetron.moe.checkpoint.background_save import Saver
+from moetron.common.watch import activity
+from moetron.moe.checkpoint.background_save import Saver, report
 from moetron.moe.checkpoint.position import Progress
 from moetron.moe.config.schema.derived import global_batch_size_at, stage_at
 from moetron.moe.host.allocator import GarbageCollector
 from moetron.moe.monitoring.peak_flops import Peak
 from moetron.moe.monitoring.profiling import Profiler
 from moetron.moe.monitoring.sinks import Row, Sink
+from moetron.moe.monitoring.stragglers import Stragglers
 from moetron.moe.plan.flops import flops_per_token
-from moetron.moe.training.batches import micro_batches, training_numbers
+from moetron.moe.training.batches import lost_workers, micro_batches, training_numbers
 from moetron.moe.training.evaluate import bits_per_byte, evaluate
 from moetron.moe.training.loss_tally import Losses, Tally
 from moetron.moe.training.model_chunks import needs_samples, parameters_gathered
@@ -61,6 +63,7 @@ class Loop:
         self._profiler = Profiler(
             trainer.settings, runtime.rank, runtime.device, trainer.chunks, trainer.optimizer
         )
+        self._stragglers = Stragglers(trainer.settings, runtime.device)
         self._garbage = GarbageCollector(profiling.manual_gc, profiling.manual_gc_interval)
 
     def run(self, stop_requested: Callable[[], bool]) -> bool:
@@ -69,13 +72,15 @@ class Loop:
         Returns whether the run was stopped before its end. The sinks are always closed.
         """
         try:
-            stopped = self._train(stop_requested)
+            with lost_workers():
+                stopped = self._train(stop_requested)
             ended = self.progress.step == self.trainer.settings.training.train_iters
             if ended:
                 self._evaluate()
             self._save(self._saver.save_at_end)
         finally:
             self._profiler.close()
+            self._stragglers.close()
             self._garbage.close()
             self._saver.close()
             for sink in self.sinks:
@@ -119,6 +124,7 @@ class Loop:
         samples = global_batch_size_at(settings, self.progress.consumed_samples)
         count = samples // (settings.training.micro_batch_size * runtime.dp_size)
         learning_rate = self._rate.at(self.progress)
+        activity.begin(activity.STEP, self.progress.step + 1)
         start_s = time.perf_counter()
         try:
             metrics = train_step(
@@ -127,6 +133,7 @@ class Loop:
         except NotFiniteError as error:
             raise NotFiniteError(f"{error} in step {self.progress.step + 1}; {_REMEDY}") from error
         step_time_s = time.perf_counter() - start_s
+        slow_ranks = self._stragglers.after_step(step_time_s)
         self.progress = self.progress.after(samples, settings.model.seq_length)
         if self.sinks:
             row = self._row(metrics, samples, learning_rate, step_time_s)
@@ -135,6 +142,8 @@ class Loop:
             if self.progress.step % settings.logging.expert_load_interval == 0:
                 for sink in self.sinks:
                     sink.expert_load(self.progress.step, metrics.loads)
+            if slow_ranks is not None:
+                report(self.progress, slow_ranks)
         return metrics.stop
 
     def _row(

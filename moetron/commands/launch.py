@@ -21,7 +21,7 @@ from types import FrameType
 
 from moetron.common.errors import UserError
 from moetron.common.parent_death import LAUNCHER
-from moetron.common.process import EXIT_STOPPED, EXIT_USER
+from moetron.common.process import EXIT_HUNG, EXIT_STOPPED, EXIT_USER
 from moetron.common.stop_signal import STOP_SIGNALS
 from moetron.moe.config.schema.paths import ToolParser
 
@@ -116,7 +116,9 @@ def main() -> int:
         return 128 + ranks.signal
     for rank, code in enumerate(codes, arguments.node_rank * arguments.nproc_per_node):
         if code is not None and ranks.ends_all(code):
-            if code != EXIT_USER and ranks.signal is None:  # else the rank has said enough
+            if (
+                code not in (EXIT_USER, EXIT_HUNG) and ranks.signal is None
+            ):  # else the rank has said enough
                 print(f"launch: rank {rank} {_end_text(code)}", file=sys.stderr)
             return code if code > 0 else 128 - code
     if None in codes:

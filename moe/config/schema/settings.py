@@ -21,6 +21,7 @@ from moetron.moe.config.schema.run import (
     ProfilingSettings,
     TrainingSettings,
     ValidationSettings,
+    WatchSettings,
 )
 
 
@@ -41,6 +42,7 @@ class Settings(Group):
     checkpoint: CheckpointSettings = CheckpointSettings()
     logging: LoggingSettings = LoggingSettings()
     profiling: ProfilingSettings = ProfilingSettings()
+    watch: WatchSettings = WatchSettings()
 
 
 def fields() -> Iterator[tuple[str, str, FieldInfo]]:
