@@ -67,7 +67,7 @@ EXTRAS["dev"] += EXTRAS["docs"]  # tests/run.sh builds the documentation
 
 def packages() -> dict[str, str]:
     """Return package name -> folder of ``moetron``, the recipes and all code below ``FOLDERS``."""
-    own = ("moetron", "moetron.common", "moetron.commands")
+    own = ("moetron", "moetron.common", "moetron.common.watch", "moetron.commands")
     found = {**{name: name.replace(".", "/") for name in own}, "moetron.recipes": "examples"}
     for folder in FOLDERS:
         for path in sorted([ROOT / folder, *(ROOT / folder).rglob("*")]):

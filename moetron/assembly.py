@@ -8,21 +8,26 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from moetron.common.errors import UserError
 from moetron.common.process import report_stop
 from moetron.common.run_owner import claim, refuse_owned
 from moetron.common.stop_signal import EndAtOnce, StopSignal
+from moetron.common.watch import activity
+from moetron.common.watch.limits import require_limits
 from moetron.data.stream.mock_stream import ENDLESS, MockStream
 from moetron.data.stream.open_streams import open_training, open_validation
 from moetron.data.stream.stages import StagedStream, refuse_repetition
 from moetron.moe.checkpoint.compatibility import check_folders
 from moetron.moe.checkpoint.run_folder import make_run_folder, remove_leftovers, saved_steps
+from moetron.moe.config.machine import expected_device
 from moetron.moe.config.schema.derived import total_samples, with_tokenizer, with_vocabulary
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.monitoring.library_warnings import quieten_libraries
 from moetron.moe.monitoring.sinks import Sink
 from moetron.moe.monitoring.start_banner import announce, opening
+from moetron.moe.plan.memory import memory_per_rank
 from moetron.moe.training.sample_stream import SourceUse, StreamFrom, Streams
 from moetron.tokenizers.interface import Tokenizer
 from moetron.tokenizers.run_copy import keep, name_of, open_named
@@ -123,6 +128,7 @@ def train(
     if settings.checkpoint.save is not None and os.environ.get("RANK", "0") == "0":
         refuse_owned(Path(settings.checkpoint.save))
     check_folders(settings, streams.training.state())
+    check_limits(settings, vocab_size)
     if check_only:
         opening(settings, streams.training.state())  # raises where no step is left
         return 0
@@ -132,6 +138,26 @@ def train(
         return pretrain(settings, vocab_size, streams, sinks, require_owner)
 
 
+def check_limits(settings: Settings, vocab_size: int) -> None:
+    """Refuse limits of the system that would break the run later.
+
+    Raises:
+        ConfigError: a line for each of them.
+    """
+    ranks, here = (int(os.environ.get(n, "1")) for n in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    state_bytes = 0
+    if expected_device(settings.parallel.device) == "cpu":
+        memory = memory_per_rank(settings, vocab_size, ranks, stage=0)
+        state_bytes = memory.parameters + memory.gradients + memory.optimizer
+    require_limits(ranks, here, settings.data.num_workers, state_bytes)
+
+
+def _news() -> dict[str, Any]:
+    """Return what the run is doing, for monitors that read ``owner.json``."""
+    now = activity.current()
+    return {"step": now.step, "activity": now.name}
+
+
 @contextmanager
 def owning(save: str | None, early: EndAtOnce | None) -> Iterator[Callable[[], None]]:
     """Own the --save folder, from rank 0; yield a check that this still holds."""
@@ -139,7 +165,7 @@ def owning(save: str | None, early: EndAtOnce | None) -> Iterator[Callable[[], N
         yield lambda: None
         return
     make_run_folder(Path(save))
-    ownership = claim(Path(save))
+    ownership = claim(Path(save), _news)
     if early is not None:
         early.cleanups.append(ownership.release)
     try:

@@ -15,6 +15,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from tqdm import tqdm
 
 from moetron.common.errors import RunError, UserError
+from moetron.common.watch import activity
 from moetron.moe.checkpoint.position import Progress
 from moetron.moe.checkpoint.run_folder import file_sizes
 from moetron.moe.checkpoint.save_load import save_checkpoint, take_checkpoint
@@ -55,6 +56,7 @@ class Saver:
         self.saved = saved
         """Position of the last complete checkpoint."""
 
+    @activity.doing("save")
     def save(
         self,
         progress: Progress,
@@ -94,19 +96,20 @@ class Saver:
             self._fail(error)
             return
         paused_s = time.perf_counter() - start_s
-        _report(progress, f"saving a checkpoint in the background, paused for {paused_s:.1f} s")
+        report(progress, f"saving a checkpoint in the background, paused for {paused_s:.1f} s")
 
         def write_and_report() -> Path:
             try:
                 saved = write()
             except FAILURES as error:
-                _report(progress, f"the checkpoint failed: {error}")  # counted by `wait`
+                report(progress, f"the checkpoint failed: {error}")  # counted by `wait`
                 raise
             _report_saved(progress, saved, start_s)
             return saved
 
         self._writing = self._thread.submit(write_and_report)
 
+    @activity.doing("save")
     def save_at_end(
         self,
         progress: Progress,
@@ -175,10 +178,10 @@ def _report_saved(progress: Progress, folder: Path, start_s: float) -> None:
     if dist.get_rank() == 0:
         megabytes = sum(file_sizes(folder).values()) / 1e6
         seconds = time.perf_counter() - start_s
-        _report(progress, f"saved {folder} ({megabytes:,.1f} MB in {seconds:.1f} s)")
+        report(progress, f"saved {folder} ({megabytes:,.1f} MB in {seconds:.1f} s)")
 
 
-def _report(progress: Progress, text: str) -> None:
+def report(progress: Progress, text: str) -> None:
     """Print a line on rank 0, above a progress bar if there is one; callable from any thread."""
     if dist.get_rank() == 0:
         tqdm.write(f"step {progress.step} | {text}")

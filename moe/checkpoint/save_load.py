@@ -33,6 +33,7 @@ from torch.distributed.checkpoint import CheckpointException
 from moetron import __version__
 from moetron.common.errors import UserError
 from moetron.common.files import write_text
+from moetron.common.watch import activity
 from moetron.moe.checkpoint import optimizer_state
 from moetron.moe.checkpoint import run_folder as checkpoint_folder
 from moetron.moe.checkpoint.collective_checks import on_rank_0, require_space, verify_together
@@ -163,6 +164,7 @@ def _complete(
     checkpoint_folder.commit(folder, options.keep_last, options.save_retain_interval)
 
 
+@activity.doing("load")
 def load_checkpoint(
     path: Path,
     model: Sequence[torch.nn.Module],

@@ -308,7 +308,7 @@ PREFIXES: dict[str, str] = {
     "mamba": "state-space layers are not supported",
     "retriever": "retrieval is not supported",
     "rl": "reinforcement learning is not supported",
-    "straggler": "straggler detection is not supported",
+    "straggler": "only --log-straggler is supported; see --log-straggler-interval",
     "vision": "vision models are not supported",
 }
 """First word of Megatron-LM's flags of an unsupported subject -> advice."""

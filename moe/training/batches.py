@@ -7,12 +7,14 @@ number of consumed samples. Shape suffixes: B samples of a micro-batch, S full s
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from multiprocessing import resource_tracker
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from moetron.common.errors import RunError
 from moetron.common.parent_death import HelperContext
 from moetron.common.stop_signal import held_back
 from moetron.moe.checkpoint.position import Progress
@@ -25,6 +27,9 @@ Batch = dict[str, torch.Tensor]
 
 PER_SAMPLE = ("source", "objective", "prefix", "filtered")
 """Fields with one value per sample."""
+
+_Arrays = dict[str, np.ndarray]
+"""A batch in NumPy."""
 
 _CPU = torch.device("cpu")
 
@@ -80,7 +85,7 @@ def micro_batches(
 
 def _loaded(samples: "_Samples", numbers: Iterable[list[int]], num_workers: int) -> Iterator[Batch]:
     if num_workers == 0:
-        return map(samples.__getitem__, numbers)
+        return map(_tensors, map(samples.__getitem__, numbers))
     loader = DataLoader(
         samples,
         batch_size=None,
@@ -88,11 +93,39 @@ def _loaded(samples: "_Samples", numbers: Iterable[list[int]], num_workers: int)
         num_workers=num_workers,
         multiprocessing_context=HelperContext(),  # a fork of a process with threads can hang
         generator=torch.Generator(),  # the loader would draw a seed from the global one
+        collate_fn=_as_it_is,
     )
     with held_back():
         resource_tracker.ensure_running()  # when it starts its process it lets signals through
     with held_back():
-        return iter(loader)
+        return map(_tensors, iter(loader))
+
+
+def _as_it_is(arrays: _Arrays) -> _Arrays:
+    """Keep NumPy's arrays: they come through a pipe; tensors use /dev/shm, which may be full."""
+    return arrays
+
+
+def _tensors(arrays: _Arrays) -> Batch:
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+LOST_WORKER = "DataLoader worker"
+"""In torch's errors about a worker that ended."""
+
+
+@contextmanager
+def lost_workers() -> Iterator[None]:
+    """Name a loader worker that ended; torch raises wherever the main thread is at that moment."""
+    try:
+        yield
+    except RuntimeError as error:
+        if LOST_WORKER not in str(error):
+            raise
+        raise RunError(
+            f"a process that loads samples ended ({' '.join(str(error).split())}) by hand, or for "
+            "lack of memory: resume, with fewer --num-workers if it comes back"
+        ) from None
 
 
 def sent_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
@@ -149,7 +182,7 @@ def fields_of(buffer: torch.Tensor, batch: Batch) -> Batch:
     return fields
 
 
-class _Samples(Dataset[Batch]):
+class _Samples(Dataset[_Arrays]):
     """A stream addressed by the sample numbers of one micro-batch."""
 
     def __init__(self, stream: SampleStream, seq_length: int) -> None:
@@ -161,12 +194,12 @@ class _Samples(Dataset[Batch]):
             **dict.fromkeys(PER_SAMPLE, 0),
         }
 
-    def __getitem__(self, numbers: Sequence[int]) -> Batch:
+    def __getitem__(self, numbers: Sequence[int]) -> _Arrays:
         rows = [self._padding if n == PADDING else self._stream[n] for n in numbers]
         batch = {
-            name: torch.from_numpy(np.stack([np.asarray(row[name]) for row in rows]))
+            name: np.stack([np.asarray(row[name]) for row in rows])
             for name in ("tokens", "labels", "loss_mask")
         }
         for name in PER_SAMPLE:
-            batch[name] = torch.tensor([int(row[name]) for row in rows])
+            batch[name] = np.array([int(row[name]) for row in rows])
         return batch

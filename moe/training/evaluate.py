@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 
+from moetron.common.watch import activity
 from moetron.moe.config.schema.pipeline_split import virtual_pipeline_size
 from moetron.moe.training.batches import Batch, micro_batch_numbers, micro_batches
 from moetron.moe.training.loss_tally import Losses, Tally
@@ -15,6 +16,7 @@ from moetron.moe.training.step import run_schedule
 from moetron.moe.training.trainer import Trainer
 
 
+@activity.doing("evaluation")
 def evaluate(trainer: Trainer, stream: SampleStream) -> Losses:
     """Return the losses of --eval-iters global batches of ``stream``, or of all its samples.
 

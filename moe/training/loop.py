@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from moetron.moe.checkpoint.background_save import Saver
+from moetron.common.watch import activity
+from moetron.moe.checkpoint.background_save import Saver, report
 from moetron.moe.checkpoint.position import Progress
 from moetron.moe.config.schema.derived import global_batch_size_at, stage_at
 from moetron.moe.health.events import Event, ReplicasDifferError
@@ -18,8 +19,9 @@ from moetron.moe.host.layer_graphs import LayerGraphs
 from moetron.moe.monitoring.peak_flops import Peak
 from moetron.moe.monitoring.profiling import Profiler
 from moetron.moe.monitoring.sinks import Row, Sink
+from moetron.moe.monitoring.stragglers import Stragglers
 from moetron.moe.plan.flops import flops_per_token
-from moetron.moe.training.batches import micro_batches, training_numbers
+from moetron.moe.training.batches import lost_workers, micro_batches, training_numbers
 from moetron.moe.training.evaluate import bits_per_byte, evaluate
 from moetron.moe.training.loss_tally import Losses, Tally
 from moetron.moe.training.model_chunks import needs_samples, parameters_gathered
@@ -68,6 +70,7 @@ class Loop:
         self._graphs = LayerGraphs(
             trainer.settings, trainer.config, trainer.chunks, trainer.optimizer
         )
+        self._stragglers = Stragglers(trainer.settings, runtime.device)
         self._garbage = GarbageCollector(profiling.manual_gc, profiling.manual_gc_interval)
         self.health = HealthMonitor(trainer.settings, trainer.chunks, trainer.config)
 
@@ -77,13 +80,15 @@ class Loop:
         Returns whether the run was stopped before its end. The sinks are always closed.
         """
         try:
-            stopped = self._train(stop_requested)
+            with lost_workers():
+                stopped = self._train(stop_requested)
             ended = self.progress.step == self.trainer.settings.training.train_iters
             if ended:
                 self._evaluate()
             self._save(self._saver.save_at_end)
         finally:
             self._profiler.close()
+            self._stragglers.close()
             self._garbage.close()
             self._saver.close()
             for sink in self.sinks:
@@ -135,11 +140,13 @@ class Loop:
         first = self.progress.consumed_samples
         self.health.begin(Place(self.progress.step + 1, first, first + samples))
         self._graphs.before_step(count)
+        activity.begin(activity.STEP, self.progress.step + 1)
         start_s = time.perf_counter()
         metrics = train_step(
             self.trainer, batches, count, learning_rate, stop_requested, self._tally, self.health
         )
         step_time_s = time.perf_counter() - start_s
+        slow_ranks = self._stragglers.after_step(step_time_s)
         self.progress = self.progress.after(samples, settings.model.seq_length)
         verdict = self.health.verdict
         if verdict.action == "rollback":
@@ -154,6 +161,8 @@ class Loop:
             if self.progress.step % settings.logging.expert_load_interval == 0:
                 for sink in self.sinks:
                     sink.expert_load(self.progress.step, metrics.loads)
+            if slow_ranks is not None:
+                report(self.progress, slow_ranks)
         return metrics.stop
 
     def _row(

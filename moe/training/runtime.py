@@ -12,6 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from moetron.common.errors import UserError
 from moetron.common.threads import use_threads
+from moetron.common.watch import activity
 from moetron.moe.checkpoint.random_states import seed_generators
 from moetron.moe.config.schema.pipeline_split import virtual_pipeline_size
 from moetron.moe.config.schema.settings import Settings
@@ -19,6 +20,7 @@ from moetron.moe.host.adapt import adapt_host
 from moetron.moe.host.allocator import keep_freed_memory
 from moetron.moe.host.determinism import deterministic
 from moetron.moe.host.device import backend_for, prepare_device
+from moetron.moe.monitoring.watchdog import Watchdog, record_collectives
 
 
 @dataclass(frozen=True)
@@ -62,14 +64,17 @@ def running(settings: Settings) -> Iterator[Runtime]:
         UserError: the requested device or layers cannot be used; the port of the rendezvous is
             taken.
     """
-    with deterministic(settings.training.deterministic_mode):
+    activity.begin(activity.START, 0)
+    with deterministic(settings.training.deterministic_mode), watched(settings) as watchdog:
         device = prepare_device(settings)
         if device.type == "cuda":
             torch.cuda.set_device(device)
+            record_collectives()
         else:
             keep_freed_memory()
         use_threads(settings.parallel.cpu_threads)
         _join(settings, backend_for(device))
+        watchdog.attach(torch.distributed.distributed_c10d._get_default_store())
         try:
             yield divide(settings, device)
         except BaseException:
@@ -77,7 +82,20 @@ def running(settings: Settings) -> Iterator[Runtime]:
             if torch.distributed.get_world_size() == 1:
                 _leave()
             raise
+        activity.begin(activity.END, activity.current().step)
+        watchdog.close()
         _leave()
+
+
+@contextmanager
+def watched(settings: Settings) -> Iterator[Watchdog]:
+    """Watch over this rank's main thread."""
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    watchdog = Watchdog(settings, rank, world_size)
+    try:
+        yield watchdog
+    finally:
+        watchdog.close()
 
 
 def _leave() -> None:

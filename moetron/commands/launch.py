@@ -21,8 +21,9 @@ from types import FrameType
 
 from moetron.common.errors import UserError
 from moetron.common.parent_death import LAUNCHER
-from moetron.common.process import EXIT_STOPPED, EXIT_USER
+from moetron.common.process import EXIT_HUNG, EXIT_STOPPED, EXIT_USER
 from moetron.common.stop_signal import STOP_SIGNALS, EndAtOnce
+from moetron.moe.config.schema.paths import ToolParser
 
 POLL_S = 0.05
 GRACE_S = 2.0
@@ -116,7 +117,9 @@ def main() -> int:
         return 128 + ranks.signal
     for rank, code in enumerate(codes, arguments.node_rank * arguments.nproc_per_node):
         if code is not None and ranks.ends_all(code):
-            if code != EXIT_USER and ranks.signal is None:  # else the rank has said enough
+            if (
+                code not in (EXIT_USER, EXIT_HUNG) and ranks.signal is None
+            ):  # else the rank has said enough
                 print(f"launch: rank {rank} {_end_text(code)}", file=sys.stderr)
             return code if code > 0 else 128 - code
     if None in codes:
@@ -134,8 +137,6 @@ def _end_text(code: int) -> str:
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
-    from moetron.moe.config.schema.paths import ToolParser  # pydantic: a signal may come meanwhile
-
     parser = ToolParser(
         prog="launch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -30,6 +30,8 @@ EXIT_FAILED = 1
 EXIT_USER = 2
 EXIT_STOPPED = 75
 """Stopped by a signal after a save: EX_TEMPFAIL of sysexits.h, "try again later"."""
+EXIT_HUNG = 76
+"""Ended by the watchdog: a rank hangs, or is stopped, or its host is down."""
 YIELD_S = 3.0
 """Wait of a rank that is not the cause before it prints: torchrun ends it meanwhile."""
 _STDOUT = 1
@@ -73,7 +75,7 @@ def run_guarded(main: Callable[[], int]) -> int:
             first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
             time.sleep(YIELD_S if first_of_node else 2 * YIELD_S)
         code, text = EXIT_USER, str(error)
-        _report_to_torchrun(text)
+        report_to_torchrun(text)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             text = "stopped: the reader of standard output closed it"
@@ -84,7 +86,7 @@ def run_guarded(main: Callable[[], int]) -> int:
             if not _needs_no_traceback(error):
                 traceback.print_exc()
             text = f"rank {rank}: {_one_line(error)}"
-            _report_to_torchrun(text)
+            report_to_torchrun(text)
         code = EXIT_FAILED
     print(text, file=sys.stderr)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -101,7 +103,7 @@ def report_stop(save: str | None) -> int:
     text = f"stopped by a signal; {text}"
     if os.environ.get("RANK", "0") == "0":
         print(text, file=sys.stderr)
-    _report_to_torchrun(text)
+    report_to_torchrun(text)
     return EXIT_STOPPED if kept else EXIT_FAILED
 
 
@@ -130,7 +132,7 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _report_to_torchrun(text: str) -> None:
+def report_to_torchrun(text: str) -> None:
     """Write the cause to torchrun's error file; its closing table shows it."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path is None:

@@ -2,7 +2,8 @@
 
 The file holds host, process, its start, the job and the time of the claim; its time of modification
 is the heartbeat, which a thread renews. So a full disk cannot stop it, and clocks of hosts need not
-agree: ages are taken between two files of the same file system. docs/checkpoints.md has the format.
+agree: ages are taken between two files of the same file system. For monitors, a beat also writes
+what the run is doing, where the disk lets it. docs/checkpoints.md has the format.
 """
 
 import fcntl
@@ -14,7 +15,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
@@ -32,6 +33,7 @@ HEARTBEAT_S = 15.0
 STALE_S = 120.0
 """Age of the heartbeat of an owner on another host that counts as dead."""
 _POLL_S = 1.0
+News = Callable[[], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,8 @@ def this_process() -> Owner:
 class Ownership:
     """Claim of a run's folder by this process; `release` gives it back."""
 
-    def __init__(self, folder: Path, owner: Owner) -> None:
-        self._file, self._owner = folder / FILE, owner
+    def __init__(self, folder: Path, owner: Owner, news: News) -> None:
+        self._file, self._owner, self._news = folder / FILE, owner, news
         self._lost: str | None = None
         self._ended = threading.Event()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
@@ -88,7 +90,7 @@ class Ownership:
     def release(self) -> None:
         """Remove the file if it is still this process's."""
         self._ended.set()
-        with suppress(OSError):
+        with suppress(OSError), _locked(self._file.parent):
             if (found := _read(self._file)) is not None and found.token == self._owner.token:
                 self._file.unlink()
 
@@ -101,17 +103,30 @@ class Ownership:
                     return
                 if found is not None:
                     os.utime(self._file)
-                elif not self._ended.is_set():  # deleted by hand
-                    write_text(self._file, json.dumps(asdict(self._owner), indent=1) + "\n")
+                self._write()
             except OSError as error:  # the storage may come back
                 logger.warning("%s: no heartbeat: %s", self._file, error)
 
+    def _write(self) -> None:
+        """Write owner and news, unless another process claims the folder at this moment."""
+        with _locked(self._file.parent):
+            found = _read(self._file)
+            mine = found is None or found.token == self._owner.token  # None: deleted by hand
+            if mine and not self._ended.is_set():
+                write_text(self._file, _text(self._owner, self._news()))
 
-def claim(folder: Path) -> Ownership:
+
+def _text(owner: Owner, news: dict[str, Any]) -> str:
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return json.dumps({**asdict(owner), **news, "at": now}, indent=1) + "\n"
+
+
+def claim(folder: Path, news: News = dict) -> Ownership:
     """Make this process the owner of an existing run folder.
 
     A dead owner is taken over, with a logged line. A live one with the same job id is an earlier
-    life of this job, which was requeued: this waits for its end for up to ``STALE_S``.
+    life of this job, which was requeued: this waits for its end for up to ``STALE_S``. ``news``
+    returns what each heartbeat adds to the file.
 
     Raises:
         UserError: the folder has a live owner; names it.
@@ -123,8 +138,8 @@ def claim(folder: Path) -> Ownership:
             _refuse_live(folder, found)
             logger.warning("%s: taken over from %s, which ended", folder / FILE, found.text())
         owner = this_process()
-        write_text(folder / FILE, json.dumps(asdict(owner), indent=1) + "\n")
-    return Ownership(folder, owner)
+        write_text(folder / FILE, _text(owner, news()))
+    return Ownership(folder, owner, news)
 
 
 def refuse_owned(folder: Path) -> None:

@@ -64,10 +64,12 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen[bytes], 
         time.sleep(0.05)
 
 
-def end_of(process: subprocess.Popen[bytes], log: Path) -> tuple[int, list[str]]:
+def end_of(
+    process: subprocess.Popen[bytes], log: Path, limit_s: float = LIMIT_S
+) -> tuple[int, list[str]]:
     """Wait for the end; return exit code and last lines; fail if a rank survives."""
     ranks = psutil.Process(process.pid).children()
-    code = process.wait(LIMIT_S)
+    code = process.wait(limit_s)
     gone, alive = psutil.wait_procs(ranks, timeout=5)
     assert not alive, gone
     return code, log.read_text().splitlines()[-30:]

@@ -44,12 +44,25 @@ def test_a_claim_names_this_process_and_is_released(tmp_path: Path) -> None:
     tree = json.loads((tmp_path / FILE).read_text())
     assert tree["pid"] == os.getpid()
     assert set(tree) == {
-        *("host", "pid", "pid_namespace", "process_start", "job_id", "claimed_at", "token")
+        *("host", "pid", "pid_namespace", "process_start", "job_id", "claimed_at", "token", "at")
     }
     ownership.require()
     ownership.release()
     assert list(tmp_path.iterdir()) == []
     refuse_owned(tmp_path)
+
+
+def test_heartbeats_write_news(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_owner, "HEARTBEAT_S", 0.02)
+    steps = iter(range(10**9))
+    ownership = claim(tmp_path, lambda: {"step": next(steps)})
+    deadline = time.monotonic() + 20
+    while json.loads((tmp_path / FILE).read_text())["step"] < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    ownership.release()
+    time.sleep(0.1)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_live_process_of_this_host_is_refused_and_named(tmp_path: Path, sleeper: int) -> None:

@@ -16,7 +16,7 @@ MODULE_LINES, TOOL_LINES, ENTRY_LINES, ROOM_FILES = 400, 120, 150, 15
 
 FLOORS = (
     {"moetron/common", "moe/kernels"},
-    {"tokenizers", "data/shards", "data/addressing"},
+    {"moetron/common/watch", "tokenizers", "data/shards", "data/addressing"},
     {"data/readers", "data/objectives"},
     {"data/encoding", "data/corpora", "data/stream"},
     {"data/prepare", "data/inspect"},
@@ -42,6 +42,8 @@ MAY_IMPORT = {
     "moe": {"moe", "moetron"},
 }
 """Of the trees: `moe` sees samples through a protocol, never through `data`."""
+OWN = ("moetron.common", "moetron.common.watch", "moetron.commands")
+"""Packages without a folder of their own at the top."""
 SETTINGS = ("moe.config.schema", "moe.config.rules")
 """Settings and the rules about them are named alike."""
 
@@ -167,7 +169,10 @@ def test_setup_lists_every_package(monkeypatch: pytest.MonkeyPatch) -> None:
     exec(program, {"__file__": setup_file})
     folders = {path.parent.relative_to(ROOT).as_posix() for path in modules(*FOLDERS)}
     expected = {f"moetron.{folder.replace('/', '.')}": folder for folder in folders}
-    own = {name: name.replace(".", "/") for name in ("moetron.common", "moetron.commands")}
+    own = {
+        name: name.replace(".", "/")
+        for name in ("moetron.common", "moetron.common.watch", "moetron.commands")
+    }
     assert listed == {"moetron": "moetron", **own, "moetron.recipes": "examples", **expected}
     without_init = {folder for folder in folders if not (ROOT / folder / "__init__.py").is_file()}
     assert without_init == {"tokenizers"}

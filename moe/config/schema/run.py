@@ -256,3 +256,25 @@ class ProfilingSettings(Group):
     whenever many objects were made."""
     manual_gc_interval: NonNegativeInt = 0
     """Steps between collections with --manual-gc; 0: none."""
+
+
+class WatchSettings(Group):
+    """Hanging and slow ranks."""
+
+    default_role = Role.RUN
+
+    watchdog_seconds: NonNegativeFloat = 60.0
+    """Seconds that a step may last beyond the longest recent one; then the ranks that hold up the
+    job are named. 0: no watchdog."""
+    watchdog_startup_seconds: PositiveFloat = 1800.0
+    """Seconds that the watchdog allows for building, loading and the first step."""
+    watchdog_save_seconds: PositiveFloat = 1800.0
+    """Seconds that the watchdog allows for a save, a load or an evaluation."""
+    watchdog_action: Literal["stop", "warn"] = "stop"
+    """End the job when something hangs (exit code 76), or warn and wait on."""
+    log_straggler: bool = False
+    """Measure how long each rank computes, without its waits for others, and name a slow one."""
+    log_straggler_interval: PositiveInt = 100
+    """Steps between reports of --log-straggler."""
+    log_straggler_ratio: float = Field(default=1.3, gt=1)
+    """Ratio to the median rank's time above which --log-straggler names a rank."""

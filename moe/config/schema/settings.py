@@ -22,6 +22,7 @@ from moetron.moe.config.schema.run import (
     ProfilingSettings,
     TrainingSettings,
     ValidationSettings,
+    WatchSettings,
 )
 
 
@@ -43,6 +44,7 @@ class Settings(Group):
     health: HealthSettings = HealthSettings()
     logging: LoggingSettings = LoggingSettings()
     profiling: ProfilingSettings = ProfilingSettings()
+    watch: WatchSettings = WatchSettings()
 
 
 def fields() -> Iterator[tuple[str, str, FieldInfo]]:

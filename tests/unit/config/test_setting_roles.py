@@ -123,7 +123,7 @@ def test_settings_that_a_converted_model_shows() -> None:
 
 
 def test_settings_that_change_without_a_report() -> None:
-    groups = ("checkpoint", "logging", "profiling", "validation")
+    groups = ("checkpoint", "logging", "profiling", "validation", "watch")
     of_run = {(group, name) for group, name, _ in fields() if group in groups}
     found = {key for key, role in ROLES.items() if role is Role.RUN}
     assert found == of_run | {("data", "tokenizer_model")}

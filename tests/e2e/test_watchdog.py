@@ -1,0 +1,134 @@
+"""Ranks that are stopped or hang: the watchdog names them and ends the job, or waits on."""
+
+import signal
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.e2e.test_kill import LAUNCHER, TORCHRUN, end_of, job, training, wait_for
+
+BOUNDS = (
+    "--watchdog-seconds",
+    "4",
+    "--watchdog-startup-seconds",
+    "90",
+    "--save-interval",
+    "100000",
+)
+FOUND_S = 30.0
+"""Bound, longest step, comparison of signs and end of the ranks, on busy cores."""
+
+
+def stopped(folder: Path, launcher: list[str], victim: int, *more: str) -> tuple[int, str, float]:
+    """Stop a rank after some steps; return exit code, output and seconds until the job ended."""
+    log, run_folder = folder / "log", folder / "run"
+    with job(training(run_folder, launcher, *BOUNDS, *more), log) as process:
+        wait_for(lambda: "step 4/" in log.read_text(), process, log)
+        ranks = psutil.Process(process.pid).children()
+        time.sleep(1.5)  # for a sign of life
+        ranks[victim].send_signal(signal.SIGSTOP)
+        since = time.monotonic()
+        code, _ = end_of(process, log, 90)  # torchrun gives ranks 30 s to end
+        return code, log.read_text(), time.monotonic() - since
+
+
+def test_a_stopped_rank_0_is_named_and_the_job_ends(tmp_path: Path) -> None:
+    code, output, seconds = stopped(tmp_path, LAUNCHER, 0)
+    assert code == 76 and seconds < FOUND_S, output
+    last = output.splitlines()[-1]
+    assert last.startswith("watchdog: rank 0, which holds the job's store, gave no sign of life")
+    assert "in step " in last and "rank 1 waits in all_" in last and " below moe/" in last
+    assert list(tmp_path.glob("run/hang/step_*/stacks_rank_1.txt"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launcher", "code", "victim"), [(LAUNCHER, 76, 1), (TORCHRUN, 1, 0)])
+def test_a_stopped_rank_is_named(
+    tmp_path: Path, launcher: list[str], code: int, victim: int
+) -> None:
+    found, output, _ = stopped(tmp_path, launcher, victim)
+    assert found == code
+    cause = [line for line in output.splitlines() if line.startswith("watchdog: rank")][-1]
+    assert f"rank {victim} gave no sign of life in step" in cause
+    assert "the others wait in all_" in cause
+    assert f"  rank {victim}: no sign of life; last in step" in output
+
+
+def test_a_rank_that_goes_on_is_waited_for(tmp_path: Path) -> None:
+    log, run_folder = tmp_path / "log", tmp_path / "run"
+    more = ("--watchdog-action", "warn", "--train-iters", "100000")
+    with job(training(run_folder, LAUNCHER, *BOUNDS, *more), log) as process:
+        wait_for(lambda: "step 4/" in log.read_text(), process, log)
+        victim = psutil.Process(process.pid).children()[1]
+        victim.suspend()
+        wait_for(lambda: "; waiting on" in log.read_text(), process, log)
+        victim.resume()
+        wait_for(lambda: "goes on in step" in log.read_text(), process, log)
+        process.send_signal(signal.SIGTERM)
+        code, lines = end_of(process, log)
+    assert code == 75, lines
+    assert "rank 1 gave no sign of life" in log.read_text()
+
+
+HANGING = """
+    import os, sys, time
+    sys.path.insert(0, {root!r})
+    import pretrain_moe
+    from moetron.common.process import run_guarded
+
+    def main():
+        from moetron.moe.training import loop
+        whole = loop.Loop.batches
+        def batches(self):
+            for read in whole(self):
+                yield slow(read)
+        def slow(read):
+            for number, batch in enumerate(read):
+                if os.environ["RANK"] == "1" and number == 12:
+                    time.sleep(1000)
+                yield batch
+        loop.Loop.batches = lambda self: list(batches(self))
+        return pretrain_moe.main()
+
+    if __name__ == "__main__":
+        sys.exit(run_guarded(main))
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_named_with_its_line(tmp_path: Path) -> None:
+    root, log, script = Path(__file__).resolve().parents[2], tmp_path / "log", tmp_path / "hang.py"
+    script.write_text(textwrap.dedent(HANGING.format(root=str(root))))
+    command = training(tmp_path / "run", LAUNCHER, *BOUNDS)
+    command[len(LAUNCHER)] = str(script)
+    with job(command, log) as process:
+        code, lines = end_of(process, log, 120)
+    assert code == 76, lines
+    assert lines[-1].startswith("watchdog: rank 1 hangs in step 7, is at "), lines
+    assert "hang.py" in lines[-1] and "the others wait in all_" in lines[-1]
+    assert len(list((tmp_path / "run" / "hang" / "step_7").iterdir())) == 2
+
+
+def test_nobody_is_blamed_for_a_job_that_was_suspended(tmp_path: Path) -> None:
+    """Time in which this process does not run does not count: as after Ctrl-Z and fg."""
+    program = """
+    import os, signal, threading, time
+    from moetron.common.watch import activity
+    from moetron.moe.monitoring import watchdog
+    from tests.parallel.support.checkpoint_runs import settings
+    chosen = settings("dp", watch={"watchdog_seconds": 4})
+    activity.begin("step", 1); activity.begin("step", 2)
+    dog = watchdog.Watchdog(chosen, 0, 1)
+    if not os.fork():
+        os.kill(os.getppid(), signal.SIGSTOP); time.sleep(9); os.kill(os.getppid(), signal.SIGCONT)
+        os._exit(0)
+    time.sleep(0.5); activity.begin("step", 3); time.sleep(0.5)
+    dog.close()
+    """
+    done = psutil.Popen([sys.executable, "-c", textwrap.dedent(program)], stderr=-1, text=True)
+    _, errors = done.communicate(timeout=60)
+    assert done.returncode == 0 and "watchdog" not in errors, errors
