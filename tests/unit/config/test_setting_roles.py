@@ -93,10 +93,11 @@ CARRIED_MODEL = names(
 )
 CARRIED_PERFORMANCE = names(
     """cross_entropy_loss_fusion cross_entropy_fusion_impl moe_permute_fusion moe_router_fusion
-    moe_router_padding_for_quantization"""
+    moe_router_padding_for_quantization cuda_graph_impl cuda_graph_warmup_steps"""
 )
 REPLACED_PERFORMANCE = names(
-    "bias_dropout_fusion masked_softmax_fusion gradient_accumulation_fusion"
+    """bias_dropout_fusion masked_softmax_fusion gradient_accumulation_fusion
+    cuda_graph_scope"""
 )
 CARRIED_PARALLEL = names(
     """tensor_model_parallel_size pipeline_model_parallel_size pipeline_model_parallel_layout
