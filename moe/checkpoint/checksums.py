@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from moetron.common.files import sha256_of, write_text
+from moetron.common.files import read_regular, sha256_of, write_text
 
 SUMS = "SHA256SUMS"
 THREADS = 2
@@ -31,7 +31,7 @@ def read_sums(folder: Path) -> dict[str, str]:
         ValueError: the list is missing or malformed.
     """
     try:
-        *lines, end = (folder / SUMS).read_bytes().decode("ascii").split("\n")
+        *lines, end = read_regular(folder / SUMS).decode("ascii").split("\n")
     except FileNotFoundError:
         raise ValueError(f"{SUMS} is missing") from None
     except (OSError, UnicodeDecodeError) as error:

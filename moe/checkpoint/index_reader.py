@@ -4,8 +4,9 @@ A checkpoint may hold only what Moetron writes: tensors, and the FP8 state of Tr
 layers. Every file that the index names must be in the checkpoint's own folder.
 """
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ def read_index(folder: Path) -> Any:
             an object where Moetron writes tensors, or points outside ``folder``.
     """
     path = folder / METADATA
+    if path.is_symlink() or not path.is_file():  # opening a FIFO would wait for ever
+        raise UserError(f"{path}: damaged: missing, a link or no regular file")
     try:
         with path.open("rb") as file:
             names = index_names()
@@ -46,7 +49,7 @@ class _Builder:
     def __init__(self, folder: Path, names: Names) -> None:
         self._folder = folder
         self._kinds = {key[1]: kind for key, kind in names.items() if isinstance(kind, type)}
-        self._files: dict[str, bool] = {}
+        self._sizes: dict[str, int | None] = {}
 
     def metadata(self, tree: Any) -> Any:
         """Build the index without the writer's plan, which nothing reads."""
@@ -58,11 +61,23 @@ class _Builder:
         found = {}
         for name, entry in entries.items():
             found[_require(name, str, "the name of a tensor")] = self._entry(name, entry)
-        places = (self._place(key, value) for key, value in storage.items())
-        return Metadata(
-            state_dict_metadata=found,
-            storage_data={place: info for place, info in places if place.fqn in found},
-        )
+        places = dict(self._place(key, value) for key, value in storage.items())
+        self._refuse_overlaps(places.values())
+        kept = {place: info for place, info in places.items() if place.fqn in found}
+        for name, entry in found.items():
+            _refuse_size(name, entry, kept)
+        return Metadata(state_dict_metadata=found, storage_data=kept)
+
+    def _refuse_overlaps(self, infos: Iterable[Any]) -> None:
+        """Refuse parts beyond the end of their file, and bytes that belong to two parts."""
+        ends: dict[str, int] = {}
+        for info in sorted(infos, key=lambda info: (info.relative_path, info.offset, info.length)):
+            name, end = info.relative_path, info.offset + info.length
+            if info.length and info.offset < ends.get(name, 0):
+                raise _Malformed(f"two parts share bytes of {name}")
+            if end > (self._sizes[name] or 0):
+                raise _Malformed(f"a part is beyond the end of {name}")
+            ends[name] = max(end, ends.get(name, 0))
 
     def _entry(self, name: str, entry: Any) -> Any:
         import torch
@@ -129,12 +144,13 @@ class _Builder:
     def _file(self, name: Any) -> str:
         """Check the name of a file directly in the folder and return it."""
         name = _require(name, str, "the name of a file")
-        if name not in self._files:
+        if name not in self._sizes:
             path = self._folder / name
             plain = _FILE_NAME.fullmatch(name) is not None
-            self._files[name] = plain and path.is_file() and not path.is_symlink()
-        if not self._files[name]:
-            raise _Malformed(f"it names {name!r}, which is no file of the checkpoint")
+            ours = plain and path.is_file() and not path.is_symlink()
+            self._sizes[name] = path.stat().st_size if ours else None
+        if self._sizes[name] is None:
+            raise _Malformed(f"it names {name[:80]!r}, which is no file of the checkpoint")
         return str(name)
 
     def _size(self, value: Any) -> Sequence[int]:
@@ -151,6 +167,24 @@ class _Builder:
         return _require(record.state, dict, kind)
 
 
+def _refuse_size(name: str, entry: Any, places: Mapping[Any, Any]) -> None:
+    """Refuse a tensor that is larger than its parts, or a part larger than its bytes on disk.
+
+    So nothing allocates more than the files hold.
+    """
+    from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+
+    if not isinstance(entry, TensorStorageMetadata):
+        return
+    for chunk in entry.chunks:
+        info = places.get(MetadataIndex(name, chunk.offsets))
+        needed = math.prod(chunk.sizes) * entry.properties.dtype.itemsize
+        if needed > (0 if info is None else info.length):
+            raise _Malformed(f"a part of {name} has {needed} bytes, more than are stored")
+    if math.prod(entry.size) > sum(math.prod(chunk.sizes) for chunk in entry.chunks):
+        raise _Malformed(f"{name} is larger than its parts")
+
+
 def _require(value: Any, kind: type, what: str) -> Any:
     if type(value) is not kind:
         raise _Malformed(f"{what} is {type(value).__name__}, not {kind.__name__}")
@@ -158,6 +192,8 @@ def _require(value: Any, kind: type, what: str) -> Any:
 
 
 def _natural(value: Any, what: str) -> int:
-    if type(value) is not int or not 0 <= value < 1 << 63:
-        raise _Malformed(f"{what}: {value!r} is no size or place")
+    if type(value) is not int:  # not shown: nested tuples of one tuple never end
+        raise _Malformed(f"{what} is {type(value).__name__}, not int")
+    if not 0 <= value < 1 << 63:
+        raise _Malformed(f"{what} is out of range")
     return value

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from moetron.common.errors import UserError
-from moetron.common.files import rename, sync_folder, write_text
+from moetron.common.files import read_regular, rename, sync_folder, write_text
 from moetron.common.json_files import parse_object
 from moetron.moe.checkpoint.checksums import SUMS, changed, read_sums, write_sums
 from moetron.moe.checkpoint.index_reader import METADATA, read_index
@@ -129,7 +129,7 @@ def saved_steps(run_folder: Path) -> list[int]:
 def latest_step(run_folder: Path) -> int | None:
     """Return the step that ``latest`` names; without that file, the last complete checkpoint's."""
     try:
-        name = (run_folder / LATEST).read_text(encoding="utf-8").strip()
+        name = read_regular(run_folder / LATEST).decode().strip()
     except FileNotFoundError:
         return max(saved_steps(run_folder), default=None)
     except (OSError, UnicodeDecodeError) as error:

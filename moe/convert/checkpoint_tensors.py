@@ -84,17 +84,18 @@ def write_tensors(
     Args:
         folder: an existing folder.
         shapes: name -> meta tensor of the global shape.
-        produce: returns the values; called once per name, in any order.
+        produce: returns the values; called once per name, in any order. Its UserError is raised.
     """
     # torch keeps all tensors of a file in memory until the file is complete: one file per tensor.
     writer = dcp.FileSystemWriter(
         folder, single_file_per_rank=False, thread_count=1, sync_files=True
     )
-    dcp.save(
-        dict(shapes),
-        storage_writer=writer,
-        planner=_LazyPlanner(produce),
-        no_dist=True,
-    )
+    try:
+        dcp.save(dict(shapes), storage_writer=writer, planner=_LazyPlanner(produce), no_dist=True)
+    except CheckpointException as error:
+        for failure, _ in error.failures.values():
+            if isinstance(failure, UserError):  # of ``produce``
+                raise failure from error
+        raise
     torch.save({}, folder / COMMON_STATE_FNAME)
     save_config(CheckpointingConfig("torch_dist"), str(folder))

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from moetron.common.errors import RunError, UserError
-from moetron.common.files import write_text
+from moetron.common.files import read_regular, write_text
 from moetron.common.parent_death import exists
 
 logger = logging.getLogger(__name__)
@@ -200,7 +200,7 @@ def _age_s(folder: Path) -> float:
 def _read(file: Path) -> Owner | None:
     """Return the owner that a file names; None: no file, or not one of ours."""
     try:
-        tree: Any = json.loads(file.read_text(encoding="utf-8"))
+        tree: Any = json.loads(read_regular(file))
         owner = Owner(**{field.name: tree[field.name] for field in fields(Owner)})
     except FileNotFoundError:
         return None

@@ -153,10 +153,12 @@ SLOW = (GENERATE, RESUME, FINETUNE, ANALYZE)
 """Commands that build a model, for checkpoints: only with ``--thorough``."""
 
 
-def reseal(step: Path) -> None:
-    """Write sizes and sums of a step folder again, as an attacker does."""
+def reseal(step: Path, sizes: bool = True) -> None:
+    """Write sizes, unless told not to, and sums of a step folder again, as an attacker does."""
     record = step / "run.json"
     try:
+        if not sizes:
+            raise ValueError
         tree = json.loads(record.read_text(encoding="utf-8"))
         tree["files"] = {
             path.name: path.stat().st_size
