@@ -28,7 +28,7 @@ CLOSE_S = 120.0
 RETRY_S = 10.0
 """Pause before the next attempt to save at the end of a run."""
 FAILURES = (OSError, RunError, UserError)
-"""Errors of storage, the same on all ranks: the run goes on without this checkpoint."""
+"""Errors of storage, the same on all ranks: the run continues without this checkpoint."""
 
 
 class Saver:
@@ -168,7 +168,7 @@ class Saver:
             assert step is not None
             logger.error(
                 "THE CHECKPOINT OF STEP %d WAS NOT SAVED (failure %d in a row, --max-failed-saves "
-                "%d): %s; training goes on and tries again at the next save",
+                "%d): %s; training continues and tries again at the next save",
                 *(step.step, self._failed, limit, error),
             )
 
