@@ -91,7 +91,7 @@ class Watchdog:
                 self._store.set(f"{_KEY}/{self._rank}", json.dumps(asdict(mine)))
 
     def _judge(self) -> None:
-        """Measure by the time that this process could run: who suspends a whole job may go on."""
+        """Measure by the time that this process could run: a whole suspended job may continue."""
         seen, before_s = activity.current(), time.monotonic()
         while not self._ended.wait(BEAT_S):
             now_s, current = time.monotonic(), activity.current()
@@ -99,7 +99,7 @@ class Watchdog:
             before_s = now_s
             if current.number != seen.number:
                 if self._warnings:
-                    _say(f"watchdog: rank {self._rank} goes on in {_text(current)}")
+                    _say(f"watchdog: rank {self._rank} continues in {_text(current)}")
                 seen, self._elapsed_s, self._warnings = current, 0.0, 0
             # Warnings come at once, two, four ... times the bound.
             elif self._elapsed_s > self.bound_s(seen) * 2**self._warnings:

@@ -12,7 +12,7 @@ def sinkhorn(logits_TE: torch.Tensor) -> torch.Tensor:
     Equal to ``sinkhorn`` of megatron-core (transformer/moe/moe_utils.py) where that needs at most
     `SINKHORN_ROUNDS` rounds to change column factors by less than `SINKHORN_TOLERANCE` in the mean:
     logits of a standard deviation of 1 need about 5. Beyond, megatron-core's may run for 100,000.
-    The host asks for no result: a converged iteration goes on without effect.
+    The host asks for no result: a converged iteration continues without effect.
     """
     cost_TE = logits_TE.exp()
     tokens, experts = cost_TE.shape

@@ -89,7 +89,7 @@ class Ranks:
         return codes
 
     def ends_all(self, code: int) -> bool:
-        """Return whether the others have nobody to go on with after a rank ended with ``code``."""
+        """Return whether the others cannot continue after a rank ended with ``code``."""
         return code not in (0, EXIT_STOPPED)
 
     def was_early(self, code: int | None) -> bool:

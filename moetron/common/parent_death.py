@@ -2,7 +2,7 @@
 
 A launcher that is killed with SIGKILL cannot end its ranks, which would keep memory, GPUs and the
 port. Only processes that a launcher of ours or torchrun started are bound to it: a run that a shell
-started goes on when the shell ends.
+started continues when the shell ends.
 """
 
 import atexit

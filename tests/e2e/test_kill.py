@@ -119,7 +119,7 @@ def test_sigusr1_saves_and_ends_and_a_second_run_waits_outside(tmp_path: Path) -
 
 @pytest.mark.parametrize("launcher", [TORCHRUN, LAUNCHER], ids=["torchrun", "launch"])
 def test_nothing_outlives_a_killed_launcher(tmp_path: Path, launcher: list[str]) -> None:
-    """Ranks, loader workers and their helpers end within 10 s; the run goes on afterwards."""
+    """Ranks, loader workers and their helpers end within 10 s; the run continues afterwards."""
     log, run_folder = tmp_path / "log", tmp_path / "run"
     with job(training(run_folder, launcher, "--num-workers", "1"), log) as process:
         wait_for((run_folder / "latest").exists, process, log)

@@ -67,7 +67,7 @@ def test_a_rank_that_goes_on_is_waited_for(tmp_path: Path) -> None:
         victim.suspend()
         wait_for(lambda: "; waiting on" in log.read_text(), process, log)
         victim.resume()
-        wait_for(lambda: "goes on in step" in log.read_text(), process, log)
+        wait_for(lambda: "continues in step" in log.read_text(), process, log)
         process.send_signal(signal.SIGTERM)
         code, lines = end_of(process, log)
     assert code == 75, lines

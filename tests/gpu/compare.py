@@ -206,7 +206,7 @@ def _noted(outcome: Outcome, path: Path | None) -> Outcome:
 
 
 def _restart_if_lost(arguments: argparse.Namespace) -> None:
-    """After a fault that CUDA does not recover from, go on in a new process."""
+    """After a fault that CUDA does not recover from, continue in a new process."""
     if cuda_fault() is not None:
         return
     try:

@@ -141,8 +141,8 @@ class CheckpointSettings(Group):
     """Also keep checkpoints of steps divisible by this; without --keep-last, only the last one is
     kept besides them."""
     max_failed_saves: PositiveInt = 3
-    """Failed saves in a row (disk full, storage down) after which the run ends; before, it continues
-    and tries again at the next save."""
+    """Failed saves in a row (disk full, storage down) after which the run ends; before, it
+    continues and tries again at the next save."""
     async_save: bool = False
     """Continue training while checkpoints are written from a copy in host memory (this rank's
     shard)."""

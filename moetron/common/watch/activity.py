@@ -51,7 +51,7 @@ def begin(name: str, step: int) -> None:
 
 @contextmanager
 def doing(name: str) -> Iterator[None]:
-    """Record a part for the block or the decorated function; then what was before goes on.
+    """Record a part for the block or the decorated function; then restore the part before.
 
     A part of a part counts as the outer one; threads other than the main one record nothing.
     """

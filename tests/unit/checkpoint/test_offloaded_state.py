@@ -152,7 +152,7 @@ def test_a_resumed_run_is_equal(monkeypatch: pytest.MonkeyPatch, fraction: float
 
 
 def test_checkpoints_do_not_depend_on_offload(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run goes on with offload, and another without it."""
+    """A run continues with offload, and another without it."""
     with model_parallel():
         plain, offloaded = (_build(monkeypatch, each) for each in (None, 1.0))
         _steps(plain, [1, 2])
