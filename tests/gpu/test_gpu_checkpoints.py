@@ -92,7 +92,7 @@ def test_fp8_there_and_back(tmp_path: Path, from_cpu: Path, kind: str, other: st
 def test_a_background_save_holds_the_weights_of_its_step(
     tmp_path: Path, from_cpu: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Training continues while the file is written; afterwards it holds what a blocking save does."""
+    """Training continues during the write; then the file holds what a blocking save does."""
     _skip_without(kind)
     write = Contents.write
 
