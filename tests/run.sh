@@ -5,6 +5,7 @@
 #   bash tests/run.sh --slow            the minutes-long tests
 #   bash tests/run.sh --parallel-full   every parallel layout
 #   bash tests/run.sh --gpu             the suite for 1 to 8 GPUs
+#   bash tests/run.sh --chaos [...]     60 kills of runs that resume and must equal uninterrupted ones (--kills N, --seed N)
 #   bash tests/run.sh --only ARG...     pytest with these arguments
 #   bash tests/run.sh --newest [...]    any of these in an environment of its own, .venv-newest: not the locked versions
 #                                       but the newest inside setup.py's ranges (torch stays, see tools/setup_env.sh)
@@ -41,6 +42,7 @@ case "${1:-}" in
   --slow) part tests "$bin/pytest" tests -m "slow and not parallel_full and not gpu" ;;
   --parallel-full) part tests "$bin/pytest" tests/parallel -m "parallel_full and not gpu" -s ;;
   --gpu) part tests "$bin/pytest" tests/gpu -m gpu ;;
+  --chaos) shift; part chaos "$bin/python" -m tests.chaos.kills "$@" ;;
   --only) shift; part tests "$bin/pytest" "$@" ;;
   *) echo "tests/run.sh: unknown option '$1' (see the head of the file)" >&2; exit 2 ;;
 esac

@@ -1,6 +1,7 @@
 """Ranks that are stopped or hang: the watchdog names them and ends the job, or waits on."""
 
 import signal
+import subprocess
 import sys
 import textwrap
 import time
@@ -113,22 +114,27 @@ def test_a_rank_that_hangs_is_named_with_its_line(tmp_path: Path) -> None:
     assert len(list((tmp_path / "run" / "hang" / "step_7").iterdir())) == 2
 
 
-def test_nobody_is_blamed_for_a_job_that_was_suspended(tmp_path: Path) -> None:
-    """Time in which this process does not run does not count: as after Ctrl-Z and fg."""
-    program = """
-    import os, signal, threading, time
+SUSPENDED = """
+    import os, subprocess, sys, time
     from moetron.common.watch import activity
     from moetron.moe.monitoring import watchdog
     from tests.parallel.support.checkpoint_runs import settings
-    chosen = settings("dp", watch={"watchdog_seconds": 4})
-    activity.begin("step", 1); activity.begin("step", 2)
-    dog = watchdog.Watchdog(chosen, 0, 1)
-    if not os.fork():
-        os.kill(os.getppid(), signal.SIGSTOP); time.sleep(9); os.kill(os.getppid(), signal.SIGCONT)
-        os._exit(0)
-    time.sleep(0.5); activity.begin("step", 3); time.sleep(0.5)
+
+    dog = watchdog.Watchdog(settings("dp", watch={"watchdog_seconds": 4}), 0, 1)
+    activity.begin(activity.STEP, 1)
+    activity.begin(activity.STEP, 2)
+    time.sleep(float(sys.argv[1]))
+    pid = os.getpid()
+    subprocess.Popen(["sh", "-c", f"kill -STOP {pid}; sleep 8; kill -CONT {pid}"]).wait()
+    activity.begin(activity.STEP, 3)
     dog.close()
-    """
-    done = psutil.Popen([sys.executable, "-c", textwrap.dedent(program)], stderr=-1, text=True)
-    _, errors = done.communicate(timeout=60)
-    assert done.returncode == 0 and "watchdog" not in errors, errors
+"""
+
+
+@pytest.mark.parametrize(("awake_s", "code"), [(0, 0), (20, 76)])
+def test_time_in_which_a_process_is_suspended_does_not_count(awake_s: int, code: int) -> None:
+    """As after Ctrl-Z and fg; a hang of the same length is found."""
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(SUSPENDED), str(awake_s)]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == code, done.stderr
+    assert ("watchdog: rank 0 hangs in step 2" in done.stderr) == (code == 76)
