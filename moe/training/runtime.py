@@ -1,10 +1,13 @@
 """Set-up of a rank: process groups, device, threads and seeds."""
 
+import errno
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -21,6 +24,8 @@ from moetron.moe.host.allocator import keep_freed_memory
 from moetron.moe.host.determinism import deterministic
 from moetron.moe.host.device import backend_for, prepare_device
 from moetron.moe.monitoring.watchdog import Watchdog, record_collectives
+
+_LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -134,18 +139,42 @@ def _join(settings: Settings, backend: str) -> None:
     """Start the default process group; a single rank needs no port."""
     timeout = timedelta(minutes=settings.parallel.distributed_timeout_minutes)
     if "RANK" not in os.environ:
-        store = torch.distributed.HashStore()
+        alone = torch.distributed.HashStore()
         torch.distributed.init_process_group(
-            backend, store=store, rank=0, world_size=1, timeout=timeout
+            backend, store=alone, rank=0, world_size=1, timeout=timeout
         )
         return
     try:
         # Rendezvous of all ranks at MASTER_ADDR:MASTER_PORT; the default group holds them all.
-        torch.distributed.init_process_group(backend, timeout=timeout)
-    except torch.distributed.DistNetworkError as error:
-        if "EADDRINUSE" not in str(error):
+        place: dict[str, Any] = {}
+        if (store := _loopback_store(timeout)) is not None:
+            place = {"store": store, "rank": _number("RANK"), "world_size": _number("WORLD_SIZE")}
+        torch.distributed.init_process_group(backend, timeout=timeout, **place)
+    except (torch.distributed.DistNetworkError, OSError) as error:
+        if getattr(error, "errno", None) != errno.EADDRINUSE and "EADDRINUSE" not in str(error):
             raise
         raise UserError(
             f"MASTER_PORT={os.environ.get('MASTER_PORT')}: another program listens on this port; "
             "choose a free one (torchrun: --master-port)"
         ) from error
+
+
+def _loopback_store(timeout: timedelta) -> torch.distributed.Store | None:
+    """Return a store that listens on this host only, None for a rendezvous of several hosts.
+
+    torch's own listens on all interfaces, also at the address 127.0.0.1 (TCPStore.cpp).
+    """
+    ours = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun's
+    if os.environ.get("MASTER_ADDR") != _LOOPBACK or not ours:
+        return None
+    port, ranks, listens = _number("MASTER_PORT"), _number("WORLD_SIZE"), _number("RANK") == 0
+    if not listens:
+        return torch.distributed.TCPStore(_LOOPBACK, port, ranks, timeout=timeout)
+    server = socket.create_server((_LOOPBACK, port), backlog=max(128, ranks))
+    return torch.distributed.TCPStore(
+        _LOOPBACK, port, ranks, True, timeout, False, master_listen_fd=server.detach()
+    )
+
+
+def _number(name: str) -> int:
+    return int(os.environ[name])

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
 from moetron.common.errors import UserError
@@ -172,7 +173,10 @@ def command_of(arguments: argparse.Namespace) -> list[str]:
 
 def environment_of(arguments: argparse.Namespace) -> dict[str, str]:
     """Return the environment that the ranks share."""
+    # Without it gloo listens at the address of the host's name; one node needs no network.
+    here = arguments.nnodes == 1 and Path("/sys/class/net/lo").exists()
     return {
+        **({"GLOO_SOCKET_IFNAME": "lo"} if here else {}),
         **os.environ,
         "WORLD_SIZE": str(arguments.nnodes * arguments.nproc_per_node),
         "LOCAL_WORLD_SIZE": str(arguments.nproc_per_node),

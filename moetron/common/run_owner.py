@@ -6,6 +6,7 @@ agree: ages are taken between two files of the same file system. For monitors, a
 what the run is doing, where the disk lets it. docs/checkpoints.md has the format.
 """
 
+import errno
 import fcntl
 import json
 import logging
@@ -202,9 +203,11 @@ def _read(file: Path) -> Owner | None:
     try:
         tree: Any = json.loads(read_regular(file))
         owner = Owner(**{field.name: tree[field.name] for field in fields(Owner)})
-    except FileNotFoundError:
-        return None
-    except (ValueError, TypeError, KeyError):
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EINVAL):  # no regular file
+            return None
+        raise
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
     return owner if isinstance(owner.pid, int) and owner.pid > 0 else None
 

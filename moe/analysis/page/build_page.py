@@ -113,9 +113,13 @@ def _html(figures: Sequence[go.Figure]) -> list[str]:
 
 
 def _escape(figure: go.Figure) -> None:
-    """Escape names of runs, sources and texts, since Plotly interprets tags in them."""
+    """Escape names of runs, sources, stages and texts, since Plotly interprets tags in them."""
     for trace in figure.data:
         if trace.name is not None:
             trace.name = html.escape(trace.name, quote=False)
+        if trace.x is not None and any(isinstance(label, str) for label in trace.x):
+            trace.x = [html.escape(str(label), quote=False) for label in trace.x]
         if trace.y is not None and any(isinstance(label, str) for label in trace.y):
-            trace.y = [html.escape(label, quote=False) for label in trace.y]
+            trace.y = [html.escape(str(label), quote=False) for label in trace.y]
+    for note in figure.layout.annotations:
+        note.text = html.escape(note.text or "", quote=False)
