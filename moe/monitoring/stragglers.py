@@ -38,7 +38,7 @@ class Stragglers:
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._undo: list[Patch] = []
         if settings.watch.log_straggler and dist.get_world_size() > 1:
-            names = [(Work, "wait")]
+            names: list[tuple[type, str]] = [(Work, "wait")]
             if device.type == "cuda":
                 names += [(ProcessGroup, name) for name in _COLLECTIVES]
             for owner, name in names:

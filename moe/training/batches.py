@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import resource_tracker
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,7 +106,7 @@ def _loaded(samples: "_Samples", numbers: Iterable[list[int]], num_workers: int)
         return map(_tensors, iter(loader))
 
 
-def _as_it_is(arrays: _Arrays) -> _Arrays:
+def _as_it_is(arrays: Any) -> Any:
     """Keep NumPy's arrays: they come through a pipe; tensors use /dev/shm, which may be full."""
     return arrays
 
