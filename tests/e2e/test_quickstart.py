@@ -54,8 +54,8 @@ case "$*" in
   *collect_corpus*) mkdir -p "$OUT/corpus"; echo '{"text": "a"}' >"$OUT/corpus/a.jsonl" ;;
   *preprocess_corpus*) mkdir -p "$OUT/data"; echo '{}' >"$OUT/data/a.json" ;;
   *--check*) ;;
-  *distributed.run*--exit-interval*) echo step_0000350 >"$OUT/run/latest" ;;
-  *distributed.run*) echo step_0000700 >"$OUT/run/latest" ;;
+  *tools/launch.py*--exit-interval*) echo step_0000350 >"$OUT/run/latest" ;;
+  *tools/launch.py*) echo step_0000700 >"$OUT/run/latest" ;;
 esac
 """
 
@@ -80,7 +80,7 @@ def test_every_step_of_the_script_runs(tmp_path: Path) -> None:
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
-    launches = [line for line in log.read_text().splitlines() if "distributed.run" in line]
+    launches = [line for line in log.read_text().splitlines() if "tools/launch.py" in line]
     assert len(launches) == 2
     assert all("--nproc-per-node 2" in line for line in launches)
     assert ["--exit-interval 350" in line for line in launches] == [True, False]

@@ -42,7 +42,7 @@ def test_a_stopped_rank_0_is_named_and_the_job_ends(tmp_path: Path) -> None:
     assert code == 76 and seconds < FOUND_S, output
     last = output.splitlines()[-1]
     assert last.startswith("watchdog: rank 0, which holds the job's store, gave no sign of life")
-    assert "in step " in last and "rank 1 waits in all_" in last and " below moe/" in last
+    assert "in step " in last and "rank 1 waits in all_" in last
     assert list(tmp_path.glob("run/hang/step_*/stacks_rank_1.txt"))
 
 
