@@ -37,8 +37,8 @@ class PerformanceSettings(Group):
     moe_router_padding_for_quantization: bool = False
     """Pad each expert's tokens in the routing map, in place of copies in FP8 experts."""
     optimizer_cpu_offload: bool = False
-    """Keep optimizer state in the CPU's memory and update there (with
-    --use-precision-aware-optimizer)."""
+    """Keep optimizer state in the CPU's memory and update there; needs the precision-aware
+    optimizer."""
     optimizer_offload_fraction: PositiveFloat = 1.0
     """Fraction of the state that --optimizer-cpu-offload moves."""
     cuda_graph_impl: Literal["none", "local", "transformer_engine"] = "none"
