@@ -32,7 +32,9 @@ class HuggingFaceTokenizer(Tokenizer):
         described = read_object(path)
         try:
             model = tokenizers.Tokenizer.from_buffer(path.read_bytes())
-        except Exception as error:  # the library raises bare Exception
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # bare Exception, and Rust's PanicException, which is none
             raise UserError(f"tokenizer {path}: not a tokenizer.json ({error})") from None
         model.no_truncation()
         model.no_padding()
@@ -91,6 +93,8 @@ def _special(
     """Return the id of the token configured under ``key``, else of the first usual one."""
     named = config.get(key)
     text = named.get("content") if isinstance(named, dict) else named
+    if not isinstance(text, str | None):
+        raise UserError(f"tokenizer_config.json: `{key}` is {type(text).__name__}, not text")
     candidates = [text] if text is not None else usual
     ids = [model.token_to_id(candidate) for candidate in candidates]
     return next((i for i in ids if i is not None), None)

@@ -27,7 +27,7 @@ class SentencePieceTokenizer(Tokenizer):
         content = path.read_bytes()
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
-        except RuntimeError as error:
+        except (RuntimeError, UnicodeDecodeError) as error:
             raise UserError(f"tokenizer {path}: not a SentencePiece model ({error})") from None
         model = self._model
         if model.eos_id() < 0:

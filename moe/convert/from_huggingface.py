@@ -99,9 +99,16 @@ class HuggingFaceModel:
         return list(self._rules)
 
     def empty(self, name: str) -> Tensor:
-        """Return a meta tensor of the same shape and dtype."""
+        """Return a meta tensor of the same shape and dtype; UserError: it does not fit."""
         rule = self._rules[name]
-        return _join(rule, [self._source.empty(part) for part in rule.theirs])
+        parts = [self._source.empty(part) for part in rule.theirs]
+        try:
+            return _join(rule, parts)
+        except (RuntimeError, ValueError, IndexError) as error:
+            shapes = ", ".join(str(list(part.shape)) for part in parts[:3])
+            raise UserError(
+                f"{rule.theirs[0]}: shapes {shapes} do not fit {CONFIG}: {error}"
+            ) from None
 
     def read(self, name: str) -> Tensor:
         """Return the tensor."""

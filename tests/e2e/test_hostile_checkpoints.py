@@ -85,7 +85,7 @@ def _table(
 ) -> dict[tuple[str, str], Outcome]:
     pairs = [(command, kind) for command in commands for kind in kinds]
     cases: list[Callable[[], Outcome]] = [partial(_case, seeds, work, *pair) for pair in pairs]
-    return dict(zip(pairs, in_child(cases), strict=True))
+    return dict(zip(pairs, in_child(cases, together=20), strict=True))
 
 
 def _require_good(found: dict[tuple[str, str], Outcome]) -> None:

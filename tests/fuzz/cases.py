@@ -12,6 +12,8 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -98,33 +100,37 @@ def _end(main: Callable[[], int]) -> tuple[int, str, str | None]:
         return 1, "", traceback.format_exc(limit=-8)
 
 
-def in_child(cases: Sequence[Callable[[], Outcome]]) -> list[Outcome]:
-    """Run cases one after the other in one forked process; one that dies is a fault of its case."""
+def in_child(cases: Sequence[Callable[[], Outcome]], together: int = 1 << 30) -> list[Outcome]:
+    """Run cases in forked processes, one after the other; a death is a fault of its case.
+
+    ``together``: cases of a process. Models leave threads behind, which fill its memory.
+    """
     found: list[Outcome] = []
     while len(found) < len(cases):
-        found += list(_some_in_child(cases[len(found) :]))
+        found += list(_some_in_child(cases[len(found) : len(found) + together]))
     return found
 
 
 def _some_in_child(cases: Sequence[Callable[[], Outcome]]) -> Iterator[Outcome]:
     """Yield the outcomes of cases up to the first that ends its process."""
-    reader, writer = os.pipe()
+    reader, writer = Pipe(duplex=False)
     child = os.fork()
     if child == 0:
-        os.close(reader)
+        reader.close()
         _serve(cases, writer)
-    os.close(writer)
+    writer.close()
     count = 0
-    with os.fdopen(reader, encoding="utf-8") as lines:
-        for line in lines:
-            yield Outcome(**json.loads(line))
+    with reader, contextlib.suppress(EOFError):
+        while reader.poll(HANG_S + 30):
+            yield Outcome(**json.loads(reader.recv_bytes()))
             count += 1
+    os.kill(child, signal.SIGKILL)  # it has ended, or a C library of it hangs
     _, status = os.waitpid(child, 0)
     if count < len(cases):
         yield Outcome(1, "", f"ends its process: status {os.waitstatus_to_exitcode(status)}", 0.0)
 
 
-def _serve(cases: Sequence[Callable[[], Outcome]], writer: int) -> None:
+def _serve(cases: Sequence[Callable[[], Outcome]], writer: Connection) -> None:
     """Write the outcome of each case to a pipe and end this process."""
     try:
         null = os.open(os.devnull, os.O_WRONLY)
@@ -135,13 +141,11 @@ def _serve(cases: Sequence[Callable[[], Outcome]], writer: int) -> None:
         limit = pages * resource.getpagesize() + MEMORY_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        with os.fdopen(writer, "w", encoding="utf-8") as file:
-            for case in cases:
-                try:
-                    outcome: Any = asdict(case())
-                except Exception:
-                    outcome = asdict(Outcome(1, "", f"no case: {traceback.format_exc()}", 0.0))
-                file.write(json.dumps(outcome) + "\n")
-                file.flush()
+        for case in cases:
+            try:
+                outcome: Any = asdict(case())
+            except Exception:
+                outcome = asdict(Outcome(1, "", f"no case: {traceback.format_exc()}", 0.0))
+            writer.send_bytes(json.dumps(outcome).encode())
     finally:
         os._exit(0)
