@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from moetron.moe.config.flags import parse
 from moetron.moe.host.usable import cuda_fault
 from tests.gpu.devices import kind_fault
 from tests.gpu.gpu_cases import KINDS, OLMOE
@@ -61,8 +60,6 @@ def test_bits_repeat(
     if fault := kind_fault(KINDS[kind].te, KINDS[kind].capability):
         pytest.skip(fault)
     if cuda_fault() is None:
-        if parse(["--deterministic-mode"]).problems:
-            pytest.skip("there is no --deterministic-mode")
         flags = (*flags, "--deterministic-mode")
     process.submit(runs, tmp_path, kind, flags).result(timeout=120)
     straight, again, resumed = (tmp_path / name for name in ("straight", "again", "resumed"))
