@@ -87,7 +87,7 @@ def require_space(folder: Path, size_bytes: int) -> None:
     on_rank_0(check)
 
 
-def on_rank_0(action: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
+def on_rank_0(action: Callable[[], Result]) -> Result:
     """Run ``action`` on rank 0; all ranks return its result or raise its error."""
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
@@ -96,7 +96,7 @@ def on_rank_0(action: Callable[[], Result], group: dist.ProcessGroup | None = No
         except Exception as error:
             outcome[1] = error
     # Broadcast from rank 0 to all ranks: also the barrier after a change of the file system.
-    dist.broadcast_object_list(outcome, src=0, group=group)
+    dist.broadcast_object_list(outcome, src=0)
     result, failure = outcome
     if failure is not None:
         raise failure

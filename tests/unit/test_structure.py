@@ -26,7 +26,7 @@ FLOORS = (
     {"moe/plan", "moe/host", "moe/numerics", "moe/optim"},
     {"moe/routing"},
     {"moe/layers"},
-    {"moe/checkpoint/states"},
+    {"moe/checkpoint/states", "moe/checkpoint/writer"},
     {"moe/checkpoint", "moe/health"},
     {"moe/monitoring"},
     {"moe/training"},
