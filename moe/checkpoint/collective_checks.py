@@ -2,7 +2,9 @@
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,18 +23,49 @@ Result = TypeVar("Result")
 
 def verify_together(folder: Path) -> None:
     """Check every file against its sum, files divided among ranks; all raise the first error."""
+    with verifying(folder):
+        pass
+
+
+@contextmanager
+def verifying(folder: Path) -> Iterator[None]:
+    """Check every file against its sum meanwhile, files divided among ranks.
+
+    The block may end with a UserError, on all ranks alike. Damage explains it: it is raised
+    instead, on all ranks.
+
+    Raises:
+        DamagedError: after the block, the first rank's.
+    """
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    found: list[UserError | None] = [None] * ranks
+    with ThreadPoolExecutor(1) as pool:
+        check = pool.submit(checkpoint_folder.verify, folder, rank, ranks)
+        try:
+            yield
+        except UserError as error:
+            _raise_damage(check, error)
+            raise
+        _raise_damage(check, None)
+
+
+def _raise_damage(check: Future[int], cause: UserError | None) -> None:
+    """Raise what any rank's check found, the first one's."""
     mine = None
     try:
-        checkpoint_folder.verify(folder, rank, ranks)
+        check.result()
     except UserError as error:
         mine = error
+    raise_together(mine, cause)
+
+
+def raise_together(mine: UserError | None, cause: Exception | None = None) -> None:
+    """Raise the first error of any rank on all ranks, if there is one."""
+    found: list[UserError | None] = [None] * dist.get_world_size()
     # All-gather over all ranks: a rank that raised alone would leave the others waiting in the
     # next collective.
     dist.all_gather_object(found, mine)
-    for damage in filter(None, found):
-        raise damage
+    for error in filter(None, found):
+        raise error from cause
 
 
 def fall_back(settings: Settings) -> Settings:

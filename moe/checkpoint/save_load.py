@@ -12,7 +12,7 @@ import platform
 import shutil
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -38,7 +38,12 @@ from moetron.common.files import write_text
 from moetron.common.watch import activity
 from moetron.moe.checkpoint import optimizer_state
 from moetron.moe.checkpoint import run_folder as checkpoint_folder
-from moetron.moe.checkpoint.collective_checks import on_rank_0, require_space, verify_together
+from moetron.moe.checkpoint.collective_checks import (
+    on_rank_0,
+    raise_together,
+    require_space,
+    verifying,
+)
 from moetron.moe.checkpoint.compatibility import require_fit, starts_run
 from moetron.moe.checkpoint.position import Progress
 from moetron.moe.checkpoint.random_states import HOST, mismatch, reseed, restore_rng, rng_entries
@@ -199,13 +204,12 @@ def load_checkpoint(
     if checkpoint is None:
         return Progress()
     options, record = settings.checkpoint, checkpoint.record
-    if not verified:
-        verify_together(checkpoint.folder)
-    _load_model(checkpoint, model, record.layout == _layout(settings))
-    if options.finetune or options.no_load_optim:
-        optimizer.reload_model_params()
-    else:
-        _load_optimizer(checkpoint, optimizer, _model_state(model))
+    with nullcontext() if verified else verifying(checkpoint.folder):
+        _load_model(checkpoint, model, record.layout == _layout(settings))
+        if options.finetune or options.no_load_optim:
+            optimizer.reload_model_params()
+        else:
+            _load_optimizer(checkpoint, optimizer, _model_state(model))
     if options.finetune or options.reset_progress:
         return Progress()
     if not options.no_load_rng:
@@ -226,8 +230,8 @@ def load_weights(path: Path, model: Sequence[torch.nn.Module], vocab_size: int) 
     """
     checkpoint = on_rank_0(lambda: checkpoint_folder.read(path))
     require_vocabulary(checkpoint, vocab_size)
-    verify_together(checkpoint.folder)
-    _load_model(checkpoint, model, same_layout=False)
+    with verifying(checkpoint.folder):
+        _load_model(checkpoint, model, same_layout=False)
 
 
 def _read_compatible(
@@ -319,16 +323,22 @@ def _load(checkpoint: Checkpoint, request: ShardedStateDict, remedy: str) -> Sha
 
 
 def _refuse_nan(checkpoint: Checkpoint, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Raise UserError for tensors with NaN: they were filled with it, so they were not read."""
-    unwritten = [
-        name for name, tensor in tensors if tensor.is_floating_point() and tensor.isnan().any()
-    ]
+    """Raise UserError on all ranks for tensors with NaN: filled with it, they were not read."""
+    unwritten = [name for name, tensor in tensors if _has_nan(tensor)]
+    mine = None
     if unwritten:
         names = ", ".join(sorted(unwritten)[:3])
-        raise UserError(
+        mine = UserError(
             f"--load {checkpoint.folder}: {len(unwritten)} tensors hold NaN or were not fully "
             f"written (rank {dist.get_rank()}): {names}"
         )
+    raise_together(mine)
+
+
+def _has_nan(tensor: torch.Tensor) -> bool:
+    """Return whether an element is NaN; the sum is NaN then, and takes a seventh of `isnan`."""
+    is_suspect = tensor.is_floating_point() and bool(tensor.sum().isnan())
+    return is_suspect and bool(tensor.isnan().any())  # the sum of both infinities is NaN too
 
 
 def _model_state(model: Sequence[torch.nn.Module]) -> ShardedStateDict:

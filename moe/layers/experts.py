@@ -247,8 +247,7 @@ class GroupedExperts(MegatronModule):
             ]
 
         if parts > 1:
-            join = partial(torch.cat, dim=1)
-            fc1 = ShardedTensorFactory(fc1_key, self.weight1, by_part, join, replica)
+            fc1 = ShardedTensorFactory(fc1_key, self.weight1, by_part, _joined, replica)
         else:
             fc1 = tensor(fc1_key, self.weight1, (axis + 1, rank, ranks), replica)
         return {
@@ -277,6 +276,17 @@ class GroupedExperts(MegatronModule):
 
     def backward_dw(self) -> None:
         """Do nothing: weight gradients are never delayed here."""
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Join gate and up of all experts, without a copy if they were loaded into one matrix."""
+    whole = parts[0]._base
+    if whole is not None and whole.shape[1] == sum(part.shape[1] for part in parts):
+        expected = whole.chunk(len(parts), dim=1)
+        pairs = zip(parts, expected, strict=True)
+        if all(part.data_ptr() == same.data_ptr() for part, same in pairs):
+            return whole
+    return torch.cat(parts, dim=1)
 
 
 def sharded_tensor(
