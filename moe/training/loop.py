@@ -146,8 +146,12 @@ class Loop:
             self.trainer, batches, count, learning_rate, stop_requested, self._tally, self.health
         )
         step_time_s = time.perf_counter() - start_s
-        slow_ranks = self._stragglers.after_step(step_time_s)
+        own_times = self._stragglers.after_step(step_time_s)
         self.progress = self.progress.after(samples, settings.model.seq_length)
+        if own_times is not None and own_times.slow:
+            self._tell([own_times.event(self.progress.step)])
+        elif own_times is not None:
+            report(self.progress, own_times.text())
         verdict = self.health.verdict
         if verdict.action == "rollback":
             return metrics.stop
@@ -161,8 +165,6 @@ class Loop:
             if self.progress.step % settings.logging.expert_load_interval == 0:
                 for sink in self.sinks:
                     sink.expert_load(self.progress.step, metrics.loads)
-            if slow_ranks is not None:
-                report(self.progress, slow_ranks)
         return metrics.stop
 
     def _row(
