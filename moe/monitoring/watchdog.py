@@ -46,6 +46,7 @@ OTHERS_S = 30.0
 """Time after which a rank ends by itself that left the report to another one."""
 FOLDER = "hang"
 _KEY = "moetron_watchdog"
+_END = f"{_KEY}/end"
 
 T = TypeVar("T")
 
@@ -57,6 +58,8 @@ class Watchdog:
         self._watch, self._save = settings.watch, settings.checkpoint.save
         self._rank, self._world_size = rank, world_size
         self._store: Any = None
+        self._answered = False
+        """Whether the store answered when it was asked for the signs of life."""
         self._ended = threading.Event()
         self._elapsed_s, self._warnings = 0.0, 0
         self._threads: list[threading.Thread] = []
@@ -93,6 +96,8 @@ class Watchdog:
         beat = 0
         with suppress(Exception):  # the job ends, and the store with it
             while not self._ended.wait(BEAT_S):
+                if self._store.check([_END]):
+                    return  # the store ends with its rank; torch would print a stack
                 beat += 1
                 mine = status_of(activity.current(), beat, time.monotonic())
                 self._store.set(f"{_KEY}/{self._rank}", json.dumps(asdict(mine)))
@@ -135,7 +140,14 @@ class Watchdog:
         self._tell(seen, cause, ranks)
         if stops:
             report_to_torchrun(f"watchdog: {cause}")
+            if self._answered:
+                _limited(self._announce_end, STORE_S)
             os._exit(EXIT_HUNG)
+
+    def _announce_end(self) -> None:
+        """Let all ranks end their signs of life before the store ends."""
+        self._store.clone().set(_END, "")
+        time.sleep(1.5 * BEAT_S)
 
     def _tell(self, seen: Activity, cause: str, ranks: list[int]) -> None:
         """Append an event to the run's file; the rank that writes the others may be what hangs."""
@@ -173,6 +185,7 @@ class Watchdog:
             time.sleep(YIELD_S * int(os.environ.get("LOCAL_RANK", "0")))
             text, ranks = self._without_store(seen)
             return head + text, ranks
+        self._answered = True
         [found] = answer
         return None if found is None else (head + found[0], found[1])
 
