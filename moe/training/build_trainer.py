@@ -76,4 +76,5 @@ def build_loop(trainer: Trainer, streams: Streams) -> Loop:
     if folder is not None:
         loop.health.restore(folder)
         loop.health.rollbacks = max(loop.health.rollbacks, rollbacks)
+        loop.health.reruns.resume(folder.parent, progress.step)
     return loop
