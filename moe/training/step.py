@@ -24,7 +24,7 @@ from moetron.moe.numerics.scaled_matmul import expire_weights
 from moetron.moe.optim.update import clip_and_update, norm_of, prepare_gradients
 from moetron.moe.training.batches import PER_SAMPLE, Batch, Replay
 from moetron.moe.training.loss_tally import Losses, Tally
-from moetron.moe.training.optimizer import set_learning_rate
+from moetron.moe.training.optimizer import scale_rows, set_learning_rate
 from moetron.moe.training.step_metrics import (
     BIAS_RANGES,
     LOADS,
@@ -75,6 +75,8 @@ def train_step(
     if health.judge(metrics.values, metrics.loads, metrics.bias_ranges).updates:
         set_learning_rate(trainer.optimizer, learning_rate)
         clip_and_update(trainer.optimizer, metrics.grad_norm)
+        if trainer.logits is not None and trainer.settings.attention.qk_clip:
+            scale_rows(trainer.optimizer, trainer.logits.factors())
         if trainer.settings.precision.fp8_format is not None:
             expire_weights(trainer.chunks)
     return metrics
@@ -92,6 +94,8 @@ def _passes(
     for chunk in trainer.chunks:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
+    if trainer.logits is not None:
+        trainer.logits.reset()
     # Gradients are reduced when this returns; see run_schedule for the collectives.
     reports = run_schedule(trainer, batches, num_microbatches, partial(token_loss, tally))
     squares = prepare_gradients(trainer.optimizer)
