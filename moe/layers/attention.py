@@ -19,6 +19,7 @@ from torch.nn.attention import sdpa_kernel
 
 from moetron.moe.host.context_parallel import chunks_of_rank, gather_sequence
 from moetron.moe.layers.attention_kernels import WITHOUT_CUDNN, prefer, preferred
+from moetron.moe.layers.qk_clip import largest_logits
 
 
 def prefix_mask(prefix_B: torch.Tensor, length: int) -> torch.Tensor:
@@ -98,6 +99,9 @@ class SdpaAttention(MegatronModule):
             prefer(preferred())
         self.attn_mask_type = attn_mask_type
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self._keeps_logits = config.qk_clip or config.log_max_attention_logit
+        self.current_max_attn_logits: torch.Tensor | None = None
+        """Largest logit of each head since the last reset, fp32 [heads]; see qk_clip.py."""
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
     def forward(
@@ -175,6 +179,10 @@ class SdpaAttention(MegatronModule):
         allowed: torch.Tensor | None = None,
         causal: bool = False,
     ) -> torch.Tensor:
+        if self._keeps_logits and self.training:
+            found = largest_logits(query, key, self.softmax_scale, allowed, causal)
+            before = self.current_max_attn_logits
+            self.current_max_attn_logits = found if before is None else found.maximum(before)
         shares_keys = query.shape[2] != key.shape[2]
         if query.is_cuda and shares_keys:
             # Not every kernel shares a key among queries; those that do not leave it to math.

@@ -168,6 +168,30 @@ def _received(batch: Batch, memory: torch.Tensor, arrival: torch.cuda.Event) -> 
     return batch
 
 
+class Replay(Iterator[Batch]):
+    """Micro-batches of which those since the last `forget` can be read again."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self._batches = batches
+        self._kept: list[Batch] = []
+        self._place = 0
+
+    def __next__(self) -> Batch:
+        """Return the next micro-batch, a kept one after `rewind`."""
+        if self._place == len(self._kept):
+            self._kept.append(next(self._batches))
+        self._place += 1
+        return self._kept[self._place - 1]
+
+    def forget(self) -> None:
+        """Keep none of the micro-batches so far."""
+        self._kept, self._place = [], 0
+
+    def rewind(self) -> None:
+        """Return to the last `forget`."""
+        self._place = 0
+
+
 def packed_bytes(batch: Batch) -> int:
     """Return the size of a buffer for all fields."""
     return sum(field.numel() * field.itemsize for field in batch.values())

@@ -15,15 +15,16 @@ import torch
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model
 
+from moetron.common.watch import activity
 from moetron.moe.health.monitor import HealthMonitor
 from moetron.moe.health.spikes import StepValues
 from moetron.moe.host.allocator import peak_memory_bytes
 from moetron.moe.layers.attention import prefix_mask
 from moetron.moe.numerics.scaled_matmul import expire_weights
 from moetron.moe.optim.update import clip_and_update, norm_of, prepare_gradients
-from moetron.moe.training.batches import PER_SAMPLE, Batch
+from moetron.moe.training.batches import PER_SAMPLE, Batch, Replay
 from moetron.moe.training.loss_tally import Losses, Tally
-from moetron.moe.training.optimizer import set_learning_rate
+from moetron.moe.training.optimizer import scale_rows, set_learning_rate
 from moetron.moe.training.step_metrics import (
     BIAS_RANGES,
     LOADS,
@@ -55,24 +56,52 @@ def train_step(
         learning_rate: of this step.
         stop_requested: returns whether this rank got a stop request; all ranks learn of it.
         tally: sums the losses by source and objective.
-        health: decides whether the weights are updated; its ``verdict`` says what follows.
+        health: decides whether the passes are run again and whether the weights are updated; its
+            ``verdict``, or ``reruns.ending``, says what follows.
     """
+    replays = [each for each in batches if isinstance(each, Replay)]
+    for replay in replays:
+        replay.forget()
+    while True:
+        metrics = _passes(trainer, batches, num_microbatches, stop_requested(), tally, health)
+        if not health.runs_again(metrics.values):
+            break
+        activity.begin(activity.STEP, activity.current().step)  # as long as a step may last
+        for replay in replays:
+            replay.rewind()
+    if health.reruns.ending is not None:
+        return metrics
+    # All ranks see the same values, also each other's, so that all of them decide the same.
+    if health.judge(metrics.values, metrics.loads, metrics.bias_ranges).updates:
+        set_learning_rate(trainer.optimizer, learning_rate)
+        clip_and_update(trainer.optimizer, metrics.grad_norm)
+        if trainer.logits is not None and trainer.settings.attention.qk_clip:
+            scale_rows(trainer.optimizer, trainer.logits.factors())
+        if trainer.settings.precision.fp8_format is not None:
+            expire_weights(trainer.chunks)
+    return metrics
+
+
+def _passes(
+    trainer: Trainer,
+    batches: BatchIterators,
+    num_microbatches: int,
+    stop_requested: bool,
+    tally: Tally,
+    health: HealthMonitor,
+) -> StepMetrics:
+    """Run forward and backward passes over all micro-batches; return what they gave."""
     for chunk in trainer.chunks:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
+    if trainer.logits is not None:
+        trainer.logits.reset()
     # Gradients are reduced when this returns; see run_schedule for the collectives.
     reports = run_schedule(trainer, batches, num_microbatches, partial(token_loss, tally))
     squares = prepare_gradients(trainer.optimizer)
     local = _local_sums(trainer, tally, reports)
     own_square = health.gradients.take()
-    metrics = _read(trainer, tally, local, squares, own_square, stop_requested(), num_microbatches)
-    # All ranks see the same values, also each other's, so that all of them decide the same.
-    if health.judge(metrics.values, metrics.loads, metrics.bias_ranges).updates:
-        set_learning_rate(trainer.optimizer, learning_rate)
-        clip_and_update(trainer.optimizer, metrics.grad_norm)
-        if trainer.settings.precision.fp8_format is not None:
-            expire_weights(trainer.chunks)
-    return metrics
+    return _read(trainer, tally, local, squares, own_square, stop_requested, num_microbatches)
 
 
 def _local_sums(trainer: Trainer, tally: Tally, reports: list[torch.Tensor]) -> torch.Tensor:

@@ -23,7 +23,10 @@ from moetron.moe.verify.parity import Result
 from tests.parallel.support.harness import run_each
 from tests.parallel.support.sharded import assemble, local_moments
 
-METRICS = ("lm_loss", "grad_norm", "aux_loss", "z_loss", "dropped_fraction", "loss_tokens")
+METRICS = (
+    *("lm_loss", "grad_norm", "aux_loss", "z_loss", "dropped_fraction", "loss_tokens"),
+    "max_attention_logit",
+)
 
 
 class MaskedStream(MockStream):

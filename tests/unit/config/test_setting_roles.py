@@ -47,6 +47,7 @@ FUNCTIONS = {
     ),
     "optimizer": {"optimizer"},
 }
+LOGITS = names("log_max_attention_logit qk_clip qk_clip_threshold qk_clip_alpha")
 UNEXPORTED = {
     "model": names(
         """init_method init_method_cutoff init_method_scale embedding_init_method_std
@@ -54,7 +55,7 @@ UNEXPORTED = {
         make_vocab_size_divisible_by transformer_impl attention_backend mtp_num_layers
         mtp_loss_scaling_factor output_z_loss_coeff"""
     ),
-    "attention": set[str](),
+    "attention": LOGITS,
     "moe": names(
         """moe_router_dtype moe_router_bias_update_rate moe_router_init_method_std
         moe_expert_dropout moe_router_load_balancing_type moe_aux_loss_coeff moe_z_loss_coeff
@@ -127,7 +128,7 @@ def test_settings_that_change_without_a_report() -> None:
     groups = ("checkpoint", "logging", "profiling", "validation", "watch")
     of_run = {(group, name) for group, name, _ in fields() if group in groups}
     found = {key for key, role in ROLES.items() if role is Role.RUN}
-    assert found == of_run | {("data", "tokenizer_model")}
+    assert found == of_run | {("data", "tokenizer_model"), ("attention", "log_max_attention_logit")}
 
 
 @pytest.mark.parametrize("group", MODEL_GROUPS)
@@ -159,7 +160,8 @@ def test_settings_that_megatron_core_has_by_the_same_name() -> None:
     assert carried("model") == CARRIED_MODEL
     assert carried("parallel") == CARRIED_PARALLEL
     assert carried("performance") == CARRIED_PERFORMANCE | REPLACED_PERFORMANCE
-    assert carried("attention") == {"add_qkv_bias", "softmax_scale", "multi_latent_attention"}
+    plain = {"add_qkv_bias", "softmax_scale", "multi_latent_attention"}
+    assert carried("attention") == plain | LOGITS
     latent: Any = Settings.model_fields["attention"].annotation
     assert carried("attention", bridge.LatentModelConfig) == set(latent.model_fields)
     rotary = carried("model", bridge.LatentModelConfig) - carried("model")
