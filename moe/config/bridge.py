@@ -183,8 +183,9 @@ def _fusions(settings: Settings, transformer_engine: bool) -> dict[str, Any]:
 
 def _graphs(settings: Settings) -> dict[str, Any]:
     """Return what is captured; an empty scope would be all of a layer."""
-    captures = settings.performance.cuda_graph_impl != "none"
-    return {"cuda_graph_scope": ["attn"] if captures else []}
+    chosen = settings.performance
+    captures = chosen.cuda_graph_impl != "none"
+    return {"cuda_graph_scope": (chosen.cuda_graph_scope or ["attn"]) if captures else []}
 
 
 def _has_fused_softmax() -> bool:
@@ -320,4 +321,5 @@ def ddp_config(settings: Settings) -> DistributedDataParallelConfig:
         use_distributed_optimizer=settings.parallel.use_distributed_optimizer,
         fp8_param_gather=settings.precision.fp8_param_gather,
         check_for_nan_in_grad=False,
+        delay_wgrad_compute=settings.performance.delay_wgrad_compute,
     )

@@ -24,6 +24,7 @@ from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 
 from moetron.moe.kernels.activation import Activation
 from moetron.moe.kernels.expert_rows import ExpertRows, SortedRows
+from moetron.moe.overlap.delayed_gradients import DelayedGradients
 
 Layer = Literal["fc1", "fc2"]
 """Layer of an expert."""
@@ -89,18 +90,28 @@ class _Fused(torch.autograd.Function):
         )
         del grad_activated  # temporaries of [R, ...] are the peak of a step's memory
         if needed[3]:
-            grad_weight2 = experts.weight_gradient("fc2", grad_out, activated, rows)
+            grad_weight2 = experts.gradient(
+                weight2, partial(experts.weight_gradient, "fc2", grad_out, activated, rows)
+            )
         del grad_out, activated
         if needed[0]:
             grad_x = rows.combine(experts.input_gradient("fc1", grad_hidden, weight1, rows))
         if needed[2]:
-            operand = experts.expert_input(x, rows)
-            grad_weight1 = experts.weight_gradient("fc1", grad_hidden, operand, rows)
+            grad_weight1 = experts.gradient(
+                weight1, partial(fc1_gradient, experts, grad_hidden, x, rows)
+            )
         grad_probs = rows.weight_gradient(grad_weight_R) if needed[1] else None
         return grad_x, grad_probs, grad_weight1, grad_weight2, None, None
 
 
-class GroupedExperts(MegatronModule):
+def fc1_gradient(
+    experts: "GroupedExperts", grad: torch.Tensor, x: torch.Tensor, rows: ExpertRows
+) -> torch.Tensor:
+    """Return the first layer's weight gradient; makes the rows of the tokens again."""
+    return experts.weight_gradient("fc1", grad, experts.expert_input(x, rows), rows)
+
+
+class GroupedExperts(DelayedGradients, MegatronModule):
     """The experts of this rank, down(act(x W1)), weighted by the token's probability.
 
     Replaces megatron-core's ``SequentialMLP``: same constructor and ``forward``, same numbers drawn
@@ -140,6 +151,8 @@ class GroupedExperts(MegatronModule):
         set_tensor_model_parallel_attributes(self.weight1, True, 1, parts)
         set_tensor_model_parallel_attributes(self.weight2, True, 2, 1)
         mark_gradient_ranks(self, pg_collection)
+        if config.delay_wgrad_compute:
+            self.delay(self.weight1, self.weight2)
         if config.perform_initialization:
             self._draw_weights()
         self._register_load_state_dict_pre_hook(_drop_extra_states)
@@ -273,9 +286,6 @@ class GroupedExperts(MegatronModule):
             for expert in range(first, first + self.num_local_experts)
             for layer in ("linear_fc1", "linear_fc2")
         }
-
-    def backward_dw(self) -> None:
-        """Do nothing: weight gradients are never delayed here."""
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -76,11 +76,17 @@ class LanguageModel(GPTModel):
         self._squared_log_z_bs: torch.Tensor | None = None  # of the most recent output
         self._z_sums = torch.zeros(2, dtype=torch.float64, device="cpu")
 
-    def forward(self, input_ids: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Run GPTModel's ``forward``; pass ids to routers before it and losses after it."""
+    # Both hooks are also parts of the combined schedule (--overlap-moe-expert-parallel-comm), which
+    # never calls ``forward``.
+    def _preprocess(self, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        """Pass token ids to routers before the first layer."""
         for hashed in self._hashed:
             hashed.read(input_ids)
-        output: torch.Tensor = super().forward(input_ids, *args, **kwargs)
+        return super()._preprocess(input_ids, *args, **kwargs)
+
+    def _postprocess(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Pass losses to routers after the last layer."""
+        output: torch.Tensor = super()._postprocess(*args, **kwargs)
         if self.training and self.post_process and kwargs.get("labels") is not None:
             mask_bs = kwargs.get("loss_mask")
             losses_bs = output.detach()

@@ -25,6 +25,7 @@ from moetron.moe.host.allocator import keep_freed_memory
 from moetron.moe.host.determinism import deterministic
 from moetron.moe.host.device import backend_for, prepare_device
 from moetron.moe.monitoring.watchdog import Watchdog, record_collectives
+from moetron.moe.overlap.tensor_buffers import communication_buffers
 
 _LOOPBACK = "127.0.0.1"
 
@@ -88,7 +89,9 @@ def running(settings: Settings) -> Iterator[Runtime]:
         _join(settings, backend_for(device))
         watchdog.attach(torch.distributed.distributed_c10d._get_default_store())
         try:
-            yield replace(divide(settings, device), writer=writer)
+            runtime = replace(divide(settings, device), writer=writer)
+            with communication_buffers(settings):
+                yield runtime
         except BaseException:
             # With several ranks, destroying groups may wait for a dead one; the process ends.
             if torch.distributed.get_world_size() == 1:

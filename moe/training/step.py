@@ -207,9 +207,17 @@ def run_schedule(
 
 
 def _forward(
-    trainer: Trainer, loss: Any, batches: Iterator[Batch] | None, chunk: torch.nn.Module
-) -> tuple[torch.Tensor, Any]:
-    """Run a chunk's forward pass over its next micro-batch; return output and loss function."""
+    trainer: Trainer,
+    loss: Any,
+    batches: Iterator[Batch] | None,
+    chunk: torch.nn.Module,
+    return_schedule_plan: bool = False,
+) -> tuple[Any, Any]:
+    """Run a chunk's forward pass over its next micro-batch; return output and loss function.
+
+    ``return_schedule_plan``: return the parts of the pass in place of its output; megatron-core's
+    combined schedule runs them, interleaved with those of another micro-batch's backward pass.
+    """
     batch: Batch = {} if batches is None else dict(next(batches))
     settings, runtime, mask = trainer.settings, trainer.runtime, None
     per_sample = {name: batch.pop(name) for name in PER_SAMPLE if name in batch}
@@ -224,7 +232,8 @@ def _forward(
     batch = get_batch_on_this_cp_rank(batch, cp_group=runtime.groups.cp)
     # With labels the model returns losses; it needs the mask for rewards and the output z-loss.
     targets = {name: batch.get(name) for name in ("labels", "loss_mask")}
-    output = chunk(batch.get("tokens"), batch.get("position_ids"), mask, **targets)
+    run = unwrap_model(chunk).build_schedule_plan if return_schedule_plan else chunk
+    output = run(batch.get("tokens"), batch.get("position_ids"), mask, **targets)
     return output, partial(loss, {**batch, **per_sample})
 
 

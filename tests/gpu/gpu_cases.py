@@ -200,6 +200,7 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "geglu": ("--ffn-type", "geglu"),
     "relu": ("--ffn-type", "relu"),
     "output_z_loss": ("--output-z-loss-coeff", "1e-4"),
+    "dense_first": ("--first-k-dense-replace", "1"),
     "shared_expert": ("--moe-shared-expert-intermediate-size", "32", "--moe-shared-expert-gate"),
     "recompute_norms": (_RECOMPUTE, "selective", "--recompute-modules", "layernorm"),
     "recompute_experts": (_RECOMPUTE, "selective", "--recompute-modules", "moe"),
@@ -290,6 +291,9 @@ def cases() -> list[Case]:
         Case(name, OLMOE, kinds, like="olmoe_1b_7b", extra=extra)
         for name, (extra, kinds) in SAME_MATHEMATICS.items()
     ]
+    graphs = ("--cuda-graph-scope", "attn", "mlp", *SAME_MATHEMATICS["graphs_attention"][0])
+    dense = (*OLMOE, *OTHERS["dense_first"])
+    found.append(Case("graphs_ffn", dense, ("te16",), like="dense_first", extra=graphs))
     v3 = next(case for case in found if case.name == "deepseek_v3")
     fused = replace(v3, name="deepseek_v3_fused", kinds=_ON_TE, like=v3.name, extra=_FUSED)
     return [*found, fused]

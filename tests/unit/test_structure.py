@@ -24,7 +24,7 @@ FLOORS = (
     {"moe/config/rules"},
     {"moe/config"},
     {"moe/plan", "moe/host", "moe/numerics", "moe/optim"},
-    {"moe/routing"},
+    {"moe/routing", "moe/overlap"},
     {"moe/layers"},
     {"moe/checkpoint/states", "moe/checkpoint/writer"},
     {"moe/checkpoint", "moe/health"},

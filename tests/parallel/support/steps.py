@@ -10,8 +10,9 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker
-from megatron.core.utils import get_batch_on_this_cp_rank
+from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model
 
 from moetron.moe.config.bridge import ddp_config, transformer_config
 from moetron.moe.config.schema.settings import Settings
@@ -57,6 +58,8 @@ class Case:
     moe: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     attention: dict[str, Any] = field(default_factory=dict)
+    performance: dict[str, Any] = field(default_factory=dict)
+    bf16: bool = False
     micro_batch_size: int = 1
     steps: int = 1
     """Gradients are those of the last step; no step changes the weights."""
@@ -69,7 +72,8 @@ def _settings(case: Case) -> Settings:
             "attention": case.attention,
             "moe": {**MOE, **case.moe},
             "parallel": case.parallel,
-            "precision": {"bf16": False},
+            "performance": case.performance,
+            "precision": {"bf16": case.bf16},
             "training": {
                 "train_iters": 1,
                 "micro_batch_size": case.micro_batch_size,
@@ -87,12 +91,15 @@ def _micro_batches(size: int) -> Iterator[torch.Tensor]:
     return iter(tokens.split(size)[rank :: parallel_state.get_data_parallel_world_size()])
 
 
-def _forward_step(batches: Iterator[torch.Tensor], model: torch.nn.Module) -> Any:
+def _forward_step(
+    batches: Iterator[torch.Tensor], model: torch.nn.Module, return_schedule_plan: bool = False
+) -> Any:
     tokens = next(batches)
     batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:]}
     positions = torch.arange(SEQUENCE).expand(len(tokens), -1)
     batch = get_batch_on_this_cp_rank({**batch, "positions": positions})
-    losses = model(batch["tokens"], batch["positions"], None, labels=batch["labels"])
+    run = unwrap_model(model).build_schedule_plan if return_schedule_plan else model
+    losses = run(batch["tokens"], batch["positions"], None, labels=batch["labels"])
 
     def loss_sum(losses: torch.Tensor) -> Any:
         count = torch.tensor(losses.numel(), dtype=torch.int)
@@ -137,7 +144,8 @@ def _run_case(case: Case, weights: dict[str, torch.Tensor] | None) -> dict[str, 
         ]
         if weights is not None:
             fill(chunks, weights)
-        model = [DistributedDataParallel(config, ddp_config(settings), chunk) for chunk in chunks]
+        cast = [Float16Module(config, chunk) if case.bf16 else chunk for chunk in chunks]
+        model = [DistributedDataParallel(config, ddp_config(settings), chunk) for chunk in cast]
         data_ranks = groups.dp.size()
         micro_batches = SAMPLES // data_ranks // case.micro_batch_size
         with RoutingRecorder(model, settings) as recorder:

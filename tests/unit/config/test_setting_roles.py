@@ -94,7 +94,10 @@ CARRIED_MODEL = names(
 )
 CARRIED_PERFORMANCE = names(
     """cross_entropy_loss_fusion cross_entropy_fusion_impl moe_permute_fusion moe_router_fusion
-    moe_router_padding_for_quantization cuda_graph_impl cuda_graph_warmup_steps"""
+    moe_router_padding_for_quantization cuda_graph_impl cuda_graph_warmup_steps
+    overlap_moe_expert_parallel_comm ep_overlap_early_attn_memory_release delay_wgrad_compute
+    tp_comm_overlap tp_comm_overlap_ag tp_comm_overlap_rs tp_comm_overlap_rs_dgrad
+    tp_comm_bulk_dgrad tp_comm_bulk_wgrad tp_comm_bootstrap_backend"""
 )
 REPLACED_PERFORMANCE = names(
     """bias_dropout_fusion masked_softmax_fusion gradient_accumulation_fusion

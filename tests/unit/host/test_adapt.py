@@ -12,6 +12,7 @@ from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.optimizer import clip_grads, get_megatron_optimizer
 from megatron.core.pipeline_parallel import schedules
+from megatron.core.pipeline_parallel.utils import ScheduleNode, get_comm_stream, set_streams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import data as parallel_data
 from megatron.core.tensor_parallel import layers as parallel_layers
@@ -88,6 +89,17 @@ def _dispatch() -> None:
         assert tokens[:, 0].tolist() == ([1, 11] if rank == 0 else [0, 2, 10, 12])
     combined = dispatcher.token_combine(dispatcher.combine_preprocess(tokens))
     assert torch.equal(dispatcher.combine_postprocess(combined), hidden)
+
+
+def _combined_schedule() -> None:
+    set_streams()
+    event = torch.cuda.Event()
+    node = ScheduleNode(lambda x: 2 * x, get_comm_stream(), event, free_input=True)
+    given = torch.ones(3, requires_grad=True)
+    with torch.cuda.nvtx.range("forward"):
+        out = node.forward(given)
+    assert out.tolist() == [2, 2, 2] and given.untyped_storage().size() == 0
+    assert node.backward(torch.ones(3)).tolist() == [2, 2, 2]
 
 
 def _random_states() -> None:
@@ -261,6 +273,7 @@ SCENARIOS: dict[str, tuple[Callable[[], None], int]] = {
     "current_device": (_current_device, 1),
     "tensor_cuda": (_broadcast, 1),
     "cuda_streams": (_dispatch, 1),
+    "combined_schedule": (_combined_schedule, 1),
     "random_states": (_random_states, 1),
     "rotary_chunks": (_rotary_chunks, 2),
     "latent_attention": (_latent_attention, 1),
