@@ -26,6 +26,7 @@ FLOORS = (
     {"moe/plan", "moe/host", "moe/numerics", "moe/optim"},
     {"moe/routing"},
     {"moe/layers"},
+    {"moe/encoder_decoder"},
     {"moe/checkpoint/states"},
     {"moe/checkpoint", "moe/health"},
     {"moe/monitoring"},
