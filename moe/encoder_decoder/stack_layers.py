@@ -109,8 +109,10 @@ class StackLayer(TransformerLayer):
 
         Args:
             hidden_states: this stack's tokens [s, b, H], or both parts at the start of a chunk.
-            attention_mask: None, as are ``context_mask`` and ``rotary_pos_emb``.
+            attention_mask: None.
             context: the other part; None at the start of a chunk.
+            context_mask: None.
+            rotary_pos_emb: None.
             attention_bias: the inputs of all layers; the only argument that megatron-core's block
                 passes on untouched.
             kwargs: of ``TransformerLayer``.

@@ -75,9 +75,9 @@ class DataSettings(Group):
     """Base folder of relative prefixes; unset: the working directory."""
     objective: ObjectiveName = "causal"
     """Training objective: next-token prediction (causal), prediction of the second part of a text
-    from the first (prefix_lm), OpenMoE's mixture of denoisers (ul2), fill-in-the-middle (fim); of an
-    encoder-decoder T5's hidden spans (span_corruption) or the second part of each document from the
-    first (seq2seq)."""
+    from the first (prefix_lm), OpenMoE's mixture of denoisers (ul2), fill-in-the-middle (fim); of
+    an encoder-decoder T5's hidden spans (span_corruption) or the second part of each document from
+    the first (seq2seq)."""
     encoder_seq_length: PositiveInt | None = None
     """Encoder-decoder: tokens of a sample that the encoder reads; the decoder reads the rest of
     --seq-length."""
