@@ -106,10 +106,7 @@ def _layer(theirs: dict[str, torch.Tensor], prefix: str, stack: str) -> dict[str
         "self_attention.linear_qkv.weight": fused(*(get(f"{own}.{x}") for x in "qkv")),
         "self_attention.linear_proj.weight": get(f"{own}.o"),
         "pre_mlp_layernorm.weight": get(f"{last}.layer_norm"),
-        "mlp.linear_fc1.weight": torch.cat(
-            [get(f"{last}.DenseReluDense.wi_{part}") for part in (0, 1)]
-        ),
-        "mlp.linear_fc2.weight": get(f"{last}.DenseReluDense.wo"),
+        **_ffn(theirs, f"{prefix}{last}."),
     }
     if stack == "decoder":
         cross = "1.EncDecAttention"
@@ -120,3 +117,44 @@ def _layer(theirs: dict[str, torch.Tensor], prefix: str, stack: str) -> dict[str
             "cross_attention.linear_proj.weight": get(f"{cross}.o"),
         }
     return ours
+
+
+def _ffn(theirs: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """Return a gated FFN of T5 1.1, or a plain one or experts of Switch."""
+    gated, plain, routed = (
+        f"{prefix}{name}" for name in ("DenseReluDense.", "mlp.", "mlp.experts.")
+    )
+    if f"{gated}wi_0.weight" in theirs:
+        both = [theirs[f"{gated}wi_{part}.weight"] for part in (0, 1)]
+        last = theirs[f"{gated}wo.weight"]
+        return {"mlp.linear_fc1.weight": torch.cat(both), "mlp.linear_fc2.weight": last}
+    if f"{plain}wi.weight" in theirs:
+        first, last = (theirs[f"{plain}{name}.weight"] for name in ("wi", "wo"))
+        return {"mlp.linear_fc1.weight": first, "mlp.linear_fc2.weight": last}
+    numbers = range(sum(name.startswith(routed) and ".wi." in name for name in theirs))
+    first, last = (
+        torch.stack([theirs[f"{routed}expert_{number}.{name}.weight"] for number in numbers])
+        for name in ("wi", "wo")
+    )
+    router = theirs[f"{prefix}mlp.router.classifier.weight"]
+    return {
+        "mlp.router.weight": router,
+        "mlp.experts.weight1": first,
+        "mlp.experts.weight2": last,
+    }
+
+
+def assert_same_gradients(ours: torch.nn.Module, expected: dict[str, torch.Tensor]) -> None:
+    """Assert equal gradients of all parameters, to 1e-5 of each one's largest entry."""
+    names = dict(ours.named_parameters())
+    assert expected.keys() == names.keys()
+    for name, gradient in expected.items():
+        scale = float(gradient.abs().max())
+        assert scale > 0, name
+        torch.testing.assert_close(
+            names[name].grad,
+            gradient,
+            rtol=0,
+            atol=1e-5 * scale,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
