@@ -8,10 +8,11 @@ from moetron.data.objectives.fim import FillInTheMiddle, FimOptions
 from moetron.data.objectives.objective import Objective
 from moetron.data.objectives.prefix_lm import PrefixLM
 from moetron.data.objectives.span_corruption import SpanCorruption
+from moetron.data.objectives.split_text import SplitText
 from moetron.data.objectives.ul2 import UL2
 from moetron.tokenizers.interface import Tokenizer
 
-ObjectiveName = Literal["causal", "prefix_lm", "ul2", "fim", "span_corruption", "seq2seq"]
+ObjectiveName = Literal["causal", "prefix_lm", "ul2", "fim", "span_corruption"]
 MAX_EXAMPLES = 64
 """Maximum number of texts in one UL2 sample."""
 
@@ -41,6 +42,8 @@ def build_objective(
     """
     if name == "causal":
         return Causal(seq_length)
+    if name == "prefix_lm" and plan.encoder_seq_length is not None:
+        return SplitText(seq_length, plan.encoder_seq_length, tokenizer.eod, tokenizer.pad)
     if name == "prefix_lm":
         return PrefixLM(seq_length)
     if name == "fim":

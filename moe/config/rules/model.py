@@ -18,7 +18,7 @@ _OF_STACKS = (
     "moe_encoder_eval_capacity_factor",
 )
 """Settings that only an encoder-decoder reads."""
-_OBJECTIVES = ("span_corruption", "seq2seq")
+_OBJECTIVES = ("span_corruption", "prefix_lm")
 _WITHOUT_STACKS: dict[tuple[str, str], object] = {
     ("attention", "multi_latent_attention"): False,
     ("attention", "add_qkv_bias"): False,
@@ -159,8 +159,8 @@ def stacks(case: Case) -> Iterator[str]:
             group = data if hasattr(data, name) else settings.moe
             if getattr(group, name) is not None:
                 yield f"{case.given(name)} needs --encoder-num-layers: add it or leave this out"
-        for name in sorted(named & set(_OBJECTIVES)):
-            yield f"--objective {name} is for encoder-decoders: add --encoder-num-layers"
+        if "span_corruption" in named:
+            yield "--objective span_corruption is for encoder-decoders: add --encoder-num-layers"
         if model.position_embedding_type == "relative":
             yield "--position-embedding-type relative needs --encoder-num-layers: use rope"
         return

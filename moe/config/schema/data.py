@@ -25,7 +25,7 @@ Word = Annotated[str, Field(coerce_numbers_to_str=True)]
 """Text; numbers in a recipe are converted."""
 DataPath = Annotated[list[LocalPath], AfterValidator(bare_prefixes)]
 """Shard prefixes, or pairs of weight and prefix."""
-ObjectiveName = Literal["causal", "prefix_lm", "ul2", "fim", "span_corruption", "seq2seq"]
+ObjectiveName = Literal["causal", "prefix_lm", "ul2", "fim", "span_corruption"]
 
 
 class StageLearningRate(Group):
@@ -75,9 +75,8 @@ class DataSettings(Group):
     """Base folder of relative prefixes; unset: the working directory."""
     objective: ObjectiveName = "causal"
     """Training objective: next-token prediction (causal), prediction of the second part of a text
-    from the first (prefix_lm), OpenMoE's mixture of denoisers (ul2), fill-in-the-middle (fim); of
-    an encoder-decoder T5's hidden spans (span_corruption) or the second part of each document from
-    the first (seq2seq)."""
+    from the first (prefix_lm), OpenMoE's mixture of denoisers (ul2), fill-in-the-middle (fim), or
+    T5's hidden spans (span_corruption). An encoder-decoder has span_corruption and prefix_lm."""
     encoder_seq_length: PositiveInt | None = None
     """Encoder-decoder: tokens of a sample that the encoder reads; the decoder reads the rest of
     --seq-length."""

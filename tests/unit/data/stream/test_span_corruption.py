@@ -5,6 +5,7 @@ import pytest
 
 from moetron.common.errors import UserError
 from moetron.data.objectives.span_corruption import SpanCorruption
+from moetron.data.objectives.split_text import SplitText
 from moetron.data.stream.mock_spans import MockSpans
 
 SENTINELS = range(32099, 31999, -1)
@@ -58,6 +59,23 @@ def test_every_token_is_recovered(examples: int) -> None:
             found += spans.get(token, [token])
     assert found == text.tolist()
     assert mask.sum() == sum(segments[encoder:] > 0)
+
+
+def test_split_texts_fit_and_are_whole() -> None:
+    encoder, decoder = 16, 6
+    made, splits = SplitText(encoder + decoder, encoder, END, START), set()
+    for sample in range(60):
+        text = np.arange(100, 116)
+        row, mask = np.empty(encoder + decoder + 1, np.int64), np.ones(encoder + decoder)
+        segments = made.fill(text, 0, f"sample {sample}", row, mask).segments
+        assert segments is not None
+        inputs, targets = row[:-1][:encoder][segments[:encoder] == 1], row[1:][mask == 1]
+        assert inputs[-1] == targets[-1] == END
+        assert [*inputs[:-1], *targets[:-1]] == text.tolist()
+        assert row[encoder] == START
+        assert (segments[encoder:] == mask[encoder:]).all()
+        splits.add(len(inputs) - 1)
+    assert splits == {11, 12, 13, 14, 15}
 
 
 def test_refusals() -> None:
