@@ -79,14 +79,14 @@ class SpanCorruption:
         self.windowing = Windowing((examples * self.raw_tokens,), overlap=0)
         self._segments = self._lay_out(seq_length)
 
-    def _lay_out(self, seq_length: int) -> np.ndarray:
-        """Return the example of each position, int64 [S]; 0: padding."""
+    def _lay_out(self, seq_length: int) -> np.ndarray | None:
+        """Return the example of each position, int64 [S], 0: padding; None: all of one text."""
         segments = np.zeros(seq_length, np.int64)
         for example in range(self._examples):
             inputs, targets = self._places(example)
             segments[inputs : inputs + self.inputs] = example + 1
             segments[targets : targets + self.targets] = example + 1
-        return segments
+        return None if (segments == 1).all() else segments
 
     def _places(self, example: int) -> tuple[int, int]:
         """Return the first positions of a text's inputs and of its decoder's part."""

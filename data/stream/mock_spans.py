@@ -47,11 +47,12 @@ class MockSpans:
         row, mask = np.empty(self._length + 1, np.int64), np.ones(self._length, np.float32)
         text = self._texts[n]["tokens"] + 2
         made = self._objective.fill(text, 0, f"mock {self._seed} sample {n}", row, mask)
+        segments = {} if made.segments is None else {"segments": made.segments}
         return {
+            **segments,
             "tokens": row[:-1],
             "labels": row[1:],
             "loss_mask": mask,
-            "segments": made.segments,
             "source": 0,
             "objective": 0,
             "prefix": 0,

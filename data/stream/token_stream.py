@@ -149,7 +149,7 @@ class TokenStream:
 
         They are its ``source``, its ``objective`` (index in ``objective_names``), the length of its
         bidirectional ``prefix``, and whether it is ``filtered``. Tokens and labels share memory. Of
-        an encoder-decoder also ``segments``, int64 [S].
+        an encoder-decoder ``segments``, int64 [S], unless the sample is one example.
         """
         row = np.empty(self.seq_length + 1, np.int64)
         mask = np.ones(self.seq_length, np.float32)

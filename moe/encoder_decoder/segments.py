@@ -82,8 +82,8 @@ class Segments:
 
     pairs: dict[str, list[Pairs]]
     """Of "encoder", "decoder" and "cross"."""
-    padding: dict[str, torch.Tensor]
-    """Bool [b, S], True for padding."""
+    padding: dict[str, torch.Tensor | None]
+    """Bool [b, S], True for padding; None: there is none."""
     longest: dict[str, int]
 
 
@@ -99,7 +99,8 @@ def segments_of(ids_bS: torch.Tensor, lengths: dict[str, int]) -> Segments | Non
     if bool((ids_bS == 1).all()):
         return None
     parts = dict(zip(lengths, ids_bS.split(list(lengths.values()), dim=1), strict=True))
-    found = {stack: runs(part.tolist()) for stack, part in parts.items()}
+    rows = {stack: part.tolist() for stack, part in parts.items()}
+    found = {stack: runs(of_stack) for stack, of_stack in rows.items()}
     device = ids_bS.device
 
     def between(queries: str, keys: str) -> list[Pairs]:
@@ -111,7 +112,10 @@ def segments_of(ids_bS: torch.Tensor, lengths: dict[str, int]) -> Segments | Non
             "decoder": between("decoder", "decoder"),
             "cross": between("decoder", "encoder"),
         },
-        {stack: part == 0 for stack, part in parts.items()},
+        {
+            stack: part == 0 if any(0 in row for row in rows[stack]) else None
+            for stack, part in parts.items()
+        },
         {stack: _longest(found[stack].values()) for stack in parts},
     )
 

@@ -53,9 +53,10 @@ class StackInputs:
 
     def padding(self, stack: str) -> torch.Tensor | None:
         """Return this rank's padding, bool [b, s], for routers."""
-        if self.segments is None or not self.segments.padding[stack].any():
+        padding = None if self.segments is None else self.segments.padding[stack]
+        if padding is None:
             return None
-        return self.segments.padding[stack].chunk(self.tensor_ranks, dim=1)[self.tensor_rank]
+        return padding.chunk(self.tensor_ranks, dim=1)[self.tensor_rank]
 
     def split(self, joined: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the encoder's and the decoder's part of [s, b, H]."""
