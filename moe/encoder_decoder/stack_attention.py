@@ -21,7 +21,7 @@ class StackAttention(SdpaAttention):
     example.
     """
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -37,7 +37,8 @@ class StackAttention(SdpaAttention):
             query: [sq, b, A, width].
             key: [sk, b, A, width].
             value: like ``key``.
-            attention_mask: which queries see which keys; None: all of their sample.
+            attention_mask: which queries see which keys, in place of a tensor; None: all of their
+                sample.
             attn_mask_type: ignored: biases hold the causal mask.
             attention_bias: [A, at least Q, at least K]; None in cross-attention.
             packed_seq_params: not supported.
@@ -47,11 +48,11 @@ class StackAttention(SdpaAttention):
         if attention_mask is None:
             return self._among(q, k, v, attention_bias).permute(2, 0, 1, 3).flatten(2)
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [b x s, A, width]
-        parts = [
-            self._among(*(x[rows].transpose(1, 2) for x, rows in each), attention_bias)
-            for pair in attention_mask
-            for each in [((q, pair.query_NQ), (k, pair.key_NK), (v, pair.key_NK))]
-        ]  # [N, A, Q, width] each
+        parts = []
+        for pair in attention_mask:
+            each = ((q, pair.query_NQ), (k, pair.key_NK), (v, pair.key_NK))
+            own_q, own_k, own_v = (x[rows].transpose(1, 2) for x, rows in each)
+            parts.append(self._among(own_q, own_k, own_v, attention_bias))  # [N, A, Q, width]
         rows = torch.cat([pair.query_NQ.flatten() for pair in attention_mask])
         found = torch.cat([part.transpose(1, 2).flatten(0, 1).flatten(1) for part in parts])
         sq, b = query.shape[:2]
