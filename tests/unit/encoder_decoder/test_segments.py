@@ -63,7 +63,7 @@ def test_packed_equals_unpacked() -> None:
 
 
 def test_span_corruptions_segments_are_read() -> None:
-    """Two texts in a sample: no token of one changes a logit of the other."""
+    """--examples-per-sample 2: no token of one text changes a logit of the other."""
     objective = SpanCorruption(ENCODER + DECODER, ENCODER, range(47, 40, -1), 1, 0, examples=2)
     (raw,) = objective.windowing.advances
     row, mask = torch.zeros(ENCODER + DECODER + 1, dtype=torch.long), torch.ones(ENCODER + DECODER)

@@ -1,4 +1,4 @@
-"""T5's span corruption: exact lengths, every token recovered, the T5 code's layout."""
+"""T5's span_corruption: exact lengths, every token recovered; prefix_lm of two stacks."""
 
 import numpy as np
 import pytest
