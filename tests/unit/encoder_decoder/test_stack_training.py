@@ -85,3 +85,26 @@ def test_pretraining_and_fine_tuning(tmp_path: Path) -> None:
     after = _rows(tmp_path / "two")
     assert after[0]["step"] == 1
     assert after[0]["lm_loss"] != rows[0]["lm_loss"]
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ({}, (1.0, 3.0)),
+        ({"moe_encoder_capacity_factor": 2.0}, (2.0, None)),
+        ({"moe_encoder_eval_capacity_factor": 4.0}, (1.0, 4.0)),
+        (
+            {"moe_encoder_capacity_factor": 2.0, "moe_encoder_eval_capacity_factor": 4.0},
+            (2.0, 4.0),
+        ),
+    ],
+)
+def test_capacity_factors_of_each_stack(
+    own: dict[str, float], expected: tuple[float, float | None]
+) -> None:
+    moe = {"num_experts": 4, "moe_expert_capacity_factor": 1.0, "moe_eval_capacity_factor": 3.0}
+    with model_parallel():
+        layers = stack_model(stack_settings(moe={**moe, **own})).decoder.layers
+    for layer, factors in ((layers[0], expected), (layers[-1], (1.0, 3.0))):
+        capacity = layer.mlp.router.capacity
+        assert (capacity.factor, capacity.eval_factor) == factors
