@@ -3,10 +3,14 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from moetron.moe.config import recipe
+from moetron.moe.config.bridge import transformer_config
 from moetron.moe.config.schema.settings import Settings
+from moetron.moe.encoder_decoder.build_stacks import build
 from moetron.moe.plan.parameters import count_parameters, per_chunk
+from tests.parallel.support.harness import model_parallel
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 
@@ -47,6 +51,21 @@ def test_switch_base_has_the_parameters_of_the_released_models(experts: int) -> 
     moe = settings.moe.model_copy(update={"num_experts": experts})
     count = count_parameters(settings.model_copy(update={"moe": moe}), 32128)
     assert count.total == 166_280_448 + 56_632_320 * experts
+
+
+def test_st_moe_l_is_built_with_these_parameters() -> None:
+    """On the meta device; `build` compares every chunk with the plan too."""
+    settings = read("st_moe_l/encdec")
+    alone = settings.parallel.model_copy(update={"expert_model_parallel_size": 1})
+    settings = settings.model_copy(update={"parallel": alone})
+    with model_parallel(), torch.device("meta"):
+        model = build(settings, transformer_config(settings), 32128)
+    parameters = dict(model.named_parameters())
+    assert sum(parameter.numel() for parameter in parameters.values()) == 4_105_444_352
+    sparse = {name.split(".")[2] for name in parameters if ".experts." in name}
+    assert sparse == {str(layer) for layer in range(3, 48, 4)}
+    crossing = {int(name.split(".")[2]) for name in parameters if ".cross_attention." in name}
+    assert crossing == set(range(24, 48))
 
 
 def test_stages_add_up() -> None:
