@@ -16,6 +16,7 @@ from moetron.common.run_owner import claim, refuse_owned
 from moetron.common.stop_signal import EndAtOnce, StopSignal
 from moetron.common.watch import activity
 from moetron.common.watch.limits import require_limits
+from moetron.data.stream.mock_spans import MockSpans
 from moetron.data.stream.mock_stream import ENDLESS, MockStream
 from moetron.data.stream.open_streams import open_training, open_validation
 from moetron.data.stream.stages import StagedStream, refuse_repetition
@@ -80,7 +81,7 @@ def open_streams(settings: Settings, vocab_size: int, tokenizer: Tokenizer | Non
     data, length, seed = settings.data, settings.model.seq_length, settings.training.seed
     wanted = settings.validation.eval_iters > 0
     if data.mock_data or not data.planned_stages():
-        mock = MockStream(seed, vocab_size, length)
+        mock = _mock(settings, vocab_size)
         return Streams(mock, StreamFrom(mock, ENDLESS // 2) if wanted else None)
     assert tokenizer is not None, "checks refuse shards without it"
     training = open_training(data, length, seed, tokenizer)
@@ -91,6 +92,16 @@ def open_streams(settings: Settings, vocab_size: int, tokenizer: Tokenizer | Non
         validation = open_validation(data, data.valid_data_path, length, tokenizer)
         validation.limit_ids(vocab_size)
     return Streams(training, validation, list(source_uses(training, total_samples(settings))))
+
+
+def _mock(settings: Settings, vocab_size: int) -> MockStream | MockSpans:
+    """Return synthetic samples for the model."""
+    data, length, seed = settings.data, settings.model.seq_length, settings.training.seed
+    if settings.model.encoder_num_layers is None:
+        return MockStream(seed, vocab_size, length)
+    assert data.encoder_seq_length is not None, "checks refuse encoder-decoders without it"
+    shape = data.noise_density, data.mean_noise_span_length, data.examples_per_sample
+    return MockSpans(seed, vocab_size, length, data.encoder_seq_length, shape)
 
 
 def source_uses(stream: StagedStream, samples: int) -> Iterator[SourceUse]:

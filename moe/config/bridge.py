@@ -58,6 +58,9 @@ class ModelConfig(TransformerConfig):
     moe_router_anneal_samples: int | None = None
     routing_seed: int = 0
     output_z_loss_coeff: float | None = None
+    label_smoothing: float = 0.0
+    moe_encoder_capacity_factor: float | None = None
+    moe_encoder_eval_capacity_factor: float | None = None
 
 
 @dataclass
@@ -129,10 +132,16 @@ def _initialisation(settings: Settings) -> dict[str, Any]:
     }
 
 
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """Return GELU's tanh approximation: T5 1.1's, also in Mesh TensorFlow and flaxformer."""
+    return F.gelu(x, approximate="tanh")
+
+
 _ACTIVATIONS = {
     "swiglu": F.silu,
     "double_gated": F.silu,
     "geglu": F.gelu,
+    "geglu_tanh": gelu_tanh,
     "gelu": F.gelu,
     "relu": F.relu,
 }

@@ -66,6 +66,20 @@ def build_model(
         pg_collection=groups,
         vp_stage=vp_stage,
     )
+    finish(built, settings, config, groups, vocab_size, vp_stage)
+    return built
+
+
+def finish(
+    built: LanguageModel,
+    settings: Settings,
+    config: ModelConfig,
+    groups: ProcessGroupCollection,
+    vocab_size: int,
+    vp_stage: int | None,
+) -> None:
+    """Set up the blocks of a chunk just built; arguments and errors as those of `build_model`."""
+    model = settings.model
     built.bidirectional_prefix = settings.data.bidirectional_prefix
     for module in built.modules():
         if isinstance(module, MoELayer):
@@ -79,7 +93,6 @@ def build_model(
             _shrink_queries(module)
     planned = per_chunk(settings, vocab_size, groups.pp.rank(), vp_stage or 0)
     _check_parameters(planned, count_built([built]), groups.pp.rank(), vp_stage)
-    return built
 
 
 def count_built(chunks: Iterable[torch.nn.Module]) -> RankParameters:

@@ -42,6 +42,15 @@ def label_logits(
     return label_T.view(logits_sbv.shape[:2]).transpose(0, 1)
 
 
+def mean_logits(logits_sbv: torch.Tensor, tp_group: ProcessGroup) -> torch.Tensor:
+    """Return the mean logit of each token over the vocabulary, fp32 [b, s]; differentiable."""
+    rows = logits_sbv.shape[-1] * tp_group.size()
+    # All-reduce over the tensor group: each rank holds some rows. Backward is the identity.
+    total_sb = reduce_from_tensor_model_parallel_region(logits_sbv.float().sum(-1), tp_group)
+    mean_bs: torch.Tensor = total_sb.transpose(0, 1) / rows
+    return mean_bs
+
+
 def _narrow_prefix(
     ahead: int, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -115,16 +124,23 @@ class LanguageModel(GPTModel):
     ) -> torch.Tensor:
         """Return the losses [b, s] of ``labels`` [b, s]; ``logits`` are [s, b, v]."""
         coefficient = self.config.output_z_loss_coeff if self.training else None
+        smoothing = self.config.label_smoothing if self.training else 0.0
+        # Before the cross-entropy, which overwrites fp32 logits.
+        mean_logit_bs = mean_logits(logits, self.pg_collection.tp) if smoothing else None
         if uses_triton(logits) and not self.config.cross_entropy_loss_fusion:
             both = cross_entropy(logits, labels.transpose(0, 1), self.pg_collection.tp)
             losses_bs, log_z_bs = (each.transpose(0, 1).contiguous() for each in both)
-        elif coefficient is None:
+        elif coefficient is None and not smoothing:
             losses_bs = super().compute_language_model_loss(labels, logits)
         else:
-            # Before the cross-entropy, which overwrites fp32 logits.
             label_logits_bs = label_logits(logits, labels, self.pg_collection.tp)
             losses_bs = super().compute_language_model_loss(labels, logits)
             log_z_bs = losses_bs + label_logits_bs
+        if mean_logit_bs is not None:
+            # Labels of 1 - a and others of a / (V - 1): a x V / (V - 1) of the mean over all rows.
+            rows = logits.shape[-1] * self.pg_collection.tp.size()
+            share = smoothing * rows / (rows - 1)
+            losses_bs = losses_bs.lerp(log_z_bs - mean_logit_bs, share)
         if coefficient is None:
             return losses_bs
         squared_bs = log_z_bs.square()

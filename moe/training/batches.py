@@ -24,7 +24,8 @@ from moetron.moe.config.schema.settings import Settings
 from moetron.moe.training.sample_stream import SampleStream
 
 Batch = dict[str, torch.Tensor]
-"""tokens, labels: int64 [b, S]; loss_mask: float32 [b, S]; PER_SAMPLE: int64 [b]."""
+"""tokens, labels: int64 [b, S]; loss_mask: float32 [b, S]; PER_SAMPLE: int64 [b]. Of an
+encoder-decoder also segments, int64 [b, S]."""
 
 PER_SAMPLE = ("source", "objective", "prefix", "filtered")
 """Fields with one value per sample."""
@@ -225,6 +226,9 @@ class _Samples(Dataset[_Arrays]):
             name: np.stack([np.asarray(row[name]) for row in rows])
             for name in ("tokens", "labels", "loss_mask")
         }
+        if any("segments" in row for row in rows):
+            ones = np.ones(len(batch["tokens"][0]), np.int64)  # padding rows attend to themselves
+            batch["segments"] = np.stack([np.asarray(row.get("segments", ones)) for row in rows])
         for name in PER_SAMPLE:
             batch[name] = np.array([int(row[name]) for row in rows])
         return batch

@@ -232,6 +232,8 @@ def _forward(
     batch = get_batch_on_this_cp_rank(batch, cp_group=runtime.groups.cp)
     # With labels the model returns losses; it needs the mask for rewards and the output z-loss.
     targets = {name: batch.get(name) for name in ("labels", "loss_mask")}
+    if "segments" in batch:
+        targets["segments"] = batch["segments"]
     run = unwrap_model(chunk).build_schedule_plan if return_schedule_plan else chunk
     output = run(batch.get("tokens"), batch.get("position_ids"), mask, **targets)
     return output, partial(loss, {**batch, **per_sample})

@@ -26,6 +26,7 @@ FLOORS = (
     {"moe/plan", "moe/host", "moe/numerics", "moe/optim"},
     {"moe/routing", "moe/overlap"},
     {"moe/layers"},
+    {"moe/encoder_decoder"},
     {"moe/checkpoint/states", "moe/checkpoint/writer"},
     {"moe/checkpoint", "moe/health"},
     {"moe/monitoring"},
