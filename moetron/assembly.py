@@ -7,6 +7,7 @@ Only this module imports tokenizers, data and model together: `moe` sees samples
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from moetron.common.run_owner import claim, refuse_owned
 from moetron.common.stop_signal import EndAtOnce, StopSignal
 from moetron.common.watch import activity
 from moetron.common.watch.limits import require_limits
+from moetron.data.stream.documents import DocumentStream
 from moetron.data.stream.mock_spans import MockSpans
-from moetron.data.stream.mock_stream import ENDLESS, MockStream
+from moetron.data.stream.mock_stream import ENDLESS, MOCK_EOD, MockStream
 from moetron.data.stream.open_streams import open_training, open_validation
 from moetron.data.stream.stages import StagedStream, refuse_repetition
 from moetron.moe.checkpoint.compatibility import check_folders
@@ -78,6 +80,19 @@ def open_streams(settings: Settings, vocab_size: int, tokenizer: Tokenizer | Non
     Raises:
         UserError: a shard cannot be used, or sources would repeat more often than allowed.
     """
+    streams = _open_streams(settings, vocab_size, tokenizer)
+    if not settings.data.reset_attention_mask:
+        return streams
+    eod = MOCK_EOD if settings.data.mock_data or tokenizer is None else tokenizer.eod
+    validation = streams.validation
+    return replace(
+        streams,
+        training=DocumentStream(streams.training, eod),
+        validation=None if validation is None else DocumentStream(validation, eod),
+    )
+
+
+def _open_streams(settings: Settings, vocab_size: int, tokenizer: Tokenizer | None) -> Streams:
     data, length, seed = settings.data, settings.model.seq_length, settings.training.seed
     wanted = settings.validation.eval_iters > 0
     if data.mock_data or not data.planned_stages():

@@ -12,6 +12,7 @@ from moetron.common.errors import RunError
 from moetron.moe.config.bridge import ModelConfig
 from moetron.moe.config.schema import derived
 from moetron.moe.config.schema.settings import Settings
+from moetron.moe.host.device import uses_transformer_engine
 from moetron.moe.layers.dispatcher import keep_tokens_local
 from moetron.moe.layers.experts import mark_gradient_ranks
 from moetron.moe.layers.language_model import LanguageModel
@@ -81,6 +82,7 @@ def finish(
     """Set up the blocks of a chunk just built; arguments and errors as those of `build_model`."""
     model = settings.model
     built.bidirectional_prefix = settings.data.bidirectional_prefix
+    built.takes_packed_sequences = uses_transformer_engine(settings)
     for module in built.modules():
         if isinstance(module, MoELayer):
             mark_gradient_ranks(module.experts, groups)

@@ -90,6 +90,7 @@ class Router(TopKRouter):
         self.draws = Draws(config.routing_seed, self.tokens, pg_collection.dp) if draws else None
         self._count_in_whole_numbers()
         self.loss_tokens = MicroBatchValue()
+        self.padding = MicroBatchValue()
         self._loss_tokens: torch.Tensor | None = None  # of the current pass
 
     def _count_in_whole_numbers(self) -> None:
@@ -113,10 +114,16 @@ class Router(TopKRouter):
     def forward(
         self, input: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Choose experts for the tokens ``input`` [s, b, H]; see `routing`."""
+        """Choose experts for the tokens ``input`` [s, b, H]; see `routing`.
+
+        ``padding_mask``, bool [s, b], marks padding; unset: that of `padding`. Balance losses,
+        z-loss, biases and counts leave it out, and it takes no slot of experts with a capacity.
+        """
         if self.draws is not None and self.training:
             self.draws.start(self.layer_number)
         self._loss_tokens = self.loss_tokens.take(self.training)
+        if padding_mask is None:
+            padding_mask = self.padding.take(self.training)
         result: tuple[torch.Tensor, torch.Tensor] = super().forward(input, padding_mask)
         return result
 
@@ -141,14 +148,16 @@ class Router(TopKRouter):
         padding_T = None if padding_mask is None else padding_mask.reshape(-1)
         logits_TE = self.apply_z_loss(logits.flatten(0, 1), padding_T)
         probs_TE, chosen_TE = self.choose(logits_TE, batch)
-        self._remember(chosen_TE)
+        counted_TE = chosen_TE if padding_T is None else chosen_TE & ~padding_T[:, None]
+        self._remember(counted_TE)
         if self.training and torch.is_grad_enabled():
             probs_TE = self.balance(probs_TE, logits_TE, batch, padding_T)
         self._apply_expert_bias(chosen_TE, padding_T)
-        return self.limit(probs_TE, chosen_TE, batch)
+        # Without a capacity padding is dispatched too: megatron-core expects k choices of a token.
+        return self.limit(probs_TE, chosen_TE if self.capacity is None else counted_TE, batch)
 
     def _remember(self, chosen_TE: torch.Tensor) -> None:
-        """Set the choices of this pass."""
+        """Set the choices of this pass, without padding's."""
         self.chosen, self._choices_E = chosen_TE, None
 
     def choices_of_experts(self) -> torch.Tensor:

@@ -89,12 +89,13 @@ def set_training(chunks: ModelChunks, training: bool) -> None:
 def needs_samples(chunk: DistributedDataParallel, settings: Settings) -> bool:
     """Return whether a chunk reads samples.
 
-    The first and last stage read tokens and labels. All stages do for hash routers, masks, examples
-    of an encoder-decoder, and routers that weight their losses by the number of loss tokens: every
-    rank reads its own samples instead of receiving them through the pipeline.
+    The first and last stage read tokens and labels. All stages do for hash routers, masks,
+    documents, examples of an encoder-decoder, and routers that weight their losses by the number of
+    loss tokens: every rank reads its own samples instead of receiving them through the pipeline.
     """
     model, hashed = unwrap_model(chunk), settings.moe.moe_router_type == "hash"
     ends = model.pre_process or model.post_process
     weighted = settings.moe.num_experts is not None and settings.training.calculate_per_token_loss
-    separates = settings.data.bidirectional_prefix or settings.model.encoder_num_layers is not None
-    return bool(ends or hashed or weighted or separates)
+    masked = settings.data.bidirectional_prefix or settings.data.reset_attention_mask
+    two_stacks = settings.model.encoder_num_layers is not None
+    return bool(ends or hashed or weighted or masked or two_stacks)

@@ -125,7 +125,14 @@ class DataSettings(Group):
     num_workers: NonNegativeInt = 0
     """Data-loading processes per rank; 0: the rank loads its own samples."""
     eod_mask_loss: bool = False
-    """Mask the loss on end-of-document tokens."""
+    """Mask the loss where the input is an end-of-document token: the prediction of the next
+    document's first token."""
+    reset_attention_mask: bool = False
+    """Restrict attention to the token's own document; a document ends with its end-of-document
+    token."""
+    reset_position_ids: bool = False
+    """Restart positions in each document. With --reset-attention-mask, which it needs, this changes
+    nothing beyond rounding: rotary positions only act as distances inside a document."""
 
     @field_validator("source_max_epochs")
     @classmethod
