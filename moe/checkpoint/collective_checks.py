@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -21,18 +21,23 @@ Result = TypeVar("Result")
 
 def verify_together(folder: Path) -> None:
     """Check every file against its sum, files divided among ranks; all raise the first error."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    found: list[UserError | None] = [None] * ranks
-    mine = None
+    on_all_ranks(lambda: checkpoint_folder.verify(folder, dist.get_rank(), dist.get_world_size()))
+
+
+def on_all_ranks(action: Callable[[], Result]) -> Result:
+    """Run ``action`` on every rank and return its result; all raise the first UserError of any."""
+    found: list[UserError | None] = [None] * dist.get_world_size()
+    result, mine = None, None
     try:
-        checkpoint_folder.verify(folder, rank, ranks)
+        result = action()
     except UserError as error:
         mine = error
     # All-gather over all ranks: a rank that raised alone would leave the others waiting in the
     # next collective.
     dist.all_gather_object(found, mine)
-    for damage in filter(None, found):
-        raise damage
+    for failure in filter(None, found):
+        raise failure
+    return cast(Result, result)
 
 
 def fall_back(settings: Settings) -> Settings:

@@ -36,7 +36,12 @@ from moetron.common.files import write_text
 from moetron.common.watch import activity
 from moetron.moe.checkpoint import optimizer_state
 from moetron.moe.checkpoint import run_folder as checkpoint_folder
-from moetron.moe.checkpoint.collective_checks import on_rank_0, require_space, verify_together
+from moetron.moe.checkpoint.collective_checks import (
+    on_all_ranks,
+    on_rank_0,
+    require_space,
+    verify_together,
+)
 from moetron.moe.checkpoint.compatibility import require_fit, starts_run
 from moetron.moe.checkpoint.position import Progress
 from moetron.moe.checkpoint.random_states import HOST, mismatch, reseed, restore_rng, rng_entries
@@ -298,16 +303,16 @@ def _load(checkpoint: Checkpoint, request: ShardedStateDict, remedy: str) -> Sha
     absent = _missing(wanted, checkpoint)
     if absent:
         raise UserError(f"--load {checkpoint.folder}: holds no {absent}; {remedy}")
+    return on_all_ranks(partial(_read, request, checkpoint.folder))
+
+
+def _read(request: ShardedStateDict, folder: Path) -> ShardedStateDict:
     try:
         with _without_future_warnings():
-            # Collective over all ranks, although every rank reads its own shards from the files:
-            # torch's planner gathers and scatters the plans, and so reports errors to all ranks.
-            return load_tensors(request, checkpoint.folder)
+            return load_tensors(request, folder)
     except (CheckpointingException, CheckpointException) as error:
         text = cause_of(error) if isinstance(error, CheckpointException) else error
-        raise UserError(
-            f"--load {checkpoint.folder}: damaged or of another shape: {text}"
-        ) from error
+        raise UserError(f"--load {folder}: damaged or of another shape: {text}") from error
 
 
 def _refuse_nan(checkpoint: Checkpoint, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -8,12 +8,14 @@ import copy
 import functools
 from typing import Any
 
+from megatron.core.models.gpt import gpt_model
 from megatron.core.tensor_parallel import layers
 from megatron.core.tensor_parallel import random as parallel_random
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe import moe_utils
 
 from moetron.moe.host.patching import Patch
+from moetron.moe.megatron.version_differences import add_prediction_losses, present
 
 
 def latent_attention() -> list[Patch]:
@@ -69,10 +71,21 @@ def output_layer() -> list[Patch]:
     return [Patch(layers.ColumnParallelLinear, "__init__", without_fusion)]
 
 
+def prediction_losses() -> list[Patch]:
+    """Weigh the losses of multi-token prediction in every version and layout alike.
+
+    models/gpt/gpt_model.py:701 of 0.19; see `add_prediction_losses`.
+    """
+    if not present(gpt_model, "process_mtp_loss"):
+        return []
+    return [Patch(gpt_model, "process_mtp_loss", add_prediction_losses)]
+
+
 FIXES = (
     latent_attention,
     router_gemm,
     discarded_outputs,
     output_layer,
+    prediction_losses,
 )
 """Applied on every device."""

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
-from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model
+from megatron.core.utils import unwrap_model
 
 from moetron.moe.health.monitor import HealthMonitor
 from moetron.moe.health.spikes import StepValues
 from moetron.moe.host.allocator import peak_memory_bytes
+from moetron.moe.host.context_parallel import own_chunks
 from moetron.moe.layers.attention import prefix_mask
 from moetron.moe.numerics.scaled_matmul import expire_weights
 from moetron.moe.optim.update import clip_and_update, norm_of, prepare_gradients
@@ -192,7 +193,7 @@ def _forward(
         places_S = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
         batch["position_ids"] = places_S.expand_as(tokens_BS)
     # No communication: every context rank has read the full samples and takes its own chunks.
-    batch = get_batch_on_this_cp_rank(batch, cp_group=runtime.groups.cp)
+    batch = {name: own_chunks(whole, 1, runtime.groups.cp) for name, whole in batch.items()}
     # With labels the model returns losses; it needs the mask for rewards and the output z-loss.
     targets = {name: batch.get(name) for name in ("labels", "loss_mask")}
     output = chunk(batch.get("tokens"), batch.get("position_ids"), mask, **targets)

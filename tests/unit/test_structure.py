@@ -15,7 +15,7 @@ PYTHON_ROOTS = (*FOLDERS, "moetron", "tools", "tests", "examples", "docs")
 MODULE_LINES, TOOL_LINES, ENTRY_LINES, ROOM_FILES = 400, 120, 150, 15
 
 FLOORS = (
-    {"moetron/common", "moe/kernels"},
+    {"moetron/common", "moe/kernels", "moe/megatron"},
     {"moetron/common/watch", "tokenizers", "data/shards", "data/addressing"},
     {"data/readers", "data/objectives"},
     {"data/encoding", "data/corpora", "data/stream"},

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker
 
 from moetron.moe.config.bridge import transformer_config
 from moetron.moe.config.schema.settings import Settings
+from moetron.moe.routing.losses import forget_auxiliary_losses
 from moetron.moe.routing.router import Router
 from moetron.moe.routing.routing_record import RoutingRecorder, RoutingSummary
 from tests.parallel.support.auxiliary import read_auxiliary_losses
@@ -22,7 +22,7 @@ EXPERTS, TOKENS = 8, 32
 @pytest.fixture(autouse=True)
 def _parallel_state() -> Iterator[None]:
     with model_parallel():
-        clear_aux_losses_tracker()
+        forget_auxiliary_losses()
         yield
 
 
