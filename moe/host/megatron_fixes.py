@@ -1,6 +1,7 @@
-"""Patches of bugs in megatron-core 0.16.1 on every device.
+"""Patches of bugs in megatron-core on every device.
 
-Paths in docstrings are relative to ``megatron/core``. Each function returns no patch where the
+Paths in docstrings are relative to ``megatron/core``, lines those of 0.16.1 unless another version
+is named. Each function returns no patch where the
 faulty code is correct or not reached.
 """
 
@@ -21,11 +22,12 @@ from moetron.moe.megatron.version_differences import add_prediction_losses, pres
 def latent_attention() -> list[Patch]:
     """Build latent attention without Transformer Engine's classes.
 
-    transformer/multi_latent_attention.py:184 calls ``isinstance`` with a mock, imported as a class
-    in line 54.
+    transformer/multi_latent_attention.py:184 of 0.16.1 calls ``isinstance`` with a mock, imported
+    as a class in line 54.
     """
-    present = isinstance(multi_latent_attention.TELinear, type)
-    return [] if present else [Patch(multi_latent_attention, "HAVE_TE", False)]
+    if isinstance(multi_latent_attention.TELinear, type | None):
+        return []
+    return [Patch(multi_latent_attention, "HAVE_TE", False)]
 
 
 def router_gemm() -> list[Patch]:
@@ -34,8 +36,9 @@ def router_gemm() -> list[Patch]:
     transformer/moe/moe_utils.py:1192 and 1225 read ``te_general_gemm``, which is undefined after
     the failed import in line 24.
     """
-    present = hasattr(moe_utils, "te_general_gemm")
-    return [] if present else [Patch(moe_utils, "te_general_gemm", None)]
+    if present(moe_utils, "te_general_gemm"):
+        return []
+    return [Patch(moe_utils, "te_general_gemm", None)]
 
 
 def discarded_outputs() -> list[Patch]:

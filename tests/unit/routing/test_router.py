@@ -210,6 +210,18 @@ def test_gradients_equal_the_formula(per_token: bool) -> None:
     torch.testing.assert_close(router.weight.grad.float(), weight.grad, rtol=2e-2, atol=1e-3)
 
 
+def test_layers_of_multi_token_prediction_follow_the_decoder() -> None:
+    """megatron-core 0.19 numbers them from 1 and says so; 0.16.1 passes their place."""
+    config = transformer_config(_settings())
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    numbers = []
+    for is_mtp_layer in (False, True):
+        router = Router(config, pg_collection=groups, is_mtp_layer=is_mtp_layer)
+        router.set_layer_number(1)
+        numbers.append(router.layer_number)
+    assert numbers == [1, 1 + config.num_layers]
+
+
 def test_recomputed_passes_have_the_weight_of_their_micro_batch() -> None:
     """Two micro-batches run ahead without gradient before the first is recomputed."""
     router = _routers(_settings())[0]
