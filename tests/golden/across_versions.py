@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.golden.losses import ROOT, Curve, train
 
-STEPS = 10
+ENDS = ("--exit-interval", "10")
 TOLERANCE = 1e-6
 """Relative, of each metric at each step. Versions of torch round sums differently."""
 COMPARED = ("lm_loss", "grad_norm", "aux_loss", "z_loss")
@@ -60,7 +60,9 @@ def main() -> int:
         runs += [(f"{LAYOUT_RECIPE} {n}", LAYOUT_RECIPE, 2, flags) for n, flags in LAYOUTS.items()]
     failed = []
     for name, recipe, ranks, flags in runs:
-        found, expected = (train(recipe, python, STEPS, ranks, flags) for python in (ours, theirs))
+        found, expected = (
+            train(recipe, python, ranks, (*ENDS, *flags)) for python in (ours, theirs)
+        )
         difference, place = largest_difference(found, expected)
         print(f"{name}: {difference:.1e} ({place})", flush=True)
         if difference > TOLERANCE:

@@ -46,9 +46,8 @@ def golden_file(platform: str) -> Path:
 def train(
     recipe: str,
     python: str = sys.executable,
-    steps: int = STEPS,
     ranks: int = 1,
-    flags: Sequence[str] = (),
+    flags: Sequence[str] = ("--train-iters", str(STEPS)),
 ) -> Curve:
     """Train the tiny form of a recipe in processes of its own, on mock data and one thread."""
     launcher = (
@@ -58,7 +57,7 @@ def train(
         command = [
             *(python, *launcher, str(ROOT / "pretrain_moe.py"), "--mock-data"),
             *("--config", str(ROOT / "examples" / recipe / "tiny.yaml"), "--save", folder),
-            *("--train-iters", str(steps), "--lr-warmup-iters", "0", "--eval-iters", "0"),
+            *("--lr-warmup-iters", "0", "--eval-iters", "0"),
             *("--cpu-threads", "1", "--no-tensorboard", *flags),
         ]
         inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}

@@ -149,7 +149,7 @@ def test_huggingface_tokenizers_import_from_the_checkout(path_entry: str) -> Non
     assert done.stdout.split() == ["tokenizers", "True"]
 
 
-VERSION_DIFFERENCES = ROOT / "moe" / "megatron" / "version_differences.py"
+VERSIONS = ROOT / "moe" / "megatron"
 QUESTIONS = ("hasattr", "getattr", "signature")
 
 
@@ -194,12 +194,12 @@ def version_checks(program: str) -> list[str]:
     return found
 
 
-def test_one_module_knows_versions_of_megatron_core() -> None:
+def test_one_room_knows_versions_of_megatron_core() -> None:
     shown = {"metadata.version('megatron-core')"}  # by moetron --version
     wrong = [
         f"{path.relative_to(ROOT)}: {check}"
         for path in [*modules(*FOLDERS, "moetron", "tools"), ROOT / "pretrain_moe.py"]
-        if path != VERSION_DIFFERENCES
+        if path.parent != VERSIONS
         for check in version_checks(path.read_text(encoding="utf-8"))
         if check not in shown
     ]
