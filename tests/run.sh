@@ -71,6 +71,7 @@ case "${1:-}" in
     part tests "$bin/pytest" tests/unit tests/parallel -m "not slow and not parallel_full and not gpu" -n 2 \
       --dist worksteal --durations 15
     part versions "$bin/python" -m tests.golden.across_versions --reference "$reference/bin/python"
+    MOETRON_REFERENCE_PYTHON="$reference/bin/python" part resume "$bin/pytest" tests/golden/test_across_versions.py
     part quickstart "$bin/pytest" tests/e2e/test_quickstart.py -m slow
     ;;
   --chaos) shift; part chaos "$bin/python" -m tests.chaos.kills "$@" ;;

@@ -48,12 +48,14 @@ def train(
     python: str = sys.executable,
     ranks: int = 1,
     flags: Sequence[str] = ("--train-iters", str(STEPS)),
+    save: Path | None = None,
 ) -> Curve:
     """Train the tiny form of a recipe in processes of its own, on mock data and one thread."""
     launcher = (
         [str(ROOT / "tools" / "launch.py"), "--nproc-per-node", str(ranks)] if ranks > 1 else []
     )
-    with tempfile.TemporaryDirectory(prefix="golden-") as folder:
+    with tempfile.TemporaryDirectory(prefix="golden-") as temporary:
+        folder = str(save or temporary)
         command = [
             *(python, *launcher, str(ROOT / "pretrain_moe.py"), "--mock-data"),
             *("--config", str(ROOT / "examples" / recipe / "tiny.yaml"), "--save", folder),
