@@ -3,11 +3,11 @@
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -42,30 +42,26 @@ def verifying(folder: Path) -> Iterator[None]:
         check = pool.submit(checkpoint_folder.verify, folder, rank, ranks)
         try:
             yield
-        except UserError as error:
-            _raise_damage(check, error)
+        except UserError:
+            on_all_ranks(check.result)
             raise
-        _raise_damage(check, None)
+        on_all_ranks(check.result)
 
 
-def _raise_damage(check: Future[int], cause: UserError | None) -> None:
-    """Raise what any rank's check found, the first one's."""
-    mine = None
+def on_all_ranks(action: Callable[[], Result]) -> Result:
+    """Run ``action`` on every rank and return its result; all raise the first UserError of any."""
+    found: list[UserError | None] = [None] * dist.get_world_size()
+    result, mine = None, None
     try:
-        check.result()
+        result = action()
     except UserError as error:
         mine = error
-    raise_together(mine, cause)
-
-
-def raise_together(mine: UserError | None, cause: Exception | None = None) -> None:
-    """Raise the first error of any rank on all ranks, if there is one."""
-    found: list[UserError | None] = [None] * dist.get_world_size()
     # All-gather over all ranks: a rank that raised alone would leave the others waiting in the
     # next collective.
     dist.all_gather_object(found, mine)
-    for error in filter(None, found):
-        raise error from cause
+    for failure in filter(None, found):
+        raise failure
+    return cast(Result, result)
 
 
 def fall_back(settings: Settings) -> Settings:

@@ -39,8 +39,8 @@ from moetron.common.watch import activity
 from moetron.moe.checkpoint import optimizer_state
 from moetron.moe.checkpoint import run_folder as checkpoint_folder
 from moetron.moe.checkpoint.collective_checks import (
+    on_all_ranks,
     on_rank_0,
-    raise_together,
     require_space,
     verifying,
 )
@@ -310,29 +310,31 @@ def _load(checkpoint: Checkpoint, request: ShardedStateDict, remedy: str) -> Sha
     absent = _missing(wanted, checkpoint)
     if absent:
         raise UserError(f"--load {checkpoint.folder}: holds no {absent}; {remedy}")
+    return on_all_ranks(partial(_read, request, checkpoint.folder))
+
+
+def _read(request: ShardedStateDict, folder: Path) -> ShardedStateDict:
     try:
         with _without_future_warnings():
-            # Collective over all ranks, although every rank reads its own shards from the files:
-            # torch's planner gathers and scatters the plans, and so reports errors to all ranks.
-            return load_tensors(request, checkpoint.folder)
+            return load_tensors(request, folder)
     except (CheckpointingException, CheckpointException) as error:
         text = cause_of(error) if isinstance(error, CheckpointException) else error
-        raise UserError(
-            f"--load {checkpoint.folder}: damaged or of another shape: {text}"
-        ) from error
+        raise UserError(f"--load {folder}: damaged or of another shape: {text}") from error
 
 
 def _refuse_nan(checkpoint: Checkpoint, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Raise UserError on all ranks for tensors with NaN: filled with it, they were not read."""
-    unwritten = [name for name, tensor in tensors if _has_nan(tensor)]
-    mine = None
-    if unwritten:
-        names = ", ".join(sorted(unwritten)[:3])
-        mine = UserError(
-            f"--load {checkpoint.folder}: {len(unwritten)} tensors hold NaN or were not fully "
-            f"written (rank {dist.get_rank()}): {names}"
-        )
-    raise_together(mine)
+
+    def check() -> None:
+        unwritten = [name for name, tensor in tensors if _has_nan(tensor)]
+        if unwritten:
+            names = ", ".join(sorted(unwritten)[:3])
+            raise UserError(
+                f"--load {checkpoint.folder}: {len(unwritten)} tensors hold NaN or were not fully "
+                f"written (rank {dist.get_rank()}): {names}"
+            )
+
+    on_all_ranks(check)
 
 
 def _has_nan(tensor: torch.Tensor) -> bool:

@@ -10,10 +10,18 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.dict_utils import merge
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, apply_factory_merges
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
-from megatron.core.dist_checkpointing.strategies.base import LoadCommonStrategy
+from megatron.core.dist_checkpointing.utils import (
+    extract_sharded_base,
+    force_all_tensors_to_non_fp8,
+)
+from megatron.core.dist_checkpointing.validation import (
+    determine_global_metadata,
+    validate_sharding_integrity,
+)
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
@@ -91,29 +99,11 @@ def cause_of(error: CheckpointException) -> str:
     return "no reason given"
 
 
-class _NoCommonState(LoadCommonStrategy):
-    """Strategy that does not read ``common.pt``: Moetron stores nothing in it."""
-
-    def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
-        return {}
-
-    def load_sharded_objects(
-        self, sharded_objects_state_dict: ShardedStateDict, checkpoint_dir: str | Path
-    ) -> ShardedStateDict:
-        return {}
-
-    def check_backend_compatibility(self, loaded_backend: str) -> None:
-        pass
-
-    def check_version_compatibility(self, loaded_version: int) -> None:
-        pass
-
-
 @contextmanager
 def _indexed_readers() -> Iterator[None]:
     """Make megatron-core read files with `IndexedReader` (strategies/torch.py:750 in 0.16.1)."""
 
-    def reader(checkpoint_dir: str | Path, cache_metadata: bool = False) -> IndexedReader:
+    def reader(checkpoint_dir: str | Path, *_: Any, **__: Any) -> IndexedReader:
         return IndexedReader(checkpoint_dir)
 
     undo = Patch(torch_strategy, "_get_filesystem_reader", reader).apply()
@@ -126,13 +116,15 @@ def _indexed_readers() -> Iterator[None]:
 def load_tensors(request: ShardedStateDict, folder: Path) -> ShardedStateDict:
     """Load the entries of ``request`` from a step folder (collective over all ranks).
 
-    As megatron-core's ``dist_checkpointing.load``, always with its reader of the ``torch_dist``
-    format.
+    As megatron-core's ``dist_checkpointing.load``, but without the state of ``common.pt``, in which
+    Moetron stores nothing: megatron-core would unpickle it.
     """
+    force_all_tensors_to_non_fp8(request)
+    prepared, loaded, factories = load_preprocess(request)
+    wanted, _ = extract_sharded_base(prepared)
+    # All-gather over all ranks: every part of a tensor must be the main part of one rank.
+    validate_sharding_integrity(determine_global_metadata(wanted)[1])
     with _indexed_readers():
-        return dist_checkpointing.load(
-            request,
-            str(folder),
-            sharded_strategy=torch_strategy.TorchDistLoadShardedStrategy(),
-            common_strategy=_NoCommonState(),
-        )
+        merge(loaded, torch_strategy.TorchDistLoadShardedStrategy().load(wanted, folder))
+    result: ShardedStateDict = apply_factory_merges(loaded, factories)
+    return result

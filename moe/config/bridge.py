@@ -21,6 +21,7 @@ from moetron.moe.config.schema.field import Group
 from moetron.moe.config.schema.model import ModelSettings
 from moetron.moe.config.schema.precision import PrecisionSettings
 from moetron.moe.config.schema.settings import Settings
+from moetron.moe.megatron.version_differences import captured_modules
 
 _FORMATS = {
     "fp32": torch.float32,
@@ -194,7 +195,7 @@ def _graphs(settings: Settings) -> dict[str, Any]:
     """Return what is captured; an empty scope would be all of a layer."""
     chosen = settings.performance
     captures = chosen.cuda_graph_impl != "none"
-    return {"cuda_graph_scope": (chosen.cuda_graph_scope or ["attn"]) if captures else []}
+    return captured_modules((chosen.cuda_graph_scope or ["attn"]) if captures else [])
 
 
 def _has_fused_softmax() -> bool:

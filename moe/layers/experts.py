@@ -127,6 +127,7 @@ class GroupedExperts(DelayedGradients, MegatronModule):
         config: megatron-core's; see `grouped_gemm_fits`.
         submodules: ignored.
         pg_collection: ``ep``, ``expt_tp``, ``expt_dp`` and ``tp`` are read.
+        name: ignored.
     """
 
     def __init__(
@@ -135,6 +136,7 @@ class GroupedExperts(DelayedGradients, MegatronModule):
         config: TransformerConfig,
         submodules: Any = None,
         pg_collection: ProcessGroupCollection | None = None,
+        name: str | None = None,
     ) -> None:
         super().__init__(config=config)
         assert pg_collection is not None

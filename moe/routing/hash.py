@@ -1,7 +1,8 @@
 """Hash routing: experts by token id, from a fixed table (Roller et al., arXiv 2106.04426)."""
 
+from typing import Any
+
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 
 from moetron.moe.config.bridge import ModelConfig
 from moetron.moe.routing.micro_batch_value import MicroBatchValue
@@ -40,10 +41,8 @@ class HashRouter(Router):
     table: torch.Tensor
     """int64 [token ids, k]."""
 
-    def __init__(
-        self, config: ModelConfig, pg_collection: ProcessGroupCollection | None = None
-    ) -> None:
-        super().__init__(config, pg_collection)
+    def __init__(self, config: ModelConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
         self.register_parameter("weight", None)
         device = torch.cuda.current_device()
         seed = torch.full((1,), config.routing_seed, dtype=torch.int64, device=device)

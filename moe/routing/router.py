@@ -70,13 +70,17 @@ class Router(TopKRouter):
     """Dispatcher that needs the capacity of padded experts."""
 
     def __init__(
-        self, config: ModelConfig, pg_collection: ProcessGroupCollection | None = None
+        self,
+        config: ModelConfig,
+        pg_collection: ProcessGroupCollection | None = None,
+        is_mtp_layer: bool = False,
     ) -> None:
         assert pg_collection is not None
         if config.router_init_method is not None:
             config = copy.copy(config)
             config.init_method = config.router_init_method
         super().__init__(config, pg_collection)
+        self.is_mtp_layer = is_mtp_layer
         self.capacity: Capacity | None = None
         if config.moe_expert_capacity_factor is not None:
             self.capacity = Capacity(
@@ -110,6 +114,15 @@ class Router(TopKRouter):
     def _by_step(self) -> bool:
         """Return whether the global balance loss counts the choices of the previous step."""
         return bool(self.config.moe_global_aux_loss_counts == "previous_step")
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Number all layers of the model from 1; multi-token prediction follows the decoder.
+
+        megatron-core 0.19 numbers the layers of multi-token prediction from 1 and says so
+        (``is_mtp_layer``), 0.16 as here.
+        """
+        before = self.config.num_layers if self.is_mtp_layer else 0
+        super().set_layer_number(before + layer_number)
 
     def forward(
         self, input: torch.Tensor, padding_mask: torch.Tensor | None = None
@@ -382,7 +395,7 @@ class Router(TopKRouter):
             part: this rank's part of the loss of the micro-batch; a scalar.
             coefficient: of the loss.
             tokens: of the micro-batch, over all its ranks; its weight unless `loss_tokens` is set.
-            name: in megatron-core's tracker.
+            name: of its sums in losses.py.
         """
         layers = self.config.num_layers + (self.config.mtp_num_layers or 0)
         record_auxiliary_loss(name, part, self.layer_number, layers)

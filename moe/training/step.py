@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
-from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model
+from megatron.core.utils import unwrap_model
 
 from moetron.common.watch import activity
 from moetron.moe.health.monitor import HealthMonitor
 from moetron.moe.health.spikes import StepValues
 from moetron.moe.host.allocator import peak_memory_bytes
+from moetron.moe.host.context_parallel import own_chunks
 from moetron.moe.layers.attention import prefix_mask
 from moetron.moe.layers.document_attention import packed_parameters, places_in_documents
 from moetron.moe.layers.language_model import LanguageModel
@@ -237,7 +238,7 @@ def _forward(
         if (padding_B := batch.pop("padding", None)) is not None:
             batch["padding"] = places_S >= len(places_S) - padding_B[:, None]
     # No communication: every context rank has read the full samples and takes its own chunks.
-    batch = get_batch_on_this_cp_rank(batch, cp_group=runtime.groups.cp)
+    batch = {name: own_chunks(whole, 1, runtime.groups.cp) for name, whole in batch.items()}
     if batch:
         model.set_padding(batch.pop("padding", None))
     # With labels the model returns losses; it needs the mask for rewards and the output z-loss.

@@ -12,14 +12,15 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker
-from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model
+from megatron.core.utils import unwrap_model
 
 from moetron.moe.config.bridge import ddp_config, transformer_config
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.encoder_decoder.build_stacks import build
 from moetron.moe.encoder_decoder.relative_bias import finalize_stack_gradients
+from moetron.moe.host.context_parallel import own_chunks
 from moetron.moe.routing.expert_bias import finalize_gradients
+from moetron.moe.routing.losses import forget_auxiliary_losses
 from moetron.moe.routing.routing_record import RoutingRecorder
 from tests.parallel.support.auxiliary import read_auxiliary_losses
 from tests.parallel.support.harness import model_parallel, run_ranks
@@ -109,7 +110,8 @@ def _forward_step(
         stacks = {"segments": torch.tensor(segments).expand(len(tokens), -1)}
     batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:]}
     positions = torch.arange(SEQUENCE).expand(len(tokens), -1)
-    batch = get_batch_on_this_cp_rank({**batch, "positions": positions})
+    group = parallel_state.get_context_parallel_group()
+    batch = {name: own_chunks(x, 1, group) for name, x in {**batch, "positions": positions}.items()}
     run = unwrap_model(model).build_schedule_plan if return_schedule_plan else model
     losses = run(batch["tokens"], batch["positions"], None, labels=batch["labels"], **stacks)
 
@@ -165,7 +167,7 @@ def _run_case(case: Case, weights: dict[str, torch.Tensor] | None) -> dict[str, 
         with RoutingRecorder(model, settings) as recorder:
             for _ in range(case.steps):
                 recorder.reset()
-                clear_aux_losses_tracker()
+                forget_auxiliary_losses()
                 for chunk in model:
                     chunk.zero_grad_buffer()
                 outputs = get_forward_backward_func()(
