@@ -15,9 +15,9 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from moetron.common.errors import UserError
-from moetron.common.listeners import reachable
 from moetron.common.threads import use_threads
 from moetron.common.watch import activity
+from moetron.common.watch.listeners import reachable
 from moetron.moe.checkpoint.random_states import seed_generators
 from moetron.moe.config.schema.pipeline_split import virtual_pipeline_size
 from moetron.moe.config.schema.settings import Settings

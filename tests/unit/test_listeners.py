@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from moetron.common.listeners import reachable
+from moetron.common.watch.listeners import reachable
 
 
 @pytest.mark.parametrize(
