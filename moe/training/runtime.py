@@ -3,6 +3,7 @@
 import errno
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from moetron.common.errors import UserError
 from moetron.common.threads import use_threads
 from moetron.common.watch import activity
+from moetron.common.watch.listeners import reachable
 from moetron.moe.checkpoint.random_states import seed_generators
 from moetron.moe.checkpoint.writer.writer_process import WriterProcess
 from moetron.moe.config.schema.pipeline_split import virtual_pipeline_size
@@ -172,6 +174,8 @@ def _join(settings: Settings, backend: str) -> None:
         place: dict[str, Any] = {}
         if (store := _loopback_store(timeout)) is not None:
             place = {"store": store, "rank": _number("RANK"), "world_size": _number("WORLD_SIZE")}
+        else:
+            _tell_if_reachable()
         torch.distributed.init_process_group(backend, timeout=timeout, **place)
     except (torch.distributed.DistNetworkError, OSError) as error:
         if getattr(error, "errno", None) != errno.EADDRINUSE and "EADDRINUSE" not in str(error):
@@ -197,6 +201,17 @@ def _loopback_store(timeout: timedelta) -> torch.distributed.Store | None:
     return torch.distributed.TCPStore(
         _LOOPBACK, port, ranks, True, timeout, False, master_listen_fd=server.detach()
     )
+
+
+def _tell_if_reachable() -> None:
+    """Note that the rendezvous of a single host can be reached from others, as torchrun's can."""
+    alone = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    if alone and _number("RANK") == 0 and reachable(port := _number("MASTER_PORT")):
+        print(
+            f"note: torchrun's rendezvous (port {port}) listens on all interfaces and trusts every "
+            "connection; `moetron launch` listens on this host alone",
+            file=sys.stderr,
+        )
 
 
 def _number(name: str) -> int:

@@ -18,6 +18,7 @@ FAULTY = 6
 """Step with a bad gradient on rank 1."""
 LAST = 8
 MODEL: dict[str, dict[str, Any]] = {
+    "model": {"attention_dropout": 0.1},  # from the tracker of random states
     "moe": {
         "moe_router_enable_expert_bias": True,
         "moe_router_score_function": "sigmoid",

@@ -1,1 +1,1 @@
-"""Watch over this process: what it does, and the limits that the system sets it."""
+"""Watch over this process: what it does, its limits, and who can reach it."""
