@@ -21,6 +21,7 @@ from moetron.moe.config.schema.field import Group
 from moetron.moe.config.schema.model import ModelSettings
 from moetron.moe.config.schema.precision import PrecisionSettings
 from moetron.moe.config.schema.settings import Settings
+from moetron.moe.megatron.version_differences import captured_modules
 
 _FORMATS = {
     "fp32": torch.float32,
@@ -58,6 +59,9 @@ class ModelConfig(TransformerConfig):
     moe_router_anneal_samples: int | None = None
     routing_seed: int = 0
     output_z_loss_coeff: float | None = None
+    label_smoothing: float = 0.0
+    moe_encoder_capacity_factor: float | None = None
+    moe_encoder_eval_capacity_factor: float | None = None
 
 
 @dataclass
@@ -129,10 +133,16 @@ def _initialisation(settings: Settings) -> dict[str, Any]:
     }
 
 
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """Return GELU's tanh approximation: T5 1.1's, also in Mesh TensorFlow and flaxformer."""
+    return F.gelu(x, approximate="tanh")
+
+
 _ACTIVATIONS = {
     "swiglu": F.silu,
     "double_gated": F.silu,
     "geglu": F.gelu,
+    "geglu_tanh": gelu_tanh,
     "gelu": F.gelu,
     "relu": F.relu,
 }
@@ -185,7 +195,7 @@ def _graphs(settings: Settings) -> dict[str, Any]:
     """Return what is captured; an empty scope would be all of a layer."""
     chosen = settings.performance
     captures = chosen.cuda_graph_impl != "none"
-    return {"cuda_graph_scope": (chosen.cuda_graph_scope or ["attn"]) if captures else []}
+    return captured_modules((chosen.cuda_graph_scope or ["attn"]) if captures else [])
 
 
 def _has_fused_softmax() -> bool:

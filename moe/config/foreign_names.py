@@ -11,8 +11,6 @@ SAME: dict[str, str] = {
     "checkpoint_activations": "recompute_granularity",
     "decoder_num_layers": "num_layers",
     "decoder_seq_length": "seq_length",
-    "encoder_num_layers": "num_layers",
-    "encoder_seq_length": "seq_length",
     "model_parallel_size": "tensor_model_parallel_size",
     "moe_router_padding_for_fp8": "moe_router_padding_for_quantization",
     "most_recent_k": "keep_last",

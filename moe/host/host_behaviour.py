@@ -7,7 +7,6 @@ import inspect
 from typing import Any
 
 import torch
-from megatron.core import utils as core_utils
 from megatron.core.models.common.embeddings import (
     rotary_pos_embedding,
     yarn_rotary_pos_embedding,
@@ -15,9 +14,9 @@ from megatron.core.models.common.embeddings import (
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.tensor_parallel import mappings
 from megatron.core.transformer.moe import router, token_dispatcher
-from torch.distributed import ProcessGroup
 
 from moetron.moe.host.collectives import allow_uneven
+from moetron.moe.host.context_parallel import own_chunks
 from moetron.moe.host.patching import Patch
 
 
@@ -27,15 +26,10 @@ def rotary_chunks() -> list[Patch]:
     models/common/embeddings/rope_utils.py:62, called by rotary_pos_embedding.py:204 and
     yarn_rotary_pos_embedding.py:186.
     """
-
-    def shard(angles: torch.Tensor, seq_dim: int, cp_group: ProcessGroup) -> torch.Tensor:
-        batch = {"angles": angles.movedim(seq_dim, 1)}
-        held: torch.Tensor = core_utils.get_batch_on_this_cp_rank(batch, cp_group)["angles"]
-        return held.movedim(1, seq_dim)
-
     name = "get_pos_emb_on_this_cp_rank"
     return [
-        Patch(module, name, shard) for module in (rotary_pos_embedding, yarn_rotary_pos_embedding)
+        Patch(module, name, own_chunks)
+        for module in (rotary_pos_embedding, yarn_rotary_pos_embedding)
     ]
 
 

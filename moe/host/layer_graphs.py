@@ -45,7 +45,13 @@ class LayerGraphs:
         )
         # megatron-core asks its global calculator how often each layer has run before.
         calculator.unset_num_microbatches_calculator()
-        calculator.init_num_microbatches_calculator(0, None, num_microbatches * size, size, 1)
+        calculator.init_num_microbatches_calculator(
+            rank=0,
+            rampup_batch_size=None,
+            global_batch_size=num_microbatches * size,
+            micro_batch_size=size,
+            data_parallel_size=1,
+        )
         helper.create_cudagraphs()  # barriers over all ranks
         calculator.unset_num_microbatches_calculator()
         self._helper = helper

@@ -98,6 +98,7 @@ class VariantExperts(SeparateExperts):
         config: see `grouped_gemm_fits`.
         submodules: ignored.
         pg_collection: as in `GroupedExperts`.
+        name: ignored.
     """
 
     config: ModelConfig
@@ -108,6 +109,7 @@ class VariantExperts(SeparateExperts):
         config: ModelConfig,
         submodules: Any = None,
         pg_collection: ProcessGroupCollection | None = None,
+        name: str | None = None,
     ) -> None:
         super().__init__(num_local_experts, config, submodules, pg_collection)
         if config.moe_expert_multiplicative_bias:

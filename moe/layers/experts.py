@@ -127,6 +127,7 @@ class GroupedExperts(DelayedGradients, MegatronModule):
         config: megatron-core's; see `grouped_gemm_fits`.
         submodules: ignored.
         pg_collection: ``ep``, ``expt_tp``, ``expt_dp`` and ``tp`` are read.
+        name: ignored.
     """
 
     def __init__(
@@ -135,6 +136,7 @@ class GroupedExperts(DelayedGradients, MegatronModule):
         config: TransformerConfig,
         submodules: Any = None,
         pg_collection: ProcessGroupCollection | None = None,
+        name: str | None = None,
     ) -> None:
         super().__init__(config=config)
         assert pg_collection is not None
@@ -260,8 +262,7 @@ class GroupedExperts(DelayedGradients, MegatronModule):
             ]
 
         if parts > 1:
-            join = partial(torch.cat, dim=1)
-            fc1 = ShardedTensorFactory(fc1_key, self.weight1, by_part, join, replica)
+            fc1 = ShardedTensorFactory(fc1_key, self.weight1, by_part, _joined, replica)
         else:
             fc1 = tensor(fc1_key, self.weight1, (axis + 1, rank, ranks), replica)
         return {
@@ -287,6 +288,17 @@ class GroupedExperts(DelayedGradients, MegatronModule):
             for expert in range(first, first + self.num_local_experts)
             for layer in ("linear_fc1", "linear_fc2")
         }
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Join gate and up of all experts, without a copy if they were loaded into one matrix."""
+    whole = parts[0]._base
+    if whole is not None and whole.shape[1] == sum(part.shape[1] for part in parts):
+        expected = whole.chunk(len(parts), dim=1)
+        pairs = zip(parts, expected, strict=True)
+        if all(part.data_ptr() == same.data_ptr() for part, same in pairs):
+            return whole
+    return torch.cat(parts, dim=1)
 
 
 def sharded_tensor(

@@ -73,6 +73,12 @@ class LatentAttention(MLASelfAttention):
         numerics: of FP8 down projections; None: no FP8.
     """
 
+    def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
+        """Return the spec's modules; megatron-core 0.19 would choose from its own back ends."""
+        names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj")
+        norms = ("q_layernorm", "kv_layernorm")
+        return {name: getattr(submodules, name) for name in (*names, *norms)}
+
     def __init__(
         self,
         config: MLATransformerConfig,

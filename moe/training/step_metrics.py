@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from megatron.core.utils import unwrap_model
 
 from moetron.moe.config.schema.derived import routed_layers
 from moetron.moe.health.spikes import StepValues
+from moetron.moe.megatron.version_differences import take_prediction_losses
 from moetron.moe.routing.losses import auxiliary_losses, take_auxiliary_losses
 from moetron.moe.routing.router import Router
 from moetron.moe.routing.routing_record import RoutingSummary
@@ -33,7 +33,8 @@ class StepMetrics:
     values: StepValues
     """Loss and norm, also by rank, for the decision about the update."""
     extra: dict[str, Any]
-    """Of `output_metrics`, `prediction_metrics`, `auxiliary_metrics` and `routing_metrics`."""
+    """Of `output_metrics`, `prediction_metrics`, `auxiliary_metrics`, `routing_metrics` and
+    `logit_metrics`."""
     loads: dict[str, np.ndarray]
     """Load over mean load of every expert, float64 [E], by layer."""
     bias_ranges: dict[str, float]
@@ -75,6 +76,7 @@ def recorded_metrics(trainer: Trainer, num_microbatches: int) -> list[Recorded]:
         *auxiliary_metrics(trainer, num_microbatches),
         *routing_metrics(trainer),
         *bias_metrics(trainer),
+        *logit_metrics(trainer),
     ]
 
 
@@ -109,12 +111,11 @@ def prediction_metrics(trainer: Trainer, num_microbatches: int) -> list[Recorded
     modules = trainer.settings.model.mtp_num_layers
     if modules is None:
         return []
-    recorded, runtime = MTPLossLoggingHelper.tracker, trainer.runtime
+    recorded, runtime = take_prediction_losses(), trainer.runtime
     sums = torch.zeros(modules + 1, dtype=torch.float64, device=runtime.device)
     if runtime.holds_loss:
-        sums[:-1], sums[-1] = recorded["values"], num_microbatches
-    if "values" in recorded:
-        MTPLossLoggingHelper.clean_loss_in_tracker()
+        assert recorded is not None
+        sums[:-1], sums[-1] = recorded, num_microbatches
     # The last entry counts micro-batches.
     return [Recorded(sums, lambda sums: {"mtp_losses": (sums[:-1] / sums[-1]).tolist()})]
 
@@ -185,6 +186,16 @@ def bias_metrics(trainer: Trainer) -> list[Recorded]:
     return [
         Recorded(ranges_L, lambda sums: {BIAS_RANGES: dict(zip(names, sums.tolist(), strict=True))})
     ]
+
+
+def logit_metrics(trainer: Trainer) -> list[Recorded]:
+    """Take ``max_attention_logit``, the largest of all layers and heads, if it is asked for."""
+    if trainer.logits is None:
+        return []
+    runtime = trainer.runtime
+    largest_R = torch.zeros(runtime.world_size, dtype=torch.float64, device=runtime.device)
+    largest_R[runtime.rank] = trainer.logits.largest()
+    return [Recorded(largest_R, lambda found: {"max_attention_logit": float(found.max())})]
 
 
 def _layer_names(trainer: Trainer) -> list[str]:

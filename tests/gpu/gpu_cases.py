@@ -123,7 +123,8 @@ def _recipes() -> list[Case]:
         kinds = tuple(kind for kind in KINDS if in_fp8 or not kind.endswith("params"))
         if "num_experts" not in text:
             kinds = tuple(kind for kind in kinds if kind != "scaled_experts")
-        if "double_gated" in text or "multiplicative_bias: true" in text:  # refused with FP8
+        refused = ("double_gated", "multiplicative_bias: true", "encoder_num_layers")
+        if any(words in text for words in refused):  # with FP8
             kinds = PLAIN
         flags = ("--config", str(path), *decay)
         if "multi_latent_attention: true" in text:  # its joint projection is too narrow for FP8
