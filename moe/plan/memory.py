@@ -189,6 +189,8 @@ def _activation_bytes(settings: Settings, stage: int, microbatches: int) -> int:
     rounds = virtual_pipeline_size(settings)
     if rounds is not None:  # Megatron-LM (arXiv 2104.04473), section 2.2: one more part in flight
         in_flight *= 1 + (stages - 1) / (stages * rounds)
+        if settings.performance.overlap_moe_expert_parallel_comm:
+            in_flight += 1 / rounds  # one more chunk's forward pass before the first backward pass
     kept, again = sum(kept for kept, _ in chunks), max(again for _, again in chunks)
     return int(kept * in_flight + again) * _number_bytes(settings)
 

@@ -29,6 +29,7 @@ _WITHOUT_STACKS: dict[tuple[str, str], object] = {
     ("parallel", "context_parallel_size"): 1,
     ("precision", "fp8_format"): None,
     ("performance", "cuda_graph_impl"): "none",
+    ("performance", "overlap_moe_expert_parallel_comm"): False,
     ("data", "bidirectional_prefix"): False,
     ("data", "repetition_max_count"): None,
     ("data", "eod_mask_loss"): False,

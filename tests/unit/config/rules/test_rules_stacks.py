@@ -31,6 +31,15 @@ STACKS: dict[str, Any] = {
         ),
         ({"num_query_groups": 4}, "cross-attention has as many key heads as queries"),
         ({"world_size": 2, "context_parallel_size": 2}, "is not supported by encoder-decoders"),
+        (
+            {
+                "world_size": 2,
+                "bf16": True,
+                "expert_model_parallel_size": 2,
+                "overlap_moe_expert_parallel_comm": True,
+            },
+            "--overlap-moe-expert-parallel-comm is not supported by encoder-decoders",
+        ),
         ({"mtp_num_layers": 1}, "--mtp-num-layers 1 is not supported by encoder-decoders"),
         ({"eod_mask_loss": True}, "--eod-mask-loss is not supported by encoder-decoders"),
         (
