@@ -307,8 +307,7 @@ def _load(checkpoint: Checkpoint, request: ShardedStateDict, remedy: str) -> Sha
     built, _ = extract_matching_values(request, optimizer_state.is_entry)
     apply_factories(built)
     wanted = {entry.key for entry in nested_values(built)}
-    absent = _missing(wanted, checkpoint)
-    if absent:
+    if absent := _missing(wanted, checkpoint):
         raise UserError(f"--load {checkpoint.folder}: holds no {absent}; {remedy}")
     return on_all_ranks(partial(_read, request, checkpoint.folder))
 
@@ -328,10 +327,9 @@ def _refuse_nan(checkpoint: Checkpoint, tensors: Iterable[tuple[str, torch.Tenso
     def check() -> None:
         unwritten = [name for name, tensor in tensors if _has_nan(tensor)]
         if unwritten:
-            names = ", ".join(sorted(unwritten)[:3])
             raise UserError(
                 f"--load {checkpoint.folder}: {len(unwritten)} tensors hold NaN or were not fully "
-                f"written (rank {dist.get_rank()}): {names}"
+                f"written (rank {dist.get_rank()}): {', '.join(sorted(unwritten)[:3])}"
             )
 
     on_all_ranks(check)

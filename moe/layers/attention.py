@@ -24,7 +24,7 @@ from moetron.moe.layers.document_attention import (
     attend_with_kernel,
     varlen_kernel,
 )
-from moetron.moe.layers.qk_clip import largest_logits
+from moetron.moe.optim.qk_clip import largest_logits
 
 
 def prefix_mask(prefix_B: torch.Tensor, length: int) -> torch.Tensor:

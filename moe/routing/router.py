@@ -46,18 +46,13 @@ class Router(TopKRouter):
     right, or by probability; see capacity.py. The bias of --moe-router-enable-expert-bias and
     balance losses use choices before dropping.
 
-    **Counts** of choices are int64. megatron-core keeps them in float buffers, which
-    ``Float16Module`` casts to bf16, where 256 + 1 is 256: biases then move the wrong way.
+    **Counts** of choices are int64: in megatron-core's, cast to bf16, 256 + 1 is 256.
 
     **Auxiliary losses** are computed, attached and logged here (`attach`), each as this rank's part
     of the loss of its micro-batch; parts add up over the TP x CP ranks that hold the micro-batch.
     With ``calculate_per_token_loss`` the loss of a micro-batch has the weight n / N, its fraction
-    of the loss tokens of the global batch, otherwise 1 / number of micro-batches; weights add up to
-    1. megatron-core divides by N, so a part is multiplied by n (`loss_tokens`; all tokens of the
-    micro-batch if nothing is masked). megatron-core 0.16.1 multiplies by another number
-    (transformer/moe/router.py:446 and 484): its losses are TP x CP times too weak, seq_aux_loss
-    also by the micro-batch size, and too strong by tokens / N where losses are masked; without
-    ``calculate_per_token_loss`` global_aux_loss is DP times too weak.
+    of the loss tokens of the global batch, otherwise 1 / number of micro-batches. megatron-core
+    divides by N, so a part is multiplied by n (`loss_tokens`); its own: docs/numerics.md.
     """
 
     is_random = False
