@@ -22,6 +22,8 @@ _OBJECTIVES = ("span_corruption", "prefix_lm")
 _WITHOUT_STACKS: dict[tuple[str, str], object] = {
     ("attention", "multi_latent_attention"): False,
     ("attention", "add_qkv_bias"): False,
+    ("attention", "log_max_attention_logit"): False,
+    ("attention", "qk_clip"): False,
     ("model", "add_bias_linear"): False,
     ("model", "attention_backend"): "auto",
     ("model", "mtp_num_layers"): None,
@@ -29,10 +31,14 @@ _WITHOUT_STACKS: dict[tuple[str, str], object] = {
     ("parallel", "context_parallel_size"): 1,
     ("precision", "fp8_format"): None,
     ("performance", "cuda_graph_impl"): "none",
+    ("performance", "delay_wgrad_compute"): False,
     ("performance", "overlap_moe_expert_parallel_comm"): False,
+    ("performance", "tp_comm_overlap"): False,
     ("data", "bidirectional_prefix"): False,
     ("data", "repetition_max_count"): None,
     ("data", "eod_mask_loss"): False,
+    ("data", "reset_attention_mask"): False,
+    ("data", "reset_position_ids"): False,
 }
 """Settings that encoder-decoders do not support, with the values to have."""
 _RECOMPUTABLE = ("core_attn", "moe_act", "layernorm", "mlp", "moe", "shared_experts")

@@ -42,6 +42,8 @@ STACKS: dict[str, Any] = {
         ),
         ({"mtp_num_layers": 1}, "--mtp-num-layers 1 is not supported by encoder-decoders"),
         ({"eod_mask_loss": True}, "--eod-mask-loss is not supported by encoder-decoders"),
+        ({"reset_attention_mask": True}, "--reset-attention-mask is not supported by encoder-"),
+        ({"qk_clip": True}, "--qk-clip is not supported by encoder-decoders"),
         (
             {"transformer_impl": "transformer_engine", "te": True, "device": "cuda"},
             "an encoder-decoder has local layers",
