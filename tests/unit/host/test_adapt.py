@@ -235,6 +235,14 @@ def _discarded_outputs() -> None:
     torch.testing.assert_close(x.grad, torch.sin(2 * x.detach()))
 
 
+def _recomputed_storage() -> None:
+    def load_inline(**_: Any) -> None:
+        raise AssertionError("compiles")
+
+    parallel_random.load_inline = load_inline
+    _discarded_outputs()
+
+
 def _output_layer() -> None:
     config = _config(gradient_accumulation_fusion=True)
     layer = tensor_parallel.ColumnParallelLinear(
@@ -288,6 +296,7 @@ SCENARIOS: dict[str, tuple[Callable[[], None], int]] = {
     "eager_router": (_router_with_bias, 1),
     "discarded_outputs": (_discarded_outputs, 1),
     "output_layer": (_output_layer, 1),
+    "recomputed_storage": (_recomputed_storage, 1),
     "prediction_losses": (_prediction_losses, 1),
     "split_sizes": (_dispatch, 2),
     "uneven_gather": (_gather_uneven, 2),
@@ -320,7 +329,7 @@ def _has_patches(name: str) -> bool:
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_needed_and_sufficient(name: str) -> None:
-    if name in EVERYWHERE and not run_ranks(_has_patches, 1, name)[0]:
+    if name in (*EVERYWHERE, "recomputed_storage") and not run_ranks(_has_patches, 1, name)[0]:
         pytest.skip("the installed version of megatron-core does not need it")
     run_ranks(_play, SCENARIOS[name][1], name, True)
     with pytest.raises(RankFailed):
