@@ -5,9 +5,10 @@
     python pretrain_moe.py --config RECIPE.yaml --dry-run --world-size 1024 [--build --rank 17]
     python pretrain_moe.py --config RECIPE.yaml --check --world-size 2    # as launchers do first
 
-``--help`` lists every setting. Exit codes: 0 done, 2 user error, 1 internal or machine error, 75
-stopped by a signal after a complete save (the same command resumes), 128 + n by signal n before the
-first step or by a second signal.
+``--help`` lists every setting. Exit codes: 0 done, 2 user error, 1 internal or machine error, 16
+and 17 after a step was run again (docs/health.md), 75 stopped by a signal after a complete save
+(the same command resumes), 76 a rank hangs, 128 + n by signal n before the first step or by a
+second signal.
 """
 
 import sys

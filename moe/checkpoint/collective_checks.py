@@ -2,7 +2,9 @@
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -21,7 +23,29 @@ Result = TypeVar("Result")
 
 def verify_together(folder: Path) -> None:
     """Check every file against its sum, files divided among ranks; all raise the first error."""
-    on_all_ranks(lambda: checkpoint_folder.verify(folder, dist.get_rank(), dist.get_world_size()))
+    with verifying(folder):
+        pass
+
+
+@contextmanager
+def verifying(folder: Path) -> Iterator[None]:
+    """Check every file against its sum meanwhile, files divided among ranks.
+
+    The block may end with a UserError, on all ranks alike. Damage explains it: it is raised
+    instead, on all ranks.
+
+    Raises:
+        DamagedError: after the block, the first rank's.
+    """
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    with ThreadPoolExecutor(1) as pool:
+        check = pool.submit(checkpoint_folder.verify, folder, rank, ranks)
+        try:
+            yield
+        except UserError:
+            on_all_ranks(check.result)
+            raise
+        on_all_ranks(check.result)
 
 
 def on_all_ranks(action: Callable[[], Result]) -> Result:
@@ -92,7 +116,7 @@ def require_space(folder: Path, size_bytes: int) -> None:
     on_rank_0(check)
 
 
-def on_rank_0(action: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
+def on_rank_0(action: Callable[[], Result]) -> Result:
     """Run ``action`` on rank 0; all ranks return its result or raise its error."""
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
@@ -101,7 +125,7 @@ def on_rank_0(action: Callable[[], Result], group: dist.ProcessGroup | None = No
         except Exception as error:
             outcome[1] = error
     # Broadcast from rank 0 to all ranks: also the barrier after a change of the file system.
-    dist.broadcast_object_list(outcome, src=0, group=group)
+    dist.broadcast_object_list(outcome, src=0)
     result, failure = outcome
     if failure is not None:
         raise failure

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,13 +24,16 @@ from megatron.core.dist_checkpointing.validation import (
 )
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
 from moetron.common.errors import UserError
 from moetron.moe.checkpoint.index_reader import read_index
 from moetron.moe.checkpoint.unpickling import check_layer_state
 from moetron.moe.host.patching import Patch
+
+THREADS = 1 if torch_strategy.HAVE_TE else 2
+"""Files that a rank reads at once: megatron-core's planner keeps one FP8 tensor's state."""
 
 
 class IndexedReader(dcp.FileSystemReader):
@@ -52,8 +56,19 @@ class IndexedReader(dcp.FileSystemReader):
         objects = [item for item in plan.items if item.type == LoadItemType.BYTE_IO]
         for item in objects:
             planner.load_bytes(item, self._layer_state(item.storage_index))
-        tensors = [item for item in plan.items if item.type != LoadItemType.BYTE_IO]
-        return super().read_data(replace(plan, items=tensors), planner)
+        by_file: dict[str, list[ReadItem]] = {}
+        for item in plan.items:
+            if item.type != LoadItemType.BYTE_IO:
+                path = self.index.storage_data[item.storage_index].relative_path
+                by_file.setdefault(path, []).append(item)
+        read = super().read_data
+        with ThreadPoolExecutor(THREADS) as pool:
+            done = [
+                pool.submit(read, replace(plan, items=items), planner) for items in by_file.values()
+            ]
+        for file in done:
+            file.result()
+        return read(replace(plan, items=[]), planner)
 
     def _layer_state(self, place: MetadataIndex) -> io.BytesIO:
         """Return the state of one layer: uint8 tensors, each empty or a pickle of plain data."""

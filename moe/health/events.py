@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
@@ -11,6 +12,8 @@ from typing import Any
 from moetron.common.errors import RunError
 
 FILE = "events.jsonl"
+MACHINE_KINDS = frozenset({"hang", "straggler"})
+"""Kinds of events about the machine, which a resume does not repeat: their lines are kept."""
 ROLLED_BACK_TO = "rolled_back_to"
 """Key of an event that set the run back: the step of the checkpoint."""
 
@@ -63,6 +66,22 @@ class Event:
         row = _json(asdict(self))
         extra = row.pop("extra")
         return {**row, **extra, "time": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+
+
+def append_event(folder: Path, event: Event) -> None:
+    """Append an event to the file in ``folder``, from any process of the run.
+
+    In one write to the end of the file, so that lines of several processes do not mix on a local
+    file system. A line that a full disk cut is ended first.
+    """
+    line = json.dumps(event.row()) + "\n"
+    file = os.open(folder / FILE, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        size = os.fstat(file).st_size
+        cut = size and os.pread(file, 1, size - 1) != b"\n"
+        os.write(file, ("\n" + line if cut else line).encode())
+    finally:
+        os.close(file)
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:

@@ -12,6 +12,7 @@ from moetron.common.json_files import read_object
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.health.expert_alarms import ExpertAlarms, ExpertState, Loads, spread_of
 from moetron.moe.health.gradients import GradientNorm
+from moetron.moe.health.rerun import Reruns
 from moetron.moe.health.spikes import Place, SpikeDetector, SpikeState, StepValues, Verdict
 from moetron.moe.routing.router import Router
 
@@ -49,6 +50,7 @@ class HealthMonitor:
             for module in chunk.modules()
             if isinstance(module, Router) and module.enable_expert_bias
         ]
+        self.reruns = Reruns(settings.health, chunks)
         self._keeps_biases = settings.health.spike_policy == "skip"
         self._biases: list[torch.Tensor] = []
         self._place = Place(0, 0, 0)
@@ -58,9 +60,17 @@ class HealthMonitor:
     def begin(self, place: Place) -> None:
         """Start a step; keep what its backward pass changes."""
         self._place = place
+        self.reruns.begin()
         if self._keeps_biases:
             # The bias of experts moves when gradients are finalised, before the decision.
             self._biases = [router.expert_bias.clone() for router in self._routers]
+
+    def runs_again(self, values: StepValues) -> bool:
+        """Return whether the passes of the step are to be run again, from the same state.
+
+        Collective with --rerun-mode; all ranks get the same answer.
+        """
+        return self.reruns.again(self._place, values, *self._spikes.preview(values))
 
     def judge(self, values: StepValues, loads: Loads, bias_ranges: Mapping[str, float]) -> Verdict:
         """Decide on the step, before the update; all arguments are equal on all ranks.
@@ -70,6 +80,7 @@ class HealthMonitor:
         verdict, self.metrics = self._spikes.judge(self._place, values)
         alarms = self._experts.judge(self._place.step, loads, bias_ranges)
         self.verdict = Verdict(verdict.action, [*verdict.events, *alarms])
+        self.metrics |= self.reruns.metrics
         if loads:
             spreads = [spread_of(load_E, self._topk) for load_E in loads.values()]
             self.metrics["router_entropy"] = min(spreads)

@@ -104,6 +104,17 @@ class SpikeDetector:
         self._count(place.step, bool(kinds), action)
         return Verdict(action, events), self._metrics(place.step, found)
 
+    def preview(self, values: StepValues) -> tuple[bool, bool]:
+        """Return whether a step is bad, and whether bad values end the run; changes nothing.
+
+        For an error that a drill injects, as for a value that is not finite.
+        """
+        found = {
+            name: window.compare(getattr(values, name)) for name, window in self._windows.items()
+        }
+        kinds = self._kinds(values, found)
+        return bool(kinds), self._action(kinds or ["non_finite"]) == "stop"
+
     def state(self) -> SpikeState:
         """Return what a resumed run needs to decide the same."""
         return SpikeState(
@@ -178,9 +189,7 @@ def _event(
     found: Mapping[str, Comparison | None],
 ) -> Event:
     sources = values.source_losses
-    ranks = outlying(values.rank_losses)
-    if kind != "loss_spike":
-        ranks = sorted({*ranks, *outlying(values.rank_grad_norms)})
+    ranks = outlying(values.rank_losses) if kind == "loss_spike" else standing_out(values)
     numbers: dict[str, Any] = {"loss": values.loss, "grad_norm": values.grad_norm}
     if kind == "non_finite":
         named = ", ".join(map(str, ranks))
@@ -211,6 +220,11 @@ def _event(
         ranks,
         numbers,
     )
+
+
+def standing_out(values: StepValues) -> list[int]:
+    """Return the ranks that stand out by their losses or gradient norms."""
+    return sorted({*outlying(values.rank_losses), *outlying(values.rank_grad_norms)})
 
 
 def outlying(values: Sequence[float | None]) -> list[int]:

@@ -1,4 +1,4 @@
-"""CUDA graphs of the layers' attention, captured by Transformer Engine (--cuda-graph-impl)."""
+"""CUDA graphs of parts of layers, captured by Transformer Engine (--cuda-graph-impl)."""
 
 from megatron.core import num_microbatches_calculator as calculator
 from megatron.core.distributed import DistributedDataParallel
@@ -12,8 +12,9 @@ from moetron.moe.config.schema.settings import Settings
 class LayerGraphs:
     """Captures after the first steps of the process, as Megatron-LM's training.py does.
 
-    A graph replays what precedes the FFN in a layer: norm, projections, attention and residual
-    addition, forward and backward. Routers, experts and evaluation run as without graphs.
+    A graph replays what precedes the FFN in a layer (norm, projections, attention and residual
+    addition), a dense FFN, or both, forward and backward. Routers, experts and evaluation run as
+    without graphs.
     """
 
     def __init__(

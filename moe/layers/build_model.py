@@ -12,6 +12,7 @@ from moetron.common.errors import RunError
 from moetron.moe.config.bridge import ModelConfig
 from moetron.moe.config.schema import derived
 from moetron.moe.config.schema.settings import Settings
+from moetron.moe.host.device import uses_transformer_engine
 from moetron.moe.layers.dispatcher import keep_tokens_local
 from moetron.moe.layers.experts import mark_gradient_ranks
 from moetron.moe.layers.language_model import LanguageModel
@@ -67,7 +68,22 @@ def build_model(
         pg_collection=groups,
         vp_stage=vp_stage,
     )
+    finish(built, settings, config, groups, vocab_size, vp_stage)
+    return built
+
+
+def finish(
+    built: LanguageModel,
+    settings: Settings,
+    config: ModelConfig,
+    groups: ProcessGroupCollection,
+    vocab_size: int,
+    vp_stage: int | None,
+) -> None:
+    """Set up the blocks of a chunk just built; arguments and errors as those of `build_model`."""
+    model = settings.model
     built.bidirectional_prefix = settings.data.bidirectional_prefix
+    built.takes_packed_sequences = uses_transformer_engine(settings)
     for module in built.modules():
         if isinstance(module, MoELayer):
             mark_gradient_ranks(module.experts, groups)
@@ -83,7 +99,6 @@ def build_model(
                 _shrink_queries(module)
     planned = per_chunk(settings, vocab_size, groups.pp.rank(), vp_stage or 0)
     _check_parameters(planned, count_built([built]), groups.pp.rank(), vp_stage)
-    return built
 
 
 def count_built(chunks: Iterable[torch.nn.Module]) -> RankParameters:

@@ -48,6 +48,10 @@ from moetron.moe.layers.rotary_attention import RotarySelfAttention
 from moetron.moe.layers.scaled_experts import ScaledGroupedExperts, scaled_experts_fit
 from moetron.moe.megatron.version_differences import dense_ffn, submodules_of
 from moetron.moe.numerics.fp8_emulation import Fp8Numerics, fp8_numerics
+from moetron.moe.overlap.delayed_linear import (
+    DelayedColumnParallelLinear,
+    DelayedRowParallelLinear,
+)
 from moetron.moe.routing.router_types import router_class
 
 with warnings.catch_warnings():  # "Apex is not installed": we have our own norms
@@ -71,11 +75,15 @@ class LocalProvider(LocalSpecProvider):
 
     def column_parallel_linear(self) -> type | ModuleSpec:
         """Return the linear layer whose outputs are split over tensor ranks."""
-        return self._linear(ColumnParallelLinear, Fp8ColumnParallelLinear)
+        delays = self._config.delay_wgrad_compute
+        plain = DelayedColumnParallelLinear if delays else ColumnParallelLinear
+        return self._linear(plain, Fp8ColumnParallelLinear)
 
     def row_parallel_linear(self) -> type | ModuleSpec:
         """Return the linear layer whose inputs are split over tensor ranks."""
-        return self._linear(RowParallelLinear, Fp8RowParallelLinear)
+        delays = self._config.delay_wgrad_compute
+        plain = DelayedRowParallelLinear if delays else RowParallelLinear
+        return self._linear(plain, Fp8RowParallelLinear)
 
     def _linear(self, plain: type, reduced: type) -> type | ModuleSpec:
         if self.fp8 is None:

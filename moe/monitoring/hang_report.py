@@ -114,6 +114,13 @@ def culprits(found: Mapping[int, Status], frozen: Sequence[int]) -> list[int]:
     return []
 
 
+def guilty_ranks(
+    found: Mapping[int, Status], absent: Sequence[int], frozen: Sequence[int]
+) -> list[int]:
+    """Return the ranks that `describe` names as the cause, in order; arguments are its."""
+    return sorted([*absent, *culprits(found, frozen)]) if found else sorted(absent)
+
+
 def describe(found: Mapping[int, Status], absent: Sequence[int], frozen: Sequence[int]) -> str:
     """Return one line for each group of ranks with the same state, and last the cause.
 
@@ -135,7 +142,7 @@ def describe(found: Mapping[int, Status], absent: Sequence[int], frozen: Sequenc
 
 
 def _cause(found: Mapping[int, Status], absent: Sequence[int], frozen: Sequence[int]) -> str:
-    guilty = sorted([*absent, *culprits(found, frozen)]) if found else sorted(absent)
+    guilty = guilty_ranks(found, absent, frozen)
     if not guilty:
         return "all ranks wait for each other: the network, or collectives that do not match"
     waiting = {status.place for rank, status in found.items() if rank not in guilty}

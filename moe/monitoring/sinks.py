@@ -4,7 +4,7 @@ import importlib
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
@@ -15,6 +15,8 @@ import numpy as np
 from moetron.common.errors import UserError
 from moetron.common.files import write_text
 from moetron.moe.config.schema.settings import Settings
+from moetron.moe.health.events import FILE as EVENTS
+from moetron.moe.health.events import MACHINE_KINDS
 
 logger = logging.getLogger(__name__)
 WANDB_RUN_ID = "wandb_run_id"
@@ -70,11 +72,15 @@ class Sink(Protocol):
 class JsonLines:
     """File of JSON objects, one per line, each with its ``step``; floats keep every bit.
 
-    Lines after ``last_step`` belong to steps that a resume repeats: they are dropped, atomically.
+    Lines after ``last_step`` belong to steps that a resume repeats: they are dropped, atomically,
+    but for those with a ``kind`` in ``kept_kinds``.
     """
 
-    def __init__(self, path: Path, last_step: int) -> None:
+    def __init__(
+        self, path: Path, last_step: int, kept_kinds: Collection[str] = frozenset()
+    ) -> None:
         self._path = path
+        self._kept_kinds = kept_kinds
         self._waiting = b""
         self._failed = False
         self._file = self._without(lambda step: step > last_step)
@@ -109,7 +115,7 @@ class JsonLines:
         """Drop the lines of some steps and open the file to append."""
         if self._path.exists():
             lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if not dropped(_step(line))]
+            kept = [line for line in lines if not dropped(_step(line, self._kept_kinds))]
             if kept != lines:
                 write_text(self._path, "".join(kept))
         return FileIO(self._path, "a")
@@ -122,13 +128,15 @@ class JsonLines:
         self._file.close()
 
 
-def _step(line: str) -> float:
-    """Return the step of a line; infinity for a line that a crash truncated.
+def _step(line: str, kept_kinds: Collection[str]) -> float:
+    """Return the step of a line; infinity for a line that a crash truncated, 0 for a kept kind.
 
     An event that set the run back belongs to the step from which it continued.
     """
     try:
         row = json.loads(line)
+        if row.get("kind") in kept_kinds:
+            return 0
         return int(row.get("rolled_back_to", row["step"]))
     except (ValueError, KeyError, TypeError, AttributeError):
         return math.inf
@@ -146,7 +154,7 @@ class LineFiles:
             folder.mkdir(parents=True, exist_ok=True)
             self._metrics = JsonLines(folder / "metrics.jsonl", last_step)
             self._validation = JsonLines(folder / "validation.jsonl", last_step)
-            self._events = JsonLines(folder / "events.jsonl", last_step)
+            self._events = JsonLines(folder / EVENTS, last_step, MACHINE_KINDS)
         except OSError as error:
             raise UserError(f"--save {folder}: cannot write there: {error.strerror}") from error
 

@@ -10,6 +10,7 @@ wait, too, about as long on every rank.
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import ProcessGroup, Work
 
 from moetron.moe.config.schema.settings import Settings
+from moetron.moe.health.events import Event
 from moetron.moe.host.patching import Patch
 
 _COLLECTIVES = (
@@ -25,6 +27,47 @@ _COLLECTIVES = (
     *("reduce_scatter", "_reduce_scatter_base", "reduce_scatter_tensor_coalesced"),
     *("alltoall_base",),
 )
+
+
+@dataclass(frozen=True)
+class OwnTimes:
+    """Seconds a step that each rank computes, by rank."""
+
+    seconds: list[float]
+    bound: float
+    """Ratio to the median above which a rank is slow."""
+
+    @property
+    def median_s(self) -> float:
+        """Return the lower median: of two ranks the slower is compared with the faster one."""
+        return statistics.median_low(self.seconds)
+
+    @property
+    def slow(self) -> list[int]:
+        """Return the slow ranks, slowest first."""
+        limit_s = self.bound * self.median_s
+        found = [rank for rank, own_s in enumerate(self.seconds) if own_s > limit_s]
+        return sorted(found, key=lambda rank: -self.seconds[rank])
+
+    def text(self) -> str:
+        """Return a line that compares the slowest ranks with the median one."""
+        median_s, slow = self.median_s, self.slow
+        text = f"computing without waits: median rank {1e3 * median_s:.1f} ms a step"
+
+        def named(rank: int) -> str:
+            return f"rank {rank} {self.seconds[rank] / median_s:.2f}x"
+
+        if not slow:
+            slowest = max(range(len(self.seconds)), key=self.seconds.__getitem__)
+            return f"{text}, slowest {named(slowest)}"
+        more = f" and {len(slow) - 8} more" if len(slow) > 8 else ""
+        ranks = ", ".join(map(named, slow[:8]))
+        return f"STRAGGLER: {ranks}{more} (above --log-straggler-ratio {self.bound:g}); {text}"
+
+    def event(self, step: int) -> Event:
+        """Return the event of slow ranks."""
+        values = {"own_seconds_a_step": self.seconds}
+        return Event(step, "straggler", "warn", self.text(), ranks=self.slow, values=values)
 
 
 class Stragglers:
@@ -45,8 +88,11 @@ class Stragglers:
                 if hasattr(owner, name):
                     self._undo.append(Patch(owner, name, self._timed(getattr(owner, name))).apply())
 
-    def after_step(self, step_time_s: float) -> str | None:
-        """Count a step; every --log-straggler-interval steps return a line. Collective then."""
+    def after_step(self, step_time_s: float) -> OwnTimes | None:
+        """Count a step; every --log-straggler-interval steps return all ranks' times.
+
+        Collective then.
+        """
         if not self._undo:
             return None
         self._steps += 1
@@ -59,7 +105,7 @@ class Stragglers:
         all_R = own_1.new_empty(dist.get_world_size())
         # All-gather over all ranks, once in the interval: each rank's own seconds a step.
         dist.all_gather_into_tensor(all_R, own_1)
-        return report(all_R.tolist(), self._ratio)
+        return OwnTimes(all_R.tolist(), self._ratio)
 
     def close(self) -> None:
         """Measure no more."""
@@ -92,20 +138,3 @@ class Stragglers:
                 self._events.append((start, end))
 
         return on_cpu if self._device.type == "cpu" else on_gpu
-
-
-def report(own_s: list[float], bound: float) -> str:
-    """Return a line that compares the slowest ranks to the median one.
-
-    The lower median, so that of two ranks the slower one is compared to the faster one.
-    """
-    median_s = statistics.median_low(own_s)
-    ratios = {rank: seconds / median_s for rank, seconds in enumerate(own_s)}
-    slowest = max(ratios, key=ratios.__getitem__)
-    text = f"computing without waits: median rank {1e3 * median_s:.1f} ms a step"
-    slow = sorted((r for r in ratios if ratios[r] > bound), key=lambda r: -ratios[r])
-    if not slow:
-        return f"{text}, slowest rank {slowest} {ratios[slowest]:.2f}x"
-    named = ", ".join(f"rank {rank} {ratios[rank]:.2f}x" for rank in slow[:8])
-    more = f" and {len(slow) - 8} more" if len(slow) > 8 else ""
-    return f"STRAGGLER: {named}{more} (above --log-straggler-ratio {bound:g}); {text}"

@@ -26,7 +26,14 @@ from moetron.common.process import EXIT_HUNG, YIELD_S, report_to_torchrun
 from moetron.common.watch import activity
 from moetron.common.watch.activity import START, STEP, Activity
 from moetron.moe.config.schema.settings import Settings
-from moetron.moe.monitoring.hang_report import Status, activity_text, describe, status_of
+from moetron.moe.health.events import Event, append_event
+from moetron.moe.monitoring.hang_report import (
+    Status,
+    activity_text,
+    describe,
+    guilty_ranks,
+    status_of,
+)
 
 BEAT_S = 1.0
 COMPARED_S = 2.5 * BEAT_S
@@ -34,11 +41,12 @@ COMPARED_S = 2.5 * BEAT_S
 STORE_S = 8.0
 """Time for the store to answer."""
 FILES_S = 5.0
-"""Time to write stacks: the storage may be what hangs."""
+"""Time to write stacks, or the event: the storage may be what hangs."""
 OTHERS_S = 30.0
 """Time after which a rank ends by itself that left the report to another one."""
 FOLDER = "hang"
 _KEY = "moetron_watchdog"
+_END = f"{_KEY}/end"
 
 T = TypeVar("T")
 
@@ -50,6 +58,8 @@ class Watchdog:
         self._watch, self._save = settings.watch, settings.checkpoint.save
         self._rank, self._world_size = rank, world_size
         self._store: Any = None
+        self._answered = False
+        """Whether the store answered when it was asked for the signs of life."""
         self._ended = threading.Event()
         self._elapsed_s, self._warnings = 0.0, 0
         self._threads: list[threading.Thread] = []
@@ -86,6 +96,8 @@ class Watchdog:
         beat = 0
         with suppress(Exception):  # the job ends, and the store with it
             while not self._ended.wait(BEAT_S):
+                if self._store.check([_END]):
+                    return  # the store ends with its rank; torch would print a stack
                 beat += 1
                 mine = status_of(activity.current(), beat, time.monotonic())
                 self._store.set(f"{_KEY}/{self._rank}", json.dumps(asdict(mine)))
@@ -112,24 +124,52 @@ class Watchdog:
         stops = self._watch.watchdog_action == "stop"
         folder = None if self._save is None else Path(self._save) / FOLDER / f"step_{seen.step}"
         written = folder is not None and _limited(lambda: self._write(folder), FILES_S)
-        text = self._report(seen)
+        found = self._report(seen)
         if activity.current().number != seen.number:
             return  # it went on meanwhile
-        if text is None:  # another rank reports
+        if found is None:  # another rank reports
             if stops:
                 time.sleep(OTHERS_S)
                 os._exit(EXIT_HUNG)
             return
         where = f"\n  stacks of all ranks: {folder}" if written else ""
+        text, ranks = found
         head, _, cause = text.rpartition("\n")
         end = "; the job ends, the last checkpoint remains" if stops else "; waiting on"
         _say(f"{head}{where}\nwatchdog: {cause}{end}")
+        self._tell(seen, cause, ranks)
         if stops:
             report_to_torchrun(f"watchdog: {cause}")
+            if self._answered:
+                _limited(self._announce_end, STORE_S)
             os._exit(EXIT_HUNG)
 
-    def _report(self, seen: Activity) -> str | None:
-        """Return the report, its last line the cause; None on ranks that leave it to another."""
+    def _announce_end(self) -> None:
+        """Let all ranks end their signs of life before the store ends."""
+        self._store.clone().set(_END, "")
+        time.sleep(1.5 * BEAT_S)
+
+    def _tell(self, seen: Activity, cause: str, ranks: list[int]) -> None:
+        """Append an event to the run's file; the rank that writes the others may be what hangs."""
+        if self._save is None:
+            return
+        values = {
+            "activity": seen.name,
+            "seconds": round(self._elapsed_s, 1),
+            "bound_s": round(self.bound_s(seen), 1),
+            "reported_by": self._rank,
+        }
+        event = Event(
+            seen.step, "hang", self._watch.watchdog_action, cause, ranks=ranks, values=values
+        )
+        folder = Path(self._save)
+        _limited(lambda: append_event(folder, event), FILES_S)
+
+    def _report(self, seen: Activity) -> tuple[str, list[int]] | None:
+        """Return the report, its last line the cause, and the ranks that are the cause.
+
+        None on ranks that leave it to another.
+        """
         bound_s = self.bound_s(seen)
         head = (
             f"watchdog: {_text(seen)} has not ended for {self._elapsed_s:.0f} s "
@@ -137,16 +177,19 @@ class Watchdog:
         )
         if self._store is None:
             mine = {self._rank: status_of(seen, 0, time.monotonic())}
-            return head + describe(mine, [], [])
+            return head + describe(mine, [], []), [self._rank]
         key = f"{_KEY}/report/{seen.name}/{seen.step}/{self._warnings}"
         answer = _limited(lambda: [self._gather(key)], STORE_S + COMPARED_S)
         if answer is None:
             # No rank can ask the others: the first one here that can run reports.
             time.sleep(YIELD_S * int(os.environ.get("LOCAL_RANK", "0")))
-            return head + self._without_store(seen)
-        return None if answer[0] is None else head + answer[0]
+            text, ranks = self._without_store(seen)
+            return head + text, ranks
+        self._answered = True
+        [found] = answer
+        return None if found is None else (head + found[0], found[1])
 
-    def _gather(self, key: str) -> str | None:
+    def _gather(self, key: str) -> tuple[str, list[int]] | None:
         """Read the signs of life twice and describe them, on the first rank that asks for it."""
         store = self._store.clone()
         if store.add(key, 1) > 1:
@@ -156,7 +199,7 @@ class Watchdog:
         second = self._signs(store)
         frozen = [rank for rank in second if first.get(rank) == second[rank]]
         absent = [rank for rank in range(self._world_size) if rank not in second]
-        return describe(second, absent, frozen)
+        return describe(second, absent, frozen), guilty_ranks(second, absent, frozen)
 
     def _signs(self, store: Any) -> dict[int, Status]:
         keys = [f"{_KEY}/{rank}" for rank in range(self._world_size)]
@@ -166,14 +209,16 @@ class Watchdog:
         ranks = [int(key.rpartition("/")[2]) for key in keys]
         return {r: Status(**json.loads(v)) for r, v in zip(ranks, values, strict=True)}
 
-    def _without_store(self, seen: Activity) -> str:
+    def _without_store(self, seen: Activity) -> tuple[str, list[int]]:
         mine = status_of(seen, 0, time.monotonic())
-        holder = "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") else "rank 0"
-        return (
+        torchrun = bool(os.environ.get("TORCHELASTIC_USE_AGENT_STORE"))
+        holder = "torchrun" if torchrun else "rank 0"
+        text = (
             f"  rank {self._rank}: {mine.text()}\n"
             f"{holder}, which holds the job's store, gave no sign of life in {_text(seen)} "
             f"(stopped, or its host is down); rank {self._rank} waits in {mine.place}"
         )
+        return text, [] if torchrun else [0]
 
     def _write(self, folder: Path | None) -> bool:
         """Write this rank's stacks, and the record of its last collectives if torch keeps one."""

@@ -71,9 +71,12 @@ class HashRouter(Router):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return weights and map for the tokens of ``input`` [s, b, H], whose values are unused."""
         logits_TE = self.gating(input).flatten(0, 1)
-        chosen_TE = logits_TE > 0
-        self._remember(chosen_TE)
-        return self.limit(logits_TE / self.topk, chosen_TE, input.shape[1])
+        chosen_TE = counted_TE = logits_TE > 0
+        if (padding_sb := self.padding.take(self.training)) is not None:
+            counted_TE = chosen_TE & ~padding_sb.reshape(-1, 1)
+        self._remember(counted_TE)
+        kept_TE = chosen_TE if self.capacity is None else counted_TE
+        return self.limit(logits_TE / self.topk, kept_TE, input.shape[1])
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         """Return 1 for the experts of each token, 0 for the others: fp32 [s, b, E]."""

@@ -29,8 +29,9 @@ def forget_auxiliary_losses() -> None:
 def take_auxiliary_losses(settings: Settings, device: torch.device) -> dict[str, torch.Tensor]:
     """Return this rank's sums over layers since the last call, and clear them.
 
-    ``aux_loss`` and ``z_loss``, if they are on: float64 scalars, 0 if no router ran here. Nothing
-    waits for the device. All ranks' sums, added up, go to `auxiliary_losses`.
+    ``aux_loss`` and ``z_loss``, if they are on: float64 scalars, 0 if no router ran here; of an
+    encoder-decoder also ``encoder_aux_loss`` and the like. Nothing waits for the device. All ranks'
+    sums, added up, go to `auxiliary_losses`.
     """
     names = {}
     balance = settings.moe.moe_router_load_balancing_type
@@ -42,12 +43,22 @@ def take_auxiliary_losses(settings: Settings, device: torch.device) -> dict[str,
         return {}
     sums = {}
     for metric, name in names.items():
-        if name in _recorded:
-            sums[metric] = _recorded[name].double().sum()
-            _recorded[name].zero_()
-        else:
-            sums[metric] = torch.zeros((), dtype=torch.float64, device=device)
+        values = _recorded.get(name)
+        if values is None:
+            values = torch.zeros(len(derived.routed_layers(settings)), device=device)
+        for label, layers in _summed(metric, settings).items():
+            sums[label] = values[layers.start : layers.stop].double().sum()
+        values.zero_()
     return sums
+
+
+def _summed(metric: str, settings: Settings) -> dict[str, range]:
+    """Return the layers over which a loss is summed, by its name in the log."""
+    everything = {metric: range(len(derived.routed_layers(settings)))}
+    stacks = derived.stack_layers(settings.model)
+    if len(stacks) == 1:
+        return everything
+    return everything | {f"{stack}_{metric}": layers for stack, layers in stacks.items()}
 
 
 def auxiliary_losses(
@@ -72,5 +83,11 @@ def auxiliary_losses(
         num_microbatches: forward passes of each data-parallel rank.
         groups: ``dp`` is read for its size.
     """
-    passes = groups.dp.size() * sum(derived.routed_layers(settings)) * num_microbatches
-    return {name: total / passes for name, total in sums.items()}
+    flags = derived.routed_layers(settings)
+    means = {}
+    for metric in ("aux_loss", "z_loss"):
+        for name, layers in _summed(metric, settings).items():
+            passes = groups.dp.size() * sum(flags[i] for i in layers) * num_microbatches
+            if name in sums:
+                means[name] = sums[name] / max(passes, 1)
+    return means

@@ -54,6 +54,14 @@ class Draws(torch.nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         self.done = 0 if self.micro_batches.is_meta else int(self.micro_batches)
 
+    def counters(self) -> tuple[int, int, int]:
+        """Return the position among micro-batches, for `restore`; the buffer is separate."""
+        return self.done, self.number, self._ahead
+
+    def restore(self, counters: tuple[int, int, int]) -> None:
+        """Return to an earlier position: a step is run again."""
+        self.done, self.number, self._ahead = counters
+
     def start(self, layer: int) -> None:
         """Begin the next training pass of ``layer``."""
         self.number = self.done + self._dp_rank

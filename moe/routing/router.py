@@ -46,18 +46,13 @@ class Router(TopKRouter):
     right, or by probability; see capacity.py. The bias of --moe-router-enable-expert-bias and
     balance losses use choices before dropping.
 
-    **Counts** of choices are int64. megatron-core keeps them in float buffers, which
-    ``Float16Module`` casts to bf16, where 256 + 1 is 256: biases then move the wrong way.
+    **Counts** of choices are int64: in megatron-core's, cast to bf16, 256 + 1 is 256.
 
     **Auxiliary losses** are computed, attached and logged here (`attach`), each as this rank's part
     of the loss of its micro-batch; parts add up over the TP x CP ranks that hold the micro-batch.
     With ``calculate_per_token_loss`` the loss of a micro-batch has the weight n / N, its fraction
-    of the loss tokens of the global batch, otherwise 1 / number of micro-batches; weights add up to
-    1. megatron-core divides by N, so a part is multiplied by n (`loss_tokens`; all tokens of the
-    micro-batch if nothing is masked). megatron-core 0.16.1 multiplies by another number
-    (transformer/moe/router.py:446 and 484): its losses are TP x CP times too weak, seq_aux_loss
-    also by the micro-batch size, and too strong by tokens / N where losses are masked; without
-    ``calculate_per_token_loss`` global_aux_loss is DP times too weak.
+    of the loss tokens of the global batch, otherwise 1 / number of micro-batches. megatron-core
+    divides by N, so a part is multiplied by n (`loss_tokens`); its own: docs/numerics.md.
     """
 
     is_random = False
@@ -94,6 +89,7 @@ class Router(TopKRouter):
         self.draws = Draws(config.routing_seed, self.tokens, pg_collection.dp) if draws else None
         self._count_in_whole_numbers()
         self.loss_tokens = MicroBatchValue()
+        self.padding = MicroBatchValue()
         self._loss_tokens: torch.Tensor | None = None  # of the current pass
 
     def _count_in_whole_numbers(self) -> None:
@@ -126,10 +122,16 @@ class Router(TopKRouter):
     def forward(
         self, input: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Choose experts for the tokens ``input`` [s, b, H]; see `routing`."""
+        """Choose experts for the tokens ``input`` [s, b, H]; see `routing`.
+
+        ``padding_mask``, bool [s, b], marks padding; unset: that of `padding`. Balance losses,
+        z-loss, biases and counts leave it out, and it takes no slot of experts with a capacity.
+        """
         if self.draws is not None and self.training:
             self.draws.start(self.layer_number)
         self._loss_tokens = self.loss_tokens.take(self.training)
+        if padding_mask is None:
+            padding_mask = self.padding.take(self.training)
         result: tuple[torch.Tensor, torch.Tensor] = super().forward(input, padding_mask)
         return result
 
@@ -154,14 +156,16 @@ class Router(TopKRouter):
         padding_T = None if padding_mask is None else padding_mask.reshape(-1)
         logits_TE = self.apply_z_loss(logits.flatten(0, 1), padding_T)
         probs_TE, chosen_TE = self.choose(logits_TE, batch)
-        self._remember(chosen_TE)
+        counted_TE = chosen_TE if padding_T is None else chosen_TE & ~padding_T[:, None]
+        self._remember(counted_TE)
         if self.training and torch.is_grad_enabled():
             probs_TE = self.balance(probs_TE, logits_TE, batch, padding_T)
         self._apply_expert_bias(chosen_TE, padding_T)
-        return self.limit(probs_TE, chosen_TE, batch)
+        # Without a capacity padding is dispatched too: megatron-core expects k choices of a token.
+        return self.limit(probs_TE, chosen_TE if self.capacity is None else counted_TE, batch)
 
     def _remember(self, chosen_TE: torch.Tensor) -> None:
-        """Set the choices of this pass."""
+        """Set the choices of this pass, without padding's."""
         self.chosen, self._choices_E = chosen_TE, None
 
     def choices_of_experts(self) -> torch.Tensor:

@@ -16,6 +16,7 @@ from moetron.moe.host.device import uses_transformer_engine
 from moetron.moe.monitoring.console import Console
 from moetron.moe.monitoring.peak_flops import peak_of_rank
 from moetron.moe.monitoring.sinks import JsonLines, Sink, open_sinks
+from moetron.moe.optim.qk_clip import AttentionLogits
 from moetron.moe.routing.routing_record import RoutingRecorder
 from moetron.moe.training.loop import Loop
 from moetron.moe.training.model_chunks import build_chunks
@@ -38,7 +39,11 @@ def build_trainer(settings: Settings, runtime: Runtime, vocab_size: int) -> Trai
     optimizer = build_optimizer(settings, chunks, runtime)
     sparse = settings.moe.num_experts is not None
     recorder = RoutingRecorder(chunks, settings) if sparse else None
-    return Trainer(settings, runtime, config, vocab_size, chunks, optimizer, recorder)
+    attention, logits = settings.attention, None
+    if attention.qk_clip or attention.log_max_attention_logit:
+        threshold, alpha = attention.qk_clip_threshold, attention.qk_clip_alpha
+        logits = AttentionLogits(chunks, runtime.groups, threshold, alpha)
+    return Trainer(settings, runtime, config, vocab_size, chunks, optimizer, recorder, logits)
 
 
 def build_loop(trainer: Trainer, streams: Streams) -> Loop:
@@ -76,4 +81,5 @@ def build_loop(trainer: Trainer, streams: Streams) -> Loop:
     if folder is not None:
         loop.health.restore(folder)
         loop.health.rollbacks = max(loop.health.rollbacks, rollbacks)
+        loop.health.reruns.resume(folder.parent, progress.step)
     return loop

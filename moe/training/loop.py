@@ -3,7 +3,8 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 from moetron.common.watch import activity
 from moetron.moe.checkpoint.background_save import Saver, report
@@ -13,6 +14,7 @@ from moetron.moe.health.events import Event, ReplicasDifferError
 from moetron.moe.health.monitor import FILE as HEALTH_FILE
 from moetron.moe.health.monitor import HealthMonitor
 from moetron.moe.health.replicas import compare_replicas
+from moetron.moe.health.rerun import Ending, RerunError
 from moetron.moe.health.spikes import Place
 from moetron.moe.host.allocator import GarbageCollector
 from moetron.moe.host.layer_graphs import LayerGraphs
@@ -21,7 +23,7 @@ from moetron.moe.monitoring.profiling import Profiler
 from moetron.moe.monitoring.sinks import Row, Sink
 from moetron.moe.monitoring.stragglers import Stragglers
 from moetron.moe.plan.flops import flops_per_token
-from moetron.moe.training.batches import lost_workers, micro_batches, training_numbers
+from moetron.moe.training.batches import Replay, lost_workers, micro_batches, training_numbers
 from moetron.moe.training.evaluate import bits_per_byte, evaluate
 from moetron.moe.training.loss_tally import Losses, Tally
 from moetron.moe.training.model_chunks import needs_samples, parameters_gathered
@@ -62,8 +64,9 @@ class Loop:
         self._tally = Tally(streams.training)
         self._flops_per_token = flops_per_token(trainer.settings, trainer.vocab_size)
         self._evaluated: int | None = None
-        self._saver = Saver(trainer.settings, progress if progress.step else None)
         profiling, runtime = trainer.settings.profiling, trainer.runtime
+        saved = progress if progress.step else None
+        self._saver = Saver(trainer.settings, runtime.writer, saved)
         self._profiler = Profiler(
             trainer.settings, runtime.rank, runtime.device, trainer.chunks, trainer.optimizer
         )
@@ -118,7 +121,7 @@ class Loop:
         """Return iterators over the remaining micro-batches, for each chunk that reads any."""
         settings, runtime = self.trainer.settings, self.trainer.runtime
         length, workers = settings.model.seq_length, settings.data.num_workers
-        return [
+        found = [
             micro_batches(
                 self.streams.training,
                 length,
@@ -130,6 +133,9 @@ class Loop:
             else None
             for chunk in self.trainer.chunks
         ]
+        if not self.health.reruns.enabled:
+            return found
+        return [None if each is None else Replay(each) for each in found]
 
     def step(self, batches: BatchIterators, stop_requested: Callable[[], bool]) -> bool:
         """Run one step and write its metrics; return whether any rank got a stop request."""
@@ -145,9 +151,16 @@ class Loop:
         metrics = train_step(
             self.trainer, batches, count, learning_rate, stop_requested, self._tally, self.health
         )
+        self._tell(self.health.reruns.events)
+        if self.health.reruns.ending is not None:
+            self._end_after_rerun(self.health.reruns.ending)
         step_time_s = time.perf_counter() - start_s
-        slow_ranks = self._stragglers.after_step(step_time_s)
+        own_times = self._stragglers.after_step(step_time_s)
         self.progress = self.progress.after(samples, settings.model.seq_length)
+        if own_times is not None and own_times.slow:
+            self._tell([own_times.event(self.progress.step)])
+        elif own_times is not None:
+            report(self.progress, own_times.text())
         verdict = self.health.verdict
         if verdict.action == "rollback":
             return metrics.stop
@@ -161,8 +174,6 @@ class Loop:
             if self.progress.step % settings.logging.expert_load_interval == 0:
                 for sink in self.sinks:
                     sink.expert_load(self.progress.step, metrics.loads)
-            if slow_ranks is not None:
-                report(self.progress, slow_ranks)
         return metrics.stop
 
     def _row(
@@ -258,6 +269,15 @@ class Loop:
         for sink in self.sinks:
             for event in events:
                 sink.event(event.row())
+
+    def _end_after_rerun(self, ending: Ending) -> NoReturn:
+        """Save the state before the step, if the run may continue from it, and end the run."""
+        if ending.saves:
+            self._save(self._saver.save_at_end)
+        folder = self.trainer.settings.checkpoint.save
+        assert folder is not None, "rules refuse reruns without --save"
+        self.health.reruns.write(Path(folder), self.progress.step)
+        raise RerunError(ending.text, ending.exit_code)
 
     def _compare_replicas(self) -> None:
         """Raise on all ranks if data-parallel replicas differ, before a checkpoint is saved."""

@@ -1,6 +1,6 @@
 """megatron-core's optimizer with our parameter groups, and two optimizers that it lacks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
@@ -181,3 +181,27 @@ def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float) -> Non
     """Set the learning rate of every group for the next step, times its multiplier."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["lr_mult"]
+
+
+@torch.no_grad()
+def scale_rows(
+    optimizer: MegatronOptimizer, factors: Mapping[torch.nn.Parameter, torch.Tensor]
+) -> None:
+    """Multiply rows of parameters, in the model and in this rank's main parameters.
+
+    Args:
+        optimizer: of the parameters.
+        factors: fp32 [rows] by parameter, equal on all of its replicas.
+    """
+    for parameter, rows in factors.items():
+        wide = rows.view(-1, *[1] * (parameter.dim() - 1))
+        parameter.data.copy_(parameter.data.float() * wide)
+    for leaf in leaves(optimizer):
+        for parameter, main, span in mains(leaf):
+            found = factors.get(parameter)  # type: ignore[call-overload]
+            same = main.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
+            if found is None or same:
+                continue
+            each = found.repeat_interleave(parameter.numel() // len(found))
+            part = each if span is None else each[span.start : span.end]
+            main.mul_(part.view(main.shape))

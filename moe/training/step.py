@@ -15,16 +15,19 @@ import torch
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.utils import unwrap_model
 
+from moetron.common.watch import activity
 from moetron.moe.health.monitor import HealthMonitor
 from moetron.moe.health.spikes import StepValues
 from moetron.moe.host.allocator import peak_memory_bytes
 from moetron.moe.host.context_parallel import own_chunks
 from moetron.moe.layers.attention import prefix_mask
+from moetron.moe.layers.document_attention import packed_parameters, places_in_documents
+from moetron.moe.layers.language_model import LanguageModel
 from moetron.moe.numerics.scaled_matmul import expire_weights
 from moetron.moe.optim.update import clip_and_update, norm_of, prepare_gradients
-from moetron.moe.training.batches import PER_SAMPLE, Batch
+from moetron.moe.training.batches import PER_SAMPLE, Batch, Replay
 from moetron.moe.training.loss_tally import Losses, Tally
-from moetron.moe.training.optimizer import set_learning_rate
+from moetron.moe.training.optimizer import scale_rows, set_learning_rate
 from moetron.moe.training.step_metrics import (
     BIAS_RANGES,
     LOADS,
@@ -56,24 +59,52 @@ def train_step(
         learning_rate: of this step.
         stop_requested: returns whether this rank got a stop request; all ranks learn of it.
         tally: sums the losses by source and objective.
-        health: decides whether the weights are updated; its ``verdict`` says what follows.
+        health: decides whether the passes are run again and whether the weights are updated; its
+            ``verdict``, or ``reruns.ending``, says what follows.
     """
+    replays = [each for each in batches if isinstance(each, Replay)]
+    for replay in replays:
+        replay.forget()
+    while True:
+        metrics = _passes(trainer, batches, num_microbatches, stop_requested(), tally, health)
+        if not health.runs_again(metrics.values):
+            break
+        activity.begin(activity.STEP, activity.current().step)  # as long as a step may last
+        for replay in replays:
+            replay.rewind()
+    if health.reruns.ending is not None:
+        return metrics
+    # All ranks see the same values, also each other's, so that all of them decide the same.
+    if health.judge(metrics.values, metrics.loads, metrics.bias_ranges).updates:
+        set_learning_rate(trainer.optimizer, learning_rate)
+        clip_and_update(trainer.optimizer, metrics.grad_norm)
+        if trainer.logits is not None and trainer.settings.attention.qk_clip:
+            scale_rows(trainer.optimizer, trainer.logits.factors())
+        if trainer.settings.precision.fp8_format is not None:
+            expire_weights(trainer.chunks)
+    return metrics
+
+
+def _passes(
+    trainer: Trainer,
+    batches: BatchIterators,
+    num_microbatches: int,
+    stop_requested: bool,
+    tally: Tally,
+    health: HealthMonitor,
+) -> StepMetrics:
+    """Run forward and backward passes over all micro-batches; return what they gave."""
     for chunk in trainer.chunks:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
+    if trainer.logits is not None:
+        trainer.logits.reset()
     # Gradients are reduced when this returns; see run_schedule for the collectives.
     reports = run_schedule(trainer, batches, num_microbatches, partial(token_loss, tally))
     squares = prepare_gradients(trainer.optimizer)
     local = _local_sums(trainer, tally, reports)
     own_square = health.gradients.take()
-    metrics = _read(trainer, tally, local, squares, own_square, stop_requested(), num_microbatches)
-    # All ranks see the same values, also each other's, so that all of them decide the same.
-    if health.judge(metrics.values, metrics.loads, metrics.bias_ranges).updates:
-        set_learning_rate(trainer.optimizer, learning_rate)
-        clip_and_update(trainer.optimizer, metrics.grad_norm)
-        if trainer.settings.precision.fp8_format is not None:
-            expire_weights(trainer.chunks)
-    return metrics
+    return _read(trainer, tally, local, squares, own_square, stop_requested, num_microbatches)
 
 
 def _local_sums(trainer: Trainer, tally: Tally, reports: list[torch.Tensor]) -> torch.Tensor:
@@ -179,25 +210,60 @@ def run_schedule(
 
 
 def _forward(
-    trainer: Trainer, loss: Any, batches: Iterator[Batch] | None, chunk: torch.nn.Module
-) -> tuple[torch.Tensor, Any]:
-    """Run a chunk's forward pass over its next micro-batch; return output and loss function."""
+    trainer: Trainer,
+    loss: Any,
+    batches: Iterator[Batch] | None,
+    chunk: torch.nn.Module,
+    return_schedule_plan: bool = False,
+) -> tuple[Any, Any]:
+    """Run a chunk's forward pass over its next micro-batch; return output and loss function.
+
+    ``return_schedule_plan``: return the parts of the pass in place of its output; megatron-core's
+    combined schedule runs them, interleaved with those of another micro-batch's backward pass.
+    """
     batch: Batch = {} if batches is None else dict(next(batches))
     settings, runtime, mask = trainer.settings, trainer.runtime, None
     per_sample = {name: batch.pop(name) for name in PER_SAMPLE if name in batch}
+    options: dict[str, Any] = {}
     if settings.data.bidirectional_prefix:
         mask = prefix_mask(per_sample["prefix"], settings.model.seq_length)
     if batch:  # of full sequences: not split over context ranks yet
-        unwrap_model(chunk).set_loss_tokens(batch["loss_mask"].sum())
+        model = unwrap_model(chunk)
+        model.set_loss_tokens(batch["loss_mask"].sum())
         tokens_BS = batch["tokens"]
         places_S = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
         batch["position_ids"] = places_S.expand_as(tokens_BS)
+        if (cu_seqlens := batch.pop("cu_seqlens", None)) is not None:
+            mask = _separate_documents(model, batch, cu_seqlens, options)
+        if (padding_B := batch.pop("padding", None)) is not None:
+            batch["padding"] = places_S >= len(places_S) - padding_B[:, None]
     # No communication: every context rank has read the full samples and takes its own chunks.
     batch = {name: own_chunks(whole, 1, runtime.groups.cp) for name, whole in batch.items()}
+    if batch:
+        model.set_padding(batch.pop("padding", None))
     # With labels the model returns losses; it needs the mask for rewards and the output z-loss.
-    targets = {name: batch.get(name) for name in ("labels", "loss_mask")}
-    output = chunk(batch.get("tokens"), batch.get("position_ids"), mask, **targets)
+    names = ("labels", "loss_mask", "prediction_mask", "segments")
+    options |= {name: batch[name] for name in names if name in batch}
+    run = unwrap_model(chunk).build_schedule_plan if return_schedule_plan else chunk
+    output = run(batch.get("tokens"), batch.get("position_ids"), mask, **options)
     return output, partial(loss, {**batch, **per_sample})
+
+
+def _separate_documents(
+    model: LanguageModel, batch: Batch, cu_seqlens: torch.Tensor, options: dict[str, Any]
+) -> torch.Tensor | None:
+    """Restart positions in ``batch`` and mask multi-token prediction at documents' starts.
+
+    Returns the attention mask of local layers; Transformer Engine's get ``options`` instead.
+    """
+    places_BS = places_in_documents(cu_seqlens, *batch["tokens"].shape)
+    batch["position_ids"] = places_BS
+    if model.config.mtp_num_layers is not None:
+        batch["prediction_mask"] = batch["loss_mask"] * (places_BS > 0)
+    if model.takes_packed_sequences:
+        options["packed_seq_params"] = packed_parameters(cu_seqlens, places_BS.shape[1])
+        return None
+    return cu_seqlens
 
 
 def token_loss(

@@ -33,7 +33,8 @@ class StepMetrics:
     values: StepValues
     """Loss and norm, also by rank, for the decision about the update."""
     extra: dict[str, Any]
-    """Of `output_metrics`, `prediction_metrics`, `auxiliary_metrics` and `routing_metrics`."""
+    """Of `output_metrics`, `prediction_metrics`, `auxiliary_metrics`, `routing_metrics` and
+    `logit_metrics`."""
     loads: dict[str, np.ndarray]
     """Load over mean load of every expert, float64 [E], by layer."""
     bias_ranges: dict[str, float]
@@ -75,6 +76,7 @@ def recorded_metrics(trainer: Trainer, num_microbatches: int) -> list[Recorded]:
         *auxiliary_metrics(trainer, num_microbatches),
         *routing_metrics(trainer),
         *bias_metrics(trainer),
+        *logit_metrics(trainer),
     ]
 
 
@@ -184,6 +186,16 @@ def bias_metrics(trainer: Trainer) -> list[Recorded]:
     return [
         Recorded(ranges_L, lambda sums: {BIAS_RANGES: dict(zip(names, sums.tolist(), strict=True))})
     ]
+
+
+def logit_metrics(trainer: Trainer) -> list[Recorded]:
+    """Take ``max_attention_logit``, the largest of all layers and heads, if it is asked for."""
+    if trainer.logits is None:
+        return []
+    runtime = trainer.runtime
+    largest_R = torch.zeros(runtime.world_size, dtype=torch.float64, device=runtime.device)
+    largest_R[runtime.rank] = trainer.logits.largest()
+    return [Recorded(largest_R, lambda found: {"max_attention_logit": float(found.max())})]
 
 
 def _layer_names(trainer: Trainer) -> list[str]:

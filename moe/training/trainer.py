@@ -6,6 +6,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from moetron.moe.config.bridge import ModelConfig
 from moetron.moe.config.schema.settings import Settings
+from moetron.moe.optim.qk_clip import AttentionLogits
 from moetron.moe.routing.routing_record import RoutingRecorder
 from moetron.moe.training.model_chunks import ModelChunks
 from moetron.moe.training.runtime import Runtime
@@ -24,3 +25,5 @@ class Trainer:
     optimizer: MegatronOptimizer
     recorder: RoutingRecorder | None
     """Counter of choices and drops; None: a dense model."""
+    logits: AttentionLogits | None
+    """Largest attention logits; None: neither logged nor clipped."""

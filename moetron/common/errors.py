@@ -9,7 +9,9 @@ class UserError(ValueError):
 
 
 class RunError(RuntimeError):
-    """Failure of a run that is not a bug: printed without a traceback, exit code 1."""
+    """Failure of a run that is not a bug: printed without a traceback."""
+
+    exit_code = 1
 
 
 class ConfigError(UserError):

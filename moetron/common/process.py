@@ -50,10 +50,10 @@ _PEER_GONE = (
 def run_guarded(main: Callable[[], int]) -> int:
     """Run ``main`` and return its exit code; print one cause if it fails.
 
-    A ``UserError`` prints its message only, code 2; a ``RunError`` or a disk error its message,
-    code 1. Any other exception prints a traceback and a last line with rank and cause, code 1. If
-    several ranks fail together, one rank of a node prints: ranks other than 0 with a UserError, and
-    ranks that lost a peer, wait first, and torchrun ends them.
+    A ``UserError`` prints its message only, code 2; a ``RunError`` its message, its own code; a
+    disk error its message, code 1. Any other exception prints a traceback and a last line with rank
+    and cause, code 1. If several ranks fail together, one rank of a node prints: ranks other than 0
+    with a UserError, and ranks that lost a peer, wait first, and torchrun ends them.
 
     Makes idle OpenMP threads sleep: torch must not be imported before. A rank ends with its
     launcher from here on.
@@ -87,7 +87,7 @@ def run_guarded(main: Callable[[], int]) -> int:
                 traceback.print_exc()
             text = f"rank {rank}: {_one_line(error)}"
             report_to_torchrun(text)
-        code = EXIT_FAILED
+        code = error.exit_code if isinstance(error, RunError) else EXIT_FAILED
     print(text, file=sys.stderr)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()

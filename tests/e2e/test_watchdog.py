@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from moetron.moe.health.events import read_events
 from tests.e2e.test_kill import LAUNCHER, TORCHRUN, end_of, job, training, wait_for
 
 BOUNDS = (
@@ -44,6 +45,9 @@ def test_a_stopped_rank_0_is_named_and_the_job_ends(tmp_path: Path) -> None:
     assert last.startswith("watchdog: rank 0, which holds the job's store, gave no sign of life")
     assert "in step " in last and "rank 1 waits in all_" in last
     assert list(tmp_path.glob("run/hang/step_*/stacks_rank_1.txt"))
+    event = list(read_events(tmp_path / "run" / "events.jsonl"))[-1]
+    assert (event["kind"], event["action"], event["ranks"]) == ("hang", "stop", [0])
+    assert event["text"] in last and event["step"] >= 4
 
 
 @pytest.mark.slow
@@ -72,6 +76,8 @@ def test_a_rank_that_goes_on_is_waited_for(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         code, lines = end_of(process, log)
     assert code == 75, lines
+    [event] = [row for row in read_events(run_folder / "events.jsonl") if row["kind"] == "hang"]
+    assert (event["action"], event["ranks"]) == ("warn", [1])
     assert "rank 1 gave no sign of life" in log.read_text()
 
 

@@ -81,7 +81,10 @@ def _found(run: Run) -> Answer:
     text = ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds)) or "nothing"
     hard = [row for row in run.events if row["action"] in ("stop", "rollback")]
     grade: Grade = "good" if not kinds else "bad" if hard else "watch"
-    rule = "events.jsonl: spikes, values that are not finite, replicas that differ, sick experts"
+    rule = (
+        "events.jsonl: spikes, values that are not finite, replicas that differ, sick experts, "
+        "slow or hanging ranks"
+    )
     return Answer("What did the health checks find?", grade, text, rule)
 
 

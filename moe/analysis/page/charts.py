@@ -162,7 +162,9 @@ def event_tokens(run: Run, event: Row) -> tuple[int, int]:
     if event["samples"]:
         length = last["tokens"] // last["samples"]
         return event["samples"][0] * length, event["samples"][1] * length
-    return tokens.get(event["step"] - 1, 0), tokens.get(event["step"], int(last["tokens"]))
+    end = int(last["tokens"])
+    before = 0 if event["step"] <= 1 else tokens.get(event["step"] - 1, end)
+    return before, tokens.get(event["step"], end)
 
 
 def _bands(figure: go.Figure, run: Run) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from moetron.moe.config.rules.case import Case, not_multiple
+from moetron.moe.config.schema import derived
 
 
 def latent(case: Case) -> Iterator[str]:
@@ -91,4 +92,32 @@ def prediction(case: Case) -> Iterator[str]:
         yield f"--mtp-num-layers is incompatible with {used}"
 
 
-RULES = (latent, rotary, prediction)
+def logits(case: Case) -> Iterator[str]:
+    """Check that largest attention logits can be had, and that weights can be clipped."""
+    attention, settings = case.settings.attention, case.settings
+    asked = [n for n in ("log_max_attention_logit", "qk_clip") if getattr(attention, n)]
+    if not asked:
+        return
+    flags = case.given(*asked)
+    if case.local and settings.model.attention_backend == "unfused":
+        yield f"{flags}: {case.given('attention_backend')} gives no logits; use sdpa"
+    if settings.performance.cuda_graph_impl != "none":
+        yield f"{flags}: CUDA graphs give no logits; use --cuda-graph-impl none"
+    if not attention.qk_clip:
+        return
+    if settings.model.qk_layernorm and not attention.multi_latent_attention:
+        yield "--qk-clip has no effect with --qk-layernorm, which undoes any scale: drop one"
+    if derived.query_groups(settings.model) < settings.parallel.tensor_model_parallel_size:
+        unit = case.given("tensor_model_parallel_size")
+        yield f"--qk-clip with fewer key heads than {unit}: use as many or more --num-query-groups"
+    for group, name in (
+        (settings.parallel, "overlap_param_gather"),
+        (settings.precision, "fp8_param_gather"),
+        (settings.optimizer, "use_precision_aware_optimizer"),
+        (settings.performance, "optimizer_cpu_offload"),
+    ):
+        if getattr(group, name):
+            yield f"--qk-clip is incompatible with {case.given(name)}: drop one"
+
+
+RULES = (latent, rotary, prediction, logits)

@@ -2,10 +2,10 @@
 
 from typing import Literal
 
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from moetron.moe.config.schema.field import Group
-from moetron.moe.config.schema.roles import Function, Shape
+from moetron.moe.config.schema.roles import Function, Run, Shape, Training
 
 
 class AttentionSettings(Group):
@@ -44,3 +44,12 @@ class AttentionSettings(Group):
     """Latent attention: rotated channels per head; all heads share their key."""
     v_head_dim: Shape[PositiveInt] = 128
     """Latent attention: channels per value head."""
+    log_max_attention_logit: Run[bool] = False
+    """Log the largest attention logit of a step, over all layers and heads."""
+    qk_clip: Training[bool] = False
+    """Scale query and key weights of heads with logits above the threshold down after the update,
+    with any optimizer (MuonClip, arXiv 2507.20534: Muon and this)."""
+    qk_clip_threshold: Training[PositiveFloat] = 100.0
+    """QK-clip: largest logit of a head that needs no clip (Kimi K2: 100)."""
+    qk_clip_alpha: Training[float] = Field(default=0.5, gt=0, lt=1)
+    """QK-clip: queries take this power of threshold / logit, keys the rest."""

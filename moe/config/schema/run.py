@@ -177,6 +177,20 @@ class HealthSettings(Group):
     """rollback: rollbacks of a run before it stops."""
     spike_rollback_checkpoints: PositiveInt = 1
     """rollback: checkpoints to go back; 1 is the latest. Later ones are deleted."""
+    rerun_mode: Literal["disabled", "validate_results", "report_determinism_stats"] = "disabled"
+    """Run the passes of a step with bad values again, on the same data, to tell a faulty device
+    from bad data (validate_results; exit codes 16 and 17 as Megatron), or those of every step, to
+    measure how far two runs differ (report_determinism_stats)."""
+    rerun_tolerance: NonNegativeFloat = 0.01
+    """Relative difference of losses and gradient norms up to which two runs of a step count as the
+    same; with --deterministic-mode 0 is right."""
+    error_injection_rate: NonNegativeInt = 0
+    """Drill of --rerun-mode validate_results: inject an error once in this many steps and ranks, at
+    random; 0: none."""
+    error_injection_type: Literal["correct_result", "transient_error", "persistent_error"] = (
+        "transient_error"
+    )
+    """Drill: what the reruns are made to find."""
     check_weight_hash_across_dp_replicas_interval: PositiveInt | None = None
     """Steps between comparisons of parameter hashes over data-parallel replicas; a difference names
     the ranks and stops the run."""

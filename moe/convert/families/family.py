@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
 from moetron.common.errors import UserError
 from moetron.common.text import value_text
 from moetron.moe.config.schema import derived
@@ -89,9 +91,12 @@ class Family:
             return [f"--hidden-size {width}: {self.model_type} has a multiple of its {heads} heads"]
         try:
             tree = self.settings(self.config(values))
+            theirs = function_of(Settings.model_validate({**PLACEHOLDERS, **tree}))
+        except ValidationError as error:  # a damaged record: more heads than channels
+            found = error.errors()
+            return [f"{flag_name(str(each['loc'][-1]))}: {each['msg']}" for each in found]
         except UserError as error:
             return str(error).splitlines()
-        theirs = function_of(Settings.model_validate({**PLACEHOLDERS, **tree}))
         return [
             f"{flag_name(name.split('.')[1])} {value_text(value)}: {self.model_type} has "
             f"{value_text(theirs.get(name))}"

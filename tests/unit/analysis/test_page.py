@@ -361,8 +361,11 @@ def test_what_health_checks_found_is_told_and_drawn(tmp_path: Path) -> None:
     found = [
         event(50, "loss_spike", "skip"),
         event(60, "dead_experts", "warn"),
+        event(70, "straggler", "warn", ranks=[3]),
         event(90, "loss_spike", "rollback", rolled_back_to=80, next_token=9000),
+        event(STEPS + 3, "hang", "stop", ranks=[1]),  # in a step that never ended
     ]
+    bands = [(4900, 5000), (5900, 6000), (6900, 7000), (8000, 9000), (100 * STEPS, 100 * STEPS)]
     rows = [{**row, "samples": 4 * row["step"]} for row in metrics()]
     rows[49]["lm_loss"] = float("nan")  # of a skipped step
     for name, lines in (("metrics.jsonl", rows), ("events.jsonl", found)):
@@ -370,20 +373,14 @@ def test_what_health_checks_found_is_told_and_drawn(tmp_path: Path) -> None:
     run = read(tmp_path)
     assert len(run.metrics) == STEPS - 1
     [answer] = [each for each in answers.health(run) if "health checks" in each.question]
-    assert (answer.grade, answer.text) == ("bad", "2 x loss spike, 1 x dead experts")
+    assert answer.grade == "bad"
+    assert answer.text == "2 x loss spike, 1 x dead experts, 1 x straggler, 1 x hang"
     told = dict(overview.events(run))
     assert told[50] == "loss spike: loss <9>; skip; samples 196 to 199"
     assert "rollback to step 80" in told[90]
-    assert [event_tokens(run, each) for each in found] == [
-        (4900, 5000),
-        (5900, 6000),
-        (8000, 9000),
-    ]
+    assert told[STEPS + 3] == "hang: loss <9>; stop"
+    assert [event_tokens(run, each) for each in found] == bands
     losses = over_tokens([run])[0]
-    assert [(band.x0, band.x1) for band in losses.layout.shapes] == [
-        (4900, 5000),
-        (5900, 6000),
-        (8000, 9000),
-    ]
+    assert [(band.x0, band.x1) for band in losses.layout.shapes] == bands
     write_page([run], tmp_path / "report.html")
     assert "loss <9>" not in (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -104,6 +104,14 @@ def test_a_model_of_no_family_gets_the_closest() -> None:
         family_of(values(OLMOE, model={"rotary_percent": 0.5}))
 
 
+def test_sizes_of_a_damaged_record_are_answered_in_words() -> None:
+    """More heads than channels: heads of width 0, which `head_dim` cannot express."""
+    broken = values(OLMOE, model={"num_attention_heads": 64})
+    assert broken["model.kv_channels"] == 0
+    [problem] = FAMILIES["qwen3_moe"].problems(broken)
+    assert problem == "--kv-channels: Input should be greater than 0"
+
+
 def test_dense_and_sparse_models_are_different_families() -> None:
     assert FAMILIES["olmoe"].problems(values({"model": OLMOE["model"]})) == [
         "--num-experts None: olmoe is a mixture of experts"

@@ -1,13 +1,14 @@
 """Health files that are damaged or hostile."""
 
 import json
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from moetron.common.errors import UserError
-from moetron.moe.health.events import read_events
+from moetron.moe.health.events import Event, append_event, read_events
 from moetron.moe.health.monitor import FILE, HealthMonitor, HealthState
 from tests.unit.training.training_cases import settings
 
@@ -64,6 +65,32 @@ def test_a_state_outside_the_folder_is_not_read(tmp_path: Path) -> None:
     (folder / FILE).symlink_to("../elsewhere")
     with pytest.raises(UserError, match="leads out of the folder"):
         monitor().restore(folder)
+
+
+def _append(folder: Path, writer: int) -> None:
+    for step in range(200):
+        append_event(folder, Event(step, "hang", "warn", "x" * 3000, ranks=[writer]))
+
+
+def test_lines_of_several_processes_do_not_mix(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=_append, args=(tmp_path, number)) for number in range(3)]
+    for each in writers:
+        each.start()
+    for each in writers:
+        each.join()
+    # A writer that finds another one in the middle of its line leaves an empty line.
+    lines = [line for line in (tmp_path / "events.jsonl").read_text().splitlines() if line]
+    rows = [json.loads(line) for line in lines]
+    for number in range(3):
+        assert [row["step"] for row in rows if row["ranks"] == [number]] == list(range(200))
+
+
+def test_a_line_after_one_that_a_full_disk_cut_is_whole(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").write_text('{"step": 1}\n{"st')
+    append_event(tmp_path, Event(5, "hang", "stop", "rank 1 hangs", ranks=[1]))
+    found = [(row["step"], row.get("ranks")) for row in read_events(tmp_path / "events.jsonl")]
+    assert found == [(1, None), (5, [1])]
 
 
 def test_lines_that_are_no_events_are_left_out(tmp_path: Path) -> None:

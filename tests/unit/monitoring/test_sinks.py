@@ -32,6 +32,16 @@ def test_floats_keep_every_bit_and_lines_are_flushed(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["lm_loss"] == value
 
 
+def test_a_resume_keeps_events_about_the_machine(tmp_path: Path) -> None:
+    """It repeats steps 3 to 5 and what they find, but not the hang that ended them."""
+    path = tmp_path / "events.jsonl"
+    rows = [(2, "loss_spike"), (3, "loss_spike"), (4, "straggler"), (5, "hang")]
+    lines = [json.dumps({"step": step, "kind": kind}) + "\n" for step, kind in rows]
+    path.write_text("".join(lines) + '{"step": 5, "kind": "ha')
+    LineFiles(tmp_path, 2).close()
+    assert path.read_text() == lines[0] + lines[2] + lines[3]
+
+
 def test_a_full_disk_delays_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -84,3 +84,30 @@ def test_bridge() -> None:
     plain = bridge.transformer_config(make(add_qkv_bias=True, softmax_scale=1.0))
     assert plain.add_qkv_bias and plain.softmax_scale == 1.0
     assert not plain.multi_latent_attention and plain.mtp_num_layers is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        (
+            {"log_max_attention_logit": True, "attention_backend": "unfused"},
+            "--log-max-attention-logit: --attention-backend unfused gives no logits; use sdpa",
+        ),
+        ({"qk_clip": True, "qk_layernorm": True}, "which undoes any scale"),
+        (
+            {
+                "qk_clip": True,
+                "overlap_param_gather": True,
+                "overlap_grad_reduce": True,
+                "use_distributed_optimizer": True,
+            },
+            "--qk-clip is incompatible with --overlap-param-gather: drop one",
+        ),
+        ({"qk_clip": True, "qk_clip_threshold": 50.0, "add_qkv_bias": True}, None),
+        ({**LATENT, "qk_clip": True, "qk_layernorm": True}, None),
+        ({"log_max_attention_logit": True, "qk_layernorm": True}, None),
+    ],
+)
+def test_largest_logits(changes: dict[str, Any], rule: str | None) -> None:
+    problems = found(**changes)
+    assert [rule in problem for problem in problems] == ([] if rule is None else [True])

@@ -31,3 +31,21 @@ from tests.unit.config.config_cases import found
 def test_rollback_needs_checkpoints(changes: dict[str, Any], expected: str) -> None:
     [problem] = found(**changes)
     assert expected in problem
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"rerun_mode": "validate_results"}, "add --save"),
+        ({"rerun_mode": "report_determinism_stats"}, None),
+        ({"rerun_mode": "validate_results", "save": "/tmp/run"}, None),
+        ({"error_injection_rate": 9}, "needs --rerun-mode validate_results"),
+        (
+            {"rerun_mode": "report_determinism_stats", "fp8_format": "e4m3"},
+            "--fp8-recipe delayed: a rerun would find other scales",
+        ),
+    ],
+)
+def test_reruns(changes: dict[str, Any], expected: str | None) -> None:
+    problems = found(**changes)
+    assert [expected in problem for problem in problems] == ([] if expected is None else [True])
