@@ -13,11 +13,13 @@ from megatron.core.models.common.embeddings import (
 )
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.tensor_parallel import mappings
+from megatron.core.tensor_parallel import random as parallel_random
 from megatron.core.transformer.moe import router, token_dispatcher
 
 from moetron.moe.host.collectives import allow_uneven
 from moetron.moe.host.context_parallel import own_chunks
 from moetron.moe.host.patching import Patch
+from moetron.moe.megatron.version_differences import present
 
 
 def rotary_chunks() -> list[Patch]:
@@ -84,11 +86,28 @@ def pipeline_outputs() -> list[Patch]:
     ]
 
 
+def recomputed_storage() -> list[Patch]:
+    """Restore a discarded output by a copy, not by an extension in C++.
+
+    tensor_parallel/random.py:67 of 0.19 compiles one in the first backward pass: it needs a
+    compiler, and a process that is killed meanwhile leaves a lock for which all later ones wait.
+    """
+
+    def copy_back(output: torch.Tensor, again: torch.Tensor) -> None:
+        kept, source = output.untyped_storage(), again.untyped_storage()
+        kept.resize_(source.size())
+        kept.copy_(source)
+
+    name = "_get_share_storage"
+    return [Patch(parallel_random, name, lambda: copy_back) for _ in present(parallel_random, name)]
+
+
 HOST_BEHAVIOUR = (
     rotary_chunks,
     eager_router,
     split_sizes,
     uneven_gather,
     pipeline_outputs,
+    recomputed_storage,
 )
 """Applied without CUDA."""

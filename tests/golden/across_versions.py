@@ -36,7 +36,9 @@ def largest_difference(found: Curve, expected: Curve) -> tuple[float, str]:
     assert found.keys() == expected.keys(), (sorted(found), sorted(expected))
     for name in (name for name in COMPARED if name in found):
         for step, (a, b) in enumerate(zip(found[name], expected[name], strict=True), 1):
-            worst = max(worst, (abs(a - b) / max(abs(b), 1e-30), f"{name} at step {step}"))
+            difference = abs(a - b) / max(abs(b), 1e-30)
+            if difference > worst[0]:
+                worst = (difference, f"{name} at step {step}")
     return worst
 
 

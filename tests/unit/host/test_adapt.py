@@ -1,7 +1,6 @@
 """Each adaptation alone: megatron-core's code fails without it and works with it."""
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +10,6 @@ from megatron.core.dist_checkpointing import ShardedTensor, exchange_utils
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-from megatron.core.models.gpt import gpt_model
 from megatron.core.optimizer import clip_grads, get_megatron_optimizer
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.pipeline_parallel.utils import ScheduleNode, get_comm_stream, set_streams
@@ -32,6 +30,7 @@ from moetron.moe.config.schema.settings import Settings
 from moetron.moe.host.adapt import ADAPTATIONS, EVERYWHERE, adapt_host, restore_host
 from moetron.moe.layers.build_model import build_model
 from tests.parallel.support.harness import RankFailed, model_parallel, run_ranks
+from tests.unit.host.prediction_scenario import prediction_losses
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is adapted on a GPU")
 
@@ -247,6 +246,14 @@ def _discarded_outputs() -> None:
     torch.testing.assert_close(x.grad, torch.sin(2 * x.detach()))
 
 
+def _recomputed_storage() -> None:
+    def load_inline(**_: Any) -> None:
+        raise AssertionError("compiles")
+
+    parallel_random.load_inline = load_inline
+    _discarded_outputs()
+
+
 def _output_layer() -> None:
     config = _config(gradient_accumulation_fusion=True)
     layer = tensor_parallel.ColumnParallelLinear(
@@ -256,29 +263,6 @@ def _output_layer() -> None:
     layer(torch.ones(2, 4, dtype=torch.bfloat16))[0].sum().backward()
     assert layer.weight.grad is not None and layer.weight.grad.float().eq(2).all()
     assert config.gradient_accumulation_fusion  # for Transformer Engine's layers
-
-
-def _prediction_losses() -> None:
-    """Two tokens predict a third and count as much as in a mean over all three."""
-    config = SimpleNamespace(
-        mtp_num_layers=1, mtp_loss_scaling_factor=1.0, calculate_per_token_loss=True
-    )
-    hidden = torch.zeros(6, 1, 1, requires_grad=True)
-    output = gpt_model.process_mtp_loss(
-        hidden_states=hidden,
-        labels=torch.arange(3).view(1, 3),
-        loss_mask=torch.ones(1, 3),
-        output_layer=lambda hidden, **_: (hidden, None),
-        output_weight=None,
-        runtime_gather_output=None,
-        is_training=False,
-        compute_language_model_loss=lambda labels, logits: logits[..., 0].transpose(0, 1) * labels,
-        config=config,
-        cp_group=None,
-    )
-    output.sum().backward()
-    assert hidden.grad is not None
-    assert hidden.grad.flatten().tolist() == [1, 1, 1, 1, 2, 0]
 
 
 def _checkpoint_exchange() -> None:
@@ -301,7 +285,8 @@ SCENARIOS: dict[str, tuple[Callable[[], None], int]] = {
     "eager_router": (_router_with_bias, 1),
     "discarded_outputs": (_discarded_outputs, 1),
     "output_layer": (_output_layer, 1),
-    "prediction_losses": (_prediction_losses, 1),
+    "recomputed_storage": (_recomputed_storage, 1),
+    "prediction_losses": (prediction_losses, 1),
     "split_sizes": (_dispatch, 2),
     "uneven_gather": (_gather_uneven, 2),
     "schedule_scalars": (_schedule, 1),
@@ -333,7 +318,7 @@ def _has_patches(name: str) -> bool:
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_needed_and_sufficient(name: str) -> None:
-    if name in EVERYWHERE and not run_ranks(_has_patches, 1, name)[0]:
+    if name in (*EVERYWHERE, "recomputed_storage") and not run_ranks(_has_patches, 1, name)[0]:
         pytest.skip("the installed version of megatron-core does not need it")
     run_ranks(_play, SCENARIOS[name][1], name, True)
     with pytest.raises(RankFailed):
