@@ -97,6 +97,11 @@ class Ending:
 class Machine(RerunStateMachine):
     """megatron-core's machine on any device; `status` is the last finding of this rank."""
 
+    failed_validation_call: Any
+    initial_result: Any
+    suspicious_node: Any
+    suspicious_device: Any
+
     def __init__(self, settings: HealthSettings, device: torch.device, state: StepState) -> None:
         # Each rank would log each finding in several lines; events say it once.
         logging.getLogger(rerun_state_machine.__name__).setLevel(logging.CRITICAL)

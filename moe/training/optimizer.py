@@ -193,9 +193,9 @@ def scale_rows(
         optimizer: of the parameters.
         factors: fp32 [rows] by parameter, equal on all of its replicas.
     """
-    for parameter, rows in factors.items():
-        wide = rows.view(-1, *[1] * (parameter.dim() - 1))
-        parameter.data.copy_(parameter.data.float() * wide)
+    for weight, rows in factors.items():
+        wide = rows.view(-1, *[1] * (weight.dim() - 1))
+        weight.data.copy_(weight.data.float() * wide)
     for leaf in leaves(optimizer):
         for parameter, main, span in mains(leaf):
             found = factors.get(parameter)  # type: ignore[call-overload]
