@@ -9,8 +9,10 @@ ROOT = Path(__file__).resolve().parent
 FOLDERS = ("moe", "data", "tokenizers")
 
 REQUIRED = [
-    "torch>=2.13,<2.15",
-    "megatron-core==0.16.1",
+    "torch>=2.10,<2.15",  # the range that ran; clusters bring their own
+    # 0.16.1 is the last for Python 3.10 and 3.11; from 0.17 on it needs 3.12.
+    "megatron-core==0.16.1; python_version < '3.12'",
+    "megatron-core>=0.19.2,<0.20; python_version >= '3.12'",
     "psutil>=5.9,<8",  # megatron-core's checkpoint writer needs it and does not declare it
     "numpy>=1.26,<3",
     "sentencepiece>=0.2.3,<0.3",
@@ -30,7 +32,10 @@ EXTRAS = {
     "fast": ["gigatoken>=0.10,<0.11"],  # BPE encoding where its ids are the reference's
     "arrow": ["pyarrow>=15,<27"],  # Parquet and Arrow files as inputs
     "zstd": ["zstandard>=0.22,<1"],
-    "te": ["transformer-engine[pytorch]>=2.9,<2.12"],
+    "te": [  # 0.16.1 silently loses the router's GEMM with 2.12 and later
+        "transformer-engine[pytorch]>=2.9,<2.12; python_version < '3.12'",
+        "transformer-engine[pytorch]>=2.9,<2.21; python_version >= '3.12'",
+    ],
     "hf": ["transformers>=5,<6"],
     "eval": ["lm_eval>=0.4.9,<0.5", "accelerate>=1,<2", "transformers>=5,<6"],
     "log": ["wandb>=0.17,<1"],
@@ -92,7 +97,7 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10,<3.13",
+    python_requires=">=3.10,<3.14",
     packages=list(packages()),
     package_dir=packages(),
     package_data={

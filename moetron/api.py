@@ -153,11 +153,11 @@ def build_model(settings: Settings) -> "Iterator[GPTModel]":
     size = assembly.vocabulary_size(settings, assembly.open_tokenizer(settings))
     with _one_rank(settings) as ranks:
         from moetron.moe.config.bridge import transformer_config
+        from moetron.moe.encoder_decoder.build_stacks import build
         from moetron.moe.host.device import uses_transformer_engine
-        from moetron.moe.layers import build_model as layers
 
         config = transformer_config(settings, uses_transformer_engine(settings))
-        model = layers.build_model(settings, config, size)
+        model = build(settings, config, size)
         yield model.to(ranks.device, config.params_dtype)
 
 

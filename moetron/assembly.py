@@ -7,6 +7,7 @@ Only this module imports tokenizers, data and model together: `moe` sees samples
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from moetron.common.run_owner import claim, refuse_owned
 from moetron.common.stop_signal import EndAtOnce, StopSignal
 from moetron.common.watch import activity
 from moetron.common.watch.limits import require_limits
-from moetron.data.stream.mock_stream import ENDLESS, MockStream
+from moetron.data.stream.documents import DocumentStream
+from moetron.data.stream.mock_spans import MockSpans
+from moetron.data.stream.mock_stream import ENDLESS, MOCK_EOD, MockStream
 from moetron.data.stream.open_streams import open_training, open_validation
 from moetron.data.stream.stages import StagedStream, refuse_repetition
 from moetron.moe.checkpoint.compatibility import check_folders
@@ -77,10 +80,23 @@ def open_streams(settings: Settings, vocab_size: int, tokenizer: Tokenizer | Non
     Raises:
         UserError: a shard cannot be used, or sources would repeat more often than allowed.
     """
+    streams = _open_streams(settings, vocab_size, tokenizer)
+    if not settings.data.reset_attention_mask:
+        return streams
+    eod = MOCK_EOD if settings.data.mock_data or tokenizer is None else tokenizer.eod
+    validation = streams.validation
+    return replace(
+        streams,
+        training=DocumentStream(streams.training, eod),
+        validation=None if validation is None else DocumentStream(validation, eod),
+    )
+
+
+def _open_streams(settings: Settings, vocab_size: int, tokenizer: Tokenizer | None) -> Streams:
     data, length, seed = settings.data, settings.model.seq_length, settings.training.seed
     wanted = settings.validation.eval_iters > 0
     if data.mock_data or not data.planned_stages():
-        mock = MockStream(seed, vocab_size, length)
+        mock = _mock(settings, vocab_size)
         return Streams(mock, StreamFrom(mock, ENDLESS // 2) if wanted else None)
     assert tokenizer is not None, "checks refuse shards without it"
     training = open_training(data, length, seed, tokenizer)
@@ -91,6 +107,16 @@ def open_streams(settings: Settings, vocab_size: int, tokenizer: Tokenizer | Non
         validation = open_validation(data, data.valid_data_path, length, tokenizer)
         validation.limit_ids(vocab_size)
     return Streams(training, validation, list(source_uses(training, total_samples(settings))))
+
+
+def _mock(settings: Settings, vocab_size: int) -> MockStream | MockSpans:
+    """Return synthetic samples for the model."""
+    data, length, seed = settings.data, settings.model.seq_length, settings.training.seed
+    if settings.model.encoder_num_layers is None:
+        return MockStream(seed, vocab_size, length)
+    assert data.encoder_seq_length is not None, "checks refuse encoder-decoders without it"
+    shape = data.noise_density, data.mean_noise_span_length, data.examples_per_sample
+    return MockSpans(seed, vocab_size, length, data.encoder_seq_length, shape)
 
 
 def source_uses(stream: StagedStream, samples: int) -> Iterator[SourceUse]:

@@ -7,10 +7,12 @@ from moetron.data.objectives.causal import Causal
 from moetron.data.objectives.fim import FillInTheMiddle, FimOptions
 from moetron.data.objectives.objective import Objective
 from moetron.data.objectives.prefix_lm import PrefixLM
+from moetron.data.objectives.span_corruption import SpanCorruption
+from moetron.data.objectives.split_text import SplitText
 from moetron.data.objectives.ul2 import UL2
 from moetron.tokenizers.interface import Tokenizer
 
-ObjectiveName = Literal["causal", "prefix_lm", "ul2", "fim"]
+ObjectiveName = Literal["causal", "prefix_lm", "ul2", "fim", "span_corruption"]
 MAX_EXAMPLES = 64
 """Maximum number of texts in one UL2 sample."""
 
@@ -24,6 +26,10 @@ class ObjectivePlan(Protocol):
     fim_prefix_token: str
     fim_middle_token: str
     fim_suffix_token: str
+    encoder_seq_length: int | None
+    examples_per_sample: int
+    noise_density: float
+    mean_noise_span_length: float
 
 
 def build_objective(
@@ -36,11 +42,30 @@ def build_objective(
     """
     if name == "causal":
         return Causal(seq_length)
+    if name == "prefix_lm" and plan.encoder_seq_length is not None:
+        return SplitText(seq_length, plan.encoder_seq_length, tokenizer.eod, tokenizer.pad)
     if name == "prefix_lm":
         return PrefixLM(seq_length)
     if name == "fim":
         return FillInTheMiddle(seq_length, tokenizer.eod, _fim_options(tokenizer, plan))
+    if name == "span_corruption":
+        return _span_corruption(seq_length, tokenizer, plan)
     return _ul2(seq_length, tokenizer, plan.bidirectional_prefix)
+
+
+def _span_corruption(seq_length: int, tokenizer: Tokenizer, plan: ObjectivePlan) -> SpanCorruption:
+    """Return T5's objective for an encoder-decoder."""
+    assert plan.encoder_seq_length is not None, "checks refuse encoder-decoders without it"
+    return SpanCorruption(
+        seq_length,
+        plan.encoder_seq_length,
+        tokenizer.sentinels,
+        tokenizer.eod,
+        tokenizer.pad,
+        plan.noise_density,
+        plan.mean_noise_span_length,
+        plan.examples_per_sample,
+    )
 
 
 def _fim_options(tokenizer: Tokenizer, plan: ObjectivePlan) -> FimOptions:

@@ -14,6 +14,9 @@ class Made(NamedTuple):
     """Index in the objective's ``kinds``."""
     prefix: int = 0
     """Number of leading tokens without loss that may attend to each other; 0: none."""
+    segments: np.ndarray | None = None
+    """Example of each token of an encoder-decoder's sample, int64 [S], 0: padding; None: there is
+    one example, without padding."""
 
 
 class Objective(Protocol):

@@ -32,3 +32,30 @@ def random_segments(segments: int, uniform: np.ndarray) -> np.ndarray:
     """
     ends = np.sort(np.argsort(uniform[:-1], kind="stable")[: segments - 1]) + 1
     return np.diff(ends, prepend=0, append=uniform.size)
+
+
+def hide_spans(
+    text: np.ndarray,
+    noise_density: float,
+    mean_span: float,
+    sentinels: np.ndarray,
+    uniform: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return (kept, hidden) tokens, int64: a sentinel for each hidden span, and before it there.
+
+    Args:
+        text: int64, at least 2 tokens; it starts with a kept span.
+        noise_density: fraction of hidden tokens.
+        mean_span: mean length of a hidden span.
+        sentinels: at least one a span, in the order of use.
+        uniform: a random number a token, uint64.
+    """
+    noise, spans = span_counts(text.size, noise_density, mean_span)
+    hidden_lengths = random_segments(spans, uniform[:noise])
+    kept_lengths = random_segments(spans, uniform[noise:])
+    lengths = np.stack([kept_lengths, hidden_lengths], axis=1).ravel()
+    is_hidden = np.repeat(np.arange(2 * spans) % 2 == 1, lengths)
+    used = sentinels[:spans]
+    kept = np.insert(text[~is_hidden], np.cumsum(kept_lengths), used)
+    starts = np.cumsum(hidden_lengths) - hidden_lengths
+    return kept, np.insert(text[is_hidden], starts, used)

@@ -15,7 +15,7 @@ from moetron.common.errors import UserError
 from moetron.data.addressing.apportionment import Apportionment
 from moetron.data.addressing.windowing import Windowing
 from moetron.data.objectives.objective import Made
-from moetron.data.objectives.spans import corrupted_lengths, draws, random_segments, span_counts
+from moetron.data.objectives.spans import corrupted_lengths, draws, hide_spans, span_counts
 
 MAX_CYCLE = 1000
 """Maximum number of samples after which the mixture repeats."""
@@ -127,15 +127,8 @@ class UL2:
             split = 1 + int(uniform[0] % np.uint64(text.size - 1))
             kept, hidden = text[:split], text[split:]
         else:
-            noise, spans = span_counts(text.size, denoiser.noise_density, denoiser.mean_span)
-            hidden_lengths = random_segments(spans, uniform[:noise])
-            kept_lengths = random_segments(spans, uniform[noise:])
-            lengths = np.stack([kept_lengths, hidden_lengths], axis=1).ravel()
-            is_hidden = np.repeat(np.arange(2 * spans) % 2 == 1, lengths)
-            sentinels = self._sentinels[:spans]
-            kept = np.insert(text[~is_hidden], np.cumsum(kept_lengths), sentinels)
-            starts = np.cumsum(hidden_lengths) - hidden_lengths
-            hidden = np.insert(text[is_hidden], starts, sentinels)
+            shape = denoiser.noise_density, denoiser.mean_span
+            kept, hidden = hide_spans(text, *shape, self._sentinels, uniform)
         return np.concatenate([prefix, kept, [self._end]]), np.append(hidden, self._end)
 
     def _raw_length(self, denoiser: Denoiser, room: int) -> int:

@@ -11,6 +11,8 @@ ALPHABET = 256
 """Token ids in use, spread over the vocabulary: few, so that short runs see each one often."""
 SUCCESSORS = np.array([0.4, 0.3, 0.2, 0.1])
 """Probabilities of a token's four successors."""
+MOCK_EOD = 0
+"""Token that ends a document, where documents are separated: one of the alphabet."""
 NOISE = 0.1
 """Fraction of tokens drawn uniformly from the alphabet instead."""
 

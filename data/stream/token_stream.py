@@ -148,12 +148,15 @@ class TokenStream:
         """Return sample ``n``: tokens, labels int64 [S], loss_mask float32 [S], and four integers.
 
         They are its ``source``, its ``objective`` (index in ``objective_names``), the length of its
-        bidirectional ``prefix``, and whether it is ``filtered``. Tokens and labels share memory.
+        bidirectional ``prefix``, and whether it is ``filtered``. Tokens and labels share memory. Of
+        an encoder-decoder ``segments``, int64 [S], unless the sample is one example.
         """
         row = np.empty(self.seq_length + 1, np.int64)
         mask = np.ones(self.seq_length, np.float32)
         source, made, filtered = self._read(n, row, mask)
+        segments = {} if made.segments is None else {"segments": made.segments}
         return {
+            **segments,
             "tokens": row[:-1],
             "labels": row[1:],
             "loss_mask": mask,

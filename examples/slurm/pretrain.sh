@@ -44,7 +44,7 @@ port="${MASTER_PORT:-$((10000 + SLURM_JOB_ID % 20000))}"
 python="${PYTHON:-$root/.venv/bin/python}"
 flags=(--config "$config" "${resume[@]}" "$@" "${again[@]}")
 alone=("$python" "$root/pretrain_moe.py" --world-size "$((nodes * ranks))" "${flags[@]}")
-export CUDA_DEVICE_MAX_CONNECTIONS=1
+export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 # Time for a step and a save, within SLURM's 300 s.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-270}"
 case " $* " in *" --dry-run "* | *" --check "*) exec "${alone[@]}" ;; esac

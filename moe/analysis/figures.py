@@ -19,11 +19,12 @@ SHOWN_EXPERTS = 32
 
 
 def write(result: Result, output: Path) -> list[Path]:
-    """Write ``result`` as JSON and one PNG per analysis in it; return all paths."""
+    """Write ``result`` as JSON and one PNG per analysis of a decoder in it; return all paths."""
     output.mkdir(parents=True, exist_ok=True)
     paths = [output / RESULT]
     write_text(paths[0], json.dumps(result) + "\n")
-    for name, draw in _PICTURES.items():
+    pictures = _PICTURES if "layers" in result else {}  # not of an encoder-decoder's stacks
+    for name, draw in pictures.items():
         figure = draw(result)
         if figure is not None:
             paths.append(output / f"{name}.png")

@@ -1,11 +1,10 @@
-"""Saver of checkpoints, blocking or on a thread while training continues."""
+"""Saver of checkpoints, blocking or in the writer process while training continues."""
 
 import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from moetron.common.watch import activity
 from moetron.moe.checkpoint.position import Progress
 from moetron.moe.checkpoint.run_folder import file_sizes
 from moetron.moe.checkpoint.save_load import save_checkpoint, take_checkpoint
+from moetron.moe.checkpoint.writer.writer_process import WriterProcess
 from moetron.moe.config.schema.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -34,22 +34,28 @@ FAILURES = (OSError, RunError, UserError)
 class Saver:
     """Saver of a run's checkpoints, one at a time.
 
-    With ``--async-save`` a save copies this rank's tensors to host memory and returns; a thread
-    writes the copy. As in a blocking save, ``latest`` moves when all ranks' files are on disk: a
-    crash before that keeps the previous checkpoint.
+    With ``--async-save`` a save copies this rank's tensors to host memory and returns; the writer
+    process writes the copy. As in a blocking save, ``latest`` moves when all ranks' files are on
+    disk: a crash before that keeps the previous checkpoint.
 
     A failed save is a warning, until ``--max-failed-saves`` of them failed in a row. All ranks
     count alike: a failure reaches all of them, and they count where they all wait.
 
     Args:
         settings: the run's, with ``checkpoint.save`` set if `save` is called.
+        writer: this rank's process, for ``--async-save``.
         saved: position of the run's last checkpoint.
     """
 
-    def __init__(self, settings: Settings, saved: Progress | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        writer: WriterProcess | None = None,
+        saved: Progress | None = None,
+    ) -> None:
         self._settings = settings
-        self._thread = ThreadPoolExecutor(1, "save") if settings.checkpoint.async_save else None
-        self._group: dist.ProcessGroup | None = None
+        self._writer = writer
+        self._thread = None if writer is None else ThreadPoolExecutor(1, "save")
         self._writing: Future[Path] | None = None
         self._position: Progress | None = None
         self._failed = 0
@@ -86,12 +92,7 @@ class Saver:
                 _report_saved(progress, save_checkpoint(*contents), start_s)
                 self.saved, self._failed = progress, 0
                 return
-            if self._group is None:
-                # A gloo group of all ranks for the thread's collectives: on the training groups
-                # they would interleave with NCCL calls in an order that differs between ranks.
-                minutes = self._settings.parallel.distributed_timeout_minutes
-                self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=minutes))
-            write = take_checkpoint(*contents, self._group)
+            write = take_checkpoint(*contents, self._writer)
         except FAILURES as error:
             self._fail(error)
             return
@@ -139,8 +140,9 @@ class Saver:
     def wait(self) -> None:
         """Wait for the background save, and count its failure; raises as `save`."""
         writing, self._writing = self._writing, None
-        if writing is None:
+        if writing is None or self._writer is None:
             return
+        self._writer.hurry()
         try:
             writing.result()
         except FAILURES as error:
@@ -150,8 +152,9 @@ class Saver:
 
     def close(self) -> None:
         """Wait up to ``CLOSE_S`` for a save in progress; for a run that has failed."""
-        if self._writing is None:
+        if self._writing is None or self._writer is None:
             return
+        self._writer.hurry()
         done, _ = wait([self._writing], CLOSE_S)
         error = self._writing.exception() if done else TimeoutError("still being written")
         if error is not None:

@@ -2,10 +2,12 @@
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -21,18 +23,45 @@ Result = TypeVar("Result")
 
 def verify_together(folder: Path) -> None:
     """Check every file against its sum, files divided among ranks; all raise the first error."""
+    with verifying(folder):
+        pass
+
+
+@contextmanager
+def verifying(folder: Path) -> Iterator[None]:
+    """Check every file against its sum meanwhile, files divided among ranks.
+
+    The block may end with a UserError, on all ranks alike. Damage explains it: it is raised
+    instead, on all ranks.
+
+    Raises:
+        DamagedError: after the block, the first rank's.
+    """
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    found: list[UserError | None] = [None] * ranks
-    mine = None
+    with ThreadPoolExecutor(1) as pool:
+        check = pool.submit(checkpoint_folder.verify, folder, rank, ranks)
+        try:
+            yield
+        except UserError:
+            on_all_ranks(check.result)
+            raise
+        on_all_ranks(check.result)
+
+
+def on_all_ranks(action: Callable[[], Result]) -> Result:
+    """Run ``action`` on every rank and return its result; all raise the first UserError of any."""
+    found: list[UserError | None] = [None] * dist.get_world_size()
+    result, mine = None, None
     try:
-        checkpoint_folder.verify(folder, rank, ranks)
+        result = action()
     except UserError as error:
         mine = error
     # All-gather over all ranks: a rank that raised alone would leave the others waiting in the
     # next collective.
     dist.all_gather_object(found, mine)
-    for damage in filter(None, found):
-        raise damage
+    for failure in filter(None, found):
+        raise failure
+    return cast(Result, result)
 
 
 def fall_back(settings: Settings) -> Settings:
@@ -87,7 +116,7 @@ def require_space(folder: Path, size_bytes: int) -> None:
     on_rank_0(check)
 
 
-def on_rank_0(action: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
+def on_rank_0(action: Callable[[], Result]) -> Result:
     """Run ``action`` on rank 0; all ranks return its result or raise its error."""
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
@@ -96,7 +125,7 @@ def on_rank_0(action: Callable[[], Result], group: dist.ProcessGroup | None = No
         except Exception as error:
             outcome[1] = error
     # Broadcast from rank 0 to all ranks: also the barrier after a change of the file system.
-    dist.broadcast_object_list(outcome, src=0, group=group)
+    dist.broadcast_object_list(outcome, src=0)
     result, failure = outcome
     if failure is not None:
         raise failure

@@ -23,6 +23,7 @@ from moetron.moe.config.schema.field import flag_name
 from moetron.moe.config.schema.roles import Role
 from moetron.moe.config.schema.run import CheckpointSettings
 from moetron.moe.config.schema.settings import Settings, with_role
+from moetron.moe.megatron.release import installed_release, is_newer
 
 SHAPE = {
     group: tuple(name for name in names if name != "vocab_size")
@@ -107,7 +108,21 @@ def differences(
     if all(tokenizers) and tokenizers[0] != tokenizers[1]:
         new, old = map(value_text, tokenizers)
         problems.append(f"  - tokenizer {new}: the checkpoint has {old}")
+    if not options.finetune and (problem := _release_problem(record)):
+        problems.append(f"  - {problem}")
     return problems
+
+
+def _release_problem(record: Record) -> str | None:
+    """Return why a run cannot go back to an older megatron-core; forward it can."""
+    wrote = record.versions.get("megatron-core", "0")
+    if not is_newer(wrote):
+        return None
+    return (
+        f"megatron-core {installed_release()}: the checkpoint was written with {wrote}, and an "
+        "older one is not known to resume it identically; use that version (Python 3.12 or "
+        "later), or --finetune, which takes only the weights"
+    )
 
 
 def changed_data(record: Record, stream_state: Mapping[str, Any]) -> list[str]:

@@ -14,6 +14,8 @@ from moetron.common.errors import UserError
 from moetron.moe.checkpoint.unpickling import Call, Dtype, Names, Record, index_names, load_inert
 
 METADATA = ".metadata"
+SHARD = ".distcp"
+"""End of the names of files with tensors."""
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _LAYER_STATE = re.compile(r"[\w.]+\._extra_state/shard_[0-9._]+")
 _DIMENSIONS = 16

@@ -24,7 +24,7 @@ from moetron.common.errors import UserError
 from moetron.common.files import read_regular, rename, sync_folder, write_text
 from moetron.common.json_files import parse_object
 from moetron.moe.checkpoint.checksums import SUMS, changed, read_sums, write_sums
-from moetron.moe.checkpoint.index_reader import METADATA, read_index
+from moetron.moe.checkpoint.index_reader import SHARD, read_index
 from moetron.moe.checkpoint.position import Progress
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.config.validate import validate
@@ -206,13 +206,13 @@ def set_aside(folder: Path) -> None:
 def read(path: Path) -> Checkpoint:
     """Find a checkpoint and check all of it but the tensors; ``UserError`` names the problem.
 
-    Checks the record, the presence and size of every file, and the index of the tensors, which is
-    read without executing anything that it names. ``verify`` reads all files.
+    Checks the record, the presence and size of every file, the sums of those without tensors, and
+    the index, which is read without executing what it names. ``verify`` reads all files.
     """
     folder = find(path)
     record = read_record(folder)
     verify_files(folder, record)
-    _refuse_changes(folder, [METADATA])
+    _refuse_changes(folder, [name for name in record.files if not name.endswith(SHARD)])
     tensors = read_index(folder).state_dict_metadata
     rows = tensors[EMBEDDING].size[0] if EMBEDDING in tensors else None
     return Checkpoint(folder, record, frozenset(tensors), rows)

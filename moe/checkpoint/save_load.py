@@ -12,7 +12,9 @@ import platform
 import shutil
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,12 @@ from moetron.common.files import write_text
 from moetron.common.watch import activity
 from moetron.moe.checkpoint import optimizer_state
 from moetron.moe.checkpoint import run_folder as checkpoint_folder
-from moetron.moe.checkpoint.collective_checks import on_rank_0, require_space, verify_together
+from moetron.moe.checkpoint.collective_checks import (
+    on_all_ranks,
+    on_rank_0,
+    require_space,
+    verifying,
+)
 from moetron.moe.checkpoint.compatibility import require_fit, starts_run
 from moetron.moe.checkpoint.position import Progress
 from moetron.moe.checkpoint.random_states import HOST, mismatch, reseed, restore_rng, rng_entries
@@ -45,6 +52,7 @@ from moetron.moe.checkpoint.states.fp8_state import fp8_entries, restore_fp8
 from moetron.moe.checkpoint.tensor_reader import cause_of, load_tensors
 from moetron.moe.checkpoint.tensor_writer import Contents, write_format_files
 from moetron.moe.checkpoint.vocabulary import require_vocabulary
+from moetron.moe.checkpoint.writer.writer_process import WriterProcess
 from moetron.moe.config import recipe
 from moetron.moe.config.schema.derived import expert_tensor_parallel_size
 from moetron.moe.config.schema.pipeline_split import chunk_sizes
@@ -92,12 +100,12 @@ def take_checkpoint(
     settings: Settings,
     stream_state: Mapping[str, Any],
     texts: Mapping[str, str] | None = None,
-    group: dist.ProcessGroup | None = None,
+    writer: WriterProcess | None = None,
 ) -> Callable[[], Path]:
     """Collect the contents of a checkpoint; return a function that writes them.
 
-    With ``group``, a group of all ranks reserved for this purpose, the contents are copied to host
-    memory, and every rank may call the function on a thread while training continues.
+    With ``writer`` the contents are copied, and every rank may call the function on a thread while
+    training continues.
     """
     folder = checkpoint_folder.step_folder(run_folder, progress.step)
     temporary = on_rank_0(lambda: checkpoint_folder.prepare(folder))
@@ -108,7 +116,7 @@ def take_checkpoint(
         "rng": rng_entries(),
         **fp8_entries(model),
     }
-    contents = Contents(copied=group is not None)
+    contents = Contents()
     with _without_future_warnings():
         # Collective over all ranks: megatron-core validates that the main replicas cover every
         # global tensor exactly once. Its `save` would then write files on rank 0, whose failure
@@ -116,52 +124,57 @@ def take_checkpoint(
         sharded, common = save_preprocess(tensors)
     contents.save(sharded, temporary)
     require_space(temporary, contents.size_bytes)
+    save = PendingSave(
+        folder, progress, settings, dict(stream_state), dict(texts or {}), contents, common
+    )
+    if writer is None:
+        return save
+    return writer.prepare(save, timedelta(minutes=settings.parallel.distributed_timeout_minutes))
 
-    state = dict(stream_state)
 
-    def write() -> Path:
+@dataclass(frozen=True)
+class PendingSave:
+    """Checkpoint whose contents are collected; a call, on all ranks, writes it."""
+
+    folder: Path
+    progress: Progress
+    settings: Settings
+    stream_state: dict[str, Any]
+    texts: dict[str, str]
+    contents: Contents
+    common: dict[str, Any]
+
+    def __call__(self) -> Path:
+        """Write the checkpoint and return its folder; collective over all ranks."""
+        temporary = checkpoint_folder.temporary_folder(self.folder)
         try:
-            sums = _merged(contents.write(temporary, group), group)
-            finish = partial(
-                _complete, folder, progress, settings, state, texts or {}, sums, common
-            )
-            on_rank_0(finish, group)
+            sums = _merged(self.contents.write(temporary))
+            on_rank_0(partial(self._complete, sums))
         except Exception:
             # On all ranks, and each has ended its writing: the files would only fill the disk.
             if dist.get_rank() == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
-        return folder
+        return self.folder
 
-    return write
-
-
-def _complete(
-    folder: Path,
-    progress: Progress,
-    settings: Settings,
-    stream_state: dict[str, Any],
-    texts: Mapping[str, str],
-    sums: Mapping[str, str],
-    common: dict[str, Any],
-) -> None:
-    """Write settings and record after the tensors, and rename the folder to its final name."""
-    temporary = checkpoint_folder.temporary_folder(folder)
-    write_format_files(temporary, common)
-    recipe.write(settings, temporary / "settings.yaml")
-    for name, text in texts.items():
-        write_text(temporary / name, text)
-    record = Record(
-        progress=progress,
-        settings=settings.model_dump(mode="json"),
-        layout=_layout(settings),
-        stream=stream_state,
-        versions=versions(),
-        files=checkpoint_folder.file_sizes(temporary),
-    )
-    checkpoint_folder.write_record(temporary, record, sums)
-    options = settings.checkpoint
-    checkpoint_folder.commit(folder, options.keep_last, options.save_retain_interval)
+    def _complete(self, sums: Mapping[str, str]) -> None:
+        """Write settings and record after the tensors, and rename the folder to its final name."""
+        temporary = checkpoint_folder.temporary_folder(self.folder)
+        write_format_files(temporary, self.common)
+        recipe.write(self.settings, temporary / "settings.yaml")
+        for name, text in self.texts.items():
+            write_text(temporary / name, text)
+        record = Record(
+            progress=self.progress,
+            settings=self.settings.model_dump(mode="json"),
+            layout=_layout(self.settings),
+            stream=self.stream_state,
+            versions=versions(),
+            files=checkpoint_folder.file_sizes(temporary),
+        )
+        checkpoint_folder.write_record(temporary, record, sums)
+        options = self.settings.checkpoint
+        checkpoint_folder.commit(self.folder, options.keep_last, options.save_retain_interval)
 
 
 @activity.doing("load")
@@ -191,13 +204,12 @@ def load_checkpoint(
     if checkpoint is None:
         return Progress()
     options, record = settings.checkpoint, checkpoint.record
-    if not verified:
-        verify_together(checkpoint.folder)
-    _load_model(checkpoint, model, record.layout == _layout(settings))
-    if options.finetune or options.no_load_optim:
-        optimizer.reload_model_params()
-    else:
-        _load_optimizer(checkpoint, optimizer, _model_state(model))
+    with nullcontext() if verified else verifying(checkpoint.folder):
+        _load_model(checkpoint, model, record.layout == _layout(settings))
+        if options.finetune or options.no_load_optim:
+            optimizer.reload_model_params()
+        else:
+            _load_optimizer(checkpoint, optimizer, _model_state(model))
     if options.finetune or options.reset_progress:
         return Progress()
     if not options.no_load_rng:
@@ -218,8 +230,8 @@ def load_weights(path: Path, model: Sequence[torch.nn.Module], vocab_size: int) 
     """
     checkpoint = on_rank_0(lambda: checkpoint_folder.read(path))
     require_vocabulary(checkpoint, vocab_size)
-    verify_together(checkpoint.folder)
-    _load_model(checkpoint, model, same_layout=False)
+    with verifying(checkpoint.folder):
+        _load_model(checkpoint, model, same_layout=False)
 
 
 def _read_compatible(
@@ -295,32 +307,38 @@ def _load(checkpoint: Checkpoint, request: ShardedStateDict, remedy: str) -> Sha
     built, _ = extract_matching_values(request, optimizer_state.is_entry)
     apply_factories(built)
     wanted = {entry.key for entry in nested_values(built)}
-    absent = _missing(wanted, checkpoint)
-    if absent:
+    if absent := _missing(wanted, checkpoint):
         raise UserError(f"--load {checkpoint.folder}: holds no {absent}; {remedy}")
+    return on_all_ranks(partial(_read, request, checkpoint.folder))
+
+
+def _read(request: ShardedStateDict, folder: Path) -> ShardedStateDict:
     try:
         with _without_future_warnings():
-            # Collective over all ranks, although every rank reads its own shards from the files:
-            # torch's planner gathers and scatters the plans, and so reports errors to all ranks.
-            return load_tensors(request, checkpoint.folder)
+            return load_tensors(request, folder)
     except (CheckpointingException, CheckpointException) as error:
         text = cause_of(error) if isinstance(error, CheckpointException) else error
-        raise UserError(
-            f"--load {checkpoint.folder}: damaged or of another shape: {text}"
-        ) from error
+        raise UserError(f"--load {folder}: damaged or of another shape: {text}") from error
 
 
 def _refuse_nan(checkpoint: Checkpoint, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Raise UserError for tensors with NaN: they were filled with it, so they were not read."""
-    unwritten = [
-        name for name, tensor in tensors if tensor.is_floating_point() and tensor.isnan().any()
-    ]
-    if unwritten:
-        names = ", ".join(sorted(unwritten)[:3])
-        raise UserError(
-            f"--load {checkpoint.folder}: {len(unwritten)} tensors hold NaN or were not fully "
-            f"written (rank {dist.get_rank()}): {names}"
-        )
+    """Raise UserError on all ranks for tensors with NaN: filled with it, they were not read."""
+
+    def check() -> None:
+        unwritten = [name for name, tensor in tensors if _has_nan(tensor)]
+        if unwritten:
+            raise UserError(
+                f"--load {checkpoint.folder}: {len(unwritten)} tensors hold NaN or were not fully "
+                f"written (rank {dist.get_rank()}): {', '.join(sorted(unwritten)[:3])}"
+            )
+
+    on_all_ranks(check)
+
+
+def _has_nan(tensor: torch.Tensor) -> bool:
+    """Return whether an element is NaN; the sum is NaN then, and takes a seventh of `isnan`."""
+    is_suspect = tensor.is_floating_point() and bool(tensor.sum().isnan())
+    return is_suspect and bool(tensor.isnan().any())  # the sum of both infinities is NaN too
 
 
 def _model_state(model: Sequence[torch.nn.Module]) -> ShardedStateDict:
@@ -359,11 +377,11 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "moetron": __version__, **versions}
 
 
-def _merged(own: dict[str, str], group: dist.ProcessGroup | None) -> dict[str, str]:
+def _merged(own: dict[str, str]) -> dict[str, str]:
     """Merge the dictionaries of all ranks on rank 0."""
     parts: list[Any] = [None] * dist.get_world_size()
     # Gather to rank 0, which alone writes the list of sums.
-    dist.gather_object(own, parts if dist.get_rank() == 0 else None, dst=0, group=group)
+    dist.gather_object(own, parts if dist.get_rank() == 0 else None, dst=0)
     return {name: value for part in parts for name, value in (part or {}).items()}
 
 

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -9,19 +10,30 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.dict_utils import merge
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, apply_factory_merges
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
-from megatron.core.dist_checkpointing.strategies.base import LoadCommonStrategy
+from megatron.core.dist_checkpointing.utils import (
+    extract_sharded_base,
+    force_all_tensors_to_non_fp8,
+)
+from megatron.core.dist_checkpointing.validation import (
+    determine_global_metadata,
+    validate_sharding_integrity,
+)
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
 from moetron.common.errors import UserError
 from moetron.moe.checkpoint.index_reader import read_index
 from moetron.moe.checkpoint.unpickling import check_layer_state
 from moetron.moe.host.patching import Patch
+
+THREADS = 1 if torch_strategy.HAVE_TE else 2
+"""Files that a rank reads at once: megatron-core's planner keeps one FP8 tensor's state."""
 
 
 class IndexedReader(dcp.FileSystemReader):
@@ -44,8 +56,19 @@ class IndexedReader(dcp.FileSystemReader):
         objects = [item for item in plan.items if item.type == LoadItemType.BYTE_IO]
         for item in objects:
             planner.load_bytes(item, self._layer_state(item.storage_index))
-        tensors = [item for item in plan.items if item.type != LoadItemType.BYTE_IO]
-        return super().read_data(replace(plan, items=tensors), planner)
+        by_file: dict[str, list[ReadItem]] = {}
+        for item in plan.items:
+            if item.type != LoadItemType.BYTE_IO:
+                path = self.index.storage_data[item.storage_index].relative_path
+                by_file.setdefault(path, []).append(item)
+        read = super().read_data
+        with ThreadPoolExecutor(THREADS) as pool:
+            done = [
+                pool.submit(read, replace(plan, items=items), planner) for items in by_file.values()
+            ]
+        for file in done:
+            file.result()
+        return read(replace(plan, items=[]), planner)
 
     def _layer_state(self, place: MetadataIndex) -> io.BytesIO:
         """Return the state of one layer: uint8 tensors, each empty or a pickle of plain data."""
@@ -76,29 +99,11 @@ def cause_of(error: CheckpointException) -> str:
     return "no reason given"
 
 
-class _NoCommonState(LoadCommonStrategy):
-    """Strategy that does not read ``common.pt``: Moetron stores nothing in it."""
-
-    def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
-        return {}
-
-    def load_sharded_objects(
-        self, sharded_objects_state_dict: ShardedStateDict, checkpoint_dir: str | Path
-    ) -> ShardedStateDict:
-        return {}
-
-    def check_backend_compatibility(self, loaded_backend: str) -> None:
-        pass
-
-    def check_version_compatibility(self, loaded_version: int) -> None:
-        pass
-
-
 @contextmanager
 def _indexed_readers() -> Iterator[None]:
     """Make megatron-core read files with `IndexedReader` (strategies/torch.py:750 in 0.16.1)."""
 
-    def reader(checkpoint_dir: str | Path, cache_metadata: bool = False) -> IndexedReader:
+    def reader(checkpoint_dir: str | Path, *_: Any, **__: Any) -> IndexedReader:
         return IndexedReader(checkpoint_dir)
 
     undo = Patch(torch_strategy, "_get_filesystem_reader", reader).apply()
@@ -111,13 +116,15 @@ def _indexed_readers() -> Iterator[None]:
 def load_tensors(request: ShardedStateDict, folder: Path) -> ShardedStateDict:
     """Load the entries of ``request`` from a step folder (collective over all ranks).
 
-    As megatron-core's ``dist_checkpointing.load``, always with its reader of the ``torch_dist``
-    format.
+    As megatron-core's ``dist_checkpointing.load``, but without the state of ``common.pt``, in which
+    Moetron stores nothing: megatron-core would unpickle it.
     """
+    force_all_tensors_to_non_fp8(request)
+    prepared, loaded, factories = load_preprocess(request)
+    wanted, _ = extract_sharded_base(prepared)
+    # All-gather over all ranks: every part of a tensor must be the main part of one rank.
+    validate_sharding_integrity(determine_global_metadata(wanted)[1])
     with _indexed_readers():
-        return dist_checkpointing.load(
-            request,
-            str(folder),
-            sharded_strategy=torch_strategy.TorchDistLoadShardedStrategy(),
-            common_strategy=_NoCommonState(),
-        )
+        merge(loaded, torch_strategy.TorchDistLoadShardedStrategy().load(wanted, folder))
+    result: ShardedStateDict = apply_factory_merges(loaded, factories)
+    return result

@@ -1,4 +1,4 @@
-"""Write a checkpoint's tensors to files, blocking or on a thread while training continues."""
+"""Write a checkpoint's tensors to files, here or in the writer process while training continues."""
 
 import hashlib
 import io
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
@@ -24,6 +23,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from moetron.common.errors import RunError
 from moetron.common.files import atomic_file, write_text
+from moetron.moe.checkpoint.writer.shared_memory import SharedMemory
 
 THREADS = 2
 """Files that a rank writes at once."""
@@ -34,33 +34,44 @@ class Contents(torch_strategy.TorchDistSaveShardedStrategy):
 
     megatron-core's own writer (strategies/filesystem_async.py) forks processes around a spawned
     manager even for a blocking save: seconds of start-up, and a hang if one of them dies.
-
-    Args:
-        copied: keep copies in host memory, so that the tensors may change before they are written.
     """
 
-    def __init__(self, copied: bool) -> None:
+    def __init__(self) -> None:
         super().__init__("torch_dist", 1)
-        self._copied = copied
-        self._tensors: dict[str, Any] = {}
+        self._parts: dict[str, list[Any]] = {}
         self.size_bytes = 0
         """Bytes of the tensors that this rank writes."""
 
     def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path) -> None:
         """Keep the main replica of every tensor."""
-        grouped, _, _ = torch_strategy._replace_state_dict_keys_with_sharded_keys(
+        self._parts, _, _ = torch_strategy._replace_state_dict_keys_with_sharded_keys(
             sharded_state_dict, keep_only_main_replica=True
         )
-        tensors = (part for parts in grouped.values() for part in parts)
-        self.size_bytes = sum(
-            part.data.nbytes for part in tensors if isinstance(part, ShardedTensor)
-        )
-        if self._copied:
-            grouped = {key: [_copy(part) for part in parts] for key, parts in grouped.items()}
-        self._tensors = torch_strategy.mcore_to_pyt_state_dict(grouped)
+        self.size_bytes = sum(tensor.nbytes for tensor in self.tensors())
 
-    def write(self, folder: Path, group: dist.ProcessGroup | None) -> dict[str, str]:
-        """Write the held tensors and sync every file to disk; a collective over ``group``.
+    def tensors(self) -> list[torch.Tensor]:
+        """Return the tensors that this rank writes."""
+        return [part.data for part in self._sharded_tensors()]
+
+    def store(self, memory: SharedMemory) -> None:
+        """Replace the tensors by places in memory, where they are copied to."""
+        self._parts = {
+            key: [
+                replace(part, data=memory.store(part.data))
+                if isinstance(part, ShardedTensor)
+                else part
+                for part in parts
+            ]
+            for key, parts in self._parts.items()
+        }
+
+    def restore(self, memory: SharedMemory) -> None:
+        """Replace places in memory by their tensors."""
+        for part in self._sharded_tensors():
+            part.data = memory.tensor(part.data)
+
+    def write(self, folder: Path) -> dict[str, str]:
+        """Write the held tensors and sync every file to disk; a collective over all ranks.
 
         Returns:
             SHA-256 of the files that this rank wrote, computed while writing.
@@ -71,13 +82,18 @@ class Contents(torch_strategy.TorchDistSaveShardedStrategy):
         files = _SummingFileSystem()
         writer = _Writer(folder, files)
         planner = torch_strategy.MCoreSavePlanner(flatten_state_dict=False)
+        tensors = torch_strategy.mcore_to_pyt_state_dict(self._parts)
         try:
-            # torch gathers the plans of ``group`` (None: all ranks) on its rank 0, scatters them
-            # back, and gathers the results there for the index; a failure reaches all ranks.
-            save_tensors(self._tensors, storage_writer=writer, planner=planner, process_group=group)
+            # torch gathers all ranks' plans on rank 0, scatters them back, and gathers the results
+            # there for the index; a failure reaches all ranks.
+            save_tensors(tensors, storage_writer=writer, planner=planner)
         except CheckpointException as error:  # not an Exception, for torch
             raise _readable(folder, error) from error
         return files.sums
+
+    def _sharded_tensors(self) -> list[ShardedTensor]:
+        parts = (part for parts in self._parts.values() for part in parts)
+        return [part for part in parts if isinstance(part, ShardedTensor)]
 
 
 def write_format_files(folder: Path, common: dict[str, Any]) -> None:
@@ -96,13 +112,6 @@ def _readable(folder: Path, error: CheckpointException) -> Exception:
         return RuntimeError(f"cannot write {folder}: {error}")
     reasons = "; ".join(f"rank {rank}: {cause}" for rank, cause in causes.items())
     return RunError(f"cannot write {folder}: {reasons}; checkpoints before it are untouched")
-
-
-def _copy(part: Any) -> Any:
-    """Copy a tensor to host memory; objects are serialised immediately and need no copy."""
-    if not isinstance(part, ShardedTensor):
-        return part
-    return replace(part, data=part.data.detach().to("cpu", copy=True))
 
 
 class _SummingFile(io.FileIO):

@@ -96,7 +96,12 @@ def _layer_state_names() -> Names:
     calls = [(_RECIPE, name) for name in parts]
     calls += [("torch._utils", "_rebuild_tensor_v2"), ("collections", "OrderedDict")]
     storage = type("_load_from_bytes", (_Storage,), {})
-    return {**_stand_ins(records, calls), ("torch.storage", "_load_from_bytes"): storage}
+    # megatron-core 0.19 replaces torch's function by its own, which pickles made there name.
+    loaders = (
+        ("torch.storage", "_load_from_bytes"),
+        ("megatron.core.safe_globals", "safe_load_from_bytes"),
+    )
+    return {**_stand_ins(records, calls), **dict.fromkeys(loaders, storage)}
 
 
 def _stand_ins(records: Iterable[tuple[str, str]], calls: Iterable[tuple[str, str]]) -> Names:

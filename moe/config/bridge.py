@@ -21,6 +21,7 @@ from moetron.moe.config.schema.field import Group
 from moetron.moe.config.schema.model import ModelSettings
 from moetron.moe.config.schema.precision import PrecisionSettings
 from moetron.moe.config.schema.settings import Settings
+from moetron.moe.megatron.version_differences import captured_modules
 
 _FORMATS = {
     "fp32": torch.float32,
@@ -58,6 +59,9 @@ class ModelConfig(TransformerConfig):
     moe_router_anneal_samples: int | None = None
     routing_seed: int = 0
     output_z_loss_coeff: float | None = None
+    label_smoothing: float = 0.0
+    moe_encoder_capacity_factor: float | None = None
+    moe_encoder_eval_capacity_factor: float | None = None
 
 
 @dataclass
@@ -129,10 +133,16 @@ def _initialisation(settings: Settings) -> dict[str, Any]:
     }
 
 
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """Return GELU's tanh approximation: T5 1.1's, also in Mesh TensorFlow and flaxformer."""
+    return F.gelu(x, approximate="tanh")
+
+
 _ACTIVATIONS = {
     "swiglu": F.silu,
     "double_gated": F.silu,
     "geglu": F.gelu,
+    "geglu_tanh": gelu_tanh,
     "gelu": F.gelu,
     "relu": F.relu,
 }
@@ -183,8 +193,9 @@ def _fusions(settings: Settings, transformer_engine: bool) -> dict[str, Any]:
 
 def _graphs(settings: Settings) -> dict[str, Any]:
     """Return what is captured; an empty scope would be all of a layer."""
-    captures = settings.performance.cuda_graph_impl != "none"
-    return {"cuda_graph_scope": ["attn"] if captures else []}
+    chosen = settings.performance
+    captures = chosen.cuda_graph_impl != "none"
+    return captured_modules((chosen.cuda_graph_scope or ["attn"]) if captures else [])
 
 
 def _has_fused_softmax() -> bool:
@@ -320,4 +331,5 @@ def ddp_config(settings: Settings) -> DistributedDataParallelConfig:
         use_distributed_optimizer=settings.parallel.use_distributed_optimizer,
         fp8_param_gather=settings.precision.fp8_param_gather,
         check_for_nan_in_grad=False,
+        delay_wgrad_compute=settings.performance.delay_wgrad_compute,
     )

@@ -11,8 +11,6 @@ SAME: dict[str, str] = {
     "checkpoint_activations": "recompute_granularity",
     "decoder_num_layers": "num_layers",
     "decoder_seq_length": "seq_length",
-    "encoder_num_layers": "num_layers",
-    "encoder_seq_length": "seq_length",
     "model_parallel_size": "tensor_model_parallel_size",
     "moe_router_padding_for_fp8": "moe_router_padding_for_quantization",
     "most_recent_k": "keep_last",
@@ -126,7 +124,6 @@ DIFFERENT: dict[str, str] = {
     # Megatron-LM: parallelism and memory
     "cpu_offloading_num_layers": "activations are not offloaded: use {recompute_granularity}",
     "data_parallel_size": _COPIES,
-    "delay_wgrad_compute": "not supported yet: leave it out",
     "data_parallel_sharding_strategy": "FSDP is not supported: use {use_distributed_optimizer}",
     "dp": _COPIES,
     "dp_size": _COPIES,
@@ -141,9 +138,7 @@ DIFFERENT: dict[str, str] = {
         "use {num_layers_per_virtual_pipeline_stage}: a stage's layers / its virtual stages"
     ),
     "recompute_activations": "use {recompute_granularity} selective",
-    "overlap_moe_expert_parallel_comm": "not supported yet: leave it out",
     "te_rng_tracker": "leave it out: {cuda_graph_impl} includes it",
-    "tp_comm_overlap": "not supported yet: leave it out",
     "use_cpu_initialization": "leave it out: weights are initialised on {device}",
     "use_megatron_fsdp": "FSDP is not supported: use {use_distributed_optimizer}",
     "use_torch_fsdp2": "FSDP is not supported: use {use_distributed_optimizer}",

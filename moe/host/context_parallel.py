@@ -1,8 +1,8 @@
 """Sharding of sequences over context-parallel ranks, and gathering of all positions.
 
 A sequence of S positions is split into 2 C chunks for C ranks; rank r holds chunks r and
-2 C - 1 - r, so that every rank has the same work under a causal mask (megatron-core's
-``get_batch_on_this_cp_rank``, utils.py:1994).
+2 C - 1 - r, so that every rank has the same work under a causal mask (as in megatron-core's
+``get_batch_on_this_cp_rank``, whose positional arguments differ between versions).
 """
 
 import torch
@@ -19,6 +19,15 @@ def from_rank_order(ranks: int) -> list[int]:
     """Return for each chunk of a sequence its index in the concatenation of all ranks' chunks."""
     held = [chunk for rank in range(ranks) for chunk in chunks_of_rank(rank, ranks)]
     return [held.index(chunk) for chunk in range(2 * ranks)]
+
+
+def own_chunks(whole: torch.Tensor, axis: int, group: ProcessGroup) -> torch.Tensor:
+    """Return this rank's two chunks of the axis of ``whole`` that holds all S positions."""
+    ranks = group.size()
+    if ranks == 1:
+        return whole
+    chunks = whole.chunk(2 * ranks, dim=axis)
+    return torch.cat([chunks[chunk] for chunk in chunks_of_rank(group.rank(), ranks)], dim=axis)
 
 
 def gather_sequence(local: torch.Tensor, group: ProcessGroup) -> torch.Tensor:

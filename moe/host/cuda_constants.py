@@ -10,9 +10,9 @@ from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.tensor_parallel import data as parallel_data
 from megatron.core.transformer import utils as transformer_utils
-from megatron.core.transformer.moe import moe_utils
 
 from moetron.moe.host.patching import Patch, with_constants
+from moetron.moe.megatron.version_differences import present
 
 _TO_CPU = {"cuda": "cpu"}
 _FLOAT_NAMES = {"torch.cuda.FloatTensor": "torch.FloatTensor"}
@@ -44,6 +44,10 @@ def optimizer_scalars() -> list[Patch]:
         with_constants(clip_grads.clip_grad_by_total_norm_fp32, {**_TO_CPU, **_FLOAT_NAMES}),
         with_constants(clip_grads.count_zeros_fp32, _TO_CPU),
         with_constants(core_utils.local_multi_tensor_l2_norm, _TO_CPU),
+        *(
+            with_constants(has_group, _TO_CPU)  # 0.19: optimizer/optimizer.py:315
+            for has_group in present(optimizer.MegatronOptimizer, "has_grad_norm_group")
+        ),
     ]
 
 
@@ -69,11 +73,6 @@ def causal_masks() -> list[Patch]:
     ]
 
 
-def loss_tracker() -> list[Patch]:
-    """Patch auxiliary losses of a rank without experts: transformer/moe/moe_utils.py:998."""
-    return [with_constants(moe_utils.track_moe_metrics, _TO_CPU)]
-
-
 def broadcast_sizes() -> list[Patch]:
     """Patch sizes of a broadcast batch: tensor_parallel/data.py:37."""
     return [with_constants(parallel_data._build_key_size_numel_dictionaries, _TO_CPU)]
@@ -97,7 +96,6 @@ CUDA_CONSTANTS = (
     optimizer_scalars,
     parameter_types,
     causal_masks,
-    loss_tracker,
     broadcast_sizes,
     checkpoint_exchange,
 )

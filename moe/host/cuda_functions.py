@@ -56,6 +56,24 @@ def cuda_streams() -> list[Patch]:
     ]
 
 
+def combined_schedule() -> list[Patch]:
+    """Ignore ranges of NVTX and streams of tensors (--overlap-moe-expert-parallel-comm).
+
+    Needed by pipeline_parallel/utils.py:190 to 270 and
+    models/common/model_chunk_schedule_plan.py:520 to 560.
+    """
+
+    def ignore(*_: Any, **__: Any) -> None:
+        pass
+
+    return [
+        Patch(torch.Tensor, "record_stream", ignore),
+        Patch(torch.cuda.nvtx, "range_push", ignore),
+        Patch(torch.cuda.nvtx, "range_pop", ignore),
+        Patch(torch.cuda.nvtx, "range", streams.on_stream),
+    ]
+
+
 def random_states() -> list[Patch]:
     """Use the CPU's generator as the "CUDA" generator, without a warning on changes in a fork.
 
@@ -81,6 +99,7 @@ CUDA_FUNCTIONS = (
     current_device,
     tensor_cuda,
     cuda_streams,
+    combined_schedule,
     random_states,
 )
 """Applied without CUDA."""

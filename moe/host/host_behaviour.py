@@ -7,18 +7,19 @@ import inspect
 from typing import Any
 
 import torch
-from megatron.core import utils as core_utils
 from megatron.core.models.common.embeddings import (
     rotary_pos_embedding,
     yarn_rotary_pos_embedding,
 )
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.tensor_parallel import mappings
+from megatron.core.tensor_parallel import random as parallel_random
 from megatron.core.transformer.moe import router, token_dispatcher
-from torch.distributed import ProcessGroup
 
 from moetron.moe.host.collectives import allow_uneven
+from moetron.moe.host.context_parallel import own_chunks
 from moetron.moe.host.patching import Patch
+from moetron.moe.megatron.version_differences import present
 
 
 def rotary_chunks() -> list[Patch]:
@@ -27,15 +28,10 @@ def rotary_chunks() -> list[Patch]:
     models/common/embeddings/rope_utils.py:62, called by rotary_pos_embedding.py:204 and
     yarn_rotary_pos_embedding.py:186.
     """
-
-    def shard(angles: torch.Tensor, seq_dim: int, cp_group: ProcessGroup) -> torch.Tensor:
-        batch = {"angles": angles.movedim(seq_dim, 1)}
-        held: torch.Tensor = core_utils.get_batch_on_this_cp_rank(batch, cp_group)["angles"]
-        return held.movedim(1, seq_dim)
-
     name = "get_pos_emb_on_this_cp_rank"
     return [
-        Patch(module, name, shard) for module in (rotary_pos_embedding, yarn_rotary_pos_embedding)
+        Patch(module, name, own_chunks)
+        for module in (rotary_pos_embedding, yarn_rotary_pos_embedding)
     ]
 
 
@@ -90,11 +86,28 @@ def pipeline_outputs() -> list[Patch]:
     ]
 
 
+def recomputed_storage() -> list[Patch]:
+    """Restore a discarded output by a copy, not by an extension in C++.
+
+    tensor_parallel/random.py:67 of 0.19 compiles one in the first backward pass: it needs a
+    compiler, and a process that is killed meanwhile leaves a lock for which all later ones wait.
+    """
+
+    def copy_back(output: torch.Tensor, again: torch.Tensor) -> None:
+        kept, source = output.untyped_storage(), again.untyped_storage()
+        kept.resize_(source.size())
+        kept.copy_(source)
+
+    name = "_get_share_storage"
+    return [Patch(parallel_random, name, lambda: copy_back) for _ in present(parallel_random, name)]
+
+
 HOST_BEHAVIOUR = (
     rotary_chunks,
     eager_router,
     split_sizes,
     uneven_gather,
     pipeline_outputs,
+    recomputed_storage,
 )
 """Applied without CUDA."""

@@ -1,4 +1,4 @@
-"""Our kernels in place of several operations of megatron-core 0.16.1, where they serve."""
+"""Our kernels in place of several operations of megatron-core, where they serve."""
 
 import torch
 from megatron.core.models.common.embeddings import rope_utils
@@ -18,8 +18,12 @@ def rotate(
     cu_seqlens: torch.Tensor | None = None,
     mscale: float = 1.0,
     cp_group: ProcessGroup | None = None,
+    **options: bool,
 ) -> torch.Tensor:
-    """Return what ``rope_utils.apply_rotary_pos_emb`` does; packed sequences are left to it."""
+    """Return what ``rope_utils.apply_rotary_pos_emb`` does; packed sequences are left to it.
+
+    megatron-core 0.19 also passes that a latent attention's pairs are interleaved in memory.
+    """
     if (
         cu_seqlens is None
         and freqs.shape[1:3] == (1, 1)
@@ -30,7 +34,7 @@ def rotate(
         pairs = PairLayout(config.multi_latent_attention or interleaved, interleaved)
         return rotary(t, freqs, pairs, mscale)
     result: torch.Tensor = rope_utils.apply_rotary_pos_emb(
-        t, freqs, config, cu_seqlens, mscale, cp_group
+        t, freqs, config, cu_seqlens, mscale, cp_group, **options
     )
     return result
 

@@ -1,4 +1,4 @@
-"""CUDA graphs of the layers' attention, captured by Transformer Engine (--cuda-graph-impl)."""
+"""CUDA graphs of parts of layers, captured by Transformer Engine (--cuda-graph-impl)."""
 
 from megatron.core import num_microbatches_calculator as calculator
 from megatron.core.distributed import DistributedDataParallel
@@ -12,8 +12,9 @@ from moetron.moe.config.schema.settings import Settings
 class LayerGraphs:
     """Captures after the first steps of the process, as Megatron-LM's training.py does.
 
-    A graph replays what precedes the FFN in a layer: norm, projections, attention and residual
-    addition, forward and backward. Routers, experts and evaluation run as without graphs.
+    A graph replays what precedes the FFN in a layer (norm, projections, attention and residual
+    addition), a dense FFN, or both, forward and backward. Routers, experts and evaluation run as
+    without graphs.
     """
 
     def __init__(
@@ -44,7 +45,13 @@ class LayerGraphs:
         )
         # megatron-core asks its global calculator how often each layer has run before.
         calculator.unset_num_microbatches_calculator()
-        calculator.init_num_microbatches_calculator(0, None, num_microbatches * size, size, 1)
+        calculator.init_num_microbatches_calculator(
+            rank=0,
+            rampup_batch_size=None,
+            global_batch_size=num_microbatches * size,
+            micro_batch_size=size,
+            data_parallel_size=1,
+        )
         helper.create_cudagraphs()  # barriers over all ranks
         calculator.unset_num_microbatches_calculator()
         self._helper = helper

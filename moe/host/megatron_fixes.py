@@ -1,6 +1,7 @@
-"""Patches of bugs in megatron-core 0.16.1 on every device.
+"""Patches of bugs in megatron-core on every device.
 
-Paths in docstrings are relative to ``megatron/core``. Each function returns no patch where the
+Paths in docstrings are relative to ``megatron/core``, lines those of 0.16.1 unless another version
+is named. Each function returns no patch where the
 faulty code is correct or not reached.
 """
 
@@ -8,22 +9,25 @@ import copy
 import functools
 from typing import Any
 
+from megatron.core.models.gpt import gpt_model
 from megatron.core.tensor_parallel import layers
 from megatron.core.tensor_parallel import random as parallel_random
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe import moe_utils
 
 from moetron.moe.host.patching import Patch
+from moetron.moe.megatron.version_differences import add_prediction_losses, present
 
 
 def latent_attention() -> list[Patch]:
     """Build latent attention without Transformer Engine's classes.
 
-    transformer/multi_latent_attention.py:184 calls ``isinstance`` with a mock, imported as a class
-    in line 54.
+    transformer/multi_latent_attention.py:184 of 0.16.1 calls ``isinstance`` with a mock, imported
+    as a class in line 54.
     """
-    present = isinstance(multi_latent_attention.TELinear, type)
-    return [] if present else [Patch(multi_latent_attention, "HAVE_TE", False)]
+    if isinstance(multi_latent_attention.TELinear, type | None):
+        return []
+    return [Patch(multi_latent_attention, "HAVE_TE", False)]
 
 
 def router_gemm() -> list[Patch]:
@@ -32,8 +36,9 @@ def router_gemm() -> list[Patch]:
     transformer/moe/moe_utils.py:1192 and 1225 read ``te_general_gemm``, which is undefined after
     the failed import in line 24.
     """
-    present = hasattr(moe_utils, "te_general_gemm")
-    return [] if present else [Patch(moe_utils, "te_general_gemm", None)]
+    if present(moe_utils, "te_general_gemm"):
+        return []
+    return [Patch(moe_utils, "te_general_gemm", None)]
 
 
 def discarded_outputs() -> list[Patch]:
@@ -69,10 +74,21 @@ def output_layer() -> list[Patch]:
     return [Patch(layers.ColumnParallelLinear, "__init__", without_fusion)]
 
 
+def prediction_losses() -> list[Patch]:
+    """Weigh the losses of multi-token prediction in every version and layout alike.
+
+    models/gpt/gpt_model.py:701 of 0.19; see `add_prediction_losses`.
+    """
+    if not present(gpt_model, "process_mtp_loss"):
+        return []
+    return [Patch(gpt_model, "process_mtp_loss", add_prediction_losses)]
+
+
 FIXES = (
     latent_attention,
     router_gemm,
     discarded_outputs,
     output_layer,
+    prediction_losses,
 )
 """Applied on every device."""

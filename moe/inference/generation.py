@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 
+from moetron.common.errors import UserError
 from moetron.moe.checkpoint.save_load import load_weights
 from moetron.moe.config.bridge import transformer_config
 from moetron.moe.config.schema.settings import Settings
+from moetron.moe.encoder_decoder.build_stacks import build
 from moetron.moe.inference.sampling import Sampling
 from moetron.moe.layers.attention import prefix_mask
-from moetron.moe.layers.build_model import build_model
 from moetron.moe.layers.language_model import LanguageModel
 from moetron.moe.layers.specs import uses_transformer_engine
 from moetron.moe.training.runtime import Runtime
@@ -64,14 +65,22 @@ def load_model(
         runtime: of one rank.
         limited: whether experts have the evaluation capacity of training; otherwise none, see
             `dropless`.
+
+    Raises:
+        UserError: the model is an encoder-decoder, of which only the routing can be analysed.
     """
+    if settings.model.encoder_num_layers is not None and not limited:
+        raise UserError(
+            f"{path}: an encoder-decoder; generation and scoring support decoders only. Its "
+            "validation loss is in validation.jsonl, tools/analyze_routing.py shows its routing"
+        )
     settings = settings if limited else dropless(settings)
     shape = settings.model.model_copy(update={"mtp_num_layers": None})
     settings = settings.model_copy(update={"model": shape})
     transformer_engine = uses_transformer_engine(settings)
     settings = in_bf16(settings) if transformer_engine else settings
     config = transformer_config(settings, transformer_engine)
-    model = build_model(settings, config, vocab_size).to(runtime.device, config.params_dtype)
+    model = build(settings, config, vocab_size).to(runtime.device, config.params_dtype)
     load_weights(path, [model], vocab_size)
     return model.eval()
 

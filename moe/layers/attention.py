@@ -19,7 +19,12 @@ from torch.nn.attention import sdpa_kernel
 
 from moetron.moe.host.context_parallel import chunks_of_rank, gather_sequence
 from moetron.moe.layers.attention_kernels import WITHOUT_CUDNN, prefer, preferred
-from moetron.moe.layers.qk_clip import largest_logits
+from moetron.moe.layers.document_attention import (
+    attend_in_documents,
+    attend_with_kernel,
+    varlen_kernel,
+)
+from moetron.moe.optim.qk_clip import largest_logits
 
 
 def prefix_mask(prefix_B: torch.Tensor, length: int) -> torch.Tensor:
@@ -124,8 +129,11 @@ class SdpaAttention(MegatronModule):
             key: [sk, b, key/value heads, width].
             value: like ``key``, of any width.
             attention_mask: bool, broadcast to [b, heads, sq, sk], True where attention is
-                forbidden; it replaces the causal mask. None: see ``attn_mask_type``. Not
-                supported with context parallelism.
+                forbidden; it replaces the causal mask and is not supported with context
+                parallelism. Or ``cu_seqlens``, int32 [documents + 1]: causal inside the documents
+                that it cuts the full sequences into (document_attention.py). A tensor and not
+                ``packed_seq_params``, so that it passes through recomputation, and micro-batches
+                keep their shape. None: see ``attn_mask_type``.
             attn_mask_type: unset: the constructor's.
             attention_bias: not supported.
             packed_seq_params: not supported.
@@ -134,6 +142,8 @@ class SdpaAttention(MegatronModule):
             [sq, b, heads x width of a value].
         """
         assert packed_seq_params is None and attention_bias is None
+        if attention_mask is not None and attention_mask.dtype == torch.int32:
+            return self._attend_in_documents(query, key, value, attention_mask)
         mask_type = attn_mask_type or self.attn_mask_type
         if self.cp_group is not None:
             assert attention_mask is None, "a mask with context parallelism"
@@ -154,10 +164,7 @@ class SdpaAttention(MegatronModule):
         group: ProcessGroup,
     ) -> torch.Tensor:
         """Attend from this context rank's queries to the full sequence, causally if the mask is."""
-        widths = [key.shape[-1], value.shape[-1]]
-        # All-gather over the context group: each rank holds the keys and values of its own chunks,
-        # and its queries need those of all earlier positions. Backward is a reduce-scatter.
-        keys, values = gather_sequence(torch.cat([key, value], dim=-1), group).split(widths, -1)
+        keys, values = self._gather(key, value, group)
         if mask_type != AttnMaskType.causal:
             return self._attend(query, keys, values)
         size = query.shape[0] // 2
@@ -170,6 +177,38 @@ class SdpaAttention(MegatronModule):
             allowed = allowed.tril(seen - size)
             parts.append(self._attend(queries, keys[:seen], values[:seen], allowed))
         return torch.cat(parts)
+
+    @staticmethod
+    def _gather(
+        key: torch.Tensor, value: torch.Tensor, group: ProcessGroup
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the keys and values of the full sequence."""
+        widths = [key.shape[-1], value.shape[-1]]
+        # All-gather over the context group: each rank holds the keys and values of its own chunks,
+        # and its queries need those of all earlier positions. Backward is a reduce-scatter.
+        keys, values = gather_sequence(torch.cat([key, value], dim=-1), group).split(widths, -1)
+        return keys, values
+
+    def _attend_in_documents(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+    ) -> torch.Tensor:
+        """Attend causally inside documents, from all of the sequence or from this rank's chunks."""
+        length, group = len(query), self.cp_group
+        if group is not None:
+            key, value = self._gather(key, value, group)
+            size = length // 2
+            chunks = chunks_of_rank(group.rank(), group.size())
+            ranges = [(chunk * size, (chunk + 1) * size) for chunk in chunks]
+            return attend_in_documents(self._attend, query, key, value, cu_seqlens, ranges)
+        kernel = varlen_kernel(query, value)
+        if kernel is not None and not (self.dropout and self.training):
+            key, value = (repeat_heads(x, query.shape[2]) for x in (key, value))
+            return attend_with_kernel(kernel, query, key, value, cu_seqlens, self.softmax_scale)
+        return attend_in_documents(self._attend, query, key, value, cu_seqlens, [(0, length)])
 
     def _attend(
         self,

@@ -12,9 +12,11 @@ from moetron.common.errors import RunError
 from moetron.moe.config.bridge import ModelConfig
 from moetron.moe.config.schema import derived
 from moetron.moe.config.schema.settings import Settings
+from moetron.moe.host.device import uses_transformer_engine
 from moetron.moe.layers.dispatcher import keep_tokens_local
 from moetron.moe.layers.experts import mark_gradient_ranks
 from moetron.moe.layers.language_model import LanguageModel
+from moetron.moe.layers.norm import FullWidthRMSNorm
 from moetron.moe.layers.specs import block_spec, prediction_spec
 from moetron.moe.plan.parameters import RankParameters, per_chunk
 from moetron.moe.routing.hash import HashRouter
@@ -66,7 +68,22 @@ def build_model(
         pg_collection=groups,
         vp_stage=vp_stage,
     )
+    finish(built, settings, config, groups, vocab_size, vp_stage)
+    return built
+
+
+def finish(
+    built: LanguageModel,
+    settings: Settings,
+    config: ModelConfig,
+    groups: ProcessGroupCollection,
+    vocab_size: int,
+    vp_stage: int | None,
+) -> None:
+    """Set up the blocks of a chunk just built; arguments and errors as those of `build_model`."""
+    model = settings.model
     built.bidirectional_prefix = settings.data.bidirectional_prefix
+    built.takes_packed_sequences = uses_transformer_engine(settings)
     for module in built.modules():
         if isinstance(module, MoELayer):
             mark_gradient_ranks(module.experts, groups)
@@ -75,11 +92,13 @@ def build_model(
                 module.router.draw_table(derived.padded_vocab_size(vocab_size, settings))
             if config.moe_pad_expert_input_to_capacity:
                 module.router.padded_dispatcher = module.token_dispatcher
-        if isinstance(module, SelfAttention) and model.query_init_folds_scale:
-            _shrink_queries(module)
+        if isinstance(module, SelfAttention):
+            if model.qk_layernorm and model.qk_layernorm_scope == "full":
+                _normalise_full_width(module)
+            if model.query_init_folds_scale:
+                _shrink_queries(module)
     planned = per_chunk(settings, vocab_size, groups.pp.rank(), vp_stage or 0)
     _check_parameters(planned, count_built([built]), groups.pp.rank(), vp_stage)
-    return built
 
 
 def count_built(chunks: Iterable[torch.nn.Module]) -> RankParameters:
@@ -104,6 +123,21 @@ def _check_parameters(
         f"{planned.dense:,} and {planned.expert:,}. This is a bug in Moetron or in the installed "
         "megatron-core: please report it with the settings"
     )
+
+
+def _normalise_full_width(attention: SelfAttention) -> None:
+    """Give ``attention`` norms over full projections, which specs cannot: theirs are per head."""
+    config, group = attention.config, attention.pg_collection.tp
+    heads = {"q": config.num_attention_heads, "k": config.num_query_groups}
+    for name, count in heads.items():
+        norm = FullWidthRMSNorm(
+            config,
+            attention.hidden_size_per_attention_head,
+            config.layernorm_epsilon,
+            heads=count,
+            tp_group=group,
+        )
+        setattr(attention, f"{name}_layernorm", norm)
 
 
 def _shrink_queries(attention: SelfAttention) -> None:

@@ -59,10 +59,12 @@ class SeparateExperts(GroupedExperts):
     """Grouped experts whose operations autograd differentiates one by one.
 
     Subclasses may replace `product` and `inner`. On a GPU the host waits for the number of rows.
+    Weight gradients cannot wait (--delay-wgrad-compute).
     """
 
     def run(self, x: torch.Tensor, probs: torch.Tensor, rows: ExpertRows) -> torch.Tensor:
         """Return the output of ``forward``."""
+        assert self._waiting is None  # a rule of --delay-wgrad-compute
         rows = rows.trimmed()
         hidden = self.product("fc1", _Gather.apply(x, rows), self.weight1, rows)
         weight_R = _Weights.apply(probs, rows)
@@ -96,6 +98,7 @@ class VariantExperts(SeparateExperts):
         config: see `grouped_gemm_fits`.
         submodules: ignored.
         pg_collection: as in `GroupedExperts`.
+        name: ignored.
     """
 
     config: ModelConfig
@@ -106,6 +109,7 @@ class VariantExperts(SeparateExperts):
         config: ModelConfig,
         submodules: Any = None,
         pg_collection: ProcessGroupCollection | None = None,
+        name: str | None = None,
     ) -> None:
         super().__init__(num_local_experts, config, submodules, pg_collection)
         if config.moe_expert_multiplicative_bias:

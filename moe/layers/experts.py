@@ -24,6 +24,7 @@ from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 
 from moetron.moe.kernels.activation import Activation
 from moetron.moe.kernels.expert_rows import ExpertRows, SortedRows
+from moetron.moe.overlap.delayed_gradients import DelayedGradients
 
 Layer = Literal["fc1", "fc2"]
 """Layer of an expert."""
@@ -89,18 +90,28 @@ class _Fused(torch.autograd.Function):
         )
         del grad_activated  # temporaries of [R, ...] are the peak of a step's memory
         if needed[3]:
-            grad_weight2 = experts.weight_gradient("fc2", grad_out, activated, rows)
+            grad_weight2 = experts.gradient(
+                weight2, partial(experts.weight_gradient, "fc2", grad_out, activated, rows)
+            )
         del grad_out, activated
         if needed[0]:
             grad_x = rows.combine(experts.input_gradient("fc1", grad_hidden, weight1, rows))
         if needed[2]:
-            operand = experts.expert_input(x, rows)
-            grad_weight1 = experts.weight_gradient("fc1", grad_hidden, operand, rows)
+            grad_weight1 = experts.gradient(
+                weight1, partial(fc1_gradient, experts, grad_hidden, x, rows)
+            )
         grad_probs = rows.weight_gradient(grad_weight_R) if needed[1] else None
         return grad_x, grad_probs, grad_weight1, grad_weight2, None, None
 
 
-class GroupedExperts(MegatronModule):
+def fc1_gradient(
+    experts: "GroupedExperts", grad: torch.Tensor, x: torch.Tensor, rows: ExpertRows
+) -> torch.Tensor:
+    """Return the first layer's weight gradient; makes the rows of the tokens again."""
+    return experts.weight_gradient("fc1", grad, experts.expert_input(x, rows), rows)
+
+
+class GroupedExperts(DelayedGradients, MegatronModule):
     """The experts of this rank, down(act(x W1)), weighted by the token's probability.
 
     Replaces megatron-core's ``SequentialMLP``: same constructor and ``forward``, same numbers drawn
@@ -116,6 +127,7 @@ class GroupedExperts(MegatronModule):
         config: megatron-core's; see `grouped_gemm_fits`.
         submodules: ignored.
         pg_collection: ``ep``, ``expt_tp``, ``expt_dp`` and ``tp`` are read.
+        name: ignored.
     """
 
     def __init__(
@@ -124,6 +136,7 @@ class GroupedExperts(MegatronModule):
         config: TransformerConfig,
         submodules: Any = None,
         pg_collection: ProcessGroupCollection | None = None,
+        name: str | None = None,
     ) -> None:
         super().__init__(config=config)
         assert pg_collection is not None
@@ -140,6 +153,8 @@ class GroupedExperts(MegatronModule):
         set_tensor_model_parallel_attributes(self.weight1, True, 1, parts)
         set_tensor_model_parallel_attributes(self.weight2, True, 2, 1)
         mark_gradient_ranks(self, pg_collection)
+        if config.delay_wgrad_compute:
+            self.delay(self.weight1, self.weight2)
         if config.perform_initialization:
             self._draw_weights()
         self._register_load_state_dict_pre_hook(_drop_extra_states)
@@ -247,8 +262,7 @@ class GroupedExperts(MegatronModule):
             ]
 
         if parts > 1:
-            join = partial(torch.cat, dim=1)
-            fc1 = ShardedTensorFactory(fc1_key, self.weight1, by_part, join, replica)
+            fc1 = ShardedTensorFactory(fc1_key, self.weight1, by_part, _joined, replica)
         else:
             fc1 = tensor(fc1_key, self.weight1, (axis + 1, rank, ranks), replica)
         return {
@@ -275,8 +289,16 @@ class GroupedExperts(MegatronModule):
             for layer in ("linear_fc1", "linear_fc2")
         }
 
-    def backward_dw(self) -> None:
-        """Do nothing: weight gradients are never delayed here."""
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Join gate and up of all experts, without a copy if they were loaded into one matrix."""
+    whole = parts[0]._base
+    if whole is not None and whole.shape[1] == sum(part.shape[1] for part in parts):
+        expected = whole.chunk(len(parts), dim=1)
+        pairs = zip(parts, expected, strict=True)
+        if all(part.data_ptr() == same.data_ptr() for part, same in pairs):
+            return whole
+    return torch.cat(parts, dim=1)
 
 
 def sharded_tensor(

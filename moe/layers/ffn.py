@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
-from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch.distributed import ProcessGroup
@@ -26,6 +26,7 @@ class DoubleGatedMLP(MLP):
         input_size: as in ``MLP``.
         ffn_hidden_size: F; unset: the configuration's.
         tp_group: tensor ranks; unset: megatron's.
+        named: ``name``, which megatron-core 0.19 passes.
     """
 
     def __init__(
@@ -36,10 +37,11 @@ class DoubleGatedMLP(MLP):
         input_size: int | None = None,
         ffn_hidden_size: int | None = None,
         tp_group: ProcessGroup | None = None,
+        **named: Any,
     ) -> None:
         assert not is_expert and config.gated_linear_unit and not config.add_bias_linear
         width = ffn_hidden_size or config.ffn_hidden_size
-        super().__init__(config, submodules, False, input_size, width, tp_group)
+        super().__init__(config, submodules, False, input_size, width, tp_group, **named)
         self.linear_fc1_linear = build_module(
             submodules.linear_fc1,
             self.input_size,
@@ -80,7 +82,8 @@ class SequentialFfnLayer(TransformerLayer):
     Args:
         config: megatron-core's.
         submodules: of ``TransformerLayer``.
-        extra_mlp: spec of the FFN.
+        extra_mlp: class of the FFN.
+        extra_submodules: its linear layers.
         ffn_hidden_size: its width.
         args: of ``TransformerLayer``, as are ``kwargs``.
     """
@@ -90,7 +93,8 @@ class SequentialFfnLayer(TransformerLayer):
         config: TransformerConfig,
         submodules: Any,
         *args: Any,
-        extra_mlp: ModuleSpec,
+        extra_mlp: type[MLP],
+        extra_submodules: MLPSubmodules,
         ffn_hidden_size: int,
         **kwargs: Any,
     ) -> None:
@@ -103,7 +107,7 @@ class SequentialFfnLayer(TransformerLayer):
         )
         dense = copy.copy(config)
         dense.ffn_hidden_size = ffn_hidden_size
-        self.extra_mlp = build_module(extra_mlp, config=dense, tp_group=self.pg_collection.tp)
+        self.extra_mlp = extra_mlp(dense, extra_submodules, tp_group=self.pg_collection.tp)
 
     def _forward_mlp(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         after_experts = super()._forward_mlp(hidden_states, *args, **kwargs)

@@ -42,12 +42,23 @@ def label_logits(
     return label_T.view(logits_sbv.shape[:2]).transpose(0, 1)
 
 
+def mean_logits(logits_sbv: torch.Tensor, tp_group: ProcessGroup) -> torch.Tensor:
+    """Return the mean logit of each token over the vocabulary, fp32 [b, s]; differentiable."""
+    rows = logits_sbv.shape[-1] * tp_group.size()
+    # All-reduce over the tensor group: each rank holds some rows. Backward is the identity.
+    total_sb = reduce_from_tensor_model_parallel_region(logits_sbv.float().sum(-1), tp_group)
+    mean_bs: torch.Tensor = total_sb.transpose(0, 1) / rows
+    return mean_bs
+
+
 def _narrow_prefix(
     ahead: int, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Shorten the prefix in the mask of module number ``ahead`` of multi-token prediction."""
     mask = kwargs.get("attention_mask")
-    return args, {**kwargs, "attention_mask": None if mask is None else shorten_prefix(mask, ahead)}
+    if mask is None or mask.dtype != torch.bool:  # of documents: `LanguageModel.forward`
+        return args, kwargs
+    return args, {**kwargs, "attention_mask": shorten_prefix(mask, ahead)}
 
 
 class LanguageModel(GPTModel):
@@ -63,6 +74,8 @@ class LanguageModel(GPTModel):
 
     bidirectional_prefix = False
     """Whether samples have a bidirectional prefix: forward passes then need a mask."""
+    takes_packed_sequences = False
+    """Whether attention reads documents from ``packed_seq_params``, not from the mask."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -73,16 +86,38 @@ class LanguageModel(GPTModel):
         self._routers = [m for m in self.modules() if isinstance(m, Router)]
         self._hashed = [m for m in self.modules() if isinstance(m, HashRouter)]
         self._reinforced = [m for m in self.modules() if isinstance(m, ReinforceRouter)]
+        self._loss_mask_bs: torch.Tensor | None = None  # of the present forward pass
         self._squared_log_z_bs: torch.Tensor | None = None  # of the most recent output
         self._z_sums = torch.zeros(2, dtype=torch.float64, device="cpu")
 
-    def forward(self, input_ids: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Run GPTModel's ``forward``; pass ids to routers before it and losses after it."""
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Run GPTModel's ``forward``.
+
+        ``prediction_mask`` float [b, s], unset: ``loss_mask``, is the mask of multi-token
+        prediction: 0 on the first token of each document, which no module predicts from the
+        document before it.
+        """
+        mask_bs, prediction_mask_bs = kwargs.get("loss_mask"), kwargs.pop("prediction_mask", None)
+        if prediction_mask_bs is not None:
+            kwargs["loss_mask"] = prediction_mask_bs
+        self._loss_mask_bs = mask_bs
+        output: torch.Tensor = super().forward(*args, **kwargs)
+        self._loss_mask_bs = None
+        return output
+
+    # Both hooks are also parts of the combined schedule (--overlap-moe-expert-parallel-comm), which
+    # never calls ``forward``.
+    def _preprocess(self, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        """Pass token ids to routers before the first layer."""
         for hashed in self._hashed:
             hashed.read(input_ids)
-        output: torch.Tensor = super().forward(input_ids, *args, **kwargs)
+        return super()._preprocess(input_ids, *args, **kwargs)
+
+    def _postprocess(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Pass losses to routers after the last layer."""
+        output: torch.Tensor = super()._postprocess(*args, **kwargs)
+        mask_bs = kwargs.get("loss_mask") if self._loss_mask_bs is None else self._loss_mask_bs
         if self.training and self.post_process and kwargs.get("labels") is not None:
-            mask_bs = kwargs.get("loss_mask")
             losses_bs = output.detach()
             mask_bs = torch.ones_like(losses_bs) if mask_bs is None else mask_bs
             self._record_losses(losses_bs, mask_bs)
@@ -92,6 +127,16 @@ class LanguageModel(GPTModel):
         """Pass routers the number of loss tokens in the next micro-batch, over all its ranks."""
         for router in self._routers:
             router.loss_tokens.set_next(count)
+
+    def set_padding(self, padding_bs: torch.Tensor | None) -> None:
+        """Pass routers the padding, bool [b, s], of this context rank's next micro-batch.
+
+        megatron-core's ``padding_mask`` does not reach multi-token prediction.
+        """
+        for router in self._routers:
+            padding_sb = None if padding_bs is None else padding_bs.transpose(0, 1)
+            own_sb = None if padding_sb is None else router.tokens.of_context_rank(padding_sb)
+            router.padding.set_next(own_sb)
 
     def _record_losses(self, losses_bs: torch.Tensor, mask_bs: torch.Tensor) -> None:
         """Pass rewards to REINFORCE routers and sum (log Z)^2 for the metrics."""
@@ -109,16 +154,23 @@ class LanguageModel(GPTModel):
     ) -> torch.Tensor:
         """Return the losses [b, s] of ``labels`` [b, s]; ``logits`` are [s, b, v]."""
         coefficient = self.config.output_z_loss_coeff if self.training else None
+        smoothing = self.config.label_smoothing if self.training else 0.0
+        # Before the cross-entropy, which overwrites fp32 logits.
+        mean_logit_bs = mean_logits(logits, self.pg_collection.tp) if smoothing else None
         if uses_triton(logits) and not self.config.cross_entropy_loss_fusion:
             both = cross_entropy(logits, labels.transpose(0, 1), self.pg_collection.tp)
             losses_bs, log_z_bs = (each.transpose(0, 1).contiguous() for each in both)
-        elif coefficient is None:
+        elif coefficient is None and not smoothing:
             losses_bs = super().compute_language_model_loss(labels, logits)
         else:
-            # Before the cross-entropy, which overwrites fp32 logits.
             label_logits_bs = label_logits(logits, labels, self.pg_collection.tp)
             losses_bs = super().compute_language_model_loss(labels, logits)
             log_z_bs = losses_bs + label_logits_bs
+        if mean_logit_bs is not None:
+            # Labels of 1 - a and others of a / (V - 1): a x V / (V - 1) of the mean over all rows.
+            rows = logits.shape[-1] * self.pg_collection.tp.size()
+            share = smoothing * rows / (rows - 1)
+            losses_bs = losses_bs.lerp(log_z_bs - mean_logit_bs, share)
         if coefficient is None:
             return losses_bs
         squared_bs = log_z_bs.square()

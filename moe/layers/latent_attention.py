@@ -15,9 +15,11 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 from moetron.moe.layers.fp8_linear import fp8_linear
 from moetron.moe.numerics.fp8_emulation import Fp8Numerics
 from moetron.moe.numerics.scaled_matmul import fp8_product
+from moetron.moe.overlap.delayed_gradients import DelayedGradients
+from moetron.moe.overlap.delayed_linear import delayed_product
 
 
-class ReplicatedLinear(torch.nn.Module):
+class ReplicatedLinear(DelayedGradients, torch.nn.Module):
     """Linear layer x W^T, W [outputs, inputs] replicated on tensor ranks with different tokens.
 
     Under sequence parallelism the gradient of W is partial; the attribute ``sequence_parallel``
@@ -40,10 +42,15 @@ class ReplicatedLinear(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         if config.perform_initialization:
             config.init_method(self.weight)
+        self._delays = config.delay_wgrad_compute
+        if self._delays:
+            self.delay(self.weight)
         self._fp8 = None if numerics is None else fp8_product(numerics, outputs, inputs)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
         """Map [s, b, inputs] to [s, b, outputs]; no bias."""
+        if self._delays:
+            return delayed_product(self, x, self.weight), None
         if self._fp8 is None:
             return F.linear(x, self.weight), None
         return fp8_linear(self._fp8, x, self.weight), None
@@ -65,6 +72,12 @@ class LatentAttention(MLASelfAttention):
         args: of ``MLASelfAttention``, as are ``kwargs``.
         numerics: of FP8 down projections; None: no FP8.
     """
+
+    def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
+        """Return the spec's modules; megatron-core 0.19 would choose from its own back ends."""
+        names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj")
+        norms = ("q_layernorm", "kv_layernorm")
+        return {name: getattr(submodules, name) for name in (*names, *norms)}
 
     def __init__(
         self,

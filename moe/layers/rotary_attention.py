@@ -67,7 +67,7 @@ class RotarySelfAttention(SelfAttention):
         if self._norm_has_kernel() and self.config.num_query_groups >= self.world_size:
             mixed, _ = self.linear_qkv(hidden_states)
             mixed = mixed.view(*mixed.shape[:2], self.num_query_groups_per_partition, -1)
-            normed = not isinstance(self.q_layernorm, IdentityOp)
+            normed = isinstance(self.q_layernorm, (FullWidthRMSNorm, RMSNorm))
             query_weight = self.q_layernorm.weight if normed else None
             key_weight = self.k_layernorm.weight if normed else None
             layout = HeadLayout(
@@ -88,4 +88,4 @@ class RotarySelfAttention(SelfAttention):
         """Return whether one kernel serves: no norm of another kind, no width split over ranks."""
         norm = self.q_layernorm
         whole = isinstance(norm, FullWidthRMSNorm) and norm.tp_group.size() == 1
-        return whole or isinstance(norm, (IdentityOp, RMSNorm))
+        return whole or norm is None or isinstance(norm, (IdentityOp, RMSNorm))

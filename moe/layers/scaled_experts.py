@@ -1,5 +1,6 @@
 """Grouped experts on FP8 tensor cores."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from moetron.moe.kernels import scaled_activation
 from moetron.moe.kernels.expert_rows import ExpertRows
 from moetron.moe.kernels.fp8_rows import Fp8Rows, quantize_rows, scaled_grouped_mm
-from moetron.moe.layers.experts import GroupedExperts
+from moetron.moe.layers.experts import GroupedExperts, fc1_gradient
 from moetron.moe.numerics.scaled_matmul import ScaledWeight, fit_tensor_cores
 
 
@@ -76,16 +77,27 @@ class _Scaled(torch.autograd.Function):
         )
         del grad_activated  # temporaries of [R, ...] are the peak of a step's memory
         if needed[3]:
-            grad_weight2 = experts.weight_gradient("fc2", rows.gather(grad), activated, rows)
+            grad_weight2 = experts.gradient(
+                weight2, partial(_fc2_gradient, experts, grad, activated, rows)
+            )
         del activated
         if needed[0]:
             weights = experts.copies1.columns(weight1)
             grad_x = rows.combine(scaled_grouped_mm(quantized, weights, rows.ends_E, dtype))
         del quantized
         if needed[2]:
-            grad_weight1 = experts.weight_gradient("fc1", grad_hidden, rows.gather(x), rows)
+            grad_weight1 = experts.gradient(
+                weight1, partial(fc1_gradient, experts, grad_hidden, x, rows)
+            )
         grad_probs = rows.weight_gradient(grad_weight_R) if needed[1] else None
         return grad_x, grad_probs, grad_weight1, grad_weight2, None, None
+
+
+def _fc2_gradient(
+    experts: GroupedExperts, grad: torch.Tensor, activated: torch.Tensor, rows: ExpertRows
+) -> torch.Tensor:
+    """Return the second layer's weight gradient from the gradient of the tokens' outputs."""
+    return experts.weight_gradient("fc2", rows.gather(grad), activated, rows)
 
 
 def _quantized_rows(x: torch.Tensor, rows: ExpertRows) -> Fp8Rows:

@@ -10,9 +10,10 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
-from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -42,10 +43,15 @@ from moetron.moe.layers.fp8_linear import (
     Fp8RowParallelLinear,
 )
 from moetron.moe.layers.latent_attention import LatentAttention
-from moetron.moe.layers.norm import FullWidthRMSNorm, LayerNorm, RMSNorm
+from moetron.moe.layers.norm import LayerNorm, RMSNorm
 from moetron.moe.layers.rotary_attention import RotarySelfAttention
 from moetron.moe.layers.scaled_experts import ScaledGroupedExperts, scaled_experts_fit
+from moetron.moe.megatron.version_differences import dense_ffn, submodules_of
 from moetron.moe.numerics.fp8_emulation import Fp8Numerics, fp8_numerics
+from moetron.moe.overlap.delayed_linear import (
+    DelayedColumnParallelLinear,
+    DelayedRowParallelLinear,
+)
 from moetron.moe.routing.router_types import router_class
 
 with warnings.catch_warnings():  # "Apex is not installed": we have our own norms
@@ -53,7 +59,6 @@ with warnings.catch_warnings():  # "Apex is not installed": we have our own norm
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_layer_with_transformer_engine_spec,
         get_gpt_mtp_block_spec_for_backend,
-        get_mlp_module_spec_for_backend,
     )
 
 
@@ -70,11 +75,15 @@ class LocalProvider(LocalSpecProvider):
 
     def column_parallel_linear(self) -> type | ModuleSpec:
         """Return the linear layer whose outputs are split over tensor ranks."""
-        return self._linear(ColumnParallelLinear, Fp8ColumnParallelLinear)
+        delays = self._config.delay_wgrad_compute
+        plain = DelayedColumnParallelLinear if delays else ColumnParallelLinear
+        return self._linear(plain, Fp8ColumnParallelLinear)
 
     def row_parallel_linear(self) -> type | ModuleSpec:
         """Return the linear layer whose inputs are split over tensor ranks."""
-        return self._linear(RowParallelLinear, Fp8RowParallelLinear)
+        delays = self._config.delay_wgrad_compute
+        plain = DelayedRowParallelLinear if delays else RowParallelLinear
+        return self._linear(plain, Fp8RowParallelLinear)
 
     def _linear(self, plain: type, reduced: type) -> type | ModuleSpec:
         if self.fp8 is None:
@@ -92,18 +101,24 @@ class LocalProvider(LocalSpecProvider):
             return unfused
         return SdpaAttention
 
-    def grouped_mlp_modules(
-        self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool
-    ) -> tuple[type, MLPSubmodules | None]:
-        """Return grouped experts where supported, sequential ones elsewhere."""
-        ranks = derived.expert_tensor_parallel_size(self._settings.parallel)
-        if moe_use_grouped_gemm and grouped_gemm_fits(self._config, ranks):
-            return self._grouped_experts(), None
-        return SequentialMLP, MLPSubmodules(
+    def linear_layers(self) -> MLPSubmodules:
+        """Return the two linear layers of an FFN."""
+        return MLPSubmodules(
             linear_fc1=self.column_parallel_linear(), linear_fc2=self.row_parallel_linear()
         )
 
-    def _grouped_experts(self) -> type:
+    def experts(self) -> ModuleSpec:
+        """Return the spec of grouped experts where supported, sequential ones elsewhere."""
+        config = self._config
+        ranks = derived.expert_tensor_parallel_size(self._settings.parallel)
+        if not (config.moe_grouped_gemm and grouped_gemm_fits(config, ranks)):
+            return ModuleSpec(module=SequentialMLP, submodules=self.linear_layers())
+        kind = self.grouped_experts()
+        params = {"numerics": self.fp8} if kind is Fp8GroupedExperts else {}
+        return ModuleSpec(module=kind, params=params)
+
+    def grouped_experts(self) -> type[GroupedExperts]:
+        """Return the class of grouped experts for this configuration."""
         config = self._config
         if (
             config.double_gated
@@ -156,20 +171,21 @@ def _checkpoint_names(config: TransformerConfig, experts: bool) -> dict[str, str
     return names
 
 
-def _ffn(backend: LocalProvider, config: ModelConfig, experts: bool) -> ModuleSpec:
-    """Return the spec of a dense FFN, or of experts and shared experts."""
-    spec: ModuleSpec = get_mlp_module_spec_for_backend(
-        backend=backend,
-        num_experts=config.num_moe_experts if experts else None,
-        moe_grouped_gemm=config.moe_grouped_gemm,
+def _dense_kind(config: ModelConfig) -> type[MLP]:
+    return DoubleGatedMLP if config.double_gated else MLP
+
+
+def _moe_layer(backend: LocalProvider, config: ModelConfig) -> ModuleSpec:
+    """Return the spec of experts, shared experts and their router."""
+    kind = DoubleGatedSharedExpertMLP if config.double_gated else SharedExpertMLP
+    return ModuleSpec(
+        module=MoELayer,
+        submodules=MoESubmodules(
+            experts=backend.experts(),
+            shared_experts=ModuleSpec(module=kind, submodules=backend.linear_layers()),
+            router=router_class(config),
+        ),
     )
-    if experts and spec.submodules.experts.module is Fp8GroupedExperts:
-        spec.submodules.experts.params["numerics"] = backend.fp8
-    if config.double_gated and experts:
-        spec.submodules.shared_experts.module = DoubleGatedSharedExpertMLP
-    elif config.double_gated:
-        spec.module = DoubleGatedMLP
-    return spec
 
 
 def _local_layer(
@@ -183,15 +199,20 @@ def _local_layer(
             self_attention=_attention(backend, config),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=_ffn(backend, config, experts),
+            mlp=_moe_layer(backend, config)
+            if experts
+            else dense_ffn(_dense_kind(config), backend.linear_layers()),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=_checkpoint_names(config, experts),
         ),
     )
     if experts and sequential_ffn is not None:
         layer.module = SequentialFfnLayer
-        dense = _ffn(backend, config, experts=False)
-        layer.params = {"extra_mlp": dense, "ffn_hidden_size": sequential_ffn}
+        layer.params = {
+            "extra_mlp": _dense_kind(config),
+            "extra_submodules": backend.linear_layers(),
+            "ffn_hidden_size": sequential_ffn,
+        }
     return layer
 
 
@@ -204,23 +225,14 @@ def _transformer_engine_layer(
         qk_layernorm=config.qk_layernorm,
         multi_latent_attention=config.multi_latent_attention,
     )
-    if experts and experts_impl(settings, local=False) == "grouped_mm":
+    if not experts:
+        return layer
+    moe = submodules_of(layer.submodules.mlp)
+    moe.router = router_class(config)
+    if experts_impl(settings, local=False) == "grouped_mm":
         numerics = fp8_numerics(settings.precision, on_tensor_cores=True) if fp8 else None
-        stacked, _ = LocalProvider(settings, config, numerics).grouped_mlp_modules(True, False)
-        layer.submodules.mlp.submodules.experts = ModuleSpec(module=stacked)
+        moe.experts = ModuleSpec(module=LocalProvider(settings, config, numerics).grouped_experts())
     return layer
-
-
-def _normalise_full_width(
-    layer: ModuleSpec, config: TransformerConfig, groups: ProcessGroupCollection
-) -> None:
-    def norm(heads: int) -> ModuleSpec:
-        params: dict[str, Any] = {"heads": heads, "tp_group": groups.tp}
-        return ModuleSpec(module=FullWidthRMSNorm, params=params)
-
-    attention = layer.submodules.self_attention.submodules
-    attention.q_layernorm = norm(config.num_attention_heads)
-    attention.k_layernorm = norm(config.num_query_groups)
 
 
 def block_spec(
@@ -234,10 +246,10 @@ def block_spec(
     Args:
         settings: implementation, QK-norm, layers with experts.
         config: their equivalent in megatron-core.
-        groups: ``tp`` and ``pp`` are read.
+        groups: ``pp`` is read.
         vp_stage: virtual pipeline stage; None without interleaving.
     """
-    layers = _layers(settings, config, groups)
+    layers = _layers(settings, config)
     stage = groups.pp.rank()
     first = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=stage)
@@ -261,7 +273,7 @@ def prediction_spec(
         return None
     return get_gpt_mtp_block_spec_for_backend(
         config,
-        _layers(settings, config, groups)[-1],
+        _layers(settings, config)[-1],
         _backend(settings, config),
         vp_stage=vp_stage,
         pp_rank=groups.pp.rank(),
@@ -277,9 +289,7 @@ def _backend(settings: Settings, config: ModelConfig) -> Any:
     return LocalProvider(settings, config, None)
 
 
-def _layers(
-    settings: Settings, config: ModelConfig, groups: ProcessGroupCollection
-) -> list[ModuleSpec]:
+def _layers(settings: Settings, config: ModelConfig) -> list[ModuleSpec]:
     """Return the specs of all layers of the model."""
     kinds = list(zip(derived.moe_layers(settings), derived.fp8_layers(settings), strict=True))
     if uses_transformer_engine(settings):
@@ -296,10 +306,4 @@ def _layers(
             (experts, fp8): _local_layer(reduced if fp8 else plain, config, experts, extra)
             for experts, fp8 in kinds
         }
-    for spec in layer.values():
-        if spec.submodules.mlp.module is MoELayer:
-            spec.submodules.mlp.submodules.router = router_class(config)
-    if settings.model.qk_layernorm and settings.model.qk_layernorm_scope == "full":
-        for spec in layer.values():
-            _normalise_full_width(spec, config, groups)
     return [layer[kind] for kind in kinds]

@@ -6,7 +6,7 @@ from functools import wraps
 from typing import Any
 
 import torch
-from megatron.core.pipeline_parallel import schedules
+from megatron.core.pipeline_parallel import combined_1f1b, schedules
 from torch.profiler import record_function
 
 MODULES = {
@@ -28,30 +28,36 @@ EXCHANGE = {
     "combine_postprocess": "combine",
 }
 """Method of a token dispatcher -> range."""
+PASSES = {
+    (schedules, "forward_step"): "forward",
+    (schedules, "backward_step"): "backward",
+    (combined_1f1b, "combined_forward_backward_step"): "forward and backward",
+}
+"""Function of megatron-core's schedules -> range."""
 
 
 @contextmanager
 def named_parts(chunks: Sequence[torch.nn.Module], optimizer: Any) -> Iterator[None]:
     """Name the parts of all steps inside the context; outside it they cost nothing.
 
-    ``forward`` and ``backward`` of every micro-batch, in forward passes the parts of layers, and
-    ``update``. torch.profiler records the ranges, and ``emit_nvtx`` passes them to Nsight Systems.
+    ``forward`` and ``backward`` of every micro-batch (together in the combined schedule of
+    --overlap-moe-expert-parallel-comm), in forward passes the parts of layers, and ``update``.
+    torch.profiler records the ranges, and ``emit_nvtx`` passes them to Nsight Systems.
     """
     found = list(_parts(chunks, optimizer))
     methods = [(owner, method) for owner, method, _ in found]
-    passes = {"forward_step": "forward", "backward_step": "backward"}
-    before = {function: getattr(schedules, function) for function in passes}
+    before = {(module, function): getattr(module, function) for module, function in PASSES}
     for owner, method, name in found:
         setattr(owner, method, _named(name, getattr(owner, method)))
-    for function, name in passes.items():
-        setattr(schedules, function, _named(name, before[function]))
+    for (module, function), name in PASSES.items():
+        setattr(module, function, _named(name, before[module, function]))
     try:
         yield
     finally:
         for owner, method in methods:
             delattr(owner, method)  # of the object: that of its class is left
-        for function, original in before.items():
-            setattr(schedules, function, original)
+        for (module, function), original in before.items():
+            setattr(module, function, original)
 
 
 def _parts(chunks: Sequence[torch.nn.Module], optimizer: Any) -> Iterator[tuple[Any, str, str]]:

@@ -10,6 +10,7 @@ import torch
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.utils import to_local_if_dtensor
 
+from moetron.moe.megatron.version_differences import gradients_for_norm
 from moetron.moe.optim.one_pass_adamw import OnePassAdamW
 
 
@@ -30,7 +31,7 @@ def prepare_gradients(optimizer: MegatronOptimizer) -> torch.Tensor:
     chained = parts(optimizer)
     groups = [part.get_grad_stats_parallel_group() for part in chained]
     together = all(group == groups[0] for group in groups)
-    gradients = [part.get_main_grads_for_grad_norm() for part in chained]
+    gradients = [gradients_for_norm(part) for part in chained]
     if together:
         gradients = [[gradient for each in gradients for gradient in each]]
     squares = []

@@ -141,10 +141,33 @@ def _layer_activations(settings: Settings, has_experts: bool) -> int:
     return int(_tokens(settings) * per_token)
 
 
+def _layers(settings: Settings) -> list[int]:
+    """Return `_layer_activations` of every layer, multi-token prediction modules included.
+
+    A layer of an encoder-decoder reads its stack's part of a sample. Cross-attention keeps another
+    norm, queries and output of the decoder's tokens, and keys and values of the encoder's.
+    """
+    kept = [_layer_activations(settings, sparse) for sparse in derived.routed_layers(settings)]
+    model, lengths = settings.model, derived.stack_lengths(settings)
+    if "encoder" not in lengths:
+        return kept
+    inner = model.num_attention_heads * derived.head_dim(model)
+    inner //= settings.parallel.tensor_model_parallel_size
+    crossed = lengths["decoder"] * (2 * inner + 2 * _residual(settings))
+    crossed += lengths["encoder"] * 2 * inner
+    parts = [
+        count * read // model.seq_length
+        for count, read in zip(kept, derived.tokens_of_layers(settings), strict=True)
+    ]
+    for index in derived.stack_layers(model)["decoder"]:
+        parts[index] += int(crossed * settings.training.micro_batch_size)
+    return parts
+
+
 def _chunk_activations(settings: Settings, chunk: range) -> tuple[int, int]:
     """Return one chunk's elements (kept per micro-batch in flight, recomputed at a time)."""
-    parallel, pattern = settings.parallel, derived.routed_layers(settings)
-    layers = [_layer_activations(settings, pattern[layer]) for layer in chunk]
+    parallel, every_layer = settings.parallel, _layers(settings)
+    layers = [every_layer[layer] for layer in chunk]
     if parallel.recompute_granularity != "full" or not layers:
         return sum(layers), 0
     unit, one_input = parallel.recompute_num_layers or 1, _tokens(settings) * _residual(settings)
@@ -166,6 +189,8 @@ def _activation_bytes(settings: Settings, stage: int, microbatches: int) -> int:
     rounds = virtual_pipeline_size(settings)
     if rounds is not None:  # Megatron-LM (arXiv 2104.04473), section 2.2: one more part in flight
         in_flight *= 1 + (stages - 1) / (stages * rounds)
+        if settings.performance.overlap_moe_expert_parallel_comm:
+            in_flight += 1 / rounds  # one more chunk's forward pass before the first backward pass
     kept, again = sum(kept for kept, _ in chunks), max(again for _, again in chunks)
     return int(kept * in_flight + again) * _number_bytes(settings)
 
@@ -192,7 +217,7 @@ def memory_per_rank(settings: Settings, vocab_size: int, world_size: int, stage:
         expert_ranks = derived.expert_data_parallel_size(parallel, world_size)
     logits = 0
     if stage == parallel.pipeline_model_parallel_size - 1:
-        tokens = settings.model.seq_length * training.micro_batch_size
+        tokens = derived.stack_lengths(settings)["decoder"] * training.micro_batch_size
         rows = derived.padded_vocab_size(vocab_size, settings)
         ranks = parallel.tensor_model_parallel_size * parallel.context_parallel_size
         logits = 2 * 4 * tokens * rows // ranks * (1 + (settings.model.mtp_num_layers or 0))

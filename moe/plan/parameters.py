@@ -13,6 +13,8 @@ Part = Literal[
     "embedding",
     "output",
     "attention",
+    "cross_attention",
+    "relative_bias",
     "norms",
     "dense_ffn",
     "router",
@@ -22,6 +24,10 @@ Part = Literal[
 ]
 Sharding = Literal["none", "tensor", "expert"]
 """Ranks that shard a tensor: none, TP, or EP x ETP."""
+
+
+_NEVER_HIDDEN = ("embedding", "output", "norms", "relative_bias")
+"""Parts without hidden matrices."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class Tensors:
     @property
     def is_hidden_matrix(self) -> bool:
         """Muon updates it (moe/training/optimizer.py); AdamW updates the others."""
-        return not self.is_vector and self.part not in ("embedding", "output", "norms")
+        return not self.is_vector and self.part not in _NEVER_HIDDEN
 
 
 @dataclass(frozen=True)
@@ -137,11 +143,14 @@ def _ffn(
         yield Tensors(part, copies * model.hidden_size, output, is_expert, is_vector=True)
 
 
-def layer(settings: Settings, has_experts: bool) -> Iterator[Tensors]:
-    """Yield the parameters of one transformer layer."""
+def layer(settings: Settings, has_experts: bool, crosses: bool = False) -> Iterator[Tensors]:
+    """Yield the parameters of one transformer layer, which has cross-attention if it crosses."""
     model, moe = settings.model, settings.moe
-    yield Tensors("norms", 2 * _norm(settings, model.hidden_size), "none")
+    yield Tensors("norms", (3 if crosses else 2) * _norm(settings, model.hidden_size), "none")
     yield from _attention(settings)
+    if crosses:
+        matrix = model.hidden_size * model.num_attention_heads * derived.head_dim(model)
+        yield Tensors("cross_attention", 4 * matrix, "tensor")
     if not has_experts:
         yield from _ffn(settings, "dense_ffn", derived.dense_ffn_size(model))
         return
@@ -161,6 +170,23 @@ def layer(settings: Settings, has_experts: bool) -> Iterator[Tensors]:
         yield from _ffn(settings, "shared_experts", moe.moe_shared_expert_intermediate_size)
         if moe.moe_shared_expert_gate:
             yield Tensors("shared_experts", model.hidden_size, "none", is_vector=True)
+
+
+def layers(settings: Settings, indices: range) -> Iterator[Tensors]:
+    """Yield the parameters of some layers, with the final norm of an encoder that ends there."""
+    encoder, pattern = settings.model.encoder_num_layers, derived.moe_layers(settings)
+    for index in indices:
+        yield from layer(settings, pattern[index], encoder is not None and index >= encoder)
+        if encoder is not None and index == encoder - 1:
+            yield Tensors("norms", _norm(settings, settings.model.hidden_size), "none")
+
+
+def _relative_biases(settings: Settings) -> Iterator[Tensors]:
+    """Yield the tables of relative positions, one for each stack, which every chunk holds."""
+    model = settings.model
+    if model.position_embedding_type == "relative":
+        entries = model.relative_attention_num_buckets * model.num_attention_heads
+        yield Tensors("relative_bias", len(derived.stack_layers(model)) * entries, "none")
 
 
 def _prediction(settings: Settings) -> Iterator[Tensors]:
@@ -201,16 +227,18 @@ def _ends(settings: Settings, vocab_size: int, first: bool, last: bool) -> Itera
 def count_parameters(settings: Settings, vocab_size: int) -> ParameterCount:
     """Return the parameters of the model by part."""
     parts: dict[Part, int] = dict.fromkeys(get_args(Part), 0)
-    tensors = list(_ends(settings, vocab_size, first=True, last=True))
-    for has_experts in derived.moe_layers(settings):
-        tensors += layer(settings, has_experts)
+    tensors = [
+        *_ends(settings, vocab_size, first=True, last=True),
+        *_relative_biases(settings),
+        *layers(settings, range(settings.model.num_layers)),
+    ]
     ahead = _ahead(settings)
     for tensor in [*tensors, *(replace(tensor, part="token_prediction") for tensor in ahead)]:
         parts[tensor.part] += tensor.elements
-    return ParameterCount(parts, _active(settings, tensors), _active(settings, ahead))
+    return ParameterCount(parts, active(settings, tensors), active(settings, ahead))
 
 
-def _active(settings: Settings, tensors: list[Tensors]) -> int:
+def active(settings: Settings, tensors: list[Tensors]) -> int:
     """Return the parameters of ``tensors`` that are active for one token."""
     experts = sum(tensor.elements for tensor in tensors if tensor.part == "experts")
     count = settings.moe.num_experts or 1
@@ -264,10 +292,11 @@ def _held_by_chunk(
     }
     chunks, stages = stage_chunks(settings, stage), parallel.pipeline_model_parallel_size
     first, last = stage == chunk == 0, stage == stages - 1 and chunk == len(chunks) - 1
-    tensors = list(_ends(settings, vocab_size, first, last))
-    pattern = derived.moe_layers(settings)
-    for index in chunks[chunk]:
-        tensors += layer(settings, pattern[index])
+    tensors = [
+        *_ends(settings, vocab_size, first, last),
+        *_relative_biases(settings),
+        *layers(settings, chunks[chunk]),
+    ]
     if last:
         tensors += _ahead(settings)
     return [(tensor, tensor.elements // divisor[tensor.sharding]) for tensor in tensors]

@@ -67,6 +67,12 @@ def _layout(settings: Settings, world_size: int, rank: int) -> list[tuple[str, s
                 derived.expert_data_parallel_size(parallel, world_size),
             ),
         ]
+    lengths = derived.stack_lengths(settings)
+    stacks = [
+        (stack, f"layers {held[0]} to {held[-1]}, {lengths[stack]:,} tokens of a sample")
+        for stack, held in derived.stack_layers(settings.model).items()
+        if len(lengths) > 1
+    ]
     stages = range(parallel.pipeline_model_parallel_size)
     layers = [list(chain(*stage_chunks(settings, stage))) for stage in stages]
     return [
@@ -74,6 +80,7 @@ def _layout(settings: Settings, world_size: int, rank: int) -> list[tuple[str, s
         *((name, f"{size:,} (rank {rank} is {at})") for name, at, size in sizes),
         ("layers", ", ".join(map(str, layers[place.pipeline])) or "none"),
         ("stage layers", ", ".join(str(len(held)) for held in layers)),
+        *stacks,
     ]
 
 

@@ -16,7 +16,7 @@ BALANCE_LOSSES = {
     "global_aux_loss": "global_load_balancing_loss",
     "noisy_load": "noisy_load_loss",
 }
-"""--moe-router-load-balancing-type -> name in megatron-core's tracker of auxiliary losses."""
+"""--moe-router-load-balancing-type -> name of its sums in losses.py (megatron-core's name)."""
 
 
 def choice_shares(counts_GE: torch.Tensor) -> torch.Tensor:

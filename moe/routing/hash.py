@@ -1,7 +1,8 @@
 """Hash routing: experts by token id, from a fixed table (Roller et al., arXiv 2106.04426)."""
 
+from typing import Any
+
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 
 from moetron.moe.config.bridge import ModelConfig
 from moetron.moe.routing.micro_batch_value import MicroBatchValue
@@ -40,10 +41,8 @@ class HashRouter(Router):
     table: torch.Tensor
     """int64 [token ids, k]."""
 
-    def __init__(
-        self, config: ModelConfig, pg_collection: ProcessGroupCollection | None = None
-    ) -> None:
-        super().__init__(config, pg_collection)
+    def __init__(self, config: ModelConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
         self.register_parameter("weight", None)
         device = torch.cuda.current_device()
         seed = torch.full((1,), config.routing_seed, dtype=torch.int64, device=device)
@@ -72,9 +71,12 @@ class HashRouter(Router):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return weights and map for the tokens of ``input`` [s, b, H], whose values are unused."""
         logits_TE = self.gating(input).flatten(0, 1)
-        chosen_TE = logits_TE > 0
-        self._remember(chosen_TE)
-        return self.limit(logits_TE / self.topk, chosen_TE, input.shape[1])
+        chosen_TE = counted_TE = logits_TE > 0
+        if (padding_sb := self.padding.take(self.training)) is not None:
+            counted_TE = chosen_TE & ~padding_sb.reshape(-1, 1)
+        self._remember(counted_TE)
+        kept_TE = chosen_TE if self.capacity is None else counted_TE
+        return self.limit(logits_TE / self.topk, kept_TE, input.shape[1])
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         """Return 1 for the experts of each token, 0 for the others: fp32 [s, b, E]."""

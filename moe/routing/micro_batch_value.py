@@ -16,7 +16,7 @@ class MicroBatchValue:
         self._value: torch.Tensor | None = None
         self._waiting: deque[torch.Tensor | None] = deque()
 
-    def set_next(self, value: torch.Tensor) -> None:
+    def set_next(self, value: torch.Tensor | None) -> None:
         """Set the value of the next micro-batch."""
         self._value = value
 

@@ -46,18 +46,13 @@ class Router(TopKRouter):
     right, or by probability; see capacity.py. The bias of --moe-router-enable-expert-bias and
     balance losses use choices before dropping.
 
-    **Counts** of choices are int64. megatron-core keeps them in float buffers, which
-    ``Float16Module`` casts to bf16, where 256 + 1 is 256: biases then move the wrong way.
+    **Counts** of choices are int64: in megatron-core's, cast to bf16, 256 + 1 is 256.
 
     **Auxiliary losses** are computed, attached and logged here (`attach`), each as this rank's part
     of the loss of its micro-batch; parts add up over the TP x CP ranks that hold the micro-batch.
     With ``calculate_per_token_loss`` the loss of a micro-batch has the weight n / N, its fraction
-    of the loss tokens of the global batch, otherwise 1 / number of micro-batches; weights add up to
-    1. megatron-core divides by N, so a part is multiplied by n (`loss_tokens`; all tokens of the
-    micro-batch if nothing is masked). megatron-core 0.16.1 multiplies by another number
-    (transformer/moe/router.py:446 and 484): its losses are TP x CP times too weak, seq_aux_loss
-    also by the micro-batch size, and too strong by tokens / N where losses are masked; without
-    ``calculate_per_token_loss`` global_aux_loss is DP times too weak.
+    of the loss tokens of the global batch, otherwise 1 / number of micro-batches. megatron-core
+    divides by N, so a part is multiplied by n (`loss_tokens`); its own: docs/numerics.md.
     """
 
     is_random = False
@@ -70,13 +65,17 @@ class Router(TopKRouter):
     """Dispatcher that needs the capacity of padded experts."""
 
     def __init__(
-        self, config: ModelConfig, pg_collection: ProcessGroupCollection | None = None
+        self,
+        config: ModelConfig,
+        pg_collection: ProcessGroupCollection | None = None,
+        is_mtp_layer: bool = False,
     ) -> None:
         assert pg_collection is not None
         if config.router_init_method is not None:
             config = copy.copy(config)
             config.init_method = config.router_init_method
         super().__init__(config, pg_collection)
+        self.is_mtp_layer = is_mtp_layer
         self.capacity: Capacity | None = None
         if config.moe_expert_capacity_factor is not None:
             self.capacity = Capacity(
@@ -90,6 +89,7 @@ class Router(TopKRouter):
         self.draws = Draws(config.routing_seed, self.tokens, pg_collection.dp) if draws else None
         self._count_in_whole_numbers()
         self.loss_tokens = MicroBatchValue()
+        self.padding = MicroBatchValue()
         self._loss_tokens: torch.Tensor | None = None  # of the current pass
 
     def _count_in_whole_numbers(self) -> None:
@@ -110,13 +110,28 @@ class Router(TopKRouter):
         """Return whether the global balance loss counts the choices of the previous step."""
         return bool(self.config.moe_global_aux_loss_counts == "previous_step")
 
+    def set_layer_number(self, layer_number: int) -> None:
+        """Number all layers of the model from 1; multi-token prediction follows the decoder.
+
+        megatron-core 0.19 numbers the layers of multi-token prediction from 1 and says so
+        (``is_mtp_layer``), 0.16 as here.
+        """
+        before = self.config.num_layers if self.is_mtp_layer else 0
+        super().set_layer_number(before + layer_number)
+
     def forward(
         self, input: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Choose experts for the tokens ``input`` [s, b, H]; see `routing`."""
+        """Choose experts for the tokens ``input`` [s, b, H]; see `routing`.
+
+        ``padding_mask``, bool [s, b], marks padding; unset: that of `padding`. Balance losses,
+        z-loss, biases and counts leave it out, and it takes no slot of experts with a capacity.
+        """
         if self.draws is not None and self.training:
             self.draws.start(self.layer_number)
         self._loss_tokens = self.loss_tokens.take(self.training)
+        if padding_mask is None:
+            padding_mask = self.padding.take(self.training)
         result: tuple[torch.Tensor, torch.Tensor] = super().forward(input, padding_mask)
         return result
 
@@ -141,14 +156,16 @@ class Router(TopKRouter):
         padding_T = None if padding_mask is None else padding_mask.reshape(-1)
         logits_TE = self.apply_z_loss(logits.flatten(0, 1), padding_T)
         probs_TE, chosen_TE = self.choose(logits_TE, batch)
-        self._remember(chosen_TE)
+        counted_TE = chosen_TE if padding_T is None else chosen_TE & ~padding_T[:, None]
+        self._remember(counted_TE)
         if self.training and torch.is_grad_enabled():
             probs_TE = self.balance(probs_TE, logits_TE, batch, padding_T)
         self._apply_expert_bias(chosen_TE, padding_T)
-        return self.limit(probs_TE, chosen_TE, batch)
+        # Without a capacity padding is dispatched too: megatron-core expects k choices of a token.
+        return self.limit(probs_TE, chosen_TE if self.capacity is None else counted_TE, batch)
 
     def _remember(self, chosen_TE: torch.Tensor) -> None:
-        """Set the choices of this pass."""
+        """Set the choices of this pass, without padding's."""
         self.chosen, self._choices_E = chosen_TE, None
 
     def choices_of_experts(self) -> torch.Tensor:
@@ -373,7 +390,7 @@ class Router(TopKRouter):
             part: this rank's part of the loss of the micro-batch; a scalar.
             coefficient: of the loss.
             tokens: of the micro-batch, over all its ranks; its weight unless `loss_tokens` is set.
-            name: in megatron-core's tracker.
+            name: of its sums in losses.py.
         """
         layers = self.config.num_layers + (self.config.mtp_num_layers or 0)
         record_auxiliary_loss(name, part, self.layer_number, layers)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.moe.moe_utils import router_gating_linear
 
@@ -131,10 +130,8 @@ class NoisyTopKRouter(Router):
 
     is_random = True
 
-    def __init__(
-        self, config: ModelConfig, pg_collection: ProcessGroupCollection | None = None
-    ) -> None:
-        super().__init__(config, pg_collection)
+    def __init__(self, config: ModelConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
         zeros = torch.zeros_like(self.weight, device=torch.cuda.current_device())
         self.noise_weight = torch.nn.Parameter(zeros)
         setattr(self.noise_weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010

@@ -25,7 +25,7 @@ class RoutingSummary:
     ``chosen`` and ``kept`` are int64 [MoE layers, experts] on the CPU: choices before and after
     capacity drops some. ``chosen_at`` and ``kept_at`` are the same choices by the token's position
     in its sequence, int64 [MoE layers, `POSITION_BUCKETS`], of layers with a capacity; 0 in others,
-    which drop nothing. All tokens count, also masked ones.
+    which drop nothing. All tokens count, also those without loss, but padding does not.
     """
 
     chosen: torch.Tensor

@@ -24,7 +24,12 @@ from moetron.moe.config.schema.settings import Settings
 from moetron.moe.training.sample_stream import SampleStream
 
 Batch = dict[str, torch.Tensor]
-"""tokens, labels: int64 [b, S]; loss_mask: float32 [b, S]; PER_SAMPLE: int64 [b]."""
+"""tokens, labels: int64 [b, S]; loss_mask: float32 [b, S]; PER_SAMPLE: int64 [b].
+
+Samples with ``documents`` add cu_seqlens: int32 [D + 1], the ends of all documents in the flattened
+rows, from 0 (moe/layers/document_attention.py); samples with ``padding`` add padding: int64 [b];
+samples of an encoder-decoder add segments: int64 [b, S].
+"""
 
 PER_SAMPLE = ("source", "objective", "prefix", "filtered")
 """Fields with one value per sample."""
@@ -225,6 +230,25 @@ class _Samples(Dataset[_Arrays]):
             name: np.stack([np.asarray(row[name]) for row in rows])
             for name in ("tokens", "labels", "loss_mask")
         }
+        if any("segments" in row for row in rows):
+            ones = np.ones(len(batch["tokens"][0]), np.int64)  # padding rows attend to themselves
+            batch["segments"] = np.stack([np.asarray(row.get("segments", ones)) for row in rows])
         for name in PER_SAMPLE:
             batch[name] = np.array([int(row[name]) for row in rows])
+        if any("padding" in row for row in rows):
+            batch["padding"] = np.array([int(row.get("padding", 0)) for row in rows])
+        if any("documents" in row for row in rows):
+            whole = [len(self._padding["tokens"])]  # type: ignore[arg-type]
+            lengths = [np.asarray(row.get("documents", whole)) for row in rows]
+            batch["cu_seqlens"] = document_ends(np.concatenate(lengths))
         return batch
+
+
+def document_ends(lengths: np.ndarray) -> np.ndarray:
+    """Return ``cu_seqlens`` of documents of these lengths: int32 [2^n + 1], the last end repeated.
+
+    Kernels are planned or captured by shape: powers of two are few.
+    """
+    ends = np.cumsum(lengths, dtype=np.int32)
+    size = 1 << (len(ends) - 1).bit_length()
+    return np.concatenate([[0], ends, np.full(size - len(ends), ends[-1])]).astype(np.int32)

@@ -13,10 +13,10 @@ from moetron.moe.config.bridge import transformer_config
 from moetron.moe.config.schema.derived import looks_ahead
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.host.device import uses_transformer_engine
-from moetron.moe.layers.qk_clip import AttentionLogits
 from moetron.moe.monitoring.console import Console
 from moetron.moe.monitoring.peak_flops import peak_of_rank
 from moetron.moe.monitoring.sinks import JsonLines, Sink, open_sinks
+from moetron.moe.optim.qk_clip import AttentionLogits
 from moetron.moe.routing.routing_record import RoutingRecorder
 from moetron.moe.training.loop import Loop
 from moetron.moe.training.model_chunks import build_chunks

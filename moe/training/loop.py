@@ -64,8 +64,9 @@ class Loop:
         self._tally = Tally(streams.training)
         self._flops_per_token = flops_per_token(trainer.settings, trainer.vocab_size)
         self._evaluated: int | None = None
-        self._saver = Saver(trainer.settings, progress if progress.step else None)
         profiling, runtime = trainer.settings.profiling, trainer.runtime
+        saved = progress if progress.step else None
+        self._saver = Saver(trainer.settings, runtime.writer, saved)
         self._profiler = Profiler(
             trainer.settings, runtime.rank, runtime.device, trainer.chunks, trainer.optimizer
         )

@@ -10,7 +10,8 @@ from megatron.core.utils import unwrap_model
 
 from moetron.moe.config.bridge import ModelConfig, ddp_config
 from moetron.moe.config.schema.settings import Settings
-from moetron.moe.layers.build_model import build_model
+from moetron.moe.encoder_decoder.build_stacks import build
+from moetron.moe.encoder_decoder.relative_bias import finalize_stack_gradients
 from moetron.moe.routing.expert_bias import finalize_gradients
 from moetron.moe.training.runtime import Runtime
 
@@ -31,7 +32,7 @@ def build_chunks(
         first = is_pp_first_stage(runtime.groups.pp) and index == 0
         last = is_pp_last_stage(runtime.groups.pp) and index == (virtual_size or 1) - 1
         vp_stage = None if virtual_size is None else index
-        module = build_model(settings, config, vocab_size, first, last, vp_stage)
+        module = build(settings, config, vocab_size, first, last, vp_stage)
         module.to(runtime.device)
         chunks.append(
             DistributedDataParallel(
@@ -53,6 +54,8 @@ def build_chunks(
 def _set_schedule_callbacks(chunks: ModelChunks, config: ModelConfig, settings: Settings) -> None:
     """Set what megatron/training sets; no ``grad_scale_func``, since only fp16 scales its loss."""
     config.finalize_model_grads_func = finalize_gradients
+    if settings.model.encoder_num_layers is not None:
+        config.finalize_model_grads_func = finalize_stack_gradients
     if settings.parallel.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in chunks]
         grad_sync = [chunk.start_grad_sync for chunk in chunks]
@@ -86,11 +89,13 @@ def set_training(chunks: ModelChunks, training: bool) -> None:
 def needs_samples(chunk: DistributedDataParallel, settings: Settings) -> bool:
     """Return whether a chunk reads samples.
 
-    The first and last stage read tokens and labels. All stages do for hash routers, masks, and
-    routers that weight their losses by the number of loss tokens: every rank reads its own samples
-    instead of receiving them through the pipeline.
+    The first and last stage read tokens and labels. All stages do for hash routers, masks,
+    documents, examples of an encoder-decoder, and routers that weight their losses by the number of
+    loss tokens: every rank reads its own samples instead of receiving them through the pipeline.
     """
     model, hashed = unwrap_model(chunk), settings.moe.moe_router_type == "hash"
     ends = model.pre_process or model.post_process
     weighted = settings.moe.num_experts is not None and settings.training.calculate_per_token_loss
-    return bool(ends or hashed or weighted or settings.data.bidirectional_prefix)
+    masked = settings.data.bidirectional_prefix or settings.data.reset_attention_mask
+    two_stacks = settings.model.encoder_num_layers is not None
+    return bool(ends or hashed or weighted or masked or two_stacks)

@@ -6,7 +6,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -19,6 +19,7 @@ from moetron.common.threads import use_threads
 from moetron.common.watch import activity
 from moetron.common.watch.listeners import reachable
 from moetron.moe.checkpoint.random_states import seed_generators
+from moetron.moe.checkpoint.writer.writer_process import WriterProcess
 from moetron.moe.config.schema.pipeline_split import virtual_pipeline_size
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.host.adapt import adapt_host
@@ -26,6 +27,7 @@ from moetron.moe.host.allocator import keep_freed_memory
 from moetron.moe.host.determinism import deterministic
 from moetron.moe.host.device import backend_for, prepare_device
 from moetron.moe.monitoring.watchdog import Watchdog, record_collectives
+from moetron.moe.overlap.tensor_buffers import communication_buffers
 
 _LOOPBACK = "127.0.0.1"
 
@@ -38,6 +40,8 @@ class Runtime:
     world_size: int
     device: torch.device
     groups: ProcessGroupCollection
+    writer: WriterProcess | None = None
+    """Process for ``--async-save``."""
 
     @property
     def dp_rank(self) -> int:
@@ -72,7 +76,11 @@ def running(settings: Settings) -> Iterator[Runtime]:
             taken.
     """
     activity.begin(activity.START, 0)
-    with deterministic(settings.training.deterministic_mode), watched(settings) as watchdog:
+    with (
+        checkpoint_writer(settings) as writer,  # forked before threads and CUDA
+        deterministic(settings.training.deterministic_mode),
+        watched(settings) as watchdog,
+    ):
         device = prepare_device(settings)
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -83,7 +91,9 @@ def running(settings: Settings) -> Iterator[Runtime]:
         _join(settings, backend_for(device))
         watchdog.attach(torch.distributed.distributed_c10d._get_default_store())
         try:
-            yield divide(settings, device)
+            runtime = replace(divide(settings, device), writer=writer)
+            with communication_buffers(settings):
+                yield runtime
         except BaseException:
             # With several ranks, destroying groups may wait for a dead one; the process ends.
             if torch.distributed.get_world_size() == 1:
@@ -92,6 +102,19 @@ def running(settings: Settings) -> Iterator[Runtime]:
         activity.begin(activity.END, activity.current().step)
         watchdog.close()
         _leave()
+
+
+@contextmanager
+def checkpoint_writer(settings: Settings) -> Iterator[WriterProcess | None]:
+    """Run the process that ``--async-save`` needs."""
+    if settings.checkpoint.save is None or not settings.checkpoint.async_save:
+        yield None
+        return
+    writer = WriterProcess()
+    try:
+        yield writer
+    finally:
+        writer.close()
 
 
 @contextmanager

@@ -13,13 +13,16 @@ from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
-from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model
+from megatron.core.utils import unwrap_model
 
 from moetron.common.watch import activity
 from moetron.moe.health.monitor import HealthMonitor
 from moetron.moe.health.spikes import StepValues
 from moetron.moe.host.allocator import peak_memory_bytes
+from moetron.moe.host.context_parallel import own_chunks
 from moetron.moe.layers.attention import prefix_mask
+from moetron.moe.layers.document_attention import packed_parameters, places_in_documents
+from moetron.moe.layers.language_model import LanguageModel
 from moetron.moe.numerics.scaled_matmul import expire_weights
 from moetron.moe.optim.update import clip_and_update, norm_of, prepare_gradients
 from moetron.moe.training.batches import PER_SAMPLE, Batch, Replay
@@ -207,25 +210,60 @@ def run_schedule(
 
 
 def _forward(
-    trainer: Trainer, loss: Any, batches: Iterator[Batch] | None, chunk: torch.nn.Module
-) -> tuple[torch.Tensor, Any]:
-    """Run a chunk's forward pass over its next micro-batch; return output and loss function."""
+    trainer: Trainer,
+    loss: Any,
+    batches: Iterator[Batch] | None,
+    chunk: torch.nn.Module,
+    return_schedule_plan: bool = False,
+) -> tuple[Any, Any]:
+    """Run a chunk's forward pass over its next micro-batch; return output and loss function.
+
+    ``return_schedule_plan``: return the parts of the pass in place of its output; megatron-core's
+    combined schedule runs them, interleaved with those of another micro-batch's backward pass.
+    """
     batch: Batch = {} if batches is None else dict(next(batches))
     settings, runtime, mask = trainer.settings, trainer.runtime, None
     per_sample = {name: batch.pop(name) for name in PER_SAMPLE if name in batch}
+    options: dict[str, Any] = {}
     if settings.data.bidirectional_prefix:
         mask = prefix_mask(per_sample["prefix"], settings.model.seq_length)
     if batch:  # of full sequences: not split over context ranks yet
-        unwrap_model(chunk).set_loss_tokens(batch["loss_mask"].sum())
+        model = unwrap_model(chunk)
+        model.set_loss_tokens(batch["loss_mask"].sum())
         tokens_BS = batch["tokens"]
         places_S = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
         batch["position_ids"] = places_S.expand_as(tokens_BS)
+        if (cu_seqlens := batch.pop("cu_seqlens", None)) is not None:
+            mask = _separate_documents(model, batch, cu_seqlens, options)
+        if (padding_B := batch.pop("padding", None)) is not None:
+            batch["padding"] = places_S >= len(places_S) - padding_B[:, None]
     # No communication: every context rank has read the full samples and takes its own chunks.
-    batch = get_batch_on_this_cp_rank(batch, cp_group=runtime.groups.cp)
+    batch = {name: own_chunks(whole, 1, runtime.groups.cp) for name, whole in batch.items()}
+    if batch:
+        model.set_padding(batch.pop("padding", None))
     # With labels the model returns losses; it needs the mask for rewards and the output z-loss.
-    targets = {name: batch.get(name) for name in ("labels", "loss_mask")}
-    output = chunk(batch.get("tokens"), batch.get("position_ids"), mask, **targets)
+    names = ("labels", "loss_mask", "prediction_mask", "segments")
+    options |= {name: batch[name] for name in names if name in batch}
+    run = unwrap_model(chunk).build_schedule_plan if return_schedule_plan else chunk
+    output = run(batch.get("tokens"), batch.get("position_ids"), mask, **options)
     return output, partial(loss, {**batch, **per_sample})
+
+
+def _separate_documents(
+    model: LanguageModel, batch: Batch, cu_seqlens: torch.Tensor, options: dict[str, Any]
+) -> torch.Tensor | None:
+    """Restart positions in ``batch`` and mask multi-token prediction at documents' starts.
+
+    Returns the attention mask of local layers; Transformer Engine's get ``options`` instead.
+    """
+    places_BS = places_in_documents(cu_seqlens, *batch["tokens"].shape)
+    batch["position_ids"] = places_BS
+    if model.config.mtp_num_layers is not None:
+        batch["prediction_mask"] = batch["loss_mask"] * (places_BS > 0)
+    if model.takes_packed_sequences:
+        options["packed_seq_params"] = packed_parameters(cu_seqlens, places_BS.shape[1])
+        return None
+    return cu_seqlens
 
 
 def token_loss(

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from megatron.core.utils import unwrap_model
 
 from moetron.moe.config.schema.derived import routed_layers
 from moetron.moe.health.spikes import StepValues
+from moetron.moe.megatron.version_differences import take_prediction_losses
 from moetron.moe.routing.losses import auxiliary_losses, take_auxiliary_losses
 from moetron.moe.routing.router import Router
 from moetron.moe.routing.routing_record import RoutingSummary
@@ -111,12 +111,11 @@ def prediction_metrics(trainer: Trainer, num_microbatches: int) -> list[Recorded
     modules = trainer.settings.model.mtp_num_layers
     if modules is None:
         return []
-    recorded, runtime = MTPLossLoggingHelper.tracker, trainer.runtime
+    recorded, runtime = take_prediction_losses(), trainer.runtime
     sums = torch.zeros(modules + 1, dtype=torch.float64, device=runtime.device)
     if runtime.holds_loss:
-        sums[:-1], sums[-1] = recorded["values"], num_microbatches
-    if "values" in recorded:
-        MTPLossLoggingHelper.clean_loss_in_tracker()
+        assert recorded is not None
+        sums[:-1], sums[-1] = recorded, num_microbatches
     # The last entry counts micro-batches.
     return [Recorded(sums, lambda sums: {"mtp_losses": (sums[:-1] / sums[-1]).tolist()})]
 

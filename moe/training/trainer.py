@@ -6,7 +6,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from moetron.moe.config.bridge import ModelConfig
 from moetron.moe.config.schema.settings import Settings
-from moetron.moe.layers.qk_clip import AttentionLogits
+from moetron.moe.optim.qk_clip import AttentionLogits
 from moetron.moe.routing.routing_record import RoutingRecorder
 from moetron.moe.training.model_chunks import ModelChunks
 from moetron.moe.training.runtime import Runtime

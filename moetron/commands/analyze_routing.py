@@ -16,11 +16,13 @@ from pathlib import Path
 from moetron.common import threads
 from moetron.common.errors import UserError
 from moetron.data.inspect.even_windows import Sources, named_sources, spread_windows
+from moetron.data.stream.open_streams import open_validation
 from moetron.moe.analysis import figures, specialization
 from moetron.moe.analysis import routing_study as study
 from moetron.moe.analysis.routing_trace import Windows
 from moetron.moe.checkpoint import run_folder as checkpoint_folder
 from moetron.moe.config.schema.paths import ToolParser
+from moetron.moe.config.schema.settings import Settings
 from moetron.moe.monitoring.library_warnings import quieten_libraries
 from moetron.tokenizers.interface import Tokenizer
 from moetron.tokenizers.load import load_tokenizer
@@ -89,6 +91,8 @@ def analyze_run(given: argparse.Namespace) -> study.Result:
 
     record = checkpoint_folder.read(given.model).record
     settings = checkpoint_folder.one_rank_settings(record, given.cpu_threads)
+    if settings.model.encoder_num_layers is not None:
+        return analyze_stacks(given, record, settings)
     held_out = settings.data.rooted(settings.data.valid_data_path or [])
     length = given.seq_length or settings.model.seq_length
     sources = named_sources(given.data or held_out, length)
@@ -103,6 +107,45 @@ def analyze_run(given: argparse.Namespace) -> study.Result:
             steps = model.each_checkpoint(given.model, record.progress.step)
             found["checkpoints"] = study.compare(model, text, choices, steps)
     return study.summary(model, text) | {"step": record.progress.step} | found
+
+
+def analyze_stacks(
+    given: argparse.Namespace, record: checkpoint_folder.Record, settings: Settings
+) -> study.Result:
+    """Return the analysis of an encoder-decoder's latest checkpoint on held-out samples."""
+    from moetron.moe.analysis import stack_study
+    from moetron.moe.checkpoint.compatibility import tokenizer_fingerprints
+    from moetron.moe.checkpoint.vocabulary import vocabulary_of
+    from moetron.moe.inference.generation import load_model
+    from moetron.moe.training import batches, runtime
+
+    if given.data or given.seq_length or given.layers:
+        raise UserError(
+            "--data, --seq-length, --layers: an encoder-decoder is analysed in all layers, on the "
+            "run's own validation samples; leave them out"
+        )
+    if settings.data.valid_data_path is None:
+        raise UserError(f"{given.model}: the run has no --valid-data-path to analyse")
+    names = given.tokenizer_model, settings.data.tokenizer_model
+    tokenizer = load_run_tokenizer(given.model, *names, tokenizer_fingerprints(record.stream))
+    length, held_out = settings.model.seq_length, settings.data.valid_data_path
+    stream = open_validation(settings.data, held_out, length, tokenizer)
+    vocabulary = stack_study.Vocabulary(
+        vocabulary_of(given.model, settings, tokenizer.vocab_size),
+        lambda id: tokenizer.decode([id]) if id < tokenizer.vocab_size else f"<{id}>",
+        specialization.token_classes(given.token_class) or study.TOKEN_CLASSES,
+    )
+    # Evenly over all sources, which follow one another.
+    count = min(len(stream), max(1, given.tokens * len(stream.source_names) // length))
+    places = [n * len(stream) // count for n in range(count)]
+    size = settings.training.micro_batch_size
+    numbers = [places[first : first + size] for first in range(0, count, size)]
+    with runtime.running(settings) as ranks:
+        model = load_model(given.model, settings, vocabulary.size, ranks, limited=True)
+        found = batches.micro_batches(stream, length, numbers, device=ranks.device)
+        result = stack_study.study_stacks(model, settings, found, vocabulary)
+    print(stack_study.entropy_table(result))
+    return result | {"step": record.progress.step}
 
 
 def main() -> int:

@@ -41,13 +41,19 @@ def main() -> None:
         settings = load([*fixed, *MODEL, "--exit-interval", "1"]).settings
         background = load([*fixed, *MODEL, "--async-save"]).settings
         assert settings.model.vocab_size is not None
-        with runtime.running(settings) as ranks:
+        with runtime.running(background) as ranks:
             mock = MockStream(1, settings.model.vocab_size, settings.model.seq_length)
             loop = build_loop(
                 build_trainer(settings, ranks, settings.model.vocab_size), Streams(mock, None)
             )
             loop.run(lambda: False)
-            measure(loop, Path(folder), Saver(settings), Saver(background), options.repeats)
+            measure(
+                loop,
+                Path(folder),
+                Saver(settings),
+                Saver(background, ranks.writer),
+                options.repeats,
+            )
 
 
 def measure(loop: Loop, run: Path, blocking: Saver, background: Saver, repeats: int) -> None:

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -42,14 +43,24 @@ def golden_file(platform: str) -> Path:
     return FOLDER / f"{platform}.json"
 
 
-def train(recipe: str) -> Curve:
-    """Train the tiny form of a recipe in its own process, on mock data and one thread."""
-    with tempfile.TemporaryDirectory(prefix="golden-") as folder:
+def train(
+    recipe: str,
+    python: str = sys.executable,
+    ranks: int = 1,
+    flags: Sequence[str] = ("--train-iters", str(STEPS)),
+    save: Path | None = None,
+) -> Curve:
+    """Train the tiny form of a recipe in processes of its own, on mock data and one thread."""
+    launcher = (
+        [str(ROOT / "tools" / "launch.py"), "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    )
+    with tempfile.TemporaryDirectory(prefix="golden-") as temporary:
+        folder = str(save or temporary)
         command = [
-            *(sys.executable, str(ROOT / "pretrain_moe.py"), "--mock-data"),
+            *(python, *launcher, str(ROOT / "pretrain_moe.py"), "--mock-data"),
             *("--config", str(ROOT / "examples" / recipe / "tiny.yaml"), "--save", folder),
-            *("--train-iters", str(STEPS), "--lr-warmup-iters", "0", "--eval-iters", "0"),
-            *("--cpu-threads", "1", "--no-tensorboard"),
+            *("--lr-warmup-iters", "0", "--eval-iters", "0"),
+            *("--cpu-threads", "1", "--no-tensorboard", *flags),
         ]
         inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
         environment = {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

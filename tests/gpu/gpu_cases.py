@@ -123,7 +123,8 @@ def _recipes() -> list[Case]:
         kinds = tuple(kind for kind in KINDS if in_fp8 or not kind.endswith("params"))
         if "num_experts" not in text:
             kinds = tuple(kind for kind in kinds if kind != "scaled_experts")
-        if "double_gated" in text or "multiplicative_bias: true" in text:  # refused with FP8
+        refused = ("double_gated", "multiplicative_bias: true", "encoder_num_layers")
+        if any(words in text for words in refused):  # with FP8
             kinds = PLAIN
         flags = ("--config", str(path), *decay)
         if "multi_latent_attention: true" in text:  # its joint projection is too narrow for FP8
@@ -200,6 +201,7 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "geglu": ("--ffn-type", "geglu"),
     "relu": ("--ffn-type", "relu"),
     "output_z_loss": ("--output-z-loss-coeff", "1e-4"),
+    "dense_first": ("--first-k-dense-replace", "1"),
     "shared_expert": ("--moe-shared-expert-intermediate-size", "32", "--moe-shared-expert-gate"),
     "recompute_norms": (_RECOMPUTE, "selective", "--recompute-modules", "layernorm"),
     "recompute_experts": (_RECOMPUTE, "selective", "--recompute-modules", "moe"),
@@ -290,6 +292,9 @@ def cases() -> list[Case]:
         Case(name, OLMOE, kinds, like="olmoe_1b_7b", extra=extra)
         for name, (extra, kinds) in SAME_MATHEMATICS.items()
     ]
+    graphs = ("--cuda-graph-scope", "attn", "mlp", *SAME_MATHEMATICS["graphs_attention"][0])
+    dense = (*OLMOE, *OTHERS["dense_first"])
+    found.append(Case("graphs_ffn", dense, ("te16",), like="dense_first", extra=graphs))
     v3 = next(case for case in found if case.name == "deepseek_v3")
     fused = replace(v3, name="deepseek_v3_fused", kinds=_ON_TE, like=v3.name, extra=_FUSED)
     return [*found, fused]

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
 from moetron import assembly
@@ -20,6 +19,7 @@ from moetron.moe.config.command import load
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.host.patching import Patch
 from moetron.moe.monitoring.sinks import Row, Sink
+from moetron.moe.routing.losses import forget_auxiliary_losses
 from moetron.moe.routing.random_draws import Draws, derived_seed
 from moetron.moe.training import runtime
 from moetron.moe.training.build_trainer import build_trainer
@@ -123,7 +123,7 @@ def forget() -> None:
     """Clear what megatron-core and Transformer Engine keep for the process after a run."""
     for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
         os.environ.pop(name, None)
-    get_moe_layer_wise_logging_tracker().clear()
+    forget_auxiliary_losses()
     MTPLossLoggingHelper.tracker.clear()
     with contextlib.suppress(ImportError):
         from transformer_engine.pytorch.quantization import FP8GlobalStateManager

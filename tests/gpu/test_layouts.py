@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.gpu.devices import needs, needs_package
+from tests.gpu.devices import kind_fault, needs, needs_package
 from tests.parallel.support.parity_cases import layouts
 from tests.parallel.support.parity_suite import Suite
 
@@ -44,3 +44,17 @@ def test_deep_ep_equals_all_to_all(tmp_path: Path, ranks: int) -> None:
     alltoall = suite.differences("dropless", [f"ep{ranks}"])
     suite.changes = {**BF16, "moe_token_dispatcher_type": "flex"}
     assert not alltoall and not suite.differences("dropless", [f"ep{ranks}"])
+
+
+@needs(2)
+@pytest.mark.parametrize("impl", ["local", "transformer_engine"])
+def test_overlapped_exchange_equals_the_plain_one(tmp_path: Path, impl: str) -> None:
+    """On streams that run beside each other; see tests/parallel/test_expert_overlap.py."""
+    if fault := kind_fault(impl == "transformer_engine", (8, 0)):
+        pytest.skip(fault)
+    changes = {**BF16, "transformer_impl": impl}
+    suite = Suite(tmp_path, 2, "cuda", changes, slack=1e4)
+    plain = suite.differences("dropless", ["ep2"])
+    for flags in ({}, {"delay_wgrad_compute": True}):
+        suite.changes = {**changes, "overlap_moe_expert_parallel_comm": True, **flags}
+        assert not plain and not suite.differences("dropless", ["ep2"])

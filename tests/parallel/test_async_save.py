@@ -1,5 +1,6 @@
 """A background save equals a blocking one and is atomic."""
 
+import multiprocessing
 import time
 from pathlib import Path
 
@@ -142,4 +143,28 @@ def _fail_while_writing(folder: str) -> None:
 def test_a_failed_run_completes_the_checkpoint_in_progress(tmp_path: Path) -> None:
     with pytest.raises(RankFailed, match="enough"):
         run_ranks(_fail_while_writing, 2, str(tmp_path))
+    assert checkpoint_folder.read(tmp_path).record.progress.step == 2
+
+
+def _lose_the_writer(folder: str) -> None:
+    """Kill the writer of rank 1 after the first save."""
+    checkpoint = {"save": folder, "save_interval": 2, "async_save": True}
+    chosen = settings("ep2", checkpoint=checkpoint)
+    with parallel_of(chosen):
+        loop = start(chosen)
+
+        def kill() -> bool:
+            if loop.progress.step == 3 and torch.distributed.get_rank() == 1:
+                loop._saver.wait()
+                (writer,) = multiprocessing.active_children()
+                writer.kill()
+                writer.join()
+            return False
+
+        loop.run(kill)
+
+
+def test_a_lost_writer_ends_the_run_with_its_cause(tmp_path: Path) -> None:
+    with pytest.raises(RankFailed, match=r"checkpoints of rank 1 ended|connection|closed"):
+        run_ranks(_lose_the_writer, 2, str(tmp_path))
     assert checkpoint_folder.read(tmp_path).record.progress.step == 2

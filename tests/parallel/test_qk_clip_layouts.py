@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from moetron.moe.checkpoint.optimizer_state import leaves, mains
-from moetron.moe.layers.qk_clip import AttentionLogits
+from moetron.moe.optim.qk_clip import AttentionLogits
 from tests.parallel.support.checkpoint_runs import metrics, parallel_of, settings, start
 from tests.parallel.support.harness import run_ranks
 from tests.parallel.support.parity_suite import Suite

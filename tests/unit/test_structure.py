@@ -1,5 +1,6 @@
 """The rules of CONTRIBUTING.md and docs/architecture.md that a program can check."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ PYTHON_ROOTS = (*FOLDERS, "moetron", "tools", "tests", "examples", "docs")
 MODULE_LINES, TOOL_LINES, ENTRY_LINES, ROOM_FILES = 400, 120, 150, 15
 
 FLOORS = (
-    {"moetron/common", "moe/kernels"},
+    {"moetron/common", "moe/kernels", "moe/megatron"},
     {"moetron/common/watch", "tokenizers", "data/shards", "data/addressing"},
     {"data/readers", "data/objectives"},
     {"data/encoding", "data/corpora", "data/stream"},
@@ -24,9 +25,10 @@ FLOORS = (
     {"moe/config/rules"},
     {"moe/config"},
     {"moe/plan", "moe/host", "moe/numerics", "moe/optim"},
-    {"moe/routing"},
+    {"moe/routing", "moe/overlap"},
     {"moe/layers"},
-    {"moe/checkpoint/states"},
+    {"moe/encoder_decoder"},
+    {"moe/checkpoint/states", "moe/checkpoint/writer"},
     {"moe/checkpoint", "moe/health"},
     {"moe/monitoring"},
     {"moe/training"},
@@ -146,6 +148,78 @@ def test_huggingface_tokenizers_import_from_the_checkout(path_entry: str) -> Non
         check=True,
     )
     assert done.stdout.split() == ["tokenizers", "True"]
+
+
+VERSIONS = ROOT / "moe" / "megatron"
+QUESTIONS = ("hasattr", "getattr", "signature")
+
+
+def version_checks(program: str) -> list[str]:
+    """Return the calls and imports of a module by which it tells versions of megatron-core apart.
+
+    Its attributes, signatures and version number, optional imports, and the version of Python.
+    """
+    nodes = list(ast.walk(ast.parse(program)))
+    theirs = {
+        alias.asname or alias.name.split(".")[0]
+        for node in nodes
+        for alias in getattr(node, "names", [])
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        and (getattr(node, "module", None) or alias.name).startswith("megatron")
+    }
+
+    def is_theirs(node: ast.AST) -> bool:
+        names = [each.id for each in ast.walk(node) if isinstance(each, ast.Name)]
+        return bool(theirs.intersection(names))
+
+    found = []
+    for node in nodes:
+        if isinstance(node, ast.Call) and node.args:
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            optional = name != "getattr" or len(node.args) == 3
+            if name in QUESTIONS and optional and is_theirs(node.args[0]):
+                found.append(ast.unparse(node))
+            if name == "version" and "megatron" in ast.unparse(node.args[0]):
+                found.append(ast.unparse(node))
+        if isinstance(node, ast.Attribute) and (
+            node.attr == "version_info" or (node.attr == "__version__" and is_theirs(node.value))
+        ):
+            found.append(ast.unparse(node))
+        if isinstance(node, ast.Try):
+            found += [
+                ast.unparse(line)
+                for line in node.body
+                if isinstance(line, ast.Import | ast.ImportFrom)
+                and "megatron" in ast.unparse(line).split()[1]
+            ]
+    return found
+
+
+def test_one_room_knows_versions_of_megatron_core() -> None:
+    shown = {"metadata.version('megatron-core')"}  # by moetron --version
+    wrong = [
+        f"{path.relative_to(ROOT)}: {check}"
+        for path in [*modules(*FOLDERS, "moetron", "tools"), ROOT / "pretrain_moe.py"]
+        if path.parent != VERSIONS
+        for check in version_checks(path.read_text(encoding="utf-8"))
+        if check not in shown
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "from megatron.core import utils\nhasattr(utils, 'x')",
+        "import inspect\nfrom megatron.core import utils\ninspect.signature(utils.f).parameters",
+        "import megatron.core\nmegatron.core.__version__ > '0.17'",
+        "import importlib.metadata\nimportlib.metadata.version('megatron-core')",
+        "import sys\nif sys.version_info > (3, 12): pass",
+        "try:\n    from megatron.core import new\nexcept ImportError:\n    new = None",
+    ],
+)
+def test_version_checks_are_found(program: str) -> None:
+    assert version_checks(program)
 
 
 def test_no_type_checking_excuses() -> None:

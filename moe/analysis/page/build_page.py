@@ -18,6 +18,7 @@ from moetron.moe.analysis.page import stage_charts as stages
 from moetron.moe.analysis.page.charts import over_tokens
 from moetron.moe.analysis.page.routing_charts import of_routing
 from moetron.moe.analysis.page.runs import Run
+from moetron.moe.analysis.page.stack_answers import has_stacks, sentinel_words, stack_routing
 
 SHOWN_EXPERTS = 16
 """Experts per layer whose token ids are listed."""
@@ -45,7 +46,7 @@ def _content(runs: Sequence[Run]) -> dict[str, Any]:
             for run in runs
             for section in (
                 {"title": f"Is {run.name} healthy?", "rows": answers.health(run)},
-                {"title": f"How {run.name} routes", "rows": answers.routing(run)},
+                {"title": f"How {run.name} routes", "rows": _routing(run)},
                 {"title": f"How the stages of {run.name} differ", "rows": stages.answers(run)},
             )
             if section["rows"]
@@ -80,8 +81,14 @@ def _side_by_side(tables: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[A
     return [(name, [table.get(name) for table in tables]) for name in names]
 
 
+def _routing(run: Run) -> list[answers.Answer]:
+    return stack_routing(run) if has_stacks(run.analysis) else answers.routing(run)
+
+
 def _words(name: str, analysis: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the most frequent token ids of each expert of the last layer (OLMoE, 5.4)."""
+    if has_stacks(analysis):
+        return sentinel_words(name, analysis)
     place = len(analysis["layers"]) - 1
     experts = analysis["top_ids"]["input"][place]
     shares = [sum(share for _, share in ids) for ids in experts]

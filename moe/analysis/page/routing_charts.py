@@ -8,11 +8,14 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
 from moetron.moe.analysis.page.charts import bar, framed
+from moetron.moe.analysis.page.stack_answers import has_stacks
 from moetron.moe.analysis.specialization import token_class_entropy
 
 
 def of_routing(analysis: dict[str, Any]) -> list[go.Figure]:
     """Return every chart that an analysis has data for."""
+    if has_stacks(analysis):
+        return [_entropies(stack, found) for stack, found in analysis["stacks"].items()]
     layers = [f"layer {layer}" for layer in analysis["layers"]]
     places = range(len(layers))
     figures = []
@@ -38,6 +41,11 @@ def of_routing(analysis: dict[str, Any]) -> list[go.Figure]:
     if np.any(analysis["dropped_by_position"]):
         figures.append(_drops(analysis, layers))
     return figures
+
+
+def _entropies(stack: str, found: dict[str, Any]) -> go.Figure:
+    series = {"all tokens": found["entropy"], **token_class_entropy(found)}
+    return _by_layer(f"Routing entropy, {stack}", "nats", found["layers"], series)
 
 
 def _saturation(analysis: dict[str, Any], layers: list[str], top: str) -> go.Figure:

@@ -1,4 +1,4 @@
-"""Rules on data: blends, stages, objectives."""
+"""Rules on data: blends, stages, objectives, attention inside documents."""
 
 from collections.abc import Iterator
 
@@ -6,6 +6,8 @@ from moetron.common.data_path import data_path_problems
 from moetron.moe.config.rules.case import Case
 from moetron.moe.config.schema.data import StageSettings
 from moetron.moe.config.schema.field import flag_name
+
+_MASK = "--reset-attention-mask"
 
 
 def data(case: Case) -> Iterator[str]:
@@ -72,4 +74,62 @@ def bidirectional_prefix(case: Case) -> Iterator[str]:
         yield ("--bidirectional-prefix needs attention with a mask: use --attention-backend sdpa")
 
 
-RULES = (data, bidirectional_prefix)
+def documents(case: Case) -> Iterator[str]:
+    """Check settings that separate documents."""
+    data = case.settings.data
+    if not data.reset_attention_mask:
+        if data.reset_position_ids:
+            yield (
+                f"--reset-position-ids needs {_MASK}: without it a rotary distance to another "
+                "document would not be that of their positions; add it or leave this out"
+            )
+        return
+    objectives = {stage.objective for stage in data.planned_stages()}
+    if others := sorted(objectives - {"causal", "fim"}):
+        yield (
+            f"{_MASK} with --objective {' or '.join(others)}: such samples end their parts with "
+            "the end-of-document token, and would be cut there; use causal or fim"
+        )
+    if data.bidirectional_prefix:
+        yield f"{_MASK} and --bidirectional-prefix exclude each other: drop one"
+    yield from _attention(case)
+    yield from _transformer_engine(case)
+
+
+def _attention(case: Case) -> Iterator[str]:
+    """Check what the attention of either kind cannot do."""
+    model = case.settings.model
+    if case.local and model.attention_backend == "unfused":
+        yield f"{_MASK} needs attention with documents: use --attention-backend sdpa"
+    if case.settings.performance.cuda_graph_impl != "none":
+        yield (
+            f"{_MASK} and {case.given('cuda_graph_impl')} exclude each other: the number of "
+            "documents changes; use --cuda-graph-impl none"
+        )
+    if model.mtp_num_layers is not None and model.mtp_num_layers > 1:
+        yield (
+            f"{_MASK} with {case.given('mtp_num_layers')}: the mask of losses that cross documents "
+            "is exact for one module; use --mtp-num-layers 1"
+        )
+
+
+def _transformer_engine(case: Case) -> Iterator[str]:
+    """Check what megatron-core's packed sequences lack: it flattens a micro-batch to one row."""
+    if case.local:
+        return
+    parallel, training = case.settings.parallel, case.settings.training
+    remedy = "or --transformer-impl local"
+    if training.micro_batch_size > 1:
+        yield (
+            f"{_MASK} in layers of Transformer Engine with {case.given('micro_batch_size')}: its "
+            f"packed format has one row; use --micro-batch-size 1 {remedy}"
+        )
+    if parallel.context_parallel_size > 1:
+        yield (
+            f"{_MASK} in layers of Transformer Engine with "
+            f"{case.given('context_parallel_size')}: its documents must be padded to twice the "
+            f"ranks; use --context-parallel-size 1 {remedy}"
+        )
+
+
+RULES = (data, bidirectional_prefix, documents)

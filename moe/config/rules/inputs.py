@@ -95,6 +95,13 @@ def folders(case: Case) -> Iterator[str]:
         yield f"{case.given('save')} is a file: name a folder"
 
 
+def options(case: Case) -> Iterator[str]:
+    """Check files of options."""
+    options = case.settings.performance.tp_comm_overlap_cfg
+    if options is not None and not Path(options).is_file():
+        yield f"{case.given('tp_comm_overlap_cfg')}: no such file"
+
+
 def packages(case: Case) -> Iterator[str]:
     """Check optional packages."""
     logging = case.settings.logging
@@ -106,4 +113,4 @@ def packages(case: Case) -> Iterator[str]:
         yield f"{case.given('wandb_project')} needs the package wandb: install moetron[log]"
 
 
-RULES = (data, folders, packages)
+RULES = (data, folders, options, packages)

@@ -25,7 +25,7 @@ Word = Annotated[str, Field(coerce_numbers_to_str=True)]
 """Text; numbers in a recipe are converted."""
 DataPath = Annotated[list[LocalPath], AfterValidator(bare_prefixes)]
 """Shard prefixes, or pairs of weight and prefix."""
-ObjectiveName = Literal["causal", "prefix_lm", "ul2", "fim"]
+ObjectiveName = Literal["causal", "prefix_lm", "ul2", "fim", "span_corruption"]
 
 
 class StageLearningRate(Group):
@@ -75,7 +75,17 @@ class DataSettings(Group):
     """Base folder of relative prefixes; unset: the working directory."""
     objective: ObjectiveName = "causal"
     """Training objective: next-token prediction (causal), prediction of the second part of a text
-    from the first (prefix_lm), OpenMoE's mixture of denoisers (ul2) or fill-in-the-middle (fim)."""
+    from the first (prefix_lm), OpenMoE's mixture of denoisers (ul2), fill-in-the-middle (fim), or
+    T5's hidden spans (span_corruption). An encoder-decoder has span_corruption and prefix_lm."""
+    encoder_seq_length: PositiveInt | None = None
+    """Encoder-decoder: tokens of a sample that the encoder reads; the decoder reads the rest of
+    --seq-length."""
+    examples_per_sample: PositiveInt = 1
+    """span_corruption: texts that share a sample, in equal parts, and do not see each other."""
+    noise_density: float = Field(default=0.15, gt=0, lt=1)
+    """span_corruption: fraction of tokens hidden (T5: 0.15)."""
+    mean_noise_span_length: PositiveFloat = 3.0
+    """span_corruption: mean length of a hidden span (T5: 3)."""
     bidirectional_prefix: bool = False
     """Use bidirectional attention in the prefix of prefix_lm and ul2 samples; otherwise attention
     is causal."""
@@ -115,7 +125,14 @@ class DataSettings(Group):
     num_workers: NonNegativeInt = 0
     """Data-loading processes per rank; 0: the rank loads its own samples."""
     eod_mask_loss: bool = False
-    """Mask the loss on end-of-document tokens."""
+    """Mask the loss where the input is an end-of-document token: the prediction of the next
+    document's first token."""
+    reset_attention_mask: bool = False
+    """Restrict attention to the token's own document; a document ends with its end-of-document
+    token."""
+    reset_position_ids: bool = False
+    """Restart positions in each document. With --reset-attention-mask, which it needs, this changes
+    nothing beyond rounding: rotary positions only act as distances inside a document."""
 
     @field_validator("source_max_epochs")
     @classmethod

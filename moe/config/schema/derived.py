@@ -32,7 +32,9 @@ def ffn_type(model: ModelSettings) -> FfnType:
 
 def ffn_inner_matrices(model: ModelSettings) -> int:
     """Return the number of an FFN's matrices before its inner activation."""
-    return {"swiglu": 2, "geglu": 2, "gelu": 1, "relu": 1, "double_gated": 3}[ffn_type(model)]
+    return {"swiglu": 2, "geglu": 2, "geglu_tanh": 2, "gelu": 1, "relu": 1, "double_gated": 3}[
+        ffn_type(model)
+    ]
 
 
 def expert_ffn_size(settings: Settings) -> int:
@@ -40,8 +42,32 @@ def expert_ffn_size(settings: Settings) -> int:
     return settings.moe.moe_ffn_hidden_size or dense_ffn_size(settings.model)
 
 
+def stack_layers(model: ModelSettings) -> dict[str, range]:
+    """Return the layers of the encoder and of the decoder, or of the decoder only."""
+    encoder = model.encoder_num_layers
+    if encoder is None:
+        return {"decoder": range(model.num_layers)}
+    return {"encoder": range(encoder), "decoder": range(encoder, model.num_layers)}
+
+
+def stack_lengths(settings: Settings) -> dict[str, int]:
+    """Return the tokens of a sample that each stack reads."""
+    total, encoder = settings.model.seq_length, settings.data.encoder_seq_length
+    if settings.model.encoder_num_layers is None or encoder is None:
+        return {"decoder": total}
+    return {"encoder": encoder, "decoder": total - encoder}
+
+
+def tokens_of_layers(settings: Settings) -> list[int]:
+    """Return for each layer how many tokens of a sample it reads."""
+    lengths = stack_lengths(settings)
+    return [
+        lengths[stack] for stack, layers in stack_layers(settings.model).items() for _ in layers
+    ]
+
+
 def moe_layers(settings: Settings) -> list[bool]:
-    """Return for each layer whether it has experts."""
+    """Return for each layer whether it has experts; a pattern starts again in the decoder."""
     layers, moe = settings.model.num_layers, settings.moe
     frequency = moe.moe_layer_freq
     if moe.num_experts is None:
@@ -50,7 +76,9 @@ def moe_layers(settings: Settings) -> list[bool]:
         return [bool(flag) for flag in frequency]
     place = frequency - 1 if moe.moe_layer_position == "last" else 0
     dense = moe.first_k_dense_replace
-    return [layer >= dense and layer % frequency == place for layer in range(layers)]
+    stacks = stack_layers(settings.model).values()
+    numbers = [number for stack in stacks for number in range(len(stack))]
+    return [number >= dense and number % frequency == place for number in numbers]
 
 
 def routed_layers(settings: Settings) -> list[bool]:
@@ -210,7 +238,7 @@ def masks_losses(settings: Settings) -> bool:
     stages = data.planned_stages()
     filtered = data.eod_mask_loss or data.repetition_max_count is not None
     uneven = filtered or any(stage.objective != "causal" for stage in stages)
-    return uneven and not data.mock_data
+    return (uneven and not data.mock_data) or settings.model.encoder_num_layers is not None
 
 
 def expert_slots(

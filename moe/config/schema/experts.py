@@ -148,6 +148,11 @@ class MoESettings(Group):
     moe_eval_capacity_factor: Training[PositiveFloat | None] = None
     """Capacity factor in evaluation during training; unset: as in training. Generation and scoring
     (tools/generate.py, tools/evaluate.py) are dropless."""
+    moe_encoder_capacity_factor: Training[PositiveFloat | None] = None
+    """Capacity factor of an encoder-decoder's encoder; unset: --moe-expert-capacity-factor."""
+    moe_encoder_eval_capacity_factor: Training[PositiveFloat | None] = None
+    """The same in evaluation during training; unset: as --moe-encoder-capacity-factor, or without
+    that --moe-eval-capacity-factor."""
     moe_minimum_capacity: Training[NonNegativeInt] = 0
     """Minimum capacity of an expert (OpenMoE, ST-MoE: 4); a capacity of 0 is refused."""
     moe_capacity_includes_topk: Training[bool] = True

@@ -14,6 +14,7 @@ def beyond_transformer_engine(settings: Settings) -> list[str]:
     model, moe = settings.model, settings.moe
     used = {
         "ffn_type": derived.ffn_type(model) == "double_gated",
+        "encoder_num_layers": model.encoder_num_layers is not None,
         "norm_affine": not model.norm_affine,
         "moe_expert_multiplicative_bias": moe.moe_expert_multiplicative_bias,
         "moe_expert_dropout": moe.moe_expert_dropout > 0,

@@ -7,7 +7,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from moetron.moe.config.schema.field import Group, negative_flag
 from moetron.moe.config.schema.roles import Exported, Function, Shape, Training, Unexported
 
-FfnType = Literal["swiglu", "geglu", "gelu", "relu", "double_gated"]
+FfnType = Literal["swiglu", "geglu", "geglu_tanh", "gelu", "relu", "double_gated"]
 
 MOST_LAYERS = 100_000
 """More than any model has; lists of layers fit into memory."""
@@ -17,7 +17,10 @@ class ModelSettings(Group):
     """Shape and blocks of the transformer."""
 
     num_layers: Shape[PositiveInt] = Field(le=MOST_LAYERS)
-    """Number of transformer layers."""
+    """Number of transformer layers; of an encoder-decoder those of both stacks."""
+    encoder_num_layers: Shape[PositiveInt | None] = None
+    """Make the first layers the encoder of an encoder-decoder (T5), and the others its decoder with
+    cross-attention; unset: a decoder only."""
     hidden_size: Shape[PositiveInt]
     """Width of the residual stream (H)."""
     num_attention_heads: Shape[PositiveInt]
@@ -42,8 +45,13 @@ class ModelSettings(Group):
     qk_layernorm_scope: Shape[Literal["head", "full"]] = "head"
     """Scope of --qk-layernorm: each head's channels (Megatron), or the full projection before the
     head split (OLMoE)."""
-    position_embedding_type: Function[Literal["rope", "none"]] = "rope"
-    """Position embedding."""
+    position_embedding_type: Function[Literal["rope", "none", "relative"]] = "rope"
+    """Position embedding; relative: T5's biases of attention logits, one table for each stack of an
+    encoder-decoder."""
+    relative_attention_num_buckets: Shape[PositiveInt] = Field(default=32, ge=4, multiple_of=2)
+    """Relative biases per head (T5: 32)."""
+    relative_attention_max_distance: Function[PositiveInt] = 128
+    """Distance from which all relative biases are equal (T5: 128)."""
     rotary_base: Function[PositiveInt] = 10_000
     """Rotary base (theta)."""
     rotary_percent: Function[float] = Field(default=1.0, gt=0, le=1)
@@ -51,9 +59,10 @@ class ModelSettings(Group):
     swiglu: Shape[bool] = True
     """Use a gated FFN with SiLU, down(silu(gate x) * up x); otherwise down(gelu(up x))."""
     ffn_type: Shape[FfnType | None] = None
-    """Kind of dense and expert FFN: gated by SiLU or GELU (swiglu, geglu), two matrices with an
-    activation between them (gelu, relu), or OpenMoE's four, down(silu(gate x) * up x * linear x)
-    (double_gated); unset: swiglu or gelu, by --swiglu."""
+    """Kind of dense and expert FFN: gated by SiLU or GELU (swiglu, geglu; geglu_tanh: GELU's tanh
+    approximation, T5 1.1), two matrices with an activation between them (gelu, relu), or OpenMoE's
+    four, down(silu(gate x) * up x * linear x) (double_gated); unset: swiglu or gelu, by
+    --swiglu."""
     add_bias_linear: Shape[bool] = negative_flag(False, "disable-bias-linear")
     """Use biases in linear layers."""
     untie_embeddings_and_output_weights: Shape[bool] = True
@@ -83,6 +92,9 @@ class ModelSettings(Group):
     output_z_loss_coeff: Training[PositiveFloat | None] = None
     """Coefficient of the output z-loss: coefficient x (log Z)^2 per token, where Z is the sum of
     exp over its logits (PaLM, T5X's z_loss, OpenMoE: 1e-4); unset: none."""
+    label_smoothing: Training[float] = Field(default=0.0, ge=0, lt=1)
+    """Share of a training label that is spread over all other rows of the vocabulary; the logged
+    training loss contains it, evaluation does not."""
     hidden_dropout: Training[float] = Field(default=0.0, ge=0, lt=1)
     """Dropout on residual branches."""
     attention_dropout: Training[float] = Field(default=0.0, ge=0, lt=1)

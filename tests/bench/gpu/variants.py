@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
 from moetron.moe.config.command import load
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.host.usable import transformer_engine_fault
+from moetron.moe.routing.losses import forget_auxiliary_losses
 
 Found = TypeVar("Found")
 RECIPE = Path(__file__).parents[1] / "bench_gpu.yaml"
@@ -157,7 +157,7 @@ def _is_owner(thing: object) -> bool:
 
 def free() -> None:
     """Drop what megatron-core and Transformer Engine keep for the process, and unused memory."""
-    get_moe_layer_wise_logging_tracker().clear()
+    forget_auxiliary_losses()
     for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
         os.environ.pop(name, None)  # megatron-core sets them and refuses others later
     if torch.cuda.is_available():

@@ -13,11 +13,11 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.enums import ModelType
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker
 
 from moetron.moe.config.bridge import ddp_config, transformer_config
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.routing.expert_bias import finalize_gradients
+from moetron.moe.routing.losses import forget_auxiliary_losses
 from moetron.moe.routing.reinforce import ReinforceRouter
 from moetron.moe.routing.router import Router
 from moetron.moe.routing.router_types import router_class
@@ -129,7 +129,7 @@ def _run(case: Case) -> dict[str, Any]:
     model = DistributedDataParallel(config, ddp_config(settings), _Alone(router, config))
     count = SAMPLES // groups.dp.size() // case.micro_batch_size
     for _ in range(2 if case.previous else 1):
-        clear_aux_losses_tracker()
+        forget_auxiliary_losses()
         model.zero_grad_buffer()
         get_forward_backward_func()(
             forward_step_func=_forward,

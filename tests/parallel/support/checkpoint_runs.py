@@ -3,14 +3,17 @@
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed.checkpoint as dcp
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed import distributed_c10d
 
 from moetron.data.stream.mock_stream import MockStream
 from moetron.moe.checkpoint.random_states import seed_generators
 from moetron.moe.checkpoint.save_load import save_checkpoint
+from moetron.moe.checkpoint.writer.writer_process import WriterProcess
 from moetron.moe.config.schema.pipeline_split import virtual_pipeline_size
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.monitoring.sinks import MACHINE_METRICS
@@ -75,7 +78,10 @@ def start(chosen: Settings) -> Loop:
     """Return the loop of a run on this rank; call it inside ``parallel_of(chosen)``."""
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    runtime = Runtime(rank, ranks, torch.device("cpu"), groups)
+    # A run starts its writer before its groups: this one forgets those of the test.
+    with patch.object(distributed_c10d, "_world", distributed_c10d._World()):
+        writer = WriterProcess() if chosen.checkpoint.async_save else None
+    runtime = Runtime(rank, ranks, torch.device("cpu"), groups, writer)
     seed_generators(chosen.training.seed)
     stream = MockStream(chosen.training.seed, VOCABULARY, chosen.model.seq_length)
     validation = stream if chosen.validation.eval_iters else None

@@ -29,6 +29,7 @@ from megatron.core.transformer.moe import moe_utils
 
 from moetron.moe.host.adapt import adapt_host, restore_host
 from moetron.moe.host.device import backend_for
+from moetron.moe.routing.losses import forget_auxiliary_losses
 
 NVTE_SWITCHES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 
@@ -126,7 +127,7 @@ def model_parallel(seed: int = 1234, **sizes: int | None) -> Iterator[None]:
     parallel_state.initialize_model_parallel(**sizes)
     # Process-wide; a backward pass without a schedule leaves one of another shape.
     moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = None
-    moe_utils.get_moe_layer_wise_logging_tracker().clear()  # of another model's layers
+    forget_auxiliary_losses()  # of another model's layers
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     try:
         yield
@@ -197,7 +198,7 @@ def _rank_main(
                 message = {"result": function(*args)}
             torch.distributed.barrier()
             parallel_state.destroy_model_parallel()
-            moe_utils.get_moe_layer_wise_logging_tracker().clear()  # of another model's layers
+            forget_auxiliary_losses()  # of another model's layers
             torch.distributed.destroy_process_group()
         except BaseException:
             message = {"error": traceback.format_exc()}

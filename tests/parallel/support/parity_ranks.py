@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from moetron.data.stream.mock_stream import MockStream
@@ -48,6 +49,18 @@ class MaskedStream(MockStream):
         return sample
 
 
+class PackedStream(MaskedStream):
+    """Samples of documents, one of them a single token, and 0 to 2 tokens of padding."""
+
+    def __getitem__(self, n: int) -> dict[str, Any]:
+        sample = super().__getitem__(n)
+        padding, length = n % 3, self.seq_length
+        lengths = [1, 2 + n % 5, padding]
+        sample["loss_mask"][length - padding :] = 0
+        sample["documents"] = np.array([*lengths[:2], length - sum(lengths), padding])
+        return {**sample, "padding": padding}
+
+
 class _Rows:
     """Sink that keeps the compared metrics."""
 
@@ -70,6 +83,8 @@ class Run:
     settings: Settings
     weights: str
     write: bool = False
+    samples: type[MockStream] | None = None
+    """Unset: `PackedStream` with --reset-attention-mask, else `MaskedStream`."""
 
 
 def train(run: Run, steps: int, device: str) -> dict[str, Any]:
@@ -83,7 +98,8 @@ def train(run: Run, steps: int, device: str) -> dict[str, Any]:
     assert vocab_size is not None
     here = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
     trainer = build_trainer(settings, divide(settings, torch.device(here)), vocab_size)
-    stream = MaskedStream(settings.training.seed, vocab_size, settings.model.seq_length)
+    default = PackedStream if settings.data.reset_attention_mask else MaskedStream
+    stream = (run.samples or default)(settings.training.seed, vocab_size, settings.model.seq_length)
     state = trainer.chunks, trainer.optimizer, settings, stream.state()
     if run.write:
         save_checkpoint(Path(run.weights), Progress(), *state)

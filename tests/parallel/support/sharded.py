@@ -28,7 +28,9 @@ def _shards(model: Sequence[torch.nn.Module], read: Read) -> Iterator[ShardedTen
                 continue
             if not isinstance(entry.data, torch.nn.Parameter):
                 continue  # a buffer
-            yield from _pieces(replace(entry, data=read(entry.data)))
+            data = read(entry.data)
+            cast = {"dtype": data.dtype} if isinstance(entry, ShardedTensor) else {}
+            yield from _pieces(replace(entry, data=data, **cast))
 
 
 def _pieces(entry: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,13 +11,16 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker
-from megatron.core.utils import get_batch_on_this_cp_rank
+from megatron.core.transformer.module import Float16Module
+from megatron.core.utils import unwrap_model
 
 from moetron.moe.config.bridge import ddp_config, transformer_config
 from moetron.moe.config.schema.settings import Settings
-from moetron.moe.layers.build_model import build_model
+from moetron.moe.encoder_decoder.build_stacks import build
+from moetron.moe.encoder_decoder.relative_bias import finalize_stack_gradients
+from moetron.moe.host.context_parallel import own_chunks
 from moetron.moe.routing.expert_bias import finalize_gradients
+from moetron.moe.routing.losses import forget_auxiliary_losses
 from moetron.moe.routing.routing_record import RoutingRecorder
 from tests.parallel.support.auxiliary import read_auxiliary_losses
 from tests.parallel.support.harness import model_parallel, run_ranks
@@ -57,6 +61,11 @@ class Case:
     moe: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     attention: dict[str, Any] = field(default_factory=dict)
+    performance: dict[str, Any] = field(default_factory=dict)
+    bf16: bool = False
+    data: dict[str, Any] = field(default_factory=dict)
+    segments: tuple[int, ...] | None = None
+    """Of every sample of an encoder-decoder, [SEQUENCE]."""
     micro_batch_size: int = 1
     steps: int = 1
     """Gradients are those of the last step; no step changes the weights."""
@@ -69,7 +78,9 @@ def _settings(case: Case) -> Settings:
             "attention": case.attention,
             "moe": {**MOE, **case.moe},
             "parallel": case.parallel,
-            "precision": {"bf16": False},
+            "performance": case.performance,
+            "data": case.data,
+            "precision": {"bf16": case.bf16},
             "training": {
                 "train_iters": 1,
                 "micro_batch_size": case.micro_batch_size,
@@ -87,12 +98,22 @@ def _micro_batches(size: int) -> Iterator[torch.Tensor]:
     return iter(tokens.split(size)[rank :: parallel_state.get_data_parallel_world_size()])
 
 
-def _forward_step(batches: Iterator[torch.Tensor], model: torch.nn.Module) -> Any:
+def _forward_step(
+    segments: tuple[int, ...] | None,
+    batches: Iterator[torch.Tensor],
+    model: torch.nn.Module,
+    return_schedule_plan: bool = False,
+) -> Any:
     tokens = next(batches)
+    stacks: dict[str, Any] = {}
+    if segments is not None:
+        stacks = {"segments": torch.tensor(segments).expand(len(tokens), -1)}
     batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:]}
     positions = torch.arange(SEQUENCE).expand(len(tokens), -1)
-    batch = get_batch_on_this_cp_rank({**batch, "positions": positions})
-    losses = model(batch["tokens"], batch["positions"], None, labels=batch["labels"])
+    group = parallel_state.get_context_parallel_group()
+    batch = {name: own_chunks(x, 1, group) for name, x in {**batch, "positions": positions}.items()}
+    run = unwrap_model(model).build_schedule_plan if return_schedule_plan else model
+    losses = run(batch["tokens"], batch["positions"], None, labels=batch["labels"], **stacks)
 
     def loss_sum(losses: torch.Tensor) -> Any:
         count = torch.tensor(losses.numel(), dtype=torch.int)
@@ -109,6 +130,8 @@ def _run_case(case: Case, weights: dict[str, torch.Tensor] | None) -> dict[str, 
     settings = _settings(case)
     config = transformer_config(settings)
     config.finalize_model_grads_func = finalize_gradients
+    if settings.model.encoder_num_layers is not None:
+        config.finalize_model_grads_func = finalize_stack_gradients
     sizes = {
         name: getattr(config, name)
         for name in (
@@ -125,7 +148,7 @@ def _run_case(case: Case, weights: dict[str, torch.Tensor] | None) -> dict[str, 
         stage, stages = groups.pp.rank(), groups.pp.size()
         virtual = config.virtual_pipeline_model_parallel_size
         chunks = [
-            build_model(
+            build(
                 settings,
                 config,
                 VOCABULARY,
@@ -137,17 +160,18 @@ def _run_case(case: Case, weights: dict[str, torch.Tensor] | None) -> dict[str, 
         ]
         if weights is not None:
             fill(chunks, weights)
-        model = [DistributedDataParallel(config, ddp_config(settings), chunk) for chunk in chunks]
+        cast = [Float16Module(config, chunk) if case.bf16 else chunk for chunk in chunks]
+        model = [DistributedDataParallel(config, ddp_config(settings), chunk) for chunk in cast]
         data_ranks = groups.dp.size()
         micro_batches = SAMPLES // data_ranks // case.micro_batch_size
         with RoutingRecorder(model, settings) as recorder:
             for _ in range(case.steps):
                 recorder.reset()
-                clear_aux_losses_tracker()
+                forget_auxiliary_losses()
                 for chunk in model:
                     chunk.zero_grad_buffer()
                 outputs = get_forward_backward_func()(
-                    forward_step_func=_forward_step,
+                    forward_step_func=partial(_forward_step, case.segments),
                     data_iterator=[_micro_batches(case.micro_batch_size) for _ in model],
                     model=model,
                     num_microbatches=micro_batches,

@@ -1,5 +1,7 @@
 """Compatibility of a checkpoint with the settings that load it."""
 
+from dataclasses import replace
+from importlib import metadata
 from typing import Any
 
 import pytest
@@ -70,6 +72,31 @@ def test_another_architecture_does_not_fit(group: str, change: dict[str, Any], f
     changed = {"checkpoint": {"finetune": True}, group: change}
     [problem] = differences(record(settings()), settings(**changed), STREAM)
     assert problem == f"  - {flag}"
+
+
+@pytest.mark.parametrize(
+    ("wrote", "installed", "fits"),
+    [
+        ("0.16.1", "0.19.2", True),
+        ("0.19.3", "0.19.2", True),
+        ("0.19.2", "0.16.1", False),
+        ("0.20.0rc1", "0.19.2", False),
+        ("of no release", "0.19.2", True),
+    ],
+)
+def test_runs_go_forward_to_newer_releases_of_megatron_core(
+    monkeypatch: pytest.MonkeyPatch, wrote: str, installed: str, fits: bool
+) -> None:
+    monkeypatch.setattr(metadata, "version", {"megatron-core": installed}.get)
+    saved = replace(record(settings()), versions={"megatron-core": wrote})
+    problems = differences(saved, settings(), STREAM)
+    if fits:
+        assert not problems
+    else:
+        [problem] = problems
+        assert f"megatron-core {installed}: the checkpoint was written with {wrote}" in problem
+        assert "or --finetune" in problem
+        assert not differences(saved, settings(checkpoint={"finetune": True}), STREAM)
 
 
 def test_all_differences_at_once() -> None:

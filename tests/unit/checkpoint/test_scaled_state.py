@@ -52,9 +52,10 @@ class FusedAdam(torch.optim.Optimizer):
         master_weight_dtype: torch.dtype = torch.float32,
         use_decoupled_grad: bool = False,
         store_param_remainders: bool = False,
+        capturable: bool = False,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
-        assert adam_w_mode and master_weights and use_decoupled_grad
+        assert adam_w_mode and master_weights and use_decoupled_grad and not capturable
         self.dtypes = {
             "exp_avg": exp_avg_dtype,
             "exp_avg_sq": exp_avg_sq_dtype,

@@ -20,7 +20,8 @@ def names(text: str) -> set[str]:
 
 SHAPES = {
     "model": names(
-        """num_layers hidden_size num_attention_heads num_query_groups kv_channels ffn_hidden_size
+        """num_layers encoder_num_layers relative_attention_num_buckets hidden_size
+        num_attention_heads num_query_groups kv_channels ffn_hidden_size
         ffn_type normalization norm_affine qk_layernorm qk_layernorm_scope swiglu add_bias_linear
         untie_embeddings_and_output_weights mtp_num_layers"""
     ),
@@ -36,7 +37,10 @@ SHAPES = {
     ),
 }
 FUNCTIONS = {
-    "model": names("position_embedding_type rotary_base rotary_percent norm_epsilon"),
+    "model": names(
+        """position_embedding_type relative_attention_max_distance rotary_base rotary_percent
+        norm_epsilon"""
+    ),
     "attention": names(
         """softmax_scale rope_type rotary_scaling_factor original_max_position_embeddings beta_fast
         beta_slow mscale mscale_all_dim"""
@@ -53,7 +57,7 @@ UNEXPORTED = {
         """init_method init_method_cutoff init_method_scale embedding_init_method_std
         query_init_folds_scale scaled_output_init hidden_dropout attention_dropout
         make_vocab_size_divisible_by transformer_impl attention_backend mtp_num_layers
-        mtp_loss_scaling_factor output_z_loss_coeff"""
+        mtp_loss_scaling_factor output_z_loss_coeff label_smoothing"""
     ),
     "attention": LOGITS,
     "moe": names(
@@ -61,6 +65,7 @@ UNEXPORTED = {
         moe_expert_dropout moe_router_load_balancing_type moe_aux_loss_coeff moe_z_loss_coeff
         moe_input_jitter_eps moe_global_aux_loss_counts moe_aux_loss_first_choice_only
         moe_capacity_scope moe_expert_capacity_factor moe_eval_capacity_factor moe_minimum_capacity
+        moe_encoder_capacity_factor moe_encoder_eval_capacity_factor
         moe_capacity_includes_topk moe_pad_expert_input_to_capacity moe_token_drop_policy
         moe_token_dispatcher_type moe_grouped_gemm moe_experts_impl moe_shared_expert_overlap"""
     ),
@@ -72,6 +77,7 @@ CARRIED_EXPERTS = names(
     moe_router_temperature moe_router_final_temperature moe_router_anneal_samples
     moe_aux_loss_coeff moe_aux_loss_first_choice_only moe_global_aux_loss_counts moe_z_loss_coeff
     moe_input_jitter_eps moe_expert_capacity_factor moe_eval_capacity_factor moe_minimum_capacity
+    moe_encoder_capacity_factor moe_encoder_eval_capacity_factor
     moe_capacity_includes_topk moe_capacity_scope moe_pad_expert_input_to_capacity
     moe_token_drop_policy moe_token_dispatcher_type moe_grouped_gemm
     moe_shared_expert_intermediate_size moe_shared_expert_gate moe_expert_multiplicative_bias
@@ -90,11 +96,15 @@ CARRIED_MODEL = names(
     """num_layers hidden_size num_attention_heads num_query_groups kv_channels ffn_hidden_size
     normalization norm_affine qk_layernorm add_bias_linear init_method_std init_method
     embedding_init_method_std mtp_num_layers mtp_loss_scaling_factor output_z_loss_coeff
+    label_smoothing
     hidden_dropout attention_dropout transformer_impl attention_backend"""
 )
 CARRIED_PERFORMANCE = names(
     """cross_entropy_loss_fusion cross_entropy_fusion_impl moe_permute_fusion moe_router_fusion
-    moe_router_padding_for_quantization cuda_graph_impl cuda_graph_warmup_steps"""
+    moe_router_padding_for_quantization cuda_graph_impl cuda_graph_warmup_steps
+    overlap_moe_expert_parallel_comm ep_overlap_early_attn_memory_release delay_wgrad_compute
+    tp_comm_overlap tp_comm_overlap_ag tp_comm_overlap_rs tp_comm_overlap_rs_dgrad
+    tp_comm_bulk_dgrad tp_comm_bulk_wgrad tp_comm_bootstrap_backend"""
 )
 REPLACED_PERFORMANCE = names(
     """bias_dropout_fusion masked_softmax_fusion gradient_accumulation_fusion

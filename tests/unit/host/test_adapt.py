@@ -12,6 +12,7 @@ from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.optimizer import clip_grads, get_megatron_optimizer
 from megatron.core.pipeline_parallel import schedules
+from megatron.core.pipeline_parallel.utils import ScheduleNode, get_comm_stream, set_streams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import data as parallel_data
 from megatron.core.tensor_parallel import layers as parallel_layers
@@ -29,6 +30,7 @@ from moetron.moe.config.schema.settings import Settings
 from moetron.moe.host.adapt import ADAPTATIONS, EVERYWHERE, adapt_host, restore_host
 from moetron.moe.layers.build_model import build_model
 from tests.parallel.support.harness import RankFailed, model_parallel, run_ranks
+from tests.unit.host.prediction_scenario import prediction_losses
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is adapted on a GPU")
 
@@ -88,6 +90,17 @@ def _dispatch() -> None:
         assert tokens[:, 0].tolist() == ([1, 11] if rank == 0 else [0, 2, 10, 12])
     combined = dispatcher.token_combine(dispatcher.combine_preprocess(tokens))
     assert torch.equal(dispatcher.combine_postprocess(combined), hidden)
+
+
+def _combined_schedule() -> None:
+    set_streams()
+    event = torch.cuda.Event()
+    node = ScheduleNode(lambda x: 2 * x, get_comm_stream(), event, free_input=True)
+    given = torch.ones(3, requires_grad=True)
+    with torch.cuda.nvtx.range("forward"):
+        out = node.forward(given)
+    assert out.tolist() == [2, 2, 2] and given.untyped_storage().size() == 0
+    assert node.backward(torch.ones(3)).tolist() == [2, 2, 2]
 
 
 def _random_states() -> None:
@@ -192,11 +205,6 @@ def _causal_masks() -> None:
     assert window.sum() == 4
 
 
-def _loss_tracker() -> None:
-    moe_utils.track_moe_metrics(1.0, 0, force_initialize=True, track_names=["z_loss"], num_layers=2)
-    assert moe_utils.get_moe_layer_wise_logging_tracker()["z_loss"]["values"].tolist() == [0, 0]
-
-
 def _schedule() -> None:
     config = _config(num_moe_experts=None, bf16=False, params_dtype=torch.float32)
     model = torch.nn.Linear(2, 1)
@@ -238,6 +246,14 @@ def _discarded_outputs() -> None:
     torch.testing.assert_close(x.grad, torch.sin(2 * x.detach()))
 
 
+def _recomputed_storage() -> None:
+    def load_inline(**_: Any) -> None:
+        raise AssertionError("compiles")
+
+    parallel_random.load_inline = load_inline
+    _discarded_outputs()
+
+
 def _output_layer() -> None:
     config = _config(gradient_accumulation_fusion=True)
     layer = tensor_parallel.ColumnParallelLinear(
@@ -261,6 +277,7 @@ SCENARIOS: dict[str, tuple[Callable[[], None], int]] = {
     "current_device": (_current_device, 1),
     "tensor_cuda": (_broadcast, 1),
     "cuda_streams": (_dispatch, 1),
+    "combined_schedule": (_combined_schedule, 1),
     "random_states": (_random_states, 1),
     "rotary_chunks": (_rotary_chunks, 2),
     "latent_attention": (_latent_attention, 1),
@@ -268,6 +285,8 @@ SCENARIOS: dict[str, tuple[Callable[[], None], int]] = {
     "eager_router": (_router_with_bias, 1),
     "discarded_outputs": (_discarded_outputs, 1),
     "output_layer": (_output_layer, 1),
+    "recomputed_storage": (_recomputed_storage, 1),
+    "prediction_losses": (prediction_losses, 1),
     "split_sizes": (_dispatch, 2),
     "uneven_gather": (_gather_uneven, 2),
     "schedule_scalars": (_schedule, 1),
@@ -275,7 +294,6 @@ SCENARIOS: dict[str, tuple[Callable[[], None], int]] = {
     "optimizer_scalars": (_optimizer_scalars, 1),
     "parameter_types": (_parameter_types, 1),
     "causal_masks": (_causal_masks, 1),
-    "loss_tracker": (_loss_tracker, 1),
     "broadcast_sizes": (_broadcast, 1),
     "checkpoint_exchange": (_checkpoint_exchange, 1),
 }
@@ -293,26 +311,28 @@ def test_every_adaptation_has_a_scenario() -> None:
     assert SCENARIOS.keys() == ADAPTATIONS.keys()
 
 
+def _has_patches(name: str) -> bool:
+    restore_host([name])
+    return bool(ADAPTATIONS[name]())
+
+
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_needed_and_sufficient(name: str) -> None:
+    if name in (*EVERYWHERE, "recomputed_storage") and not run_ranks(_has_patches, 1, name)[0]:
+        pytest.skip("the installed version of megatron-core does not need it")
     run_ranks(_play, SCENARIOS[name][1], name, True)
     with pytest.raises(RankFailed):
         run_ranks(_play, SCENARIOS[name][1], name, False)
 
 
 def _originals() -> list[Any]:
-    return [
-        torch.cuda.current_device,
-        torch.cuda.Stream,
-        torch.Tensor.cuda,
-        schedules.forward_backward_no_pipelining.__code__,
-        getattr(moe_utils, "te_general_gemm", "absent"),
-    ]
+    cuda = [torch.cuda.current_device, torch.cuda.Stream, torch.Tensor.cuda]
+    schedule = schedules.forward_backward_no_pipelining.__code__
+    return [*cuda, schedule, tensor_parallel.CheckpointWithoutOutput.__init__.__defaults__]
 
 
 def _apply_twice_and_undo() -> None:
     before = _originals()
-    assert before[-1] == "absent"
     adapt_host()
     once = _originals()
     assert all(new is not old for new, old in zip(once, before, strict=True))
@@ -329,27 +349,23 @@ def test_nothing_on_import_idempotent_and_undone() -> None:
 def _pretend_cuda() -> None:
     """With CUDA, functions of torch and megatron-core that name it are not patched."""
     torch.cuda.is_available = lambda: True
-    before = _originals()
+    before, have_te = _originals(), multi_latent_attention.HAVE_TE
     adapt_host()
     after = _originals()
-    assert after[:-1] == before[:-1] and after[-1] is None
-    assert not multi_latent_attention.HAVE_TE
+    assert after[:-1] == before[:-1] and after[-1] == (None,)
+    assert moe_utils.te_general_gemm is None and not multi_latent_attention.HAVE_TE
     assert not tensor_parallel.CheckpointWithoutOutput().fp8
     restore_host()
-    assert _originals() == before and multi_latent_attention.HAVE_TE
+    assert _originals() == before and have_te == multi_latent_attention.HAVE_TE
 
 
 def test_bugs_of_megatron_core_are_fixed_with_cuda_too() -> None:
-    assert set(EVERYWHERE) == {
-        "router_gemm",
-        "latent_attention",
-        "discarded_outputs",
-        "output_layer",
-    }
+    known = "router_gemm latent_attention discarded_outputs output_layer prediction_losses"
+    assert set(EVERYWHERE) == set(known.split())
     run_ranks(_pretend_cuda, 1)
 
 
-@pytest.mark.parametrize("name", EVERYWHERE)
+@pytest.mark.parametrize("name", [name for name in EVERYWHERE if name != "prediction_losses"])
 def test_a_fix_leaves_present_packages_alone(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(parallel_random, "HAVE_TE", True)
     monkeypatch.setattr(multi_latent_attention, "TELinear", torch.nn.Linear)
@@ -359,10 +375,10 @@ def test_a_fix_leaves_present_packages_alone(monkeypatch: pytest.MonkeyPatch, na
 
 
 def _skip_one() -> None:
-    adapt_host(skip={"router_gemm"})
-    assert not hasattr(moe_utils, "te_general_gemm")
+    adapt_host(skip={"discarded_outputs"})
+    assert tensor_parallel.CheckpointWithoutOutput.__init__.__defaults__ == (False,)
     adapt_host()
-    assert moe_utils.te_general_gemm is None
+    assert tensor_parallel.CheckpointWithoutOutput.__init__.__defaults__ == (None,)
 
 
 def test_skip() -> None:

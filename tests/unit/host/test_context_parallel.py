@@ -1,11 +1,18 @@
 """Chunks of context-parallel ranks, against megatron-core's batches."""
 
+import inspect
+
 import pytest
 import torch
 from megatron.core import parallel_state
 from megatron.core.utils import get_batch_on_this_cp_rank
 
-from moetron.moe.host.context_parallel import chunks_of_rank, from_rank_order, gather_sequence
+from moetron.moe.host.context_parallel import (
+    chunks_of_rank,
+    from_rank_order,
+    gather_sequence,
+    own_chunks,
+)
 from tests.parallel.support.harness import model_parallel, run_ranks
 
 
@@ -20,11 +27,20 @@ def test_order_inverts_the_sharding(ranks: int) -> None:
     assert [held[place] for place in from_rank_order(ranks)] == list(range(2 * ranks))
 
 
+def _options() -> dict[str, bool]:
+    """Return what megatron-core 0.19 also asks for."""
+    hybrid = "is_hybrid_cp" in inspect.signature(get_batch_on_this_cp_rank).parameters
+    return {"is_hybrid_cp": False} if hybrid else {}
+
+
 def _gather() -> tuple[torch.Tensor, torch.Tensor]:
     positions = torch.arange(12.0).view(1, 12)
     with model_parallel(context_parallel_size=2):
         group = parallel_state.get_context_parallel_group()
-        local = get_batch_on_this_cp_rank({"x": positions}, group)["x"].view(6, 1).requires_grad_()
+        own = own_chunks(positions, 1, group)
+        theirs = get_batch_on_this_cp_rank({"x": positions}, cp_group=group, **_options())["x"]
+        assert torch.equal(own, theirs)
+        local = own.view(6, 1).requires_grad_()
         sequence = gather_sequence(local, group)
         (sequence * positions.view(12, 1) * (group.rank() + 1)).sum().backward()
     assert local.grad is not None

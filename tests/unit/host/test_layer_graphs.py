@@ -72,28 +72,37 @@ SHAPE = {
 
 def _replayed(
     layer: TransformerLayer,
-    replays: list[int],
+    replays: list[tuple[int, bool]],
     *arguments: Any,
     is_first_microbatch: bool,
     **more: Any,
 ) -> Any:
     """Stand for a graph: run what was captured; only tensors that it had may come."""
     assert all(value is None or isinstance(value, torch.Tensor) for value in more.values())
-    replays.append(layer.layer_number)
+    replays.append((layer.layer_number, layer.is_moe_layer))
     # megatron-core passes a mask of zeros, which Transformer Engine's causal attention ignores.
     assert not more["attention_mask"].any()
     rotary = more["rotary_pos_emb"]
     return layer._te_cuda_graph_capture(*arguments, attention_mask=None, rotary_pos_emb=rotary)
 
 
-def test_losses_with_graphs_are_those_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers take megatron-core's way around captured attention, and a capture leaves no trace."""
-    expected = train(make(**SHAPE), 4)
-    replays: list[int] = []
+@pytest.mark.parametrize("scope", [["attn"], ["attn", "mlp"]], ids=" ".join)
+def test_losses_with_graphs_are_those_without(
+    monkeypatch: pytest.MonkeyPatch, scope: list[str]
+) -> None:
+    """Layers take megatron-core's way around captured parts, and a capture leaves no trace.
+
+    Of the two layers the first is dense, so that with mlp its graph returns the layer's output.
+    """
+    shape = {**SHAPE, "first_k_dense_replace": 1, "ffn_hidden_size": 16}
+    expected = train(make(**shape), 4)
+    replays: list[tuple[int, bool]] = []
+    captured: list[int] = []
 
     def capture(layers: Any, samples: Any, sample_kwargs: Any, **_: Any) -> list[Any]:
         for layer, sample, more in zip(layers, samples, sample_kwargs, strict=True):
             (output,) = layer(*sample, **more)  # as Transformer Engine warms up
+            captured.append(len(layer._get_submodules_under_cudagraphs()))
             parameters = [p for p in layer.parameters() if p.requires_grad]
             torch.autograd.grad(output.sum(), [*sample, *parameters], allow_unused=True)
         return [partial(_replayed, layer, replays) for layer in layers]
@@ -105,9 +114,16 @@ def test_losses_with_graphs_are_those_without(monkeypatch: pytest.MonkeyPatch) -
     for module in (cuda_graphs, sys.modules[TransformerLayer.__module__]):
         monkeypatch.setattr(module, "is_te_min_version", lambda *_: True)
     monkeypatch.setattr(device, "_check_again", lambda *_: None)  # a rule asks for a GPU
-    graphs = {"cuda_graph_impl": "transformer_engine", "cuda_graph_warmup_steps": 2}
-    found = train(make(**SHAPE, **graphs), 4)
-    assert replays == [1, 2] * 4  # two micro-batches in each of the last two steps
+    graphs = {
+        "cuda_graph_impl": "transformer_engine",
+        "cuda_graph_warmup_steps": 2,
+        "cuda_graph_scope": scope,
+    }
+    found = train(make(**shape, **graphs), 4)
+    # Two micro-batches in each of the last two steps.
+    assert replays == [(1, False), (2, True)] * 4
+    dense, sparse = captured
+    assert dense - sparse == 2 * ("mlp" in scope)  # a norm and an FFN
     for row, other in zip(found, expected, strict=True):
         for name in ("lm_loss", "grad_norm"):
             assert row[name] == other[name], name

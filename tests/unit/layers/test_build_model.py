@@ -1,15 +1,15 @@
 """The model built from settings."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt import GPTModel, gpt_layer_specs
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.dot_product_attention import DotProductAttention
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -22,6 +22,7 @@ from moetron.moe.layers.attention import SdpaAttention
 from moetron.moe.layers.build_model import build_model, count_built
 from moetron.moe.layers.experts import GroupedExperts
 from moetron.moe.layers.norm import FullWidthRMSNorm, LayerNorm, RMSNorm
+from moetron.moe.megatron.version_differences import submodules_of
 from moetron.moe.routing.router import Router
 from tests.parallel.support.harness import model_parallel
 
@@ -157,11 +158,19 @@ class _Kernels(LocalSpecProvider):
 
     linear = column_parallel_layer_norm_linear = LocalSpecProvider.column_parallel_linear
 
-    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
+    def layer_norm(self, *_: bool, **__: bool) -> type:
         return RMSNorm
 
-    def grouped_mlp_modules(self, *_: bool) -> tuple[type, MLPSubmodules]:
-        return TEGroupedMLP, MLPSubmodules()
+    def grouped_mlp_modules(self, *arguments: bool, **_: bool) -> Any:
+        if len(arguments) == 2:  # megatron-core 0.16.1
+            return TEGroupedMLP, None
+        return partial(TEGroupedMLP, submodules=None)
+
+
+def _built_by(spec: Any) -> type:
+    """Return the class that a spec of either version of megatron-core builds."""
+    built = spec.func if isinstance(spec, partial) else spec.module
+    return getattr(built, "__self__", built)  # of the method of a class
 
 
 @pytest.mark.parametrize(
@@ -179,11 +188,10 @@ def test_experts_in_layers_of_transformer_engine(
     monkeypatch.setattr(gpt_layer_specs, "TESpecProvider", _Kernels, raising=False)
     monkeypatch.setattr(specs, "uses_transformer_engine", lambda _: True)
     settings = _settings(TINY, {"num_experts": 4, "moe_layer_freq": [0, 1, 0], **moe})
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    layers = specs._layers(settings, transformer_config(settings), groups)
+    layers = specs._layers(settings, transformer_config(settings))
     feed_forward = [layer.submodules.mlp for layer in layers]
-    assert [part.module for part in feed_forward] == [MLP, MoELayer, MLP]
-    assert feed_forward[1].submodules.experts.module is expected
+    assert [_built_by(part) for part in feed_forward] == [MLP, MoELayer, MLP]
+    assert _built_by(submodules_of(feed_forward[1]).experts) is expected
 
 
 def test_missing_transformer_engine() -> None:
@@ -207,8 +215,9 @@ def test_a_layer_spec_that_omits_a_block_is_an_error(
     """As megatron-core's specs of Transformer Engine did with OpenMoE's blocks."""
 
     class PlainLayer(TransformerLayer):
-        def __init__(self, *args: Any, extra_mlp: Any, ffn_hidden_size: int, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            extra = ("extra_mlp", "extra_submodules", "ffn_hidden_size")
+            super().__init__(*args, **{n: x for n, x in kwargs.items() if n not in extra})
 
     plain = {"TransformerLayer": PlainLayer, "GroupedExperts": GroupedExperts}
     double = {**TINY, "ffn_type": "double_gated"}

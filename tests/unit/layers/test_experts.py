@@ -192,10 +192,10 @@ def _save_and_load(folder: str, ours_first: bool) -> None:
         for parameter in target.parameters():
             torch.nn.init.zeros_(parameter)
         # megatron-core's own writer would leave a server process running.
-        contents = Contents(copied=False)
+        contents = Contents()
         saved_state = source.sharded_state_dict(prefix="mlp.experts.")
         dist_checkpointing.save(saved_state, folder, sharded_strategy=contents)
-        contents.write(Path(folder), None)
+        contents.write(Path(folder))
         state = dist_checkpointing.load(target.sharded_state_dict(prefix="mlp.experts."), folder)
         prefix = "mlp.experts."
         target.load_state_dict({key.removeprefix(prefix): state[key] for key in state})

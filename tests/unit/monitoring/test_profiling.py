@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.pipeline_parallel import schedules
+from megatron.core.pipeline_parallel import combined_1f1b, schedules
 
 from moetron.moe.monitoring import profiling
-from moetron.moe.monitoring.trace_ranges import EXCHANGE, MODULES
+from moetron.moe.monitoring.trace_ranges import EXCHANGE, MODULES, named_parts
 from moetron.moe.training.loop import Loop
 from tests.parallel.support.checkpoint_runs import metrics, run
 from tests.parallel.support.checkpoint_runs import settings as run_settings
@@ -54,6 +54,19 @@ def test_without_ranges_nothing_is_named(tmp_path: Path) -> None:
     (name,) = _run(tmp_path, **TRACE, profile_step_end=2)
     names = [event["name"] for event in _events(tmp_path / "profile" / name)]
     assert "step 2" in names and "router" not in names
+
+
+def test_passes_of_the_combined_schedule_have_one_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins for the pass and the optimizer."""
+
+    class Optimizer:
+        def step_with_ready_grads(self) -> None: ...
+
+    name = "combined_forward_backward_step"
+    monkeypatch.setattr(combined_1f1b, name, lambda: None)
+    with named_parts([], Optimizer()), torch.profiler.profile() as profile:
+        combined_1f1b.combined_forward_backward_step()
+    assert "forward and backward" in [event.name for event in profile.events()]
 
 
 def test_a_profile_leaves_no_patch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -225,6 +225,17 @@ def test_uneven_stages_have_the_given_layers() -> None:
     assert "stage layers  3, 1" in render(chosen, 16, 2, 0)
 
 
+def test_the_combined_schedule_has_one_more_chunk_in_flight() -> None:
+    """Two stages of two virtual ones: half of a stage's layers."""
+    layout = {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}
+    plain = settings({"num_layers": 4}, {}, **layout)
+    chosen = plain.performance.model_copy(update={"overlap_moe_expert_parallel_comm": True})
+    overlapped = plain.model_copy(update={"performance": chosen})
+    more, less = (memory_per_rank(each, 16, 2, 1).activations for each in (overlapped, plain))
+    # Of the last stage 1 micro-batch, and (2 - 1) / (2 x 2) of it for the interleaving.
+    assert more == less * (1.25 + 0.5) / 1.25
+
+
 @pytest.mark.parametrize(
     ("name", "peak"),
     [

@@ -30,6 +30,7 @@ PUBLISHED: dict[str, tuple[float, float | None, float]] = {
     "qwen3_30b_a3b": (30.5e9, 3.35e9, 2e-3),  # the card truncates to 3.3
     "deepseek_v2_lite": (15.7e9, None, 1e-3),  # 2.4 B active leaves vocabulary matrices out
     "deepseek_v3": (671e9, 37.6e9, 2e-3),  # the paper truncates to 37
+    "st_moe_base": (700_641_024, None, 0),  # tests/unit/encoder_decoder/test_stack_counts.py
     # Decoders of encoder-decoders, by hand below.
     "gshard": (39_392_266_240, None, 0),
     "st_moe_l": (2_035_817_472, None, 0),

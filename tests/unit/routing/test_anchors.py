@@ -5,18 +5,18 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker
 from router_cases import hidden_states, make_router
 from router_cases import parallel_state as parallel_state
 
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.plan.published_coefficients import CONVENTIONS, balance_coefficient
+from moetron.moe.routing.losses import forget_auxiliary_losses
 from moetron.moe.routing.router import Router
 from tests.parallel.support.auxiliary import read_auxiliary_losses
 
 
 def _losses(router: Router, **moe: Any) -> dict[str, float]:
-    clear_aux_losses_tracker()
+    forget_auxiliary_losses()
     router(hidden_states().abs())
     settings = Settings.model_validate(
         {

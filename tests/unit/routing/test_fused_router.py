@@ -16,6 +16,8 @@ from tests.unit.routing.router_cases import (
 
 TOPK = moe_utils.topk_routing_with_score_function
 SCORES = moe_utils.compute_routing_scores_for_aux_loss
+UNUSED = {"fused", "router_replay", "dense_output", "precomputed_indices"}
+"""Of replay, and in 0.19 of inference and of quantile balancing."""
 CASES: tuple[dict[str, Any], ...] = (
     {"moe_router_pre_softmax": True, "moe_router_topk_scaling_factor": 2.5},
     {"moe_router_num_groups": 3, "moe_router_group_topk": 2},
@@ -46,7 +48,7 @@ def test_the_fused_functions_get_all_arguments(
 
     def topk(logits: torch.Tensor, topk: int, **arguments: Any) -> Any:
         called.append("topk")
-        wanted = set(inspect.signature(TOPK).parameters) - {"fused", "router_replay"}
+        wanted = set(inspect.signature(TOPK).parameters) - UNUSED
         assert {"logits", "topk", *arguments} == wanted
         return TOPK(logits, topk, **arguments)
 

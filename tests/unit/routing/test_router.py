@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker
 
 from moetron.moe.config.bridge import transformer_config
 from moetron.moe.config.schema.settings import Settings
+from moetron.moe.routing.losses import forget_auxiliary_losses
 from moetron.moe.routing.router import Router
 from moetron.moe.routing.routing_record import RoutingRecorder, RoutingSummary
 from tests.parallel.support.auxiliary import read_auxiliary_losses
@@ -22,7 +22,7 @@ EXPERTS, TOKENS = 8, 32
 @pytest.fixture(autouse=True)
 def _parallel_state() -> Iterator[None]:
     with model_parallel():
-        clear_aux_losses_tracker()
+        forget_auxiliary_losses()
         yield
 
 
@@ -208,6 +208,18 @@ def test_gradients_equal_the_formula(per_token: bool) -> None:
     (0.1 * balance + 0.01 * z).mul(TOKENS if per_token else 1).backward()
     assert weight.grad is not None
     torch.testing.assert_close(router.weight.grad.float(), weight.grad, rtol=2e-2, atol=1e-3)
+
+
+def test_layers_of_multi_token_prediction_follow_the_decoder() -> None:
+    """megatron-core 0.19 numbers them from 1 and says so; 0.16.1 passes their place."""
+    config = transformer_config(_settings())
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    numbers = []
+    for is_mtp_layer in (False, True):
+        router = Router(config, pg_collection=groups, is_mtp_layer=is_mtp_layer)
+        router.set_layer_number(1)
+        numbers.append(router.layer_number)
+    assert numbers == [1, 1 + config.num_layers]
 
 
 def test_recomputed_passes_have_the_weight_of_their_micro_batch() -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from moetron.moe.config import bridge
+from moetron.moe.megatron.version_differences import captured_modules
 from tests.unit.config.config_cases import found, make
 from tests.unit.host.stand_ins import pretend_kernels
 
@@ -128,7 +129,14 @@ PADDING = {"moe_router_padding_for_quantization": True}
         ({**GRAPHS, "cuda_graph_impl": "local"}, "local is not supported: use transformer_engine"),
         ({**GRAPHS, "te": False}, "needs Transformer Engine's layers on a GPU"),
         ({**GRAPHS, "transformer_impl": "local"}, "needs Transformer Engine's layers on a GPU"),
-        ({**GRAPHS, "cuda_graph_scope": ["attn", "moe_router"]}, "outside the graph: use attn"),
+        (
+            {**GRAPHS, "cuda_graph_scope": ["attn", "moe_router"]},
+            "scope moe_router: a replay would",
+        ),
+        ({**GRAPHS, "cuda_graph_scope": ["moe"]}, "--cuda-graph-scope moe: it includes the router"),
+        ({**GRAPHS, "cuda_graph_scope": ["full_iteration"]}, "the host decides in every step"),
+        ({**GRAPHS, "cuda_graph_scope": ["ffn"]}, "--cuda-graph-scope ffn: unknown: use attn or"),
+        ({**GRAPHS, "cuda_graph_scope": ["mlp"]}, "captures dense layers, and there are none"),
         ({**GRAPHS, "bf16": False}, "needs --bf16: megatron-core captures bf16 inputs"),
         (
             {**GRAPHS, "hidden_dropout": 0.1},
@@ -160,6 +168,7 @@ def test_a_rule_is_reported_alone(changes: dict[str, Any], expected: str) -> Non
         {**OFFLOAD, "optimizer_offload_fraction": 0.5},
         GRAPHS,
         {**GRAPHS, "cuda_graph_scope": ["attn"], "cuda_graph_warmup_steps": 1},
+        {**GRAPHS, "cuda_graph_scope": ["attn", "mlp"], "moe_layer_freq": [0, 1, 1, 1]},
     ],
 )
 def test_allowed(changes: dict[str, Any]) -> None:
@@ -247,5 +256,9 @@ def test_graphs_reach_megatron_core(monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = {"bf16": True, "cuda_graph_impl": "transformer_engine", "cuda_graph_warmup_steps": 5}
     config = bridge.transformer_config(make(**graphs), True)
     assert config.cuda_graph_impl == "transformer_engine" and config.cuda_graph_warmup_steps == 5
-    assert [scope.name for scope in config.cuda_graph_scope] == ["attn"]
+    (field,) = captured_modules([])
+    assert [scope.name for scope in getattr(config, field)] == ["attn"]
+    dense = {**graphs, "cuda_graph_scope": ["attn", "mlp"], "moe_layer_freq": [0, 1, 1, 1]}
+    both = getattr(bridge.transformer_config(make(**dense), True), field)
+    assert [scope.name for scope in both] == ["attn", "mlp"]
     assert bridge.transformer_config(make(), True).cuda_graph_impl == "none"

@@ -14,6 +14,8 @@ from moetron.data.objectives.causal import Causal
 from moetron.data.objectives.fim import FillInTheMiddle, FimOptions
 from moetron.data.objectives.objective import Objective
 from moetron.data.objectives.prefix_lm import PrefixLM
+from moetron.data.objectives.span_corruption import SpanCorruption
+from moetron.data.objectives.split_text import SplitText
 from moetron.data.objectives.ul2 import UL2
 from moetron.data.stream.stages import Stage, StagedStream
 from moetron.data.stream.token_stream import training_stream
@@ -31,6 +33,10 @@ class Plan:
     fim_prefix_token: str = "<extra_id_3>"
     fim_middle_token: str = "<extra_id_4>"
     fim_suffix_token: str = "<extra_id_5>"
+    encoder_seq_length: int | None = None
+    examples_per_sample: int = 1
+    noise_density: float = 0.15
+    mean_noise_span_length: float = 3.0
 
 
 def made(objective: Objective, raw: np.ndarray, key: str, length: int) -> tuple:
@@ -69,7 +75,7 @@ def test_fim_documents_can_be_recovered(ends: set[int], key: str, rate: float) -
     raw = [END if place in ends else 10 + place for place in range(397)]
     objective = FillInTheMiddle(403, END, replace(OPTIONS, rate=rate))
     assert objective.windowing.advances == (397,)
-    (kind, prefix), row, mask = made(objective, np.array(raw, np.uint16), key, 403)
+    (kind, prefix, _), row, mask = made(objective, np.array(raw, np.uint16), key, 403)
     assert row[0] == END and prefix == 0
     filled = int(mask.sum())
     assert (mask[:filled] == 1).all() and (row[1 + filled :] == END).all()
@@ -110,7 +116,7 @@ def test_every_raw_token_of_an_infilling_run_has_loss_once(make_shard) -> None:
 @given(length=st.integers(2, 60), key=st.text(max_size=4))
 def test_a_prefix_lm_predicts_what_follows_its_prefix(length: int, key: str) -> None:
     raw = np.arange(100, 101 + length)
-    (_, prefix), row, mask = made(PrefixLM(length), raw, key, length)
+    (_, prefix, _), row, mask = made(PrefixLM(length), raw, key, length)
     assert row.tolist() == raw.tolist()
     assert 1 <= prefix < length
     targets = row[1:][mask == 1]
@@ -146,6 +152,10 @@ def test_objectives_by_name() -> None:
     }
     ul2 = build_objective("ul2", 2048, tokenizer, plan)
     assert isinstance(ul2, UL2) and ul2.examples == 4  # 126 sentinels are too few for one text
+    stacks = Plan(encoder_seq_length=512)
+    spans = build_objective("span_corruption", 626, tokenizer, stacks)
+    assert isinstance(spans, SpanCorruption) and spans.raw_tokens == 568
+    assert isinstance(build_objective("prefix_lm", 626, tokenizer, stacks), SplitText)
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from moetron.moe.config.bridge import transformer_config
 from moetron.moe.config.schema.settings import Settings
-from moetron.moe.layers import qk_clip
 from moetron.moe.layers.build_model import build_model
-from moetron.moe.layers.qk_clip import AttentionLogits, clip_factors, largest_logits, row_factors
+from moetron.moe.optim import qk_clip
+from moetron.moe.optim.qk_clip import AttentionLogits, clip_factors, largest_logits, row_factors
 from tests.parallel.support.harness import model_parallel
 
 

@@ -1,0 +1,1 @@
+"""Process that writes a rank's checkpoints, and the memory that it shares with the rank."""

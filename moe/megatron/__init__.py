@@ -1,0 +1,1 @@
+"""What differs between the supported versions of megatron-core."""

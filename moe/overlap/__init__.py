@@ -1,0 +1,1 @@
+"""Parts of layers that schedules need to overlap communication with computation."""
