@@ -230,7 +230,10 @@ class Reruns:
         """Make the event and the ending of a step that was run again; collective."""
         machine = self._machine
         assert machine is not None
-        saves, exits, code = ends
+        _, exits, code = ends
+        # After a fault megatron-core 0.16 saves too, 0.19 does not: its device may have damaged
+        # more than gradients.
+        saves = machine.state == RerunState.WILL_RERUN_FROM_CHECKPOINT
         mine = None
         if machine.failed_validation_call is not None:
             elsewhere = state == RerunState.RERUNNING_FROM_CHECKPOINT
