@@ -33,6 +33,10 @@ rows, from 0 (moe/layers/document_attention.py); samples with ``padding`` add pa
 PER_SAMPLE = ("source", "objective", "prefix", "filtered")
 """Fields with one value per sample."""
 
+WEIGHTS = ("loss_weight", "loss_count")
+"""Optional fields, float32 [b, S]: weights of losses, and what their sum is divided by the sum of;
+``loss_mask`` for both if absent."""
+
 _Arrays = dict[str, np.ndarray]
 """A batch in NumPy."""
 
@@ -205,6 +209,10 @@ class _Samples(Dataset[_Arrays]):
             name: np.stack([np.asarray(row[name]) for row in rows])
             for name in ("tokens", "labels", "loss_mask")
         }
+        for name in WEIGHTS:
+            if any(name in row for row in rows):
+                none = self._padding["loss_mask"]
+                batch[name] = np.stack([np.asarray(row.get(name, none)) for row in rows])
         for name in PER_SAMPLE:
             batch[name] = np.array([int(row[name]) for row in rows])
         if any("padding" in row for row in rows):
