@@ -27,7 +27,7 @@ FLOORS = (
     {"moe/routing"},
     {"moe/layers"},
     {"moe/checkpoint/states"},
-    {"moe/checkpoint", "moe/health"},
+    {"moe/checkpoint", "moe/health", "moe/preference"},
     {"moe/monitoring"},
     {"moe/training"},
     {"moe/inference", "moe/verify", "moe/convert/families"},

@@ -25,6 +25,7 @@ from tests.parallel.support.harness import run_each
 from tests.parallel.support.sharded import assemble, local_moments
 
 METRICS = ("lm_loss", "grad_norm", "aux_loss", "z_loss", "dropped_fraction", "loss_tokens")
+METRICS += ("preference_loss", "margin", "accuracy")
 
 
 class MaskedStream(MockStream):
