@@ -141,6 +141,7 @@ def open_chat_streams(settings: Settings, vocab_size: int, tokenizer: Tokenizer)
             seed,
             chosen.sft_packing,
             chosen.sft_loss_normalisation,
+            pairs=chosen.preference_loss is not None,
         )
         refuse_ids_outside(stream.token_shards, vocab_size)
         return stream

@@ -69,6 +69,8 @@ class ChatStream:
                 f"--seq-length {seq_length}: {'a pair' if group > 1 else 'a conversation'} has "
                 f"{longest} tokens; use at least that, or prepare again with a smaller --max-length"
             )
+        self.reference: np.ndarray | None = None
+        """Log-probability of each conversation under the reference model, float32."""
         self._epoch, self._rows = -1, list[list[int]]()
         self._prepare(0)
         self.rows_per_epoch = len(self._rows)
@@ -137,7 +139,30 @@ class ChatStream:
         }
         if self._normalisation == "sample":
             sample |= {"loss_weight": weight, "loss_count": count}
+        if self.group == 2:
+            sample |= self._pairs(found, documents)
         return sample
+
+    @property
+    def conversation_count(self) -> int:
+        """Return the number of conversations."""
+        return len(self._places)
+
+    def _pairs(self, found: list[int], documents: list[int]) -> dict[str, Any]:
+        """Return what a loss on pairs needs: arrays [S] by conversation or by position."""
+        numbers, conversation = np.zeros(self._length, np.int64), np.zeros(self._length, np.int64)
+        numbers[: len(found)] = found
+        place = np.repeat(np.arange(len(found)), documents)
+        conversation[: len(place)] = place
+        known = np.zeros(self._length, np.float32)
+        if self.reference is not None:
+            known[: len(found)] = self.reference[found]
+        return {
+            "conversation": conversation,
+            "numbers": numbers,
+            "reference": known,
+            "pairs": len(found) // 2,
+        }
 
     @property
     def token_shards(self) -> list[Shard]:
@@ -174,11 +199,15 @@ def open_chats(
     seed: int | None,
     packed: bool = True,
     normalisation: Normalisation = "token",
+    pairs: bool = False,
 ) -> ChatStream:
-    """Open shards of chats, in place of a data path; arguments as of `ChatStream`.
+    """Open shards of chats, or of ``pairs``, in place of a data path; see `ChatStream`.
 
     Raises:
-        UserError: a shard cannot be used.
+        UserError: a shard cannot be used, or is of another kind.
     """
     shards = [ChatShard(prefix, fingerprint) for prefix in prefixes]
-    return ChatStream(shards, seq_length, pad, seed, packed, normalisation)
+    for shard in shards:
+        if pairs and shard.description["kind"] != "pairs":
+            raise UserError(f"{shard.prefix}: no pairs; prepare it with --kind pairs")
+    return ChatStream(shards, seq_length, pad, seed, packed, normalisation, 2 if pairs else 1)

@@ -29,7 +29,12 @@ Batch = dict[str, torch.Tensor]
 Samples with ``documents`` add cu_seqlens: int32 [D + 1], the ends of all documents in the flattened
 rows, from 0 (moe/layers/document_attention.py); samples with ``padding`` add padding: int64 [b];
 samples of an encoder-decoder add segments: int64 [b, S].
+Pairs add `BY_CONVERSATION`, and conversation: int64 [b, S], each position's number in its sample.
 """
+
+BY_CONVERSATION = ("numbers", "reference", "pairs")
+"""Fields of pairs that are not by position: number of each conversation and its log-probability
+under the reference, [b, S] with zeros behind the last one; pairs of each sample, int64 [b]."""
 
 PER_SAMPLE = ("source", "objective", "prefix", "filtered")
 """Fields with one value per sample."""
@@ -228,6 +233,13 @@ class _Samples(Dataset[_Arrays]):
             **dict.fromkeys(PER_SAMPLE, 0),
         }
 
+        self._no_pairs = {
+            "conversation": np.zeros(seq_length, np.int64),
+            "numbers": np.zeros(seq_length, np.int64),
+            "reference": np.zeros(seq_length, np.float32),
+            "pairs": np.int64(0),
+        }
+
     def __getitem__(self, numbers: Sequence[int]) -> _Arrays:
         rows = [self._padding if n == PADDING else self._stream[n] for n in numbers]
         batch = {
@@ -243,6 +255,9 @@ class _Samples(Dataset[_Arrays]):
                 batch[name] = np.stack([np.asarray(row.get(name, none)) for row in rows])
         for name in PER_SAMPLE:
             batch[name] = np.array([int(row[name]) for row in rows])
+        for name, zeros in self._no_pairs.items():
+            if any(name in row for row in rows):
+                batch[name] = np.stack([np.asarray(row.get(name, zeros)) for row in rows])
         if any("padding" in row for row in rows):
             batch["padding"] = np.array([int(row.get("padding", 0)) for row in rows])
         if any("documents" in row for row in rows):

@@ -1,9 +1,16 @@
 """Construction of the trainer and the loop on one rank."""
 
+import io
+import json
 import logging
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any, cast
 
+import numpy as np
+
+from moetron.common.errors import UserError
+from moetron.common.files import atomic_file, sha256_of
 from moetron.moe.checkpoint import run_folder as checkpoint_folder
 from moetron.moe.checkpoint.collective_checks import fall_back
 from moetron.moe.checkpoint.compatibility import starts_run
@@ -18,15 +25,17 @@ from moetron.moe.monitoring.peak_flops import peak_of_rank
 from moetron.moe.monitoring.sinks import JsonLines, Sink, open_sinks
 from moetron.moe.optim.qk_clip import AttentionLogits
 from moetron.moe.routing.routing_record import RoutingRecorder
+from moetron.moe.training.evaluate import reference_log_probs
 from moetron.moe.training.loop import Loop
 from moetron.moe.training.model_chunks import build_chunks
 from moetron.moe.training.optimizer import build_optimizer
 from moetron.moe.training.rollback import rolled_back_position
 from moetron.moe.training.runtime import Runtime
-from moetron.moe.training.sample_stream import Streams
+from moetron.moe.training.sample_stream import PairStream, Streams
 from moetron.moe.training.start_record import FILE, describe
 from moetron.moe.training.trainer import Trainer
 
+REFERENCE = "reference_log_probs.npz"
 logger = logging.getLogger(__name__)
 
 
@@ -65,6 +74,8 @@ def build_loop(trainer: Trainer, streams: Streams) -> Loop:
     if progress.step > 0:  # of a checkpoint, with its position
         folder = checkpoint_folder.find(Path(str(settings.checkpoint.load)))
         progress, rollbacks = rolled_back_position(folder, progress)
+    if settings.adaptation.preference_loss is not None:
+        set_references(trainer, streams, resumes=progress.step > 0)
     peak = peak_of_rank(settings, runtime.device)
     sinks: list[Sink] = []
     if runtime.is_main:
@@ -83,3 +94,38 @@ def build_loop(trainer: Trainer, streams: Streams) -> Loop:
         loop.health.rollbacks = max(loop.health.rollbacks, rollbacks)
         loop.health.reruns.resume(folder.parent, progress.step)
     return loop
+
+
+def set_references(trainer: Trainer, streams: Streams, resumes: bool) -> None:
+    """Give all streams the reference's log-probabilities: of the weights that the run starts from.
+
+    They are computed once, and kept in ``SAVE/reference_log_probs.npz`` with the hash of the
+    checkpoint that they are of, for a run that resumes. Collective over all ranks.
+
+    Raises:
+        UserError: a resumed run has none, or they are of other pairs.
+    """
+    options = trainer.settings.checkpoint
+    path = None if options.save is None else Path(options.save) / REFERENCE
+    named = {"training": streams.training, "validation": streams.validation}
+    pairs = {n: cast(PairStream, stream) for n, stream in named.items() if stream is not None}
+    identity = json.dumps({n: stream.state() for n, stream in pairs.items()}, sort_keys=True)
+    found: dict[str, np.ndarray] = {}
+    if resumes:
+        if path is None or not path.is_file():
+            raise UserError(f"--save: a resumed run with preferences needs its {REFERENCE} there")
+        with np.load(path, allow_pickle=False) as kept:
+            if str(kept["identity"]) != identity:
+                raise UserError(f"{path}: of other pairs than --data-path; start a new run")
+            found = {n: kept[n] for n in pairs}
+    for name, stream in pairs.items():
+        stream.reference = found[name] if resumes else reference_log_probs(trainer, stream)
+        found[name] = stream.reference
+    if path is not None and not resumes and trainer.runtime.is_main:
+        folder = None if options.load is None else checkpoint_folder.find(Path(options.load))
+        of = "random weights" if folder is None else sha256_of(folder / "SHA256SUMS")
+        content = io.BytesIO()
+        arrays: dict[str, Any] = {"identity": np.array(identity), "checkpoint": np.array(of)}
+        np.savez(content, **{**arrays, **found})
+        with atomic_file(path) as file:
+            file.write(content.getvalue())

@@ -3,7 +3,9 @@
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 
 from moetron.common.watch import activity
@@ -11,8 +13,8 @@ from moetron.moe.config.schema.pipeline_split import virtual_pipeline_size
 from moetron.moe.training.batches import Batch, micro_batch_numbers, micro_batches
 from moetron.moe.training.loss_tally import Losses, Tally
 from moetron.moe.training.model_chunks import needs_samples, parameters_gathered, set_training
-from moetron.moe.training.sample_stream import SampleStream
-from moetron.moe.training.step import run_schedule
+from moetron.moe.training.sample_stream import PairStream, SampleStream
+from moetron.moe.training.step import BatchIterators, loss_function, run_schedule
 from moetron.moe.training.trainer import Trainer
 
 
@@ -39,11 +41,7 @@ def evaluate(trainer: Trainer, stream: SampleStream) -> Losses:
         else None
         for chunk in trainer.chunks
     ]
-    set_training(trainer.chunks, False)
-    with parameters_gathered(trainer.chunks, settings), torch.no_grad():
-        loss = partial(_report, tally)
-        reports = run_schedule(trainer, batches, len(numbers), loss, forward_only=True)
-    set_training(trainer.chunks, True)
+    reports = _forward_only(trainer, batches, len(numbers), partial(_report, trainer, tally))
     total = tally.zeros(runtime.device)
     if runtime.holds_loss:
         total += torch.stack(reports).sum(0)
@@ -53,12 +51,61 @@ def evaluate(trainer: Trainer, stream: SampleStream) -> Losses:
     return tally.read(total)
 
 
+def _forward_only(
+    trainer: Trainer, batches: BatchIterators, count: int, loss: Any
+) -> list[torch.Tensor]:
+    """Run forward passes over ``count`` micro-batches in evaluation mode; return the reports."""
+    set_training(trainer.chunks, False)
+    with parameters_gathered(trainer.chunks, trainer.settings), torch.no_grad():
+        reports = run_schedule(trainer, batches, count, loss, forward_only=True)
+    set_training(trainer.chunks, True)
+    return reports
+
+
 def _report(
-    tally: Tally, batch: Batch, losses_BS: torch.Tensor
+    trainer: Trainer, tally: Tally, batch: Batch, losses_BS: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (0, 0, the sums of one micro-batch)."""
     nothing = losses_BS.new_zeros(())
-    return nothing, nothing.int(), tally.count(batch, losses_BS)
+    _, _, sums = loss_function(trainer)(tally, batch, losses_BS)
+    return nothing, nothing.int(), sums
+
+
+@activity.doing("reference")
+def reference_log_probs(trainer: Trainer, stream: PairStream) -> np.ndarray:
+    """Return the log-probability of each conversation under the current weights: float32 [N].
+
+    In the micro-batches of training's first epoch, so that the first steps see the same bits. The
+    model runs once and no second copy of it is held. Collective over all ranks.
+    """
+    settings, runtime = trainer.settings, trainer.runtime
+    size, count = settings.training.micro_batch_size, stream.rows_per_epoch
+    stride = size * runtime.dp_size
+    if virtual_pipeline_size(settings) is not None:
+        stride *= runtime.groups.pp.size()
+    padded = -(-count // stride) * stride
+    numbers = list(micro_batch_numbers(0, count, size, runtime.dp_rank, runtime.dp_size, padded))
+    batches = [
+        micro_batches(stream, settings.model.seq_length, numbers, device=runtime.device)
+        for _ in trainer.chunks
+    ]
+    found = torch.zeros(stream.conversation_count, dtype=torch.float64, device=runtime.device)
+
+    def collect(batch: Batch, losses_BS: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        # Of this context rank's positions: the all-reduce below adds the others'.
+        length = batch["reference"].shape[1]
+        own = (-losses_BS * batch["loss_mask"]).new_zeros(len(losses_BS), length)
+        own = own.scatter_add(1, batch["conversation"], -losses_BS * batch["loss_mask"])
+        used = torch.arange(length, device=own.device) < 2 * batch["pairs"][:, None]
+        if runtime.holds_loss:
+            found.index_add_(0, batch["numbers"][used], own[used].double())
+        nothing = losses_BS.new_zeros(())
+        return nothing, nothing.int(), nothing
+
+    _forward_only(trainer, batches, len(numbers), collect)
+    # All-reduce over all ranks: each last-stage rank holds the sums of its samples and positions.
+    torch.distributed.all_reduce(found)
+    return found.float().cpu().numpy()
 
 
 @dataclass(frozen=True)

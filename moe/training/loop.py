@@ -215,6 +215,7 @@ class Loop:
             row["source_tokens"] = losses.tokens_by_source
         if len(stream.objective_names) > 1:
             row["objective_losses"] = losses.by_objective
+        row |= losses.preferences
         if self.trainer.settings.data.repetition_max_count is not None:
             row["filtered_tokens"] = losses.filtered_tokens
         return row
@@ -253,6 +254,7 @@ class Loop:
                     "source_losses": result.by_source,
                     "tokens_evaluated": result.tokens,
                     **bits,
+                    **result.preferences,
                 }
             )
 

@@ -3,12 +3,15 @@
 Shape suffixes: B samples of a micro-batch, S positions on this rank.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from moetron.moe.preference.pair_losses import METRICS
 from moetron.moe.training.batches import Batch
 from moetron.moe.training.sample_stream import SampleStream
+
+_PAIR_COLUMNS = 2
 
 
 @dataclass(frozen=True)
@@ -25,10 +28,14 @@ class Losses:
     tokens_by_source: dict[str, int]
     filtered_tokens: int
     """Tokens of samples whose loss is masked because of repetition."""
+    preferences: dict[str, float] = field(default_factory=dict)
+    """Means over pairs of the `METRICS` of pair_losses.py; empty without them."""
 
 
 class Tally:
-    """Sums in float64 [3, sources + objectives]: losses, loss tokens, filtered tokens.
+    """Sums in float64 [3, sources + objectives + 2]: losses, loss tokens, filtered tokens.
+
+    The last two columns hold the metrics of pairs and their number.
 
     Every sample counts in the column of its source and in that of its objective. A rank holds the
     sums of its samples or, with context parallelism, of its positions; only ranks with
@@ -40,7 +47,7 @@ class Tally:
 
     def zeros(self, device: torch.device) -> torch.Tensor:
         """Return zero sums."""
-        columns = len(self.source_names) + len(self._objectives)
+        columns = len(self.source_names) + len(self._objectives) + _PAIR_COLUMNS
         return torch.zeros(3, columns, dtype=torch.float64, device=device)
 
     def count(self, batch: Batch, losses_BS: torch.Tensor) -> torch.Tensor:
@@ -53,6 +60,13 @@ class Tally:
         sums.index_add_(1, batch["objective"] + len(self.source_names), rows_3B)
         return sums
 
+    def count_pairs(
+        self, sums: torch.Tensor, values_5BP: torch.Tensor, pairs: torch.Tensor
+    ) -> None:
+        """Add the metrics of a micro-batch's pairs, and their number, to ``sums``."""
+        totals = torch.cat([values_5BP.detach().sum((1, 2)), pairs[None]])
+        sums[:, -_PAIR_COLUMNS:] += totals.view(_PAIR_COLUMNS, 3).T
+
     def read(self, sums: torch.Tensor) -> Losses:
         """Return the losses for sums over all ranks."""
         count, sums = len(self.source_names), sums.cpu()
@@ -63,10 +77,16 @@ class Tally:
             losses / max(tokens, 1.0),
             int(tokens),
             by_source,
-            _means(self._objectives, sums[:, count:]),
+            _means(self._objectives, sums[:, count : count + len(self._objectives)]),
             {name: n for name, n in zip(self.source_names, source_tokens, strict=True) if n},
             int(filtered),
+            _pair_means(sums[:, -_PAIR_COLUMNS:]),
         )
+
+
+def _pair_means(columns: torch.Tensor) -> dict[str, float]:
+    *totals, pairs = columns.T.flatten().tolist()
+    return {n: total / pairs for n, total in zip(METRICS, totals, strict=True)} if pairs else {}
 
 
 def _means(names: list[str], sums: torch.Tensor) -> dict[str, float]:

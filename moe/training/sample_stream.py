@@ -42,6 +42,19 @@ class SampleStream(Protocol):
         ...
 
 
+class PairStream(SampleStream, Protocol):
+    """Pairs of conversations, with the reference's log-probabilities in every sample."""
+
+    rows_per_epoch: int
+    reference: np.ndarray | None
+    """float32, by number of conversation."""
+
+    @property
+    def conversation_count(self) -> int:
+        """Return the number of conversations."""
+        ...
+
+
 class StreamFrom:
     """Samples of another stream from number ``first``, renumbered from 0."""
 

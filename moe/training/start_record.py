@@ -194,10 +194,10 @@ def _chats(settings: Settings) -> str:
     packing = "packed" if chosen.sft_packing else "one in a sample"
     balance = f"x {moe.moe_aux_loss_coeff:g}" if moe.moe_aux_loss_coeff else "off"
     z_loss = f"x {moe.moe_z_loss_coeff:g}" if moe.moe_z_loss_coeff else "off"
-    return (
-        f"{packing}, loss on answers, mean over the {chosen.sft_loss_normalisation}s of a global "
-        f"batch; balance loss {balance}, z-loss {z_loss}"
-    )
+    loss = f"loss on answers, mean over the {chosen.sft_loss_normalisation}s of a global batch"
+    if chosen.preference_loss is not None:
+        loss = f"{chosen.preference_loss}, beta {chosen.preference_beta:g}, mean over pairs"
+    return f"{packing}, {loss}; balance loss {balance}, z-loss {z_loss}"
 
 
 def _saves(settings: Settings) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.utils import unwrap_model
+from torch.distributed import ProcessGroup
 
 from moetron.common.watch import activity
 from moetron.moe.health.monitor import HealthMonitor
@@ -25,7 +26,8 @@ from moetron.moe.layers.document_attention import packed_parameters, places_in_d
 from moetron.moe.layers.language_model import LanguageModel
 from moetron.moe.numerics.scaled_matmul import expire_weights
 from moetron.moe.optim.update import clip_and_update, norm_of, prepare_gradients
-from moetron.moe.training.batches import PER_SAMPLE, Batch, Replay
+from moetron.moe.preference.pair_losses import Preference, pair_losses, sums_of_conversations
+from moetron.moe.training.batches import BY_CONVERSATION, PER_SAMPLE, Batch, Replay
 from moetron.moe.training.loss_tally import Losses, Tally
 from moetron.moe.training.optimizer import scale_rows, set_learning_rate
 from moetron.moe.training.step_metrics import (
@@ -100,7 +102,8 @@ def _passes(
     if trainer.logits is not None:
         trainer.logits.reset()
     # Gradients are reduced when this returns; see run_schedule for the collectives.
-    reports = run_schedule(trainer, batches, num_microbatches, partial(token_loss, tally))
+    loss = partial(loss_function(trainer), tally)
+    reports = run_schedule(trainer, batches, num_microbatches, loss)
     squares = prepare_gradients(trainer.optimizer)
     local = _local_sums(trainer, tally, reports)
     own_square = health.gradients.take()
@@ -223,13 +226,15 @@ def _forward(
     """
     batch: Batch = {} if batches is None else dict(next(batches))
     settings, runtime, mask = trainer.settings, trainer.runtime, None
-    per_sample = {name: batch.pop(name) for name in PER_SAMPLE if name in batch}
+    kept = (*PER_SAMPLE, *BY_CONVERSATION)
+    per_sample = {name: batch.pop(name) for name in kept if name in batch}
     options: dict[str, Any] = {}
     if settings.data.bidirectional_prefix:
         mask = prefix_mask(per_sample["prefix"], settings.model.seq_length)
     if batch:  # of full sequences: not split over context ranks yet
         model = unwrap_model(chunk)
-        model.set_loss_tokens(batch.get("loss_count", batch["loss_mask"]).sum())
+        weights = per_sample.get("pairs", batch.get("loss_count", batch["loss_mask"]))
+        model.set_loss_tokens(weights.sum())
         tokens_BS = batch["tokens"]
         places_S = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
         batch["position_ids"] = places_S.expand_as(tokens_BS)
@@ -265,6 +270,48 @@ def _separate_documents(
         options["packed_seq_params"] = packed_parameters(cu_seqlens, places_BS.shape[1])
         return None
     return cu_seqlens
+
+
+def loss_function(trainer: Trainer) -> Callable[[Tally, Batch, torch.Tensor], Any]:
+    """Return the loss of a micro-batch: of tokens, or of pairs."""
+    chosen = trainer.settings.adaptation
+    if chosen.preference_loss is None:
+        return token_loss
+    preference = Preference(
+        chosen.preference_loss, chosen.preference_beta, chosen.preference_label_smoothing
+    )
+    return partial(preference_loss, preference, trainer.runtime.groups.cp)
+
+
+def conversation_log_probs(
+    batch: Batch, losses_BS: torch.Tensor, group: ProcessGroup
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log-probability and trained tokens of each conversation: [b, S of the sample]."""
+    mask_BS, place_BS = batch["loss_mask"], batch["conversation"]
+    length = batch["reference"].shape[1]
+    log_probs_BD = sums_of_conversations(-losses_BS * mask_BS, place_BS, length, group)
+    return log_probs_BD, sums_of_conversations(mask_BS, place_BS, length, group)
+
+
+def preference_loss(
+    preference: Preference,
+    group: ProcessGroup,
+    tally: Tally,
+    batch: Batch,
+    losses_BS: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the sum of a micro-batch's losses of pairs, their number and the tally's sums.
+
+    Context ranks compute the same losses; one of them counts them. Arguments as of `token_loss`,
+    and ``group``, the context-parallel ranks.
+    """
+    log_probs_BD, tokens_BD = conversation_log_probs(batch, losses_BS, group)
+    values = pair_losses(log_probs_BD, batch["reference"], tokens_BD, batch["pairs"], preference)
+    count = batch["pairs"].sum() * (group.rank() == 0)
+    sums = tally.count(batch, losses_BS)
+    if group.rank() == 0:
+        tally.count_pairs(sums, values, count)
+    return values[0].sum(), count.to(torch.int), sums
 
 
 def token_loss(

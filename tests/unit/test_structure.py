@@ -29,7 +29,7 @@ FLOORS = (
     {"moe/layers"},
     {"moe/encoder_decoder"},
     {"moe/checkpoint/states", "moe/checkpoint/writer"},
-    {"moe/checkpoint", "moe/health"},
+    {"moe/checkpoint", "moe/health", "moe/preference"},
     {"moe/monitoring"},
     {"moe/training"},
     {"moe/inference", "moe/verify", "moe/convert/families"},

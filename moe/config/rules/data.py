@@ -152,7 +152,11 @@ def chats(case: Case) -> Iterator[str]:
     """Check fine-tuning on chats."""
     settings, chosen = case.settings, case.settings.adaptation
     if not chosen.sft:
-        for name, default in (("sft_packing", True), ("sft_loss_normalisation", "token")):
+        for name, default in (
+            ("sft_packing", True),
+            ("sft_loss_normalisation", "token"),
+            ("preference_loss", None),
+        ):
             if getattr(chosen, name) != default:
                 yield f"{case.given(name)} needs --sft: add it or leave this out"
         return
@@ -167,11 +171,31 @@ def chats(case: Case) -> Iterator[str]:
             "--sft needs --calculate-per-token-loss: means of micro-batches would give short "
             "answers more weight by what they are batched with"
         )
+    if chosen.preference_loss is not None:
+        yield from _preferences(case)
     moe = settings.moe
     if moe.num_experts is not None and moe.moe_router_type in _SEES_PADDING:
         yield f"--sft and {case.given('moe_router_type')}: it would choose among padding; use topk"
     if moe.num_experts is not None and moe.moe_router_load_balancing_type == "sinkhorn":
         yield "--sft and --moe-router-load-balancing-type sinkhorn: it would balance padding too"
+
+
+def _preferences(case: Case) -> Iterator[str]:
+    """Check the optimisation of preferences."""
+    settings, flag = case.settings, case.given("preference_loss")
+    for group, name, value in (
+        ("adaptation", "sft_loss_normalisation", "token"),
+        ("model", "mtp_num_layers", None),
+        ("model", "output_z_loss_coeff", None),
+        ("training", "rampup_batch_size", None),
+    ):
+        if getattr(getattr(settings, group), name) != value:
+            yield f"{flag} and {case.given(name)} exclude each other: leave it out"
+    for name in ("attention_dropout", "hidden_dropout"):
+        if getattr(settings.model, name):
+            yield f"{flag} with {case.given(name)}: the reference has none; use 0"
+    if settings.checkpoint.load is None and settings.checkpoint.save is not None:
+        yield f"{flag} needs --load: the model that it starts from is the reference"
 
 
 RULES = (data, bidirectional_prefix, documents, chats)

@@ -188,3 +188,12 @@ class AdaptationSettings(Group):
     sft_loss_normalisation: Literal["token", "sample"] = "token"
     """Average the loss over the trained tokens of the global batch, or over its conversations, of
     which each has the mean of its tokens."""
+    preference_loss: Literal["dpo", "dpo_norm"] | None = None
+    """Optimise preferences instead (--sft, shards of --kind pairs): DPO on summed log-probabilities
+    (dpo, OLMoE) or on their means over an answer's tokens (dpo_norm, OLMoE-0125). The reference is
+    the model that the run starts from."""
+    preference_beta: PositiveFloat = 0.1
+    """Preferences: factor of log-probability ratios (OLMoE: 0.1 with dpo, its successor: 5 with
+    dpo_norm)."""
+    preference_label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """Preferences: assumed fraction of pairs with the wrong order."""

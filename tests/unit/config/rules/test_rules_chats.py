@@ -36,7 +36,31 @@ def test_refused(changes: dict[str, Any], words: str) -> None:
     assert any("--sft" in line and words in line for line in lines), lines
 
 
-@pytest.mark.parametrize("changes", [{"sft_packing": False}, {"sft_loss_normalisation": "sample"}])
+DPO = {**CHATS, "preference_loss": "dpo", "load": "base", "save": "run"}
+
+
+def test_preferences_are_accepted() -> None:
+    assert found(2, **DPO, context_parallel_size=2) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"load": None}, "needs --load"),
+        ({"mtp_num_layers": 1}, "exclude each other"),
+        ({"sft_loss_normalisation": "sample"}, "exclude each other"),
+        ({"attention_dropout": 0.1}, "the reference has none"),
+    ],
+)
+def test_preferences_refused(changes: dict[str, Any], words: str) -> None:
+    lines = found(1, **{**DPO, **changes})
+    assert any("--preference-loss dpo" in line and words in line for line in lines), lines
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"preference_loss": "dpo"}, {"sft_packing": False}, {"sft_loss_normalisation": "sample"}],
+)
 def test_options_need_the_switch(changes: dict[str, Any]) -> None:
     (line,) = found(1, **changes)
     assert "needs --sft" in line

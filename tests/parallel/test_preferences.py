@@ -1,0 +1,114 @@
+"""Preferences (DPO): layouts and batching against one process, and the reference's cache."""
+
+import math
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moetron.data.chat.chat_stream import ChatStream, open_chats
+from moetron.moe.checkpoint.position import Progress
+from moetron.moe.training.build_trainer import REFERENCE, build_trainer, set_references
+from moetron.moe.training.evaluate import evaluate, reference_log_probs
+from moetron.moe.training.loop import Loop
+from moetron.moe.training.runtime import divide
+from moetron.moe.training.sample_stream import Streams
+from tests.parallel.support.harness import run_ranks
+from tests.parallel.support.parity_cases import settings
+from tests.parallel.support.parity_suite import Suite
+from tests.parallel.test_sft import SFT
+from tests.unit.data.chat.chat_cases import TOKENIZER, prepare
+
+S = 160
+PAIRS = [
+    {"prompt": "ab" * (n % 5), "chosen": "yes" * (1 + n % 4), "rejected": "no" * (1 + n % 3)}
+    for n in range(16)
+]
+DPO: dict[str, Any] = {
+    **SFT,
+    "seq_length": S,
+    "preference_loss": "dpo",
+    "preference_beta": 0.3,
+    "global_batch_size": 4,
+}
+
+
+def _open(prefix: str, known: float, seed: int, _: int, length: int) -> ChatStream:
+    stream = open_chats([prefix], length, TOKENIZER.fingerprint, TOKENIZER.pad, seed, pairs=True)
+    if known:  # any values: they only shift the margins
+        stream.reference = known * np.cos(np.arange(stream.conversation_count), dtype=np.float32)
+    return stream
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("pairs")
+    assert prepare(folder, PAIRS, kind="pairs", length=80).counts["used"] == len(PAIRS)
+    return str(folder / "chats")
+
+
+@pytest.mark.parametrize("kind", ["dpo", "dpo_norm"])
+def test_layouts_equal_one_process(tmp_path: Path, prefix: str, kind: str) -> None:
+    changes = {**DPO, "preference_loss": kind, "preference_label_smoothing": 0.1}
+    suite = Suite(tmp_path, 2, changes=changes, samples=partial(_open, prefix, 5.0))
+    layouts = ("ep2", "tp2", "pp2", "cp2") if kind == "dpo" else ("cp2", "dp2")
+    assert not suite.differences("dropless", layouts)
+
+
+def _run(prefix: str, folder: str, layout: str) -> dict[str, Any]:
+    chosen = settings(layout, 2, **DPO, load=folder, save=folder)
+    trainer = build_trainer(chosen, divide(chosen, torch.device("cpu")), TOKENIZER.vocab_size)
+    stream = _open(prefix, 0.0, 1, 0, S)
+    kept = chosen.model_copy(
+        update={"checkpoint": chosen.checkpoint.model_copy(update={"load": None})}
+    )
+    trainer = replace(trainer, settings=kept)
+    streams = Streams(stream, stream)
+    again = [reference_log_probs(trainer, stream) for _ in range(2)]
+    set_references(trainer, streams, resumes=False)
+    first = stream.reference
+    loop = Loop(trainer, streams, Progress(), [rows := _Rows()], peak=None)
+    batches = loop.batches()
+    loop.step(batches, lambda: False)
+    start = rows.rows[0]
+    held_out = evaluate(trainer, stream).preferences
+    for _ in range(12):
+        loop.step(batches, lambda: False)
+    stream.reference = None
+    set_references(trainer, streams, resumes=True)
+    return {
+        "equal": all(np.array_equal(first, each) for each in again),
+        "kept": np.array_equal(first, stream.reference),
+        "loss": start["preference_loss"],
+        "margin": start["margin"],
+        "last": rows.rows[-1]["preference_loss"],
+        "accuracy": evaluate(trainer, stream).preferences["accuracy"],
+        "held_out": held_out["preference_loss"],
+    }
+
+
+class _Rows:
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def step(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+
+    def expert_load(self, step: int, loads: Any) -> None: ...
+
+
+@pytest.mark.parametrize("layout", ["dp1", "cp2"])
+def test_the_first_loss_is_ln_2(tmp_path: Path, prefix: str, layout: str) -> None:
+    """The cached log-probabilities equal those of training to the last bit."""
+    ranks = 1 if layout == "dp1" else 2
+    for found in run_ranks(_run, ranks, prefix, str(tmp_path), layout):
+        assert found["equal"] and found["kept"]
+        assert found["margin"] == 0.0
+        assert found["loss"] == float(np.float32(math.log(2)))
+        assert found["last"] < found["held_out"] < math.log(2)
+        assert found["accuracy"] > 0.8
+    assert (tmp_path / REFERENCE).is_file()
