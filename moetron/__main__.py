@@ -12,6 +12,8 @@ COMMANDS = {
     "launch": ("moetron.commands.launch", "start the ranks of a run on this node"),
     "tokenize": ("moetron.commands.train_tokenizer", "train a SentencePiece tokenizer"),
     "prepare": ("moetron.commands.preprocess_corpus", "tokenize raw text into shards"),
+    "collect-chats": ("moetron.commands.collect_chats", "make demonstration chats from local docs"),
+    "prepare-chats": ("moetron.commands.prepare_chats", "turn chats into shards for fine-tuning"),
     "inspect": ("moetron.commands.inspect_data", "print shards and samples"),
     "plan": ("moetron.commands.plan", "print parameters, memory and cost of a recipe"),
     "convert": ("moetron.commands.convert_checkpoint", "convert to and from HuggingFace; inspect"),

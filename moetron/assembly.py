@@ -17,7 +17,9 @@ from moetron.common.run_owner import claim, refuse_owned
 from moetron.common.stop_signal import EndAtOnce, StopSignal
 from moetron.common.watch import activity
 from moetron.common.watch.limits import require_limits
+from moetron.data.chat.chat_stream import ChatStream, open_chats
 from moetron.data.stream.documents import DocumentStream
+from moetron.data.stream.id_range import refuse_ids_outside
 from moetron.data.stream.mock_spans import MockSpans
 from moetron.data.stream.mock_stream import ENDLESS, MOCK_EOD, MockStream
 from moetron.data.stream.open_streams import open_training, open_validation
@@ -93,6 +95,9 @@ def open_streams(settings: Settings, vocab_size: int, tokenizer: Tokenizer | Non
 
 
 def _open_streams(settings: Settings, vocab_size: int, tokenizer: Tokenizer | None) -> Streams:
+    if settings.adaptation.sft:
+        assert tokenizer is not None, "checks refuse shards without it"
+        return open_chat_streams(settings, vocab_size, tokenizer)
     data, length, seed = settings.data, settings.model.seq_length, settings.training.seed
     wanted = settings.validation.eval_iters > 0
     if data.mock_data or not data.planned_stages():
@@ -117,6 +122,42 @@ def _mock(settings: Settings, vocab_size: int) -> MockStream | MockSpans:
     assert data.encoder_seq_length is not None, "checks refuse encoder-decoders without it"
     shape = data.noise_density, data.mean_noise_span_length, data.examples_per_sample
     return MockSpans(seed, vocab_size, length, data.encoder_seq_length, shape)
+
+
+def open_chat_streams(settings: Settings, vocab_size: int, tokenizer: Tokenizer) -> Streams:
+    """Open the shards of chats for training and validation.
+
+    Raises:
+        UserError: a shard cannot be used, or chats would repeat more often than allowed.
+    """
+    data, chosen = settings.data, settings.adaptation
+
+    def opened(path: Sequence[str], seed: int | None) -> ChatStream:
+        stream = open_chats(
+            data.rooted(path),
+            settings.model.seq_length,
+            tokenizer.fingerprint,
+            tokenizer.pad,
+            seed,
+            chosen.sft_packing,
+            chosen.sft_loss_normalisation,
+        )
+        refuse_ids_outside(stream.token_shards, vocab_size)
+        return stream
+
+    training, samples = (
+        opened(data.data_path or [], settings.training.seed),
+        total_samples(settings),
+    )
+    uses = [SourceUse(*use) for use in training.uses(samples)]
+    if data.max_epochs is not None and (most := max(use.epochs for use in uses)) > data.max_epochs:
+        raise UserError(
+            f"--max-epochs {data.max_epochs:g}: the run of {samples:,} samples repeats the chats "
+            f"{most:.3f} times, {training.rows_per_epoch:,} samples each; shorten the run"
+        )
+    wanted = settings.validation.eval_iters > 0 and data.valid_data_path is not None
+    validation = opened(data.valid_data_path or [], None) if wanted else None
+    return Streams(training, validation, uses)
 
 
 def source_uses(stream: StagedStream, samples: int) -> Iterator[SourceUse]:

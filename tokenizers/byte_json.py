@@ -6,9 +6,7 @@ from typing import Any
 
 from tokenizers import pre_tokenizers
 
-from moetron.tokenizers.byte_level import ByteTokenizer
-
-END, PAD = "<|endoftext|>", "<pad>"
+from moetron.tokenizers.byte_level import END, PAD, ByteTokenizer
 
 
 def byte_definition() -> dict[str, Any]:

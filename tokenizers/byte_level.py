@@ -6,6 +6,8 @@ import numpy as np
 
 from moetron.tokenizers.interface import Tokenizer, fingerprint_of, require_encodable
 
+END, PAD = "<|endoftext|>", "<pad>"
+"""Spellings of its markers in exported tokenizers."""
 LAYOUT = "ids 0..255 are bytes, then eod, pad and 126 sentinels of which the first is the highest"
 
 
@@ -18,12 +20,19 @@ class ByteTokenizer(Tokenizer):
     eod = 256
     pad = 257
     sentinels = tuple(range(383, 257, -1))
+    end_text = END
     fingerprint = fingerprint_of("bytes", LAYOUT.encode())
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the UTF-8 bytes of each text."""
         require_encodable(texts)
         return [list(text.encode()) for text in texts]
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[int], list[int]]:
+        """Return the bytes, and the place of each one's character."""
+        require_encodable([text])
+        places = [place for place, char in enumerate(text) for _ in char.encode()]
+        return list(text.encode()), places, [place + 1 for place in places]
 
     def id_of(self, token: str) -> int | None:
         """Return the id of an ASCII character, or of a sentinel ``<extra_id_i>``."""

@@ -16,8 +16,8 @@ from typing import Any
 
 from moetron.common.errors import UserError
 from moetron.common.packages import installed_version
-from moetron.tokenizers.byte_json import END, PAD, byte_definition
-from moetron.tokenizers.byte_level import ByteTokenizer
+from moetron.tokenizers.byte_json import byte_definition
+from moetron.tokenizers.byte_level import END, PAD, ByteTokenizer
 from moetron.tokenizers.huggingface import TRAINING_POST_PROCESSOR, HuggingFaceTokenizer
 from moetron.tokenizers.interface import Tokenizer
 from moetron.tokenizers.umt5 import SentencePieceTokenizer

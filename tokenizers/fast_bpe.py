@@ -54,6 +54,7 @@ class FastBPE(Tokenizer):
         self.name, self.fingerprint = reference.name, reference.fingerprint
         self.vocab_size, self.sentinels = reference.vocab_size, reference.sentinels
         self.eod, self.pad, self.files = reference.eod, reference.pad, reference.files
+        self.end_text, self.special_texts = reference.end_text, reference.special_texts
         self._definition, self._threads = reference.definition, threads
         self._idle = [_Engine(self._definition) for _ in range(threads)]
 
@@ -94,6 +95,10 @@ class FastBPE(Tokenizer):
         import psutil  # imported here: rarely needed and slow to load
 
         return psutil.Process().memory_info().rss > self._threads * PROCESS_BYTES
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[int], list[int]]:
+        """Return the reference's ids and places."""
+        return self.reference.encode_with_offsets(text)
 
     def id_of(self, token: str) -> int | None:
         """Return the reference's id of a token."""

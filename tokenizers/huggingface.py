@@ -58,6 +58,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self.eod = eod
         self.pad = eod if pad is None else pad
         self.sentinels = tuple(_sentinels(model))
+        self.end_text = str(model.id_to_token(eod))
+        added = model.get_added_tokens_decoder().values()
+        self.special_texts = tuple(token.content for token in added if token.special)
         described["eod"] = eod
         if TRAINING_POST_PROCESSOR in config:
             described["post_processor"] = parse_object(
@@ -71,6 +74,13 @@ class HuggingFaceTokenizer(Tokenizer):
         require_encodable(texts)
         batch = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in batch]
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[int], list[int]]:
+        """Return ids, first characters and ends; a token's leading space may be left out."""
+        require_encodable([text])
+        encoding = self._model.encode(text, add_special_tokens=False)
+        starts, ends = zip(*encoding.offsets, strict=True) if encoding.ids else ((), ())
+        return encoding.ids, list(starts), list(ends)
 
     def piece(self, number: int) -> str:
         """Return the spelling of a token in the vocabulary."""

@@ -30,6 +30,10 @@ class Tokenizer(ABC):
     """Padding id; equal to ``eod`` if the file names none."""
     sentinels: tuple[int, ...]
     """Ids of ``<extra_id_0>``, ``<extra_id_1>``, ... in this order; may be empty."""
+    end_text: str
+    """Spelling of the end-of-document token."""
+    special_texts: tuple[str, ...] = ()
+    """Spellings of further tokens that a text must not spell, for it would become them."""
     concurrent = False
     """True if threads can encode at the same time: the library releases Python's lock."""
     files: Mapping[str, Path] = {}
@@ -55,6 +59,13 @@ class Tokenizer(ABC):
         ids = self.encode_batch(texts)
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
         return np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum())), lengths
+
+    @abstractmethod
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[int], list[int]]:
+        """Return the ids of a text, and each token's first character and end in it.
+
+        A character of several tokens belongs to all of them.
+        """
 
     @abstractmethod
     def id_of(self, token: str) -> int | None:

@@ -41,6 +41,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.eod = model.eos_id()
         self.pad = model.pad_id() if model.pad_id() >= 0 else self.eod
         self.sentinels = tuple(_sentinels(model))
+        self.end_text = self.piece(self.eod)
         self.fingerprint = fingerprint_of(self.kind, content)
         marker_ids = [model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARKER.encode()]
         self._marker_ids = marker_ids if all(map(model.is_byte, marker_ids)) else None
@@ -77,6 +78,22 @@ class SentencePieceTokenizer(Tokenizer):
         """Encode a text with U+2581: its parts, with the marker's bytes between them."""
         first, *others = self._model.encode(text.split(SPACE_MARKER), num_threads=1)
         return first + [i for part in others for i in (*marker_ids, *part)]
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[int], list[int]]:
+        """Return ids, first characters and ends; U+2581 stays SentencePiece's."""
+        require_encodable([text])
+        content = np.frombuffer(text.encode(), np.uint8)
+        char = np.cumsum(content & 0xC0 != 0x80) - 1  # of each byte; others continue a character
+        pieces = self._model.encode(text, return_type="proto").pieces  # with places in bytes
+        ids = [piece.id for piece in pieces]
+        starts = [int(char[min(piece.begin, content.size - 1)]) for piece in pieces]
+        # All bytes of a character but the last are pieces of no width.
+        widths = [max(piece.end - piece.begin, 1) for piece in pieces]
+        ends = [
+            int(char[min(piece.begin + width, content.size) - 1]) + 1
+            for piece, width in zip(pieces, widths, strict=True)
+        ]
+        return ids, starts, ends
 
     @property
     def unknown(self) -> int:

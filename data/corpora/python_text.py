@@ -69,13 +69,19 @@ def topics(path: Path) -> list[str]:
     return []
 
 
+def standard_library_files() -> tuple[Path, list[Path]]:
+    """Return the folder of the standard library and its files, without tests."""
+    root = Path(sysconfig.get_path("stdlib"))
+    files = sorted(root.rglob("*.py"))
+    return root, [f for f in files if EXCLUDED_FOLDERS.isdisjoint(f.relative_to(root).parts)]
+
+
 def standard_library() -> list[Task]:
     """Return tasks for code, docstrings and topics of the standard library, without tests."""
-    root = Path(sysconfig.get_path("stdlib"))
+    root, files = standard_library_files()
     tasks = [
         task
-        for path in sorted(root.rglob("*.py"))
-        if EXCLUDED_FOLDERS.isdisjoint(path.relative_to(root).parts)
+        for path in files
         for name in [f"python/{path.relative_to(root).as_posix()}"]
         for task in (
             Task("code.python", name, path, code),

@@ -210,8 +210,6 @@ DIFFERENT: dict[str, str] = {
     "fim_data": "use {objective} fim",
     "merge_file": _TOKENIZER,
     "num_dataset_builder_threads": "leave it out: there is no index to build",
-    "reset_attention_mask": "not supported: samples are slices of concatenated documents",
-    "reset_position_ids": "not supported: samples are slices of concatenated documents",
     "split": (
         "hold out documents with tools/preprocess_corpus.py --holdout-fraction, and give them as "
         "{valid_data_path}"

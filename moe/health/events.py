@@ -12,7 +12,12 @@ from typing import Any
 from moetron.common.errors import RunError
 
 FILE = "events.jsonl"
-MACHINE_KINDS = frozenset({"hang", "straggler"})
+MACHINE_KINDS = frozenset(
+    [
+        *("hang", "straggler"),
+        *("transient_error", "reproducible_result", "persistent_error", "correct_result"),
+    ]
+)
 """Kinds of events about the machine, which a resume does not repeat: their lines are kept."""
 ROLLED_BACK_TO = "rolled_back_to"
 """Key of an event that set the run back: the step of the checkpoint."""

@@ -97,6 +97,11 @@ class Ending:
 class Machine(RerunStateMachine):
     """megatron-core's machine on any device; `status` is the last finding of this rank."""
 
+    failed_validation_call: Call | None
+    initial_result: list[float] | None
+    suspicious_node: str | None
+    suspicious_device: Any
+
     def __init__(self, settings: HealthSettings, device: torch.device, state: StepState) -> None:
         # Each rank would log each finding in several lines; events say it once.
         logging.getLogger(rerun_state_machine.__name__).setLevel(logging.CRITICAL)
@@ -144,11 +149,11 @@ class Machine(RerunStateMachine):
     def record(self) -> RankRecord:
         """Return what `resume` needs."""
         injected = self.error_injector.injected_error_type
-        suspected = self.suspicious_node is not None
+        suspected, values = self.suspicious_node is not None, self.initial_result or []
         return RankRecord(
             node=self.suspicious_node if suspected else None,
             device=str(self.suspicious_device) if suspected else None,
-            values=list(map(repr, self.initial_result)) if suspected else [],
+            values=list(map(repr, values)) if suspected else [],
             injected=None if injected is None else injected.value,
         )
 
@@ -225,7 +230,10 @@ class Reruns:
         """Make the event and the ending of a step that was run again; collective."""
         machine = self._machine
         assert machine is not None
-        saves, exits, code = ends
+        _, exits, code = ends
+        # After a fault megatron-core 0.16 saves too, 0.19 does not: its device may have damaged
+        # more than gradients.
+        saves = machine.state == RerunState.WILL_RERUN_FROM_CHECKPOINT
         mine = None
         if machine.failed_validation_call is not None:
             elsewhere = state == RerunState.RERUNNING_FROM_CHECKPOINT

@@ -205,7 +205,7 @@ class SdpaAttention(MegatronModule):
             ranges = [(chunk * size, (chunk + 1) * size) for chunk in chunks]
             return attend_in_documents(self._attend, query, key, value, cu_seqlens, ranges)
         kernel = varlen_kernel(query, value)
-        if kernel is not None and not (self.dropout and self.training):
+        if kernel is not None and not (self.training and (self.dropout or self._keeps_logits)):
             key, value = (repeat_heads(x, query.shape[2]) for x in (key, value))
             return attend_with_kernel(kernel, query, key, value, cu_seqlens, self.softmax_scale)
         return attend_in_documents(self._attend, query, key, value, cu_seqlens, [(0, length)])

@@ -34,6 +34,10 @@ samples of an encoder-decoder add segments: int64 [b, S].
 PER_SAMPLE = ("source", "objective", "prefix", "filtered")
 """Fields with one value per sample."""
 
+WEIGHTS = ("loss_weight", "loss_count")
+"""Optional fields, float32 [b, S]: weights of losses, and what their sum is divided by the sum of;
+``loss_mask`` for both if absent."""
+
 _Arrays = dict[str, np.ndarray]
 """A batch in NumPy."""
 
@@ -233,6 +237,10 @@ class _Samples(Dataset[_Arrays]):
         if any("segments" in row for row in rows):
             ones = np.ones(len(batch["tokens"][0]), np.int64)  # padding rows attend to themselves
             batch["segments"] = np.stack([np.asarray(row.get("segments", ones)) for row in rows])
+        for name in WEIGHTS:
+            if any(name in row for row in rows):
+                none = self._padding["loss_mask"]
+                batch[name] = np.stack([np.asarray(row.get(name, none)) for row in rows])
         for name in PER_SAMPLE:
             batch[name] = np.array([int(row[name]) for row in rows])
         if any("padding" in row for row in rows):

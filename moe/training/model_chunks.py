@@ -9,6 +9,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import unwrap_model
 
 from moetron.moe.config.bridge import ModelConfig, ddp_config
+from moetron.moe.config.schema.derived import separates_documents
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.encoder_decoder.build_stacks import build
 from moetron.moe.encoder_decoder.relative_bias import finalize_stack_gradients
@@ -96,6 +97,6 @@ def needs_samples(chunk: DistributedDataParallel, settings: Settings) -> bool:
     model, hashed = unwrap_model(chunk), settings.moe.moe_router_type == "hash"
     ends = model.pre_process or model.post_process
     weighted = settings.moe.num_experts is not None and settings.training.calculate_per_token_loss
-    masked = settings.data.bidirectional_prefix or settings.data.reset_attention_mask
+    masked = settings.data.bidirectional_prefix or separates_documents(settings)
     two_stacks = settings.model.encoder_num_layers is not None
     return bool(ends or hashed or weighted or masked or two_stacks)

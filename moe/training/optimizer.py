@@ -193,15 +193,15 @@ def scale_rows(
         optimizer: of the parameters.
         factors: fp32 [rows] by parameter, equal on all of its replicas.
     """
-    for parameter, rows in factors.items():
-        wide = rows.view(-1, *[1] * (parameter.dim() - 1))
-        parameter.data.copy_(parameter.data.float() * wide)
+    for weight, rows in factors.items():
+        wide = rows.view(-1, *[1] * (weight.dim() - 1))
+        weight.data.copy_(weight.data.float() * wide)
     for leaf in leaves(optimizer):
-        for parameter, main, span in mains(leaf):
-            found = factors.get(parameter)  # type: ignore[call-overload]
-            same = main.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
+        for model, main, span in mains(leaf):
+            found = factors.get(model)  # type: ignore[call-overload]
+            same = main.untyped_storage().data_ptr() == model.untyped_storage().data_ptr()
             if found is None or same:
                 continue
-            each = found.repeat_interleave(parameter.numel() // len(found))
+            each = found.repeat_interleave(model.numel() // len(found))
             part = each if span is None else each[span.start : span.end]
             main.mul_(part.view(main.shape))

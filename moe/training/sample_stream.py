@@ -15,9 +15,10 @@ class SampleStream(Protocol):
     integers ``source``, the number of its source; ``objective``, the number of its objective;
     ``prefix``, the length of its bidirectional prefix (0: none); and ``filtered``, 1 if its loss is
     masked because of repetition. Optionally ``documents``, integers [D] that add up to S, the
-    lengths of documents that do not see each other, and ``padding``, the number of tokens at the
-    end that are padding. Of an encoder-decoder also ``segments`` int64 [S], the example of each
-    token (0: padding; examples of a sample do not see each other).
+    lengths of documents that do not see each other, ``padding``, the number of tokens at the end
+    that are padding, and weights of losses, ``loss_weight`` and ``loss_count`` (batches.py). Of an
+    encoder-decoder also ``segments`` int64 [S], the example of each token (0: padding; examples of
+    a sample do not see each other).
     """
 
     source_names: list[str]

@@ -139,6 +139,8 @@ def _rows(start: Start, settings: Settings) -> Iterator[tuple[str, str]]:
     yield "layout", layout_text(start.layout)
     yield "batch", _batch(start, settings)
     yield "data", _data(start, settings)
+    if settings.adaptation.sft:
+        yield "chats", _chats(settings)
     yield "device", f"{start.device}{cpu}"
     yield "layers", f"{start.implementation} implementation, {start.precision}"
     yield "MFU", peak_text(start.mfu_peak_tflops_per_s, start.mfu_peak_basis)
@@ -184,6 +186,18 @@ def _data(start: Start, settings: Settings) -> str:
     if rest := [use["epochs"] for use in most[SHOWN_SOURCES:]]:
         parts.append(f"{len(rest):,} more {min(rest):.3g} to {max(rest):.3g}")
     return f"{run}, {counted(len(most), 'source')}; epochs of each: {', '.join(parts)}"
+
+
+def _chats(settings: Settings) -> str:
+    """Return how chats are packed and weighted, and which losses of routers are added."""
+    chosen, moe = settings.adaptation, settings.moe
+    packing = "packed" if chosen.sft_packing else "one in a sample"
+    balance = f"x {moe.moe_aux_loss_coeff:g}" if moe.moe_aux_loss_coeff else "off"
+    z_loss = f"x {moe.moe_z_loss_coeff:g}" if moe.moe_z_loss_coeff else "off"
+    return (
+        f"{packing}, loss on answers, mean over the {chosen.sft_loss_normalisation}s of a global "
+        f"batch; balance loss {balance}, z-loss {z_loss}"
+    )
 
 
 def _saves(settings: Settings) -> str:

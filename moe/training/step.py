@@ -229,7 +229,7 @@ def _forward(
         mask = prefix_mask(per_sample["prefix"], settings.model.seq_length)
     if batch:  # of full sequences: not split over context ranks yet
         model = unwrap_model(chunk)
-        model.set_loss_tokens(batch["loss_mask"].sum())
+        model.set_loss_tokens(batch.get("loss_count", batch["loss_mask"]).sum())
         tokens_BS = batch["tokens"]
         places_S = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
         batch["position_ids"] = places_S.expand_as(tokens_BS)
@@ -259,7 +259,8 @@ def _separate_documents(
     places_BS = places_in_documents(cu_seqlens, *batch["tokens"].shape)
     batch["position_ids"] = places_BS
     if model.config.mtp_num_layers is not None:
-        batch["prediction_mask"] = batch["loss_mask"] * (places_BS > 0)
+        weight_BS = batch.get("loss_weight", batch["loss_mask"])
+        batch["prediction_mask"] = weight_BS * (places_BS > 0)
     if model.takes_packed_sequences:
         options["packed_seq_params"] = packed_parameters(cu_seqlens, places_BS.shape[1])
         return None
@@ -271,19 +272,21 @@ def token_loss(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the cross-entropy of one micro-batch on this rank for megatron-core's schedules.
 
-    L = sum_t m_t l_t, with l_t the loss of token t in nats and m_t its loss mask. Not divided here:
-    with --calculate-per-token-loss ``finalize_model_grads`` divides by the number of loss tokens of
-    the global batch, otherwise the schedule by that of the micro-batch. With context parallelism a
-    rank holds its own positions.
+    L = sum_t w_t l_t, with l_t the loss of token t in nats and w_t its loss mask, or its weight if
+    the samples have weights (1 / loss tokens of its conversation). Not divided here: with
+    --calculate-per-token-loss ``finalize_gradients`` divides by the number of loss tokens (or of
+    conversations) of the global batch, otherwise the schedule by that of the micro-batch. With
+    context parallelism a rank holds its own positions.
 
     Args:
         tally: sums for the metrics.
-        batch: holds ``loss_mask`` float32 [b, s] and ``PER_SAMPLE``.
+        batch: holds ``loss_mask`` float32 [b, s] and ``PER_SAMPLE``, perhaps ``WEIGHTS``.
         losses_BS: losses float32 [b, s], equal on all tensor-parallel ranks.
 
     Returns:
-        L (float32), the number of loss tokens (int32), and the tally's sums.
+        L (float32), the number of loss tokens or conversations (int32), and the tally's sums.
     """
     mask_BS = batch["loss_mask"]
-    total = (losses_BS * mask_BS).sum()
-    return total, mask_BS.sum().to(torch.int), tally.count(batch, losses_BS)
+    total = (losses_BS * batch.get("loss_weight", mask_BS)).sum()
+    count = batch.get("loss_count", mask_BS).sum()
+    return total, count.to(torch.int), tally.count(batch, losses_BS)

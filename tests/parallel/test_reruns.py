@@ -74,7 +74,7 @@ def _equal(one: Path, other: Path, step: int) -> bool:
 
 
 def test_a_transient_fault(tmp_path: Path) -> None:
-    """The run ends with code 17 from before the step, or continues as if nothing had happened."""
+    """The run ends with code 17 and resumes, or continues as if nothing had happened."""
     plain, ends, goes_on = (tmp_path / name for name in ("plain", "ends", "goes_on"))
     calls = [
         (str(plain), "a", [], {}),
@@ -85,9 +85,10 @@ def test_a_transient_fault(tmp_path: Path) -> None:
     _, ended, resumed, went_on = run_each(_run, 2, calls)
     assert [rank["code"] for rank in ended] == [17, 17]
     assert "a transient fault (rank 1 on a); exit code 17" in ended[0]["text"]
-    assert saved_steps(ends) == [4, FAULTY - 1, 8]
+    assert saved_steps(ends) == [4, 8]
     assert not (ends / FILE).exists()
     assert [rank["code"] for rank in resumed + went_on] == [0] * 4
+    assert _events(ends) == [(FAULTY, "transient_error", "stop", [1])]
     assert _events(goes_on) == [(FAULTY, "transient_error", "warn", [1])]
     assert metrics(ends) == metrics(goes_on) == metrics(plain)
     assert _equal(plain, ends, LAST) and _equal(plain, goes_on, LAST)

@@ -20,7 +20,7 @@ FLOORS = (
     {"moetron/common/watch", "tokenizers", "data/shards", "data/addressing"},
     {"data/readers", "data/objectives"},
     {"data/encoding", "data/corpora", "data/stream"},
-    {"data/prepare", "data/inspect"},
+    {"data/prepare", "data/inspect", "data/chat"},
     {"moe/config/schema"},
     {"moe/config/rules"},
     {"moe/config"},

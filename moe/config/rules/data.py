@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from moetron.common.data_path import data_path_problems
+from moetron.common.data_path import data_path_problems, weight_or_none
 from moetron.moe.config.rules.case import Case
 from moetron.moe.config.schema.data import StageSettings
 from moetron.moe.config.schema.field import flag_name
@@ -77,43 +77,44 @@ def bidirectional_prefix(case: Case) -> Iterator[str]:
 def documents(case: Case) -> Iterator[str]:
     """Check settings that separate documents."""
     data = case.settings.data
-    if not data.reset_attention_mask:
-        if data.reset_position_ids:
-            yield (
-                f"--reset-position-ids needs {_MASK}: without it a rotary distance to another "
-                "document would not be that of their positions; add it or leave this out"
-            )
-        return
-    objectives = {stage.objective for stage in data.planned_stages()}
-    if others := sorted(objectives - {"causal", "fim"}):
+    if data.reset_position_ids and not data.reset_attention_mask:
         yield (
-            f"{_MASK} with --objective {' or '.join(others)}: such samples end their parts with "
-            "the end-of-document token, and would be cut there; use causal or fim"
+            f"--reset-position-ids needs {_MASK}: without it a rotary distance to another document "
+            "would not be that of their positions; add it or leave this out"
         )
-    if data.bidirectional_prefix:
-        yield f"{_MASK} and --bidirectional-prefix exclude each other: drop one"
-    yield from _attention(case)
-    yield from _transformer_engine(case)
+    if data.reset_attention_mask:
+        objectives = {stage.objective for stage in data.planned_stages()}
+        if others := sorted(objectives - {"causal", "fim"}):
+            yield (
+                f"{_MASK} with --objective {' or '.join(others)}: such samples end their parts "
+                "with the end-of-document token, and would be cut there; use causal or fim"
+            )
+        if data.bidirectional_prefix:
+            yield f"{_MASK} and --bidirectional-prefix exclude each other: drop one"
+    for flag, used in ((_MASK, data.reset_attention_mask), ("--sft", case.settings.adaptation.sft)):
+        if used:
+            yield from _attention(case, flag)
+            yield from _transformer_engine(case, flag)
 
 
-def _attention(case: Case) -> Iterator[str]:
+def _attention(case: Case, flag: str) -> Iterator[str]:
     """Check what the attention of either kind cannot do."""
     model = case.settings.model
     if case.local and model.attention_backend == "unfused":
-        yield f"{_MASK} needs attention with documents: use --attention-backend sdpa"
+        yield f"{flag} needs attention inside documents: use --attention-backend sdpa"
     if case.settings.performance.cuda_graph_impl != "none":
         yield (
-            f"{_MASK} and {case.given('cuda_graph_impl')} exclude each other: the number of "
+            f"{flag} and {case.given('cuda_graph_impl')} exclude each other: the number of "
             "documents changes; use --cuda-graph-impl none"
         )
     if model.mtp_num_layers is not None and model.mtp_num_layers > 1:
         yield (
-            f"{_MASK} with {case.given('mtp_num_layers')}: the mask of losses that cross documents "
+            f"{flag} with {case.given('mtp_num_layers')}: the mask of losses that cross documents "
             "is exact for one module; use --mtp-num-layers 1"
         )
 
 
-def _transformer_engine(case: Case) -> Iterator[str]:
+def _transformer_engine(case: Case, flag: str) -> Iterator[str]:
     """Check what megatron-core's packed sequences lack: it flattens a micro-batch to one row."""
     if case.local:
         return
@@ -121,15 +122,56 @@ def _transformer_engine(case: Case) -> Iterator[str]:
     remedy = "or --transformer-impl local"
     if training.micro_batch_size > 1:
         yield (
-            f"{_MASK} in layers of Transformer Engine with {case.given('micro_batch_size')}: its "
+            f"{flag} in layers of Transformer Engine with {case.given('micro_batch_size')}: its "
             f"packed format has one row; use --micro-batch-size 1 {remedy}"
         )
     if parallel.context_parallel_size > 1:
         yield (
-            f"{_MASK} in layers of Transformer Engine with "
-            f"{case.given('context_parallel_size')}: its documents must be padded to twice the "
-            f"ranks; use --context-parallel-size 1 {remedy}"
+            f"{flag} in layers of Transformer Engine with {case.given('context_parallel_size')}: "
+            "its documents must be padded to twice the ranks; use --context-parallel-size 1 "
+            f"{remedy}"
         )
 
 
-RULES = (data, bidirectional_prefix, documents)
+_SEES_PADDING = ("expert_choice", "base", "reinforce")
+"""Routers whose choices depend on other tokens of the batch, or on their number."""
+_NO_CHATS: dict[tuple[str, str], object] = {
+    ("data", "mock_data"): False,
+    ("data", "stages"): None,
+    ("data", "objective"): "causal",
+    ("data", "bidirectional_prefix"): False,
+    ("data", "reset_attention_mask"): False,
+    ("data", "eod_mask_loss"): False,
+    ("data", "repetition_max_count"): None,
+    ("data", "source_max_epochs"): None,
+}
+"""Settings of pretraining text, with the values to have on chats."""
+
+
+def chats(case: Case) -> Iterator[str]:
+    """Check fine-tuning on chats."""
+    settings, chosen = case.settings, case.settings.adaptation
+    if not chosen.sft:
+        for name, default in (("sft_packing", True), ("sft_loss_normalisation", "token")):
+            if getattr(chosen, name) != default:
+                yield f"{case.given(name)} needs --sft: add it or leave this out"
+        return
+    for (group, name), value in _NO_CHATS.items():
+        if getattr(getattr(settings, group), name) != value:
+            yield f"--sft and {case.given(name)} exclude each other: leave it out"
+    for name in ("data_path", "valid_data_path"):
+        if any(weight_or_none(word) is not None for word in getattr(settings.data, name) or []):
+            yield f"--sft with weights in {flag_name(name)}: an epoch has each chat once; drop them"
+    if not settings.training.calculate_per_token_loss:
+        yield (
+            "--sft needs --calculate-per-token-loss: means of micro-batches would give short "
+            "answers more weight by what they are batched with"
+        )
+    moe = settings.moe
+    if moe.num_experts is not None and moe.moe_router_type in _SEES_PADDING:
+        yield f"--sft and {case.given('moe_router_type')}: it would choose among padding; use topk"
+    if moe.num_experts is not None and moe.moe_router_load_balancing_type == "sinkhorn":
+        yield "--sft and --moe-router-load-balancing-type sinkhorn: it would balance padding too"
+
+
+RULES = (data, bidirectional_prefix, documents, chats)

@@ -1,4 +1,4 @@
-"""Data settings: sources, stages, objectives and the tokenizer."""
+"""Data settings: sources, stages, objectives, the tokenizer, fine-tuning on chats."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -173,3 +173,18 @@ class DataSettings(Group):
             word if weight_or_none(word) is not None else str(Path(root) / word)
             for word in data_path
         ]
+
+
+class AdaptationSettings(Group):
+    """Fine-tuning on chats."""
+
+    default_role = Role.TRAINING
+
+    sft: bool = False
+    """Fine-tune on chats: shards of tools/prepare_chats.py, with loss on answers alone."""
+    sft_packing: bool = True
+    """Put as many conversations into a sample as fit, without cutting any; they do not see each
+    other. Otherwise a sample is one conversation and padding."""
+    sft_loss_normalisation: Literal["token", "sample"] = "token"
+    """Average the loss over the trained tokens of the global batch, or over its conversations, of
+    which each has the mean of its tokens."""

@@ -232,8 +232,15 @@ def reads_prefix(settings: Settings, consumed_samples: int, has_mode: bool) -> b
     return has_mode or objective in ("prefix_lm", "ul2")
 
 
+def separates_documents(settings: Settings) -> bool:
+    """Return whether samples hold documents that do not see each other."""
+    return settings.data.reset_attention_mask or settings.adaptation.sft
+
+
 def masks_losses(settings: Settings) -> bool:
     """Return whether the loss of some tokens of training samples may be masked."""
+    if settings.adaptation.sft:
+        return True
     data = settings.data
     stages = data.planned_stages()
     filtered = data.eod_mask_loss or data.repetition_max_count is not None

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pydantic.fields import FieldInfo
 
 from moetron.moe.config.schema.attention import AttentionSettings
-from moetron.moe.config.schema.data import DataSettings
+from moetron.moe.config.schema.data import AdaptationSettings, DataSettings
 from moetron.moe.config.schema.experts import MoESettings
 from moetron.moe.config.schema.field import Group
 from moetron.moe.config.schema.model import ModelSettings
@@ -39,6 +39,7 @@ class Settings(Group):
     optimizer: OptimizerSettings = OptimizerSettings()
     learning_rate: LearningRateSettings
     data: DataSettings = DataSettings()
+    adaptation: AdaptationSettings = AdaptationSettings()
     validation: ValidationSettings = ValidationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     health: HealthSettings = HealthSettings()

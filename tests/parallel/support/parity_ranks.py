@@ -3,7 +3,7 @@
 `train` runs on every rank of a launch; `results_of` makes many runs of one size in one launch.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,8 +83,9 @@ class Run:
     settings: Settings
     weights: str
     write: bool = False
-    samples: type[MockStream] | None = None
-    """Unset: `PackedStream` with --reset-attention-mask, else `MaskedStream`."""
+    samples: Callable[[int, int, int], Any] | None = None
+    """Stream of a seed, size of the vocabulary and length; unset: `PackedStream` with
+    --reset-attention-mask, else `MaskedStream`."""
 
 
 def train(run: Run, steps: int, device: str) -> dict[str, Any]:

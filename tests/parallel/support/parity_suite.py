@@ -1,7 +1,7 @@
 """Compare layouts with one process, all from one checkpoint; used on CPU and GPU."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ class Suite:
     device: str = "cpu"
     changes: dict[str, Any] = field(default_factory=dict)
     """Settings of all runs in addition to the mode's."""
+    samples: Callable[[int, int, int], Any] | None = None
+    """See `Run.samples`."""
     slack: float = 1.0
     """Factor on all tolerances."""
     _known: dict[tuple[str, int], tuple[Result, list[Row]]] = field(default_factory=dict)
@@ -31,7 +33,7 @@ class Suite:
     def _run(self, mode: str, layout: str, layers: int) -> Run:
         changes = {**MODES[mode], **self.changes}
         chosen = settings(layout, layers, self.device, **changes)
-        return Run(chosen, str(self.folder / f"{mode}-{layers}"), write=layout == "dp1")
+        return Run(chosen, str(self.folder / f"{mode}-{layers}"), layout == "dp1", self.samples)
 
     def _reference(self, mode: str, layers: int) -> tuple[Result, list[Row]]:
         if (mode, layers) not in self._known:

@@ -14,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from moetron.data.chat.encode_chat import encode_rendered
+from moetron.data.chat.templates import OlmoeTemplate
 from moetron.data.encoding import long_text
 from moetron.data.prepare.options import Options
 from moetron.data.prepare.preprocess import preprocess
@@ -164,3 +166,14 @@ def test_olmo_is_exported_to_autotokenizer(
     assert (theirs.eos_token_id, theirs.pad_token_id) == (olmo.eod, olmo.pad)
     for text in library:
         assert theirs.encode(text, add_special_tokens=False) == olmo.encode(text)
+
+
+def test_released_fine_tuning_sample(olmo: Tokenizer) -> None:
+    """Ids of sample 26225 in the log of OLMoE's fine-tuning, with the real tokenizer."""
+    question = {"role": "user", "content": "In this task, answer."}
+    template = OlmoeTemplate(olmo.end_text)
+    rendered = template.render([question, {"role": "assistant", "content": "Yes"}])
+    ids, mask = encode_rendered(rendered, olmo, "as_released")
+    assert ids[:10].tolist() == [50279, 29, 93, 4537, 49651, 187, 688, 436, 4836, 13]
+    assert ids[-8:].tolist() == [29, 93, 515, 5567, 49651, 187, 4374, 50279]
+    assert ids[mask].tolist() == [187, 4374, 50279]

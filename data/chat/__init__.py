@@ -1,0 +1,1 @@
+"""Chats: templates, spans of answers, shards with a loss mask, packing, samples."""

@@ -1,0 +1,184 @@
+"""Samples of packed conversations by number.
+
+An epoch's rows follow from lengths, seed and epoch alone: conversations in a random order, packed,
+rows in a random order. Every epoch has the same number of rows (packing.py), so that a sample's
+epoch follows from its number.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from moetron.common.errors import UserError
+from moetron.data.chat.chat_shard import UNTRAINED, ChatShard
+from moetron.data.chat.packing import pack
+from moetron.data.shards.shard import Shard
+from moetron.data.stream.addresses import ENDLESS
+
+Normalisation = Literal["token", "sample"]
+
+
+def shuffled(count: int, seed: int, epoch: int, purpose: int) -> np.ndarray:
+    """Return a permutation, int64 [count], the same on every machine and rank."""
+    key = np.array([seed, epoch * 2 + purpose], np.uint64)
+    return np.argsort(np.random.Philox(key=key).random_raw(count), kind="stable")
+
+
+class ChatStream:
+    """Conversations as samples of ``seq_length`` tokens that do not see each other.
+
+    Args:
+        shards: conversations; sources of the losses in the log.
+        seq_length: tokens of a sample (S).
+        pad: id of padding; its label has no loss, whatever the id means elsewhere.
+        seed: of the order; None: each conversation once, in the order of the shards.
+        packed: whether a sample holds as many conversations as fit, or one.
+        normalisation: weight of a trained token: equal, or 1 / those of its conversation.
+        group: conversations that stay together: 2 for pairs.
+
+    Raises:
+        UserError: a conversation, or a group, is longer than a sample.
+    """
+
+    objective_names = ["chats"]
+
+    def __init__(
+        self,
+        shards: Sequence[ChatShard],
+        seq_length: int,
+        pad: int,
+        seed: int | None,
+        packed: bool = True,
+        normalisation: Normalisation = "token",
+        group: int = 1,
+    ) -> None:
+        self.source_names = [Path(shard.prefix).name for shard in shards]
+        self.bytes_per_token: list[float | None] = [None] * len(shards)
+        self._shards, self._length, self._pad, self._seed = list(shards), seq_length, pad, seed
+        self._packed, self._normalisation = packed, normalisation
+        self._places = [(s, n) for s, shard in enumerate(shards) for n in range(len(shard.lengths))]
+        lengths = np.concatenate([np.asarray(shard.lengths) for shard in shards])
+        if len(lengths) % group or not len(lengths):
+            raise UserError(f"{self.source_names}: {len(lengths)} conversations, not in pairs")
+        self.group = group
+        self._sizes = lengths.reshape(-1, group).sum(1)
+        if (longest := int(self._sizes.max())) > seq_length:
+            raise UserError(
+                f"--seq-length {seq_length}: {'a pair' if group > 1 else 'a conversation'} has "
+                f"{longest} tokens; use at least that, or prepare again with a smaller --max-length"
+            )
+        self._epoch, self._rows = -1, list[list[int]]()
+        self._prepare(0)
+        self.rows_per_epoch = len(self._rows)
+
+    def __len__(self) -> int:
+        """Return the number of samples; a shuffled stream has no end."""
+        return self.rows_per_epoch if self._seed is None else ENDLESS
+
+    def _prepare(self, epoch: int) -> None:
+        """Compute the rows of an epoch, unless they are at hand."""
+        if epoch == self._epoch:
+            return
+        count, seed = len(self._sizes), self._seed
+        order = np.arange(count) if seed is None else shuffled(count, seed, epoch, 0)
+        rows = (
+            pack(self._sizes.tolist(), self._length, order.tolist())
+            if self._packed
+            else [[number] for number in order.tolist()]
+        )
+        if seed is not None:
+            rows = [rows[place] for place in shuffled(len(rows), seed, epoch, 1).tolist()]
+        self._epoch, self._rows = epoch, rows
+
+    def conversations(self, n: int) -> list[int]:
+        """Return the numbers of the conversations in sample ``n``, over all shards, in order."""
+        if not 0 <= n < len(self):
+            raise IndexError(f"sample {n} of a stream of {len(self)}")
+        epoch, place = divmod(n, self.rows_per_epoch)
+        self._prepare(epoch)
+        return [self.group * u + i for u in self._rows[place] for i in range(self.group)]
+
+    def __getitem__(self, n: int) -> dict[str, Any]:
+        """Return sample ``n``.
+
+        ``documents`` are its conversations, and the ``padding`` at its end. With the normalisation
+        by sample also ``loss_weight``, and ``loss_count``, 1 for each conversation, float32 [S].
+        """
+        found, length = self.conversations(n), self._length
+        row, mask = np.full(length + 1, self._pad, np.int64), np.zeros(length, np.float32)
+        weight, count = np.zeros_like(mask), np.zeros_like(mask)
+        documents, place = [], 0
+        for number in found:
+            shard, document = self._places[number]
+            ids = self._shards[shard].tokens.document(document)
+            trained = self._shards[shard].mask.document(document)[1:] != UNTRAINED
+            end = place + len(ids)
+            row[place:end] = ids
+            mask[place : end - 1] = trained  # the label of a token is the next one
+            weight[place : end - 1] = trained / max(int(trained.sum()), 1)
+            count[place + int(np.argmax(trained))] = 1
+            documents.append(len(ids))
+            place = end
+        labels = row[1:].copy()
+        labels[np.cumsum(documents) - 1] = self._pad
+        rest = length - place
+        sample = {
+            "tokens": row[:-1],
+            "labels": labels,
+            "loss_mask": mask,
+            "source": self._places[found[0]][0],
+            "objective": 0,
+            "prefix": 0,
+            "filtered": 0,
+            "documents": np.array([*documents, rest] if rest else documents),
+            "padding": rest,
+        }
+        if self._normalisation == "sample":
+            sample |= {"loss_weight": weight, "loss_count": count}
+        return sample
+
+    @property
+    def token_shards(self) -> list[Shard]:
+        """Return the shards of tokens."""
+        return [shard.tokens for shard in self._shards]
+
+    def uses(self, samples: int) -> list[tuple[str, int, float]]:
+        """Return name, tokens and epochs of each source in ``samples`` samples."""
+        epochs = samples / self.rows_per_epoch
+        sizes = [sum(shard.lengths) for shard in self._shards]
+        return [
+            (name, round(size * epochs), epochs)
+            for name, size in zip(self.source_names, sizes, strict=True)
+        ]
+
+    def state(self) -> dict[str, Any]:
+        """Return the identity (JSON): content, order and packing."""
+        return {
+            "sources": [
+                {"name": name, "sha256": shard.sha256, "chats": shard.description["mask"]}
+                for name, shard in zip(self.source_names, self._shards, strict=True)
+            ],
+            "seed": self._seed,
+            "seq_length": self._length,
+            "packed": self._packed,
+        }
+
+
+def open_chats(
+    prefixes: Sequence[str],
+    seq_length: int,
+    fingerprint: str,
+    pad: int,
+    seed: int | None,
+    packed: bool = True,
+    normalisation: Normalisation = "token",
+) -> ChatStream:
+    """Open shards of chats, in place of a data path; arguments as of `ChatStream`.
+
+    Raises:
+        UserError: a shard cannot be used.
+    """
+    shards = [ChatShard(prefix, fingerprint) for prefix in prefixes]
+    return ChatStream(shards, seq_length, pad, seed, packed, normalisation)
