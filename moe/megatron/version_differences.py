@@ -37,10 +37,10 @@ def gradients_for_norm(optimizer: MegatronOptimizer) -> list[torch.Tensor]:
 
 
 def captured_modules(names: list[str]) -> dict[str, Any]:
-    """Return the field of the model's configuration that names what CUDA graphs capture."""
-    fields = TransformerConfig.__dataclass_fields__
-    known = "cuda_graph_modules" if "cuda_graph_modules" in fields else "cuda_graph_scope"
-    return {known: names}
+    """Return the fields of the model's configuration that name what CUDA graphs capture."""
+    if "cuda_graph_modules" in TransformerConfig.__dataclass_fields__:
+        return {"cuda_graph_modules": names, "cuda_graph_scope": None}
+    return {"cuda_graph_scope": names}
 
 
 def submodules_of(spec: Any) -> Any:

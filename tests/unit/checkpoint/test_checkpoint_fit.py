@@ -36,6 +36,8 @@ FREE = {
     *("moe_minimum_capacity", "moe_capacity_includes_topk", "moe_pad_expert_input_to_capacity"),
     *("moe_token_drop_policy", "moe_token_dispatcher_type", "moe_grouped_gemm"),
     *("moe_experts_impl", "moe_router_init_method_std", "moe_shared_expert_overlap"),
+    *("moe_encoder_capacity_factor", "moe_encoder_eval_capacity_factor", "label_smoothing"),
+    *("qk_clip", "qk_clip_alpha", "qk_clip_threshold", "log_max_attention_logit"),
 }
 """Model settings that may change at a resume: initialisation, training, drops, kernels."""
 

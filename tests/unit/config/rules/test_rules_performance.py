@@ -256,7 +256,7 @@ def test_graphs_reach_megatron_core(monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = {"bf16": True, "cuda_graph_impl": "transformer_engine", "cuda_graph_warmup_steps": 5}
     config = bridge.transformer_config(make(**graphs), True)
     assert config.cuda_graph_impl == "transformer_engine" and config.cuda_graph_warmup_steps == 5
-    (field,) = captured_modules([])
+    field, *_ = captured_modules([])
     assert [scope.name for scope in getattr(config, field)] == ["attn"]
     dense = {**graphs, "cuda_graph_scope": ["attn", "mlp"], "moe_layer_freq": [0, 1, 1, 1]}
     both = getattr(bridge.transformer_config(make(**dense), True), field)
