@@ -12,6 +12,10 @@ from moetron.moe.config.schema.parallel import ParallelSettings
 from moetron.moe.config.schema.settings import Settings
 
 
+_MOST_CHUNKS = 1 << 16
+"""Bound for settings that are not checked yet: a list of 2^60 chunks fits nowhere."""
+
+
 def expand(layout: str) -> list[str]:
     """Return the chunks of a --pipeline-model-parallel-layout, each a word of E, t, m and L.
 
@@ -37,7 +41,7 @@ def chunk_sizes(settings: Settings) -> list[int]:
     slots = layers + accounted(parallel)
     per_stage = slots // stages
     chunk = parallel.num_layers_per_virtual_pipeline_stage or max(per_stage, 1)
-    sizes = [chunk] * (stages * max(per_stage // chunk, 1))
+    sizes = [chunk] * min(stages * max(per_stage // chunk, 1), _MOST_CHUNKS)
     sizes[0] -= parallel.account_for_embedding_in_pipeline_split
     sizes[-1] -= parallel.account_for_loss_in_pipeline_split
     return sizes
@@ -48,7 +52,7 @@ def _between(first: int | None, last: int | None, layers: int, stages: int) -> l
     ends = [[] if size is None else [size] for size in (first, last)]
     others = stages - len(ends[0]) - len(ends[1])
     rest = layers - sum(ends[0] + ends[1])
-    return [*ends[0], *([rest // max(others, 1)] * others), *ends[1]]
+    return [*ends[0], *([rest // max(others, 1)] * min(others, _MOST_CHUNKS)), *ends[1]]
 
 
 def accounted(parallel: ParallelSettings) -> int:
