@@ -11,7 +11,6 @@ from itertools import accumulate
 from moetron.moe.config.schema.parallel import ParallelSettings
 from moetron.moe.config.schema.settings import Settings
 
-
 _MOST_CHUNKS = 1 << 16
 """Bound for settings that are not checked yet: a list of 2^60 chunks fits nowhere."""
 
