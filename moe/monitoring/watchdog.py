@@ -126,7 +126,7 @@ class Watchdog:
         written = folder is not None and _limited(lambda: self._write(folder), FILES_S)
         found = self._report(seen)
         if activity.current().number != seen.number:
-            return  # it went on meanwhile
+            return  # it continued meanwhile
         if found is None:  # another rank reports
             if stops:
                 time.sleep(OTHERS_S)
