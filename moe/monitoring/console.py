@@ -74,8 +74,9 @@ class Console:
 
 def _metrics_text(row: Row) -> str:
     """Return the main metrics of a step as text."""
+    trained = "preference_loss" if "preference_loss" in row else "lm_loss"
     parts = [
-        f"loss {row['lm_loss']:.4f}",
+        f"{trained.removeprefix('lm_').replace('_', ' ')} {row[trained]:.4f}",
         f"grad norm {row['grad_norm']:.3f}",
         f"lr {row['lr']:.2e}",
     ]
