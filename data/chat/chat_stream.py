@@ -16,6 +16,7 @@ from moetron.data.chat.chat_rows import Kind
 from moetron.data.chat.chat_shard import UNTRAINED, WANTED, ChatShard
 from moetron.data.chat.mismatch import Mismatched
 from moetron.data.chat.packing import pack
+from moetron.data.chat.run_template import TEMPLATE, template_record
 from moetron.data.shards.shard import Shard
 from moetron.data.stream.addresses import ENDLESS
 
@@ -212,7 +213,12 @@ class ChatStream:
         """Return the identity (JSON): content, order and packing."""
         return {
             "sources": [
-                {"name": name, "sha256": shard.sha256, "chats": shard.description["mask"]}
+                {
+                    "name": name,
+                    "sha256": shard.sha256,
+                    "chats": shard.description["mask"],
+                    TEMPLATE: template_record(shard.description),
+                }
                 for name, shard in zip(self.source_names, self._shards, strict=True)
             ],
             "seed": self._seed,
