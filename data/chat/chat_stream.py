@@ -64,11 +64,7 @@ class ChatStream:
             raise UserError(f"{self.source_names}: {len(lengths)} conversations, not in pairs")
         self.group = group
         self._sizes = lengths.reshape(-1, group).sum(1)
-        if (longest := int(self._sizes.max())) > seq_length:
-            raise UserError(
-                f"--seq-length {seq_length}: {'a pair' if group > 1 else 'a conversation'} has "
-                f"{longest} tokens; use at least that, or prepare again with a smaller --max-length"
-            )
+        self._refuse_long()
         self.reference: np.ndarray | None = None
         """Log-probability of each conversation under the reference model, float32."""
         self._epoch, self._rows = -1, list[list[int]]()
@@ -79,6 +75,19 @@ class ChatStream:
         """Return the number of samples; a shuffled stream has no end."""
         return self.rows_per_epoch if self._seed is None else ENDLESS
 
+    def _refuse_long(self) -> None:
+        """Raise UserError for a conversation that no sample can hold."""
+        if (longest := int(self._sizes.max())) > self._length:
+            raise UserError(
+                f"--seq-length {self._length}: {'a pair' if self.group > 1 else 'a conversation'} "
+                f"has {longest} tokens; use at least that, or prepare again with a smaller "
+                "--max-length"
+            )
+
+    def _pack(self, order: list[int]) -> list[list[int]]:
+        """Return the conversations, or groups, of each row."""
+        return pack(self._sizes.tolist(), self._length, order)
+
     def _prepare(self, epoch: int) -> None:
         """Compute the rows of an epoch, unless they are at hand."""
         if epoch == self._epoch:
@@ -86,9 +95,7 @@ class ChatStream:
         count, seed = len(self._sizes), self._seed
         order = np.arange(count) if seed is None else shuffled(count, seed, epoch, 0)
         rows = (
-            pack(self._sizes.tolist(), self._length, order.tolist())
-            if self._packed
-            else [[number] for number in order.tolist()]
+            self._pack(order.tolist()) if self._packed else [[number] for number in order.tolist()]
         )
         if seed is not None:
             rows = [rows[place] for place in shuffled(len(rows), seed, epoch, 1).tolist()]
@@ -208,6 +215,9 @@ def open_chats(
     """
     shards = [ChatShard(prefix, fingerprint) for prefix in prefixes]
     for shard in shards:
-        if pairs and shard.description["kind"] != "pairs":
+        kind = shard.description["kind"]
+        if pairs and kind != "pairs":
             raise UserError(f"{shard.prefix}: no pairs; prepare it with --kind pairs")
+        if kind == "text_to_text":
+            raise UserError(f"{shard.prefix}: inputs and targets, which need --encoder-num-layers")
     return ChatStream(shards, seq_length, pad, seed, packed, normalisation, 2 if pairs else 1)

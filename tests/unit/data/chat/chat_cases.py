@@ -25,11 +25,17 @@ def chat(question: str, *answers: str) -> dict[str, Any]:
     }
 
 
-def prepare(folder: Path, rows: Sequence[Any], kind: Kind = "chats", length: int = 64) -> Outcome:
-    """Write ``rows`` to the shard ``folder / "chats"``."""
+def prepare(
+    folder: Path,
+    rows: Sequence[Any],
+    kind: Kind = "chats",
+    length: int = 64,
+    targets: int | None = None,
+) -> Outcome:
+    """Write ``rows`` to the shard ``folder / "chats"``; ``targets``: ids of a target at most."""
     file = folder / "rows.jsonl"
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     file.write_text("\n".join(lines), encoding="utf-8")
-    options = ChatOptions(kind, "correct", length)
-    template = OlmoeTemplate(TOKENIZER.end_text)
+    options = ChatOptions(kind, "correct", length, max_target_length=targets)
+    template = None if kind == "text_to_text" else OlmoeTemplate(TOKENIZER.end_text)
     return write_chats(read_json_rows([file]), template, TOKENIZER, options, folder / "chats")
