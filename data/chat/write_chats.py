@@ -149,7 +149,7 @@ def write_chats(
             counts["used"] += 1
         if first is None:
             raise UserError(f"no row can be used: {dict(counts) or 'there is none'}")
-        description = {
+        description: dict[str, Any] = {
             "kind": options.kind,
             "mask": options.rule,
             "max_length": options.max_length,
