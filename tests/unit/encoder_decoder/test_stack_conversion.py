@@ -14,9 +14,13 @@ from safetensors.torch import load_file
 
 from moetron.assembly import train
 from moetron.moe.checkpoint import run_folder as checkpoint_folder
+from moetron.moe.config.schema import derived
+from moetron.moe.config.schema.experts import MoESettings
 from moetron.moe.config.schema.settings import Settings
+from moetron.moe.config.upcycling import UpcyclingSettings
 from moetron.moe.convert.from_huggingface import from_hf
 from moetron.moe.convert.to_huggingface import Export, to_hf
+from moetron.moe.convert.upcycle import dense_folder, upcycle
 from moetron.moe.inference.generation import load_model
 from moetron.moe.layers.language_model import LanguageModel
 from moetron.moe.training.runtime import Runtime
@@ -89,6 +93,21 @@ def _same_logits(folder: Path, expected: torch.Tensor) -> bool:
     with torch.no_grad():
         found = again.eval()(input_ids=inputs, decoder_input_ids=targets).logits
     return bool((found - expected).abs().max() <= LIMIT * expected.abs().max())
+
+
+def test_an_upcycled_t5_computes_the_same(tmp_path: Path) -> None:
+    """Experts in the last of each two layers of both stacks, each a copy of the FFN."""
+    theirs = t5(tied=False)
+    theirs.save_pretrained(tmp_path / "hf")
+    dense = dense_folder(tmp_path / "hf", None, None)
+    moe = {"num_experts": 4, "moe_layer_freq": 2, "moe_layer_position": "last"}
+    chosen = MoESettings.model_validate({**moe, "moe_router_topk": 2})
+    settings = upcycle(dense, tmp_path / "run", chosen, UpcyclingSettings())
+    assert derived.moe_layers(settings) == [False, True, False, True, False]
+    assert "encoder_seq_length: 512" in (tmp_path / "run" / "model.yaml").read_text()
+    with our_model(tmp_path / "run", short(tmp_path / "run")) as ours:
+        logits, expected = both(stack_batch()["tokens"], ours, theirs)
+    assert (logits - expected).abs().max() <= LIMIT * expected.abs().max()
 
 
 @pytest.mark.parametrize("routed", [False, True])
