@@ -113,6 +113,24 @@ def test_pretraining_and_fine_tuning(tmp_path: Path) -> None:
     assert after[0]["lm_loss"] != rows[0]["lm_loss"]
 
 
+def test_a_resumed_run_has_the_same_bits(tmp_path: Path) -> None:
+    """With dropout in both stacks and experts, and the optimizer's state of both tables."""
+    dropout = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+    losses = []
+    for name, parts in (("once", (3,)), ("twice", (2, 3))):
+        folder = tmp_path / name
+        for steps in parts:
+            load = {"load": str(folder)} if steps != parts[0] else {}
+            chosen = _settings(folder, model=dropout, checkpoint=load)
+            rate = chosen.learning_rate.model_copy(update={"lr_decay_iters": 3})
+            training = chosen.training.model_copy(update={"train_iters": steps})
+            changes = {"training": training, "learning_rate": rate}
+            assert train(chosen.model_copy(update=changes), None, VOCABULARY) == 0
+        losses.append([(row["lm_loss"], row["grad_norm"]) for row in _rows(folder)])
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 3
+
+
 @pytest.mark.parametrize(
     ("own", "expected"),
     [
