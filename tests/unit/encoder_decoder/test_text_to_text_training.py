@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from moetron.assembly import train
+from moetron.commands.analyze_routing import analyze_run, parser
 from moetron.data.chat.text_to_text_stream import open_text_to_text
 from moetron.moe.checkpoint.run_folder import find
 from moetron.moe.config.schema.settings import Settings
@@ -122,6 +123,9 @@ def test_held_out_loss_falls_with_dropout_and_frozen_experts(tmp_path: Path, pre
     for name in first.names():
         same = torch.equal(first.read(name), last.read(name))
         assert same == (".experts." in name or ".router." in name), name
+    # The analysis reads inputs and targets too: two rows of 9 letters and an end, 3 and an end.
+    stacks = analyze_run(parser().parse_args([str(save)]))["stacks"]
+    assert [stacks[stack]["tokens"] for stack in ("encoder", "decoder")] == [2 * 10, 2 * 4]
 
 
 def test_checks() -> None:
