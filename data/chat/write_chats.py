@@ -155,6 +155,10 @@ def write_chats(
             "max_length": options.max_length,
         }
         if template is not None:
-            description |= {"template": template.name, "source": template.source()}
+            description |= {
+                "template": template.name,
+                "source": template.source(),
+                "end_of_turn": template.end_of_turn,
+            }
         manifests = {n: w.finish(description, dict(counts)) for n, w in writers.items()}
     return Outcome(manifests, counts, first)
