@@ -14,6 +14,7 @@ from moetron.common.errors import UserError
 from moetron.data.chat.chat_shard import UNTRAINED, ChatShard
 from moetron.data.chat.chat_stream import ChatStream, Normalisation
 from moetron.data.chat.packing import pack_stacks
+from moetron.data.chat.run_template import TEMPLATE
 from moetron.data.shards.shard import Shard
 
 KIND = "text_to_text"
@@ -100,8 +101,10 @@ class TextToTextStream(ChatStream):
         return sample
 
     def state(self) -> dict[str, Any]:
-        """Return the identity (JSON), with the encoder's part."""
-        return {**super().state(), "encoder_length": self._room[0]}
+        """Return the identity (JSON), with the encoder's part; there is no template."""
+        found = super().state()
+        sources = [{k: v for k, v in each.items() if k != TEMPLATE} for each in found["sources"]]
+        return {**found, "sources": sources, "encoder_length": self._room[0]}
 
 
 def _target_lengths(mask: Shard) -> np.ndarray:
