@@ -17,6 +17,7 @@ from moetron.common.run_owner import claim, refuse_owned
 from moetron.common.stop_signal import EndAtOnce, StopSignal
 from moetron.common.watch import activity
 from moetron.common.watch.limits import require_limits
+from moetron.data.chat.chat_rows import Kind
 from moetron.data.chat.chat_stream import ChatStream, open_chats
 from moetron.data.chat.text_to_text_stream import open_text_to_text
 from moetron.data.stream.documents import DocumentStream
@@ -125,6 +126,10 @@ def _mock(settings: Settings, vocab_size: int) -> MockStream | MockSpans:
     return MockSpans(seed, vocab_size, length, data.encoder_seq_length, shape)
 
 
+_ROWS: dict[str | None, Kind] = {"dpo": "pairs", "dpo_norm": "pairs", "kto": "labelled"}
+"""Rows of the losses on preferences."""
+
+
 def open_chat_streams(settings: Settings, vocab_size: int, tokenizer: Tokenizer) -> Streams:
     """Open the shards of chats, or of inputs and targets, for training and validation.
 
@@ -144,7 +149,7 @@ def open_chat_streams(settings: Settings, vocab_size: int, tokenizer: Tokenizer)
             chosen.sft_loss_normalisation,
         )
         stream = (
-            open_chats(prefixes, length, *rest, pairs=chosen.preference_loss is not None)
+            open_chats(prefixes, length, *rest, _ROWS.get(chosen.preference_loss, "chats"))
             if encoder is None
             else open_text_to_text(prefixes, (encoder, length - encoder), *rest)
         )
