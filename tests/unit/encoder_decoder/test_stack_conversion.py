@@ -121,6 +121,7 @@ def test_a_trained_run_is_exported(tmp_path: Path, routed: bool) -> None:
         "moe_router_topk": 1,
         "moe_router_pre_softmax": True,
         "moe_expert_capacity_factor": 8.0,
+        "moe_input_jitter_eps": 1e-2,  # whose position in the checkpoint is no weight
     }
     settings = stack_settings(
         {**model, "untie_embeddings_and_output_weights": not routed},
