@@ -95,6 +95,7 @@ class Writer:
             self.max_new_tokens,
             finish,
             self.cached,
+            self.tokenizer.pad,
         )
         if show is not None:
             show(texts[0].rest())

@@ -224,6 +224,8 @@ def generate(
 ) -> list[str]:
     """Return the text that follows each prompt, up to the end of the document.
 
+    An encoder-decoder reads the prompts and answers them, or fills their holes.
+
     Args:
         run: from `load_run`.
         prompts: texts; in the modes nlu and nlg with holes ``<extra_id_0>``, ``<extra_id_1>``, ...,
@@ -245,7 +247,10 @@ def generate(
     tokenizer = _tokenizer(run)
     sampling = Sampling(temperature, top_k, top_p, seed)
     both_ways = reads_prefix(run.settings, run.consumed_samples, mode != "causal")
-    requests = [Request(prompt_ids(each, mode, tokenizer), seed, both_ways) for each in prompts]
+    stacks = run.settings.model.encoder_num_layers is not None
+    requests = [
+        Request(prompt_ids(each, mode, tokenizer, stacks), seed, both_ways) for each in prompts
+    ]
     ends = ends_of([], tokenizer)
     writer = Writer(run.model, tokenizer, sampling, ends, max_new_tokens, _BATCH_SIZE)
     texts = dict(writer.answers(requests))
@@ -277,12 +282,15 @@ def analyze_routing(
         layers: layers with experts, from 0; None: all.
 
     Raises:
-        UserError: the model is dense, or a shard cannot be used or is of another tokenizer.
+        UserError: the model is dense or has an encoder, or a shard cannot be used or is of another
+            tokenizer.
     """
     from moetron.commands.analyze_routing import open_text  # matplotlib, torch: seconds
     from moetron.moe.analysis.own_model import OwnModel
     from moetron.moe.analysis.routing_study import study, summary
+    from moetron.moe.inference.generation import refuse_encoder
 
+    refuse_encoder(run.folder, run.settings)
     length = seq_length or run.settings.model.seq_length
     sources = named_sources([f"{name}={prefix}" for name, prefix in shards.items()], length)
     text = open_text(sources, _tokenizer(run), tokens_per_class, [])

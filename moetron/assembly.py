@@ -19,6 +19,7 @@ from moetron.common.watch import activity
 from moetron.common.watch.limits import require_limits
 from moetron.data.chat.chat_rows import Kind
 from moetron.data.chat.chat_stream import ChatStream, open_chats
+from moetron.data.chat.text_to_text_stream import open_text_to_text
 from moetron.data.stream.documents import DocumentStream
 from moetron.data.stream.id_range import refuse_ids_outside
 from moetron.data.stream.mock_spans import MockSpans
@@ -130,23 +131,27 @@ _ROWS: dict[str | None, Kind] = {"dpo": "pairs", "dpo_norm": "pairs", "kto": "la
 
 
 def open_chat_streams(settings: Settings, vocab_size: int, tokenizer: Tokenizer) -> Streams:
-    """Open the shards of chats for training and validation.
+    """Open the shards of chats, or of inputs and targets, for training and validation.
 
     Raises:
         UserError: a shard cannot be used, or chats would repeat more often than allowed.
     """
     data, chosen = settings.data, settings.adaptation
+    length, encoder = settings.model.seq_length, data.encoder_seq_length
 
     def opened(path: Sequence[str], seed: int | None) -> ChatStream:
-        stream = open_chats(
-            data.rooted(path),
-            settings.model.seq_length,
+        prefixes = data.rooted(path)
+        rest = (
             tokenizer.fingerprint,
             tokenizer.pad,
             seed,
             chosen.sft_packing,
             chosen.sft_loss_normalisation,
-            _ROWS.get(chosen.preference_loss, "chats"),
+        )
+        stream = (
+            open_chats(prefixes, length, *rest, _ROWS.get(chosen.preference_loss, "chats"))
+            if encoder is None
+            else open_text_to_text(prefixes, (encoder, length - encoder), *rest)
         )
         refuse_ids_outside(stream.token_shards, vocab_size)
         return stream

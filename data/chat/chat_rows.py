@@ -6,8 +6,9 @@ from typing import Any, Literal
 
 from moetron.data.chat.templates import Message
 
-Kind = Literal["chats", "pairs", "labelled"]
-"""Conversations; a chosen and a rejected one for each prompt; or single ones, wanted or not."""
+Kind = Literal["chats", "pairs", "labelled", "text_to_text"]
+"""Conversations; a chosen and a rejected one for each prompt; single ones, wanted or not; or inputs
+and targets of an encoder-decoder (text_to_text.py)."""
 
 
 class BadRow(Exception):

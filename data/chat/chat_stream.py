@@ -68,11 +68,7 @@ class ChatStream:
             raise UserError(f"{self.source_names}: {len(lengths)} conversations, not in pairs")
         self.group = group
         self._sizes = lengths.reshape(-1, group).sum(1)
-        if (longest := int(self._sizes.max())) > seq_length:
-            raise UserError(
-                f"--seq-length {seq_length}: {'a pair' if group > 1 else 'a conversation'} has "
-                f"{longest} tokens; use at least that, or prepare again with a smaller --max-length"
-            )
+        self._refuse_long()
         self._mismatched: Mismatched | None = None
         if kind == "labelled":
             self._mismatched = Mismatched(self._shards, self._places, seq_length)
@@ -88,6 +84,19 @@ class ChatStream:
         """Return the number of samples; a shuffled stream has no end."""
         return self.rows_per_epoch if self._seed is None else ENDLESS
 
+    def _refuse_long(self) -> None:
+        """Raise UserError for a conversation that no sample can hold."""
+        if (longest := int(self._sizes.max())) > self._length:
+            raise UserError(
+                f"--seq-length {self._length}: {'a pair' if self.group > 1 else 'a conversation'} "
+                f"has {longest} tokens; use at least that, or prepare again with a smaller "
+                "--max-length"
+            )
+
+    def _pack(self, order: list[int]) -> list[list[int]]:
+        """Return the conversations, or groups, of each row."""
+        return pack(self._sizes.tolist(), self._length, order)
+
     def _prepare(self, epoch: int) -> None:
         """Compute the rows of an epoch, unless they are at hand."""
         if epoch == self._epoch:
@@ -95,9 +104,7 @@ class ChatStream:
         count, seed = len(self._sizes), self._seed
         order = np.arange(count) if seed is None else shuffled(count, seed, epoch, 0)
         rows = (
-            pack(self._sizes.tolist(), self._length, order.tolist())
-            if self._packed
-            else [[number] for number in order.tolist()]
+            self._pack(order.tolist()) if self._packed else [[number] for number in order.tolist()]
         )
         if seed is not None:
             rows = [rows[place] for place in shuffled(len(rows), seed, epoch, 1).tolist()]
@@ -239,13 +246,16 @@ def open_chats(
 ) -> ChatStream:
     """Open shards of chats in place of a data path; see `ChatStream`.
 
-    Shards of every ``kind`` serve as chats.
+    Shards of every ``kind`` but text_to_text serve as chats.
 
     Raises:
         UserError: a shard cannot be used, or is of another kind.
     """
     shards = [ChatShard(prefix, fingerprint) for prefix in prefixes]
     for shard in shards:
-        if kind not in ("chats", shard.description["kind"]):
+        found = shard.description["kind"]
+        if kind not in ("chats", found):
             raise UserError(f"{shard.prefix}: not of {kind} rows; prepare it with --kind {kind}")
+        if found == "text_to_text":
+            raise UserError(f"{shard.prefix}: inputs and targets, which need --encoder-num-layers")
     return ChatStream(shards, seq_length, pad, seed, packed, normalisation, kind)

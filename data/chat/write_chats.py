@@ -15,6 +15,7 @@ from moetron.data.chat.chat_rows import BadRow, Example, Kind, examples
 from moetron.data.chat.chat_shard import ChatShardWriter
 from moetron.data.chat.encode_chat import MaskRule, encode_rendered, refuse_special
 from moetron.data.chat.templates import Template, Undecidable
+from moetron.data.chat.text_to_text import encode_texts, texts
 from moetron.data.encoding.encode import is_held_out
 from moetron.data.readers.rows import content
 from moetron.data.shards.manifest import Manifest
@@ -31,8 +32,10 @@ class ChatOptions:
     kind: Kind
     rule: MaskRule
     max_length: int
-    """Tokens after which a conversation is cut."""
+    """Tokens after which a conversation is cut, or the inputs of an encoder-decoder."""
     holdout_fraction: float = 0.0
+    max_target_length: int | None = None
+    """The same of an encoder-decoder's targets; None: ``max_length``."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,20 @@ def encode_example(
     return Encoded(ids, mask, example.wanted, rendered.text)
 
 
+def _text_to_text(
+    row: dict[str, Any], tokenizer: Tokenizer, options: ChatOptions, counts: Counter[str]
+) -> Encoded:
+    """Return inputs and targets of a row, each cut to its length."""
+    inputs, targets = texts(row)
+    limit = options.max_target_length or options.max_length
+    ids, mask, cut = encode_texts(inputs, targets, tokenizer, options.max_length, limit)
+    counts[TRUNCATED] += cut
+    return Encoded(ids, mask, True, f"{inputs}\n{targets}")
+
+
 def _usable(
     row: Any,
-    template: Template,
+    template: Template | None,
     tokenizer: Tokenizer,
     options: ChatOptions,
     counts: Counter[str],
@@ -86,6 +100,8 @@ def _usable(
     """Return the conversations of a row, cut to length; none if one cannot be used."""
     if not isinstance(row, dict):
         raise BadRow("not a JSON object")
+    if template is None:
+        return [_text_to_text(row, tokenizer, options, counts)]
     found = []
     for example in examples(row, options.kind):
         encoded = encode_example(example, template, tokenizer, options)
@@ -100,13 +116,15 @@ def _usable(
 
 def write_chats(
     rows: Iterator[Any],
-    template: Template,
+    template: Template | None,
     tokenizer: Tokenizer,
     options: ChatOptions,
     prefix: Path,
     holdout: Path | None = None,
 ) -> Outcome:
     """Write the conversations of ``rows``, a fraction of them to ``holdout``.
+
+    ``template`` is None for inputs and targets of an encoder-decoder, which need none.
 
     Raises:
         UserError: no row can be used; the message counts the reasons.
@@ -131,13 +149,16 @@ def write_chats(
             counts["used"] += 1
         if first is None:
             raise UserError(f"no row can be used: {dict(counts) or 'there is none'}")
-        description = {
+        description: dict[str, Any] = {
             "kind": options.kind,
-            "template": template.name,
-            "source": template.source(),
-            "end_of_turn": template.end_of_turn,
             "mask": options.rule,
             "max_length": options.max_length,
         }
+        if template is not None:
+            description |= {
+                "template": template.name,
+                "source": template.source(),
+                "end_of_turn": template.end_of_turn,
+            }
         manifests = {n: w.finish(description, dict(counts)) for n, w in writers.items()}
     return Outcome(manifests, counts, first)

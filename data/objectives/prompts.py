@@ -14,15 +14,20 @@ HOLE = re.compile(r"<extra_id_(\d+)>")
 """Marker of a hole in a UL2 prompt."""
 
 
-def prompt_ids(text: str, mode: Mode, tokenizer: Tokenizer) -> list[int]:
+def prompt_ids(text: str, mode: Mode, tokenizer: Tokenizer, has_encoder: bool = False) -> list[int]:
     """Return the tokens of a prompt; UL2's start with padding and finish with the end id.
 
+    An encoder reads the prompt and an end; holes are those of its span corruption.
+
     Raises:
-        UserError: holes in causal or s2s mode, none in nlu and nlg, out of order, or more than the
-        tokenizer has sentinels.
+        UserError: holes in s2s mode, none in nlu and nlg, out of order, more than the tokenizer has
+        sentinels, or a mode of an encoder-decoder.
     """
-    if mode == "causal":
-        return tokenizer.encode(text) or [tokenizer.eod]
+    if has_encoder and mode != "causal":
+        raise UserError(f"mode {mode}: an encoder-decoder has no modes; leave it out")
+    if mode == "causal" and not (has_encoder and HOLE.search(text)):
+        ids = tokenizer.encode(text)
+        return [*ids, tokenizer.eod] if has_encoder else ids or [tokenizer.eod]
     holes = [int(number) for number in HOLE.findall(text)]
     if holes != list(range(len(holes))) or bool(holes) != (mode != "s2s"):
         raise UserError(
@@ -33,7 +38,7 @@ def prompt_ids(text: str, mode: Mode, tokenizer: Tokenizer) -> list[int]:
         raise UserError(
             f"mode {mode}: the tokenizer {tokenizer.name} has {len(tokenizer.sentinels)} sentinels"
         )
-    ids = [tokenizer.pad, *tokenizer.encode(f"[{mode.upper()}] ")]
+    ids = [] if has_encoder else [tokenizer.pad, *tokenizer.encode(f"[{mode.upper()}] ")]
     for number, part in enumerate(HOLE.split(text)[::2]):
         ids += ([tokenizer.sentinels[number - 1]] if number else []) + tokenizer.encode(part)
     return [*ids, tokenizer.eod]

@@ -155,7 +155,15 @@ def _specialists(
 
 
 def entropy_table(result: Result) -> str:
-    """Return table 14's rows: the entropy of each stack's layers, in nats, by token class."""
+    """Return `entropy_rows` as text."""
+    return table(entropy_rows(result))
+
+
+def entropy_rows(result: Result) -> list[tuple[str, ...]]:
+    """Return table 14: a heading, and the entropy of each stack's layers in nats by token class.
+
+    The last row is that of uniform choices.
+    """
     depth = max(len(found["layers"]) for found in result["stacks"].values())
     rows = [("stack", "tokens", *(f"layer {n + 1}" for n in range(depth)))]
     for stack, found in result["stacks"].items():
@@ -164,5 +172,4 @@ def entropy_table(result: Result) -> str:
             cells = [f"{value:.2f}" for value in values]
             rows.append((stack, name, *cells, *([""] * (depth - len(cells)))))
     uniform = f"{result['chance']['entropy']:.2f}"
-    rows.append(("uniform", "", *([uniform] * depth)))
-    return table(rows)
+    return [*rows, ("uniform", "", *([uniform] * depth))]

@@ -49,6 +49,7 @@ from moetron.moe.checkpoint.position import Progress
 from moetron.moe.checkpoint.random_states import HOST, mismatch, reseed, restore_rng, rng_entries
 from moetron.moe.checkpoint.run_folder import Checkpoint, Record
 from moetron.moe.checkpoint.states.fp8_state import fp8_entries, restore_fp8
+from moetron.moe.checkpoint.states.router_state import is_wanted
 from moetron.moe.checkpoint.tensor_reader import cause_of, load_tensors
 from moetron.moe.checkpoint.tensor_writer import Contents, write_format_files
 from moetron.moe.checkpoint.vocabulary import require_vocabulary
@@ -260,7 +261,7 @@ def _load_model(
             if optimizer_state.is_entry(entry)
             else entry
             for name, entry in entries.items()
-            if optimizer_state.is_entry(entry) or entry.unique_key in checkpoint.keys
+            if is_wanted(entry, checkpoint.keys)
         }
         for chunk, entries in weights.items()
     }
@@ -296,8 +297,7 @@ def _load_rng(checkpoint: Checkpoint, settings: Settings) -> None:
         reseed(settings.training.seed, step)
         request = {key: request[key] for key in request.keys() & HOST & checkpoint.keys}
         if dist.get_rank() == 0:
-            text = "%s: random numbers are reseeded from seed and step %d"
-            logger.warning(text, reason, step)
+            logger.warning("%s: random numbers are reseeded from seed and step %d", reason, step)
     if request:
         restore_rng(_load(checkpoint, request, "--no-load-rng resumes without"))
 

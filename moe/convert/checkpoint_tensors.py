@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from moetron.common.errors import UserError
 from moetron.moe.checkpoint.optimizer_state import MAIN, PREFIX
+from moetron.moe.checkpoint.states.router_state import ROUTER_STATE
 from moetron.moe.checkpoint.tensor_reader import IndexedReader, cause_of
 
 _NOT_WEIGHTS = ("optimizer.", "rng.")
@@ -37,7 +38,9 @@ class CheckpointTensors:
         self._stored = {
             name: self._best(name) if exact else name
             for name, entry in entries.items()
-            if isinstance(entry, TensorStorageMetadata) and not name.startswith(_NOT_WEIGHTS)
+            if isinstance(entry, TensorStorageMetadata)
+            and not name.startswith(_NOT_WEIGHTS)
+            and not name.endswith(ROUTER_STATE)
         }
 
     def _best(self, name: str) -> str:

@@ -25,6 +25,12 @@ from moetron.moe.convert.initial_checkpoint import write_start
 from moetron.moe.convert.safetensors_folder import TensorFolder, file_in
 
 logger = logging.getLogger(__name__)
+_LAYER_COUNTS = (
+    "num_hidden_layers",
+    "num_nextn_predict_layers",
+    "num_layers",
+    "num_decoder_layers",
+)
 _DERIVED = ("rotary_emb.inv_freq",)
 """Suffixes of tensors that some files have and that the configuration determines."""
 
@@ -64,18 +70,18 @@ class HuggingFaceModel:
         self._source = TensorFolder(folder)
         self.tree = self._described(folder / CONFIG, config)
         if tokenizer is not None:
-            self.tree["data"] = {"tokenizer_model": tokenizer}
+            self.tree.setdefault("data", {})["tokenizer_model"] = tokenizer
         self.settings = _checked(folder / CONFIG, self.tree)
         self._refuse_size(folder / CONFIG, "experts", self.settings.moe.num_experts or 0)
         self._rules = {rule.ours: rule for rule in self.family.rules(function_of(self.settings))}
         expected = [name for rule in self._rules.values() for name in rule.theirs]
-        found = _without_prediction(_parameters(self._source, self.settings), config)
+        found = _without_prediction(_parameters(self._source, self.settings, self.family), config)
         require_same(found, expected, f"{folder}", self.family)
 
     def _described(self, path: Path, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """Return the settings sections; raise UserError for values that no model has."""
-        self._refuse_size(path, "layers", config.get("num_hidden_layers", 0))
-        self._refuse_size(path, "layers", config.get("num_nextn_predict_layers") or 0)
+        for key in _LAYER_COUNTS:
+            self._refuse_size(path, "layers", config.get(key) or 0)
         try:
             tree = self.family.settings(config)
         except UserError:
@@ -148,19 +154,23 @@ def _named_dtype(config: Mapping[str, Any]) -> str:
     return str(config.get("dtype", config.get("torch_dtype"))).removeprefix("torch.")
 
 
-def _parameters(source: TensorFolder, settings: Settings) -> list[str]:
-    """Return the names of the folder's tensors, without tied copies and derived ones."""
+def _parameters(source: TensorFolder, settings: Settings, family: Family) -> list[str]:
+    """Return the names of the folder's tensors, without copies and derived ones."""
     untied = settings.model.untie_embeddings_and_output_weights
     return [
         name
         for name in source.names()
-        if not name.endswith(_DERIVED) and (untied or name != "lm_head.weight")
+        if not name.endswith(_DERIVED)
+        and name not in family.unused
+        and (untied or name != "lm_head.weight")
     ]
 
 
 def _without_prediction(names: list[str], config: Mapping[str, Any]) -> list[str]:
     """Drop DeepSeek-V3's multi-token prediction modules, which follow the last layer."""
-    first, count = config["num_hidden_layers"], config.get("num_nextn_predict_layers") or 0
+    first, count = config.get("num_hidden_layers"), config.get("num_nextn_predict_layers") or 0
+    if first is None:
+        return names
     ahead = tuple(f"model.layers.{layer}." for layer in range(first, first + count))
     kept = [name for name in names if not name.startswith(ahead)]
     if len(kept) < len(names):

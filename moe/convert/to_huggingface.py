@@ -95,12 +95,16 @@ def to_hf(
     plan = {
         name: part for rule in rules for name, part in _split(rule, source.empty(rule.ours), dtype)
     }
-    config = {**family.config(values), **special_ids, **_dtype_keys(dtype)}
+    generation = dict(special_ids)
+    if family.has_encoder:
+        generation["decoder_start_token_id"] = special_ids["pad_token_id"]
+    config = {**family.config(values), **generation, **_dtype_keys(dtype)}
     with _new_folder(output) as folder:
         tensors = (pair for rule in rules for pair in _split(rule, source.read(rule.ours), dtype))
         write_folder(folder, shards(plan, options.shard_bytes), tensors)
         _write_json(folder / CONFIG, config)
-        _write_json(folder / "generation_config.json", _generation(special_ids, options.turn_end))
+        generation |= _generation(special_ids, options.turn_end)
+        _write_json(folder / "generation_config.json", generation)
         if family.code is not None:
             shutil.copyfile(Path(families.__path__[0]) / family.code, folder / family.code)
         for name, content in companions.items():

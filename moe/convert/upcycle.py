@@ -104,8 +104,11 @@ def _model_sections(settings: Settings) -> dict[str, dict[str, Any]]:
     kept = {group: section for group, section in tree.items() if group not in OTHER_GROUPS}
     kept["moe"] |= {"moe_router_topk": settings.moe.moe_router_topk}  # always explicit
     kept["precision"] = {"bf16": settings.precision.bf16}
-    if settings.data.tokenizer_model is not None:
-        kept["data"] = {"tokenizer_model": settings.data.tokenizer_model}
+    data = {
+        name: getattr(settings.data, name) for name in ("tokenizer_model", "encoder_seq_length")
+    }
+    if data := {name: value for name, value in data.items() if value is not None}:
+        kept["data"] = data
     return kept
 
 

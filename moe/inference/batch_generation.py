@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from moetron.moe.encoder_decoder.encoded_batch import EncodedBatch
+from moetron.moe.encoder_decoder.encoder_decoder_model import EncoderDecoderModel
 from moetron.moe.inference.growing_batch import GrowingBatch
 from moetron.moe.inference.next_token import draw, penalize
 from moetron.moe.inference.sampling import Sampling
@@ -43,12 +45,15 @@ class Generated:
 class _Row:
     """A row's state while it grows."""
 
-    def __init__(self, request: Request, vocab_size: int, sampling: Sampling) -> None:
+    def __init__(
+        self, request: Request, vocab_size: int, sampling: Sampling, answers: bool
+    ) -> None:
         self.generated = Generated()
         self._sampling = sampling
         self._generator = torch.Generator().manual_seed(request.seed)
         self._seen_V = torch.zeros(vocab_size, dtype=torch.bool)
-        self._seen_V[list(request.ids)] = True
+        if not answers:
+            self._seen_V[list(request.ids)] = True
 
     def choose(self, logits_V: torch.Tensor) -> int:
         """Draw and append the next token from float32 logits [vocabulary]."""
@@ -62,6 +67,17 @@ class _Row:
         return token
 
 
+def _growing(
+    model: LanguageModel, requests: Sequence[Request], cached: bool, start: int | None
+) -> GrowingBatch | EncodedBatch:
+    """Return the batch in which the answers grow; arguments as of `generate_batch`."""
+    if isinstance(model, EncoderDecoderModel):
+        assert start is not None
+        return EncodedBatch(model, start)
+    prefixes = [len(request.ids) if request.reads_prefix else 0 for request in requests]
+    return GrowingBatch(model, len(requests), cached, prefixes)
+
+
 def generate_batch(
     model: LanguageModel,
     requests: Sequence[Request],
@@ -70,6 +86,7 @@ def generate_batch(
     max_new_tokens: int,
     finish: Callable[[int, int], str | None],
     cached: bool = True,
+    start: int | None = None,
 ) -> list[Generated]:
     """Continue each request until ``finish`` ends it; rows that are done leave the batch.
 
@@ -81,11 +98,12 @@ def generate_batch(
         max_new_tokens: at least 1.
         finish: gets the number of a request and its newest token, in order; returns the reason why
             the row ends with this token, or None.
-        cached: see `GrowingBatch`.
+        cached: see `GrowingBatch`; an encoder-decoder has no cache.
+        start: first id of the answers of an encoder-decoder, which it needs; requests are inputs.
     """
-    rows = [_Row(request, vocab_size, sampling) for request in requests]
-    prefixes = [len(request.ids) if request.reads_prefix else 0 for request in requests]
-    batch = GrowingBatch(model, len(rows), cached, prefixes)
+    answers = isinstance(model, EncoderDecoderModel)  # inputs are no part of what grows
+    rows = [_Row(request, vocab_size, sampling, answers) for request in requests]
+    batch = _growing(model, requests, cached, start)
     alive, new = list(range(len(rows))), [list(request.ids) for request in requests]
     for _ in range(max_new_tokens):
         logits_BV = batch.extend(new)[:, :vocab_size].float().cpu()

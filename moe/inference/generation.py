@@ -50,6 +50,15 @@ def in_bf16(settings: Settings) -> Settings:
     return settings.model_copy(update={"precision": precision})
 
 
+def refuse_encoder(path: Path, settings: Settings) -> None:
+    """Raise UserError for an encoder-decoder, which is neither scored nor traced as a decoder."""
+    if settings.model.encoder_num_layers is not None:
+        raise UserError(
+            f"{path}: an encoder-decoder, of which this does decoders only. Its validation loss is "
+            "in validation.jsonl, tools/analyze_routing.py shows its routing"
+        )
+
+
 def load_model(
     path: Path, settings: Settings, vocab_size: int, runtime: Runtime, limited: bool = False
 ) -> LanguageModel:
@@ -66,15 +75,7 @@ def load_model(
         runtime: of one rank.
         limited: whether experts have the evaluation capacity of training; otherwise none, see
             `dropless`.
-
-    Raises:
-        UserError: the model is an encoder-decoder, of which only the routing can be analysed.
     """
-    if settings.model.encoder_num_layers is not None and not limited:
-        raise UserError(
-            f"{path}: an encoder-decoder; generation and scoring support decoders only. Its "
-            "validation loss is in validation.jsonl, tools/analyze_routing.py shows its routing"
-        )
     settings = settings if limited else dropless(settings)
     shape = settings.model.model_copy(update={"mtp_num_layers": None})
     settings = settings.model_copy(update={"model": shape})

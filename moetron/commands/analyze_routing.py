@@ -15,6 +15,7 @@ from pathlib import Path
 
 from moetron.common import threads
 from moetron.common.errors import UserError
+from moetron.data.chat.text_to_text_stream import open_text_to_text
 from moetron.data.inspect.even_windows import Sources, named_sources, spread_windows
 from moetron.data.stream.open_streams import open_validation
 from moetron.moe.analysis import figures, specialization
@@ -24,6 +25,7 @@ from moetron.moe.checkpoint import run_folder as checkpoint_folder
 from moetron.moe.config.schema.paths import ToolParser
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.monitoring.library_warnings import quieten_libraries
+from moetron.moe.training.sample_stream import SampleStream
 from moetron.tokenizers.interface import Tokenizer
 from moetron.tokenizers.load import load_tokenizer
 from moetron.tokenizers.run_copy import load_run_tokenizer
@@ -109,6 +111,18 @@ def analyze_run(given: argparse.Namespace) -> study.Result:
     return study.summary(model, text) | {"step": record.progress.step} | found
 
 
+def open_held_out(settings: Settings, tokenizer: Tokenizer) -> SampleStream:
+    """Return an encoder-decoder's validation samples, in the form of its training samples."""
+    data, chosen = settings.data, settings.adaptation
+    length, encoder = settings.model.seq_length, data.encoder_seq_length
+    assert data.valid_data_path is not None and encoder is not None
+    if not chosen.sft:
+        return open_validation(data, data.valid_data_path, length, tokenizer)
+    parts, known = (encoder, length - encoder), tokenizer.fingerprint
+    prefixes = data.rooted(data.valid_data_path)
+    return open_text_to_text(prefixes, parts, known, tokenizer.pad, None, chosen.sft_packing)
+
+
 def analyze_stacks(
     given: argparse.Namespace, record: checkpoint_folder.Record, settings: Settings
 ) -> study.Result:
@@ -128,8 +142,7 @@ def analyze_stacks(
         raise UserError(f"{given.model}: the run has no --valid-data-path to analyse")
     names = given.tokenizer_model, settings.data.tokenizer_model
     tokenizer = load_run_tokenizer(given.model, *names, tokenizer_fingerprints(record.stream))
-    length, held_out = settings.model.seq_length, settings.data.valid_data_path
-    stream = open_validation(settings.data, held_out, length, tokenizer)
+    length, stream = settings.model.seq_length, open_held_out(settings, tokenizer)
     vocabulary = stack_study.Vocabulary(
         vocabulary_of(given.model, settings, tokenizer.vocab_size),
         lambda id: tokenizer.decode([id]) if id < tokenizer.vocab_size else f"<{id}>",

@@ -97,6 +97,7 @@ def main() -> int:
 
     vocab_size = vocabulary_of(arguments.load, settings, tokenizer.vocab_size)
     both_ways = reads_prefix(settings, record.progress.consumed_samples, has_mode=False)
+    generate.refuse_encoder(arguments.load, settings)
     with runtime.running(settings) as ranks:
         model = generate.load_model(arguments.load, settings, vocab_size, ranks)
         harness = HarnessModel(model, tokenizer, arguments.batch_size, both_ways)

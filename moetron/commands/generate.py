@@ -14,6 +14,9 @@ one, `text`, `prompt_tokens`, `tokens`, `finish_reason` (eos, stop or length) an
 --chat reads questions from --prompt (one conversation) or line by line from standard input, and
 answers in the template that the run was fine-tuned with; /reset begins a new conversation.
 
+An encoder-decoder reads a prompt with its encoder and answers it, or fills its holes <extra_id_0>,
+<extra_id_1>, ...; it has no modes and no chats.
+
 Experts have no capacity limit: no token is dropped, and no row of a batch changes another.
 Attention over the prompt is bidirectional if the model was trained so (--bidirectional-prefix with
 --mode, or with objective prefix_lm or ul2). Exit codes: 0 done, 2 user error, 1 internal error.
@@ -131,10 +134,14 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
 class _Texts:
     """Prompts of the command line, printed with what follows them."""
 
-    def __init__(self, arguments: argparse.Namespace, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, arguments: argparse.Namespace, tokenizer: Tokenizer, has_encoder: bool
+    ) -> None:
         self._texts, self._tokenizer = read_prompts(arguments), tokenizer
-        self._samples = arguments.num_samples
-        self.ids = [prompt_ids(text, arguments.mode, tokenizer) for text in self._texts]
+        self._samples, self._continues = arguments.num_samples, not has_encoder
+        self.ids = [
+            prompt_ids(text, arguments.mode, tokenizer, has_encoder) for text in self._texts
+        ]
 
     def run(self, writer: Writer, requests: Sequence["Request"]) -> int:
         """Print all answers in order; return the number of tokens."""
@@ -143,7 +150,7 @@ class _Texts:
             part = requests[start : start + writer.batch_size]
             prompts = [self._texts[(start + n) // self._samples] for n in range(len(part))]
             streamed = len(part) == 1 and not HOLE.search(prompts[0])
-            if streamed:
+            if streamed and self._continues:
                 print(prompts[0], end="", flush=True)
             show = (lambda text: print(text, end="", flush=True)) if streamed else None
             for number, answer in sorted(writer.answers(part, show), key=lambda pair: pair[0]):
@@ -154,17 +161,21 @@ class _Texts:
     def _whole(self, prompt: str, answer: Answer) -> str:
         if HOLE.search(prompt):
             return filled(prompt, answer.ids, self._tokenizer)
-        return prompt + answer.text
+        return prompt + answer.text if self._continues else answer.text
 
 
 class _Rows:
     """Rows of --input, answered in --output."""
 
     def __init__(
-        self, arguments: argparse.Namespace, tokenizer: Tokenizer, template: Template | None
+        self,
+        arguments: argparse.Namespace,
+        tokenizer: Tokenizer,
+        template: Template | None,
+        has_encoder: bool,
     ) -> None:
         def encode_text(text: str) -> list[int]:
-            return prompt_ids(text, arguments.mode, tokenizer)
+            return prompt_ids(text, arguments.mode, tokenizer, has_encoder)
 
         def encode_chat(messages: Sequence[Any]) -> list[int]:
             assert template is not None
@@ -251,16 +262,19 @@ def _work(
     arguments: argparse.Namespace,
     tokenizer: Tokenizer,
     template: Template | None,
-    seq_length: int,
+    settings: Settings,
 ) -> _Texts | _Rows | _Chat:
     """Read what is to be answered; raise UserError if it cannot be."""
+    has_encoder = settings.model.encoder_num_layers is not None
+    if has_encoder and (arguments.chat or arguments.template):
+        raise UserError("--chat, --template: an encoder-decoder has no chats; leave them out")
     if arguments.input:
-        return _Rows(arguments, tokenizer, template)
+        return _Rows(arguments, tokenizer, None if has_encoder else template, has_encoder)
     if not arguments.chat:
-        return _Texts(arguments, tokenizer)
+        return _Texts(arguments, tokenizer, has_encoder)
     if template is None:
         raise UserError("--chat: the run was not fine-tuned on chats; give --template")
-    return _Chat(arguments, tokenizer, template, seq_length)
+    return _Chat(arguments, tokenizer, template, settings.model.seq_length)
 
 
 def _say_what_differs(settings: Settings) -> None:
@@ -296,7 +310,7 @@ def main() -> int:
         given = arguments.template, arguments.end_of_turn
         template = run_template(record.stream, tokenizer, *given)
         ends = ends if template is None else ends | turn_ends(template, tokenizer)
-    work = _work(arguments, tokenizer, template, settings.model.seq_length)
+    work = _work(arguments, tokenizer, template, settings)
     vocab_size = vocabulary_of(arguments.load, settings, tokenizer.vocab_size)
     both_ways = reads_prefix(settings, record.progress.consumed_samples, arguments.mode != "causal")
     _say_what_differs(settings)

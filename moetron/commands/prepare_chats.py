@@ -5,9 +5,10 @@
 
 Rows are JSONL (.gz, .zst). chats: `messages`, or `prompt` and `completion`; pairs: `chosen` and
 `rejected`, conversations or answers to `prompt`; labelled: as chats, with a boolean `label`, or as
-pairs. A row whose answers have no sure place in the rendered text is dropped, and counted by
-reason. The first conversation is printed with its trained tokens marked: look at it. Exit codes: 0
-done, 2 user error.
+pairs; text_to_text, for encoder-decoders: `inputs` and `targets`, `prompt` and `completion`, or
+`messages` of a question and its answer, without a template. A row whose answers have no sure place
+in the rendered text is dropped, and counted by reason. The first conversation is printed with its
+trained tokens marked: look at it. Exit codes: 0 done, 2 user error.
 """
 
 import argparse
@@ -55,6 +56,11 @@ def parser() -> argparse.ArgumentParser:
         help="as_released: with OLMoE's loss on the newline before an answer (default: correct)",
     )
     add("--max-length", type=int, default=4096, help="tokens; longer ones are cut (default: 4096)")
+    add(
+        "--max-target-length",
+        type=int,
+        help="text_to_text: the same of targets, --max-length is that of inputs (default: equal)",
+    )
     add("--output-prefix", type=Path, required=True, metavar="PREFIX", help="of the shard")
     add("--holdout-fraction", type=float, default=0.0, help="fraction to hold out (default: 0)")
     add("--holdout-prefix", type=Path, metavar="PREFIX", help="of the shard that is held out")
@@ -75,19 +81,38 @@ def marked(encoded: Encoded, tokenizer: Tokenizer) -> str:
     return shown + ("]]" if inside else "")
 
 
+def _refuse(arguments: argparse.Namespace) -> None:
+    """Raise UserError for options that contradict each other."""
+    if (arguments.holdout_fraction > 0) != (arguments.holdout_prefix is not None):
+        raise UserError("--holdout-fraction and --holdout-prefix need each other")
+    for flag, length in (
+        ("--max-length", arguments.max_length),
+        ("--max-target-length", arguments.max_target_length),
+    ):
+        if length is not None and length < 2:
+            raise UserError(f"{flag} {length}: must be at least 2")
+    if arguments.max_target_length is not None and arguments.kind != "text_to_text":
+        raise UserError("--max-target-length is for --kind text_to_text: use --max-length")
+    if arguments.mask == "as_released" and arguments.template != "olmoe":
+        raise UserError("--mask as_released: only OLMoE's own run had it; use --template olmoe")
+
+
 def main() -> int:
     """Prepare the chats of the command line; return the exit code."""
     arguments = parser().parse_args()
-    if (arguments.holdout_fraction > 0) != (arguments.holdout_prefix is not None):
-        raise UserError("--holdout-fraction and --holdout-prefix need each other")
-    if arguments.max_length < 2:
-        raise UserError(f"--max-length {arguments.max_length}: must be at least 2")
-    if arguments.mask == "as_released" and arguments.template != "olmoe":
-        raise UserError("--mask as_released: only OLMoE's own run had it; use --template olmoe")
+    _refuse(arguments)
     tokenizer = load_tokenizer(arguments.tokenizer)
-    template = read_template(arguments.template, tokenizer.end_text, arguments.end_of_turn)
+    template = (
+        None
+        if arguments.kind == "text_to_text"
+        else read_template(arguments.template, tokenizer.end_text, arguments.end_of_turn)
+    )
     options = ChatOptions(
-        arguments.kind, arguments.mask, arguments.max_length, arguments.holdout_fraction
+        arguments.kind,
+        arguments.mask,
+        arguments.max_length,
+        arguments.holdout_fraction,
+        arguments.max_target_length,
     )
     rows = read_json_rows(find_files(arguments.input))
     outcome = write_chats(

@@ -1,11 +1,16 @@
 """An encoder-decoder in every layout against one process: losses, choices and all gradients."""
 
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from moetron.data.chat.text_to_text_stream import TextToTextStream, open_text_to_text
+from tests.parallel.support.parity_suite import Suite
 from tests.parallel.support.steps import SEQUENCE, Case, assert_same, run
+from tests.unit.data.chat.chat_cases import TOKENIZER, prepare
 
 TP, EP, PP = (f"{kind}_model_parallel_size" for kind in ("tensor", "expert", "pipeline"))
 ETP, ZERO = "expert_tensor_parallel_size", "use_distributed_optimizer"
@@ -92,3 +97,38 @@ def test_both_stacks_are_logged_and_limited(one_rank: dict[str, Any]) -> None:
     names = one_rank["weights"].keys()
     assert any("layers.1.final_layernorm" in name for name in names)
     assert any("layers.2.cross_attention.linear_kv" in name for name in names)
+
+
+TASKS = [{"inputs": "ab" * (n % 5), "targets": "y" * (1 + n % 4)} for n in range(24)]
+INPUTS, TARGETS = 16, 12
+
+
+def _open(prefix: str, seed: int, *_: int) -> TextToTextStream:
+    known, pad = TOKENIZER.fingerprint, TOKENIZER.pad
+    return open_text_to_text([prefix], (INPUTS, TARGETS), known, pad, seed, True, "sample")
+
+
+def test_fine_tuning_equals_one_process(tmp_path: Path) -> None:
+    """Inputs and targets, packed, each example with the same weight."""
+    assert prepare(tmp_path, TASKS, "text_to_text").counts["used"] == len(TASKS)
+    prefix = str(tmp_path / "chats")
+    changes = {
+        "sft": True,
+        "sft_loss_normalisation": "sample",
+        "mock_data": False,
+        "data_path": [prefix],
+        "tokenizer_model": "bytes",
+        "vocab_size": TOKENIZER.vocab_size,
+        "encoder_num_layers": 1,
+        "encoder_seq_length": INPUTS,
+        "seq_length": INPUTS + TARGETS,
+        "position_embedding_type": "relative",
+        "softmax_scale": 1.0,
+        "num_query_groups": None,
+        "qk_layernorm": False,
+        "qk_layernorm_scope": "head",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_z_loss_coeff": None,
+    }
+    suite = Suite(tmp_path, 2, changes=changes, samples=partial(_open, prefix))
+    assert not suite.differences("dropless", ("ep2", "pp2"))

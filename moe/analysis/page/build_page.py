@@ -18,7 +18,12 @@ from moetron.moe.analysis.page import stage_charts as stages
 from moetron.moe.analysis.page.charts import over_tokens
 from moetron.moe.analysis.page.routing_charts import of_routing
 from moetron.moe.analysis.page.runs import Run
-from moetron.moe.analysis.page.stack_answers import has_stacks, sentinel_words, stack_routing
+from moetron.moe.analysis.page.stack_answers import (
+    entropies,
+    has_stacks,
+    sentinel_words,
+    stack_routing,
+)
 
 SHOWN_EXPERTS = 16
 """Experts per layer whose token ids are listed."""
@@ -61,6 +66,7 @@ def _content(runs: Sequence[Run]) -> dict[str, Any]:
                 for run, found in analysed
             ),
         ],
+        "tables": [entropies(run.name, found) for run, found in analysed if has_stacks(found)],
         "words": [section for run, found in analysed for section in _words(run.name, found)],
         "events": [
             {"run": run.name, "step": step, "text": text}

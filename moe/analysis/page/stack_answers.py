@@ -7,7 +7,7 @@ import numpy as np
 from moetron.moe.analysis.page.answers import Answer
 from moetron.moe.analysis.page.runs import Run
 from moetron.moe.analysis.specialization import token_class_entropy
-from moetron.moe.analysis.stack_study import SENTINELS
+from moetron.moe.analysis.stack_study import SENTINELS, entropy_rows
 
 
 def has_stacks(analysis: dict[str, Any] | None) -> bool:
@@ -59,6 +59,13 @@ def _sentinels(analysis: dict[str, Any]) -> list[Answer]:
 def _expert(one: dict[str, Any]) -> str:
     here, everywhere = 100 * one["share"], 100 * one["share_of_all"]
     return f"expert {one['expert']} ({here:.0f} %, of all {everywhere:.0f} %)"
+
+
+def entropies(name: str, analysis: dict[str, Any]) -> dict[str, Any]:
+    """Return ST-MoE's table 14 of a run: the entropy of each stack's layers by token class."""
+    heading, *rows = entropy_rows(analysis)
+    title = f"Entropy of the choices of each stack's layers, in nats, {name}"
+    return {"title": title, "heading": heading, "rows": rows}
 
 
 def sentinel_words(name: str, analysis: dict[str, Any]) -> list[dict[str, Any]]:

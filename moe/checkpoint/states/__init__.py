@@ -1,1 +1,1 @@
-"""States of number formats in a checkpoint: FP8 scales, moments of narrow types."""
+"""States in a checkpoint beside weights: FP8 scales, moments of narrow types, of routers."""

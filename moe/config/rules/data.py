@@ -139,6 +139,7 @@ _NO_CHATS: dict[tuple[str, str], object] = {
     ("data", "mock_data"): False,
     ("data", "stages"): None,
     ("data", "objective"): "causal",
+    ("data", "examples_per_sample"): 1,
     ("data", "bidirectional_prefix"): False,
     ("data", "reset_attention_mask"): False,
     ("data", "eod_mask_loss"): False,

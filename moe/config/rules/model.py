@@ -20,6 +20,7 @@ _OF_STACKS = (
 """Settings that only an encoder-decoder reads."""
 _OBJECTIVES = ("span_corruption", "prefix_lm")
 _WITHOUT_STACKS: dict[tuple[str, str], object] = {
+    ("adaptation", "preference_loss"): None,
     ("attention", "multi_latent_attention"): False,
     ("attention", "add_qkv_bias"): False,
     ("attention", "log_max_attention_logit"): False,
@@ -182,7 +183,7 @@ def stacks(case: Case) -> Iterator[str]:
             "use --position-embedding-type relative"
         )
     wanted = {stage.objective for stage in data.planned_stages()}
-    for name in sorted(wanted - set(_OBJECTIVES)):
+    for name in [] if settings.adaptation.sft else sorted(wanted - set(_OBJECTIVES)):
         yield f"--objective {name}: an encoder-decoder needs {' or '.join(_OBJECTIVES)}"
     yield from _stack_lengths(case, settings)
     yield from _beyond_stacks(case, settings)

@@ -181,7 +181,8 @@ class AdaptationSettings(Group):
     default_role = Role.TRAINING
 
     sft: bool = False
-    """Fine-tune on chats: shards of tools/prepare_chats.py, with loss on answers alone."""
+    """Fine-tune on chats: shards of tools/prepare_chats.py, with loss on answers alone. An
+    encoder-decoder reads inputs and predicts targets (--kind text_to_text)."""
     sft_packing: bool = True
     """Put as many conversations into a sample as fit, without cutting any; they do not see each
     other. Otherwise a sample is one conversation and padding."""

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 from moetron.common.errors import UserError
 
 Values = Mapping[str, Any]
-_REQUIRED = object()
+REQUIRED = object()
+"""Default of keys that every config.json has."""
 
 
 class Key(Protocol):
@@ -27,7 +28,7 @@ class Key(Protocol):
 
 def look_up(config: Values, key: str, default: Any) -> Any:
     """Return a key of ``config.json``; raise ``UserError`` if it is required and missing."""
-    if default is _REQUIRED and key not in config:
+    if default is REQUIRED and key not in config:
         raise UserError(f"config.json: `{key}` is missing")
     return config.get(key, default)
 
@@ -38,7 +39,7 @@ class Same:
 
     setting: str
     key: str
-    default: Any = _REQUIRED
+    default: Any = REQUIRED
     """Default of HuggingFace's class for a missing key."""
     alias: str = ""
     """Name of the key in some versions of transformers."""
@@ -72,20 +73,22 @@ class Not:
 
 @dataclass(frozen=True)
 class DenseWidth:
-    """``intermediate_size``, the width of the FFN of layers without experts.
+    """``intermediate_size`` or ``key``, the width of the FFN of layers without experts.
 
     transformers 5 refuses null. Without such layers the experts' width is written, which no module
     reads.
     """
 
+    key: str = "intermediate_size"
+
     def to_hf(self, values: Values) -> dict[str, Any]:
         """Return the key from the setting."""
         width = values.get("model.ffn_hidden_size")
-        return {"intermediate_size": width or values["moe.moe_ffn_hidden_size"]}
+        return {self.key: width or values["moe.moe_ffn_hidden_size"]}
 
     def from_hf(self, config: Values) -> dict[str, Any]:
         """Return the setting from the key."""
-        return {"model.ffn_hidden_size": look_up(config, "intermediate_size", _REQUIRED)}
+        return {"model.ffn_hidden_size": look_up(config, self.key, REQUIRED)}
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class SparseStep:
         """Return the list of sparse layers from the keys."""
         step = config.get("decoder_sparse_step", 1)
         dense = config.get("mlp_only_layers") or []
-        layers = range(look_up(config, "num_hidden_layers", _REQUIRED))
+        layers = range(look_up(config, "num_hidden_layers", REQUIRED))
         pattern = [int(i not in dense and (i + 1) % step == 0) for i in layers]
         return {"moe.moe_layer_freq": pattern}
 
@@ -117,8 +120,8 @@ class FirstDense:
 
     def from_hf(self, config: Values) -> dict[str, Any]:
         """Return the list of sparse layers from the key."""
-        layers = look_up(config, "num_hidden_layers", _REQUIRED)
-        dense = look_up(config, "first_k_dense_replace", _REQUIRED)
+        layers = look_up(config, "num_hidden_layers", REQUIRED)
+        dense = look_up(config, "first_k_dense_replace", REQUIRED)
         return {"moe.moe_layer_freq": [0] * dense + [1] * (layers - dense)}
 
 
@@ -152,6 +155,6 @@ class SharedExperts:
 
     def from_hf(self, config: Values) -> dict[str, Any]:
         """Return the setting from keys."""
-        width = look_up(config, "moe_intermediate_size", _REQUIRED)
-        shared = look_up(config, "n_shared_experts", _REQUIRED) or 0
+        width = look_up(config, "moe_intermediate_size", REQUIRED)
+        shared = look_up(config, "n_shared_experts", REQUIRED) or 0
         return {"moe.moe_shared_expert_intermediate_size": shared * width or None}

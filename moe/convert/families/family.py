@@ -44,6 +44,10 @@ class Family:
     code: str | None = None
     """Model code in convert/families to copy into the folder, for models that transformers lacks;
     loaded with ``trust_remote_code=True``."""
+    unused: tuple[str, ...] = ()
+    """Tensors of some files that are copies, or that no module reads."""
+    has_encoder: bool = False
+    """Models are encoder-decoders; the decoder starts with the padding token."""
 
     def config(self, values: Values) -> dict[str, Any]:
         """Return ``config.json`` of a model with these settings."""
@@ -86,6 +90,10 @@ class Family:
         if (values["moe.num_experts"] is not None) != self.experts:
             kind = "a mixture of experts" if self.experts else "a dense model"
             return [f"--num-experts {values['moe.num_experts']}: {self.model_type} is {kind}"]
+        if (values["model.encoder_num_layers"] is not None) != self.has_encoder:
+            kind = "an encoder-decoder" if self.has_encoder else "a decoder"
+            given = value_text(values["model.encoder_num_layers"])
+            return [f"--encoder-num-layers {given}: {self.model_type} is {kind}"]
         width, heads = values["model.hidden_size"], values["model.num_attention_heads"]
         if self.whole_heads and width % heads:
             return [f"--hidden-size {width}: {self.model_type} has a multiple of its {heads} heads"]
@@ -135,6 +143,8 @@ def function_of(settings: Settings) -> dict[str, Any]:
         del values["model.ffn_hidden_size"]
     else:
         values["model.ffn_hidden_size"] = derived.dense_ffn_size(model)
+    if model.encoder_num_layers is not None:
+        del values["model.seq_length"]  # relative biases have no longest sequence
     if not model.qk_layernorm:
         del values["model.qk_layernorm_scope"]
     values["moe.moe_ffn_hidden_size"] = derived.expert_ffn_size(settings)

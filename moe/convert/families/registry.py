@@ -6,6 +6,7 @@ from moetron.moe.convert.families.config_keys import Values
 from moetron.moe.convert.families.decoder_moe import MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
 from moetron.moe.convert.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from moetron.moe.convert.families.dense import LLAMA, OLMO, QWEN2, QWEN3
+from moetron.moe.convert.families.encoder_decoders import SWITCH, T5
 from moetron.moe.convert.families.family import Family
 from moetron.moe.convert.families.openmoe import OPENMOE
 
@@ -21,6 +22,8 @@ _ALL = (
     OLMO,
     QWEN2,
     QWEN3,
+    T5,
+    SWITCH,
 )
 FAMILIES = {family.model_type: family for family in _ALL}
 """By HuggingFace's ``model_type``; the first match is taken."""
@@ -48,7 +51,13 @@ def family_of(values: Values) -> Family:
     """
     problems = {name: family.problems(values) for name, family in FAMILIES.items()}
     sparse = values["moe.num_experts"] is not None
-    closest = min(problems, key=lambda n: (FAMILIES[n].experts != sparse, len(problems[n])))
+    stacks = values["model.encoder_num_layers"] is not None
+
+    def distance(name: str) -> tuple[bool, bool, int]:
+        family = FAMILIES[name]
+        return family.has_encoder != stacks, family.experts != sparse, len(problems[name])
+
+    closest = min(problems, key=distance)
     if problems[closest]:
         listed = "\n".join(f"  - {problem}" for problem in problems[closest])
         raise UserError(

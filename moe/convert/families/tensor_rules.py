@@ -81,6 +81,24 @@ class QueryKeyValue:
 
 
 @dataclass(frozen=True)
+class KeyValue:
+    """Megatron's fused projection of cross-attention: per head its key, then its value."""
+
+    heads: int
+    head_dim: int
+
+    def split(self, ours: Tensor) -> list[Tensor]:
+        """[2 heads head_dim, ...] -> k, v [heads head_dim, ...]."""
+        by_head = ours.unflatten(0, (self.heads, 2, self.head_dim))
+        return [part.flatten(0, 1) for part in by_head.unbind(1)]
+
+    def join(self, theirs: Sequence[Tensor]) -> Tensor:
+        """Invert `split`."""
+        by_head = [part.unflatten(0, (self.heads, self.head_dim)) for part in theirs]
+        return torch.stack(by_head, dim=1).flatten(0, 2)
+
+
+@dataclass(frozen=True)
 class GateUp:
     """First matrix of a gated FFN: rows of gate, up and, with three parts, linear."""
 

@@ -58,6 +58,61 @@ def test_the_family_is_found(model_type: str, model: dict[str, Any], moe: dict[s
     assert family_of(found).model_type == model_type
 
 
+STACKS: dict[str, dict[str, Any]] = {
+    "model": {
+        **SIZES,
+        "num_layers": 6,
+        "encoder_num_layers": 2,
+        "position_embedding_type": "relative",
+        "norm_epsilon": 1e-6,
+        "ffn_type": "relu",
+    },
+    "attention": {"softmax_scale": 1.0},
+}
+SPARSE = {
+    "num_experts": 4,
+    "moe_layer_freq": 2,
+    "moe_layer_position": "last",
+    "moe_router_topk": 1,
+    "moe_router_pre_softmax": True,
+}
+
+
+def test_encoder_decoders_are_found() -> None:
+    assert family_of(values(STACKS)).model_type == "t5"
+    assert family_of(values(STACKS, model={"ffn_type": "geglu_tanh"})).model_type == "t5"
+    assert family_of(values(STACKS, moe=SPARSE)).model_type == "switch_transformers"
+
+
+@pytest.mark.parametrize(
+    ("model", "moe", "flag"),
+    [
+        ({"ffn_type": "geglu"}, {}, "t5 differs in\n  - --ffn-type geglu: t5 has relu"),
+        ({}, {**SPARSE, "moe_router_topk": 2}, "--moe-router-topk 2: switch_transformers has 1"),
+        ({}, {**SPARSE, "moe_sequential_ffn_hidden_size": 8}, "--moe-sequential-ffn-hidden-size"),
+        ({}, {**SPARSE, "moe_layer_position": "first"}, "--moe-layer-freq 1 0 1 0 1 0"),
+    ],
+)
+def test_other_encoder_decoders_are_refused_by_name(
+    model: dict[str, Any], moe: dict[str, Any], flag: str
+) -> None:
+    with pytest.raises(UserError, match=flag):
+        family_of(values(STACKS, model=model, moe=moe))
+
+
+def test_configurations_of_t5_are_read_or_refused() -> None:
+    config = FAMILIES["t5"].config(values(STACKS))
+    del config["num_decoder_layers"]
+    tree = FAMILIES["t5"].settings(config)
+    assert (tree["model"]["num_layers"], tree["model"]["encoder_num_layers"]) == (4, 2)
+    for key, value, words in (
+        ("feed_forward_proj", "gated-silu", "only relu and gated-gelu are supported"),
+        ("scale_decoder_outputs", True, "a tied output is scaled here"),
+    ):
+        with pytest.raises(UserError, match=words):
+            FAMILIES["t5"].settings({**config, key: value})
+
+
 def test_training_only_settings_are_ignored() -> None:
     changed = {
         "moe_input_jitter_eps": 0.01,
@@ -154,7 +209,9 @@ def test_configurations_of_transformers_4_are_read() -> None:
     assert tree["model"]["rotary_base"] == 500_000
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if FAMILIES[name].experts])
+@pytest.mark.parametrize(
+    "family", [name for name, f in FAMILIES.items() if f.experts and not f.has_encoder]
+)
 def test_no_width_is_null_where_all_layers_have_experts(family: str) -> None:
     """`intermediate_size: null` is refused by transformers 5."""
     config = FAMILIES[family].config(values(OLMOE))

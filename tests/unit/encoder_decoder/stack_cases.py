@@ -1,15 +1,18 @@
-"""A small encoder-decoder and the weights of HuggingFace's T5 in its form."""
+"""A small encoder-decoder, and HuggingFace's T5 and Switch of its size."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+import transformers
 
 from moetron.moe.config.bridge import transformer_config
 from moetron.moe.config.schema.settings import Settings
+from moetron.moe.convert.families.family import Family, function_of
 from moetron.moe.encoder_decoder.build_stacks import build
 from moetron.moe.layers.language_model import LanguageModel
 
-ENCODER, DECODER, VOCABULARY, HEADS, WIDTH = 24, 10, 48, 4, 8
+ENCODER, DECODER, VOCABULARY, HEADS, WIDTH, EXPERTS = 24, 10, 48, 4, 8, 4
 MODEL = {
     "num_layers": 5,
     "encoder_num_layers": 2,
@@ -25,6 +28,16 @@ MODEL = {
     "make_vocab_size_divisible_by": 1,
     "init_method_std": 0.2,
     "vocab_size": VOCABULARY,
+}
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "d_model": MODEL["hidden_size"],
+    "d_kv": WIDTH,
+    "d_ff": MODEL["ffn_hidden_size"],
+    "num_layers": 2,
+    "num_heads": HEADS,
+    "relative_attention_max_distance": MODEL["relative_attention_max_distance"],
+    "dropout_rate": 0.0,
 }
 
 
@@ -65,83 +78,64 @@ def stack_batch(seed: int = 0, samples: int = 2) -> dict[str, torch.Tensor]:
     return {"tokens": tokens, "labels": labels, "loss_mask": mask}
 
 
-def fused(*matrices: torch.Tensor) -> torch.Tensor:
-    """Interleave projections [A x width, H] head by head."""
-    split = [matrix.view(HEADS, WIDTH, -1) for matrix in matrices]
-    return torch.cat(split, dim=1).flatten(0, 1)
-
-
-def from_t5(theirs: dict[str, torch.Tensor], encoder_layers: int, layers: int) -> dict[str, Any]:
-    """Return our names and tensors for those of a dense T5 1.1."""
-    ours = {
-        "embedding.word_embeddings.weight": theirs["shared.weight"],
-        "decoder.final_layernorm.weight": theirs["decoder.final_layer_norm.weight"],
-        f"decoder.layers.{encoder_layers - 1}.final_layernorm.weight": theirs[
-            "encoder.final_layer_norm.weight"
-        ],
-    }
-    if "lm_head.weight" in theirs:
-        ours["output_layer.weight"] = theirs["lm_head.weight"]
-    for stack in ("encoder", "decoder"):
-        table = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-        ours[f"relative_biases.{stack}.relative_attention_bias.weight"] = theirs[table]
-    for number in range(layers):
-        stack = "encoder" if number < encoder_layers else "decoder"
-        block = number if stack == "encoder" else number - encoder_layers
-        ours |= {
-            f"decoder.layers.{number}.{name}": tensor
-            for name, tensor in _layer(theirs, f"{stack}.block.{block}.layer.", stack).items()
-        }
-    return ours
-
-
-def _layer(theirs: dict[str, torch.Tensor], prefix: str, stack: str) -> dict[str, torch.Tensor]:
-    def get(name: str) -> torch.Tensor:
-        return theirs[f"{prefix}{name}.weight"]
-
-    own = "0.SelfAttention"
-    last = 1 if stack == "encoder" else 2
-    ours = {
-        "input_layernorm.weight": get("0.layer_norm"),
-        "self_attention.linear_qkv.weight": fused(*(get(f"{own}.{x}") for x in "qkv")),
-        "self_attention.linear_proj.weight": get(f"{own}.o"),
-        "pre_mlp_layernorm.weight": get(f"{last}.layer_norm"),
-        **_ffn(theirs, f"{prefix}{last}."),
-    }
-    if stack == "decoder":
-        cross = "1.EncDecAttention"
-        ours |= {
-            "pre_cross_attn_layernorm.weight": get("1.layer_norm"),
-            "cross_attention.linear_q.weight": get(f"{cross}.q"),
-            "cross_attention.linear_kv.weight": fused(get(f"{cross}.k"), get(f"{cross}.v")),
-            "cross_attention.linear_proj.weight": get(f"{cross}.o"),
-        }
-    return ours
-
-
-def _ffn(theirs: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """Return a gated FFN of T5 1.1, or a plain one or experts of Switch."""
-    gated, plain, routed = (
-        f"{prefix}{name}" for name in ("DenseReluDense.", "mlp.", "mlp.experts.")
+def t5(tied: bool) -> transformers.T5ForConditionalGeneration:
+    """Return a random dense T5 1.1 of 2 + 3 layers; tied: with a scaled output, as T5 1.0."""
+    config = transformers.T5Config(
+        **_SIZES,
+        num_decoder_layers=3,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=tied,
     )
-    if f"{gated}wi_0.weight" in theirs:
-        both = [theirs[f"{gated}wi_{part}.weight"] for part in (0, 1)]
-        last = theirs[f"{gated}wo.weight"]
-        return {"mlp.linear_fc1.weight": torch.cat(both), "mlp.linear_fc2.weight": last}
-    if f"{plain}wi.weight" in theirs:
-        first, last = (theirs[f"{plain}{name}.weight"] for name in ("wi", "wo"))
-        return {"mlp.linear_fc1.weight": first, "mlp.linear_fc2.weight": last}
-    numbers = range(sum(name.startswith(routed) and ".wi." in name for name in theirs))
-    first, last = (
-        torch.stack([theirs[f"{routed}expert_{number}.{name}.weight"] for number in numbers])
-        for name in ("wi", "wo")
+    config.tie_word_embeddings = tied  # transformers 5 ties all the same, or nothing
+    model = _random(transformers.T5ForConditionalGeneration, config)
+    for stack in (model.encoder, model.decoder):
+        stack.set_input_embeddings(model.shared)
+    return model
+
+
+def switch(**changes: Any) -> transformers.SwitchTransformersForConditionalGeneration:
+    """Return a random Switch of 2 + 4 layers, of which every second has `EXPERTS` experts."""
+    config = transformers.SwitchTransformersConfig(
+        **_SIZES,
+        num_decoder_layers=4,
+        num_sparse_encoder_layers=1,
+        num_sparse_decoder_layers=2,
+        num_experts=EXPERTS,
+        router_jitter_noise=0.0,
+        **changes,
     )
-    router = theirs[f"{prefix}mlp.router.classifier.weight"]
-    return {
-        "mlp.router.weight": router,
-        "mlp.experts.weight1": first,
-        "mlp.experts.weight2": last,
-    }
+    return _random(transformers.SwitchTransformersForConditionalGeneration, config)
+
+
+def _random(kind: Any, config: transformers.PretrainedConfig) -> Any:
+    """Return a model whose norms and biases are not 1 and 0."""
+    torch.manual_seed(3)
+    model = kind(config).train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def converted(
+    family: Family, settings: Settings, theirs: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return their tensors, or gradients, under the names of our modules."""
+    rules = family.rules(function_of(settings))
+    joined = {rule.ours: rule.transform.join([theirs[n] for n in rule.theirs]) for rule in rules}
+    return {_module_name(name): tensor for name, tensor in joined.items()}
+
+
+def _module_name(name: str) -> str:
+    """Return the name in a module of what a checkpoint has under ``name``."""
+    for stored, held in (
+        ("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
+        ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),
+        ("mlp.experts.experts.linear_fc1.weight", "mlp.experts.weight1"),
+        ("mlp.experts.experts.linear_fc2.weight", "mlp.experts.weight2"),
+    ):
+        name = name.replace(stored, held)
+    return name
 
 
 def assert_same_gradients(ours: torch.nn.Module, expected: dict[str, torch.Tensor]) -> None:

@@ -13,24 +13,24 @@ import torch
 import transformers
 from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeTop2Router
 
+from moetron.moe.convert.families.encoder_decoders import SWITCH
 from moetron.moe.routing.router import Router
 from tests.parallel.support.harness import model_parallel
 from tests.unit.encoder_decoder.stack_cases import (
     DECODER,
     ENCODER,
-    HEADS,
+    EXPERTS,
     MODEL,
-    VOCABULARY,
-    WIDTH,
     assert_same_gradients,
-    from_t5,
+    converted,
     stack_batch,
     stack_model,
     stack_settings,
+    switch,
 )
 
-EXPERTS, SLOTS = 4, 4
-SWITCH = {
+SLOTS = 4
+ROUTED = {
     "num_experts": EXPERTS,
     "moe_layer_freq": 2,
     "moe_layer_position": "last",
@@ -52,39 +52,14 @@ def _parallel_state() -> Iterator[None]:
         yield
 
 
-def _switch() -> transformers.SwitchTransformersForConditionalGeneration:
-    torch.manual_seed(3)
-    config = transformers.SwitchTransformersConfig(
-        vocab_size=VOCABULARY,
-        d_model=MODEL["hidden_size"],
-        d_kv=WIDTH,
-        d_ff=MODEL["ffn_hidden_size"],
-        num_layers=2,
-        num_decoder_layers=4,
-        num_sparse_encoder_layers=1,
-        num_sparse_decoder_layers=2,
-        num_heads=HEADS,
-        num_experts=EXPERTS,
-        expert_capacity=SLOTS,
-        router_jitter_noise=0.0,
-        relative_attention_max_distance=MODEL["relative_attention_max_distance"],
-        dropout_rate=0.0,
-    )
-    model = transformers.SwitchTransformersForConditionalGeneration(config).train()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    return model
-
-
 def test_switch_with_dropped_tokens() -> None:
-    theirs = _switch()
+    theirs = switch(expert_capacity=SLOTS)
     settings = stack_settings(
-        {"num_layers": 6, "ffn_type": "relu", "untie_embeddings_and_output_weights": False}, SWITCH
+        {"num_layers": 6, "ffn_type": "relu", "untie_embeddings_and_output_weights": False}, ROUTED
     )
     ours = stack_model(settings).train()
-    loaded = ours.load_state_dict(from_t5(theirs.state_dict(), 2, 6), strict=False)
-    assert loaded.unexpected_keys == ["output_layer.weight"]  # the embedding
+    loaded = ours.load_state_dict(converted(SWITCH, settings, theirs.state_dict()), strict=False)
+    assert not loaded.unexpected_keys
     kept = {}
     for name, module in ours.named_modules():
         if isinstance(module, Router):
@@ -104,7 +79,7 @@ def test_switch_with_dropped_tokens() -> None:
     losses.sum().backward()
     torch.nn.functional.cross_entropy(expected.transpose(1, 2), labels, reduction="sum").backward()
     grads = {name: p.grad for name, p in theirs.named_parameters()}
-    assert_same_gradients(ours, from_t5(grads, 2, 6))
+    assert_same_gradients(ours, converted(SWITCH, settings, grads))
 
 
 def test_top_2_router_of_nllb() -> None:

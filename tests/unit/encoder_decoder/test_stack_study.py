@@ -1,6 +1,7 @@
 """Routing of the stacks on samples whose routing is known."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -74,4 +75,7 @@ def test_table_and_report(result: dict[str, Any], tmp_path: Path) -> None:
     write_page([run], tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "Which experts of the encoder read sentinels?" in page
+    assert "Entropy of the choices of each stack&#39;s layers" in page
+    cells = re.findall(r"<td>encoder</td><td>sentinels</td><td>(.*?)</td>", page)
+    assert [abs(float(cell)) for cell in cells] == [0.0]
     assert "Words of the sentinel experts of encoder layer 0" in page

@@ -4,20 +4,17 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-import transformers
 
+from moetron.moe.convert.families.encoder_decoders import T5
 from tests.parallel.support.harness import model_parallel
 from tests.unit.encoder_decoder.stack_cases import (
     ENCODER,
-    HEADS,
-    MODEL,
-    VOCABULARY,
-    WIDTH,
     assert_same_gradients,
-    from_t5,
+    converted,
     stack_batch,
     stack_model,
     stack_settings,
+    t5,
 )
 
 
@@ -27,38 +24,13 @@ def _parallel_state() -> Iterator[None]:
         yield
 
 
-def _theirs(tied: bool) -> transformers.T5ForConditionalGeneration:
-    torch.manual_seed(3)
-    config = transformers.T5Config(
-        vocab_size=VOCABULARY,
-        d_model=MODEL["hidden_size"],
-        d_kv=WIDTH,
-        d_ff=MODEL["ffn_hidden_size"],
-        num_layers=2,
-        num_decoder_layers=3,
-        num_heads=HEADS,
-        relative_attention_num_buckets=32,
-        relative_attention_max_distance=MODEL["relative_attention_max_distance"],
-        dropout_rate=0.0,
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=tied,  # False: logits of T5 1.1, not scaled
-    )
-    config.tie_word_embeddings = tied  # transformers 5 ties all the same, or nothing
-    model = transformers.T5ForConditionalGeneration(config).train()
-    for stack in (model.encoder, model.decoder):
-        stack.set_input_embeddings(model.shared)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    return model
-
-
 @pytest.mark.parametrize(("padded", "tied"), [(False, False), (True, False), (False, True)])
 def test_dense_t5(padded: bool, tied: bool) -> None:
-    theirs = _theirs(tied)
-    ours = stack_model(stack_settings({"untie_embeddings_and_output_weights": not tied})).train()
-    missing = ours.load_state_dict(from_t5(theirs.state_dict(), 2, 5), strict=False)
-    assert not missing.unexpected_keys or tied
+    theirs = t5(tied)
+    settings = stack_settings({"untie_embeddings_and_output_weights": not tied})
+    ours = stack_model(settings).train()
+    loaded = ours.load_state_dict(converted(T5, settings, theirs.state_dict()), strict=False)
+    assert not loaded.unexpected_keys
     batch = stack_batch()
     segments = torch.ones_like(batch["tokens"])
     if padded:
@@ -85,4 +57,4 @@ def test_dense_t5(padded: bool, tied: bool) -> None:
     found.backward()
     wanted.backward()
     grads = {name: p.grad for name, p in theirs.named_parameters()}
-    assert_same_gradients(ours, from_t5(grads, 2, 5))
+    assert_same_gradients(ours, converted(T5, settings, grads))

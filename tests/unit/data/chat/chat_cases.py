@@ -31,11 +31,13 @@ def prepare(
     kind: Kind = "chats",
     length: int = 64,
     template: Template | None = None,
+    targets: int | None = None,
 ) -> Outcome:
-    """Write ``rows`` to the shard ``folder / "chats"``."""
+    """Write ``rows`` to the shard ``folder / "chats"``; ``targets``: ids of a target at most."""
     file = folder / "rows.jsonl"
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     file.write_text("\n".join(lines), encoding="utf-8")
-    options = ChatOptions(kind, "correct", length)
-    template = template or OlmoeTemplate(TOKENIZER.end_text)
+    options = ChatOptions(kind, "correct", length, max_target_length=targets)
+    if kind != "text_to_text":
+        template = template or OlmoeTemplate(TOKENIZER.end_text)
     return write_chats(read_json_rows([file]), template, TOKENIZER, options, folder / "chats")
