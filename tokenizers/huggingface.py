@@ -13,6 +13,8 @@ from moetron.tokenizers.interface import Tokenizer, fingerprint_of, require_enco
 
 END_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>")
 PAD_TOKENS = ("<pad>", "<|padding|>", "[PAD]", "<|pad|>")
+BESIDE = ("tokenizer_config.json", "chat_template.jinja")
+"""Files that belong to a ``tokenizer.json``."""
 TRAINING_POST_PROCESSOR = "training_post_processor"
 """Key of ``tokenizer_config.json`` for the post-processor, as JSON text, that an export removes
 from ``tokenizer.json``: the fingerprint depends on it, the ids do not."""
@@ -38,7 +40,7 @@ class HuggingFaceTokenizer(Tokenizer):
             raise UserError(f"tokenizer {path}: not a tokenizer.json ({error})") from None
         model.no_truncation()
         model.no_padding()
-        config_path = path.with_name("tokenizer_config.json")
+        config_path, template = (path.with_name(name) for name in BESIDE)
         config = read_object(config_path) if config_path.is_file() else {}
         eod = _special(model, config, "eos_token", END_TOKENS)
         if eod is None:
@@ -51,8 +53,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._model = model
         self.definition = json.dumps(described, ensure_ascii=False)
         self.files = {"tokenizer.json": path}
-        if config_path.is_file():
-            self.files["tokenizer_config.json"] = config_path
+        self.files |= {p.name: p for p in (config_path, template) if p.is_file()}
         self.name = path.parent.name if path.name == "tokenizer.json" else path.name
         self.vocab_size = max(model.get_vocab(with_added_tokens=True).values()) + 1
         self.eod = eod

@@ -14,6 +14,7 @@ import numpy as np
 from moetron.common.errors import UserError
 from moetron.data.chat.chat_shard import UNTRAINED, ChatShard
 from moetron.data.chat.packing import pack
+from moetron.data.chat.run_template import TEMPLATE, template_record
 from moetron.data.shards.shard import Shard
 from moetron.data.stream.addresses import ENDLESS
 
@@ -182,7 +183,12 @@ class ChatStream:
         """Return the identity (JSON): content, order and packing."""
         return {
             "sources": [
-                {"name": name, "sha256": shard.sha256, "chats": shard.description["mask"]}
+                {
+                    "name": name,
+                    "sha256": shard.sha256,
+                    "chats": shard.description["mask"],
+                    TEMPLATE: template_record(shard.description),
+                }
                 for name, shard in zip(self.source_names, self._shards, strict=True)
             ],
             "seed": self._seed,

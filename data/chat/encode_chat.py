@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from moetron.data.chat.templates import Rendered, Undecidable
+from moetron.data.chat.templates import Message, Rendered, Template, Undecidable
 from moetron.tokenizers.interface import Tokenizer
 
 MaskRule = Literal["correct", "as_released"]
@@ -39,6 +39,18 @@ def encode_rendered(
         if rule == "as_released":
             mask[max(places[0] - 1, 0)] = True
     return np.array(ids, np.int32), mask
+
+
+def encode_question(
+    messages: Sequence[Message], template: Template, tokenizer: Tokenizer
+) -> list[int]:
+    """Return the ids of a conversation up to where its next answer begins.
+
+    Raises:
+        Undecidable: a message spells a special token, or the template refuses the messages.
+    """
+    refuse_special([message["content"] for message in messages], tokenizer)
+    return _with_offsets(template.prompt(messages), tokenizer)[0]
 
 
 def _with_offsets(text: str, tokenizer: Tokenizer) -> tuple[list[int], np.ndarray, np.ndarray]:

@@ -45,6 +45,8 @@ class Template(Protocol):
     """Form of conversations."""
 
     name: str
+    end_of_turn: str
+    """Spelling of the token that ends an answer."""
 
     def render(self, messages: Sequence[Message]) -> Rendered:
         """Return the text of a conversation; `Undecidable` if an answer has no sure place."""
@@ -69,7 +71,7 @@ class OlmoeTemplate:
 
     def __init__(self, end: str) -> None:
         """Take the spelling of the tokenizer's end-of-document token."""
-        self._end = end
+        self._end = self.end_of_turn = end
 
     def render(self, messages: Sequence[Message]) -> Rendered:
         """Return the text; contents are stripped, as is the last newline."""
@@ -122,7 +124,7 @@ class JinjaTemplate:
 
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = _refuse
-        self._source, self._end, self._end_of_turn = source, end, end_of_turn or end
+        self._source, self._end, self.end_of_turn = source, end, end_of_turn or end
         try:
             self._template = environment.from_string(_GENERATION.sub("", source))
         except TemplateSyntaxError as error:
@@ -150,9 +152,9 @@ class JinjaTemplate:
 
     def _turn_end(self, after: str) -> int:
         """Return the length of what follows an answer up to the end of its end-of-turn token."""
-        before, found, _ = after.partition(self._end_of_turn)
+        before, found, _ = after.partition(self.end_of_turn)
         if not found or before.strip():
-            raise Undecidable(f"no end-of-turn token {self._end_of_turn} after an answer")
+            raise Undecidable(f"no end-of-turn token {self.end_of_turn} after an answer")
         return len(before) + len(found)
 
     def prompt(self, messages: Sequence[Message]) -> str:

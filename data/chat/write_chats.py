@@ -135,6 +135,7 @@ def write_chats(
             "kind": options.kind,
             "template": template.name,
             "source": template.source(),
+            "end_of_turn": template.end_of_turn,
             "mask": options.rule,
             "max_length": options.max_length,
         }

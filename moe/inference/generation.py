@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from megatron.core.inference.contexts import StaticInferenceContext
 
 from moetron.common.errors import UserError
 from moetron.moe.checkpoint.save_load import load_weights
 from moetron.moe.config.bridge import transformer_config
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.encoder_decoder.build_stacks import build
+from moetron.moe.inference.growing_batch import GrowingBatch
+from moetron.moe.inference.next_token import draw
 from moetron.moe.inference.sampling import Sampling
 from moetron.moe.layers.attention import prefix_mask
 from moetron.moe.layers.language_model import LanguageModel
@@ -99,69 +100,6 @@ def needed_mask(model: LanguageModel, prefix_B: torch.Tensor, length: int) -> to
     return prefix_mask(prefix_B, length) if model.bidirectional_prefix else None
 
 
-class GrowingSequence:
-    """A growing sequence and the logits of its next token.
-
-    With ``cached`` the keys and values of earlier tokens are cached (megatron-core's
-    ``StaticInferenceContext``), and only new tokens are computed. When the sequence exceeds the
-    length that the model was trained on, only the last half of that length is kept, with and
-    without a cache.
-
-    Args:
-        model: on one rank; experts without capacity (`dropless`), or results differ with a cache.
-        cached: whether to cache keys and values.
-        prefix: length of the bidirectional prefix, which the first `extend` must contain. Above 0
-            it needs a model trained with prefixes.
-    """
-
-    def __init__(self, model: LanguageModel, cached: bool = True, prefix: int = 0) -> None:
-        assert not prefix or model.bidirectional_prefix
-        self._model = model
-        self._cached = cached
-        self._prefix = prefix
-        self._limit: int = model.max_sequence_length
-        self._window: list[int] = []
-        self._context: StaticInferenceContext | None = None
-
-    def extend(self, tokens: Sequence[int]) -> torch.Tensor:
-        """Append at least one token; return the next token's logits [padded vocabulary]."""
-        assert tokens
-        self._window += tokens
-        if len(self._window) > self._limit:
-            dropped = len(self._window) - max(self._limit // 2, 1)
-            del self._window[:dropped]
-            self._prefix = max(self._prefix - dropped, 0)
-            self._context = None
-        if not self._cached:
-            return self._logits(self._window, None)
-        if self._context is None or len(tokens) > 1:  # a cache grows by single tokens
-            self._context = StaticInferenceContext(1, self._limit)
-            return self._logits(self._window, self._context)
-        return self._logits(tokens, self._context)
-
-    def _logits(
-        self, tokens: Sequence[int], context: StaticInferenceContext | None
-    ) -> torch.Tensor:
-        device = next(self._model.parameters()).device
-        first = 0 if context is None else context.sequence_len_offset
-        positions = torch.arange(first, first + len(tokens), device=device)[None]
-        prefix_B = torch.tensor([self._prefix], device=device)
-        # A single token that extends a cache sees all of it and needs no mask.
-        mask = None if first else needed_mask(self._model, prefix_B, len(tokens))
-        with torch.no_grad():
-            logits_BSV = self._model(
-                torch.tensor([tokens], device=device),
-                positions,
-                mask,
-                inference_context=context,
-                # All-gather of the vocabulary over the tensor group, which is this rank alone.
-                runtime_gather_output=True,
-            )
-        if context is not None:
-            context.sequence_len_offset += len(tokens)
-        return logits_BSV[0, -1]
-
-
 def continuation(
     model: LanguageModel,
     prompt: Sequence[int],
@@ -177,26 +115,13 @@ def continuation(
         prompt: at least one token id.
         vocab_size: before padding; padding ids are never chosen.
         sampling: sampling parameters.
-        cached: see `GrowingSequence`.
+        cached: see `GrowingBatch`.
         reads_prefix: whether the prompt is a bidirectional prefix.
     """
     generator = torch.Generator().manual_seed(sampling.seed)
-    sequence = GrowingSequence(model, cached, len(prompt) if reads_prefix else 0)
+    batch = GrowingBatch(model, cached=cached, prefixes=[len(prompt) if reads_prefix else 0])
     new = list(prompt)
     while True:
-        logits_V = sequence.extend(new)[:vocab_size]
+        logits_V = batch.extend([new])[0, :vocab_size]
         new = [draw(logits_V.float().cpu(), sampling, generator)]
         yield new[0]
-
-
-def draw(logits_V: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Sample a token id from float32 logits [vocabulary]."""
-    if sampling.temperature == 0:
-        return int(logits_V.argmax())
-    scaled_V = logits_V / sampling.temperature
-    probabilities, ids = scaled_V.softmax(0).sort(descending=True, stable=True)
-    if sampling.top_k:
-        probabilities[sampling.top_k :] = 0
-    before = probabilities.cumsum(0) - probabilities
-    probabilities[before >= sampling.top_p] = 0
-    return int(ids[torch.multinomial(probabilities, 1, generator=generator)])

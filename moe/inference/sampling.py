@@ -21,12 +21,18 @@ class Sampling:
     """Sample among the most likely tokens with this total probability."""
     seed: int = 0
     """Seed of the generator."""
+    repetition_penalty: float = 1.0
+    """Makes tokens of the prompt and of the answer less likely if above 1; see next_token.py."""
 
     def __post_init__(self) -> None:
         rules = (
             (f"--temperature {self.temperature}: must be at least 0", self.temperature >= 0),
             (f"--top-k {self.top_k}: must be at least 0", self.top_k >= 0),
             (f"--top-p {self.top_p}: must be above 0 and at most 1", 0 < self.top_p <= 1),
+            (
+                f"--repetition-penalty {self.repetition_penalty}: must be above 0",
+                0 < self.repetition_penalty < float("inf"),
+            ),
         )
         if problems := [problem for problem, holds in rules if not holds]:
             raise UserError("\n".join(problems))

@@ -7,7 +7,8 @@ import torch
 
 from moetron.moe.checkpoint import run_folder
 from moetron.moe.config.schema.settings import Settings
-from moetron.moe.inference.generation import GrowingSequence, in_bf16, load_model
+from moetron.moe.inference.generation import in_bf16, load_model
+from moetron.moe.inference.growing_batch import GrowingBatch
 from moetron.moe.inference.scoring import score
 from moetron.moe.training import runtime
 from tests.gpu.devices import kind_fault
@@ -27,9 +28,9 @@ def _log_likelihoods(folder: Path, settings: Settings) -> list[float]:
         found = score(model, PAIRS, len(PAIRS)) + score(model, PAIRS, 1)
         values = [one.log_likelihood for one in found]
         for cached in (True, False):
-            sequence, total, new = GrowingSequence(model, cached), 0.0, TOKENS[:5]
+            sequence, total, new = GrowingBatch(model, cached=cached), 0.0, TOKENS[:5]
             for token in TOKENS[5:12]:
-                logits_V = sequence.extend(new)[:512].float()
+                logits_V = sequence.extend([new])[0, :512].float()
                 total += logits_V.log_softmax(0)[token].item()
                 new = [token]
             values.append(total)

@@ -8,7 +8,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch.testing import assert_close
 
 from moetron.moe.config.bridge import transformer_config
-from moetron.moe.inference.generation import GrowingSequence, continuation
+from moetron.moe.inference.generation import continuation
+from moetron.moe.inference.growing_batch import GrowingBatch
 from moetron.moe.inference.sampling import Sampling
 from moetron.moe.inference.scoring import score
 from moetron.moe.layers.attention import SdpaAttention, prefix_mask, shorten_prefix
@@ -56,14 +57,14 @@ def test_a_prompt_has_the_mask_of_training(kind: str, cached: bool) -> None:
     """The prompt, its continuation, and windows that dropped half of their tokens."""
     with model_parallel():
         model = _model(**{group: dict(fields) for group, fields in KINDS[kind].items()})
-        sequence = GrowingSequence(model, cached, prefix=8)
+        sequence = GrowingBatch(model, cached=cached, prefixes=[8])
         window, prefix = [], 8
         for piece in (TOKENS[:8], *([token] for token in TOKENS[8:15])):
             window += piece
             if len(window) > 12:
                 forgotten = len(window) - 6
                 window, prefix = window[forgotten:], prefix - forgotten
-            found = sequence.extend(piece)
+            found = sequence.extend([piece])[0]
             assert_close(found, _as_in_training(model, window, prefix), atol=1e-5, rtol=0)
         assert prefix == 1  # of the window of tokens 7 to 14: one prompt token
 
@@ -72,7 +73,7 @@ def test_a_long_prompt_keeps_its_end() -> None:
     with model_parallel():
         model = _model()
         for cached in (True, False):
-            found = GrowingSequence(model, cached, prefix=22).extend(TOKENS)
+            found = GrowingBatch(model, cached=cached, prefixes=[22]).extend([TOKENS])[0]
             assert_close(found, _as_in_training(model, TOKENS[-6:], 6), atol=1e-5, rtol=0)
 
 
@@ -82,9 +83,9 @@ def test_a_prompt_of_one_token_is_causal() -> None:
         plain.load_state_dict(model.state_dict())
         for cached in (True, False):
             for seen in (model, plain):
-                given = GrowingSequence(seen, cached, prefix=int(seen is model))
+                given = GrowingBatch(seen, cached=cached, prefixes=[int(seen is model)])
                 for token in TOKENS[:4]:
-                    logits_V = given.extend([token])
+                    logits_V = given.extend([[token]])[0]
                 expected = _as_in_training(model, TOKENS[:4], 0)
                 assert_close(logits_V, expected, atol=1e-5, rtol=0)
 
@@ -149,9 +150,9 @@ def test_transformer_engine_attention_gets_its_masks(
         for layer in model.decoder.layers:
             layer.self_attention.attn_mask_type = AttnMaskType.arbitrary
         monkeypatch.setattr(SdpaAttention, "forward", forward)
-        sequence = GrowingSequence(model, cached, prefix=4)
+        sequence = GrowingBatch(model, cached=cached, prefixes=[4])
         pieces = (TOKENS[:4], TOKENS[4:5], TOKENS[5:6])
-        found = [sequence.extend(piece) for piece in pieces]
+        found = [sequence.extend([piece])[0] for piece in pieces]
         assert score(model, [(TOKENS[:3], TOKENS[3:6])], 1, True)[0] == scored
     for one, other in zip(found, expected, strict=True):
         assert_close(one, other, atol=1e-5, rtol=0)

@@ -9,13 +9,9 @@ import torch
 from torch.testing import assert_close
 
 from moetron.moe.config.bridge import transformer_config
-from moetron.moe.inference.generation import (
-    GrowingSequence,
-    continuation,
-    draw,
-    dropless,
-    load_model,
-)
+from moetron.moe.inference.generation import continuation, dropless, load_model
+from moetron.moe.inference.growing_batch import GrowingBatch
+from moetron.moe.inference.next_token import draw
 from moetron.moe.inference.sampling import Sampling
 from moetron.moe.layers.build_model import build_model
 from moetron.moe.layers.language_model import LanguageModel
@@ -95,9 +91,9 @@ def test_a_cache_changes_no_logits(groups: dict[str, Any]) -> None:
     pieces = [tokens[:5], *([token] for token in tokens[5:18]), tokens[18:21], tokens[21:]]
     with model_parallel():
         model = _model(**groups)
-        cached, plain = GrowingSequence(model), GrowingSequence(model, cached=False)
+        cached, plain = GrowingBatch(model), GrowingBatch(model, cached=False)
         for piece in pieces:
-            assert_close(cached.extend(piece), plain.extend(piece), atol=1e-5, rtol=0)
+            assert_close(cached.extend([piece]), plain.extend([piece]), atol=1e-5, rtol=0)
 
 
 LIMITED: dict[str, dict[str, Any]] = {
@@ -138,9 +134,9 @@ def test_a_cache_changes_no_logits_of_a_model_with_a_capacity(router: str, polic
     pieces = [tokens[:1], tokens[1:8], *([token] for token in tokens[8:14]), tokens[14:17]]
     with model_parallel():
         model = _model(moe=moe)
-        cached, plain = GrowingSequence(model), GrowingSequence(model, cached=False)
+        cached, plain = GrowingBatch(model), GrowingBatch(model, cached=False)
         for piece in pieces:
-            assert_close(cached.extend(piece), plain.extend(piece), atol=1e-5, rtol=0)
+            assert_close(cached.extend([piece]), plain.extend([piece]), atol=1e-5, rtol=0)
 
 
 def test_a_cache_computes_only_new_tokens() -> None:
