@@ -50,7 +50,7 @@ Conversation = list[tuple[list[int], list[int]]]
 ROWS = {
     "answer_loss": "loss of held-out answers, nats per token",
     "stops": "answers that end with the end-of-turn token",
-    "in_template": "of them, those with text and without a role's marker",
+    "in_template": "answers that do, have text, and no marker of a role",
     "names_place": "answers in the preferred form",
     "pair_order": "held-out pairs: preferred answer is the more probable one",
     "accuracy": "held-out pairs: preferred answer gained on the other since the stage before",
