@@ -17,6 +17,7 @@ from moetron.common.run_owner import claim, refuse_owned
 from moetron.common.stop_signal import EndAtOnce, StopSignal
 from moetron.common.watch import activity
 from moetron.common.watch.limits import require_limits
+from moetron.data.chat.chat_rows import Kind
 from moetron.data.chat.chat_stream import ChatStream, open_chats
 from moetron.data.stream.documents import DocumentStream
 from moetron.data.stream.id_range import refuse_ids_outside
@@ -124,6 +125,10 @@ def _mock(settings: Settings, vocab_size: int) -> MockStream | MockSpans:
     return MockSpans(seed, vocab_size, length, data.encoder_seq_length, shape)
 
 
+_ROWS: dict[str | None, Kind] = {"dpo": "pairs", "dpo_norm": "pairs", "kto": "labelled"}
+"""Rows of the losses on preferences."""
+
+
 def open_chat_streams(settings: Settings, vocab_size: int, tokenizer: Tokenizer) -> Streams:
     """Open the shards of chats for training and validation.
 
@@ -141,7 +146,7 @@ def open_chat_streams(settings: Settings, vocab_size: int, tokenizer: Tokenizer)
             seed,
             chosen.sft_packing,
             chosen.sft_loss_normalisation,
-            pairs=chosen.preference_loss is not None,
+            _ROWS.get(chosen.preference_loss, "chats"),
         )
         refuse_ids_outside(stream.token_shards, vocab_size)
         return stream

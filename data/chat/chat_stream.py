@@ -12,7 +12,9 @@ from typing import Any, Literal
 import numpy as np
 
 from moetron.common.errors import UserError
-from moetron.data.chat.chat_shard import UNTRAINED, ChatShard
+from moetron.data.chat.chat_rows import Kind
+from moetron.data.chat.chat_shard import UNTRAINED, WANTED, ChatShard
+from moetron.data.chat.mismatch import Mismatched
 from moetron.data.chat.packing import pack
 from moetron.data.chat.run_template import TEMPLATE, template_record
 from moetron.data.shards.shard import Shard
@@ -37,10 +39,10 @@ class ChatStream:
         seed: of the order; None: each conversation once, in the order of the shards.
         packed: whether a sample holds as many conversations as fit, or one.
         normalisation: weight of a trained token: equal, or 1 / those of its conversation.
-        group: conversations that stay together: 2 for pairs.
+        kind: pairs stay together; labelled conversations come with mismatched ones (mismatch.py).
 
     Raises:
-        UserError: a conversation, or a group, is longer than a sample.
+        UserError: a conversation, or a pair, is longer than a sample.
     """
 
     objective_names = ["chats"]
@@ -53,12 +55,13 @@ class ChatStream:
         seed: int | None,
         packed: bool = True,
         normalisation: Normalisation = "token",
-        group: int = 1,
+        kind: Kind = "chats",
     ) -> None:
         self.source_names = [Path(shard.prefix).name for shard in shards]
         self.bytes_per_token: list[float | None] = [None] * len(shards)
         self._shards, self._length, self._pad, self._seed = list(shards), seq_length, pad, seed
         self._packed, self._normalisation = packed, normalisation
+        self._kind, group = kind, 2 if kind == "pairs" else 1
         self._places = [(s, n) for s, shard in enumerate(shards) for n in range(len(shard.lengths))]
         lengths = np.concatenate([np.asarray(shard.lengths) for shard in shards])
         if len(lengths) % group or not len(lengths):
@@ -70,8 +73,13 @@ class ChatStream:
                 f"--seq-length {seq_length}: {'a pair' if group > 1 else 'a conversation'} has "
                 f"{longest} tokens; use at least that, or prepare again with a smaller --max-length"
             )
+        self._mismatched: Mismatched | None = None
+        if kind == "labelled":
+            self._mismatched = Mismatched(self._shards, self._places, seq_length)
+            self._sizes = np.maximum(self._sizes, self._mismatched.lengths)
         self.reference: np.ndarray | None = None
-        """Log-probability of each conversation under the reference model, float32."""
+        """Log-probability of each conversation under the reference model, float32; of labelled
+        ones, those of the mismatched follow."""
         self._epoch, self._rows = -1, list[list[int]]()
         self._prepare(0)
         self.rows_per_epoch = len(self._rows)
@@ -109,14 +117,24 @@ class ChatStream:
         ``documents`` are its conversations, and the ``padding`` at its end. With the normalisation
         by sample also ``loss_weight``, and ``loss_count``, 1 for each conversation, float32 [S].
         """
-        found, length = self.conversations(n), self._length
+        found = self.conversations(n)
+        sample = self._sample(found)
+        if self._mismatched is not None:
+            total = len(self._places)
+            sample["mismatched"] = self._sample([total + number for number in found])
+            sample["wanted"] = np.zeros(self._length, np.int64)
+            sample["wanted"][: len(found)] = [self._is_wanted(number) for number in found]
+        return sample
+
+    def _sample(self, found: list[int]) -> dict[str, Any]:
+        """Return the sample of these conversations; from the number of all on, mismatched ones."""
+        length = self._length
         row, mask = np.full(length + 1, self._pad, np.int64), np.zeros(length, np.float32)
         weight, count = np.zeros_like(mask), np.zeros_like(mask)
         documents, place = [], 0
         for number in found:
-            shard, document = self._places[number]
-            ids = self._shards[shard].tokens.document(document)
-            trained = self._shards[shard].mask.document(document)[1:] != UNTRAINED
+            ids, values = self._conversation(number)
+            trained = values[1:] != UNTRAINED
             end = place + len(ids)
             row[place:end] = ids
             mask[place : end - 1] = trained  # the label of a token is the next one
@@ -131,7 +149,7 @@ class ChatStream:
             "tokens": row[:-1],
             "labels": labels,
             "loss_mask": mask,
-            "source": self._places[found[0]][0],
+            "source": self._places[found[0] % len(self._places)][0],
             "objective": 0,
             "prefix": 0,
             "filtered": 0,
@@ -140,18 +158,30 @@ class ChatStream:
         }
         if self._normalisation == "sample":
             sample |= {"loss_weight": weight, "loss_count": count}
-        if self.group == 2:
-            sample |= self._pairs(found, documents)
+        if self._kind != "chats":
+            sample |= self._by_conversation(found, documents)
         return sample
+
+    def _conversation(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return ids and values of the mask, both [n]."""
+        if self._mismatched is not None and number >= len(self._places):
+            return self._mismatched[number - len(self._places)]
+        shard, document = self._places[number]
+        chosen = self._shards[shard]
+        return chosen.tokens.document(document), chosen.mask.document(document)
+
+    def _is_wanted(self, number: int) -> bool:
+        _, values = self._conversation(number)
+        return bool((values == WANTED).any())
 
     @property
     def conversation_count(self) -> int:
-        """Return the number of conversations."""
-        return len(self._places)
+        """Return the number of conversations, mismatched ones included."""
+        return len(self._places) * (1 if self._mismatched is None else 2)
 
-    def _pairs(self, found: list[int], documents: list[int]) -> dict[str, Any]:
-        """Return what a loss on pairs needs: arrays [S] by conversation or by position."""
-        numbers, conversation = np.zeros(self._length, np.int64), np.zeros(self._length, np.int64)
+    def _by_conversation(self, found: list[int], documents: list[int]) -> dict[str, Any]:
+        """Return what losses on preferences need: arrays [S] by conversation or by position."""
+        numbers, conversation = np.full(self._length, -1), np.zeros(self._length, np.int64)
         numbers[: len(found)] = found
         place = np.repeat(np.arange(len(found)), documents)
         conversation[: len(place)] = place
@@ -162,7 +192,7 @@ class ChatStream:
             "conversation": conversation,
             "numbers": numbers,
             "reference": known,
-            "pairs": len(found) // 2,
+            "examples": len(found) // self.group,
         }
 
     @property
@@ -205,15 +235,17 @@ def open_chats(
     seed: int | None,
     packed: bool = True,
     normalisation: Normalisation = "token",
-    pairs: bool = False,
+    kind: Kind = "chats",
 ) -> ChatStream:
-    """Open shards of chats, or of ``pairs``, in place of a data path; see `ChatStream`.
+    """Open shards of chats in place of a data path; see `ChatStream`.
+
+    Shards of every ``kind`` serve as chats.
 
     Raises:
         UserError: a shard cannot be used, or is of another kind.
     """
     shards = [ChatShard(prefix, fingerprint) for prefix in prefixes]
     for shard in shards:
-        if pairs and shard.description["kind"] != "pairs":
-            raise UserError(f"{shard.prefix}: no pairs; prepare it with --kind pairs")
-    return ChatStream(shards, seq_length, pad, seed, packed, normalisation, 2 if pairs else 1)
+        if kind not in ("chats", shard.description["kind"]):
+            raise UserError(f"{shard.prefix}: not of {kind} rows; prepare it with --kind {kind}")
+    return ChatStream(shards, seq_length, pad, seed, packed, normalisation, kind)

@@ -35,7 +35,7 @@ FUNCTION = with_role(Role.FUNCTION)
 
 
 def check_folders(settings: Settings, stream_state: Mapping[str, Any]) -> None:
-    """Check --load and --save before the run starts, without torch.
+    """Check --load, --save and a reference before the run starts, without torch.
 
     Only rank 0 reads files, since thousands of ranks may share a disk.
 
@@ -53,10 +53,27 @@ def check_folders(settings: Settings, stream_state: Mapping[str, Any]) -> None:
         if os.environ.get("RANK", "0") == "0":
             verify_files(folder, record)
         step = 0 if options.finetune or options.reset_progress else record.progress.step
+    if settings.adaptation.preference_loss is not None:
+        _check_reference(settings, stream_state)
     if options.save is not None:
         make_run_folder(Path(options.save))
         if not (options.load_fallback and options.load == options.save):
             refuse_to_rewrite(Path(options.save), step)
+
+
+def _check_reference(settings: Settings, stream_state: Mapping[str, Any]) -> None:
+    """Check that preferences have a model to start from, and a reference that fits."""
+    options, reference = settings.checkpoint, settings.adaptation.preference_reference_load
+    if starts_run(options):
+        raise UserError(f"--load {options.load}: no checkpoint: preferences need a trained model")
+    if reference is None:
+        return
+    folder = find_readable(Path(reference), fallback=False)
+    record, weights_only = read_record(folder), options.model_copy(update={"finetune": True})
+    chosen = settings.model_copy(update={"checkpoint": weights_only})
+    require_fit(folder, record, chosen, stream_state, flag="--preference-reference-load")
+    if os.environ.get("RANK", "0") == "0":
+        verify_files(folder, record)
 
 
 def starts_run(options: CheckpointSettings) -> bool:
@@ -73,11 +90,12 @@ def require_fit(
     settings: Settings,
     stream_state: Mapping[str, Any],
     embedding_rows: int | None = None,
+    flag: str = "--load",
 ) -> None:
-    """Raise ``UserError`` with all differences between a checkpoint and the settings."""
+    """Raise ``UserError`` with all differences between a checkpoint, of ``flag``, and settings."""
     problems = differences(record, settings, stream_state, embedding_rows)
     if problems:
-        raise UserError("\n".join([f"--load {folder}: does not fit:", *problems]))
+        raise UserError("\n".join([f"{flag} {folder}: does not fit:", *problems]))
 
 
 def differences(

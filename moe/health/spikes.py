@@ -16,7 +16,6 @@ SCORE_STEPS = 10_000
 """Steps over which the spike score is taken."""
 OUTLYING = 3.0
 """A rank stands out above this multiple of the lower median of all ranks."""
-_NAMES = {"loss": "lm_loss", "grad_norm": "gradient norm"}
 
 
 @dataclass(frozen=True)
@@ -24,15 +23,18 @@ class StepValues:
     """What a step's forward and backward passes gave, equal on all ranks."""
 
     loss: float
-    """Mean over the loss tokens of the global batch."""
+    """The loss that is trained: mean over the loss tokens, or preferences, of the global batch."""
     grad_norm: float
     """Of the full gradient, before clipping."""
     rank_losses: Sequence[float | None]
-    """Mean of the loss tokens of each rank; None: it computes no loss."""
+    """The same of each rank; None: it computes no loss."""
     rank_grad_norms: Sequence[float]
     """Norm of each rank's gradients before their reduction, in the units that the schedule leaves
     them in; empty: not measured."""
     source_losses: Mapping[str, float]
+    """Cross-entropy in nats per token, also where preferences are trained."""
+    loss_name: str = "lm_loss"
+    """Name of ``loss`` in metrics.jsonl."""
 
 
 @dataclass(frozen=True)
@@ -194,15 +196,16 @@ def _event(
     if kind == "non_finite":
         named = ", ".join(map(str, ranks))
         where = f" (of rank{'s' if len(ranks) > 1 else ''} {named})" if ranks else ""
-        text = f"lm_loss is {values.loss}, the gradient norm {values.grad_norm}{where}"
+        text = f"{values.loss_name} is {values.loss}, the gradient norm {values.grad_norm}{where}"
         sources = {name: loss for name, loss in sources.items() if not math.isfinite(loss)}
     else:
         name = kind.removesuffix("_spike")
         compared = found[name]
         assert compared is not None
         numbers |= {"mean": compared.mean, "deviations": compared.deviations}
+        shown = values.loss_name if name == "loss" else "gradient norm"
         text = (
-            f"{_NAMES[name]} {getattr(values, name):.4g} is {compared.deviations:.1f} deviations "
+            f"{shown} {getattr(values, name):.4g} is {compared.deviations:.1f} deviations "
             f"above the mean {compared.mean:.4g}"
         )
     numbers |= {

@@ -4,6 +4,7 @@ Shape suffixes: B samples of a micro-batch, S positions of a sample, s of them o
 of a sample (S / 2 places, of which some are in use).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,8 +13,9 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from torch.distributed import ProcessGroup
 
-PreferenceLoss = Literal["dpo", "dpo_norm"]
-METRICS = ("preference_loss", "accuracy", "margin", "chosen_reward", "rejected_reward")
+PreferenceLoss = Literal["dpo", "dpo_norm", "kto"]
+SUMS = ("loss", "accuracy", "chosen_reward", "rejected_reward", "kl", "chosen", "rejected")
+"""What the losses give for each pair or example; chosen and rejected are their numbers."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class Preference:
     kind: PreferenceLoss
     beta: float
     label_smoothing: float = 0.0
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
 
 
 def sums_of_conversations(
@@ -46,6 +50,16 @@ def sums_of_conversations(
     return total_BS
 
 
+def conversation_log_probs(
+    batch: Mapping[str, torch.Tensor], losses_Bs: torch.Tensor, group: ProcessGroup
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log-probability and trained tokens of each conversation: [B, S]."""
+    mask_Bs, place_Bs = batch["loss_mask"], batch["conversation"]
+    length = batch["reference"].shape[1]
+    log_probs_BS = sums_of_conversations(-losses_Bs * mask_Bs, place_Bs, length, group)
+    return log_probs_BS, sums_of_conversations(mask_Bs, place_Bs, length, group)
+
+
 def pair_losses(
     log_probs_BS: torch.Tensor,
     reference_BS: torch.Tensor,
@@ -53,7 +67,7 @@ def pair_losses(
     pairs_B: torch.Tensor,
     preference: Preference,
 ) -> torch.Tensor:
-    r"""Return `METRICS` of each pair, 0 for places without one: [5, B, P].
+    r"""Return `SUMS` of each pair, 0 for places without one: [7, B, P].
 
     With the rewards :math:`r = \beta (\log \pi - \log \pi_{ref})` of both answers, their
     log-probabilities summed over trained tokens (dpo_norm: the mean),
@@ -77,7 +91,10 @@ def pair_losses(
     if preference.label_smoothing:
         swapped_BP = -F.logsigmoid(-margin_BP)
         loss_BP = loss_BP.lerp(swapped_BP, preference.label_smoothing)
-    accuracy_BP = (margin_BP > 0).to(loss_BP.dtype)
-    values_5BP = torch.stack([loss_BP, accuracy_BP, margin_BP, chosen_BP, rejected_BP])
+    accuracy_BP, one_BP = (margin_BP > 0).to(loss_BP.dtype), torch.ones_like(loss_BP)
+    none_BP = torch.zeros_like(loss_BP)
+    values_7BP = torch.stack(
+        [loss_BP, accuracy_BP, chosen_BP, rejected_BP, none_BP, one_BP, one_BP]
+    )
     is_used_BP = torch.arange(places, device=pairs_B.device) < pairs_B[:, None]
-    return torch.where(is_used_BP, values_5BP, 0.0)
+    return torch.where(is_used_BP, values_7BP, 0.0)

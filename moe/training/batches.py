@@ -29,12 +29,14 @@ Batch = dict[str, torch.Tensor]
 Samples with ``documents`` add cu_seqlens: int32 [D + 1], the ends of all documents in the flattened
 rows, from 0 (moe/layers/document_attention.py); samples with ``padding`` add padding: int64 [b];
 samples of an encoder-decoder add segments: int64 [b, S].
-Pairs add `BY_CONVERSATION`, and conversation: int64 [b, S], each position's number in its sample.
+Preferences add `BY_CONVERSATION`, and conversation: int64 [b, S], each position's number in its
+sample; single answers (KTO) also the fields of their `mismatched` samples.
 """
 
-BY_CONVERSATION = ("numbers", "reference", "pairs")
-"""Fields of pairs that are not by position: number of each conversation and its log-probability
-under the reference, [b, S] with zeros behind the last one; pairs of each sample, int64 [b]."""
+BY_CONVERSATION = ("numbers", "reference", "wanted", "examples")
+"""Fields of preferences that are not by position: number of each conversation (-1 behind the last
+one), its log-probability under the reference, and whether a single answer is wanted, [b, S]; pairs
+or single answers of each sample, int64 [b]."""
 
 PER_SAMPLE = ("source", "objective", "prefix", "filtered")
 """Fields with one value per sample."""
@@ -42,6 +44,9 @@ PER_SAMPLE = ("source", "objective", "prefix", "filtered")
 WEIGHTS = ("loss_weight", "loss_count")
 """Optional fields, float32 [b, S]: weights of losses, and what their sum is divided by the sum of;
 ``loss_mask`` for both if absent."""
+
+_MISMATCHED = "mismatched."
+"""In front of the names of fields of mismatched samples."""
 
 _Arrays = dict[str, np.ndarray]
 """A batch in NumPy."""
@@ -182,6 +187,20 @@ def _received(batch: Batch, memory: torch.Tensor, arrival: torch.cuda.Event) -> 
     return batch
 
 
+def mismatched(batch: Batch) -> Batch:
+    """Return the mismatched samples of a micro-batch: its prompts with the answers to others."""
+    return {
+        name.removeprefix(_MISMATCHED): field
+        for name, field in batch.items()
+        if name.startswith(_MISMATCHED)
+    }
+
+
+def matched(batch: Batch) -> Batch:
+    """Return a micro-batch without its mismatched samples."""
+    return {name: field for name, field in batch.items() if not name.startswith(_MISMATCHED)}
+
+
 class Replay(Iterator[Batch]):
     """Micro-batches of which those since the last `forget` can be read again."""
 
@@ -233,31 +252,43 @@ class _Samples(Dataset[_Arrays]):
             **dict.fromkeys(PER_SAMPLE, 0),
         }
 
-        self._no_pairs = {
+        self._no_preferences = {
             "conversation": np.zeros(seq_length, np.int64),
-            "numbers": np.zeros(seq_length, np.int64),
+            "numbers": np.full(seq_length, -1),
             "reference": np.zeros(seq_length, np.float32),
-            "pairs": np.int64(0),
+            "wanted": np.zeros(seq_length, np.int64),
+            "examples": np.int64(0),
         }
 
     def __getitem__(self, numbers: Sequence[int]) -> _Arrays:
         rows = [self._padding if n == PADDING else self._stream[n] for n in numbers]
+        like = next((row for row in rows if row is not self._padding), None) or self._stream[0]
+        batch = self._stacked(rows, like)
+        if isinstance(like.get("mismatched"), Mapping):
+            others = [row.get("mismatched", self._padding) for row in rows]
+            found = self._stacked(others, like["mismatched"])  # type: ignore[arg-type]
+            batch |= {_MISMATCHED + name: field for name, field in found.items()}
+        return batch
+
+    def _stacked(self, rows: Sequence[Any], like: Mapping[str, Any]) -> _Arrays:
+        """Return the fields of samples like ``like``; some of them, or all, may be padding."""
+        names = set(like).union(*rows)
         batch = {
             name: np.stack([np.asarray(row[name]) for row in rows])
             for name in ("tokens", "labels", "loss_mask")
         }
-        if any("segments" in row for row in rows):
+        if "segments" in names:
             ones = np.ones(len(batch["tokens"][0]), np.int64)  # padding rows attend to themselves
             batch["segments"] = np.stack([np.asarray(row.get("segments", ones)) for row in rows])
         for name in WEIGHTS:
-            if any(name in row for row in rows):
+            if name in names:
                 none = self._padding["loss_mask"]
                 batch[name] = np.stack([np.asarray(row.get(name, none)) for row in rows])
         for name in PER_SAMPLE:
             batch[name] = np.array([int(row[name]) for row in rows])
-        for name, zeros in self._no_pairs.items():
-            if any(name in row for row in rows):
-                batch[name] = np.stack([np.asarray(row.get(name, zeros)) for row in rows])
+        for name, nothing in self._no_preferences.items():
+            if name in names:
+                batch[name] = np.stack([np.asarray(row.get(name, nothing)) for row in rows])
         if any("padding" in row for row in rows):
             batch["padding"] = np.array([int(row.get("padding", 0)) for row in rows])
         if any("documents" in row for row in rows):

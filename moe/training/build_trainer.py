@@ -15,14 +15,16 @@ from moetron.moe.checkpoint import run_folder as checkpoint_folder
 from moetron.moe.checkpoint.collective_checks import fall_back
 from moetron.moe.checkpoint.compatibility import starts_run
 from moetron.moe.checkpoint.position import Progress
-from moetron.moe.checkpoint.save_load import load_checkpoint
+from moetron.moe.checkpoint.save_load import load_checkpoint, load_weights
 from moetron.moe.config.bridge import transformer_config
 from moetron.moe.config.schema.derived import looks_ahead
+from moetron.moe.config.schema.run import CheckpointSettings
 from moetron.moe.config.schema.settings import Settings
 from moetron.moe.host.device import uses_transformer_engine
 from moetron.moe.monitoring.console import Console
 from moetron.moe.monitoring.peak_flops import peak_of_rank
 from moetron.moe.monitoring.sinks import JsonLines, Sink, open_sinks
+from moetron.moe.numerics.scaled_matmul import expire_weights
 from moetron.moe.optim.qk_clip import AttentionLogits
 from moetron.moe.routing.routing_record import RoutingRecorder
 from moetron.moe.training.evaluate import reference_log_probs
@@ -31,7 +33,7 @@ from moetron.moe.training.model_chunks import build_chunks
 from moetron.moe.training.optimizer import build_optimizer
 from moetron.moe.training.rollback import rolled_back_position
 from moetron.moe.training.runtime import Runtime
-from moetron.moe.training.sample_stream import PairStream, Streams
+from moetron.moe.training.sample_stream import PreferenceStream, Streams
 from moetron.moe.training.start_record import FILE, describe
 from moetron.moe.training.trainer import Trainer
 
@@ -61,11 +63,15 @@ def build_loop(trainer: Trainer, streams: Streams) -> Loop:
     The main rank prints the start block and appends it to ``SAVE/starts.jsonl``.
     """
     settings, runtime = trainer.settings, trainer.runtime
-    progress = Progress()
+    progress, reference = Progress(), settings.adaptation.preference_reference_load
     if settings.checkpoint.load is not None:
         falls_back = settings.checkpoint.load_fallback and not starts_run(settings.checkpoint)
         if falls_back:
             settings = fall_back(settings)
+        if reference is not None and not _resumes(settings.checkpoint):
+            load_weights(Path(reference), trainer.chunks, trainer.vocab_size)
+            set_references(trainer, streams, resumes=False)
+            expire_weights(trainer.chunks)  # the load below changes them in place
         path, state = Path(str(settings.checkpoint.load)), streams.training.state()
         progress = load_checkpoint(
             path, trainer.chunks, trainer.optimizer, settings, state, verified=falls_back
@@ -74,7 +80,7 @@ def build_loop(trainer: Trainer, streams: Streams) -> Loop:
     if progress.step > 0:  # of a checkpoint, with its position
         folder = checkpoint_folder.find(Path(str(settings.checkpoint.load)))
         progress, rollbacks = rolled_back_position(folder, progress)
-    if settings.adaptation.preference_loss is not None:
+    if settings.adaptation.preference_loss and (reference is None or progress.step > 0):
         set_references(trainer, streams, resumes=progress.step > 0)
     peak = peak_of_rank(settings, runtime.device)
     sinks: list[Sink] = []
@@ -96,36 +102,55 @@ def build_loop(trainer: Trainer, streams: Streams) -> Loop:
     return loop
 
 
+def _resumes(options: CheckpointSettings) -> bool:
+    """Return whether the run continues the one at --load, after its first step."""
+    if options.finetune or options.reset_progress:
+        return False
+    folder = checkpoint_folder.find(Path(str(options.load)))
+    return checkpoint_folder.read_record(folder).progress.step > 0
+
+
 def set_references(trainer: Trainer, streams: Streams, resumes: bool) -> None:
-    """Give all streams the reference's log-probabilities: of the weights that the run starts from.
+    """Give all streams the reference's log-probabilities: of the current weights.
 
     They are computed once, and kept in ``SAVE/reference_log_probs.npz`` with the hash of the
     checkpoint that they are of, for a run that resumes. Collective over all ranks.
 
     Raises:
-        UserError: a resumed run has none, or they are of other pairs.
+        UserError: a resumed run has none, or they are of other samples or another checkpoint.
     """
     options = trainer.settings.checkpoint
+    source = trainer.settings.adaptation.preference_reference_load
     path = None if options.save is None else Path(options.save) / REFERENCE
     named = {"training": streams.training, "validation": streams.validation}
-    pairs = {n: cast(PairStream, stream) for n, stream in named.items() if stream is not None}
-    identity = json.dumps({n: stream.state() for n, stream in pairs.items()}, sort_keys=True)
+    used = {n: cast(PreferenceStream, each) for n, each in named.items() if each is not None}
+    identity = json.dumps({n: stream.state() for n, stream in used.items()}, sort_keys=True)
     found: dict[str, np.ndarray] = {}
     if resumes:
         if path is None or not path.is_file():
             raise UserError(f"--save: a resumed run with preferences needs its {REFERENCE} there")
         with np.load(path, allow_pickle=False) as kept:
             if str(kept["identity"]) != identity:
-                raise UserError(f"{path}: of other pairs than --data-path; start a new run")
-            found = {n: kept[n] for n in pairs}
-    for name, stream in pairs.items():
+                raise UserError(f"{path}: of other samples than --data-path; start a new run")
+            if source is not None and str(kept["checkpoint"]) != _fingerprint(source):
+                raise UserError(
+                    f"{path}: not of --preference-reference-load {source}; leave it out, or start "
+                    "a new run"
+                )
+            found = {n: kept[n] for n in used}
+    for name, stream in used.items():
         stream.reference = found[name] if resumes else reference_log_probs(trainer, stream)
         found[name] = stream.reference
     if path is not None and not resumes and trainer.runtime.is_main:
-        folder = None if options.load is None else checkpoint_folder.find(Path(options.load))
-        of = "random weights" if folder is None else sha256_of(folder / "SHA256SUMS")
+        folder = source or options.load
+        of = "random weights" if folder is None else _fingerprint(folder)
         content = io.BytesIO()
         arrays: dict[str, Any] = {"identity": np.array(identity), "checkpoint": np.array(of)}
         np.savez(content, **{**arrays, **found})
         with atomic_file(path) as file:
             file.write(content.getvalue())
+
+
+def _fingerprint(folder: str) -> str:
+    """Return the hash of the sums of a checkpoint's files."""
+    return sha256_of(checkpoint_folder.find(Path(folder)) / "SHA256SUMS")

@@ -1,6 +1,7 @@
 """Validation loss on fixed samples, each used once in any layout."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,11 +11,18 @@ import torch
 
 from moetron.common.watch import activity
 from moetron.moe.config.schema.pipeline_split import virtual_pipeline_size
-from moetron.moe.training.batches import Batch, micro_batch_numbers, micro_batches
+from moetron.moe.training.batches import (
+    Batch,
+    Replay,
+    matched,
+    micro_batch_numbers,
+    micro_batches,
+    mismatched,
+)
 from moetron.moe.training.loss_tally import Losses, Tally
-from moetron.moe.training.model_chunks import needs_samples, parameters_gathered, set_training
-from moetron.moe.training.sample_stream import PairStream, SampleStream
-from moetron.moe.training.step import BatchIterators, loss_function, run_schedule
+from moetron.moe.training.model_chunks import needs_samples
+from moetron.moe.training.sample_stream import PreferenceStream, SampleStream
+from moetron.moe.training.step import forward_only, has_baseline, kto_baseline, loss_function
 from moetron.moe.training.trainer import Trainer
 
 
@@ -25,7 +33,8 @@ def evaluate(trainer: Trainer, stream: SampleStream) -> Losses:
     Samples are 0, 1, ...; ranks without a sample left get padding, which has no loss. Collective
     over all ranks.
     """
-    settings, runtime, tally = trainer.settings, trainer.runtime, Tally(stream)
+    settings, runtime = trainer.settings, trainer.runtime
+    tally = Tally(stream, settings.adaptation.preference_loss)
     micro_batch_size = settings.training.micro_batch_size
     count = min(settings.validation.eval_iters * settings.training.global_batch_size, len(stream))
     stride = micro_batch_size * runtime.dp_size
@@ -41,7 +50,12 @@ def evaluate(trainer: Trainer, stream: SampleStream) -> Losses:
         else None
         for chunk in trainer.chunks
     ]
-    reports = _forward_only(trainer, batches, len(numbers), partial(_report, trainer, tally))
+    baseline = None
+    if has_baseline(settings):
+        batches = [None if each is None else Replay(each) for each in batches]
+        baseline = kto_baseline(trainer, batches, len(numbers))
+    report = partial(_report, loss_function(trainer, baseline), tally)
+    reports = forward_only(trainer, batches, len(numbers), report)
     total = tally.zeros(runtime.device)
     if runtime.holds_loss:
         total += torch.stack(reports).sum(0)
@@ -51,32 +65,25 @@ def evaluate(trainer: Trainer, stream: SampleStream) -> Losses:
     return tally.read(total)
 
 
-def _forward_only(
-    trainer: Trainer, batches: BatchIterators, count: int, loss: Any
-) -> list[torch.Tensor]:
-    """Run forward passes over ``count`` micro-batches in evaluation mode; return the reports."""
-    set_training(trainer.chunks, False)
-    with parameters_gathered(trainer.chunks, trainer.settings), torch.no_grad():
-        reports = run_schedule(trainer, batches, count, loss, forward_only=True)
-    set_training(trainer.chunks, True)
-    return reports
-
-
 def _report(
-    trainer: Trainer, tally: Tally, batch: Batch, losses_BS: torch.Tensor
+    loss: Callable[[Tally, Batch, torch.Tensor], Any],
+    tally: Tally,
+    batch: Batch,
+    losses_BS: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (0, 0, the sums of one micro-batch)."""
     nothing = losses_BS.new_zeros(())
-    _, _, sums = loss_function(trainer)(tally, batch, losses_BS)
+    _, _, sums = loss(tally, batch, losses_BS)
     return nothing, nothing.int(), sums
 
 
 @activity.doing("reference")
-def reference_log_probs(trainer: Trainer, stream: PairStream) -> np.ndarray:
+def reference_log_probs(trainer: Trainer, stream: PreferenceStream) -> np.ndarray:
     """Return the log-probability of each conversation under the current weights: float32 [N].
 
-    In the micro-batches of training's first epoch, so that the first steps see the same bits. The
-    model runs once and no second copy of it is held. Collective over all ranks.
+    In the micro-batches of training's first epoch, so that the first steps see the same bits. No
+    second copy of the model is held. KTO's mismatched samples are passes of their own, as in
+    training. Collective over all ranks.
     """
     settings, runtime = trainer.settings, trainer.runtime
     size, count = settings.training.micro_batch_size, stream.rows_per_epoch
@@ -85,10 +92,6 @@ def reference_log_probs(trainer: Trainer, stream: PairStream) -> np.ndarray:
         stride *= runtime.groups.pp.size()
     padded = -(-count // stride) * stride
     numbers = list(micro_batch_numbers(0, count, size, runtime.dp_rank, runtime.dp_size, padded))
-    batches = [
-        micro_batches(stream, settings.model.seq_length, numbers, device=runtime.device)
-        for _ in trainer.chunks
-    ]
     found = torch.zeros(stream.conversation_count, dtype=torch.float64, device=runtime.device)
 
     def collect(batch: Batch, losses_BS: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -96,13 +99,18 @@ def reference_log_probs(trainer: Trainer, stream: PairStream) -> np.ndarray:
         length = batch["reference"].shape[1]
         own = (-losses_BS * batch["loss_mask"]).new_zeros(len(losses_BS), length)
         own = own.scatter_add(1, batch["conversation"], -losses_BS * batch["loss_mask"])
-        used = torch.arange(length, device=own.device) < 2 * batch["pairs"][:, None]
+        used = batch["numbers"] >= 0
         if runtime.holds_loss:
             found.index_add_(0, batch["numbers"][used], own[used].double())
         nothing = losses_BS.new_zeros(())
         return nothing, nothing.int(), nothing
 
-    _forward_only(trainer, batches, len(numbers), collect)
+    for part in [matched, mismatched] if has_baseline(settings) else [matched]:
+        batches = [
+            map(part, micro_batches(stream, settings.model.seq_length, numbers, 0, runtime.device))
+            for _ in trainer.chunks
+        ]
+        forward_only(trainer, batches, len(numbers), collect)
     # All-reduce over all ranks: each last-stage rank holds the sums of its samples and positions.
     torch.distributed.all_reduce(found)
     return found.float().cpu().numpy()

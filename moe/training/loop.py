@@ -30,7 +30,7 @@ from moetron.moe.training.model_chunks import needs_samples, parameters_gathered
 from moetron.moe.training.rollback import roll_back
 from moetron.moe.training.sample_stream import Streams
 from moetron.moe.training.schedule import LearningRate
-from moetron.moe.training.step import BatchIterators, train_step
+from moetron.moe.training.step import BatchIterators, has_baseline, train_step
 from moetron.moe.training.step_metrics import StepMetrics
 from moetron.moe.training.trainer import Trainer
 
@@ -61,7 +61,7 @@ class Loop:
         self.sinks = sinks
         self._peak = peak
         self._rate = LearningRate.of(trainer.settings)
-        self._tally = Tally(streams.training)
+        self._tally = Tally(streams.training, trainer.settings.adaptation.preference_loss)
         self._flops_per_token = flops_per_token(trainer.settings, trainer.vocab_size)
         self._evaluated: int | None = None
         profiling, runtime = trainer.settings.profiling, trainer.runtime
@@ -138,7 +138,7 @@ class Loop:
             else None
             for chunk in self.trainer.chunks
         ]
-        if not self.health.reruns.enabled:
+        if not (self.health.reruns.enabled or has_baseline(settings)):
             return found
         return [None if each is None else Replay(each) for each in found]
 

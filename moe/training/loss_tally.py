@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from moetron.moe.preference.pair_losses import METRICS
+from moetron.moe.preference.pair_losses import SUMS, PreferenceLoss
 from moetron.moe.training.batches import Batch
 from moetron.moe.training.sample_stream import SampleStream
 
-_PAIR_COLUMNS = 2
+_PREFERENCE_COLUMNS = 3
+"""3 x 3 values: `SUMS`, the number of pairs or examples, and one unused."""
 
 
 @dataclass(frozen=True)
@@ -29,25 +30,33 @@ class Losses:
     filtered_tokens: int
     """Tokens of samples whose loss is masked because of repetition."""
     preferences: dict[str, float] = field(default_factory=dict)
-    """Means over pairs of the `METRICS` of pair_losses.py; empty without them."""
+    """See `_preference_means`; empty without them."""
+
+    @property
+    def objective(self) -> tuple[str, float]:
+        """Return name and value of the loss that is trained."""
+        if "preference_loss" in self.preferences:
+            return "preference_loss", self.preferences["preference_loss"]
+        return "lm_loss", self.loss
 
 
 class Tally:
-    """Sums in float64 [3, sources + objectives + 2]: losses, loss tokens, filtered tokens.
+    """Sums in float64 [3, sources + objectives + 3]: losses, loss tokens, filtered tokens.
 
-    The last two columns hold the metrics of pairs and their number.
+    The last three columns hold the metrics of preferences.
 
     Every sample counts in the column of its source and in that of its objective. A rank holds the
     sums of its samples or, with context parallelism, of its positions; only ranks with
     ``Runtime.holds_loss`` contribute, so that the sum over all ranks is that of the global batch.
     """
 
-    def __init__(self, stream: SampleStream) -> None:
+    def __init__(self, stream: SampleStream, preference: PreferenceLoss | None = None) -> None:
+        self._preference = preference
         self.source_names, self._objectives = stream.source_names, stream.objective_names
 
     def zeros(self, device: torch.device) -> torch.Tensor:
         """Return zero sums."""
-        columns = len(self.source_names) + len(self._objectives) + _PAIR_COLUMNS
+        columns = len(self.source_names) + len(self._objectives) + _PREFERENCE_COLUMNS
         return torch.zeros(3, columns, dtype=torch.float64, device=device)
 
     def count(self, batch: Batch, losses_BS: torch.Tensor) -> torch.Tensor:
@@ -60,12 +69,19 @@ class Tally:
         sums.index_add_(1, batch["objective"] + len(self.source_names), rows_3B)
         return sums
 
-    def count_pairs(
-        self, sums: torch.Tensor, values_5BP: torch.Tensor, pairs: torch.Tensor
+    def count_preferences(
+        self, sums: torch.Tensor, values_7BP: torch.Tensor, count: torch.Tensor
     ) -> None:
-        """Add the metrics of a micro-batch's pairs, and their number, to ``sums``."""
-        totals = torch.cat([values_5BP.detach().sum((1, 2)), pairs[None]])
-        sums[:, -_PAIR_COLUMNS:] += totals.view(_PAIR_COLUMNS, 3).T
+        """Add the metrics of a micro-batch's pairs or examples, and their number, to ``sums``."""
+        totals = torch.cat([values_7BP.detach().sum((1, 2)), count[None], count.new_zeros(1)])
+        sums[:, -_PREFERENCE_COLUMNS:] += totals.view(_PREFERENCE_COLUMNS, 3).T
+
+    def trained(self, sums: torch.Tensor) -> torch.Tensor:
+        """Return the sum of the loss that is trained, and what it is divided by: [2]."""
+        if self._preference is None:
+            return sums[:2, : len(self.source_names)].sum(1)
+        values = sums[:, -_PREFERENCE_COLUMNS:].T.flatten()
+        return torch.stack([values[0], values[len(SUMS)]])
 
     def read(self, sums: torch.Tensor) -> Losses:
         """Return the losses for sums over all ranks."""
@@ -80,13 +96,29 @@ class Tally:
             _means(self._objectives, sums[:, count : count + len(self._objectives)]),
             {name: n for name, n in zip(self.source_names, source_tokens, strict=True) if n},
             int(filtered),
-            _pair_means(sums[:, -_PAIR_COLUMNS:]),
+            {}
+            if self._preference is None
+            else _preference_means(sums[:, -_PREFERENCE_COLUMNS:], self._preference),
         )
 
 
-def _pair_means(columns: torch.Tensor) -> dict[str, float]:
-    *totals, pairs = columns.T.flatten().tolist()
-    return {n: total / pairs for n, total in zip(METRICS, totals, strict=True)} if pairs else {}
+def _preference_means(columns: torch.Tensor, kind: PreferenceLoss) -> dict[str, float]:
+    """Return the mean loss and accuracy, the mean rewards of both kinds and their difference.
+
+    Of KTO also ``kl``, its baseline. Absent: means over nothing.
+    """
+    *totals, count, _ = columns.T.flatten().tolist()
+    sums = dict(zip(SUMS, totals, strict=True))
+    if not count:
+        return {}
+    means = {"preference_loss": sums["loss"] / count, "accuracy": sums["accuracy"] / count}
+    if sums["chosen"]:
+        means["chosen_reward"] = sums["chosen_reward"] / sums["chosen"]
+    if sums["rejected"]:
+        means["rejected_reward"] = sums["rejected_reward"] / sums["rejected"]
+    if sums["chosen"] and sums["rejected"]:
+        means["margin"] = means["chosen_reward"] - means["rejected_reward"]
+    return means | ({"kl": sums["kl"] / count} if kind == "kto" else {})
 
 
 def _means(names: list[str], sums: torch.Tensor) -> dict[str, float]:

@@ -42,16 +42,16 @@ class SampleStream(Protocol):
         ...
 
 
-class PairStream(SampleStream, Protocol):
-    """Pairs of conversations, with the reference's log-probabilities in every sample."""
+class PreferenceStream(SampleStream, Protocol):
+    """Pairs, or single answers, with the reference's log-probabilities in every sample."""
 
     rows_per_epoch: int
     reference: np.ndarray | None
-    """float32, by number of conversation."""
+    """float32, by number of conversation; mismatched ones last."""
 
     @property
     def conversation_count(self) -> int:
-        """Return the number of conversations."""
+        """Return the number of conversations, mismatched ones included."""
         ...
 
 

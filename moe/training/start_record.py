@@ -196,7 +196,8 @@ def _chats(settings: Settings) -> str:
     z_loss = f"x {moe.moe_z_loss_coeff:g}" if moe.moe_z_loss_coeff else "off"
     loss = f"loss on answers, mean over the {chosen.sft_loss_normalisation}s of a global batch"
     if chosen.preference_loss is not None:
-        loss = f"{chosen.preference_loss}, beta {chosen.preference_beta:g}, mean over pairs"
+        units = "examples" if chosen.preference_loss == "kto" else "pairs"
+        loss = f"{chosen.preference_loss}, beta {chosen.preference_beta:g}, mean over {units}"
     return f"{packing}, {loss}; balance loss {balance}, z-loss {z_loss}"
 
 

@@ -17,6 +17,7 @@ from megatron.core.utils import unwrap_model
 from torch.distributed import ProcessGroup
 
 from moetron.common.watch import activity
+from moetron.moe.config.schema.settings import Settings
 from moetron.moe.health.monitor import HealthMonitor
 from moetron.moe.health.spikes import StepValues
 from moetron.moe.host.allocator import peak_memory_bytes
@@ -26,9 +27,18 @@ from moetron.moe.layers.document_attention import packed_parameters, places_in_d
 from moetron.moe.layers.language_model import LanguageModel
 from moetron.moe.numerics.scaled_matmul import expire_weights
 from moetron.moe.optim.update import clip_and_update, norm_of, prepare_gradients
-from moetron.moe.preference.pair_losses import Preference, pair_losses, sums_of_conversations
-from moetron.moe.training.batches import BY_CONVERSATION, PER_SAMPLE, Batch, Replay
+from moetron.moe.preference.kto_losses import baseline_of, kto_losses
+from moetron.moe.preference.pair_losses import Preference, conversation_log_probs, pair_losses
+from moetron.moe.training.batches import (
+    BY_CONVERSATION,
+    PER_SAMPLE,
+    Batch,
+    Replay,
+    matched,
+    mismatched,
+)
 from moetron.moe.training.loss_tally import Losses, Tally
+from moetron.moe.training.model_chunks import parameters_gathered, set_training
 from moetron.moe.training.optimizer import scale_rows, set_learning_rate
 from moetron.moe.training.step_metrics import (
     BIAS_RANGES,
@@ -96,13 +106,16 @@ def _passes(
     health: HealthMonitor,
 ) -> StepMetrics:
     """Run forward and backward passes over all micro-batches; return what they gave."""
+    baseline = None
+    if has_baseline(trainer.settings):
+        baseline = kto_baseline(trainer, batches, num_microbatches)
     for chunk in trainer.chunks:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
     if trainer.logits is not None:
         trainer.logits.reset()
     # Gradients are reduced when this returns; see run_schedule for the collectives.
-    loss = partial(loss_function(trainer), tally)
+    loss = partial(loss_function(trainer, baseline), tally)
     reports = run_schedule(trainer, batches, num_microbatches, loss)
     squares = prepare_gradients(trainer.optimizer)
     local = _local_sums(trainer, tally, reports)
@@ -138,7 +151,7 @@ def _read(
     rows_RK = local.new_zeros(trainer.runtime.world_size, OWN + len(squares))
     mine_K = rows_RK[trainer.runtime.rank]
     mine_K[0] = peak_memory_bytes(trainer.runtime.device)
-    mine_K[1:3] = local[:2, : len(tally.source_names)].sum(1)
+    mine_K[1:3] = tally.trained(local)
     if own_square is not None:
         mine_K[3] = own_square
     mine_K[OWN:] = squares
@@ -166,19 +179,21 @@ def _read(
 
 
 OWN = 4
-"""Values of a rank before those of the norm: peak memory, sum of losses, loss tokens, squared norm
-of its own gradients."""
+"""Values of a rank before those of the norm: peak memory, sum of losses, what it is divided by,
+squared norm of its own gradients."""
 
 
 def _values(losses: Losses, rows_RK: Sequence[Sequence[float]], measured: bool) -> StepValues:
     """Return the values that decide about the update; rows as in `_read`."""
     norms = [norm_of(row[OWN:]) for row in rows_RK]
+    name, loss = losses.objective
     return StepValues(
-        losses.loss,
+        loss,
         next((norm for norm in norms if not math.isfinite(norm)), max(norms)),
-        [total / tokens if tokens else None for _, total, tokens, *_ in rows_RK],
+        [total / count if count else None for _, total, count, *_ in rows_RK],
         [math.sqrt(square) for _, _, _, square, *_ in rows_RK] if measured else [],
         losses.by_source,
+        name,
     )
 
 
@@ -224,7 +239,7 @@ def _forward(
     ``return_schedule_plan``: return the parts of the pass in place of its output; megatron-core's
     combined schedule runs them, interleaved with those of another micro-batch's backward pass.
     """
-    batch: Batch = {} if batches is None else dict(next(batches))
+    batch: Batch = {} if batches is None else matched(next(batches))
     settings, runtime, mask = trainer.settings, trainer.runtime, None
     kept = (*PER_SAMPLE, *BY_CONVERSATION)
     per_sample = {name: batch.pop(name) for name in kept if name in batch}
@@ -233,7 +248,7 @@ def _forward(
         mask = prefix_mask(per_sample["prefix"], settings.model.seq_length)
     if batch:  # of full sequences: not split over context ranks yet
         model = unwrap_model(chunk)
-        weights = per_sample.get("pairs", batch.get("loss_count", batch["loss_mask"]))
+        weights = per_sample.get("examples", batch.get("loss_count", batch["loss_mask"]))
         model.set_loss_tokens(weights.sum())
         tokens_BS = batch["tokens"]
         places_S = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
@@ -272,45 +287,89 @@ def _separate_documents(
     return cu_seqlens
 
 
-def loss_function(trainer: Trainer) -> Callable[[Tally, Batch, torch.Tensor], Any]:
-    """Return the loss of a micro-batch: of tokens, or of pairs."""
+def forward_only(
+    trainer: Trainer, batches: BatchIterators, count: int, loss: Any
+) -> list[torch.Tensor]:
+    """Run forward passes over ``count`` micro-batches in evaluation mode; return the reports."""
+    set_training(trainer.chunks, False)
+    with parameters_gathered(trainer.chunks, trainer.settings), torch.no_grad():
+        reports = run_schedule(trainer, batches, count, loss, forward_only=True)
+    set_training(trainer.chunks, True)
+    return reports
+
+
+def has_baseline(settings: Settings) -> bool:
+    """Return whether the loss has a baseline, from mismatched samples."""
+    return settings.adaptation.preference_loss == "kto"
+
+
+def kto_baseline(trainer: Trainer, batches: BatchIterators, count: int) -> torch.Tensor:
+    """Return KTO's baseline over ``count`` micro-batches, which are rewound.
+
+    Equal on all ranks of the last stage, and without a use on the others.
+    """
+    group, none = trainer.runtime.groups.cp, torch.zeros(2, device=trainer.runtime.device)
+
+    def differences(batch: Batch, losses_BS: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        log_probs_BD, _ = conversation_log_probs(batch, losses_BS, group)
+        used_BD = batch["numbers"] >= 0
+        total = torch.where(used_BD, log_probs_BD - batch["reference"], 0.0).double().sum()
+        nothing = losses_BS.new_zeros(())
+        return nothing, nothing.int(), torch.stack([total, used_BD.sum().double()])
+
+    others = [None if each is None else map(mismatched, each) for each in batches]
+    reports = forward_only(trainer, others, count, differences)
+    for each in batches:
+        if isinstance(each, Replay):
+            each.rewind()
+    sums = torch.stack(reports).sum(0) if reports else none.double()
+    # All-reduce over the data-parallel group: its ranks hold the other samples of the global batch.
+    # Context and tensor ranks have the same sums already.
+    torch.distributed.all_reduce(sums, group=trainer.runtime.groups.dp)
+    return baseline_of(*sums)
+
+
+def loss_function(
+    trainer: Trainer, baseline: torch.Tensor | None
+) -> Callable[[Tally, Batch, torch.Tensor], Any]:
+    """Return the loss of a micro-batch: of tokens, of pairs, or with a baseline of examples."""
     chosen = trainer.settings.adaptation
     if chosen.preference_loss is None:
         return token_loss
     preference = Preference(
-        chosen.preference_loss, chosen.preference_beta, chosen.preference_label_smoothing
+        chosen.preference_loss,
+        chosen.preference_beta,
+        chosen.preference_label_smoothing,
+        chosen.preference_desirable_weight,
+        chosen.preference_undesirable_weight,
     )
-    return partial(preference_loss, preference, trainer.runtime.groups.cp)
-
-
-def conversation_log_probs(
-    batch: Batch, losses_BS: torch.Tensor, group: ProcessGroup
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return log-probability and trained tokens of each conversation: [b, S of the sample]."""
-    mask_BS, place_BS = batch["loss_mask"], batch["conversation"]
-    length = batch["reference"].shape[1]
-    log_probs_BD = sums_of_conversations(-losses_BS * mask_BS, place_BS, length, group)
-    return log_probs_BD, sums_of_conversations(mask_BS, place_BS, length, group)
+    return partial(preference_loss, preference, trainer.runtime.groups.cp, baseline)
 
 
 def preference_loss(
     preference: Preference,
     group: ProcessGroup,
+    baseline: torch.Tensor | None,
     tally: Tally,
     batch: Batch,
     losses_BS: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the sum of a micro-batch's losses of pairs, their number and the tally's sums.
+    """Return the sum of the losses of a micro-batch, the number of examples and the tally's sums.
 
     Context ranks compute the same losses; one of them counts them. Arguments as of `token_loss`,
-    and ``group``, the context-parallel ranks.
+    and ``group``, the context-parallel ranks. ``baseline`` is KTO's.
     """
     log_probs_BD, tokens_BD = conversation_log_probs(batch, losses_BS, group)
-    values = pair_losses(log_probs_BD, batch["reference"], tokens_BD, batch["pairs"], preference)
-    count = batch["pairs"].sum() * (group.rank() == 0)
+    reference_BD, examples_B = batch["reference"], batch["examples"]
+    if baseline is None:
+        values = pair_losses(log_probs_BD, reference_BD, tokens_BD, examples_B, preference)
+    else:
+        wanted_BD = batch["wanted"]
+        values = kto_losses(log_probs_BD, reference_BD, wanted_BD, examples_B, baseline, preference)
+    count = examples_B.sum() * (group.rank() == 0)
     sums = tally.count(batch, losses_BS)
     if group.rank() == 0:
-        tally.count_pairs(sums, values, count)
+        tally.count_preferences(sums, values, count)
     return values[0].sum(), count.to(torch.int), sums
 
 

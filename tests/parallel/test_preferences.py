@@ -1,4 +1,4 @@
-"""Preferences (DPO): layouts and batching against one process, and the reference's cache."""
+"""Preferences (DPO, KTO): layouts against one process, and the reference's cache."""
 
 import math
 from dataclasses import replace
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from moetron.data.chat.chat_rows import Kind
 from moetron.data.chat.chat_stream import ChatStream, open_chats
 from moetron.moe.checkpoint.position import Progress
 from moetron.moe.training.build_trainer import REFERENCE, build_trainer, set_references
@@ -19,6 +20,7 @@ from moetron.moe.training.runtime import divide
 from moetron.moe.training.sample_stream import Streams
 from tests.parallel.support.harness import run_ranks
 from tests.parallel.support.parity_cases import settings
+from tests.parallel.support.parity_ranks import results_of
 from tests.parallel.support.parity_suite import Suite
 from tests.parallel.test_sft import SFT
 from tests.unit.data.chat.chat_cases import TOKENIZER, prepare
@@ -37,10 +39,27 @@ DPO: dict[str, Any] = {
 }
 
 
-def _open(prefix: str, known: float, seed: int, _: int, length: int) -> ChatStream:
-    stream = open_chats([prefix], length, TOKENIZER.fingerprint, TOKENIZER.pad, seed, pairs=True)
+LABELLED = [
+    {"prompt": "ab" * (n % 7), "completion": ("yes", "no")[n % 2] * (1 + n % 4), "label": n % 2 < 1}
+    for n in range(32)
+]
+KTO: dict[str, Any] = {
+    **DPO,
+    "preference_loss": "kto",
+    "preference_beta": 0.05,
+    "preference_desirable_weight": 1.5,
+    "preference_undesirable_weight": 0.7,
+}
+
+
+def _open(
+    prefix: str, known: float, seed: int, _: int, length: int, kind: Kind = "pairs"
+) -> ChatStream:
+    stream = open_chats([prefix], length, TOKENIZER.fingerprint, TOKENIZER.pad, seed, kind=kind)
     if known:  # any values: they only shift the margins
         stream.reference = known * np.cos(np.arange(stream.conversation_count), dtype=np.float32)
+    if kind == "labelled":  # near the answers' own, so that no sigmoid is flat; mismatched: below
+        stream.reference -= np.repeat(np.float32([45, 60]), len(LABELLED))
     return stream
 
 
@@ -51,12 +70,27 @@ def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder / "chats")
 
 
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("labelled")
+    assert prepare(folder, LABELLED, kind="labelled", length=80).counts["used"] == len(LABELLED)
+    return str(folder / "chats")
+
+
 @pytest.mark.parametrize("kind", ["dpo", "dpo_norm"])
 def test_layouts_equal_one_process(tmp_path: Path, prefix: str, kind: str) -> None:
     changes = {**DPO, "preference_loss": kind, "preference_label_smoothing": 0.1}
     suite = Suite(tmp_path, 2, changes=changes, samples=partial(_open, prefix, 5.0))
     layouts = ("ep2", "tp2", "pp2", "cp2") if kind == "dpo" else ("cp2", "dp2")
     assert not suite.differences("dropless", layouts)
+
+
+def test_layouts_of_kto_equal_one_process(tmp_path: Path, labelled: str) -> None:
+    samples = partial(_open, labelled, 5.0, kind="labelled")
+    suite = Suite(tmp_path, 2, changes=KTO, samples=samples)
+    assert not suite.differences("dropless", ("ep2", "tp2", "pp2", "cp2"))
+    ((_, _, rows),) = results_of({"one": suite._run("dropless", "dp1", 2)}, 1, 2)
+    assert all(row["kl"] > 1 and 0.1 < row["preference_loss"] < 0.9 for row in rows)
 
 
 def _run(prefix: str, folder: str, layout: str) -> dict[str, Any]:

@@ -159,6 +159,8 @@ def chats(case: Case) -> Iterator[str]:
         ):
             if getattr(chosen, name) != default:
                 yield f"{case.given(name)} needs --sft: add it or leave this out"
+    yield from _options_of_losses(case)
+    if not chosen.sft:
         return
     for (group, name), value in _NO_CHATS.items():
         if getattr(getattr(settings, group), name) != value:
@@ -180,6 +182,27 @@ def chats(case: Case) -> Iterator[str]:
         yield "--sft and --moe-router-load-balancing-type sinkhorn: it would balance padding too"
 
 
+_OPTIONS_OF_LOSSES: tuple[tuple[str, object, tuple[str, ...]], ...] = (
+    ("preference_reference_load", None, ("dpo", "dpo_norm", "kto")),
+    ("preference_beta", 0.1, ("dpo", "dpo_norm", "kto")),
+    ("preference_label_smoothing", 0.0, ("dpo", "dpo_norm")),
+    ("preference_desirable_weight", 1.0, ("kto",)),
+    ("preference_undesirable_weight", 1.0, ("kto",)),
+)
+"""Settings, their defaults, and the losses on preferences that read them."""
+
+
+def _options_of_losses(case: Case) -> Iterator[str]:
+    """Check that settings of losses on preferences have a loss that reads them."""
+    chosen = case.settings.adaptation
+    for name, default, losses in _OPTIONS_OF_LOSSES:
+        if getattr(chosen, name) != default and chosen.preference_loss not in losses:
+            yield (
+                f"{case.given(name)} needs --preference-loss {' or '.join(losses)}: choose it or "
+                "leave this out"
+            )
+
+
 def _preferences(case: Case) -> Iterator[str]:
     """Check the optimisation of preferences."""
     settings, flag = case.settings, case.given("preference_loss")
@@ -196,6 +219,8 @@ def _preferences(case: Case) -> Iterator[str]:
             yield f"{flag} with {case.given(name)}: the reference has none; use 0"
     if settings.checkpoint.load is None and settings.checkpoint.save is not None:
         yield f"{flag} needs --load: the model that it starts from is the reference"
+    if settings.adaptation.preference_reference_load is not None and not settings.checkpoint.load:
+        yield f"{case.given('preference_reference_load')} needs --load: the model to train"
 
 
 RULES = (data, bidirectional_prefix, documents, chats)

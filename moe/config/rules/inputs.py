@@ -68,7 +68,7 @@ def _has_tokenizer(load: str | None) -> bool:
 
 
 def folders(case: Case) -> Iterator[str]:
-    """Check the folders of --save and --load."""
+    """Check the folders of --save, --load and a reference."""
     wanted = case.settings.checkpoint
     needs_save = {
         "save_interval": wanted.save_interval,
@@ -94,6 +94,9 @@ def folders(case: Case) -> Iterator[str]:
     # --load equal to --save resumes a run, or starts it the first time.
     if wanted.load not in (None, wanted.save) and not Path(str(wanted.load)).is_dir():
         yield f"{case.given('load')}: there is no such folder"
+    reference = case.settings.adaptation.preference_reference_load
+    if reference is not None and not Path(reference).is_dir():
+        yield f"{case.given('preference_reference_load')}: there is no such folder"
     if wanted.save is not None and Path(wanted.save).exists() and not Path(wanted.save).is_dir():
         yield f"{case.given('save')} is a file: name a folder"
 

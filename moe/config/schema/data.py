@@ -188,12 +188,21 @@ class AdaptationSettings(Group):
     sft_loss_normalisation: Literal["token", "sample"] = "token"
     """Average the loss over the trained tokens of the global batch, or over its conversations, of
     which each has the mean of its tokens."""
-    preference_loss: Literal["dpo", "dpo_norm"] | None = None
-    """Optimise preferences instead (--sft, shards of --kind pairs): DPO on summed log-probabilities
-    (dpo, OLMoE) or on their means over an answer's tokens (dpo_norm, OLMoE-0125). The reference is
-    the model that the run starts from."""
+    preference_loss: Literal["dpo", "dpo_norm", "kto"] | None = None
+    """Optimise preferences instead (--sft): DPO on summed log-probabilities (dpo, OLMoE) or on
+    their means over an answer's tokens (dpo_norm, OLMoE-0125), with shards of --kind pairs; or KTO
+    on single answers (kto), with shards of --kind labelled. The reference is the model that the run
+    starts from."""
+    preference_reference_load: LocalPath | None = None
+    """Preferences: take the reference from this checkpoint (a run folder or a step_* folder), not
+    from --load. Its log-probabilities are computed before training, then --load is read."""
     preference_beta: PositiveFloat = 0.1
-    """Preferences: factor of log-probability ratios (OLMoE: 0.1 with dpo, its successor: 5 with
-    dpo_norm)."""
+    """Preferences: factor of log-probability ratios (OLMoE: 0.1 with dpo and kto, its successor: 5
+    with dpo_norm)."""
     preference_label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """Preferences: assumed fraction of pairs with the wrong order."""
+    """DPO: assumed fraction of pairs with the wrong order."""
+    preference_desirable_weight: PositiveFloat = 1.0
+    """KTO: weight of the losses of wanted answers. Times their number, it should be 1 to 4/3 of the
+    same product of unwanted answers."""
+    preference_undesirable_weight: PositiveFloat = 1.0
+    """KTO: weight of the losses of unwanted answers."""

@@ -26,7 +26,7 @@ from tests.parallel.support.sharded import assemble, local_moments
 
 METRICS = (
     *("lm_loss", "grad_norm", "aux_loss", "z_loss", "dropped_fraction", "loss_tokens"),
-    *("max_attention_logit", "preference_loss", "margin", "accuracy"),
+    *("max_attention_logit", "preference_loss", "margin", "accuracy", "kl"),
 )
 
 

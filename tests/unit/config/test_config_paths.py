@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[3]
 PATHS = {
     *("save", "load", "tensorboard_dir", "data_path", "valid_data_path", "data_root"),
     *("tokenizer_model", "memory_snapshot_path", "tp_comm_overlap_cfg"),
+    "preference_reference_load",
 }
 RECIPE = """\
 model: {num_layers: 2, hidden_size: 8, num_attention_heads: 2, seq_length: 16, vocab_size: 100}

@@ -19,19 +19,19 @@ def _losses(preference: Preference) -> torch.Tensor:
 
 def test_dpo() -> None:
     """Margins 0.1 (1 - -1) = 0.2 and 0.1 (0 - 3) = -0.3; the third place has no pair."""
-    loss, accuracy, margin, chosen, rejected = _losses(Preference("dpo", 0.1))[:, 0]
+    loss, accuracy, chosen, rejected, _, *counts = _losses(Preference("dpo", 0.1))[:, 0]
     expected = [math.log1p(math.exp(-0.2)), math.log1p(math.exp(0.3)), 0]
     assert loss.tolist() == pytest.approx(expected)
     assert accuracy.tolist() == [1, 0, 0]
-    assert margin.tolist() == pytest.approx([0.2, -0.3, 0])
+    assert [each.tolist() for each in counts] == [[1, 1, 0]] * 2
     assert chosen.tolist() == pytest.approx([0.1, 0, 0])
     assert rejected.tolist() == pytest.approx([-0.1, 0.3, 0])
 
 
 def test_normalised_by_length() -> None:
     """Means over tokens: 1 / 2 and -1 / 1; 0 / 3 and 3 / 3."""
-    margin = _losses(Preference("dpo_norm", 5.0))[2, 0]
-    assert margin.tolist() == pytest.approx([7.5, -5.0, 0])
+    chosen, rejected = _losses(Preference("dpo_norm", 5.0))[2:4, 0]
+    assert (chosen - rejected).tolist() == pytest.approx([7.5, -5.0, 0])
 
 
 def test_label_smoothing() -> None:

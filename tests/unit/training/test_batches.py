@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -152,3 +153,29 @@ def test_signals_to_the_group_of_a_rank_do_not_reach_its_workers(tmp_path: Path)
     with subprocess.Popen(command, text=True, start_new_session=True, **pipes) as process:  # type: ignore[call-overload]
         out, errors = process.communicate(timeout=100)
     assert (process.returncode, out) == (0, "50 6\n"), errors
+
+
+class _PreferenceStream(CountingStream):
+    """Samples with an example and its mismatched one."""
+
+    def __getitem__(self, n: int) -> dict[str, Any]:
+        sample = dict(super().__getitem__(n))
+        numbers = np.full(len(sample["tokens"]), -1)
+        numbers[0] = n
+        mine = {**sample, "numbers": numbers, "examples": 1}
+        return {**mine, "mismatched": {**mine, "tokens": sample["tokens"] + 100}}
+
+
+@pytest.mark.parametrize("numbers", [[3, PADDING], [PADDING, PADDING]])
+def test_padding_has_no_examples(numbers: list[int]) -> None:
+    """Also a micro-batch of nothing but padding has the fields that losses read."""
+    stream = _PreferenceStream()
+    (batch,) = micro_batches(stream, len(stream[0]["tokens"]), [numbers])
+    real = [int(n != PADDING) for n in numbers]
+    for part in (batches.matched(batch), batches.mismatched(batch)):
+        assert part["examples"].tolist() == real
+        assert (part["numbers"] >= 0).sum(1).tolist() == real
+    assert not set(batches.matched(batch)) - set(batches.mismatched(batch))
+    if real[0]:
+        ours, others = batches.matched(batch)["tokens"], batches.mismatched(batch)["tokens"]
+        assert (others[0] - ours[0] == 100).all()

@@ -69,3 +69,27 @@ def test_options_need_the_switch(changes: dict[str, Any]) -> None:
 def test_transformer_engine_packs_one_row() -> None:
     lines = found(1, "cuda", te=True, **CHATS)
     assert any("--sft in layers of Transformer Engine" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("loss", "changes", "words"),
+    [
+        ("kto", {"preference_label_smoothing": 0.1}, "dpo or dpo_norm"),
+        ("dpo", {"preference_desirable_weight": 2.0}, "kto"),
+        ("dpo", {"preference_undesirable_weight": 2.0}, "kto"),
+        (None, {"preference_beta": 0.5}, "dpo or dpo_norm or kto"),
+        (None, {"preference_reference_load": "."}, "dpo or dpo_norm or kto"),
+    ],
+)
+def test_options_need_a_loss_that_reads_them(
+    loss: str | None, changes: dict[str, Any], words: str
+) -> None:
+    (line,) = found(1, **{**DPO, "preference_loss": loss, **changes})
+    assert f"needs --preference-loss {words}: " in line
+
+
+def test_a_reference_of_its_own() -> None:
+    changes = {**DPO, "preference_loss": "kto", "preference_reference_load": "base"}
+    assert found(1, **changes) == []
+    lines = found(1, **{**changes, "load": None, "save": None})
+    assert lines == ["--preference-reference-load base needs --load: the model to train"]

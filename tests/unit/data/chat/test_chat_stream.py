@@ -139,7 +139,7 @@ def test_pairs_stay_together(tmp_path: Path) -> None:
     assert prepare(tmp_path, [*pairs, bad], kind="pairs").counts["used"] == 4
     shard = ChatShard(str(tmp_path / "chats"), TOKENIZER.fingerprint)
     assert [max(shard.mask.document(n)) for n in range(8)] == [1, 2] * 4
-    samples = ChatStream([shard], S, TOKENIZER.pad, seed=3, group=2)
+    samples = ChatStream([shard], S, TOKENIZER.pad, seed=3, kind="pairs")
     for n in range(samples.rows_per_epoch):
         numbers = samples.conversations(n)
         assert numbers[1::2] == [number + 1 for number in numbers[::2]]
