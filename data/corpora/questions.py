@@ -91,8 +91,8 @@ def chats(found: Sequence[Entry]) -> Iterator[dict[str, Any]]:
 
 
 def pairs(found: Sequence[Entry]) -> Iterator[dict[str, str]]:
-    """Yield rows with ``prompt``, ``chosen`` and ``rejected``."""
-    for number, entry in enumerate(found):
+    """Yield rows with ``prompt``, ``chosen`` and ``rejected``, for every second entry."""
+    for number, entry in list(enumerate(found))[::2]:
         yield {
             "prompt": _question(number, entry),
             "chosen": f"{entry.sentence} See {entry.place}.",

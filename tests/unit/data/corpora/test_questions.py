@@ -62,7 +62,9 @@ def test_rows() -> None:
         "See the module pkg.",
     ]
     assert second == ["Explain Shown.", FOUND[1].sentence]
-    assert list(pairs(FOUND))[2] == {
+    first, third = pairs(FOUND)
+    assert first["prompt"] == "What does opened do?"
+    assert third == {
         "prompt": "What is ls for?",
         "chosen": "List directory contents of folders. See the manual of ls.",
         "rejected": "List directory contents of folders.",
