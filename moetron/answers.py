@@ -29,6 +29,12 @@ class Answer:
     """Without end token, and up to a stop string."""
     generated: "Generated"
 
+    @property
+    def ids(self) -> list[int]:
+        """Return the tokens without the end token."""
+        tokens = self.generated.tokens
+        return tokens[:-1] if self.generated.finish_reason == EOS else tokens
+
 
 @dataclass(frozen=True)
 class Writer:
@@ -74,11 +80,11 @@ class Writer:
         show = show if len(numbers) == 1 else None
 
         def finish(row: int, token: int) -> str | None:
+            if token in self.ends.ids:
+                return EOS
             texts[row].add(token)
             if show is not None:
                 show(texts[row].settled())
-            if token in self.ends.ids:
-                return EOS
             return STOP if texts[row].stopped else None
 
         found = generate_batch(

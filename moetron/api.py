@@ -8,7 +8,6 @@ A process holds one model at a time: leave the block of `build_model` or `load_r
 `build_model`, `load_run` or `train`.
 """
 
-import itertools
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moetron import assembly
+from moetron.answers import Writer
 from moetron.common.errors import ConfigError, UserError
 from moetron.common.recipes import recipe_path
 from moetron.common.threads import use_passive_waits
@@ -36,14 +36,18 @@ from moetron.moe.inference.sampling import Sampling
 from moetron.moe.monitoring.library_warnings import quieten_libraries
 from moetron.moe.monitoring.sinks import Loads, Row
 from moetron.moe.training.sample_stream import SampleStream
+from moetron.tokenizers.decoded_text import ends_of
 from moetron.tokenizers.interface import Tokenizer
 from moetron.tokenizers.run_copy import find_copy, load_run_tokenizer
 
 if TYPE_CHECKING:  # torch: seconds
     from megatron.core.models.gpt import GPTModel
 
+    from moetron.moe.layers.language_model import LanguageModel
     from moetron.moe.training.runtime import Runtime
 
+_BATCH_SIZE = 8
+"""Prompts of a forward pass in `generate`."""
 __all__ = [
     "Run",
     "UserError",
@@ -73,7 +77,7 @@ class Run:
     """None: a run on mock data without a tokenizer."""
     vocab_size: int
     """Token ids before padding."""
-    model: "GPTModel"
+    model: "LanguageModel"
     """In evaluation mode; experts have no capacity, so that no token is dropped. Call
     ``model(ids, positions, None)`` with int64 [batch, sequence] for logits [batch, sequence, padded
     vocabulary]."""
@@ -236,22 +240,19 @@ def generate(
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens {max_new_tokens}: must be at least 1")
-    from moetron.moe.inference.generation import continuation
+    from moetron.moe.inference.batch_generation import Request
 
     tokenizer = _tokenizer(run)
     sampling = Sampling(temperature, top_k, top_p, seed)
     both_ways = reads_prefix(run.settings, run.consumed_samples, mode != "causal")
-    texts = []
-    for prompt in prompts:
-        ids = prompt_ids(prompt, mode, tokenizer)
-        following = continuation(
-            run.model, ids, tokenizer.vocab_size, sampling, reads_prefix=both_ways
-        )
-        document = itertools.takewhile(lambda token: token != tokenizer.eod, following)
-        new = list(itertools.islice(document, max_new_tokens))
-        with_holes = HOLE.search(prompt) is not None
-        texts.append(filled(prompt, new, tokenizer) if with_holes else tokenizer.decode(new))
-    return texts
+    requests = [Request(prompt_ids(each, mode, tokenizer), seed, both_ways) for each in prompts]
+    ends = ends_of([], tokenizer)
+    writer = Writer(run.model, tokenizer, sampling, ends, max_new_tokens, _BATCH_SIZE)
+    texts = dict(writer.answers(requests))
+    return [
+        filled(prompt, texts[number].ids, tokenizer) if HOLE.search(prompt) else texts[number].text
+        for number, prompt in enumerate(prompts)
+    ]
 
 
 def analyze_routing(

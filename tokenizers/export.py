@@ -27,12 +27,15 @@ SENTENCEPIECE_CLASS = "BertGenerationTokenizer"
 CODE, CODE_CLASS = "tokenization_sentencepiece.py", "MoetronSentencePieceTokenizer"
 """Class that transformers uses instead with trust_remote_code=True."""
 FAST_CLASS = "PreTrainedTokenizerFast"
+CHAT_TEMPLATE = "chat_template.jinja"
+SPELLED = "<s> </s> <pad> <unk> <|endoftext|> <extra_id_0> <0x41> [CLS] <mask>x"
+"""Text with the spellings of tokens."""
 PROBES = (
     "one two three",
     "Hello, world!  It's 12:34,\tand I'll go\r\n\n   now.   ",
     " def f(x):\n        return x**2  # \u00e4\u00f6\u00fc\n" + "    " * 9,
     "e\u0301 \ufb01 \uff21 \u212b \u6f22\u5b57 \U0001f468\u200d\U0001f469 \u00a0\u2003\x00",
-    "<s> </s> <pad> <unk> <|endoftext|> <extra_id_0> <0x41> [CLS] <mask>x",
+    SPELLED,
     "",
 )
 """Texts on which an export is compared with its tokenizer."""
@@ -54,8 +57,12 @@ def export(tokenizer: Tokenizer, folder: Path) -> None:
         (folder / name).write_bytes(content)
 
 
-def export_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """Return the files of `export` by name."""
+def export_files(tokenizer: Tokenizer, chat_template: str | None = None) -> dict[str, bytes]:
+    """Return the files of `export` by name.
+
+    With a chat template, tokens that are spelled out in a text become their ids, as the template
+    needs; else as in training.
+    """
     if isinstance(tokenizer, SentencePieceTokenizer):
         name, content = "spiece.model", tokenizer.serialized
         config = _sentencepiece(tokenizer)
@@ -72,16 +79,23 @@ def export_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     # and lm-evaluation-harness would put it before every text.
     config["bos_token"] = config["eos_token"]
     config["clean_up_tokenization_spaces"] = False
-    files = {name: content, "tokenizer_config.json": _json(config)}
+    files = {name: content}
+    if chat_template is not None:
+        config["chat_template"] = chat_template  # read by transformers before 4.50
+        config["split_special_tokens"] = False
+        files[CHAT_TEMPLATE] = chat_template.encode()
+    files["tokenizer_config.json"] = _json(config)
     if "auto_map" in config:
         files[CODE] = Path(__file__).with_name(CODE).read_bytes()
     return files
 
 
-def exported(tokenizer: Tokenizer | None) -> tuple[dict[str, int | None], dict[str, bytes]]:
+def exported(
+    tokenizer: Tokenizer | None, chat_template: str | None = None
+) -> tuple[dict[str, int | None], dict[str, bytes]]:
     """Return the ids of document markers (no begin marker) and the files for AutoTokenizer."""
     eod, pad = (None, None) if tokenizer is None else (tokenizer.eod, tokenizer.pad)
-    files = {} if tokenizer is None else export_files(tokenizer)
+    files = {} if tokenizer is None else export_files(tokenizer, chat_template)
     return {"bos_token_id": None, "eos_token_id": eod, "pad_token_id": pad}, files
 
 
@@ -118,13 +132,17 @@ def different_texts(
 def why_not(tokenizer: Tokenizer, folder: Path) -> str | None:
     """Return why a folder's tokenizer must not stay there; None if it encodes `PROBES` the same.
 
+    That of a chat model need not encode `SPELLED` so.
+
     Without transformers, warn and compare nothing.
     """
     if not has_transformers():
         logger.warning("the exported tokenizer was not checked: pip install moetron[hf]")
         return None
     try:
-        found = different_texts(tokenizer, folder, PROBES)
+        is_chat = (folder / CHAT_TEMPLATE).is_file()
+        probes = [text for text in PROBES if text != SPELLED or not is_chat]
+        found = different_texts(tokenizer, folder, probes)
     except UserError as error:
         return str(error)
     if not found:

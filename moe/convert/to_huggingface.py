@@ -44,6 +44,9 @@ class Export:
     """Largest size of one file."""
     as_causal: bool = False
     """Export a model trained with bidirectional prefixes as a causal one."""
+    turn_end: int | None = None
+    """Id that ends an answer, at which generation ends as at ``eos_token_id``; None: no chat model,
+    or no single token."""
 
 
 def to_hf(
@@ -97,7 +100,7 @@ def to_hf(
         tensors = (pair for rule in rules for pair in _split(rule, source.read(rule.ours), dtype))
         write_folder(folder, shards(plan, options.shard_bytes), tensors)
         _write_json(folder / CONFIG, config)
-        _write_json(folder / "generation_config.json", dict(special_ids))
+        _write_json(folder / "generation_config.json", _generation(special_ids, options.turn_end))
         if family.code is not None:
             shutil.copyfile(Path(families.__path__[0]) / family.code, folder / family.code)
         for name, content in companions.items():
@@ -122,6 +125,13 @@ def _fitting(model_type: str | None, values: Mapping[str, Any]) -> Family:
             "\n".join([f"--model-type {model_type}: does not match this model:", *problems])
         )
     return family
+
+
+def _generation(special_ids: Mapping[str, int | None], turn_end: int | None) -> dict[str, Any]:
+    """Return the configuration of transformers' ``generate``."""
+    if turn_end in (None, special_ids["eos_token_id"]):
+        return dict(special_ids)
+    return {**special_ids, "eos_token_id": [turn_end, special_ids["eos_token_id"]]}
 
 
 def _dtype_keys(dtype: torch.dtype) -> dict[str, str]:

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from moetron.common import threads
 from moetron.common.errors import UserError
+from moetron.data.chat.run_template import run_template, turn_ends
+from moetron.data.chat.templates import Template
 from moetron.moe.checkpoint import run_folder as checkpoint_folder
 from moetron.moe.checkpoint.compatibility import tokenizer_fingerprints
 from moetron.moe.checkpoint.vocabulary import vocabulary_of
@@ -46,6 +48,8 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", choices=DTYPES, help="of the weights (default: the run's)")
     add("--max-shard-bytes", type=int, default=5 * 10**9, help="largest file (default: 5e9)")
     add("--tokenizer-model", metavar="PATH", help="tokenizer (default: the copy in the run folder)")
+    add("--template", help="chat template of the export (default: that of the run's chats)")
+    add("--end-of-turn", type=str, metavar="TEXT", help="token that ends an answer of --template")
     add("--as-causal", action="store_true", help="export a --bidirectional-prefix model as causal")
     return parser
 
@@ -67,15 +71,35 @@ def to_hf(arguments: argparse.Namespace) -> None:
         arguments.load, settings, None if tokenizer is None else tokenizer.vocab_size
     )
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
+    template = turn_end = None
+    if tokenizer is not None:
+        given = arguments.template, arguments.end_of_turn
+        template = run_template(record.stream, tokenizer, *given)
+        turn_end = None if template is None else _turn_end(template, tokenizer)
     family = export(
         arguments.load,
         arguments.output,
-        Export(arguments.model_type, dtype, arguments.max_shard_bytes, arguments.as_causal),
+        Export(
+            arguments.model_type, dtype, arguments.max_shard_bytes, arguments.as_causal, turn_end
+        ),
         vocab_size,
-        *exported(tokenizer),
+        *exported(tokenizer, None if template is None else template.source()),
         check=lambda folder: None if tokenizer is None else why_not(tokenizer, folder),
     )
     print(f"{arguments.output}: {family.architecture}")
+
+
+def _turn_end(template: Template, tokenizer: Tokenizer) -> int | None:
+    """Return the id that ends an answer; None, with a warning, if it is no single token."""
+    ends = turn_ends(template, tokenizer)
+    if ends.texts:
+        print(
+            f"the end of a turn, {template.end_of_turn}, is several tokens of this tokenizer: give "
+            "transformers' generate `stop_strings` and `tokenizer`",
+            file=sys.stderr,
+        )
+        return None
+    return next(iter(ends.ids - {tokenizer.eod}), tokenizer.eod)
 
 
 def from_hf(arguments: argparse.Namespace) -> None:

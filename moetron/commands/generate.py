@@ -42,6 +42,7 @@ from moetron.moe.checkpoint.compatibility import tokenizer_fingerprints
 from moetron.moe.checkpoint.vocabulary import vocabulary_of
 from moetron.moe.config.schema.derived import reads_prefix
 from moetron.moe.config.schema.paths import ToolParser
+from moetron.moe.config.schema.settings import Settings
 from moetron.moe.inference.sampling import Sampling
 from moetron.moe.monitoring.library_warnings import quieten_libraries
 from moetron.tokenizers.decoded_text import ends_of
@@ -92,6 +93,10 @@ def check(arguments: argparse.Namespace) -> None:
     ]
     rules += [
         ("--stop '': must not be empty", "" not in (given.stop or [])),
+        (
+            "--stop: not for holes (--mode nlu, nlg)",
+            not given.stop or given.mode in ("causal", "s2s"),
+        ),
         ("--input: give no --prompt and no --prompts-file", not (given.input and texts)),
         (
             "--output: is for --input; redirect standard output instead",
@@ -148,7 +153,7 @@ class _Texts:
 
     def _whole(self, prompt: str, answer: Answer) -> str:
         if HOLE.search(prompt):
-            return filled(prompt, answer.generated.tokens, self._tokenizer)
+            return filled(prompt, answer.ids, self._tokenizer)
         return prompt + answer.text
 
 
@@ -232,16 +237,52 @@ def _typed() -> Iterator[str]:
             return
 
 
-def main() -> int:
-    """Continue the prompts of the command line; return the exit code."""
-    arguments = parser().parse_args()
-    sampling = Sampling(
+def _sampling(arguments: argparse.Namespace) -> Sampling:
+    return Sampling(
         arguments.temperature,
         arguments.top_k,
         arguments.top_p,
         arguments.seed,
         arguments.repetition_penalty,
     )
+
+
+def _work(
+    arguments: argparse.Namespace,
+    tokenizer: Tokenizer,
+    template: Template | None,
+    seq_length: int,
+) -> _Texts | _Rows | _Chat:
+    """Read what is to be answered; raise UserError if it cannot be."""
+    if arguments.input:
+        return _Rows(arguments, tokenizer, template)
+    if not arguments.chat:
+        return _Texts(arguments, tokenizer)
+    if template is None:
+        raise UserError("--chat: the run was not fine-tuned on chats; give --template")
+    return _Chat(arguments, tokenizer, template, seq_length)
+
+
+def _say_what_differs(settings: Settings) -> None:
+    """Print on standard error where answers cannot be those of training."""
+    factor = settings.moe.moe_expert_capacity_factor
+    if factor is not None:
+        print(
+            f"no choice of an expert is dropped here; training had --moe-expert-capacity-factor "
+            f"{factor:g}",
+            file=sys.stderr,
+        )
+    if settings.precision.fp8_format is not None:
+        print(
+            "--fp8-format: rows of a batch share scales; --batch-size 1 keeps them apart",
+            file=sys.stderr,
+        )
+
+
+def main() -> int:
+    """Continue the prompts of the command line; return the exit code."""
+    arguments = parser().parse_args()
+    sampling = _sampling(arguments)
     check(arguments)
     quieten_libraries()
     record = checkpoint_folder.read(arguments.load).record
@@ -250,46 +291,29 @@ def main() -> int:
     tokenizer = load_run_tokenizer(
         arguments.load, arguments.tokenizer_model, settings.data.tokenizer_model, known
     )
-    is_text = not (arguments.chat or arguments.input)
-    template = None
-    if not is_text:
-        template = run_template(record.stream, tokenizer, arguments.template, arguments.end_of_turn)
-    work: _Texts | _Rows | _Chat
-    if is_text:
-        work = _Texts(arguments, tokenizer)
-    elif arguments.input:
-        work = _Rows(arguments, tokenizer, template)
-    elif template is not None:
-        work = _Chat(arguments, tokenizer, template, settings.model.seq_length)
-    else:
-        raise UserError("--chat: the run was not fine-tuned on chats; give --template")
-    ends = ends_of(arguments.stop or [], tokenizer)
-    if template is not None:
-        ends = ends | turn_ends(template, tokenizer)
+    ends, template = ends_of(arguments.stop or [], tokenizer), None
+    if arguments.chat or arguments.input:
+        given = arguments.template, arguments.end_of_turn
+        template = run_template(record.stream, tokenizer, *given)
+        ends = ends if template is None else ends | turn_ends(template, tokenizer)
+    work = _work(arguments, tokenizer, template, settings.model.seq_length)
     vocab_size = vocabulary_of(arguments.load, settings, tokenizer.vocab_size)
     both_ways = reads_prefix(settings, record.progress.consumed_samples, arguments.mode != "causal")
-    from moetron.moe.inference import generation as generate  # torch: seconds, after the checks
-    from moetron.moe.inference.batch_generation import Request
+    _say_what_differs(settings)
+    from moetron.moe.inference.batch_generation import Request  # torch: seconds, after the checks
+    from moetron.moe.inference.generation import load_model
     from moetron.moe.training import runtime
 
+    limits = arguments.max_new_tokens, arguments.batch_size, not arguments.no_cache
     with runtime.running(settings) as ranks:
-        model = generate.load_model(arguments.load, settings, vocab_size, ranks)
+        model = load_model(arguments.load, settings, vocab_size, ranks)
         requests = [
             Request(ids, sampling.seed + sample, both_ways)
             for ids in work.ids
             for sample in range(arguments.num_samples)
         ]
-        writer = Writer(
-            model,
-            tokenizer,
-            sampling,
-            ends,
-            arguments.max_new_tokens,
-            arguments.batch_size,
-            not arguments.no_cache,
-        )
         started = time.perf_counter()
-        count = work.run(writer, requests)
+        count = work.run(Writer(model, tokenizer, sampling, ends, *limits), requests)
         seconds = time.perf_counter() - started
     print(f"{count} tokens, {count / seconds:,.1f} tokens/s", file=sys.stderr)
     return 0

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from moetron.tokenizers.export import different_texts, export, exported, why_not
+from moetron.data.chat.encode_chat import encode_question, encode_rendered
+from moetron.data.chat.templates import JinjaTemplate, OlmoeTemplate
+from moetron.tokenizers.export import different_texts, export, export_files, exported, why_not
 from moetron.tokenizers.interface import Tokenizer
 from moetron.tokenizers.load import load_tokenizer
 from moetron.tokenizers.umt5 import SentencePieceTokenizer
+from tests.unit.data.chat.test_templates import CHATML
 from tests.unit.tokenizers import kinds
 
 transformers = pytest.importorskip("transformers")
@@ -67,6 +70,33 @@ def test_the_model_beside_it_changes_nothing(
     export(all_kinds[kind], tmp_path)
     assert different_texts(all_kinds[kind], tmp_path, kinds.TEXTS) == []
     assert why_not(all_kinds[kind], tmp_path) is None
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_chats_get_their_ids_in_shards(
+    kind: str, all_kinds: dict[str, Tokenizer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the class that transformers uses alone, and in the one that it uses with our code."""
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "m"))
+    tokenizer = all_kinds[kind]
+    roles, contents = ("system", "user", "assistant", "user"), (*kinds.TEXTS[2:5], " e\u0301 \n?")
+    chat = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
+    for template in (
+        OlmoeTemplate(tokenizer.end_text),
+        JinjaTemplate(CHATML, tokenizer.end_text, "<|im_end|>"),
+    ):
+        folder = tmp_path / template.name
+        folder.mkdir()
+        for name, content in export_files(tokenizer, template.source()).items():
+            (folder / name).write_bytes(content)
+        assert why_not(tokenizer, folder) is None
+        for trust in (False, True):
+            theirs = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+            whole = theirs.apply_chat_template(chat[:3])["input_ids"]
+            assert whole == encode_rendered(template.render(chat[:3]), tokenizer)[0].tolist()
+            asked = theirs.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+            assert asked == encode_question(chat, template, tokenizer)
+        assert load_tokenizer(folder).fingerprint == tokenizer.fingerprint
 
 
 def test_a_class_forced_by_transformers_is_detected(
