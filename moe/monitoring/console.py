@@ -8,6 +8,9 @@ from tqdm import tqdm
 
 from moetron.moe.monitoring.sinks import Loads, Row
 
+_PREFERENCES = ("preference_loss", "accuracy")
+"""Shown of evaluations of preferences."""
+
 
 class Console:
     """Sink that prints progress every ``interval`` steps."""
@@ -51,6 +54,7 @@ class Console:
         by_source = f" ({sources})" if len(row["source_losses"]) > 1 else ""
         self.print_line(
             f"step {row['step']} | validation loss {row['validation_loss']:.4f}{by_source}"
+            + "".join(f" | {n.replace('_', ' ')} {row[n]:.4f}" for n in _PREFERENCES if n in row)
         )
 
     def print_line(self, text: str) -> None:
@@ -74,8 +78,9 @@ class Console:
 
 def _metrics_text(row: Row) -> str:
     """Return the main metrics of a step as text."""
+    trained = "preference_loss" if "preference_loss" in row else "lm_loss"
     parts = [
-        f"loss {row['lm_loss']:.4f}",
+        f"{trained.removeprefix('lm_').replace('_', ' ')} {row[trained]:.4f}",
         f"grad norm {row['grad_norm']:.3f}",
         f"lr {row['lr']:.2e}",
     ]

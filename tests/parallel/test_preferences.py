@@ -10,17 +10,24 @@ import numpy as np
 import pytest
 import torch
 
+from moetron.common.errors import UserError
 from moetron.data.chat.chat_rows import Kind
 from moetron.data.chat.chat_stream import ChatStream, open_chats
 from moetron.moe.checkpoint.position import Progress
-from moetron.moe.training.build_trainer import REFERENCE, build_trainer, set_references
+from moetron.moe.checkpoint.save_load import save_checkpoint
+from moetron.moe.training.build_trainer import (
+    REFERENCE,
+    build_loop,
+    build_trainer,
+    set_references,
+)
 from moetron.moe.training.evaluate import evaluate, reference_log_probs
 from moetron.moe.training.loop import Loop
 from moetron.moe.training.runtime import divide
 from moetron.moe.training.sample_stream import Streams
+from moetron.moe.training.trainer import Trainer
 from tests.parallel.support.harness import run_ranks
 from tests.parallel.support.parity_cases import settings
-from tests.parallel.support.parity_ranks import results_of
 from tests.parallel.support.parity_suite import Suite
 from tests.parallel.test_sft import SFT
 from tests.unit.data.chat.chat_cases import TOKENIZER, prepare
@@ -89,18 +96,21 @@ def test_layouts_of_kto_equal_one_process(tmp_path: Path, labelled: str) -> None
     samples = partial(_open, labelled, 5.0, kind="labelled")
     suite = Suite(tmp_path, 2, changes=KTO, samples=samples)
     assert not suite.differences("dropless", ("ep2", "tp2", "pp2", "cp2"))
-    ((_, _, rows),) = results_of({"one": suite._run("dropless", "dp1", 2)}, 1, 2)
-    assert all(row["kl"] > 1 and 0.1 < row["preference_loss"] < 0.9 for row in rows)
+    for _, rows in suite._known.values():
+        assert all(row["kl"] > 1 and 0.1 < row["preference_loss"] < 0.9 for row in rows)
 
 
-def _run(prefix: str, folder: str, layout: str) -> dict[str, Any]:
-    chosen = settings(layout, 2, **DPO, load=folder, save=folder)
+def _without_load(trainer: Trainer) -> Trainer:
+    options = trainer.settings.checkpoint.model_copy(update={"load": None})
+    return replace(trainer, settings=trainer.settings.model_copy(update={"checkpoint": options}))
+
+
+def _run(prefix: str, folder: str, layout: str, changes: dict[str, Any]) -> dict[str, Any]:
+    chosen = settings(layout, 2, **changes, load=folder, save=folder)
     trainer = build_trainer(chosen, divide(chosen, torch.device("cpu")), TOKENIZER.vocab_size)
-    stream = _open(prefix, 0.0, 1, 0, S)
-    kept = chosen.model_copy(
-        update={"checkpoint": chosen.checkpoint.model_copy(update={"load": None})}
-    )
-    trainer = replace(trainer, settings=kept)
+    kind: Kind = "labelled" if chosen.adaptation.preference_loss == "kto" else "pairs"
+    stream = open_chats([prefix], S, TOKENIZER.fingerprint, TOKENIZER.pad, 1, kind=kind)
+    trainer = _without_load(trainer)
     streams = Streams(stream, stream)
     again = [reference_log_probs(trainer, stream) for _ in range(2)]
     set_references(trainer, streams, resumes=False)
@@ -119,6 +129,8 @@ def _run(prefix: str, folder: str, layout: str) -> dict[str, Any]:
         "kept": np.array_equal(first, stream.reference),
         "loss": start["preference_loss"],
         "margin": start["margin"],
+        "kl": start.get("kl"),
+        "judged": loop.health._spikes.state().loss[0] == start["preference_loss"],
         "last": rows.rows[-1]["preference_loss"],
         "accuracy": evaluate(trainer, stream).preferences["accuracy"],
         "held_out": held_out["preference_loss"],
@@ -139,10 +151,68 @@ class _Rows:
 def test_the_first_loss_is_ln_2(tmp_path: Path, prefix: str, layout: str) -> None:
     """The cached log-probabilities equal those of training to the last bit."""
     ranks = 1 if layout == "dp1" else 2
-    for found in run_ranks(_run, ranks, prefix, str(tmp_path), layout):
-        assert found["equal"] and found["kept"]
+    for found in run_ranks(_run, ranks, prefix, str(tmp_path), layout, DPO):
+        assert found["equal"] and found["kept"] and found["judged"]
         assert found["margin"] == 0.0
         assert found["loss"] == float(np.float32(math.log(2)))
         assert found["last"] < found["held_out"] < math.log(2)
         assert found["accuracy"] > 0.8
     assert (tmp_path / REFERENCE).is_file()
+
+
+def test_the_first_loss_of_kto_is_a_half(tmp_path: Path, labelled: str) -> None:
+    """The model is its reference, so that the baseline and all rewards are 0, to the last bit."""
+    changes = {**KTO, "preference_desirable_weight": 1.0, "preference_undesirable_weight": 1.0}
+    changes |= {"preference_beta": 0.3}
+    for found in run_ranks(_run, 2, labelled, str(tmp_path), "dp2", changes):
+        assert found["equal"] and found["kept"] and found["judged"]
+        assert found["loss"] == 0.5 and found["kl"] == 0.0 == found["margin"]
+        assert found["last"] < found["held_out"] < 0.5
+        assert found["accuracy"] > 0.8
+
+
+def _with_reference(prefix: str, folder: str) -> dict[str, Any]:
+    """Start DPO from one checkpoint with the reference of another, and resume it."""
+    known: dict[str, np.ndarray] = {}
+    chosen = settings("dp1", 2, **DPO, load=folder)
+    runtime = divide(chosen, torch.device("cpu"))
+    trainer = build_trainer(chosen, runtime, TOKENIZER.vocab_size)
+    stream, parameters = _open(prefix, 0.0, 1, 0, S), list(trainer.chunks[0].parameters())
+    for name in ("base", "start"):
+        known[name] = reference_log_probs(trainer, stream)
+        state = trainer.chunks, trainer.optimizer, chosen, stream.state()
+        save_checkpoint(Path(folder) / name, Progress(), *state)
+        weights = [parameter.clone() for parameter in parameters]
+        for parameter in parameters:
+            parameter.data.mul_(1.1)
+    places = {name: f"{folder}/{name}" for name in ("base", "start", "run")}
+    Path(places["run"]).mkdir()
+    options = {"save": places["run"], "preference_reference_load": places["base"]}
+
+    def built(**changes: Any) -> tuple[Loop, Any]:
+        chosen = settings("dp1", 2, **{**DPO, **options, "finetune": False, **changes})
+        trainer = build_trainer(chosen, runtime, TOKENIZER.vocab_size)
+        stream = _open(prefix, 0.0, 1, 0, S)
+        return build_loop(trainer, Streams(stream, None)), stream
+
+    loop, stream = built(load=places["start"], finetune=True)
+    mine = loop.trainer.chunks[0].parameters()
+    result = {
+        "reference": np.array_equal(stream.reference, known["base"]),
+        "other": np.array_equal(stream.reference, known["start"]),
+        "weights": all(map(torch.equal, mine, weights)),
+    }
+    loop.sinks = [rows := _Rows()]  # type: ignore[list-item]
+    loop.step(loop.batches(), lambda: False)
+    loop._save(loop._saver.save)
+    _, again = built(load=places["run"])
+    with pytest.raises(UserError, match="not of --preference-reference-load"):
+        built(load=places["run"], preference_reference_load=places["start"])
+    result["resumed"] = np.array_equal(again.reference, known["base"])
+    return result | {"loss": rows.rows[0]["preference_loss"]}
+
+
+def test_a_reference_of_its_own(tmp_path: Path, prefix: str) -> None:
+    (found,) = run_ranks(_with_reference, 1, prefix, str(tmp_path))
+    assert found.pop("loss") != float(np.float32(math.log(2)))
+    assert found == {"reference": True, "other": False, "weights": True, "resumed": True}

@@ -2,11 +2,20 @@
 
 from dataclasses import replace
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from moetron.moe.checkpoint.compatibility import FUNCTION, SHAPE, changed_data, differences
+from moetron.common.errors import UserError
+from moetron.moe.checkpoint import compatibility
+from moetron.moe.checkpoint.compatibility import (
+    FUNCTION,
+    SHAPE,
+    changed_data,
+    check_folders,
+    differences,
+)
 from moetron.moe.checkpoint.position import Progress
 from moetron.moe.checkpoint.run_folder import Record
 from moetron.moe.config.schema.settings import Settings, fields
@@ -165,3 +174,33 @@ def test_other_data_fit_and_are_named() -> None:
     assert differences(saved, settings(), STREAM) == []
     assert changed_data(saved, STREAM) == ["order"]
     assert changed_data(record(settings()), STREAM) == [], "tuples are lists in JSON"
+
+
+def _preferences(folder: Path, **checkpoint: Any) -> Settings:
+    chosen = {"sft": True, "preference_loss": "dpo"}
+    reference = {"preference_reference_load": str(folder / "reference")}
+    return settings(adaptation={**chosen, **reference}, checkpoint=checkpoint)
+
+
+def test_a_reference_has_to_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the weights of --finetune: only the architecture counts."""
+    saved = {
+        "start": record(settings()),
+        "reference": record(settings(optimizer={"optimizer": "sgd"})),
+    }
+    monkeypatch.setattr(compatibility, "find_readable", lambda path, fallback: path)
+    monkeypatch.setattr(compatibility, "read_record", lambda folder: saved[folder.name])
+    verified: list[str] = []
+    monkeypatch.setattr(compatibility, "verify_files", lambda f, _: verified.append(f.name))
+    chosen = _preferences(tmp_path, load=str(tmp_path / "start"))
+    check_folders(chosen, STREAM)
+    assert verified == ["start", "reference"]
+    saved["reference"] = record(settings(model={"num_layers": 2}))
+    with pytest.raises(UserError, match=r"--preference-reference-load .*reference: does not fit"):
+        check_folders(chosen, STREAM)
+
+
+def test_preferences_do_not_start_from_random_weights(tmp_path: Path) -> None:
+    same = str(tmp_path)
+    with pytest.raises(UserError, match="no checkpoint: preferences need a trained model"):
+        check_folders(_preferences(tmp_path, load=same, save=same), STREAM)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,17 @@ def test_a_constant_window_has_no_spikes_and_bad_values_do_not_enter_it() -> Non
         window.add(value)
     assert window.state() == [2.0] * 6
     assert window.compare(100.0) is None
+
+
+def test_events_name_the_loss_that_is_trained() -> None:
+    detector = of("warn")
+    judged(detector, 100)
+    spike = replace(values(9.0), loss_name="preference_loss")
+    (event,) = detector.judge(place(101), spike)[0].events
+    assert event.text.startswith("preference_loss 9 is ")
+    bad = replace(values(NAN), loss_name="preference_loss")
+    (event,) = detector.judge(place(102), bad)[0].events
+    assert event.text.startswith("preference_loss is nan")
 
 
 def test_a_spike_needs_six_deviations_and_a_norm_five_times_the_mean() -> None:

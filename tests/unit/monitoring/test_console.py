@@ -45,6 +45,16 @@ def test_lines_are_printed_at_the_interval_and_at_the_end(
     assert lines[3].endswith("validation loss 2.0000 (a 1.0000, b 3.0000)")
 
 
+def test_preferences_show_their_loss(capsys: pytest.CaptureFixture[str]) -> None:
+    console, found = Console(10, 15, interval=1), {"preference_loss": 0.6875, "accuracy": 0.5}
+    console.step({**_row(11), **found})
+    validation = {"step": 15, "validation_loss": 2.0, "source_losses": {"a": 2.0}}
+    console.validation({**validation, **found})
+    step, evaluation = capsys.readouterr().out.splitlines()
+    assert " | preference loss 0.6875 | grad norm" in step and "loss 2.5" not in step
+    assert evaluation.endswith("validation loss 2.0000 | preference loss 0.6875 | accuracy 0.5000")
+
+
 def test_a_terminal_gets_a_bar(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from moetron.moe.preference.pair_losses import PreferenceLoss
 from moetron.moe.training.evaluate import bits_per_byte
 from moetron.moe.training.loss_tally import Losses, Tally
 from tests.unit.training.training_cases import CountingStream
@@ -29,6 +30,36 @@ def test_every_token_counts_once_for_its_source_and_once_for_its_objective() -> 
         4.0, 6, {"zero": 8.0, "two": 2.0}, {"odd": 4.0}, {"zero": 2, "two": 4}, 4
     )
     assert tally.read(tally.zeros(torch.device("cpu"))) == Losses(0.0, 0, {}, {}, {}, 0)
+
+
+def _preferences(kind: PreferenceLoss, *values: float) -> tuple[Losses, torch.Tensor]:
+    """Return losses, and the trained sums of one of two ranks, with SUMS of two places."""
+    tally = Tally(CountingStream(), kind)
+    sums = tally.zeros(torch.device("cpu"))
+    per_place = torch.tensor(values).view(7, 1, 1).expand(7, 1, 2)
+    tally.count_preferences(sums, per_place, torch.tensor(2))
+    return tally.read(sums + sums), tally.trained(sums)
+
+
+def test_means_over_pairs() -> None:
+    losses, trained = _preferences("dpo", 0.5, 1.0, 0.25, -0.5, 0.0, 1.0, 1.0)
+    assert losses.preferences == {
+        "preference_loss": 0.5,
+        "accuracy": 1.0,
+        "chosen_reward": 0.25,
+        "rejected_reward": -0.5,
+        "margin": 0.75,
+    }
+    assert trained.tolist() == [1.0, 2.0]
+    assert losses.objective == ("preference_loss", 0.5)
+    assert Losses(3.0, 1, {}, {}, {}, 0).objective == ("lm_loss", 3.0)
+
+
+def test_means_over_wanted_answers_alone() -> None:
+    """Two of KTO's examples a rank, none of them unwanted: no reward of those, no margin."""
+    losses, _ = _preferences("kto", 0.5, 0.0, 0.25, 0.0, 2.0, 1.0, 0.0)
+    expected = {"preference_loss": 0.5, "accuracy": 0.0, "chosen_reward": 0.25, "kl": 2.0}
+    assert losses.preferences == expected
 
 
 def test_bits_per_byte_weights_sources_by_their_text() -> None:
