@@ -12,7 +12,7 @@ bash examples/tiny_corpus.sh "$out/data"
 python="${MOETRON_VENV:-.venv}/bin/python"
 readonly tokenizer="$out/data/umt5.model" recipes=examples/olmoe_1b_7b
 train() { # RUN FLAG...
-  RANKS=2 bash examples/train.sh olmoe_1b_7b/tiny --config $recipes/life.yaml --tokenizer-model "$tokenizer" \
+  RANKS=2 bash examples/train.sh olmoe_1b_7b/tiny --config "$recipes/life.yaml" --tokenizer-model "$tokenizer" \
     --save "$out/$1" "${@:2}"
 }
 has() { "$python" -c "import $1" 2>/dev/null; }
@@ -27,12 +27,16 @@ else
 fi
 
 "$python" tools/collect_chats.py --output "$out/chats"
-for part in chats chats.valid pairs pairs.valid; do
-  "$python" tools/prepare_chats.py --input "$out/chats/$part.jsonl" --kind "${part%.valid}" --tokenizer "$tokenizer" \
-    --max-length $([ "${part%.valid}" = pairs ] && echo 128 || echo 256) --output-prefix "$out/chats/$part" # two in a pair
-done
+prepare() { # KIND MAX_LENGTH: shards for training and those held out
+  for part in "$1" "$1.valid"; do
+    "$python" tools/prepare_chats.py --input "$out/chats/$part.jsonl" --kind "$1" --max-length "$2" \
+      --tokenizer "$tokenizer" --output-prefix "$out/chats/$part"
+  done
+}
+prepare chats 256
+prepare pairs 128 # a pair has to fit a sample
 tune() { # RUN BASE FLAG... : evaluate the base at step 0, then train; a second call resumes
-  local flags=("$1" --config $recipes/sft_tiny.yaml --data-root "$out/chats" "${@:3}")
+  local flags=("$1" --config "$recipes/sft_tiny.yaml" --data-root "$out/chats" "${@:3}")
   if [ -e "$out/$1/latest" ]; then
     train "${flags[@]}" --load "$out/$1"
   else
@@ -41,17 +45,19 @@ tune() { # RUN BASE FLAG... : evaluate the base at step 0, then train; a second 
   fi
 }
 tune sft run
-tune dpo sft --config $recipes/dpo_tiny.yaml
+tune dpo sft --config "$recipes/dpo_tiny.yaml"
 "$python" tools/convert_checkpoint.py to-hf --load "$out/dpo" --output "$out/dpo_hf" # with the chat template
 
+stages=(pretrained="$out/run" SFT="$out/sft" DPO="$out/dpo")
 if has lm_eval; then
-  for stage in run sft dpo; do
-    "$python" tools/evaluate.py --load "$out/$stage" --tasks closing_brackets,numbers_go_on,own_pages \
-      --include-path examples/evaluation --output "$out/harness/$stage.json"
+  for stage in "${stages[@]}"; do
+    "$python" tools/evaluate.py --load "${stage#*=}" --tasks closing_brackets,numbers_go_on,own_pages \
+      --include-path examples/evaluation --output "$out/harness/${stage%%=*}.json"
   done
 else
   echo "no tasks of lm-evaluation-harness: it is not installed (pip install 'moetron[eval]')"
 fi
-"$python" $recipes/compare_stages.py --stage run="$out/run" --stage sft="$out/sft" --stage dpo="$out/dpo" \
-  --questions "$out/chats" --harness "$out/harness" --output "$out/stages.md"
-"$python" tools/generate.py --load "$out/dpo" --chat --temperature 0 --prompt "What does TextWrapper do?" --prompt "Explain ls."
+"$python" $recipes/compare_stages.py "${stages[@]/#/--stage=}" --questions "$out/chats" --harness "$out/harness" \
+  --output "$out/stages.md"
+printf '%s\n' "What does TextWrapper do?" /reset "What is ls for?" \
+  | "$python" tools/generate.py --load "$out/dpo" --chat --temperature 0
