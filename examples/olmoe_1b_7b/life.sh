@@ -15,11 +15,14 @@ train() { # RUN FLAG...
   RANKS=2 bash examples/train.sh olmoe_1b_7b/tiny --config "$recipes/life.yaml" --tokenizer-model "$tokenizer" \
     --save "$out/$1" "${@:2}"
 }
+to_hf() { # RUN FOLDER: with the chat template of a run on chats; an export is never overwritten
+  [ -e "$out/$2" ] || "$python" tools/convert_checkpoint.py to-hf --load "$out/$1" --output "$out/$2"
+}
 has() { "$python" -c "import $1" 2>/dev/null; }
 
 train run --data-root "$out/data" --load "$out/run"
 "$python" tools/report.py "$out/run"
-"$python" tools/convert_checkpoint.py to-hf --load "$out/run" --output "$out/hf"
+to_hf run hf
 if has transformers; then
   "$python" $recipes/check_export.py --run "$out/run" --model "$out/hf"
 else
@@ -46,7 +49,7 @@ tune() { # RUN BASE FLAG... : evaluate the base at step 0, then train; a second 
 }
 tune sft run
 tune dpo sft --config "$recipes/dpo_tiny.yaml"
-"$python" tools/convert_checkpoint.py to-hf --load "$out/dpo" --output "$out/dpo_hf" # with the chat template
+to_hf dpo dpo_hf
 
 stages=(pretrained="$out/run" SFT="$out/sft" DPO="$out/dpo")
 if has lm_eval; then
