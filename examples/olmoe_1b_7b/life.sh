@@ -54,7 +54,7 @@ to_hf dpo dpo_hf
 stages=(pretrained="$out/run" SFT="$out/sft" DPO="$out/dpo")
 if has lm_eval; then
   for stage in "${stages[@]}"; do
-    "$python" tools/evaluate.py --load "${stage#*=}" --tasks closing_brackets,numbers_go_on,own_pages \
+    "$python" tools/evaluate.py --load "${stage#*=}" --tasks closing_brackets,own_pages \
       --include-path examples/evaluation --output "$out/harness/${stage%%=*}.json"
   done
 else

@@ -98,5 +98,5 @@ def test_olmoes_life_goes_through_fine_tuning_and_preferences_to_a_chat(
     assert pairs[0]["preference_loss"] == pytest.approx(np.log(2), abs=1e-7)
     assert stages["DPO"]["accuracy"] == pytest.approx(pairs[-1]["accuracy"], abs=0.01)
     assert (folder / "dpo_hf" / "chat_template.jinja").is_file()
-    questions = [number for number, line in enumerate(output) if line.startswith("> ")]
+    questions = [number for number, line in enumerate(output) if line.startswith("> W")]
     assert len(questions) == 2 and all(output[number + 1].strip() for number in questions)
