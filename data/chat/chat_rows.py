@@ -27,12 +27,13 @@ def examples(row: Mapping[str, Any], kind: Kind) -> list[Example]:
     """Return the conversations of a row.
 
     chats: ``messages``, or ``prompt`` and ``completion``. pairs: ``chosen`` and ``rejected``,
-    conversations or answers to ``prompt``. labelled: as chats, with a boolean ``label``.
+    conversations or answers to ``prompt``. labelled: as chats, with a boolean ``label``; or as
+    pairs, of which each is an example.
 
     Raises:
         BadRow: the row lacks them.
     """
-    if kind == "pairs":
+    if kind == "pairs" or (kind == "labelled" and "label" not in row and "chosen" in row):
         both = [_conversation(row, row.get(name), name) for name in ("chosen", "rejected")]
         return [Example(both[0]), Example(both[1], wanted=False)]
     messages = (

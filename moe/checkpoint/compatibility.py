@@ -53,7 +53,7 @@ def check_folders(settings: Settings, stream_state: Mapping[str, Any]) -> None:
         if os.environ.get("RANK", "0") == "0":
             verify_files(folder, record)
         step = 0 if options.finetune or options.reset_progress else record.progress.step
-    if settings.adaptation.preference_loss is not None:
+    if settings.adaptation.preference_loss is not None and step == 0:
         _check_reference(settings, stream_state)
     if options.save is not None:
         make_run_folder(Path(options.save))

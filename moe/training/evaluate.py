@@ -1,7 +1,7 @@
 """Validation loss on fixed samples, each used once in any layout."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,7 +13,6 @@ from moetron.common.watch import activity
 from moetron.moe.config.schema.pipeline_split import virtual_pipeline_size
 from moetron.moe.training.batches import (
     Batch,
-    Replay,
     matched,
     micro_batch_numbers,
     micro_batches,
@@ -44,18 +43,19 @@ def evaluate(trainer: Trainer, stream: SampleStream) -> Losses:
     numbers = list(
         micro_batch_numbers(0, count, micro_batch_size, runtime.dp_rank, runtime.dp_size, padded)
     )
-    batches = [
-        micro_batches(stream, settings.model.seq_length, numbers, device=runtime.device)
-        if needs_samples(chunk, settings)
-        else None
-        for chunk in trainer.chunks
-    ]
-    baseline = None
-    if has_baseline(settings):
-        batches = [None if each is None else Replay(each) for each in batches]
-        baseline = kto_baseline(trainer, batches, len(numbers))
+
+    def batches() -> list[Iterator[Batch] | None]:
+        return [
+            micro_batches(stream, settings.model.seq_length, numbers, device=runtime.device)
+            if needs_samples(chunk, settings)
+            else None
+            for chunk in trainer.chunks
+        ]
+
+    count = len(numbers)
+    baseline = kto_baseline(trainer, batches(), count) if has_baseline(settings) else None
     report = partial(_report, loss_function(trainer, baseline), tally)
-    reports = forward_only(trainer, batches, len(numbers), report)
+    reports = forward_only(trainer, batches(), count, report)
     total = tally.zeros(runtime.device)
     if runtime.holds_loss:
         total += torch.stack(reports).sum(0)

@@ -304,7 +304,7 @@ def has_baseline(settings: Settings) -> bool:
 
 
 def kto_baseline(trainer: Trainer, batches: BatchIterators, count: int) -> torch.Tensor:
-    """Return KTO's baseline over ``count`` micro-batches, which are rewound.
+    """Return KTO's baseline over ``count`` micro-batches; those of a `Replay` are rewound.
 
     Equal on all ranks of the last stage, and without a use on the others.
     """

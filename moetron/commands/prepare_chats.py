@@ -4,10 +4,10 @@
     python tools/prepare_chats.py --input pairs.jsonl --kind pairs --tokenizer T --output-prefix P
 
 Rows are JSONL (.gz, .zst). chats: `messages`, or `prompt` and `completion`; pairs: `chosen` and
-`rejected`, conversations or answers to `prompt`; labelled: as chats, with a boolean `label`. A row
-whose answers have no sure place in the rendered text is dropped, and counted by reason. The first
-conversation is printed with its trained tokens marked: look at it. Exit codes: 0 done, 2 user
-error.
+`rejected`, conversations or answers to `prompt`; labelled: as chats, with a boolean `label`, or as
+pairs. A row whose answers have no sure place in the rendered text is dropped, and counted by
+reason. The first conversation is printed with its trained tokens marked: look at it. Exit codes: 0
+done, 2 user error.
 """
 
 import argparse

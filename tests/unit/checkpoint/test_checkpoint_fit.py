@@ -192,9 +192,12 @@ def test_a_reference_has_to_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(compatibility, "read_record", lambda folder: saved[folder.name])
     verified: list[str] = []
     monkeypatch.setattr(compatibility, "verify_files", lambda f, _: verified.append(f.name))
-    chosen = _preferences(tmp_path, load=str(tmp_path / "start"))
+    resumed = _preferences(tmp_path, load=str(tmp_path / "start"))
+    check_folders(resumed, STREAM)
+    assert verified == ["start"]  # a resumed run has the log-probabilities
+    chosen = _preferences(tmp_path, load=str(tmp_path / "start"), finetune=True)
     check_folders(chosen, STREAM)
-    assert verified == ["start", "reference"]
+    assert verified[1:] == ["start", "reference"]
     saved["reference"] = record(settings(model={"num_layers": 2}))
     with pytest.raises(UserError, match=r"--preference-reference-load .*reference: does not fit"):
         check_folders(chosen, STREAM)

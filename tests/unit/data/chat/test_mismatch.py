@@ -81,6 +81,14 @@ def test_samples(prefix: str, packed: bool) -> None:
     assert sorted(seen) == list(range(12)) and stream.conversation_count == 24
 
 
+def test_pairs_are_two_examples(tmp_path: Path) -> None:
+    pairs = [{"prompt": "q" * n, "chosen": "yes", "rejected": "no"} for n in range(1, 3)]
+    prepare(tmp_path, pairs, kind="labelled")
+    stream = _open(str(tmp_path / "chats"), False)
+    found = {stream.conversations(n)[0]: int(stream[n]["wanted"][0]) for n in range(4)}
+    assert found == {0: 1, 1: 0, 2: 1, 3: 0}
+
+
 def test_other_rows_are_refused(tmp_path: Path) -> None:
     prepare(tmp_path, [{"prompt": "q", "completion": "a"}])
     with pytest.raises(UserError, match="prepare it with --kind labelled"):
