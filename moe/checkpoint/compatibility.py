@@ -44,6 +44,8 @@ def check_folders(settings: Settings, stream_state: Mapping[str, Any]) -> None:
             holds a later step than the start of this run.
     """
     options, step = settings.checkpoint, 0
+    if settings.validation.skip_train and starts_run(options):
+        raise UserError(f"--load {options.load}: no checkpoint to evaluate")
     if options.load is not None and not starts_run(options):
         folder = find_readable(Path(options.load), options.load_fallback)
         record = read_record(folder)

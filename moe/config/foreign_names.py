@@ -198,7 +198,6 @@ DIFFERENT: dict[str, str] = {
         "give it in steps or in tokens: {lr_wsd_decay_iters} or {lr_wsd_decay_tokens}"
     ),
     "override_opt_param_scheduler": "leave it out: the schedule always follows the settings",
-    "skip_train": "tools/evaluate.py evaluates a checkpoint",
     "start_weight_decay": "not supported: {weight_decay} is constant",
     "train_samples": "use {train_iters}: samples / {global_batch_size}",
     "use_checkpoint_opt_param_scheduler": "leave it out: the schedule always follows the settings",

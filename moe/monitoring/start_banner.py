@@ -31,14 +31,15 @@ def announce(settings: Settings, stream_state: Mapping[str, Any]) -> None:
 def opening(settings: Settings, stream_state: Mapping[str, Any]) -> list[str]:
     """Return the differences between a run and the checkpoint that it resumes from.
 
-    One line per setting and one for data; none for a run that does not resume. ``stream_state``:
-    identity of the samples.
+    One line per setting and one for data; none for a run that does not resume or trains no step.
+    ``stream_state``: identity of the samples.
 
     Raises:
         UserError: the checkpoint is past the last step.
     """
     folder, options = _checkpoint(settings), settings.checkpoint
-    if folder is None or options.finetune or options.reset_progress:
+    trains = not settings.validation.skip_train
+    if folder is None or options.finetune or options.reset_progress or not trains:
         return []
     lines = list(_differences(folder, read_record(folder), settings, stream_state))
     return [f"changed since {folder}:", *lines] if lines else []
@@ -47,6 +48,8 @@ def opening(settings: Settings, stream_state: Mapping[str, Any]) -> list[str]:
 def origin(settings: Settings) -> str:
     """Return the source of weights and position: random weights or a checkpoint."""
     folder, options = _checkpoint(settings), settings.checkpoint
+    if settings.validation.skip_train:
+        return f"the weights of {folder}, for evaluation"
     if folder is None:
         return f"random weights, seed {settings.training.seed}"
     if options.finetune:

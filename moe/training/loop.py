@@ -80,12 +80,17 @@ class Loop:
     def run(self, stop_requested: Callable[[], bool]) -> bool:
         """Train to the end, to --exit-interval or until a rank gets a stop request; then save.
 
-        Returns whether the run was stopped before its end. The sinks are always closed.
+        Returns whether the run was stopped before its end. The sinks are always closed. With
+        --skip-train only evaluate.
         """
+        settings = self.trainer.settings
         try:
+            if settings.validation.skip_train:
+                self._evaluate()
+                return False
             with lost_workers():
                 stopped = self._train(stop_requested)
-            ended = self.progress.step == self.trainer.settings.training.train_iters
+            ended = self.progress.step == settings.training.train_iters
             if ended:
                 self._evaluate()
             self._save(self._saver.save_at_end)

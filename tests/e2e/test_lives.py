@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 TINY = sorted(ROOT.glob("examples/*/tiny.yaml"))
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2700)]
 
 
 def run(*command: str) -> str:
@@ -24,7 +24,7 @@ def run(*command: str) -> str:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=1500,
+        timeout=2600,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -60,11 +60,43 @@ def test_openmoes_life_and_its_report(tmp_path: Path) -> None:
     assert stages == sorted(stages) and set(stages) == {1, 2}
 
 
-def test_olmoes_life_ends_at_zero_and_its_export_has_its_loss(tmp_path: Path) -> None:
-    output = run("bash", "examples/olmoe_1b_7b/life.sh", str(tmp_path))
-    assert output.splitlines()[-1] == "equal"
+@pytest.fixture(scope="module")
+def olmoes_life(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """Return the folder and the printed lines of life.sh."""
+    folder = tmp_path_factory.mktemp("life")
+    return folder, run("bash", "examples/olmoe_1b_7b/life.sh", str(folder)).splitlines()
+
+
+def test_olmoes_life_ends_at_zero_and_its_export_has_its_loss(
+    olmoes_life: tuple[Path, list[str]],
+) -> None:
+    tmp_path, output = olmoes_life
+    assert "equal" in output
     metrics, folder = rows(tmp_path / "run" / "metrics.jsonl"), tmp_path / "run"
     anneal = [row["lr"] for row in metrics if row["stage"] == 2]
     assert anneal == sorted(anneal, reverse=True) and anneal[-1] < anneal[0] / 50
     losses = [row["validation_loss"] for row in rows(folder / "validation.jsonl")]
     assert losses[-1] < losses[-2] < losses[0]
+
+
+def test_olmoes_life_goes_through_fine_tuning_and_preferences_to_a_chat(
+    olmoes_life: tuple[Path, list[str]],
+) -> None:
+    folder, output = olmoes_life
+    stages = json.loads((folder / "stages.json").read_text(encoding="utf-8"))
+    assert list(stages) == ["pretrained", "SFT", "DPO"]
+    assert stages["SFT"]["answer_loss"] < stages["pretrained"]["answer_loss"] - 1
+    assert stages["DPO"]["accuracy"] > 0.8
+    assert stages["pretrained"]["stops"] < 0.5
+    assert min(stages[name]["in_template"] for name in ("SFT", "DPO")) > 0.8
+    # The same values by another path: the evaluations of the runs.
+    answers = rows(folder / "sft" / "validation.jsonl")
+    assert answers[0]["step"] == 0
+    for name, row in (("pretrained", answers[0]), ("SFT", answers[-1])):
+        assert stages[name]["answer_loss"] == pytest.approx(row["validation_loss"], abs=1e-3)
+    pairs = rows(folder / "dpo" / "validation.jsonl")
+    assert pairs[0]["preference_loss"] == pytest.approx(np.log(2), abs=1e-7)
+    assert stages["DPO"]["accuracy"] == pytest.approx(pairs[-1]["accuracy"], abs=0.01)
+    assert (folder / "dpo_hf" / "chat_template.jinja").is_file()
+    questions = [number for number, line in enumerate(output) if line.startswith("> W")]
+    assert len(questions) == 2 and all(output[number + 1].strip() for number in questions)

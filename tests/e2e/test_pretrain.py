@@ -96,6 +96,22 @@ def test_files_of_a_run(full_run: Path) -> None:
     assert (full_run / "latest").read_text() == f"step_{STEPS:07d}\n"
 
 
+def test_skip_train_evaluates_a_checkpoint(
+    flags: list[str], full_run: Path, tmp_path: Path
+) -> None:
+    evaluate = [str(ROOT / "pretrain_moe.py"), *flags, "--skip-train"]
+    step, start = str(full_run / f"step_{STEPS:07d}"), tmp_path / "start"
+    done = _python(*evaluate, "--load", step, "--save", str(start), "--finetune")
+    assert done.returncode == 0, done.stderr
+    (row,) = _lines(start / "validation.jsonl")
+    expected = _lines(full_run / "validation.jsonl")[-1]
+    assert row == {**expected, "step": 0, "tokens": 0}
+    assert not (start / "latest").exists() and not _lines(start / "metrics.jsonl")
+    empty = str(tmp_path / "empty")
+    done = _python(*evaluate, "--load", empty, "--save", empty)
+    assert done.returncode == EXIT_USER and "no checkpoint to evaluate" in done.stderr
+
+
 def test_a_run_stopped_by_a_signal_resumes_bit_identically(
     flags: list[str], full_run: Path, tmp_path: Path
 ) -> None:

@@ -20,9 +20,12 @@ def data(case: Case) -> Iterator[str]:
         yield "no data: give --data-path PREFIX (or WEIGHT PREFIX ...), or --mock-data for a test"
     if not source.mock_data and source.planned_stages() and source.tokenizer_model is None:
         yield "--data-path needs --tokenizer-model: the tokenizer of its shards"
-    evaluates = case.settings.validation.eval_interval is not None
-    if evaluates and not source.mock_data and source.valid_data_path is None:
-        yield f"{case.given('eval_interval')} needs --valid-data-path"
+    validation = case.settings.validation
+    if not source.mock_data and source.valid_data_path is None:
+        if validation.eval_interval is not None:
+            yield f"{case.given('eval_interval')} needs --valid-data-path"
+        if validation.skip_train:
+            yield "--skip-train needs --valid-data-path: what to evaluate"
     paths = [("data_path", source.data_path), ("valid_data_path", source.valid_data_path)]
     paths += [("stages", stage.data_path) for stage in source.stages or []]
     for name, items in [] if source.mock_data else paths:

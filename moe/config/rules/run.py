@@ -70,6 +70,12 @@ def evaluation(case: Case) -> Iterator[str]:
     validation = case.settings.validation
     if validation.eval_interval is not None and validation.eval_iters == 0:
         yield f"{case.given('eval_interval')} needs --eval-iters above 0"
+    if not validation.skip_train:
+        return
+    if validation.eval_iters == 0:
+        yield "--skip-train evaluates: give --eval-iters above 0"
+    if case.settings.checkpoint.load is None:
+        yield "--skip-train evaluates a checkpoint: give --load"
 
 
 def profiling(case: Case) -> Iterator[str]:

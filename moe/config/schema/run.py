@@ -217,6 +217,10 @@ class ValidationSettings(Group):
     """Steps between evaluations; unset: only at the end."""
     eval_iters: NonNegativeInt = 10
     """Global batches per evaluation; 0: no evaluation."""
+    skip_train: bool = False
+    """Evaluate the checkpoint of --load and stop: no step is trained, no checkpoint is saved. With
+    --finetune the line of validation.jsonl in --save is that of step 0, before a run that starts
+    there."""
 
 
 class LoggingSettings(Group):

@@ -12,10 +12,12 @@ from moetron.moe.config.schema.parallel import ParallelSettings
 from moetron.moe.plan.render import render
 
 ROOT = Path(__file__).resolve().parents[3]
+PARTS = ("data.yaml", "life.yaml", "sft_tiny.yaml", "dpo_tiny.yaml")
+"""Parts of recipes."""
 RECIPES = sorted(
     path
     for path in (ROOT / "examples").rglob("*.yaml")
-    if path.name not in ("data.yaml", "life.yaml", "sft_tiny.yaml")  # parts of recipes
+    if path.name not in PARTS
     and path.parent.name not in ("ablations", "evaluation")  # sweeps, tasks
 )
 

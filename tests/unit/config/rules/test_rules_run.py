@@ -45,6 +45,8 @@ TRACE = {"profile": True, "use_pytorch_profiler": True, "save": "x"}
         ({"valid_data_path": ["inf", "a"]}, "weight 'inf' must be a number above 0"),
         ({"finetune": True, "reset_progress": True}, "exclude each other"),
         ({"eval_interval": 5, "eval_iters": 0}, "--eval-interval 5 needs --eval-iters above 0"),
+        ({"skip_train": True}, "--skip-train evaluates a checkpoint: give --load"),
+        ({"skip_train": True, "load": "x", "eval_iters": 0}, "--skip-train evaluates: give"),
         ({"use_pytorch_profiler": True}, "--use-pytorch-profiler needs --profile"),
         ({"nvtx_ranges": True}, "--nvtx-ranges needs --profile"),
         ({"profile_ranks": [1]}, "--profile-ranks 1 needs --profile"),
