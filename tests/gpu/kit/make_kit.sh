@@ -27,8 +27,8 @@ compgen -G "wheels/transformer_engine_torch-$te-*.whl" >/dev/null ||
 
 rm -rf site
 pip install --quiet --target site --no-deps wheels/transformer_engine_torch-"$te"-*.whl "transformer-engine==$te" \
-  "transformer-engine-cu13==$te" "megatron-core==$mcore" einops nvdlfw-inspect
-pip install --quiet --target site pydantic orjson # with theirs; torch is not among them
+  "transformer-engine-cu13==$te" "megatron-core==$mcore" einops nvdlfw-inspect onnxscript onnx onnx-ir ml-dtypes
+pip install --quiet --target site pydantic protobuf orjson # with theirs; torch and NumPy are not among them
 library=site/transformer_engine/wheel_lib/libtransformer_engine.so
 python "$here/keep_architecture.py" "$library" "$architecture"
 strip --strip-all "$library" site/transformer_engine/wheel_lib/libnccl_ep.so
