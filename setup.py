@@ -32,7 +32,7 @@ EXTRAS = {
     "fast": ["gigatoken>=0.10,<0.11"],  # BPE encoding where its ids are the reference's
     "arrow": ["pyarrow>=15,<27"],  # Parquet and Arrow files as inputs
     "zstd": ["zstandard>=0.22,<1"],
-    "te": [  # 0.16.1 silently loses the router's GEMM with 2.12 and later
+    "te": [  # 2.11 is the newest that ran with 0.16.1
         "transformer-engine[pytorch]>=2.9,<2.12; python_version < '3.12'",
         "transformer-engine[pytorch]>=2.9,<2.21; python_version >= '3.12'",
     ],
