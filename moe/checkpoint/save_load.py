@@ -251,9 +251,6 @@ def _load_model(
     """Load parameters and FP8 scales."""
     weights = _model_state(model)
     parameters = [(entry.key, entry.data.detach()) for entry in _entries(weights)]
-    for _, data in parameters:
-        if data.is_floating_point():
-            data.fill_(torch.nan)
     request = {
         chunk: {
             name: optimizer_state.exact_entry(entry, checkpoint.keys)
@@ -322,14 +319,14 @@ def _read(request: ShardedStateDict, folder: Path) -> ShardedStateDict:
 
 
 def _refuse_nan(checkpoint: Checkpoint, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Raise UserError on all ranks for tensors with NaN: filled with it, they were not read."""
+    """Raise UserError on all ranks for tensors with NaN."""
 
     def check() -> None:
-        unwritten = [name for name, tensor in tensors if _has_nan(tensor)]
-        if unwritten:
+        names = sorted(name for name, tensor in tensors if _has_nan(tensor))
+        if names:
             raise UserError(
-                f"--load {checkpoint.folder}: {len(unwritten)} tensors hold NaN or were not fully "
-                f"written (rank {dist.get_rank()}): {', '.join(sorted(unwritten)[:3])}"
+                f"--load {checkpoint.folder}: {len(names)} tensors hold NaN "
+                f"(rank {dist.get_rank()}): {', '.join(names[:3])}"
             )
 
     on_all_ranks(check)

@@ -1,6 +1,7 @@
 """Load a checkpoint's tensors, and nothing else, from a safely read index."""
 
 import io
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,6 +23,9 @@ from megatron.core.dist_checkpointing.validation import (
     determine_global_metadata,
     validate_sharding_integrity,
 )
+from torch import Tensor
+from torch.distributed._shard._utils import narrow_tensor_by_index
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
@@ -29,6 +33,7 @@ from torch.futures import Future
 
 from moetron.common.errors import UserError
 from moetron.moe.checkpoint.index_reader import read_index
+from moetron.moe.checkpoint.stored_tensor import FilePart, find_tensor, read_into
 from moetron.moe.checkpoint.unpickling import check_layer_state
 from moetron.moe.host.patching import Patch
 
@@ -56,19 +61,49 @@ class IndexedReader(dcp.FileSystemReader):
         objects = [item for item in plan.items if item.type == LoadItemType.BYTE_IO]
         for item in objects:
             planner.load_bytes(item, self._layer_state(item.storage_index))
+        _require_complete(plan, planner)
         by_file: dict[str, list[ReadItem]] = {}
         for item in plan.items:
             if item.type != LoadItemType.BYTE_IO:
                 path = self.index.storage_data[item.storage_index].relative_path
                 by_file.setdefault(path, []).append(item)
-        read = super().read_data
         with ThreadPoolExecutor(THREADS) as pool:
             done = [
-                pool.submit(read, replace(plan, items=items), planner) for items in by_file.values()
+                pool.submit(self._read_file, self._folder / name, items, planner)
+                for name, items in by_file.items()
             ]
         for file in done:
             file.result()
-        return read(replace(plan, items=[]), planner)
+        return super().read_data(replace(plan, items=[]), planner)
+
+    def _read_file(self, path: Path, items: list[ReadItem], planner: LoadPlanner) -> None:
+        """Read the items of a file in its order, so that the disk reads ahead."""
+        places = self.index.storage_data
+        with path.open("rb", buffering=0) as file:
+            for item in sorted(items, key=lambda item: places[item.storage_index].offset):
+                target = planner.resolve_tensor(item).detach()
+                self._read_item(file, item, target)
+                planner.commit_tensor(item, target)
+
+    def _read_item(self, file: io.FileIO, item: ReadItem, target: Tensor) -> None:
+        place = self.index.storage_data[item.storage_index]
+        archive = io.BufferedReader(FilePart(file.fileno(), place.offset, place.length))
+        stored = find_tensor(archive)
+        is_whole = stored is not None and tuple(item.lengths) == stored.shape
+        if stored is not None and is_whole and stored.fits(target):
+            read_into(file.fileno(), place.offset + stored.offset, target)
+            return
+        if stored is None:
+            archive.seek(0)
+            source = torch.load(archive, map_location="cpu", weights_only=True)
+        else:
+            source = stored.new()
+            read_into(file.fileno(), place.offset + stored.offset, source)
+        source = narrow_tensor_by_index(source, item.storage_offsets, item.lengths)
+        if source.size() != target.size():
+            shapes = f"{tuple(source.size())} where {tuple(target.size())} is wanted"
+            raise ValueError(f"{item.storage_index.fqn}: holds {shapes}")
+        target.copy_(source)
 
     def _layer_state(self, place: MetadataIndex) -> io.BytesIO:
         """Return the state of one layer: uint8 tensors, each empty or a pickle of plain data."""
@@ -89,6 +124,23 @@ class IndexedReader(dcp.FileSystemReader):
         torch.save(states, packed)
         packed.seek(0)
         return packed
+
+
+def _require_complete(plan: LoadPlan, planner: LoadPlanner) -> None:
+    """Raise ValueError if a plan leaves elements of a tensor as they were.
+
+    Parts of a tensor in the index do not overlap (`index_reader`), so that counting is enough.
+    """
+    planned: dict[str, int] = {}
+    for item in plan.items:
+        name = item.dest_index.fqn
+        planned[name] = planned.get(name, 0) + math.prod(item.lengths)
+    for name, target in getattr(planner, "state_dict", {}).items():
+        shards = target.local_shards() if isinstance(target, ShardedTensor) else []
+        parts = [target] if isinstance(target, Tensor) else [shard.tensor for shard in shards]
+        wanted = sum(part.numel() for part in parts)
+        if wanted > planned.get(name, 0):
+            raise ValueError(f"{name}: {planned.get(name, 0)} of {wanted} elements would be read")
 
 
 def cause_of(error: CheckpointException) -> str:
