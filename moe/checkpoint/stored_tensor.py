@@ -100,7 +100,7 @@ def read_into(file: int, offset: int, target: Tensor) -> None:
     Raises:
         EOFError: the file ends before.
     """
-    memory = memoryview(target.view(-1).view(torch.uint8).numpy())
+    memory = target.view(-1).view(torch.uint8).numpy().data
     part, done = FilePart(file, offset, len(memory)), 0
     while done < len(memory):
         count = part.readinto(memory[done:])
