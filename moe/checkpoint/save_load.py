@@ -38,6 +38,7 @@ from moetron.common.files import write_text
 from moetron.common.watch import activity
 from moetron.moe.checkpoint import optimizer_state
 from moetron.moe.checkpoint import run_folder as checkpoint_folder
+from moetron.moe.checkpoint.checksums import Sums
 from moetron.moe.checkpoint.collective_checks import (
     on_all_ranks,
     on_rank_0,
@@ -60,6 +61,8 @@ from moetron.moe.config.schema.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+OPTIMIZER = "optimizer"
+"""Part of a request, beside the model's chunks."""
 MODEL_METADATA = {"non_homogeneous_layers": True}
 """Save each layer under its own name, also if all layers are alike."""
 
@@ -204,12 +207,12 @@ def load_checkpoint(
     if checkpoint is None:
         return Progress()
     options, record = settings.checkpoint, checkpoint.record
-    with nullcontext() if verified else verifying(checkpoint.folder):
-        _load_model(checkpoint, model, record.layout == _layout(settings))
-        if options.finetune or options.no_load_optim:
-            optimizer.reload_model_params()
-        else:
-            _load_optimizer(checkpoint, optimizer, _model_state(model))
+    has_state = not (options.finetune or options.no_load_optim)
+    with nullcontext(Sums()) if verified else verifying(checkpoint.folder) as sums:
+        _load_state(checkpoint, model, optimizer if has_state else None, sums)
+    restore_fp8(checkpoint.folder, checkpoint.keys, model, record.layout == _layout(settings))
+    if not has_state:
+        optimizer.reload_model_params()
     if options.finetune or options.reset_progress:
         return Progress()
     if not options.no_load_rng:
@@ -230,8 +233,9 @@ def load_weights(path: Path, model: Sequence[torch.nn.Module], vocab_size: int) 
     """
     checkpoint = on_rank_0(lambda: checkpoint_folder.read(path))
     require_vocabulary(checkpoint, vocab_size)
-    with verifying(checkpoint.folder):
-        _load_model(checkpoint, model, same_layout=False)
+    with verifying(checkpoint.folder) as sums:
+        _load_state(checkpoint, model, None, sums)
+    restore_fp8(checkpoint.folder, checkpoint.keys, model, same_layout=False)
 
 
 def _read_compatible(
@@ -245,36 +249,44 @@ def _read_compatible(
     return checkpoint
 
 
-def _load_model(
-    checkpoint: Checkpoint, model: Sequence[torch.nn.Module], same_layout: bool
+def _load_state(
+    checkpoint: Checkpoint,
+    model: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer | None,
+    sums: Sums,
 ) -> None:
-    """Load parameters and FP8 scales."""
+    """Load parameters and, if given, the optimizer's state, in one pass over the files."""
     weights = _model_state(model)
     parameters = [(entry.key, entry.data.detach()) for entry in _entries(weights)]
-    request = {
-        chunk: {
-            name: optimizer_state.exact_entry(entry, checkpoint.keys)
-            if optimizer_state.is_entry(entry)
-            else entry
-            for name, entry in entries.items()
-            if optimizer_state.is_entry(entry) or entry.unique_key in checkpoint.keys
-        }
-        for chunk, entries in weights.items()
-    }
-    loaded = _load(checkpoint, request, "give the --load of a run with the same model")
+    requests = {chunk: _saved_part(checkpoint, state) for chunk, state in weights.items()}
+    wanted = _require(checkpoint, requests, "give the --load of a run with the same model")
+    restore = None
+    if optimizer is not None:
+        fresh = _model_state(model)  # reading replaces the data of entries by views
+        own, restore = optimizer_state.load_request(optimizer, fresh, checkpoint.keys)
+        keys = _require(checkpoint, own, "--no-load-optim starts with a fresh optimizer")
+        if wanted.isdisjoint(keys):
+            requests[OPTIMIZER] = own
+    loaded = _load(checkpoint, requests, sums)
+    if restore is not None and OPTIMIZER not in loaded:
+        # Weights and main parameters come from the same tensors, and one pass reads each once.
+        loaded[OPTIMIZER] = _load(checkpoint, own)
     for chunk, module in zip(weights, unwrap_model(list(model)), strict=True):
         module.load_state_dict(loaded[chunk], strict=False)
     _refuse_nan(checkpoint, parameters)
-    restore_fp8(checkpoint.folder, checkpoint.keys, model, same_layout)
+    if restore is not None:
+        _refuse_nan(checkpoint, loaded[OPTIMIZER].items())
+        restore(loaded[OPTIMIZER])
 
 
-def _load_optimizer(
-    checkpoint: Checkpoint, optimizer: MegatronOptimizer, weights: ShardedStateDict
-) -> None:
-    request, restore = optimizer_state.load_request(optimizer, weights, checkpoint.keys)
-    loaded = _load(checkpoint, request, "--no-load-optim starts with a fresh optimizer")
-    _refuse_nan(checkpoint, loaded.items())
-    restore(loaded)
+def _saved_part(checkpoint: Checkpoint, state: ShardedStateDict) -> ShardedStateDict:
+    """Return the entries of a chunk to read: its tensors, and objects that were saved."""
+    is_entry = optimizer_state.is_entry
+    return {
+        name: optimizer_state.exact_entry(entry, checkpoint.keys) if is_entry(entry) else entry
+        for name, entry in state.items()
+        if is_entry(entry) or entry.unique_key in checkpoint.keys
+    }
 
 
 def _load_rng(checkpoint: Checkpoint, settings: Settings) -> None:
@@ -296,23 +308,31 @@ def _load_rng(checkpoint: Checkpoint, settings: Settings) -> None:
             text = "%s: random numbers are reseeded from seed and step %d"
             logger.warning(text, reason, step)
     if request:
-        restore_rng(_load(checkpoint, request, "--no-load-rng resumes without"))
+        _require(checkpoint, request, "--no-load-rng resumes without")
+        restore_rng(_load(checkpoint, request))
 
 
-def _load(checkpoint: Checkpoint, request: ShardedStateDict, remedy: str) -> ShardedStateDict:
-    """Read the entries of ``request``; raise UserError for missing names, shapes and damage."""
+def _require(checkpoint: Checkpoint, request: ShardedStateDict, remedy: str) -> set[str]:
+    """Return the keys of a request's tensors; raise UserError if the checkpoint lacks some."""
     built, _ = extract_matching_values(request, optimizer_state.is_entry)
     apply_factories(built)
     wanted = {entry.key for entry in nested_values(built)}
     if absent := _missing(wanted, checkpoint):
         raise UserError(f"--load {checkpoint.folder}: holds no {absent}; {remedy}")
-    return on_all_ranks(partial(_read, request, checkpoint.folder))
+    return wanted
 
 
-def _read(request: ShardedStateDict, folder: Path) -> ShardedStateDict:
+def _load(
+    checkpoint: Checkpoint, request: ShardedStateDict, sums: Sums | None = None
+) -> ShardedStateDict:
+    """Read the entries of ``request``; raise UserError for other shapes and damage."""
+    return on_all_ranks(partial(_read, request, checkpoint.folder, sums))
+
+
+def _read(request: ShardedStateDict, folder: Path, sums: Sums | None) -> ShardedStateDict:
     try:
         with _without_future_warnings():
-            return load_tensors(request, folder)
+            return load_tensors(request, folder, sums)
     except (CheckpointingException, CheckpointException) as error:
         text = cause_of(error) if isinstance(error, CheckpointException) else error
         raise UserError(f"--load {folder}: damaged or of another shape: {text}") from error

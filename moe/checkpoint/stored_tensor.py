@@ -4,6 +4,7 @@
 compression. ``torch.load`` reads these to memory of its own, from where they would be copied.
 """
 
+import hashlib
 import io
 import os
 import struct
@@ -19,8 +20,8 @@ from moetron.moe.checkpoint.unpickling import plain_tensor
 _MAX_DESCRIPTION_BYTES = 1 << 16
 _LOCAL_HEADER = struct.Struct("<26xHH")
 """Of a zip archive's member: the lengths of its name and of its extra field, which follow."""
-_MAX_READ_BYTES = 1 << 30
-"""One call of the operating system reads less than 2 GiB."""
+_BLOCK_BYTES = 1 << 20
+"""That a call of the operating system reads: the processor's cache holds it."""
 
 
 class StoredTensor(NamedTuple):
@@ -47,7 +48,8 @@ class FilePart(io.RawIOBase):
 
     def __init__(self, file: int, start: int, length: int) -> None:
         super().__init__()
-        self._file, self._start, self._length, self._position = file, start, length, 0
+        self.start = start
+        self._file, self._length, self._position = file, length, 0
 
     def readable(self) -> bool:
         """Return True."""
@@ -66,8 +68,8 @@ class FilePart(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """Read up to the length of ``buffer``; return the bytes read, 0 at the end."""
         left = max(0, self._length - self._position)
-        part = memoryview(buffer).cast("B")[: min(left, _MAX_READ_BYTES)]
-        count = os.preadv(self._file, [part], self._start + self._position) if len(part) else 0
+        part = memoryview(buffer).cast("B")[: min(left, _BLOCK_BYTES)]
+        count = os.preadv(self._file, [part], self.start + self._position) if len(part) else 0
         self._position += count
         return count
 
@@ -94,16 +96,50 @@ def find_tensor(archive: IO[bytes]) -> StoredTensor | None:
         return None
 
 
-def read_into(file: int, offset: int, target: Tensor) -> None:
-    """Fill a contiguous tensor on the CPU with a file's bytes from ``offset``.
+class OrderedFile:
+    """File whose parts are read in ascending order, to memory of the caller.
 
-    Raises:
-        EOFError: the file ends before.
+    With ``summed`` each byte is read once, those between the parts too, for the file's SHA-256.
     """
-    memory = target.view(-1).view(torch.uint8).numpy().data
-    part, done = FilePart(file, offset, len(memory)), 0
-    while done < len(memory):
-        count = part.readinto(memory[done:])
-        if not count:
-            raise EOFError(f"the file ends at byte {offset + done}")
-        done += count
+
+    def __init__(self, file: int, summed: bool = False) -> None:
+        self._file, self._position = file, 0
+        self._digest = hashlib.sha256() if summed else None
+
+    def read_into(self, offset: int, target: Tensor) -> None:
+        """Fill a contiguous tensor on the CPU with the bytes from ``offset``.
+
+        Raises:
+            EOFError: the file ends before.
+        """
+        if self._digest is not None:
+            self._skip_to(offset)
+        memory = target.view(-1).view(torch.uint8).numpy().data
+        self._position = offset
+        end = offset + len(memory)
+        while self._position < end:
+            done = self._position - offset
+            if not self._read(memory[done : done + _BLOCK_BYTES]):
+                raise EOFError(f"the file ends at byte {self._position}")
+
+    def sha256(self) -> str:
+        """Return the sum of the whole file in hexadecimal, after its last part."""
+        assert self._digest is not None
+        self._skip_to(None)
+        return self._digest.hexdigest()
+
+    def _skip_to(self, offset: int | None) -> None:
+        """Read up to ``offset``, or to the end."""
+        assert offset is None or offset >= self._position, "parts must be read in ascending order"
+        block = memoryview(bytearray(_BLOCK_BYTES))
+        while offset is None or self._position < offset:
+            left = _BLOCK_BYTES if offset is None else offset - self._position
+            if not self._read(block[:left]):
+                return
+
+    def _read(self, memory: memoryview) -> int:
+        count = os.preadv(self._file, [memory], self._position)
+        if self._digest is not None:
+            self._digest.update(memory[:count])  # while the processor's cache holds it
+        self._position += count
+        return count

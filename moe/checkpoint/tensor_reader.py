@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,9 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.futures import Future
 
 from moetron.common.errors import UserError
+from moetron.moe.checkpoint.checksums import Sums
 from moetron.moe.checkpoint.index_reader import read_index
-from moetron.moe.checkpoint.stored_tensor import FilePart, find_tensor, read_into
+from moetron.moe.checkpoint.stored_tensor import FilePart, OrderedFile, find_tensor
 from moetron.moe.checkpoint.unpickling import check_layer_state
 from moetron.moe.host.patching import Patch
 
@@ -47,9 +49,9 @@ class IndexedReader(dcp.FileSystemReader):
     torch unpickles objects without restriction; here they are checked first.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, sums: Sums | None = None) -> None:
         super().__init__(folder)
-        self._folder = Path(folder)
+        self._folder, self._sums = Path(folder), sums or Sums()
         self.index: Metadata = read_index(self._folder)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -77,33 +79,43 @@ class IndexedReader(dcp.FileSystemReader):
         return super().read_data(replace(plan, items=[]), planner)
 
     def _read_file(self, path: Path, items: list[ReadItem], planner: LoadPlanner) -> None:
-        """Read the items of a file in its order, so that the disk reads ahead."""
+        """Read the items of a file in its order."""
         places = self.index.storage_data
+        is_summed = path.name in self._sums.wanted
+        ascending = sorted(items, key=lambda item: places[item.storage_index].offset)
         with path.open("rb", buffering=0) as file:
-            for item in sorted(items, key=lambda item: places[item.storage_index].offset):
-                target = planner.resolve_tensor(item).detach()
-                self._read_item(file, item, target)
-                planner.commit_tensor(item, target)
+            ordered = OrderedFile(file.fileno(), is_summed)
+            for index, parts in groupby(ascending, key=lambda item: item.storage_index):
+                archive = FilePart(file.fileno(), places[index].offset, places[index].length)
+                self._read_tensor(ordered, archive, list(parts), planner)
+            if is_summed:
+                self._sums.found[path.name] = ordered.sha256()
 
-    def _read_item(self, file: io.FileIO, item: ReadItem, target: Tensor) -> None:
-        place = self.index.storage_data[item.storage_index]
-        archive = io.BufferedReader(FilePart(file.fileno(), place.offset, place.length))
-        stored = find_tensor(archive)
+    def _read_tensor(
+        self, file: OrderedFile, archive: FilePart, items: list[ReadItem], planner: LoadPlanner
+    ) -> None:
+        """Read a stored tensor once, for all items that want a part of it."""
+        buffered = io.BufferedReader(archive)
+        stored = find_tensor(buffered)
+        [item, *others] = items
+        target = planner.resolve_tensor(item).detach()
         is_whole = stored is not None and tuple(item.lengths) == stored.shape
         if stored is not None and is_whole and stored.fits(target):
-            read_into(file.fileno(), place.offset + stored.offset, target)
-            return
-        if stored is None:
-            archive.seek(0)
-            source = torch.load(archive, map_location="cpu", weights_only=True)
-        else:
+            file.read_into(archive.start + stored.offset, target)
+            source = target
+        elif stored is not None:
             source = stored.new()
-            read_into(file.fileno(), place.offset + stored.offset, source)
-        source = narrow_tensor_by_index(source, item.storage_offsets, item.lengths)
-        if source.size() != target.size():
-            shapes = f"{tuple(source.size())} where {tuple(target.size())} is wanted"
-            raise ValueError(f"{item.storage_index.fqn}: holds {shapes}")
-        target.copy_(source)
+            file.read_into(archive.start + stored.offset, source)
+        else:
+            buffered.seek(0)
+            source = torch.load(buffered, map_location="cpu", weights_only=True)
+        if source is not target:
+            _copy_part(source, item, target)
+        planner.commit_tensor(item, target)
+        for item in others:
+            target = planner.resolve_tensor(item).detach()
+            _copy_part(source, item, target)
+            planner.commit_tensor(item, target)
 
     def _layer_state(self, place: MetadataIndex) -> io.BytesIO:
         """Return the state of one layer: uint8 tensors, each empty or a pickle of plain data."""
@@ -124,6 +136,14 @@ class IndexedReader(dcp.FileSystemReader):
         torch.save(states, packed)
         packed.seek(0)
         return packed
+
+
+def _copy_part(source: Tensor, item: ReadItem, target: Tensor) -> None:
+    part = narrow_tensor_by_index(source, item.storage_offsets, item.lengths)
+    if part.size() != target.size():
+        shapes = f"{tuple(part.size())} where {tuple(target.size())} is wanted"
+        raise ValueError(f"{item.storage_index.fqn}: holds {shapes}")
+    target.copy_(part)
 
 
 def _require_complete(plan: LoadPlan, planner: LoadPlanner) -> None:
@@ -152,11 +172,11 @@ def cause_of(error: CheckpointException) -> str:
 
 
 @contextmanager
-def _indexed_readers() -> Iterator[None]:
+def _indexed_readers(sums: Sums | None) -> Iterator[None]:
     """Make megatron-core read files with `IndexedReader` (strategies/torch.py:750 in 0.16.1)."""
 
     def reader(checkpoint_dir: str | Path, *_: Any, **__: Any) -> IndexedReader:
-        return IndexedReader(checkpoint_dir)
+        return IndexedReader(checkpoint_dir, sums)
 
     undo = Patch(torch_strategy, "_get_filesystem_reader", reader).apply()
     try:
@@ -165,7 +185,9 @@ def _indexed_readers() -> Iterator[None]:
         undo.apply()
 
 
-def load_tensors(request: ShardedStateDict, folder: Path) -> ShardedStateDict:
+def load_tensors(
+    request: ShardedStateDict, folder: Path, sums: Sums | None = None
+) -> ShardedStateDict:
     """Load the entries of ``request`` from a step folder (collective over all ranks).
 
     As megatron-core's ``dist_checkpointing.load``, but without the state of ``common.pt``, in which
@@ -176,7 +198,7 @@ def load_tensors(request: ShardedStateDict, folder: Path) -> ShardedStateDict:
     wanted, _ = extract_sharded_base(prepared)
     # All-gather over all ranks: every part of a tensor must be the main part of one rank.
     validate_sharding_integrity(determine_global_metadata(wanted)[1])
-    with _indexed_readers():
+    with _indexed_readers(sums):
         merge(loaded, torch_strategy.TorchDistLoadShardedStrategy().load(wanted, folder))
     result: ShardedStateDict = apply_factory_merges(loaded, factories)
     return result
