@@ -12,8 +12,12 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from megatron.core.dist_checkpointing.dict_utils import merge
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict, apply_factory_merges
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, merge, nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedStateDict,
+    ShardedTensorFactory,
+    apply_factory_merges,
+)
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from megatron.core.dist_checkpointing.utils import (
@@ -194,6 +198,7 @@ def load_tensors(
     Moetron stores nothing: megatron-core would unpickle it.
     """
     force_all_tensors_to_non_fp8(request)
+    dict_list_map_inplace(_merged_in_place, request)
     prepared, loaded, factories = load_preprocess(request)
     wanted, _ = extract_sharded_base(prepared)
     # All-gather over all ranks: every part of a tensor must be the main part of one rank.
@@ -202,3 +207,20 @@ def load_tensors(
         merge(loaded, torch_strategy.TorchDistLoadShardedStrategy().load(wanted, folder))
     result: ShardedStateDict = apply_factory_merges(loaded, factories)
     return result
+
+
+def _merged_in_place(factory: Any) -> Any:
+    """Return a factory that gives its own tensor if all of its parts were read into it."""
+    if not isinstance(factory, ShardedTensorFactory):
+        return factory
+    whole = factory.data
+    memory = whole.untyped_storage().data_ptr()
+
+    def merge_parts(parts: Any) -> Any:
+        tensors = list(nested_values({"": parts}))
+        inside = all(part.untyped_storage().data_ptr() == memory for part in tensors)
+        if inside and sum(part.numel() for part in tensors) == whole.numel():
+            return whole
+        return factory.merge_fn(parts)
+
+    return replace(factory, merge_fn=merge_parts)
