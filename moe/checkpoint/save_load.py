@@ -12,6 +12,7 @@ import platform
 import shutil
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -50,7 +51,7 @@ from moetron.moe.checkpoint.position import Progress
 from moetron.moe.checkpoint.random_states import HOST, mismatch, reseed, restore_rng, rng_entries
 from moetron.moe.checkpoint.run_folder import Checkpoint, Record
 from moetron.moe.checkpoint.states.fp8_state import fp8_entries, restore_fp8
-from moetron.moe.checkpoint.tensor_reader import cause_of, load_tensors
+from moetron.moe.checkpoint.tensor_reader import THREADS, cause_of, load_tensors
 from moetron.moe.checkpoint.tensor_writer import Contents, write_format_files
 from moetron.moe.checkpoint.vocabulary import require_vocabulary
 from moetron.moe.checkpoint.writer.writer_process import WriterProcess
@@ -340,9 +341,12 @@ def _read(request: ShardedStateDict, folder: Path, sums: Sums | None) -> Sharded
 
 def _refuse_nan(checkpoint: Checkpoint, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Raise UserError on all ranks for tensors with NaN."""
+    listed = list(tensors)
 
     def check() -> None:
-        names = sorted(name for name, tensor in tensors if _has_nan(tensor))
+        with ThreadPoolExecutor(THREADS) as pool:
+            found = pool.map(_has_nan, (tensor for _, tensor in listed))
+        names = sorted(name for (name, _), has_nan in zip(listed, found, strict=True) if has_nan)
         if names:
             raise UserError(
                 f"--load {checkpoint.folder}: {len(names)} tensors hold NaN "
