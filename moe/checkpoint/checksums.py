@@ -5,16 +5,32 @@ because it no longer matches the files. Nothing here communicates or imports tor
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 from moetron.common.files import read_regular, sha256_of, write_text
 
 SUMS = "SHA256SUMS"
 THREADS = 2
 """Files that a rank reads at once."""
+_WRITER = re.compile(r"__(\d+)_")
+"""Start of the name of a file with tensors, with the rank that wrote it."""
+Known: TypeAlias = Mapping[str, str] | None
+"""Sums of files that need not be read again."""
 _LINE = re.compile(r"([0-9a-f]{64})  (\S+)")
+
+
+@dataclass(frozen=True)
+class Sums:
+    """SHA-256 of files that are summed while their tensors are read."""
+
+    wanted: Collection[str] = ()
+    """Names of files to sum."""
+    found: dict[str, str] = field(default_factory=dict)
+    """Sums by name, of those that were read."""
 
 
 def write_sums(folder: Path, known: Mapping[str, str]) -> None:
@@ -43,13 +59,31 @@ def read_sums(folder: Path) -> dict[str, str]:
     return sums
 
 
-def changed(folder: Path, names: Iterable[str]) -> list[str]:
+def share(sizes: Mapping[str, int], reader: int, readers: int) -> list[str]:
+    """Return the files that reader number ``reader`` of ``readers`` sums.
+
+    In the layout that wrote a checkpoint a rank reads most of the tensors that it wrote itself.
+    """
+    shares: list[list[str]] = [[] for _ in range(readers)]
+    largest_first = sorted(sizes, key=lambda name: (-sizes[name], name))
+    others = [name for name in largest_first if _WRITER.match(name) is None]
+    for name in sizes.keys() - set(others):
+        shares[int(_WRITER.match(name)[1]) % readers].append(name)  # type: ignore[index]
+    return sorted(shares[reader]) + others[reader::readers]
+
+
+def changed(folder: Path, names: Iterable[str], known: Known = None) -> list[str]:
     """Read the files ``names``; return those whose contents differ from what was written.
+
+    Args:
+        folder: with the list of sums.
+        names: files in it.
+        known: sums of files that have been read already.
 
     Raises:
         ValueError: the list is missing or malformed.
     """
-    sums, names = read_sums(folder), list(names)
+    sums, names, known = read_sums(folder), list(names), known or {}
     with ThreadPoolExecutor(THREADS) as pool:
-        found = list(pool.map(lambda name: sha256_of(folder / name), names))
+        found = list(pool.map(lambda name: known.get(name) or sha256_of(folder / name), names))
     return [name for name, sum_ in zip(names, found, strict=True) if sums.get(name) != sum_]

@@ -3,7 +3,6 @@
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from moetron.common.errors import RunError, UserError
 from moetron.common.files import write_text
 from moetron.moe.checkpoint import run_folder as checkpoint_folder
+from moetron.moe.checkpoint.checksums import Sums, share
 from moetron.moe.checkpoint.run_folder import DamagedError
 from moetron.moe.config.schema.settings import Settings
 
@@ -28,24 +28,26 @@ def verify_together(folder: Path) -> None:
 
 
 @contextmanager
-def verifying(folder: Path) -> Iterator[None]:
-    """Check every file against its sum meanwhile, files divided among ranks.
+def verifying(folder: Path) -> Iterator[Sums]:
+    """Check every file against its sum, files divided among ranks.
 
-    The block may end with a UserError, on all ranks alike. Damage explains it: it is raised
+    The block gets the files that this rank sums, to do so while it reads them; the others are read
+    after it. It may end with a UserError, on all ranks alike. Damage explains it: it is raised
     instead, on all ranks.
 
     Raises:
         DamagedError: after the block, the first rank's.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    with ThreadPoolExecutor(1) as pool:
-        check = pool.submit(checkpoint_folder.verify, folder, rank, ranks)
-        try:
-            yield
-        except UserError:
-            on_all_ranks(check.result)
-            raise
-        on_all_ranks(check.result)
+    record = on_all_ranks(partial(checkpoint_folder.read_record, folder))
+    sums = Sums(frozenset(share(record.files, rank, ranks)))
+    check = partial(checkpoint_folder.verify, folder, rank, ranks, sums.found)
+    try:
+        yield sums
+    except UserError:
+        on_all_ranks(check)
+        raise
+    on_all_ranks(check)
 
 
 def on_all_ranks(action: Callable[[], Result]) -> Result:

@@ -185,6 +185,23 @@ def _refuse_size(name: str, entry: Any, places: Mapping[Any, Any]) -> None:
             raise _Malformed(f"a part of {name} has {needed} bytes, more than are stored")
     if math.prod(entry.size) > sum(math.prod(chunk.sizes) for chunk in entry.chunks):
         raise _Malformed(f"{name} is larger than its parts")
+    if len(entry.chunks) > 1 and _overlap(entry.chunks):
+        raise _Malformed(f"parts of {name} overlap, so that others of it may be missing")
+
+
+def _overlap(chunks: Sequence[Any]) -> bool:
+    """Return whether an element is in two parts; parts without elements are in none."""
+    import torch
+
+    full = [chunk for chunk in chunks if math.prod(chunk.sizes)]
+    starts = torch.tensor([list(chunk.offsets) for chunk in full])  # [parts, dimensions]
+    ends = starts + torch.tensor([list(chunk.sizes) for chunk in full])
+    for number in range(len(full) - 1):
+        later = slice(number + 1, None)
+        apart = (ends[number] <= starts[later]) | (ends[later] <= starts[number])
+        if not bool(apart.any(dim=1).all()):
+            return True
+    return False
 
 
 def _require(value: Any, kind: type, what: str) -> Any:

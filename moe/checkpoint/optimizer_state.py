@@ -157,7 +157,7 @@ def sharded_optimizer_state(
 def load_request(
     optimizer: MegatronOptimizer, model_state: ShardedStateDict, saved: Collection[str]
 ) -> tuple[ShardedStateDict, Callable[[ShardedStateDict], None]]:
-    """Return the entries to read, {key: sharded tensor of NaN}, and a function that restores them.
+    """Return the entries to read, {key: empty sharded tensor}, and a function that restores them.
 
     Args:
         optimizer: from ``get_megatron_optimizer``, before or after its first step.
@@ -172,7 +172,7 @@ def load_request(
     for slot in slots:
         for name in slot.names():
             where = slot.parameter.device if not slot.offloaded else torch.device("cpu")
-            blank = torch.full_like(slot.parameter, torch.nan, dtype=torch.float32, device=where)
+            blank = torch.empty_like(slot.parameter, dtype=torch.float32, device=where)
             entry = make_sharded_optimizer_tensor(_placed(slot), blank, f"{PREFIX}.{name}")
             if name == MAIN and not has_mains:
                 entry = replace(entry, key=slot.entry.key)

@@ -23,7 +23,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from moetron.common.errors import UserError
 from moetron.common.files import read_regular, rename, sync_folder, write_text
 from moetron.common.json_files import parse_object
-from moetron.moe.checkpoint.checksums import SUMS, changed, read_sums, write_sums
+from moetron.moe.checkpoint.checksums import SUMS, Known, changed, read_sums, share, write_sums
 from moetron.moe.checkpoint.index_reader import SHARD, read_index
 from moetron.moe.checkpoint.position import Progress
 from moetron.moe.config.schema.settings import Settings
@@ -218,19 +218,19 @@ def read(path: Path) -> Checkpoint:
     return Checkpoint(folder, record, frozenset(tensors), rows)
 
 
-def verify(folder: Path, reader: int = 0, readers: int = 1) -> int:
+def verify(folder: Path, reader: int = 0, readers: int = 1, known: Known = None) -> int:
     """Check every file of a step folder against its sum; return the bytes read.
 
     Reader number ``reader`` of ``readers``, which divide the files, reads only its own part.
+    ``known`` are sums of files that it has read already.
 
     Raises:
         UserError: a file is missing or has changed since it was written; names it.
     """
     record = read_record(folder)
     verify_files(folder, record)
-    largest_first = sorted(record.files, key=lambda name: (-record.files[name], name))
-    names = largest_first[reader::readers]
-    _refuse_changes(folder, names)
+    names = share(record.files, reader, readers)
+    _refuse_changes(folder, names, known)
     return sum(record.files[name] for name in names)
 
 
@@ -250,9 +250,9 @@ def verify_files(folder: Path, record: Record) -> None:
         raise damaged(folder, f"{SUMS} and {RECORD} disagree about {name}")
 
 
-def _refuse_changes(folder: Path, names: Collection[str]) -> None:
+def _refuse_changes(folder: Path, names: Collection[str], known: Known = None) -> None:
     try:
-        found = changed(folder, names)
+        found = changed(folder, names, known)
     except (OSError, ValueError) as error:
         raise damaged(folder, str(error)) from error
     if found:

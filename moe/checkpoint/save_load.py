@@ -10,9 +10,8 @@ import importlib.metadata
 import logging
 import platform
 import shutil
-import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -21,25 +20,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
     ShardedStateDict,
-    apply_factories,
 )
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
-from torch.distributed.checkpoint import CheckpointException
 
 from moetron import __version__
-from moetron.common.errors import UserError
 from moetron.common.files import write_text
 from moetron.common.watch import activity
 from moetron.moe.checkpoint import optimizer_state
 from moetron.moe.checkpoint import run_folder as checkpoint_folder
+from moetron.moe.checkpoint.checksums import Sums
 from moetron.moe.checkpoint.collective_checks import (
-    on_all_ranks,
     on_rank_0,
     require_space,
     verifying,
@@ -50,7 +45,12 @@ from moetron.moe.checkpoint.random_states import HOST, mismatch, reseed, restore
 from moetron.moe.checkpoint.run_folder import Checkpoint, Record
 from moetron.moe.checkpoint.states.fp8_state import fp8_entries, restore_fp8
 from moetron.moe.checkpoint.states.router_state import is_wanted
-from moetron.moe.checkpoint.tensor_reader import cause_of, load_tensors
+from moetron.moe.checkpoint.tensor_reader import (
+    load_entries,
+    refuse_nan,
+    require_entries,
+    without_future_warnings,
+)
 from moetron.moe.checkpoint.tensor_writer import Contents, write_format_files
 from moetron.moe.checkpoint.vocabulary import require_vocabulary
 from moetron.moe.checkpoint.writer.writer_process import WriterProcess
@@ -61,6 +61,8 @@ from moetron.moe.config.schema.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+OPTIMIZER = "optimizer"
+"""Part of a request, beside the model's chunks."""
 MODEL_METADATA = {"non_homogeneous_layers": True}
 """Save each layer under its own name, also if all layers are alike."""
 
@@ -118,7 +120,7 @@ def take_checkpoint(
         **fp8_entries(model),
     }
     contents = Contents()
-    with _without_future_warnings():
+    with without_future_warnings():
         # Collective over all ranks: megatron-core validates that the main replicas cover every
         # global tensor exactly once. Its `save` would then write files on rank 0, whose failure
         # the others would not learn of.
@@ -205,12 +207,12 @@ def load_checkpoint(
     if checkpoint is None:
         return Progress()
     options, record = settings.checkpoint, checkpoint.record
-    with nullcontext() if verified else verifying(checkpoint.folder):
-        _load_model(checkpoint, model, record.layout == _layout(settings))
-        if options.finetune or options.no_load_optim:
-            optimizer.reload_model_params()
-        else:
-            _load_optimizer(checkpoint, optimizer, _model_state(model))
+    has_state = not (options.finetune or options.no_load_optim)
+    with nullcontext(Sums()) if verified else verifying(checkpoint.folder) as sums:
+        _load_state(checkpoint, model, optimizer if has_state else None, sums)
+    restore_fp8(checkpoint.folder, checkpoint.keys, model, record.layout == _layout(settings))
+    if not has_state:
+        optimizer.reload_model_params()
     if options.finetune or options.reset_progress:
         return Progress()
     if not options.no_load_rng:
@@ -231,8 +233,9 @@ def load_weights(path: Path, model: Sequence[torch.nn.Module], vocab_size: int) 
     """
     checkpoint = on_rank_0(lambda: checkpoint_folder.read(path))
     require_vocabulary(checkpoint, vocab_size)
-    with verifying(checkpoint.folder):
-        _load_model(checkpoint, model, same_layout=False)
+    with verifying(checkpoint.folder) as sums:
+        _load_state(checkpoint, model, None, sums)
+    restore_fp8(checkpoint.folder, checkpoint.keys, model, same_layout=False)
 
 
 def _read_compatible(
@@ -246,39 +249,44 @@ def _read_compatible(
     return checkpoint
 
 
-def _load_model(
-    checkpoint: Checkpoint, model: Sequence[torch.nn.Module], same_layout: bool
+def _load_state(
+    checkpoint: Checkpoint,
+    model: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer | None,
+    sums: Sums,
 ) -> None:
-    """Load parameters and FP8 scales."""
+    """Load parameters and, if given, the optimizer's state, in one pass over the files."""
     weights = _model_state(model)
     parameters = [(entry.key, entry.data.detach()) for entry in _entries(weights)]
-    for _, data in parameters:
-        if data.is_floating_point():
-            data.fill_(torch.nan)
-    request = {
-        chunk: {
-            name: optimizer_state.exact_entry(entry, checkpoint.keys)
-            if optimizer_state.is_entry(entry)
-            else entry
-            for name, entry in entries.items()
-            if is_wanted(entry, checkpoint.keys)
-        }
-        for chunk, entries in weights.items()
-    }
-    loaded = _load(checkpoint, request, "give the --load of a run with the same model")
+    requests = {chunk: _saved_part(checkpoint, state) for chunk, state in weights.items()}
+    wanted = require_entries(checkpoint, requests, "give the --load of a run with the same model")
+    restore = None
+    if optimizer is not None:
+        fresh = _model_state(model)  # reading replaces the data of entries by views
+        own, restore = optimizer_state.load_request(optimizer, fresh, checkpoint.keys)
+        keys = require_entries(checkpoint, own, "--no-load-optim starts with a fresh optimizer")
+        if wanted.isdisjoint(keys):
+            requests[OPTIMIZER] = own
+    loaded = load_entries(checkpoint, requests, sums)
+    if restore is not None and OPTIMIZER not in loaded:
+        # Weights and main parameters come from the same tensors, and one pass reads each once.
+        loaded[OPTIMIZER] = load_entries(checkpoint, own)
     for chunk, module in zip(weights, unwrap_model(list(model)), strict=True):
         module.load_state_dict(loaded[chunk], strict=False)
-    _refuse_nan(checkpoint, parameters)
-    restore_fp8(checkpoint.folder, checkpoint.keys, model, same_layout)
+    refuse_nan(checkpoint, parameters)
+    if restore is not None:
+        refuse_nan(checkpoint, loaded[OPTIMIZER].items())
+        restore(loaded[OPTIMIZER])
 
 
-def _load_optimizer(
-    checkpoint: Checkpoint, optimizer: MegatronOptimizer, weights: ShardedStateDict
-) -> None:
-    request, restore = optimizer_state.load_request(optimizer, weights, checkpoint.keys)
-    loaded = _load(checkpoint, request, "--no-load-optim starts with a fresh optimizer")
-    _refuse_nan(checkpoint, loaded.items())
-    restore(loaded)
+def _saved_part(checkpoint: Checkpoint, state: ShardedStateDict) -> ShardedStateDict:
+    """Return the entries of a chunk to read: its tensors, and objects that were saved."""
+    is_entry = optimizer_state.is_entry
+    return {
+        name: optimizer_state.exact_entry(entry, checkpoint.keys) if is_entry(entry) else entry
+        for name, entry in state.items()
+        if is_wanted(entry, checkpoint.keys)
+    }
 
 
 def _load_rng(checkpoint: Checkpoint, settings: Settings) -> None:
@@ -299,46 +307,8 @@ def _load_rng(checkpoint: Checkpoint, settings: Settings) -> None:
         if dist.get_rank() == 0:
             logger.warning("%s: random numbers are reseeded from seed and step %d", reason, step)
     if request:
-        restore_rng(_load(checkpoint, request, "--no-load-rng resumes without"))
-
-
-def _load(checkpoint: Checkpoint, request: ShardedStateDict, remedy: str) -> ShardedStateDict:
-    """Read the entries of ``request``; raise UserError for missing names, shapes and damage."""
-    built, _ = extract_matching_values(request, optimizer_state.is_entry)
-    apply_factories(built)
-    wanted = {entry.key for entry in nested_values(built)}
-    if absent := _missing(wanted, checkpoint):
-        raise UserError(f"--load {checkpoint.folder}: holds no {absent}; {remedy}")
-    return on_all_ranks(partial(_read, request, checkpoint.folder))
-
-
-def _read(request: ShardedStateDict, folder: Path) -> ShardedStateDict:
-    try:
-        with _without_future_warnings():
-            return load_tensors(request, folder)
-    except (CheckpointingException, CheckpointException) as error:
-        text = cause_of(error) if isinstance(error, CheckpointException) else error
-        raise UserError(f"--load {folder}: damaged or of another shape: {text}") from error
-
-
-def _refuse_nan(checkpoint: Checkpoint, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Raise UserError on all ranks for tensors with NaN: filled with it, they were not read."""
-
-    def check() -> None:
-        unwritten = [name for name, tensor in tensors if _has_nan(tensor)]
-        if unwritten:
-            raise UserError(
-                f"--load {checkpoint.folder}: {len(unwritten)} tensors hold NaN or were not fully "
-                f"written (rank {dist.get_rank()}): {', '.join(sorted(unwritten)[:3])}"
-            )
-
-    on_all_ranks(check)
-
-
-def _has_nan(tensor: torch.Tensor) -> bool:
-    """Return whether an element is NaN; the sum is NaN then, and takes a seventh of `isnan`."""
-    is_suspect = tensor.is_floating_point() and bool(tensor.sum().isnan())
-    return is_suspect and bool(tensor.isnan().any())  # the sum of both infinities is NaN too
+        require_entries(checkpoint, request, "--no-load-rng resumes without")
+        restore_rng(load_entries(checkpoint, request))
 
 
 def _model_state(model: Sequence[torch.nn.Module]) -> ShardedStateDict:
@@ -383,18 +353,3 @@ def _merged(own: dict[str, str]) -> dict[str, str]:
     # Gather to rank 0, which alone writes the list of sums.
     dist.gather_object(own, parts if dist.get_rank() == 0 else None, dst=0)
     return {name: value for part in parts for name, value in (part or {}).items()}
-
-
-@contextmanager
-def _without_future_warnings() -> Iterator[None]:
-    """Silence torch's warnings about its deprecated functions that megatron-core still calls."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
-
-
-def _missing(wanted: Collection[str], checkpoint: checkpoint_folder.Checkpoint) -> str:
-    """Return the first few of the ``wanted`` names that are missing; empty if none is."""
-    names = sorted(set(wanted) - checkpoint.keys)
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

@@ -9,6 +9,7 @@ for `index_reader` to check. See SECURITY.md.
 
 import copyreg
 import io
+import math
 import pickle
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -17,6 +18,11 @@ DTYPES = (
     *("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"),
     *("int64", "int32", "int16", "int8", "uint8", "bool"),
 )
+_STORAGES = {
+    **{"DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16"},
+    **{"BFloat16Storage": "bfloat16", "LongStorage": "int64", "IntStorage": "int32"},
+    **{"ByteStorage": "uint8", "BoolStorage": "bool"},
+}
 _METADATA = "torch.distributed.checkpoint.metadata"
 _RECIPE = "transformer_engine.common.recipe"
 Names = Mapping[tuple[str, str], Any]
@@ -132,6 +138,35 @@ def load_inert(file: Any, names: Names) -> Any:
         # find_class once it was used. Moetron registers none.
         raise pickle.UnpicklingError("a package of this process has registered pickle extensions")
     return _Unpickler(file, names).load()
+
+
+class _TensorUnpickler(_Unpickler):
+    """Unpickler of the description of a tensor, whose storage is a persistent id."""
+
+    def persistent_load(self, pid: Any) -> Any:
+        return pid
+
+
+def plain_tensor(data: bytes) -> tuple[str, tuple[int, ...]]:
+    """Return the dtype's name and the shape that ``data.pkl`` of a file by ``torch.save`` tells.
+
+    Raises:
+        Exception: of any kind, unless it is one contiguous tensor that is all of its storage.
+    """
+    rebuild = _Fixed("_rebuild_tensor_v2", (Call,), {})
+    names = {
+        ("torch._utils", "_rebuild_tensor_v2"): rebuild,
+        ("collections", "OrderedDict"): _Fixed("OrderedDict", (Call,), {}),
+        **{("torch", name): Dtype(dtype) for name, dtype in _STORAGES.items()},
+    }
+    found = _TensorUnpickler(io.BytesIO(data), names).load()
+    if type(found) is not rebuild:
+        raise pickle.UnpicklingError("is not a tensor")
+    (_, dtype, _, _, numel), offset, shape, stride, *_ = found.arguments
+    expected = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    if (offset, numel, list(stride)) != (0, math.prod(shape), expected):
+        raise pickle.UnpicklingError("is a part of its storage, or in another order")
+    return dtype.name, shape
 
 
 def check_layer_state(data: bytes) -> None:

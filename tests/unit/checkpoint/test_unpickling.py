@@ -75,7 +75,7 @@ def test_the_state_of_a_layer_runs_nothing(folder: Path, kind: str) -> None:
     assert not pwned(folder.parent)
 
 
-def _edit(folder: Path, change: Callable[[Metadata], Any]) -> None:
+def edit_index(folder: Path, change: Callable[[Metadata], Any]) -> None:
     index = pickle.loads((folder / METADATA).read_bytes())  # noqa: S301 - torch wrote it just now
     change(index)
     (folder / METADATA).write_bytes(pickle.dumps(index))
@@ -83,7 +83,7 @@ def _edit(folder: Path, change: Callable[[Metadata], Any]) -> None:
 
 @pytest.mark.parametrize("name", [NAME, "optimizer.step", "rng.torch", "x._extra_state"])
 def test_an_object_in_place_of_a_tensor_is_rejected(folder: Path, name: str) -> None:
-    _edit(folder, lambda i: i.state_dict_metadata.update({name: BytesStorageMetadata()}))
+    edit_index(folder, lambda i: i.state_dict_metadata.update({name: BytesStorageMetadata()}))
     with pytest.raises(UserError, match=f"{name} is an object"):
         read_index(folder)
 
@@ -99,7 +99,7 @@ def test_no_file_outside_the_folder_is_opened(folder: Path, path: str) -> None:
         for info in index.storage_data.values():
             info.relative_path = path
 
-    _edit(folder, lead_away)
+    edit_index(folder, lead_away)
     with pytest.raises(UserError, match="no file of the checkpoint"):
         read_index(folder)
 
@@ -134,7 +134,7 @@ def _set(part: str, value: Any) -> Callable[[Metadata], None]:
     ],
 )
 def test_values_of_other_types_are_rejected(folder: Path, part: str, value: Any) -> None:
-    _edit(folder, _set(part, value))
+    edit_index(folder, _set(part, value))
     with pytest.raises(UserError, match="damaged, or not a checkpoint's index"):
         read_index(folder)
 
