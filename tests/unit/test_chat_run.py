@@ -20,7 +20,7 @@ from moetron.data.chat.write_chats import ChatOptions, write_chats
 from moetron.tokenizers.interface import Tokenizer
 from moetron.tokenizers.load import load_tokenizer
 from tests.unit.data.chat.test_templates import CHATML
-from tests.unit.tokenizers import kinds
+from tests.unit.tokenizers.kinds import END, byte_level
 
 QUESTIONS = ("Is it so?", "Who  knows?", "Why not me?", "Really?")
 ANSWER = "It is so."
@@ -45,7 +45,7 @@ def _tokenizer(name: str, folder: Path) -> Tokenizer:
         return load_tokenizer("bytes")
     folder.mkdir()
     corpus = [" ".join([*QUESTIONS, ANSWER]) * 9]
-    made = kinds._byte_level(corpus, [kinds.END, "<|im_start|>", "<|im_end|>"])
+    made = byte_level(corpus, [END, "<|im_start|>", "<|im_end|>"])
     made.save(str(folder / "tokenizer.json"))
     return load_tokenizer(folder)
 

@@ -29,7 +29,7 @@ TEXTS = [
 ]
 
 
-def _byte_level(corpus: list[str], special: list[str], prefix: bool = False) -> Any:
+def byte_level(corpus: list[str], special: list[str], prefix: bool = False) -> Any:
     made = tokenizers.Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     made.decoder = decoders.ByteLevel()
@@ -43,7 +43,7 @@ def _byte_level(corpus: list[str], special: list[str], prefix: bool = False) -> 
 
 def template(corpus: list[str]) -> tuple[Any, dict[str, Any]]:
     """Train a tokenizer that adds a start and an end to every text, also in its configuration."""
-    made = _byte_level(corpus, [END, START])
+    made = byte_level(corpus, [END, START])
     single = processors.TemplateProcessing(
         single=f"{START} $A {END}",
         pair=f"{START} $A {END} $B {END}",
@@ -55,14 +55,14 @@ def template(corpus: list[str]) -> tuple[Any, dict[str, Any]]:
 
 def roberta(corpus: list[str]) -> tuple[Any, dict[str, Any]]:
     """Train RoBERTa's kind: two markers, and a space before the first word."""
-    made = _byte_level(corpus, ["</s>", START], prefix=True)
+    made = byte_level(corpus, ["</s>", START], prefix=True)
     made.post_processor = processors.RobertaProcessing(("</s>", 0), (START, 1))
     return made, {"add_prefix_space": True}
 
 
 def plain_end(corpus: list[str]) -> tuple[Any, dict[str, Any]]:
     """Train a tokenizer whose end token is a normal piece: spelled out in a text it is letters."""
-    made = _byte_level(corpus, [])
+    made = byte_level(corpus, [])
     definition = json.loads(made.to_str())
     definition["model"]["vocab"][END] = len(definition["model"]["vocab"])
     return tokenizers.Tokenizer.from_str(json.dumps(definition)), {}
@@ -83,7 +83,7 @@ def metaspace(corpus: list[str]) -> tuple[Any, dict[str, Any]]:
 
 def stripping(corpus: list[str]) -> tuple[Any, dict[str, Any]]:
     """Train a tokenizer whose added tokens strip white space, special and not; with truncation."""
-    made = _byte_level(corpus, [END])
+    made = byte_level(corpus, [END])
     made.add_special_tokens([AddedToken("<unk>", lstrip=True, rstrip=True)])
     made.add_tokens([AddedToken(" " * n, normalized=False) for n in (4, 8)])
     made.enable_truncation(max_length=4)

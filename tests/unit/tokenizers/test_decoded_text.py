@@ -7,7 +7,7 @@ from moetron.tokenizers.decoded_text import DecodedText, ends_of
 from moetron.tokenizers.interface import Tokenizer
 from moetron.tokenizers.load import load_tokenizer
 from moetron.tokenizers.umt5 import SentencePieceTokenizer
-from tests.unit.tokenizers import kinds
+from tests.unit.tokenizers.kinds import START, write
 
 BYTES = ByteTokenizer()
 
@@ -60,10 +60,10 @@ def test_what_may_begin_a_stop_string_or_a_character_waits() -> None:
 def test_special_tokens_are_ends_and_other_texts_stop_strings(
     corpus: list[str], tmp_path: object
 ) -> None:
-    made = load_tokenizer(kinds.write("template", tmp_path, corpus))  # type: ignore[arg-type]
-    assert kinds.START in made.special_texts and made.id_of("a") is not None
-    ends = ends_of([kinds.START, "a", made.end_text], made)
-    assert ends.ids == {made.eod, made.id_of(kinds.START)} and ends.texts == ("a",)
+    made = load_tokenizer(write("template", tmp_path, corpus))  # type: ignore[arg-type]
+    assert START in made.special_texts and made.id_of("a") is not None
+    ends = ends_of([START, "a", made.end_text], made)
+    assert ends.ids == {made.eod, made.id_of(START)} and ends.texts == ("a",)
     both = ends | ends_of(["b"], made)
     assert both.ids == ends.ids and both.texts == ("a", "b")
     assert ends_of([], BYTES).ids == {BYTES.eod}
