@@ -15,6 +15,7 @@ from moetron.data.chat.chat_rows import Kind
 from moetron.data.chat.chat_stream import ChatStream, open_chats
 from moetron.moe.checkpoint.position import Progress
 from moetron.moe.checkpoint.save_load import save_checkpoint
+from moetron.moe.health.spikes import StepValues
 from moetron.moe.training.build_trainer import (
     REFERENCE,
     build_loop,
@@ -116,7 +117,8 @@ def _run(prefix: str, folder: str, layout: str, changes: dict[str, Any]) -> dict
     set_references(trainer, streams, resumes=False)
     first = stream.reference
     loop = Loop(trainer, streams, Progress(), [rows := _Rows()], peak=None)
-    batches = loop.batches()
+    batches, judge, judged = loop.batches(), loop.health.judge, list[StepValues]()
+    loop.health.judge = lambda *seen: judged.append(seen[0]) or judge(*seen)  # type: ignore[func-returns-value, method-assign]
     loop.step(batches, lambda: False)
     start = rows.rows[0]
     held_out = evaluate(trainer, stream).preferences
@@ -130,7 +132,8 @@ def _run(prefix: str, folder: str, layout: str, changes: dict[str, Any]) -> dict
         "loss": start["preference_loss"],
         "margin": start["margin"],
         "kl": start.get("kl"),
-        "judged": loop.health._spikes.state().loss[0] == start["preference_loss"],
+        "complete": bool((first < 0).all()),
+        "judged": [judged[0].loss, *filter(None, judged[0].rank_losses)],
         "last": rows.rows[-1]["preference_loss"],
         "accuracy": evaluate(trainer, stream).preferences["accuracy"],
         "held_out": held_out["preference_loss"],
@@ -152,9 +155,10 @@ def test_the_first_loss_is_ln_2(tmp_path: Path, prefix: str, layout: str) -> Non
     """The cached log-probabilities equal those of training to the last bit."""
     ranks = 1 if layout == "dp1" else 2
     for found in run_ranks(_run, ranks, prefix, str(tmp_path), layout, DPO):
-        assert found["equal"] and found["kept"] and found["judged"]
+        assert found["equal"] and found["kept"] and found["complete"]
         assert found["margin"] == 0.0
         assert found["loss"] == float(np.float32(math.log(2)))
+        assert len(found["judged"]) == 2 and set(found["judged"]) == {found["loss"]}
         assert found["last"] < found["held_out"] < math.log(2)
         assert found["accuracy"] > 0.8
     assert (tmp_path / REFERENCE).is_file()
@@ -166,7 +170,8 @@ def test_the_first_loss_of_kto_is_a_half(tmp_path: Path, labelled: str) -> None:
     changes |= {"preference_beta": 0.3, "use_distributed_optimizer": True}
     changes |= {"overlap_grad_reduce": True, "overlap_param_gather": True}
     for found in run_ranks(_run, 2, labelled, str(tmp_path), "dp2", changes):
-        assert found["equal"] and found["kept"] and found["judged"]
+        assert found["equal"] and found["kept"] and found["complete"]
+        assert found["judged"] == [0.5] * 3
         assert found["loss"] == 0.5 and found["kl"] == 0.0 == found["margin"]
         assert found["last"] < found["held_out"] < 0.5
         assert found["accuracy"] > 0.8
