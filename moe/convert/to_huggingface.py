@@ -97,7 +97,7 @@ def to_hf(
     }
     generation = dict(special_ids)
     if family.has_encoder:
-        generation["decoder_start_token_id"] = special_ids["pad_token_id"]
+        generation["decoder_start_token_id"] = special_ids.get("pad_token_id")
     config = {**family.config(values), **generation, **_dtype_keys(dtype)}
     with _new_folder(output) as folder:
         tensors = (pair for rule in rules for pair in _split(rule, source.read(rule.ours), dtype))
@@ -133,7 +133,7 @@ def _fitting(model_type: str | None, values: Mapping[str, Any]) -> Family:
 
 def _generation(special_ids: Mapping[str, int | None], turn_end: int | None) -> dict[str, Any]:
     """Return the configuration of transformers' ``generate``."""
-    if turn_end in (None, special_ids["eos_token_id"]):
+    if turn_end in (None, special_ids.get("eos_token_id")):
         return dict(special_ids)
     return {**special_ids, "eos_token_id": [turn_end, special_ids["eos_token_id"]]}
 
