@@ -173,8 +173,10 @@ def _require_complete(plan: LoadPlan, planner: LoadPlanner) -> None:
         name = item.dest_index.fqn
         planned[name] = planned.get(name, 0) + math.prod(item.lengths)
     for name, target in getattr(planner, "state_dict", {}).items():
-        shards = target.local_shards() if isinstance(target, ShardedTensor) else []
-        parts = [target] if isinstance(target, Tensor) else [shard.tensor for shard in shards]
+        if isinstance(target, ShardedTensor):  # which is a Tensor too
+            parts = [shard.tensor for shard in target.local_shards()]
+        else:
+            parts = [target] if isinstance(target, Tensor) else []
         wanted = sum(part.numel() for part in parts)
         if wanted > planned.get(name, 0):
             raise ValueError(f"{name}: {planned.get(name, 0)} of {wanted} elements would be read")
