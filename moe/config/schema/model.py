@@ -18,7 +18,7 @@ class ModelSettings(Group):
 
     num_layers: Shape[PositiveInt] = Field(le=MOST_LAYERS)
     """Number of transformer layers; of an encoder-decoder those of both stacks."""
-    encoder_num_layers: Shape[PositiveInt | None] = None
+    encoder_num_layers: Shape[PositiveInt | None] = Field(default=None, le=MOST_LAYERS)
     """Make the first layers the encoder of an encoder-decoder (T5), and the others its decoder with
     cross-attention; unset: a decoder only."""
     hidden_size: Shape[PositiveInt]

@@ -35,6 +35,7 @@ def test_only_what_the_kernel_serves(kind: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_latent_attention_calls_it() -> None:
+    restore_host()  # another test of this process may have adapted it
     theirs = multi_latent_attention.apply_rotary_pos_emb
     adapt_host()
     assert multi_latent_attention.apply_rotary_pos_emb is kernel_hooks.rotate
