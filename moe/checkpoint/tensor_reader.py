@@ -40,10 +40,10 @@ from megatron.core.dist_checkpointing.validation import (
 )
 from torch import Tensor
 from torch.distributed._shard._utils import narrow_tensor_by_index
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.planner_helpers import _create_chunk_list
 from torch.futures import Future
 
 from moetron.common.errors import UserError
@@ -173,11 +173,8 @@ def _require_complete(plan: LoadPlan, planner: LoadPlanner) -> None:
         name = item.dest_index.fqn
         planned[name] = planned.get(name, 0) + math.prod(item.lengths)
     for name, target in getattr(planner, "state_dict", {}).items():
-        if isinstance(target, ShardedTensor):  # which is a Tensor too
-            parts = [shard.tensor for shard in target.local_shards()]
-        else:
-            parts = [target] if isinstance(target, Tensor) else []
-        wanted = sum(part.numel() for part in parts)
+        chunks = _create_chunk_list(target) if isinstance(target, Tensor) else []
+        wanted = sum(math.prod(chunk.sizes) for chunk in chunks)
         if wanted > planned.get(name, 0):
             raise ValueError(f"{name}: {planned.get(name, 0)} of {wanted} elements would be read")
 
