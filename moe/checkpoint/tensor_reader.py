@@ -3,7 +3,7 @@
 import io
 import math
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -41,7 +41,7 @@ from megatron.core.dist_checkpointing.validation import (
 from torch import Tensor
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import _create_chunk_list
 from torch.futures import Future
@@ -80,7 +80,7 @@ class IndexedReader(dcp.FileSystemReader):
         objects = [item for item in plan.items if item.type == LoadItemType.BYTE_IO]
         for item in objects:
             planner.load_bytes(item, self._layer_state(item.storage_index))
-        _require_complete(plan, planner)
+        _require_complete(plan, planner, self.index)
         by_file: dict[str, list[ReadItem]] = {}
         for item in plan.items:
             if item.type != LoadItemType.BYTE_IO:
@@ -163,10 +163,11 @@ def _copy_part(source: Tensor, item: ReadItem, target: Tensor) -> None:
     target.copy_(part)
 
 
-def _require_complete(plan: LoadPlan, planner: LoadPlanner) -> None:
+def _require_complete(plan: LoadPlan, planner: LoadPlanner, index: Metadata) -> None:
     """Raise ValueError if a plan leaves elements of a tensor as they were.
 
-    Parts of a tensor in the index do not overlap (`index_reader`), so that counting is enough.
+    Parts of a tensor in the index do not overlap (`index_reader`), so that counting is enough. What
+    the checkpoint has not is not wanted: an embedding may be padded to more rows here.
     """
     planned: dict[str, int] = {}
     for item in plan.items:
@@ -174,9 +175,16 @@ def _require_complete(plan: LoadPlan, planner: LoadPlanner) -> None:
         planned[name] = planned.get(name, 0) + math.prod(item.lengths)
     for name, target in getattr(planner, "state_dict", {}).items():
         chunks = _create_chunk_list(target) if isinstance(target, Tensor) else []
-        wanted = sum(math.prod(chunk.sizes) for chunk in chunks)
+        stored = getattr(index.state_dict_metadata[name], "size", ())
+        wanted = sum(_elements_within(chunk, stored) for chunk in chunks)
         if wanted > planned.get(name, 0):
             raise ValueError(f"{name}: {planned.get(name, 0)} of {wanted} elements would be read")
+
+
+def _elements_within(chunk: ChunkStorageMetadata, size: Sequence[int]) -> int:
+    """Return how many elements of a part lie within a tensor of ``size``."""
+    sides = zip(chunk.offsets, chunk.sizes, size, strict=True)
+    return math.prod(max(0, min(offset + side, end) - offset) for offset, side, end in sides)
 
 
 def cause_of(error: CheckpointException) -> str:
