@@ -93,7 +93,9 @@ def find_tensor(archive: IO[bytes]) -> StoredTensor | None:
             return None
         archive.seek(data.header_offset)
         header = archive.read(_LOCAL_HEADER.size)
-        return StoredTensor(dtype, shape, archive.tell() + sum(_LOCAL_HEADER.unpack(header)))
+        start = archive.tell() + sum(_LOCAL_HEADER.unpack(header))
+        is_inside = start + size <= archive.seek(0, os.SEEK_END)
+        return StoredTensor(dtype, shape, start) if is_inside else None
     except Exception:  # torch.load says what is wrong with it, or reads it
         return None
 

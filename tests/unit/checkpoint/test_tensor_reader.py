@@ -63,6 +63,16 @@ def test_a_compressed_archive_is_left_to_torch() -> None:
     assert find_tensor(copy) is None
 
 
+def test_a_tensor_that_claims_more_bytes_than_its_archive_has_is_left_to_torch() -> None:
+    copy, big = io.BytesIO(), zipfile.ZipFile(io.BytesIO(_stored(torch.zeros(1000))))
+    with zipfile.ZipFile(copy, "w") as target:
+        for name in ("archive/data.pkl", "archive/byteorder"):
+            target.writestr(name, big.read(name))
+        target.writestr("archive/data/0", b"few")
+        target.getinfo("archive/data/0").file_size = 4000
+    assert find_tensor(copy) is None
+
+
 def test_a_number_of_the_other_byte_order_is_left_to_torch() -> None:
     data = _stored(MATRIX)
     assert find_tensor(io.BytesIO(data)) is not None
