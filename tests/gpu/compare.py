@@ -141,7 +141,7 @@ def _outcome(
     signal.alarm(RUN_LIMIT_S)
     try:
         weights = weights_folder(arguments.references, reference)
-        rows = train(load(case.argv(kind)).settings, STEPS, case.prefix, weights)
+        rows = train(load(case.argv(kind)).settings, STEPS, case.samples, weights)
         outcome = _compared(case, kind, rows, reference, time.perf_counter() - start_s)
     except Exception as error:
         outcome = Outcome(case.name, kind, "failed", one_line(error))

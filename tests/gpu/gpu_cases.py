@@ -4,6 +4,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moetron.moe.config.flags import parse
+from tests.gpu.samples import CHATS, chat_prefix
+from tests.unit.data.chat.chat_cases import TOKENIZER
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -85,8 +87,8 @@ class Case:
     kinds: tuple[str, ...]
     is_noisy: bool = False
     """Has dropout, whose numbers come from the device's generator (routers draw on the host)."""
-    prefix: int = 0
-    """Sample n has a bidirectional prefix of n modulo this many tokens."""
+    samples: str = "mock"
+    """Name in `tests.gpu.samples.STREAMS`."""
     like: str = ""
     """Case whose reference it has, since ``extra`` does not change the mathematics."""
     extra: tuple[str, ...] = ()
@@ -101,8 +103,20 @@ class Case:
         return [*self._common(), *KINDS["local"].flags]
 
     def _common(self) -> list[str]:
-        common = ("--mock-data", "--eval-iters", "0", "--lr-warmup-iters", "2")
-        return [*self.flags, *common, "--train-iters", str(STEPS + WARM_STEPS)]
+        common = ("--eval-iters", "0", "--lr-warmup-iters", "2")
+        return [*self.flags, *self._data(), *common, "--train-iters", str(STEPS + WARM_STEPS)]
+
+    def _data(self) -> tuple[str, ...]:
+        for kind in CHATS:
+            if kind == self.samples:
+                vocabulary = (
+                    "--tokenizer-model",
+                    "bytes",
+                    "--vocab-size",
+                    str(TOKENIZER.vocab_size),
+                )
+                return ("--no-mock-data", "--data-path", chat_prefix(kind), "--sft", *vocabulary)
+        return ("--mock-data",)
 
     def unknown_flags(self) -> list[str]:
         """Return problems of flags that this version does not have."""
@@ -110,7 +124,11 @@ class Case:
         return [problem for problem in parse(given).problems if "unknown" in problem]
 
 
-OLMOE = ("--config", str(ROOT / "examples" / "olmoe_1b_7b" / "tiny.yaml"))
+def _tiny(recipe: str) -> tuple[str, str]:
+    return ("--config", str(ROOT / "examples" / recipe / "tiny.yaml"))
+
+
+OLMOE = _tiny("olmoe_1b_7b")
 """Flags of the model that variants change."""
 
 
@@ -218,6 +236,18 @@ IN_FP8_TOO: dict[str, tuple[str, ...]] = {
         *("--micro-batch-size", "1", "--global-batch-size", "4"),
     ),
 }
+_DOCUMENTS = ("--reset-attention-mask", "--reset-position-ids", "--eod-mask-loss")
+_GROUPS = ("--num-query-groups", "2")
+OTHER_SAMPLES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    "documents": ("packed", _DOCUMENTS, WITH_FP8),
+    "documents_groups": ("packed", (*_DOCUMENTS, *_GROUPS), PLAIN),
+    "documents_recompute": ("packed", (*_DOCUMENTS, _RECOMPUTE, "selective"), PLAIN),
+    "sft": ("chats", (), WITH_FP8),
+    "dpo": ("pairs", ("--preference-loss", "dpo"), WITH_FP8),
+    "dpo_norm": ("pairs", ("--preference-loss", "dpo_norm"), PLAIN),
+    "kto": ("labelled", ("--preference-loss", "kto"), WITH_FP8),
+}
+"""Names of samples, flags and kinds of cases that read other samples than mock ones."""
 NOISY: dict[str, tuple[str, ...]] = {
     "hidden_dropout": ("--hidden-dropout", "0.1"),
     "attention_dropout": ("--attention-dropout", "0.1"),
@@ -285,8 +315,15 @@ def cases() -> list[Case]:
     found = _recipes()
     found += [Case(name, (*OLMOE, *flags), PLAIN) for name, flags in variants.items()]
     found += [Case(name, (*OLMOE, *flags), WITH_FP8) for name, flags in IN_FP8_TOO.items()]
+    clipped = (*_tiny("mixtral_8x7b"), "--qk-clip", "--qk-clip-threshold", "0.5")
+    found.append(Case("qk_clip", clipped, PLAIN))
+    found.append(Case("qk_clip_muon", (*clipped, "--optimizer", "muon"), PLAIN))
     prefix = (*OLMOE, "--bidirectional-prefix")
-    found.append(Case("prefix_mask", prefix, WITH_FP8, prefix=64))
+    found.append(Case("prefix_mask", prefix, WITH_FP8, samples="prefixes"))
+    found += [
+        Case(name, (*OLMOE, *flags), kinds, samples=samples)
+        for name, (samples, flags, kinds) in OTHER_SAMPLES.items()
+    ]
     found += [Case(name, (*OLMOE, *flags), PLAIN, is_noisy=True) for name, flags in NOISY.items()]
     found += [
         Case(name, OLMOE, kinds, like="olmoe_1b_7b", extra=extra)

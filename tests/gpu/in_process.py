@@ -26,24 +26,7 @@ from moetron.moe.training.build_trainer import build_trainer
 from moetron.moe.training.loop import Loop
 from moetron.moe.training.sample_stream import Streams
 from moetron.moe.training.trainer import Trainer
-from tests.parallel.support.parity_ranks import MaskedStream
-
-DATA_SEED = 1
-
-
-class Samples(MaskedStream):
-    """Mock samples; with ``prefix``, sample n has a bidirectional one of n modulo it tokens."""
-
-    def __init__(self, vocab_size: int, seq_length: int, prefix: int = 0) -> None:
-        super().__init__(DATA_SEED, vocab_size, seq_length)
-        self._prefix = prefix
-
-    def __getitem__(self, n: int) -> dict[str, Any]:
-        sample = super().__getitem__(n)
-        if self._prefix:
-            sample["prefix"] = n % self._prefix
-            sample["loss_mask"][: sample["prefix"]] = 0
-        return sample
+from tests.gpu.samples import STREAMS
 
 
 class Rows:
@@ -137,7 +120,7 @@ def forget() -> None:
 def train(
     settings: Settings,
     steps: int,
-    prefix: int = 0,
+    samples: str = "mock",
     weights: Path | None = None,
     before: Callable[[Trainer], None] | None = None,
     after: Callable[[Trainer], None] | None = None,
@@ -149,7 +132,7 @@ def train(
     Args:
         settings: of the run.
         steps: number of steps.
-        prefix: of the `Samples`.
+        samples: name in `STREAMS`.
         weights: checkpoint that gives the weights; None: newly initialised ones.
         before: called with the trainer before the first step; may change parameters.
         after: called with the trainer after the last step.
@@ -161,7 +144,7 @@ def train(
         if before is not None:
             before(trainer)
         trainer.optimizer.reload_model_params()
-        stream = Samples(trainer.vocab_size, settings.model.seq_length, prefix)
+        stream = STREAMS[samples](trainer.vocab_size, settings.model.seq_length)
         loop = Loop(trainer, Streams(stream, None), Progress(), [sink], peak=None)
         batches = loop.batches()
         for _ in range(steps):

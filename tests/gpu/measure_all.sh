@@ -5,8 +5,8 @@
 # its figures as they come, summary.txt (part, exit code, seconds) and, after every part,
 # figures.tar with all of them. Exit code 1: a part failed. PYTHON names the interpreter.
 #
-# First what must be right, all at once (small models in several processes), then what is timed, alone
-# on the GPU: losses of bf16 and FP8 after 200 steps, and the bench. No part gets more time than is
+# First what must be right, all at once (small models in several processes; losses of bf16 and FP8
+# after 200 steps), then the bench, alone on the GPU. No part gets more time than is
 # left; one that exceeds its own is killed. --smoke: the same on a CPU with tiny shapes.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 2
@@ -16,6 +16,8 @@ if [ ! -f "$references/references.jsonl" ]; then
   echo "$references has no references: python -m tests.gpu.references $references" >&2
   exit 2
 fi
+# More threads would fight for the cores: ten processes run at once.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 mkdir -p "$out"
 out="$(cd "$out" && pwd)"
 : >"$out/summary.txt"
@@ -66,13 +68,17 @@ if [ "$smoke" = --smoke ]; then
   part bench 120 "$python" -m tests.bench.bench_gpu --smoke --out "$out/bench" --only '^local$'
 else
   compare graphs 180 te16,delayed '^(graphs|offload)' &
-  compare local 180 local,local16,emulated,scaled "$others" &
-  compare te 180 te32,te16 "$others" &
-  compare fp8 180 delayed,tensorwise,blockwise,scaled_experts "$others" &
+  compare local 180 local,emulated "$others" &
+  compare local16 180 local16,scaled "$others" &
+  compare te32 180 te32 "$others" &
+  compare te16 180 te16 "$others" &
+  compare fp8 180 delayed,tensorwise "$others" &
+  compare fp8_blocks 180 blockwise,scaled_experts "$others" &
   compare fp8_parameters 180 delayed_params,tensorwise_params,blockwise_params "$others" &
-  part tests_gpu 180 "$python" -m pytest tests/gpu -m gpu -v -rs &
+  part tests_gpu 180 "$python" -m pytest tests/gpu -m gpu -v -rs -n 3 --dist loadfile --durations 20 &
+  part losses 180 "$python" -m tests.bench.bench_gpu --out "$out" --loss-steps 200 local \
+    fp8-tensorwise-local fp8-delayed fp8-blockwise fp8-tensorwise-grouped_mm &
   wait
-  part losses 130 "$python" -m tests.bench.bench_gpu --out "$out" --loss-steps 200 local fp8-tensorwise-local
   part bench 260 "$python" -m tests.bench.bench_gpu --out "$out/bench"
 fi
 rm -f "$out/.lock"

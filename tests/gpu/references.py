@@ -36,7 +36,10 @@ from tests.gpu.in_process import built, train
 
 FILE = "references.jsonl"
 SEEDS = 3
-FIRST_STEP = ("aux_loss", "z_loss", "output_z_loss", "dropped_fraction", "loss_tokens")
+FIRST_STEP = (
+    *("aux_loss", "z_loss", "output_z_loss", "dropped_fraction", "loss_tokens"),
+    *("preference_loss", "margin", "kl", "max_attention_logit"),
+)
 """Metrics of the first step that local fp32 runs must equal too."""
 
 
@@ -87,12 +90,12 @@ def make(case: Case, folder: Path) -> dict[str, Any]:
     weights = folder / "weights" / name
     if not weights.exists():
         save = partial(_save, weights)
-        train(settings, WARM_STEPS, case.prefix, before=_enlarge, after=save)
+        train(settings, WARM_STEPS, case.samples, before=_enlarge, after=save)
     runs = []
     for number in range(SEEDS if case.is_noisy else 1):
         seed = ("--seed", str(settings.training.seed + number))
         runs.append(
-            train(load([*case.reference_argv(), *seed]).settings, STEPS, case.prefix, weights)
+            train(load([*case.reference_argv(), *seed]).settings, STEPS, case.samples, weights)
         )
     reference = {"case": case.name, "weights": name, "torch": torch.__version__}
     for metric in ("lm_loss", "grad_norm"):

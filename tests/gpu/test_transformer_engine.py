@@ -24,17 +24,16 @@ pytestmark = pytest.mark.gpu
 OURS = {**BF16, "transformer_impl": "local"}
 THEIRS = {**BF16, "transformer_impl": "transformer_engine"}
 FP8 = Tolerance(loss=2e-2, grad_norm=0.1, gradient=0.5)
-PREFIX = 40
 IN_FP8 = {"fp8_param_gather": True, "use_distributed_optimizer": True}
 
 
-def _result(weights: Path, prefix: int, **values: Any) -> Result:
+def _result(weights: Path, samples: str, **values: Any) -> Result:
     """Return the first step's loss, gradient norm and first moments from the checkpoint."""
     gradients: list[dict[str, Any]] = []
     rows = train(
         settings("dp1", 2, device().type, **values),
         steps=1,
-        prefix=prefix,
+        samples=samples,
         weights=weights,
         after=lambda trainer: gradients.extend(local_moments(trainer)),
     )
@@ -44,15 +43,15 @@ def _result(weights: Path, prefix: int, **values: Any) -> Result:
 
 def _difference(folder: Path, common: dict[str, Any], changes: dict[str, Any]) -> Difference:
     """Compare a step with ``changes`` to that of our layers in bf16, both with ``common``."""
-    prefix = PREFIX if common.get("bidirectional_prefix") else 0
+    samples = "prefixes" if common.get("bidirectional_prefix") else "mock"
 
     def save(trainer: Trainer) -> None:
         parts = trainer.chunks, trainer.optimizer, trainer.settings
         save_checkpoint(folder, Progress(), *parts, {})
 
     train(settings("dp1", 2, device().type, **OURS, **common), steps=0, after=save)
-    ours = _result(folder, prefix, **OURS, **common)
-    return compare(ours, _result(folder, prefix, **{**common, **changes}))
+    ours = _result(folder, samples, **OURS, **common)
+    return compare(ours, _result(folder, samples, **{**common, **changes}))
 
 
 def _skip_without(capability: tuple[int, int], te: bool = True) -> None:
