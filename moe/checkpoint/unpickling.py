@@ -95,10 +95,14 @@ def index_names() -> Names:
 
 
 def _layer_state_names() -> Names:
-    """Return the replacements for names in the FP8 state of Transformer Engine (2.9 to 2.11)."""
+    """Return the replacements for names in the FP8 state of Transformer Engine (2.9 to 2.20).
+
+    megatron-core derives its own class from the recipe of delayed scaling.
+    """
     recipes = ("DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScaling")
     parts = ("Format", "_FormatHelper", "MMParams", "QParams", "_OverrideLinearPrecision")
     records = [(_RECIPE, name) for name in recipes]
+    records.append(("megatron.core.extensions.transformer_engine", "TEDelayedScaling"))
     calls = [(_RECIPE, name) for name in parts]
     calls += [("torch._utils", "_rebuild_tensor_v2"), ("collections", "OrderedDict")]
     storage = type("_load_from_bytes", (_Storage,), {})

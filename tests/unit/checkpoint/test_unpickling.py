@@ -1,6 +1,8 @@
 """Nothing that a checkpoint's pickles name is executed."""
 
 import pickle
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,36 @@ def test_the_state_of_a_layer_runs_nothing(folder: Path, kind: str) -> None:
     with pytest.raises(Exception, match=r"refers to|not a dictionary|[Ww]eights.only"):
         check_layer_state(LAYER_STATES[kind])
     assert not pwned(folder.parent)
+
+
+_RECIPES = "transformer_engine.common.recipe"
+_MEGATRON = "megatron.core.extensions.transformer_engine"
+
+
+@pytest.mark.parametrize(
+    ("module", "recipe"),
+    [
+        (_RECIPES, "Float8CurrentScaling"),
+        (_RECIPES, "Float8BlockScaling"),
+        (_MEGATRON, "TEDelayedScaling"),
+    ],
+)
+def test_the_fp8_state_of_a_layer_is_read(
+    monkeypatch: pytest.MonkeyPatch, module: str, recipe: str
+) -> None:
+    """As Transformer Engine's layers pickle it, with stand-ins for the two packages."""
+    for name in (_RECIPES, _MEGATRON):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+
+    def stand_in(place: str, name: str, base: type) -> Any:
+        made = type(name, (base,), {"__module__": place})
+        setattr(sys.modules[place], name, made)
+        return made
+
+    held = stand_in(module, recipe, object)()
+    held.fp8_format = stand_in(_RECIPES, "_FormatHelper", tuple)((448, 57344))
+    state = {"recipe": held, "scale_fwd": torch.ones(3), "extra_fp8_variables": {"num_gemms": 1}}
+    check_layer_state(pickle.dumps(state))
 
 
 def edit_index(folder: Path, change: Callable[[Metadata], Any]) -> None:
