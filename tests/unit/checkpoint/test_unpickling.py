@@ -93,7 +93,7 @@ def test_the_fp8_state_of_a_layer_is_read(
     monkeypatch: pytest.MonkeyPatch, module: str, recipe: str
 ) -> None:
     """As Transformer Engine's layers pickle it, with stand-ins for the two packages."""
-    for name in (_RECIPES, _MEGATRON):
+    for name in ("transformer_engine", "transformer_engine.common", _RECIPES, _MEGATRON):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
 
     def stand_in(place: str, name: str, base: type) -> Any:
