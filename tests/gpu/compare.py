@@ -22,6 +22,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -145,6 +146,8 @@ def _outcome(
         outcome = _compared(case, kind, rows, reference, time.perf_counter() - start_s)
     except Exception as error:
         outcome = Outcome(case.name, kind, "failed", one_line(error))
+        if not isinstance(error, ConfigError):
+            traceback.print_exception(error, file=sys.stdout)
     signal.alarm(0)
     _noted(outcome, arguments.json)
     if outcome.status == "failed":

@@ -233,19 +233,23 @@ IN_FP8_TOO: dict[str, tuple[str, ...]] = {
     "query_groups": ("--num-query-groups", "2"),
     "idle_experts": (
         *("--num-experts", "64", "--moe-router-topk", "1", "--seq-length", "16"),
-        *("--micro-batch-size", "1", "--global-batch-size", "4"),
+        *("--micro-batch-size", "1", "--global-batch-size", "16"),
     ),
 }
 _DOCUMENTS = ("--reset-attention-mask", "--reset-position-ids", "--eod-mask-loss")
 _GROUPS = ("--num-query-groups", "2")
+_ROW = ("--micro-batch-size", "1")  # as layers of Transformer Engine need it
+_OURS = ("local", "local16", "scaled")
 OTHER_SAMPLES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
-    "documents": ("packed", _DOCUMENTS, WITH_FP8),
-    "documents_groups": ("packed", (*_DOCUMENTS, *_GROUPS), PLAIN),
-    "documents_recompute": ("packed", (*_DOCUMENTS, _RECOMPUTE, "selective"), PLAIN),
-    "sft": ("chats", (), WITH_FP8),
-    "dpo": ("pairs", ("--preference-loss", "dpo"), WITH_FP8),
-    "dpo_norm": ("pairs", ("--preference-loss", "dpo_norm"), PLAIN),
-    "kto": ("labelled", ("--preference-loss", "kto"), WITH_FP8),
+    "documents": ("packed", (*_DOCUMENTS, *_ROW), WITH_FP8),
+    "documents_groups": ("packed", (*_DOCUMENTS, *_ROW, *_GROUPS), PLAIN),
+    "documents_recompute": ("packed", (*_DOCUMENTS, *_ROW, _RECOMPUTE, "selective"), PLAIN),
+    "documents_rows": ("packed", _DOCUMENTS, _OURS),
+    "sft": ("chats", _ROW, WITH_FP8),
+    "dpo": ("pairs", ("--preference-loss", "dpo", *_ROW), WITH_FP8),
+    "dpo_norm": ("pairs", ("--preference-loss", "dpo_norm", *_ROW), PLAIN),
+    "kto": ("labelled", ("--preference-loss", "kto", *_ROW), WITH_FP8),
+    "kto_rows": ("labelled", ("--preference-loss", "kto"), _OURS),
 }
 """Names of samples, flags and kinds of cases that read other samples than mock ones."""
 NOISY: dict[str, tuple[str, ...]] = {

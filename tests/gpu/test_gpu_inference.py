@@ -48,7 +48,8 @@ def test_any_number_of_tokens(tmp_path: Path, kind: str, recipe: str) -> None:
     argv = ["--config", config, *KINDS[kind].flags, "--mock-data", "--eval-iters", "1"]
     argv += ["--train-iters", "2", "--lr-warmup-iters", "1", "--no-tensorboard"]
     argv += ["--save", str(tmp_path)]
-    argv += ["--lr-wsd-decay-iters", "1"] if recipe.startswith("deepseek") else []
+    if recipe.startswith("deepseek"):  # its joint projection is too narrow for FP8
+        argv += ["--lr-wsd-decay-iters", "1", "--qk-pos-emb-head-dim", "16"]
     pretrain(argv)
     settings = run_folder.one_rank_settings(run_folder.read(tmp_path).record)
     values = _log_likelihoods(tmp_path, settings)

@@ -129,6 +129,29 @@ def run_program(
     finally:
         program = None
         free()
+        drop_parameters()
+
+
+def drop_parameters() -> None:
+    """Free the memory of all parameters that are left on the device, and of what belongs to them.
+
+    Modules with grouped products of Transformer Engine outlive their program: something outside
+    Python's objects refers to them, so that the next program would not fit.
+    """
+    left = [
+        thing
+        for thing in gc.get_objects()
+        if isinstance(thing, torch.nn.Parameter) and thing.is_cuda
+    ]
+    for parameter in left:
+        for tensor in (
+            parameter,
+            *(getattr(parameter, name, None) for name in ("main_grad", "main_param", "grad")),
+        ):
+            if isinstance(tensor, torch.Tensor):
+                tensor.untyped_storage().resize_(0)
+    if left:
+        torch.cuda.empty_cache()
 
 
 def holders(least_bytes: int = 1 << 26) -> list[str]:
