@@ -30,7 +30,7 @@ part() {
   if [ "$limit" -lt 5 ]; then
     code="not started"
   else
-    timeout -s INT -k 10 "$limit" "$@" >"$out/$name.log" 2>&1 </dev/null
+    timeout -s INT -k 10 "$limit" env --default-signal=INT "$@" >"$out/$name.log" 2>&1 </dev/null
     code="$?" # 124 and 137: killed
   fi
   printf '%-20s %-12s %4d s\n' "$name" "$code" "$((SECONDS - start))" | tee -a "$out/summary.txt"
