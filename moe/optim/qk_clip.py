@@ -140,7 +140,8 @@ class AttentionLogits:
         keys, values = (gamma_G ** (1 - self._alpha), width), (torch.ones_like(gamma_G), width)
         rows = row_factors([queries, keys, values])
         joint = attention.linear_qkv
-        biases = () if joint.bias is None else (joint.bias,)  # part of queries and keys
+        # Part of queries and keys; Transformer Engine's layers without biases have an empty one.
+        biases = () if joint.bias is None or not joint.bias.numel() else (joint.bias,)
         return dict.fromkeys((joint.weight, *biases), rows)
 
     def _latent(

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_stage
 from megatron.core.transformer.module import Float16Module
@@ -35,21 +36,40 @@ def build_chunks(
         vp_stage = None if virtual_size is None else index
         module = build(settings, config, vocab_size, first, last, vp_stage)
         module.to(runtime.device)
-        chunks.append(
-            DistributedDataParallel(
-                config=config,
-                ddp_config=ddp_config(settings),
-                module=Float16Module(config, module) if settings.precision.bf16 else module,
-                disable_bucketing=index > 0,
-                pg_collection=runtime.groups,
+        with _gradient_stream(settings, runtime.device):
+            chunks.append(
+                DistributedDataParallel(
+                    config=config,
+                    ddp_config=ddp_config(settings),
+                    module=Float16Module(config, module) if settings.precision.bf16 else module,
+                    disable_bucketing=index > 0,
+                    pg_collection=runtime.groups,
+                )
             )
-        )
     for chunk in chunks:
         # Broadcast over the data-parallel group (experts: theirs) from its first rank: replicas
         # must start equal.
         chunk.broadcast_params()
     _set_schedule_callbacks(chunks, config, settings)
     return chunks
+
+
+@contextmanager
+def _gradient_stream(settings: Settings, device: torch.device) -> Iterator[None]:
+    """Let gradients of parameters be accumulated on a stream of their own, for CUDA graphs.
+
+    Autograd accumulates a gradient on the stream on which its accumulator was made, by
+    DistributedDataParallel. The default stream may not wait for a stream that is being captured
+    (cudaErrorStreamCaptureImplicit). Megatron-LM's training.py does this for every run.
+    """
+    if settings.performance.cuda_graph_impl == "none" or device.type != "cuda":
+        yield
+        return
+    current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        yield
+    current.wait_stream(stream)
 
 
 def _set_schedule_callbacks(chunks: ModelChunks, config: ModelConfig, settings: Settings) -> None:

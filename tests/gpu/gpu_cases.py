@@ -336,6 +336,8 @@ def cases() -> list[Case]:
     graphs = ("--cuda-graph-scope", "attn", "mlp", *SAME_MATHEMATICS["graphs_attention"][0])
     dense = (*OLMOE, *OTHERS["dense_first"])
     found.append(Case("graphs_ffn", dense, ("te16",), like="dense_first", extra=graphs))
-    v3 = next(case for case in found if case.name == "deepseek_v3")
-    fused = replace(v3, name="deepseek_v3_fused", kinds=_ON_TE, like=v3.name, extra=_FUSED)
-    return [*found, fused]
+    for name, kinds in (("deepseek_v3", _ON_TE[:2]), ("deepseek_v3_wide", _ON_FP8[:1])):
+        like = next(case for case in found if case.name == name)
+        fused = replace(like, name=f"{name}_fused", kinds=kinds, like=name, extra=_FUSED)
+        found.append(fused)
+    return found

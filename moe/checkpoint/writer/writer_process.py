@@ -211,6 +211,8 @@ def _serve(parent: int, pipe: Connection, other_end: Connection) -> None:
     other_end.close()
     os.nice(NICE)
     torch.set_num_threads(1)  # OpenMP's threads did not survive the fork
+    # Nor does CUDA, which torch would ask about every tensor if it was started before.
+    torch.Tensor.is_pinned = _never_pinned  # type: ignore[method-assign]
     gc.freeze()  # a collection would write to, and so copy, all pages shared with the rank
     memory: SharedMemory | None = None
     while True:
@@ -222,6 +224,11 @@ def _serve(parent: int, pipe: Connection, other_end: Connection) -> None:
             memory = SharedMemory(size_bytes, reduction.recv_handle(pipe))
         assert memory is not None
         pipe.send(_outcome(job, memory, meeting))
+
+
+def _never_pinned(_: torch.Tensor, *__: object) -> bool:
+    """Answer for tensors in this process, which are in shared memory."""
+    return False
 
 
 def _outcome(job: Job, memory: SharedMemory, meeting: _Meeting | None) -> tuple[Any, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 from unittest.mock import DEFAULT, Mock
 
 import pytest
+import torch
 
 from moetron.common.errors import RunError
 from moetron.moe.checkpoint import background_save, collective_checks, save_load, tensor_writer
@@ -68,6 +69,19 @@ def run(folder: Path, background: bool, **more: Any) -> None:
     chosen = settings("dp", checkpoint=checkpoint)
     with parallel_of(chosen):
         start(chosen).run(lambda: False)
+
+
+def test_the_writer_asks_no_device_about_its_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA, which would know pinned memory, does not work in a forked process."""
+
+    def fail(*_: object) -> bool:
+        raise RuntimeError("CUDA error: initialization error")
+
+    monkeypatch.setattr(torch.Tensor, "is_pinned", fail)
+    run(tmp_path, background=True)
+    assert checkpoint_folder.step_folder(tmp_path, 4).exists()
 
 
 @pytest.mark.usefixtures("no_pause")

@@ -105,3 +105,16 @@ def test_logits_after_a_clip_are_at_most_the_threshold(
         joint = value.linear_qkv.weight.view(groups or 4, -1, 8, 32)
         same = held["decoder.layers.0.self_attention.linear_qkv.weight"].view_as(joint)
         assert torch.equal(joint[:, -1], same[:, -1])  # values
+
+
+def test_an_empty_bias_is_none() -> None:
+    """Layers of Transformer Engine without biases have a bias of no elements."""
+    settings = _settings(None, None)
+    with model_parallel():
+        model = build_model(settings, transformer_config(settings), 96)
+        clip = AttentionLogits([model], ProcessGroupCollection.use_mpu_process_groups(), 1.0, 0.25)
+        _logits(model, torch.randint(96, (2, 24)))
+        joint = model.decoder.layers[0].self_attention.linear_qkv
+        joint.bias = torch.nn.Parameter(torch.empty(0))
+        factors = clip.factors()
+    assert joint.weight in factors and joint.bias not in factors
