@@ -25,6 +25,10 @@ class Bound:
     grad_norm: float
     """At the first step."""
 
+    def times(self, factor: float) -> "Bound":
+        """Return a bound of ``factor`` times these differences."""
+        return Bound(self.loss * factor, self.first_loss * factor, self.grad_norm * factor)
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -89,6 +93,9 @@ class Case:
     """Has dropout, whose numbers come from the device's generator (routers draw on the host)."""
     samples: str = "mock"
     """Name in `tests.gpu.samples.STREAMS`."""
+    noise: float = 1.0
+    """Factor of the bounds of 16 and 8 bits, for losses of a few hundred tokens: FP8 emulated on a
+    CPU is up to 0.017 off in the losses of `sft`, and 0.078 in the gradient of `kto`."""
     like: str = ""
     """Case whose reference it has, since ``extra`` does not change the mathematics."""
     extra: tuple[str, ...] = ()
@@ -325,7 +332,7 @@ def cases() -> list[Case]:
     prefix = (*OLMOE, "--bidirectional-prefix")
     found.append(Case("prefix_mask", prefix, WITH_FP8, samples="prefixes"))
     found += [
-        Case(name, (*OLMOE, *flags), kinds, samples=samples)
+        Case(name, (*OLMOE, *flags), kinds, samples=samples, noise=3 if samples in CHATS else 1)
         for name, (samples, flags, kinds) in OTHER_SAMPLES.items()
     ]
     found += [Case(name, (*OLMOE, *flags), PLAIN, is_noisy=True) for name, flags in NOISY.items()]
