@@ -5,8 +5,8 @@
 # its figures as they come, summary.txt (part, exit code, seconds) and, after every part,
 # figures.tar with all of them. Exit code 1: a part failed. PYTHON names the interpreter.
 #
-# First what must be right, all at once (small models in several processes; losses of bf16 and FP8
-# after 200 steps), then the bench, alone on the GPU. No part gets more time than is
+# First tests/gpu, then small models in several processes and losses of bf16 and FP8 after 200 steps,
+# all at once, then the bench, alone on the GPU. ONLY=REGEX chooses parts by their names. No part gets more time than is
 # left; one that exceeds its own is killed. --smoke: the same on a CPU with tiny shapes.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 2
@@ -26,6 +26,7 @@ out="$(cd "$out" && pwd)"
 part() {
   local name="$1" limit="$2" start="$SECONDS" code
   shift 2
+  [[ "$name" =~ ${ONLY:-} ]] || return 0
   [ "$((limit_s - SECONDS))" -lt "$limit" ] && limit="$((limit_s - SECONDS))"
   if [ "$limit" -lt 5 ]; then
     code="not started"
@@ -67,19 +68,19 @@ if [ "$smoke" = --smoke ]; then
   part losses 120 "$python" -m tests.bench.bench_gpu --smoke --out "$out" --loss-steps 2 local
   part bench 120 "$python" -m tests.bench.bench_gpu --smoke --out "$out/bench" --only '^local$'
 else
-  compare graphs 180 te16,delayed '^(graphs|offload)' &
-  compare local 180 local,emulated "$others" &
-  compare local16 180 local16,scaled "$others" &
-  compare te32 180 te32 "$others" &
-  compare te16 180 te16 "$others" &
-  compare fp8 180 delayed,tensorwise "$others" &
-  compare fp8_blocks 180 blockwise,scaled_experts "$others" &
-  compare fp8_parameters 180 delayed_params,tensorwise_params,blockwise_params "$others" &
-  part tests_gpu 180 "$python" -m pytest tests/gpu -m gpu -v -rs -n 3 --dist loadfile --durations 20 &
-  part losses 180 "$python" -m tests.bench.bench_gpu --out "$out" --loss-steps 200 local \
+  part tests_gpu 180 "$python" -m pytest tests/gpu -m gpu -v -rs -n 4 --dist loadfile --durations 20
+  compare graphs 280 te16,delayed '^(graphs|offload)' &
+  compare local 280 local,emulated "$others" &
+  compare local16 280 local16,scaled "$others" &
+  compare te32 280 te32 "$others" &
+  compare te16 280 te16 "$others" &
+  compare fp8 280 delayed,tensorwise "$others" &
+  compare fp8_blocks 280 blockwise,scaled_experts "$others" &
+  compare fp8_parameters 280 delayed_params,tensorwise_params,blockwise_params "$others" &
+  part losses 280 "$python" -m tests.bench.bench_gpu --out "$out" --loss-steps 200 local \
     fp8-tensorwise-local fp8-delayed fp8-blockwise fp8-tensorwise-grouped_mm &
   wait
-  part bench 260 "$python" -m tests.bench.bench_gpu --out "$out/bench"
+  part bench 180 "$python" -m tests.bench.bench_gpu --out "$out/bench"
 fi
 rm -f "$out/.lock"
 echo "$SECONDS s; figures: $out/figures.tar"

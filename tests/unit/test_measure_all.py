@@ -14,7 +14,9 @@ echo "$*"
 """
 
 
-def _run(folder: Path, limit_s: int, slow: str = "none", failing: str = "none") -> tuple[int, str]:
+def _run(
+    folder: Path, limit_s: int, slow: str = "none", failing: str = "none", only: str = ""
+) -> tuple[int, str]:
     """Return exit code and summary; arguments that match a pattern hang or fail."""
     python = folder / "python"
     python.write_text(STAND_IN.format(slow=slow, failing=failing))
@@ -22,7 +24,12 @@ def _run(folder: Path, limit_s: int, slow: str = "none", failing: str = "none") 
     (folder / "references.jsonl").touch()
     done = subprocess.run(
         ["bash", str(SCRIPT), str(folder), str(folder / "out")],
-        env={"PATH": os.environ["PATH"], "PYTHON": str(python), "LIMIT_S": str(limit_s)},
+        env={
+            "PATH": os.environ["PATH"],
+            "PYTHON": str(python),
+            "LIMIT_S": str(limit_s),
+            "ONLY": only,
+        },
         capture_output=True,
         text=True,
         timeout=60,
@@ -51,13 +58,19 @@ def test_a_failure_is_reported(tmp_path: Path) -> None:
     assert failed == ["compare_te16"]
 
 
+def test_parts_are_chosen_by_name(tmp_path: Path) -> None:
+    code, summary = _run(tmp_path, 590, only="graphs|bench")
+    assert code == 0
+    assert [line.split()[0] for line in summary.splitlines()] == ["compare_graphs", "bench"]
+
+
 @pytest.mark.slow
 def test_no_part_exceeds_the_time_that_is_left(tmp_path: Path) -> None:
     code, summary = _run(tmp_path, 6, slow='*" pytest "*')
     assert code == 1
     killed = next(line for line in summary.splitlines() if line.startswith("tests_gpu"))
     assert killed.split()[1] in ("124", "137")
-    assert summary.count("not started") == 1  # the bench
+    assert summary.count("not started") == 10  # all others
 
 
 @pytest.mark.parametrize("made", [True, False])
