@@ -212,7 +212,7 @@ def _serve(parent: int, pipe: Connection, other_end: Connection) -> None:
     os.nice(NICE)
     torch.set_num_threads(1)  # OpenMP's threads did not survive the fork
     # Nor does CUDA, which torch would ask about every tensor if it was started before.
-    torch.Tensor.is_pinned = _never_pinned  # type: ignore[method-assign]
+    torch.Tensor.is_pinned = _never_pinned  # type: ignore[method-assign,assignment]
     gc.freeze()  # a collection would write to, and so copy, all pages shared with the rank
     memory: SharedMemory | None = None
     while True:
