@@ -6,8 +6,8 @@
 One process runs every case of `tests/gpu/gpu_cases.py` in every kind (implementation and
 precision) from the references' weights, for five steps. Bounds are in `gpu_cases.KINDS`; a case
 with dropout may in addition differ by `SPREADS` times the largest distance of three seeds on the
-CPU from their mean. A kind or case that the machine lacks is skipped with the reason. Exit code 1:
-a run failed or is outside its bound.
+CPU from their mean, at any step. A kind or case that the machine lacks is skipped with the reason.
+Exit code 1: a run failed or is outside its bound.
 
 FILE gets a JSON line before and after each run. With --resume a run that FILE holds is not
 repeated, and one that ended its process (a fault of CUDA, `RUN_LIMIT_S`) counts as failed: repeat

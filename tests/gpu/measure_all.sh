@@ -6,8 +6,8 @@
 # figures.tar with all of them. Exit code 1: a part failed. PYTHON names the interpreter.
 #
 # First tests/gpu, then small models in several processes and losses of bf16 and FP8 after 200 steps,
-# all at once, then the bench, alone on the GPU. ONLY=REGEX chooses parts by their names. No part gets more time than is
-# left; one that exceeds its own is killed. --smoke: the same on a CPU with tiny shapes.
+# all at once, then the bench, alone on the GPU. ONLY=REGEX chooses parts by their names. No part gets
+# more time than is left; one that exceeds its own is killed. --smoke: the same on a CPU, tiny shapes.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 2
 references="${1:?folder of references}" out="${2:?folder for results}" smoke="${3:-}"
