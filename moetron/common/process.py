@@ -30,6 +30,8 @@ EXIT_FAILED = 1
 EXIT_USER = 2
 EXIT_STOPPED = 75
 """Stopped by a signal after a save: EX_TEMPFAIL of sysexits.h, "try again later"."""
+EXIT_RERUN = (16, 17)
+"""Ended after a rerun of a step: Megatron's codes (moe/health/rerun.py)."""
 EXIT_HUNG = 76
 """Ended by the watchdog: a rank hangs, or is stopped, or its host is down."""
 YIELD_S = 3.0

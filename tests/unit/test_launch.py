@@ -169,6 +169,28 @@ def test_ranks_that_do_not_end_are_killed(tmp_path: Path, monkeypatch: pytest.Mo
     assert errors.endswith("launch: killing ranks that did not end after 0.2 s\n")
 
 
+@pytest.mark.parametrize(
+    ("node", "ended", "code"),
+    [(0, 75, 75), (1, 75, 0), (1, 16, 0), (1, 17, 0), (0, 17, 17), (1, 1, 1), (1, 76, 76)],
+)
+def test_of_several_nodes_the_first_answers_for_an_end_that_all_know_of(
+    monkeypatch: pytest.MonkeyPatch, node: int, ended: int, code: int
+) -> None:
+    """SLURM (--kill-on-bad-exit) kills nodes that still write once another one returns 75."""
+    waits: list[float] = []
+    monkeypatch.setattr(launch.time, "sleep", waits.append)
+    monkeypatch.setattr(launch, "run", lambda _: ended)
+    words = f"launch --nnodes 2 --node-rank {node} --master-addr a --master-port 1 train"
+    monkeypatch.setattr(launch.sys, "argv", words.split())
+    assert launch.main() == code
+    assert waits == ([launch.AGREED_S] if node == 0 else [])
+
+
+def test_one_of_several_nodes_of_a_job_may_train_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_NODEID", "1")
+    assert launch.parse(["train"]).node_rank == 0
+
+
 def test_the_environment_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MASTER_ADDR", "MASTER_PORT", "SLURM_NODEID"):
         monkeypatch.delenv(name, raising=False)
