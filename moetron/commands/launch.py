@@ -12,6 +12,7 @@ others have returned 0: srun --kill-on-bad-exit would kill nodes that still writ
 """
 
 import argparse
+import ipaddress
 import os
 import signal
 import socket
@@ -21,6 +22,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+
+import psutil
 
 from moetron.common.errors import UserError
 from moetron.common.parent_death import LAUNCHER
@@ -35,6 +38,8 @@ AGREED = (EXIT_STOPPED, *EXIT_RERUN)
 """Codes of a job's end that all ranks know of."""
 AGREED_S = 5.0
 """Time for the launchers of other nodes to end before the first node's."""
+_ELSEWHERE = "192.0.2.1"
+"""An address of no host (RFC 5737): its route is the default one."""
 SHUTDOWN_S = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 """Environment variable, torchrun's too: seconds that ranks get after a signal (default 300)."""
 
@@ -193,10 +198,8 @@ def command_of(arguments: argparse.Namespace) -> list[str]:
 
 def environment_of(arguments: argparse.Namespace) -> dict[str, str]:
     """Return the environment that the ranks share."""
-    # Without it gloo listens at the address of the host's name; one node needs no network.
-    here = arguments.nnodes == 1 and Path("/sys/class/net/lo").exists()
     return {
-        **({"GLOO_SOCKET_IFNAME": "lo"} if here else {}),
+        **_gloo_interface(arguments),
         **os.environ,
         "WORLD_SIZE": str(arguments.nnodes * arguments.nproc_per_node),
         "LOCAL_WORLD_SIZE": str(arguments.nproc_per_node),
@@ -205,6 +208,37 @@ def environment_of(arguments: argparse.Namespace) -> dict[str, str]:
         "MASTER_PORT": arguments.master_port or str(_free_port()),
         LAUNCHER: str(os.getpid()),
     }
+
+
+def _gloo_interface(arguments: argparse.Namespace) -> dict[str, str]:
+    """Name gloo's network interface (CPU ranks, and writers of --async-save).
+
+    It would listen at the address of the host's name: one node needs no network, and on several the
+    name may stand for the node itself (127.0.1.1 on Debian), where the others cannot reach it.
+    """
+    name = "lo" if Path("/sys/class/net/lo").exists() else None
+    if arguments.nnodes > 1:
+        # On the first node its own address may be a loopback one: that of its default route.
+        found = map(_address_towards, (arguments.master_addr, _ELSEWHERE))
+        name = next((_interface_of(each) for each in found if each is not None), None)
+    return {} if name is None else {"GLOO_SOCKET_IFNAME": name}
+
+
+def _address_towards(host: str) -> str | None:
+    """Return this node's address on the way to a host, without sending; None: loopback."""
+    try:
+        family, kind, _, _, place = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(place)
+            own = str(probe.getsockname()[0])
+    except OSError:
+        return None
+    return None if ipaddress.ip_address(own.partition("%")[0]).is_loopback else own
+
+
+def _interface_of(address: str) -> str | None:
+    known = psutil.net_if_addrs().items()
+    return next((name for name, own in known if any(a.address == address for a in own)), None)
 
 
 def _free_port() -> int:
