@@ -66,6 +66,16 @@ def test_one_node_gets_one_rank_per_device_and_every_flag() -> None:
     ]
 
 
+@pytest.mark.parametrize(("visible", "ranks"), [(None, "8"), ("", "1"), ("0,3", "2"), ("-1", "1")])
+def test_one_rank_per_visible_device(tmp_path: Path, visible: str | None, ranks: str) -> None:
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nyes GPU | head -8\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    environment = {"PRINT": "1", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environment |= {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    command = shlex.split(launch("train.sh", "olmoe_1b_7b/tiny", **environment).stdout)
+    assert command[command.index("--nproc-per-node") + 1] == ranks
+
+
 def test_a_dry_run_plans_for_the_same_ranks_in_one_process() -> None:
     planned = launch("train.sh", "olmoe_1b_7b/tiny", "--dry-run", *FLAGS, RANKS="2")
     assert planned.returncode == 0, planned.stderr
