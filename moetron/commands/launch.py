@@ -36,7 +36,7 @@ GRACE_S = 2.0
 """Time for the other ranks to release what they hold after one has failed."""
 AGREED = (EXIT_STOPPED, *EXIT_RERUN)
 """Codes of a job's end that all ranks know of."""
-AGREED_S = 5.0
+AGREED_S = 8.0
 """Time for the launchers of other nodes to end before the first node's."""
 _ELSEWHERE = "192.0.2.1"
 """An address of no host (RFC 5737): its route is the default one."""
