@@ -168,12 +168,12 @@ def candidates(path: Path, fallback: bool) -> list[Path]:
     return [find(path)]
 
 
-def find_readable(path: Path, fallback: bool) -> Path:
-    """Return the first of `candidates` whose record and sizes are right, or the last of them."""
+def find_readable(path: Path, fallback: bool, sizes: bool = True) -> Path:
+    """Return the first of `candidates` with a right record (and file sizes), or the last one."""
     *others, last = candidates(path, fallback)
     for folder in others:
         try:
-            verify_files(folder, read_record(folder))
+            verify_files(folder, read_record(folder), None if sizes else ())
         except DamagedError:
             continue
         return folder
