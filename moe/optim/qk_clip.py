@@ -107,6 +107,8 @@ class AttentionLogits:
 
     def largest(self) -> torch.Tensor:
         """Return the largest logit of all heads on this rank: float64 scalar on the device."""
+        if not self._attentions:  # a pipeline stage of an embedding or a loss
+            return torch.tensor(-torch.inf, dtype=torch.float64)
         return self._stacked().max().double()
 
     def factors(self) -> dict[torch.nn.Parameter, torch.Tensor]:
@@ -114,6 +116,8 @@ class AttentionLogits:
 
         Collective over DP x CP; nothing waits for the device.
         """
+        if not self._attentions:  # nor has another rank of DP x CP
+            return {}
         largest_LH = self._stacked()
         # All-reduce over DP x CP: these ranks hold replicas of the heads and see other tokens.
         # Tensor ranks hold other heads, pipeline stages other layers.

@@ -7,7 +7,14 @@ import pytest
 
 from moetron.moe.checkpoint.optimizer_state import leaves, mains
 from moetron.moe.optim.qk_clip import AttentionLogits
-from tests.parallel.support.checkpoint_runs import metrics, parallel_of, settings, start
+from tests.parallel.support.checkpoint_runs import (
+    LAYOUTS,
+    metrics,
+    parallel_of,
+    run,
+    settings,
+    start,
+)
 from tests.parallel.support.harness import run_ranks
 from tests.parallel.support.parity_suite import Suite
 
@@ -81,3 +88,27 @@ def test_main_parameters_are_clipped_too(tmp_path: Path, layout: str) -> None:
     assert max(run_ranks(_clip_once, 2, str(tmp_path), layout)) <= 2 * 2**-8
     logits = [row["max_attention_logit"] for row in metrics(tmp_path)]
     assert logits[1] < logits[0]
+
+
+def _with_a_stage_for_the_loss(folder: str, split: str | None) -> None:
+    chosen = settings(
+        "dp",
+        attention={**CLIPPED, "log_max_attention_logit": True},
+        model={"init_method_std": 0.5, "hidden_dropout": 0.0},
+        training={"train_iters": 2},
+        parallel={}
+        if split is None
+        else {**LAYOUTS["pp2"], "pipeline_model_parallel_layout": split},
+        checkpoint={"save": folder},
+    )
+    run(chosen)
+
+
+def test_a_stage_without_attention_takes_part(tmp_path: Path) -> None:
+    """Its rank has no logits to clip: the last stage of many balanced layouts is the loss alone."""
+    rows = []
+    for name, ranks, split in (("one", 1, None), ("two", 2, "Ett|L")):
+        run_ranks(_with_a_stage_for_the_loss, ranks, str(tmp_path / name), split)
+        rows.append([row["max_attention_logit"] for row in metrics(tmp_path / name)])
+    assert rows[0] == pytest.approx(rows[1], rel=1e-5)
+    assert min(rows[0]) > CLIPPED["qk_clip_threshold"]
