@@ -46,13 +46,13 @@ class StackAttention(SdpaAttention):
         assert packed_seq_params is None
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, A, s, width]
         if attention_mask is None:
-            return self._among(q, k, v, attention_bias).permute(2, 0, 1, 3).flatten(2)
+            return self._among(q, k, v, attention_bias, False).permute(2, 0, 1, 3).flatten(2)
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [b x s, A, width]
         parts = []
         for pair in attention_mask:
             each = ((q, pair.query_NQ), (k, pair.key_NK), (v, pair.key_NK))
             own_q, own_k, own_v = (x[rows].transpose(1, 2) for x, rows in each)
-            parts.append(self._among(own_q, own_k, own_v, attention_bias))  # [N, A, Q, width]
+            parts.append(self._among(own_q, own_k, own_v, attention_bias, True))  # [N, A, Q, width]
         rows = torch.cat([pair.query_NQ.flatten() for pair in attention_mask])
         found = torch.cat([part.transpose(1, 2).flatten(0, 1).flatten(1) for part in parts])
         sq, b = query.shape[:2]
@@ -60,12 +60,17 @@ class StackAttention(SdpaAttention):
         return context.view(b, sq, -1).transpose(0, 1)
 
     def _among(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        bias: torch.Tensor | None,
+        shapes_vary: bool,
     ) -> torch.Tensor:
         """Return the attention [N, A, Q, width] of all queries to all keys of their example."""
         if bias is not None:
             bias = bias[:, : q.shape[2], : k.shape[2]].to(q.dtype)
-        with self._dropout_rng(), self._kernels(q):
+        with self._dropout_rng(), self._kernels(q, shapes_vary):
             return F.scaled_dot_product_attention(
                 q,
                 k,

@@ -1,9 +1,10 @@
 """Order in which ``scaled_dot_product_attention`` tries its CUDA kernels.
 
 cuDNN's is the fastest on an H100, but plans every new shape for tens of milliseconds: for training,
-whose shapes repeat, and not for generation. It serves bf16 with and without a mask; flash serves
-bf16 without a mask and with equal widths of keys and values; efficient also serves fp32, masks and
-unequal widths (latent attention); math serves everything and keeps the s x s matrix.
+whose shapes repeat, and not for generation, nor for documents, each with a length of its own. It
+serves bf16 with and without a mask; flash serves bf16 without a mask and with equal widths of keys
+and values; efficient also serves fp32, masks and unequal widths (latent attention); math serves
+everything and keeps the s x s matrix.
 
 Under ``torch.use_deterministic_algorithms(True)`` (not ``warn_only``) torch gives flash and
 efficient attention backward passes with equal bits from run to run, and refuses cuDNN's. Math

@@ -7,10 +7,12 @@ import torch
 
 from moetron.data.objectives.span_corruption import SpanCorruption
 from moetron.moe.config.schema.settings import Settings
+from moetron.moe.encoder_decoder import segments as module
 from moetron.moe.encoder_decoder.segments import runs, segments_of
 from tests.parallel.support.harness import model_parallel
 from tests.unit.encoder_decoder.stack_cases import DECODER, ENCODER, stack_batch, stack_model
 from tests.unit.encoder_decoder.stack_cases import stack_settings as settings_of
+from tests.unit.training.host_reads import HostReads
 
 ROUTED = {"num_experts": 4, "moe_layer_freq": [0, 1, 1, 0, 1], "moe_aux_loss_coeff": 0.0}
 
@@ -90,3 +92,22 @@ def test_runs_and_uniform_samples() -> None:
     with pytest.raises(ValueError, match="two pieces"):
         runs([[1, 2, 1]])
     assert segments_of(torch.ones(2, 5, dtype=torch.long), {"encoder": 3, "decoder": 2}) is None
+
+
+def test_ids_are_read_once_and_pairs_sent_once() -> None:
+    """Examples of many lengths; the meta device stands for a GPU."""
+    ids = torch.tensor([[1, 1, 1, 2, 2, 0, 1, 2, 2], [1, 2, 3, 3, 3, 3, 1, 2, 3]])
+    with HostReads() as reads:
+        found = segments_of(ids, {"encoder": 6, "decoder": 3})
+    assert found is not None
+    assert [place.rsplit(": ")[-1] for place in reads.found.elements()] == ["cpu"]
+    assert sum(map(len, found.pairs.values())) > 6
+    meta = torch.device("meta")
+    with HostReads() as reads:
+        sent = module._sent(found.pairs, meta)
+    assert not reads.found
+    for name, pairs in found.pairs.items():
+        for here, there in zip(pairs, sent[name], strict=True):
+            shapes = there.query_NQ.shape, there.key_NK.shape
+            assert shapes == (here.query_NQ.shape, here.key_NK.shape)
+            assert there.query_NQ.device == there.key_NK.device == meta

@@ -1,6 +1,8 @@
 """Attention inside documents against a dense mask: outputs and gradients."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -164,3 +166,22 @@ def test_arguments_of_torchs_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = iter([varlen])  # the stand-in itself computes on the host
     monkeypatch.setattr(attention, "varlen_kernel", lambda *_: next(calls, None))
     torch.testing.assert_close(module(*qkv, ends), expected)
+
+
+def test_no_kernel_that_plans_every_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU cuDNN's is left to calls of one shape: of full sequences, in training."""
+    original, excluded = SdpaAttention._kernels, []
+
+    def on_gpu(module: SdpaAttention, _: torch.Tensor, *options: Any) -> nullcontext[None]:
+        found = original(module, SimpleNamespace(is_cuda=True), *options)
+        excluded.append(not isinstance(found, nullcontext))
+        return nullcontext()
+
+    monkeypatch.setattr(SdpaAttention, "_kernels", on_gpu)
+    module, qkv = _attention(), _qkv(20, 1, HEADS, WIDTH)
+    module(*qkv, None)
+    assert excluded == [False]
+    module(*qkv, _cu_seqlens([[4, 16]]))
+    assert excluded == [False, True, True]
+    module.eval()(*qkv, None)
+    assert excluded[3:] == [True]
