@@ -41,7 +41,7 @@ class Source:
     @property
     def tokens(self) -> int:
         """Return the number of tokens of all shards."""
-        return sum(len(shard.tokens) for shard in self.shards)
+        return sum(shard.token_count for shard in self.shards)
 
     @property
     def windows(self) -> int:
@@ -51,7 +51,7 @@ class Source:
     @cached_property
     def _ends(self) -> list[int]:
         """Return the end of each shard's range of window numbers."""
-        return list(accumulate(self.windowing.count(len(shard.tokens)) for shard in self.shards))
+        return list(accumulate(self.windowing.count(shard.token_count) for shard in self.shards))
 
     def read(self, window: int) -> tuple[int, np.ndarray]:
         """Return the slot in the windowing's cycle and the tokens of one window."""
