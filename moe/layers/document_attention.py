@@ -17,10 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
-Attend = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, bool], torch.Tensor
-]
-"""Dense attention: query [n, N, heads, width], key, value, allowed pairs, whether causal."""
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, None, bool], torch.Tensor]
+"""Dense attention: query [n, N, heads, width], key, value, no mask, whether causal: queries are the
+last positions of the keys."""
 
 
 OWN_CALL = 64
@@ -115,12 +114,8 @@ def _attend_together(
         query, key, value = (x[:, None] for x in documents[0])
     else:
         query, key, value = (torch.stack(each, dim=1) for each in zip(*documents, strict=True))
-    allowed = None
-    if 1 < piece.queries < piece.keys:  # the first document of a range may begin before it
-        allowed = torch.ones(piece, dtype=torch.bool, device=query.device)
-        allowed = allowed.tril(piece.keys - piece.queries)
-    causal = 1 < piece.queries == piece.keys
-    return attend(query, key, value, allowed, causal).unbind(1)
+    # The first document of a range may begin before it, and have more keys than queries.
+    return attend(query, key, value, None, piece.queries > 1).unbind(1)
 
 
 def varlen_kernel(query: torch.Tensor, value: torch.Tensor) -> Callable[..., Any] | None:

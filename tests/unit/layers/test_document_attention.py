@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from moetron.moe.layers import attention, document_attention
+from moetron.moe.layers import attention, attention_kernels, document_attention
 from moetron.moe.layers.attention import SdpaAttention
 from moetron.moe.layers.document_attention import (
     Piece,
@@ -106,6 +106,30 @@ def test_chunks_of_a_context_rank_equal_their_rows(rows: list[list[int]], rank: 
     ours = attend_in_documents(module._attend, query[own], key, value, ends, ranges)
     whole = module(*qkv, ends)[own]
     for mine, expected in zip(_with_gradients(ours, qkv), _with_gradients(whole, qkv), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*kernel not used")  # torch says so of a CPU
+@pytest.mark.parametrize("wide", [False, True])
+def test_chunks_without_a_mask_in_memory(monkeypatch: pytest.MonkeyPatch, wide: bool) -> None:
+    """With the mask of a GPU, which torch makes on a CPU after all."""
+    gpu = torch.device("cuda")
+    assert attention_kernels.causal_mask(2**13, 2**17, gpu).numel() == 0
+    made = []
+
+    def on_gpu(queries: int, keys: int, _: torch.device) -> torch.Tensor:
+        made.append((queries, keys))
+        return attention_kernels.causal_mask(queries, keys, gpu)
+
+    ranges = [(10, 20), (20, 30)]  # of the second of two context ranks
+    qkv, module = _qkv(40, 2, HEADS, 2 * WIDTH if wide else WIDTH), _attention()
+    query, key, value = qkv
+    whole = module(*qkv, _cu_seqlens([[40], [40]]))[10:30]
+    monkeypatch.setattr(attention, "causal_mask", on_gpu)
+    cut = [module._attend(query[a:b], key[:b], value[:b], causal=True) for a, b in ranges]
+    assert made == [(10, 20), (10, 30)]
+    pairs = zip(_with_gradients(torch.cat(cut), qkv), _with_gradients(whole, qkv), strict=True)
+    for mine, expected in pairs:
         torch.testing.assert_close(mine, expected, rtol=1e-6, atol=1e-6)
 
 
