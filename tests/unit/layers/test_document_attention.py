@@ -166,7 +166,8 @@ def test_worked_examples() -> None:
     assert packed.qkv_format == "thd" and packed.cu_seqlens_q is ends and packed.max_seqlen_q == 5
 
 
-def test_arguments_of_torchs_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("value_width", [WIDTH, WIDTH - 3])
+def test_arguments_of_torchs_kernel(monkeypatch: pytest.MonkeyPatch, value_width: int) -> None:
     """A stand-in with its signature; the kernel itself needs a GPU."""
 
     def varlen(
@@ -179,17 +180,31 @@ def test_arguments_of_torchs_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     ) -> torch.Tensor:
         assert options["window_size"] == (-1, 0) and options["scale"] == pytest.approx(WIDTH**-0.5)
         assert ends is others[0] and others[1:] == (20, 20)
+        assert value.shape == key.shape  # as in latent attention after filling up
         rows = [x[:, None] for x in (query, key, value)]
         lengths = [[n for row in document_lengths(ends, 2) for n in row]]
         out: torch.Tensor = plain(*rows, _cu_seqlens(lengths))
         return out.view_as(value)
 
     module, plain = _attention(), _attention()
-    qkv, ends = _qkv(20, 2, 2, WIDTH), _cu_seqlens([[4, 16], [1, 19]])
+    qkv, ends = _qkv(20, 2, 2, value_width), _cu_seqlens([[4, 16], [1, 19]])
     expected = module(*qkv, ends)
     calls = iter([varlen])  # the stand-in itself computes on the host
     monkeypatch.setattr(attention, "varlen_kernel", lambda *_: next(calls, None))
     torch.testing.assert_close(module(*qkv, ends), expected)
+
+
+@pytest.mark.parametrize(
+    ("widths", "serves"),
+    [((128, 128), True), ((192, 128), True), ((12, 12), False), ((264, 264), False)],
+)
+def test_widths_of_torchs_kernel(widths: tuple[int, int], serves: bool) -> None:
+    """FlashAttention refuses others, with an error: pytorch's flash_api.cpp."""
+    query, value = (
+        SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(4, 1, 2, width))
+        for width in widths
+    )
+    assert (document_attention.varlen_kernel(query, value) is not None) == serves  # type: ignore[arg-type]
 
 
 def test_no_kernel_that_plans_every_length(monkeypatch: pytest.MonkeyPatch) -> None:
