@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.attention import sdpa_kernel
 
 from moetron.moe.host.context_parallel import chunks_of_rank, gather_sequence
-from moetron.moe.layers.attention_kernels import WITHOUT_CUDNN, prefer, preferred
+from moetron.moe.layers.attention_kernels import WITHOUT_CUDNN, causal_mask, prefer, preferred
 from moetron.moe.layers.document_attention import (
     attend_in_documents,
     attend_with_kernel,
@@ -174,9 +174,7 @@ class SdpaAttention(MegatronModule):
             chunks_of_rank(group.rank(), group.size()), query.split(size), strict=True
         ):
             seen = (chunk + 1) * size
-            allowed = torch.ones(size, seen, dtype=torch.bool, device=query.device)
-            allowed = allowed.tril(seen - size)
-            parts.append(self._attend(queries, keys[:seen], values[:seen], allowed))
+            parts.append(self._attend(queries, keys[:seen], values[:seen], causal=True))
         return torch.cat(parts)
 
     @staticmethod
@@ -221,10 +219,13 @@ class SdpaAttention(MegatronModule):
         causal: bool = False,
         shapes_vary: bool = False,
     ) -> torch.Tensor:
+        """Return the output; ``causal``: queries are the last positions of the keys."""
         if self._keeps_logits and self.training:
             found = largest_logits(query, key, self.softmax_scale, allowed, causal)
             before = self.current_max_attn_logits
             self.current_max_attn_logits = found if before is None else found.maximum(before)
+        if causal and len(query) < len(key):
+            allowed, causal = causal_mask(len(query), len(key), query.device), False
         shares_keys = query.shape[2] != key.shape[2]
         if query.is_cuda and shares_keys:
             # Not every kernel shares a key among queries; those that do not leave it to math.
