@@ -40,11 +40,25 @@ class Shard:
     manifest: Manifest | None
     """None for a shard of another tool."""
 
-    def __init__(self, prefix: str | Path) -> None:
-        """Raise UserError, naming the file, if the shard is missing, truncated or inconsistent."""
+    def __init__(self, prefix: str | Path, checked: bool = False) -> None:
+        """Open a shard.
+
+        Args:
+            prefix: of its files.
+            checked: another process checks the files; here a manifest is enough.
+
+        Raises:
+            UserError: the shard is missing, truncated or inconsistent; names the file.
+        """
         self.prefix = str(prefix)
         self.bin_path, self.idx_path = beside(prefix, ".bin"), beside(prefix, ".idx")
         self.manifest = read_manifest(prefix)
+        if checked and self.manifest is not None:
+            self.dtype, self.token_count = np.dtype(self.manifest.dtype), self.manifest.tokens
+            self._documents = self.manifest.documents
+            self._bin_identity = (0, 0, self.manifest.bin.bytes)
+            self._idx_identity = (0, 0, self.manifest.idx.bytes)
+            return
         index, self._idx_identity = _map(self.idx_path, np.dtype(np.uint8))
         self.dtype, self._documents = _read_header(self.idx_path, index)
         tokens, self._bin_identity = _map(self.bin_path, self.dtype)

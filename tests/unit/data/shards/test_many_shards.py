@@ -52,6 +52,21 @@ def test_a_loader_worker_gets_shards_without_opening_them(many: list[str], monke
     assert shards[-1].document(0).tolist() == DOCUMENT
 
 
+def test_other_ranks_read_manifests_only(many: list[str], monkeypatch, tmp_path: Path) -> None:
+    """At 100,000 shards and 1,024 ranks each file more is a hundred million requests."""
+    expected = training_stream(many, seq_length=7, seed=1)
+    for path in (*tmp_path.glob("shard_1.bin"), *tmp_path.glob("shard_2.idx")):
+        path.unlink()
+    monkeypatch.setenv("RANK", "1")
+    stream = training_stream(many, seq_length=7, seed=1)
+    assert stream.state() == expected.state()
+    assert stream[0]["tokens"].tolist() == [*range(7)]
+    Path(f"{many[3]}.json").unlink()
+    Path(f"{many[3]}.bin").unlink()
+    with pytest.raises(UserError, match=r"shard_3\.bin: no such file"):
+        training_stream(many, seq_length=7, seed=1)
+
+
 def test_a_shard_that_was_replaced_since_it_was_opened_is_refused(make_shard) -> None:
     shard = Shard(make_shard("one", [DOCUMENT]))
     make_shard("one", [DOCUMENT, DOCUMENT])
