@@ -111,7 +111,8 @@ def _open_streams(settings: Settings, vocab_size: int, tokenizer: Tokenizer | No
     refuse_repetition(training, total_samples(settings), data.max_epochs, data.epoch_caps())
     validation = None
     if wanted and data.valid_data_path is not None:
-        validation = open_validation(data, data.valid_data_path, length, tokenizer)
+        most = settings.validation.eval_iters * settings.training.global_batch_size
+        validation = open_validation(data, data.valid_data_path, length, tokenizer, most)
         validation.limit_ids(vocab_size)
     return Streams(training, validation, list(source_uses(training, total_samples(settings))))
 

@@ -69,8 +69,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def settings(shards: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> api.Settings:
     return api.load_settings(
         TINY,
-        **{"seq_length": 32, "train_iters": 3, "lr_warmup_iters": 0, "eval_iters": 0},
+        **{"seq_length": 32, "train_iters": 3, "lr_warmup_iters": 0, "eval_iters": 1},
         **{"mock_data": False, "data_path": list(shards.values()), "tokenizer_model": "bytes"},
+        valid_data_path=list(shards.values()),
         **{"save": tmp_path_factory.mktemp("run"), "tensorboard": False, "cpu_threads": 1},
         peak_tflops_per_s=1.0,
     )
@@ -86,6 +87,16 @@ def run(settings: api.Settings, rows: list[dict]) -> Iterator[api.Run]:
     assert rows
     with api.load_run(settings.checkpoint.save) as opened:
         yield opened
+
+
+def test_an_evaluation_shorter_than_the_first_source_reads_all(
+    settings: api.Settings, rows: list[dict]
+) -> None:
+    assert rows and settings.checkpoint.save is not None
+    (line,) = (Path(settings.checkpoint.save) / "validation.jsonl").read_text().splitlines()
+    found = json.loads(line)
+    assert found["tokens_evaluated"] == 16 * 32
+    assert set(found["source_losses"]) == {"prose", "code"}
 
 
 def test_settings_are_read_and_overridden() -> None:
