@@ -112,6 +112,8 @@ def test_all_problems_are_named_at_once() -> None:
         assert part in str(error.value)
     with pytest.raises(api.UserError, match=r"--config none/such.yaml: No such file"):
         api.load_settings("none/such.yaml")
+    with pytest.raises(api.UserError, match=r"directory; did you mean olmoe_1b_7b/tiny\?"):
+        api.load_settings("olmoe_1b_7b/tinny")
 
 
 def test_a_layout_of_several_ranks_is_checked_but_not_built() -> None:
