@@ -12,6 +12,7 @@ done, 2 user error, 1 internal error.
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -125,7 +126,7 @@ def output_folder(given: argparse.Namespace) -> Path:
     return given.output or given.model / "analysis"
 
 
-def save_choices(given: argparse.Namespace, arrays: Mapping[str, np.ndarray]) -> None:
+def save_choices(given: argparse.Namespace, arrays: Mapping[str, Any]) -> None:
     """Write every token's choices beside the results."""
     folder = output_folder(given)
     checkpoint_folder.make_run_folder(folder, "--output")

@@ -110,13 +110,13 @@ class Family:
             return [f"{flag_name(str(each['loc'][-1]))}: {each['msg']}" for each in found]
         except UserError as error:
             return str(error).splitlines()
-        found = [
+        different = [
             f"{flag_name(name.split('.')[1])} {value_text(value)}: {self.model_type} has "
             f"{value_text(theirs.get(name))}"
             for name, value in values.items()
             if theirs.get(name) != value
         ]
-        return found or refused
+        return different or refused
 
 
 def function_of(settings: Settings) -> dict[str, Any]:
