@@ -143,6 +143,16 @@ def test_a_stream_gives_samples_by_number(settings: api.Settings) -> None:
     assert np.array_equal(tokens[1:], labels[:-1])
 
 
+@pytest.mark.parametrize("flag", ["reset_attention_mask", "eod_mask_loss"])
+def test_documents_without_ends_cannot_be_told_apart(
+    settings: api.Settings, shards: dict[str, str], flag: str
+) -> None:
+    """Shards made without --append-eod: the flag changed nothing, without a word."""
+    data = settings.data.model_copy(update={flag: True})
+    with pytest.raises(api.UserError, match=f"--{flag.replace('_', '-')}: .*{shards['code']}"):
+        api.open_stream(settings.model_copy(update={"data": data}))
+
+
 def test_a_stream_without_data_is_refused() -> None:
     with pytest.raises(api.UserError, match="no data: give --data-path"):
         api.open_stream(api.load_settings(TINY, mock_data=False))
