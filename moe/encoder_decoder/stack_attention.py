@@ -51,7 +51,10 @@ class StackAttention(SdpaAttention):
         queries, keys = zip(*[(p.query_NQ, p.key_NK) for p in attention_mask], strict=True)
         # One gather each: the gradient of every piece of its own would have the full size.
         own = (_pieces(x, rows) for x, rows in ((q, queries), (k, keys), (v, keys)))
-        parts = [self._among(*each, attention_bias, True) for each in zip(*own, strict=True)]
+        parts = [
+            self._among(own_q, own_k, own_v, attention_bias, True)
+            for own_q, own_k, own_v in zip(*own, strict=True)
+        ]
         rows = torch.cat([each.flatten() for each in queries])
         found = torch.cat([part.transpose(1, 2).flatten(0, 1).flatten(1) for part in parts])
         sq, b = query.shape[:2]
