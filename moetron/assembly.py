@@ -108,10 +108,17 @@ def _open_streams(settings: Settings, vocab_size: int, tokenizer: Tokenizer | No
     assert tokenizer is not None, "checks refuse shards without it"
     training = open_training(data, length, seed, tokenizer)
     training.limit_ids(vocab_size)
+    if (data.reset_attention_mask or data.eod_mask_loss) and (endless := training.without_ends()):
+        flag = "--reset-attention-mask" if data.reset_attention_mask else "--eod-mask-loss"
+        raise UserError(
+            f"{flag}: documents without an end-of-document token cannot be told apart: "
+            f"{', '.join(endless)}; preprocess again with --append-eod, or leave the flag out"
+        )
     refuse_repetition(training, total_samples(settings), data.max_epochs, data.epoch_caps())
     validation = None
     if wanted and data.valid_data_path is not None:
-        validation = open_validation(data, data.valid_data_path, length, tokenizer)
+        most = settings.validation.eval_iters * settings.training.global_batch_size
+        validation = open_validation(data, data.valid_data_path, length, tokenizer, most)
         validation.limit_ids(vocab_size)
     return Streams(training, validation, list(source_uses(training, total_samples(settings))))
 

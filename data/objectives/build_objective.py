@@ -89,7 +89,10 @@ def _fim_options(tokenizer: Tokenizer, plan: ObjectivePlan) -> FimOptions:
 def _ul2(seq_length: int, tokenizer: Tokenizer, bidirectional_prefix: bool) -> UL2:
     """Return UL2 with the fewest texts per sample for which the sentinels suffice."""
     if not tokenizer.sentinels:
-        raise UserError(f"UL2 needs sentinels; the tokenizer {tokenizer.name} has none")
+        raise UserError(
+            f"--objective ul2: the tokenizer {tokenizer.name} has no sentinels (tokens named "
+            "<extra_id_0>, <extra_id_1>, ...); tools/train_tokenizer.py makes one that has 100"
+        )
     first: UserError | None = None
     examples = 1
     while examples <= MAX_EXAMPLES and seq_length % examples == 0:

@@ -1,5 +1,6 @@
 """Chunks of unencoded text: rows of JSON, rows of a table, or complete files."""
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -65,7 +66,7 @@ class RowChunk:
             end = self.data.find(b"\n", start)
             line = view[start:end] if end >= 0 else self.data[start:] + self.rest
             try:
-                row = orjson.loads(line)
+                row = row_of(line)
             except orjson.JSONDecodeError as error:
                 if bytes(line).strip():
                     yield Reject(self.file, number, f"not JSON ({error.msg})")
@@ -74,6 +75,26 @@ class RowChunk:
             if end < 0:
                 return
             start = end + 1
+
+
+def row_of(line: memoryview | bytes) -> Any:
+    """Return a row of JSON; NaN and infinities, which Python and pandas write, become null.
+
+    Raises orjson.JSONDecodeError for anything else that is not JSON.
+    """
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError:
+        text = bytes(line)
+        if b"NaN" not in text and b"Infinity" not in text:
+            raise
+        try:
+            return orjson.loads(
+                orjson.dumps(json.loads(text.decode()))
+            )  # dumps refuses broken text
+        except (ValueError, TypeError, RecursionError):
+            pass
+        raise
 
 
 @dataclass(frozen=True)

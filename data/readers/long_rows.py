@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 
 from moetron.common.errors import UserError
-from moetron.data.readers.chunks import BOM, LongChunk, Reject, document_of
+from moetron.data.readers.chunks import BOM, LongChunk, Reject, document_of, row_of
 from moetron.data.readers.rows import LONG_BYTES, content, skip
 
 BLOCK_BYTES = 1 << 20
@@ -62,7 +62,7 @@ class LongText:
         chunk = self._chunk
         outline, self._spans = _outline(self._raw(0, chunk.length_bytes))
         try:
-            row = orjson.loads(outline.removeprefix(BOM) if chunk.line == 1 else outline)
+            row = row_of(outline.removeprefix(BOM) if chunk.line == 1 else outline)
         except orjson.JSONDecodeError as error:
             raise Unreadable(f"not JSON ({error.msg})") from None
         document = document_of(row, text_key, chunk.file, chunk.line or 0)

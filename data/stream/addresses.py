@@ -96,24 +96,28 @@ class ShuffledAddresses:
 
 
 class FileOrderAddresses:
-    """Every window once, in file order, source by source."""
+    """Every window once, or some at equal distances, in file order, source by source."""
 
-    def __init__(self, blend: Blend) -> None:
+    def __init__(self, blend: Blend, at_most: int | None = None) -> None:
+        """Take all windows, or ``at_most``: of each source a part in proportion to its windows."""
         self.windows = [source.windows for source in blend.sources]
         self._ends = np.cumsum(self.windows)
+        self._all = int(self._ends[-1])
+        self._count = self._all if at_most is None else min(at_most, self._all)
 
     def __len__(self) -> int:
-        """Return the number of windows of all sources."""
-        return int(self._ends[-1])
+        """Return the number of windows taken."""
+        return self._count
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (source int64 [N], window int64 [N]) of sample numbers int64 [N]."""
-        sources = np.searchsorted(self._ends, samples, side="right")
-        return sources, samples - (self._ends - self.windows)[sources]
+        windows = samples * self._all // self._count
+        sources = np.searchsorted(self._ends, windows, side="right")
+        return sources, windows - (self._ends - self.windows)[sources]
 
     def state(self) -> dict[str, Any]:
-        """Return the window counts of all sources."""
-        return {"windows": self.windows}
+        """Return the window counts of all sources, and the number of windows taken."""
+        return {"windows": self.windows, "taken": self._count}
 
 
 @lru_cache(maxsize=256)

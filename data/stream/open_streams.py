@@ -64,11 +64,16 @@ def open_training(plan: DataPlan, seq_length: int, seed: int, tokenizer: Tokeniz
 
 
 def open_validation(
-    plan: DataPlan, data_path: Sequence[str], seq_length: int, tokenizer: Tokenizer
+    plan: DataPlan,
+    data_path: Sequence[str],
+    seq_length: int,
+    tokenizer: Tokenizer,
+    at_most: int | None = None,
 ) -> TokenStream:
     """Open every window of the validation shards once, with the last stage's objectives by source.
 
-    ``code.valid``, ``code_valid`` and the like count as ``code``, unless training has that source.
+    With ``at_most`` so many windows, spread evenly over all. ``code.valid``, ``code_valid`` and the
+    like count as ``code``, unless training has that source.
     """
     last = plan.planned_stages()[-1].objective
     objective, own = _objectives(plan, last, seq_length, tokenizer)
@@ -84,6 +89,7 @@ def open_validation(
         tokenizer.fingerprint,
         objective,
         own,
+        at_most,
     )
 
 

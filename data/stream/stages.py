@@ -123,6 +123,18 @@ class StagedStream:
             for stage, start in zip(stages, self.starts, strict=True)
         ]
 
+    def without_ends(self) -> list[str]:
+        """Return the prefixes of the sources whose documents have no end-of-document token.
+
+        Shards without a manifest are taken to have it.
+        """
+        sources = {source.prefix: source for blend in self._blends for source in blend.sources}
+        return [
+            prefix
+            for prefix, source in sources.items()
+            if any(s.manifest is not None and not s.manifest.appended_eod for s in source.shards)
+        ]
+
     @property
     def bytes_per_token(self) -> list[float | None]:
         """Return None for each source: unknown over several stages."""

@@ -61,15 +61,17 @@ def validation_stream(
     expected_fingerprint: str | None = None,
     objective: Objective | None = None,
     own_objectives: Mapping[str, Objective] | None = None,
+    at_most: int | None = None,
 ) -> "TokenStream":
     """Open every window of every source once, in file order; arguments as ``training_stream``.
 
-    ``own_objectives``: objectives of sources that use another one, by source name.
+    Weights have no effect. ``own_objectives``: objectives of sources that use another one, by
+    source name. ``at_most``: open this many windows only, spread evenly over all.
     """
     blend, objectives = open_sources(
         data_path, objective or Causal(seq_length), own_objectives or {}, expected_fingerprint
     )
-    addresses = FileOrderAddresses(blend)
+    addresses = FileOrderAddresses(blend, at_most)
     return TokenStream(blend, addresses, objectives, seq_length, "validation", eod_mask_loss)
 
 

@@ -105,6 +105,29 @@ def study(model: RoutedModel, text: Text, adjacent_pairs: bool = False) -> tuple
     return result, choices
 
 
+def token_choices(
+    model: RoutedModel, text: Text, choices: Sequence[np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Return every token's choices, for statistics of one's own.
+
+    ``choices`` int16 [L, N, K], best first, -1: fewer; ``layers`` int [L]; of the N tokens, window
+    after window of ``seq_length``: ``tokens`` int32 [N], and ``texts`` int16 [N], the index of each
+    one's text in ``names``.
+    """
+    sizes = [part.tokens_BS.size for part in text.windows]
+    most = max(part.shape[2] for part in choices)  # where experts choose, it varies
+    padding = [((0, 0), (0, 0), (0, most - part.shape[2])) for part in choices]
+    padded = [np.pad(*pair, constant_values=-1) for pair in zip(choices, padding, strict=True)]
+    return {
+        "choices": np.concatenate(padded, axis=1),
+        "layers": np.array(model.layers),
+        "tokens": np.concatenate([part.tokens_BS.ravel() for part in text.windows]).astype("int32"),
+        "texts": np.repeat(np.arange(len(sizes)), sizes).astype(np.int16),
+        "names": np.array([part.name for part in text.windows]),
+        "seq_length": np.array(text.seq_length),
+    }
+
+
 def compare(
     model: RoutedModel, text: Text, final: Sequence[np.ndarray], read: Iterable[int]
 ) -> list[Result]:

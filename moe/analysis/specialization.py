@@ -13,6 +13,9 @@ import numpy as np
 from moetron.common.errors import UserError
 from moetron.moe.analysis.routing_trace import Routed
 
+SENTINELS = "sentinels"
+"""Name of ST-MoE's token class."""
+
 
 class ClassCounts:
     """Number of tokens of each class that have each expert among their best.
@@ -145,3 +148,19 @@ def token_class_entropy(result: dict[str, Any], min_tokens: int = 1000) -> dict[
     by_class = np.array(classes["entropy"]).T
     rows = zip(classes["names"], classes["tokens"], by_class, strict=True)
     return {name: entropy for name, tokens, entropy in rows if tokens >= min_tokens}
+
+
+def entropy_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Return table 14: a heading, and the entropy of each stack's layers in nats by token class.
+
+    The last row is that of uniform choices.
+    """
+    depth = max(len(found["layers"]) for found in result["stacks"].values())
+    rows = [("stack", "tokens", *(f"layer {n + 1}" for n in range(depth)))]
+    for stack, found in result["stacks"].items():
+        entropies = {"all": found["entropy"], **token_class_entropy(found, min_tokens=1)}
+        for name, values in entropies.items():
+            cells = [f"{value:.2f}" for value in values]
+            rows.append((stack, name, *cells, *([""] * (depth - len(cells)))))
+    uniform = f"{result['chance']['entropy']:.2f}"
+    return [*rows, ("uniform", "", *([uniform] * depth))]

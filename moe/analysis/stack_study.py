@@ -15,10 +15,11 @@ from moetron.common.text import table
 from moetron.moe.analysis.routing_study import FORMAT, Result
 from moetron.moe.analysis.routing_trace import Routed
 from moetron.moe.analysis.specialization import (
+    SENTINELS,
     ClassCounts,
     by_token_class,
+    entropy_rows,
     routing_entropy,
-    token_class_entropy,
     top_classes,
 )
 from moetron.moe.config.schema import derived
@@ -28,7 +29,6 @@ from moetron.moe.routing.router import Router
 from moetron.moe.training.batches import Batch
 
 SHOWN_EXPERTS, SHOWN_IDS = 3, 5
-SENTINELS = "sentinels"
 
 
 @dataclass(frozen=True)
@@ -157,19 +157,3 @@ def _specialists(
 def entropy_table(result: Result) -> str:
     """Return `entropy_rows` as text."""
     return table(entropy_rows(result))
-
-
-def entropy_rows(result: Result) -> list[tuple[str, ...]]:
-    """Return table 14: a heading, and the entropy of each stack's layers in nats by token class.
-
-    The last row is that of uniform choices.
-    """
-    depth = max(len(found["layers"]) for found in result["stacks"].values())
-    rows = [("stack", "tokens", *(f"layer {n + 1}" for n in range(depth)))]
-    for stack, found in result["stacks"].items():
-        entropies = {"all": found["entropy"], **token_class_entropy(found, min_tokens=1)}
-        for name, values in entropies.items():
-            cells = [f"{value:.2f}" for value in values]
-            rows.append((stack, name, *cells, *([""] * (depth - len(cells)))))
-    uniform = f"{result['chance']['entropy']:.2f}"
-    return [*rows, ("uniform", "", *([uniform] * depth))]

@@ -7,6 +7,8 @@ import yaml
 
 from moetron.common.errors import ConfigError
 from moetron.common.files import write_text
+from moetron.common.recipes import recipe_names
+from moetron.moe.config.schema.field import nearest
 from moetron.moe.config.schema.settings import Settings, fields
 from moetron.moe.config.synonyms import key_answer
 
@@ -43,6 +45,8 @@ def read(path: Path, source: str = "--config ") -> dict[str, dict[str, Any]]:
     """
     try:
         return loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        problems = [f"{error.strerror}{nearest(str(path), recipe_names())}"]
     except OSError as error:
         problems = [error.strerror or str(error)]
     except UnicodeDecodeError:

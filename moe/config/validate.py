@@ -66,7 +66,7 @@ def _problem(
     return f"{flag} {value_text(value, 'null')}: must be {type_text(field)}{unset}{hint}{reason}"
 
 
-def _inside(detail: ErrorDetails) -> Rule | None:
+def _inside(detail: ErrorDetails) -> str | None:
     """Return the problem inside a mapping of a list, such as a stage, or None."""
     _, _, *place = detail["loc"]
     if len(place) < 2 or not isinstance(place[-1], str):
@@ -74,11 +74,11 @@ def _inside(detail: ErrorDetails) -> Rule | None:
     where = ".".join(str(part + 1) if isinstance(part, int) else part for part in place[:-1])
     kind, key = detail["type"], place[-1]
     if kind == "missing":
-        return Rule(f"entry {where} lacks `{key}`")
+        return f"entry {where} lacks `{key}`"
     if kind == "extra_forbidden":
         known = StageSettings.model_fields | StageLearningRate.model_fields
-        return Rule(f"entry {where} has the unknown key `{key}`{nearest(key, known)}")
-    return Rule(f"entry {where}, `{key}` {value_text(detail['input'], 'null')}: {detail['msg']}")
+        return f"entry {where} has the unknown key `{key}`{nearest(key, known)}"
+    return f"entry {where}, `{key}` {value_text(detail['input'], 'null')}: {detail['msg']}"
 
 
 def validate(tree: Tree) -> tuple[Settings | None, list[str], set[str]]:
@@ -97,12 +97,16 @@ def validate(tree: Tree) -> tuple[Settings | None, list[str], set[str]]:
     known = {(group, name): field for group, name, field in fields()}
     for detail in details:
         group, name = str(detail["loc"][0]), str(detail["loc"][1])
-        if name in faulty:  # a union reports each of its branches
+        inside = _inside(detail)
+        if name in faulty and inside is None:  # a union reports each of its branches
             continue
         faulty.add(name)
+        if inside is not None:  # of a long value: only its part is shown
+            problems.append(f"{flag_name(name)}: {inside}")
+            continue
         missing = detail["type"] == "missing" and len(detail["loc"]) == 2
         value = kept[group].get(name)
-        own = detail.get("ctx", {}).get("error") or _inside(detail)
+        own = detail.get("ctx", {}).get("error")
         problems.append(_problem(group, name, known[group, name], value, missing, own))
     if any(known[group, name].is_required() for group, name in known if name in faulty):
         return None, problems, faulty

@@ -10,11 +10,15 @@ done, 2 user error, 1 internal error.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from moetron.common import threads
 from moetron.common.errors import UserError
+from moetron.common.files import atomic_file
 from moetron.data.chat.text_to_text_stream import open_text_to_text
 from moetron.data.inspect.even_windows import Sources, named_sources, spread_windows
 from moetron.data.stream.open_streams import open_validation
@@ -43,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     add("--token-class", type=str, nargs="+", default=[], metavar="NAME=REGEX", help="of tokens")
     add("--layers", type=int, nargs="+", help="layers, from 0 (default: all MoE layers)")
     add("--adjacent-pairs", action="store_true", help="count co-activation as OLMoE's script does")
+    add("--save-choices", action="store_true", help="each token's experts, to DIR/choices.npz")
     add("--tokenizer-model", metavar="PATH", help="(default: the model's)")
     add("--output", type=Path, metavar="DIR", help="(default: RUN/analysis)")
     return threads.add_option(parser)
@@ -81,7 +86,10 @@ def analyze_folder(given: argparse.Namespace) -> study.Result:
     text = open_text(sources, tokenizer, given.tokens, given.token_class)
     threads.use_threads(given.cpu_threads)
     model = HuggingFaceModel(given.model, given.layers)
-    return study.summary(model, text) | study.study(model, text, given.adjacent_pairs)[0]
+    found, choices = study.study(model, text, given.adjacent_pairs)
+    if given.save_choices:
+        save_choices(given, study.token_choices(model, text, choices))
+    return study.summary(model, text) | found
 
 
 def analyze_run(given: argparse.Namespace) -> study.Result:
@@ -105,10 +113,25 @@ def analyze_run(given: argparse.Namespace) -> study.Result:
     with runtime.running(settings) as ranks:
         model = OwnModel(given.model, settings, vocab_size, ranks, given.layers)
         found, choices = study.study(model, text, given.adjacent_pairs)
+        if given.save_choices:
+            save_choices(given, study.token_choices(model, text, choices))
         if given.checkpoints == "all":
             steps = model.each_checkpoint(given.model, record.progress.step)
             found["checkpoints"] = study.compare(model, text, choices, steps)
     return study.summary(model, text) | {"step": record.progress.step} | found
+
+
+def output_folder(given: argparse.Namespace) -> Path:
+    """Return the folder of the results."""
+    return given.output or given.model / "analysis"
+
+
+def save_choices(given: argparse.Namespace, arrays: Mapping[str, Any]) -> None:
+    """Write every token's choices beside the results."""
+    folder = output_folder(given)
+    checkpoint_folder.make_run_folder(folder, "--output")
+    with atomic_file(folder / "choices.npz") as file:
+        np.savez_compressed(file, **arrays)
 
 
 def open_held_out(settings: Settings, tokenizer: Tokenizer) -> SampleStream:
@@ -133,10 +156,10 @@ def analyze_stacks(
     from moetron.moe.inference.generation import load_model
     from moetron.moe.training import batches, runtime
 
-    if given.data or given.seq_length or given.layers:
+    if given.data or given.seq_length or given.layers or given.save_choices:
         raise UserError(
-            "--data, --seq-length, --layers: an encoder-decoder is analysed in all layers, on the "
-            "run's own validation samples; leave them out"
+            "--data, --seq-length, --layers, --save-choices: an encoder-decoder is analysed in all "
+            "layers, on the run's own validation samples; leave them out"
         )
     if settings.data.valid_data_path is None:
         raise UserError(f"{given.model}: the run has no --valid-data-path to analyse")
@@ -169,5 +192,5 @@ def main() -> int:
     if arguments.output is not None:
         checkpoint_folder.make_run_folder(arguments.output, "--output")
     result = analyze_folder(arguments) if folder else analyze_run(arguments)
-    print(*figures.write(result, arguments.output or arguments.model / "analysis"), sep="\n")
+    print(*figures.write(result, output_folder(arguments)), sep="\n")
     return 0

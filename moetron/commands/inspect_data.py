@@ -17,6 +17,7 @@ from moetron.common.argument_types import whole_number
 from moetron.common.data_path import split_data_path
 from moetron.common.errors import ConfigError, UserError
 from moetron.common.files import require_writable
+from moetron.common.recipes import recipe_path
 from moetron.data.inspect.sample_view import documents, draw_lengths, stage_samples
 from moetron.data.inspect.shard_report import blend_table, length_histogram, shard_summary
 from moetron.data.shards.shard import Shard
@@ -42,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     add("--png", type=Path, metavar="FILE", help="draw the document lengths")
     add("--seq-length", type=size, help="show the blend of samples of this many tokens")
     add("--samples", type=size, help="length of the run (default: the recipe's)")
-    add("--config", action="append", type=Path, help="a recipe; later ones override key by key")
+    add("--config", action="append", help="a recipe or its name; later ones override key by key")
     add("--data-root", help="base folder of the recipe's relative prefixes")
     add("--show", type=count, default=1, help="samples a stage to decode (default: 1)")
     return parser
@@ -55,7 +56,7 @@ def show_recipes(arguments: argparse.Namespace) -> None:
         raise UserError(
             f"--config: cannot be combined with {', '.join(unused)}; give prefixes without it"
         )
-    settings, problems, _ = validate(read_recipes(arguments.config))
+    settings, problems, _ = validate(read_recipes([recipe_path(name) for name in arguments.config]))
     if settings is None or problems:
         raise ConfigError(problems)
     if arguments.data_root:
@@ -103,6 +104,8 @@ def main() -> int:
         if not arguments.config:
             return 0 if show_shards(arguments) else 2
         show_recipes(arguments)
+    except BrokenPipeError:
+        raise  # a reader such as head has enough
     except (ValueError, OSError) as error:
         print(f"inspect_data: {error}", file=sys.stderr)
         return 2

@@ -30,7 +30,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--train-data-path", nargs="+", required=True, metavar="PREFIX", help="as --data-path")
     add("--valid-data-path", nargs="+", required=True, metavar="PREFIX", help="the same")
     add("--seq-length", type=int, required=True, help="tokens of a window")
-    add("--windows", type=int, help="number of windows, from the first (default: all)")
+    add("--windows", type=int, help="number of windows, spread evenly (default: all)")
     add("--vocab-size", type=int, help="default: the tokenizer's, else the largest id seen + 1")
     add("--output", type=Path, metavar="FILE", help="write the metrics as JSON")
     return parser.parse_args(arguments)
@@ -61,8 +61,8 @@ def run(arguments: list[str] | None = None) -> int:
         require_writable(args.output)  # before counting
     blend = open_blend(args.train_data_path, args.seq_length)
     training = [shard for source in blend.sources for shard in source.shards]
-    stream = validation_stream(args.valid_data_path, args.seq_length)
-    windows = min(len(stream) if args.windows is None else args.windows, len(stream))
+    stream = validation_stream(args.valid_data_path, args.seq_length, at_most=args.windows)
+    windows = len(stream)
     shards = training + [shard for source in stream.sources for shard in source.shards]
     vocab_size = args.vocab_size or max(ids_below(shard) for shard in shards)
     for shard in shards:

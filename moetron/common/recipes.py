@@ -13,6 +13,13 @@ def recipes_folder() -> Path:
     return _PACKAGE / "recipes"
 
 
+def recipe_names() -> list[str]:
+    """Return the names that ``--config`` takes in place of a file."""
+    files = recipes_folder().glob("*/*.yaml")
+    names = [file.relative_to(recipes_folder()).with_suffix("").as_posix() for file in files]
+    return sorted(name.removesuffix("/pretrain") for name in names)
+
+
 def recipe_path(name: str) -> Path:
     """Return the file that ``--config name`` means.
 

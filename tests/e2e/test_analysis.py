@@ -69,7 +69,7 @@ def test_analysis_and_page_of_a_run(run: Path) -> None:
     shards = [f"{name}={run.parent / name}" for name in ("code", "prose")]
     _python(
         *(str(ROOT / "tools" / "analyze_routing.py"), str(run), "--tokenizer-model", "bytes"),
-        *("--tokens-per-class", "1024", "--data", *shards),
+        *("--tokens-per-class", "1024", "--save-choices", "--data", *shards),
     )
     found = json.loads((run / "analysis" / "analysis.json").read_text())
     assert found["domains"] == ["code", "prose"] and found["tokens"] == {
@@ -82,6 +82,12 @@ def test_analysis_and_page_of_a_run(run: Path) -> None:
     np.testing.assert_allclose(np.mean(found["load"], axis=1), 1.0)
     shares = np.array(found["domain_specialization"]["k"])
     np.testing.assert_allclose(shares.sum(2), found["topk"])
+    with np.load(run / "analysis" / "choices.npz") as saved:
+        choices_LNK, texts_N = saved["choices"], saved["texts"]
+        assert saved["names"].tolist() == ["code", "prose"] and saved["tokens"].shape == (2048,)
+    for text in (0, 1):  # the same shares from the choices
+        visits_LNKE = choices_LNK[:, texts_N == text, :, None] == np.arange(shares.shape[2])
+        np.testing.assert_allclose(visits_LNKE.sum(2).mean(1), shares[:, text])
     drops = np.array(found["dropped_by_position"])  # [layers, buckets]
     assert (drops[:, -4:].mean(1) > drops[:, :4].mean(1)).all()  # left to right: the end is dropped
     assert len(list((run / "analysis").glob("*.png"))) == 8

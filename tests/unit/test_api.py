@@ -69,8 +69,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def settings(shards: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> api.Settings:
     return api.load_settings(
         TINY,
-        **{"seq_length": 32, "train_iters": 3, "lr_warmup_iters": 0, "eval_iters": 0},
+        **{"seq_length": 32, "train_iters": 3, "lr_warmup_iters": 0, "eval_iters": 1},
         **{"mock_data": False, "data_path": list(shards.values()), "tokenizer_model": "bytes"},
+        valid_data_path=list(shards.values()),
         **{"save": tmp_path_factory.mktemp("run"), "tensorboard": False, "cpu_threads": 1},
         peak_tflops_per_s=1.0,
     )
@@ -88,6 +89,16 @@ def run(settings: api.Settings, rows: list[dict]) -> Iterator[api.Run]:
         yield opened
 
 
+def test_an_evaluation_shorter_than_the_first_source_reads_all(
+    settings: api.Settings, rows: list[dict]
+) -> None:
+    assert rows and settings.checkpoint.save is not None
+    (line,) = (Path(settings.checkpoint.save) / "validation.jsonl").read_text().splitlines()
+    found = json.loads(line)
+    assert found["tokens_evaluated"] == 16 * 32
+    assert set(found["source_losses"]) == {"prose", "code"}
+
+
 def test_settings_are_read_and_overridden() -> None:
     settings = api.load_settings(TINY, num_layers=4, moe_z_loss_coeff=None)
     assert (settings.model.num_layers, settings.model.hidden_size) == (4, 64)
@@ -101,6 +112,8 @@ def test_all_problems_are_named_at_once() -> None:
         assert part in str(error.value)
     with pytest.raises(api.UserError, match=r"--config none/such.yaml: No such file"):
         api.load_settings("none/such.yaml")
+    with pytest.raises(api.UserError, match=r"directory; did you mean olmoe_1b_7b/tiny\?"):
+        api.load_settings("olmoe_1b_7b/tinny")
 
 
 def test_a_layout_of_several_ranks_is_checked_but_not_built() -> None:
@@ -128,6 +141,16 @@ def test_a_stream_gives_samples_by_number(settings: api.Settings) -> None:
     assert tokens.shape == labels.shape == sample["loss_mask"].shape == (32,)
     assert (tokens.dtype, labels.dtype) == (np.int64, np.int64)
     assert np.array_equal(tokens[1:], labels[:-1])
+
+
+@pytest.mark.parametrize("flag", ["reset_attention_mask", "eod_mask_loss"])
+def test_documents_without_ends_cannot_be_told_apart(
+    settings: api.Settings, shards: dict[str, str], flag: str
+) -> None:
+    """Shards made without --append-eod: the flag changed nothing, without a word."""
+    data = settings.data.model_copy(update={flag: True})
+    with pytest.raises(api.UserError, match=f"--{flag.replace('_', '-')}: .*{shards['code']}"):
+        api.open_stream(settings.model_copy(update={"data": data}))
 
 
 def test_a_stream_without_data_is_refused() -> None:

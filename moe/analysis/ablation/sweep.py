@@ -1,7 +1,7 @@
 """Sweep files: a base recipe, variants of it, and seeds.
 
 sweep:
-  base: ../olmoe_1b_7b/tiny.yaml   # or a list; relative to the file
+  base: ../olmoe_1b_7b/tiny.yaml   # relative to the file; or a recipe's name; or a list
   seeds: [1, 2, 3]
 overrides:                         # recipe sections for every variant
   training: {train_iters: 200}
@@ -22,6 +22,7 @@ from typing import Any
 from pydantic import NonNegativeInt, PositiveInt, ValidationError, field_validator
 
 from moetron.common.errors import ConfigError, UserError
+from moetron.common.recipes import recipe_path
 from moetron.moe.checkpoint.compatibility import SHAPE
 from moetron.moe.config import recipe
 from moetron.moe.config.command import check, merge, read_recipes
@@ -119,7 +120,7 @@ def read(path: Path, flags: Tree) -> Sweep:
         raise UserError(_text(f"{path}: sweep", error)) from error
     if not head.seeds or len(set(head.seeds)) < len(head.seeds):
         raise UserError(f"{path}: sweep: `seeds` must be distinct numbers, at least one")
-    recipes = read_recipes([path.parent / name for name in head.base])
+    recipes = read_recipes([_recipe(path.parent, name) for name in head.base])
     base = merge(recipes, _sections(f"{path}: overrides", tree.get("overrides", {})))
     problems: list[str] = []
     runs: list[Run] = []
@@ -135,6 +136,13 @@ def read(path: Path, flags: Tree) -> Sweep:
         raise UserError("\n".join(dict.fromkeys(problems)))
     runs.sort(key=lambda run: run.upcycle is not None)
     return Sweep(path.stem, head.ranks, variants, runs)
+
+
+def _recipe(folder: Path, name: str) -> Path:
+    """Return the file of a base: relative to the sweep's folder, else what --config would take."""
+    near = folder / name
+    shipped = recipe_path(name)
+    return shipped if not near.is_file() and shipped.is_file() else near
 
 
 def _runs(name: str, variant: Tree, base: Tree, flags: Tree, head: Head) -> list[Run]:

@@ -6,8 +6,7 @@ import numpy as np
 
 from moetron.moe.analysis.page.answers import Answer
 from moetron.moe.analysis.page.runs import Run
-from moetron.moe.analysis.specialization import token_class_entropy
-from moetron.moe.analysis.stack_study import SENTINELS, entropy_rows
+from moetron.moe.analysis.specialization import SENTINELS, entropy_rows, token_class_entropy
 
 
 def has_stacks(analysis: dict[str, Any] | None) -> bool:

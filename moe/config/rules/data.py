@@ -27,8 +27,13 @@ def data(case: Case) -> Iterator[str]:
 
 def _stages(case: Case, stages: list[StageSettings]) -> Iterator[str]:
     """Check the sequence of stages."""
-    if case.settings.data.data_path or not stages:
-        yield "--stages needs at least one stage and excludes --data-path"
+    if not stages:
+        yield "--stages is empty: give at least one stage, or leave it out"
+    if case.settings.data.data_path:
+        yield (
+            "--stages and --data-path exclude each other: drop one (in a recipe over another, with "
+            "`data_path: null`)"
+        )
     if case.settings.data.objective != "causal":
         yield f"{case.given('objective')}: with --stages, each stage names its own objective"
     last_end = 0

@@ -6,6 +6,7 @@ from pathlib import Path
 from moetron.common.data_path import prefixes_of
 from moetron.common.packages import installed_version
 from moetron.moe.config.rules.case import Case
+from moetron.moe.config.schema.data import DataSettings
 from moetron.moe.config.schema.field import flag_name
 
 _ENDINGS = (".bin", ".idx")
@@ -26,14 +27,8 @@ def data(case: Case) -> Iterator[str]:
             yield f"{case.given('eval_interval')} needs --valid-data-path"
         if validation.skip_train:
             yield "--skip-train needs --valid-data-path: what to evaluate"
-    paths = [("data_path", source.data_path), ("valid_data_path", source.valid_data_path)]
-    paths += [("stages", stage.data_path) for stage in source.stages or []]
-    for name, items in [] if source.mock_data else paths:
-        for prefix in dict.fromkeys(prefixes_of(source.rooted(items or []))):
-            absent = [prefix + end for end in _ENDINGS if not Path(prefix + end).is_file()]
-            shard_set = all(Path(prefix + _FIRST_OF_SET + end).is_file() for end in _ENDINGS)
-            if absent and not shard_set:
-                yield f"{flag_name(name)} {prefix}: {_no_shard(prefix, absent)}"
+    if not source.mock_data:
+        yield from dict.fromkeys(_missing_shards(source))  # stages share sources
     tokenizer = source.tokenizer_model
     missing = tokenizer not in (None, "bytes") and not Path(str(tokenizer)).exists()
     if missing and not _has_tokenizer(case.settings.checkpoint.load):
@@ -42,6 +37,18 @@ def data(case: Case) -> Iterator[str]:
             ".model, a HuggingFace tokenizer.json (or its folder), or bytes; HuggingFace hub names "
             "are not looked up"
         )
+
+
+def _missing_shards(source: DataSettings) -> Iterator[str]:
+    """Yield the problem of each prefix that has no shard."""
+    paths = [("data_path", source.data_path), ("valid_data_path", source.valid_data_path)]
+    paths += [("stages", stage.data_path) for stage in source.stages or []]
+    for name, items in paths:
+        for prefix in prefixes_of(source.rooted(items or [])):
+            absent = [prefix + end for end in _ENDINGS if not Path(prefix + end).is_file()]
+            shard_set = all(Path(prefix + _FIRST_OF_SET + end).is_file() for end in _ENDINGS)
+            if absent and not shard_set:
+                yield f"{flag_name(name)} {prefix}: {_no_shard(prefix, absent)}"
 
 
 def _no_shard(prefix: str, absent: list[str]) -> str:

@@ -116,7 +116,7 @@ class DataSettings(Group):
     """Maximum epochs of single sources, in place of --max-epochs: NAME EPOCHS NAME EPOCHS ...; a
     name is a prefix without folders."""
     valid_data_path: DataPath | None = None
-    """Validation shards, in the same form."""
+    """Validation shards, in the same form; weights have no effect, losses are means over tokens."""
     mock_data: bool = False
     """Use deterministic synthetic samples in place of shards; of stages, only learning rates
     apply."""

@@ -309,8 +309,26 @@ def looks_ahead(settings: Settings) -> list[str]:
 
 
 def notes(settings: Settings) -> list[str]:
-    """Return a line for each setting without effect, which Megatron ignores too."""
+    """Return what is allowed, as in Megatron, but seldom meant: a line each."""
     parallel, found = settings.parallel, []
     if parallel.sequence_parallel and not sequence_parallel(parallel):
         found.append("--sequence-parallel has no effect with --tensor-model-parallel-size 1")
+    if _is_unbalanced(settings):
+        found.append(
+            "no balance loss: --moe-aux-loss-coeff is 0, and a few experts may get most tokens; "
+            "give one, or --moe-router-load-balancing-type none if this is meant"
+        )
     return found
+
+
+def _is_unbalanced(settings: Settings) -> bool:
+    """Return whether a pretraining router that needs a balance loss has none."""
+    moe = settings.moe
+    return (
+        moe.num_experts is not None
+        and not settings.adaptation.sft  # off on purpose; the start block states it
+        and moe.moe_router_type not in ("expert_choice", "base", "hash")
+        and moe.moe_router_load_balancing_type not in ("none", "sinkhorn")
+        and not moe.moe_router_enable_expert_bias
+        and not moe.moe_aux_loss_coeff
+    )

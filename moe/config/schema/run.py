@@ -216,7 +216,8 @@ class ValidationSettings(Group):
     eval_interval: PositiveInt | None = None
     """Steps between evaluations; unset: only at the end."""
     eval_iters: NonNegativeInt = 10
-    """Global batches per evaluation; 0: no evaluation."""
+    """Global batches per evaluation, of windows spread evenly over all validation shards; more than
+    there are: each window once; 0: no evaluation."""
     skip_train: bool = False
     """Evaluate the checkpoint of --load and stop: no step is trained, no checkpoint is saved. With
     --finetune the line of validation.jsonl in --save is that of step 0, before a run that starts

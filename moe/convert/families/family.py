@@ -97,20 +97,26 @@ class Family:
         width, heads = values["model.hidden_size"], values["model.num_attention_heads"]
         if self.whole_heads and width % heads:
             return [f"--hidden-size {width}: {self.model_type} has a multiple of its {heads} heads"]
+        config, refused = self.config(values), []
         try:
-            tree = self.settings(self.config(values))
+            self.settings(config)
+        except UserError as error:
+            refused = str(error).splitlines()
+        try:  # with the constants in place, every setting that differs is named
+            tree = self.settings({**config, **self.constants})
             theirs = function_of(Settings.model_validate({**PLACEHOLDERS, **tree}))
         except ValidationError as error:  # a damaged record: more heads than channels
             found = error.errors()
             return [f"{flag_name(str(each['loc'][-1]))}: {each['msg']}" for each in found]
         except UserError as error:
             return str(error).splitlines()
-        return [
+        different = [
             f"{flag_name(name.split('.')[1])} {value_text(value)}: {self.model_type} has "
             f"{value_text(theirs.get(name))}"
             for name, value in values.items()
             if theirs.get(name) != value
         ]
+        return different or refused
 
 
 def function_of(settings: Settings) -> dict[str, Any]:

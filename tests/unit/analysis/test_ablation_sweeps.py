@@ -54,6 +54,15 @@ def test_overrides_variants_flags_and_seeds(tmp_path: Path) -> None:
     assert (last.training.seed, last.training.train_iters) == (2, 70)
 
 
+def test_a_base_may_be_named_as_a_recipe(tmp_path: Path) -> None:
+    sweep = read(write_sweep(tmp_path, {"it": {}}, base="olmoe_1b_7b/tiny"), {})
+    assert sweep.runs[0].settings.moe.num_experts == 16
+    (tmp_path / "olmoe_1b_7b").mkdir()
+    (tmp_path / "olmoe_1b_7b" / "tiny").write_text("moe: {num_experts: 7}")
+    with pytest.raises(UserError, match="num-layers is missing"):  # a file beside the sweep wins
+        read(write_sweep(tmp_path, {"it": {}}, base="olmoe_1b_7b/tiny"), {})
+
+
 def test_all_problems_of_all_variants_at_once(tmp_path: Path) -> None:
     variants = {
         "typo": {"moe": {"num_expert": 8}},

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,15 @@ from moetron.moe.analysis.page.runs import POINTS, Run, read, thinned
 
 ROOT = Path(__file__).parents[3]
 STEPS = 200
+
+
+def test_the_page_is_written_without_torch_and_megatron() -> None:
+    """Their import takes seconds, and prints warnings of what is not installed."""
+    program = (
+        "import sys, moetron.moe.analysis.page.build_page\n"
+        "sys.exit(bool({'torch', 'megatron'} & set(sys.modules)))"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
 def metrics(drop: float | None = None, spike_at: int | None = None) -> list[dict[str, Any]]:

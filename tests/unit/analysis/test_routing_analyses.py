@@ -2,13 +2,16 @@
 
 import itertools
 from collections import Counter
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
 
 from moetron.common.errors import UserError
 from moetron.moe.analysis.routing_statistics import CoActivation, Drops, mean_similarity, saturation
-from moetron.moe.analysis.routing_trace import Routed, chosen
+from moetron.moe.analysis.routing_study import Text, token_choices
+from moetron.moe.analysis.routing_trace import Routed, RoutedModel, Windows, chosen
 from moetron.moe.analysis.specialization import (
     ClassCounts,
     by_token_class,
@@ -34,6 +37,19 @@ def random_choices(
 def routed(ranked_LTK: np.ndarray, kept_LTE: np.ndarray | None = None) -> Routed:
     kept = chosen(ranked_LTK, EXPERTS) if kept_LTE is None else kept_LTE
     return Routed(ranked_LTK, kept, np.zeros(ranked_LTK.shape[1], dtype=np.int64))
+
+
+def test_choices_of_batches_are_padded_to_the_most_experts_of_a_token() -> None:
+    windows = [
+        Windows("a", np.array([[4, 5]]), np.array([[5, 6]])),
+        Windows("b", np.array([[7, 8]]), np.array([[8, 9]])),
+    ]
+    model = SimpleNamespace(layers=[1, 3])
+    parts = [np.array([[[2], [1]]] * 2), np.array([[[0, 3], [1, -1]]] * 2)]
+    found = token_choices(cast("RoutedModel", model), Text(windows, str), parts)
+    assert found["choices"].tolist() == [[[2, -1], [1, -1], [0, 3], [1, -1]]] * 2
+    assert found["tokens"].tolist() == [4, 5, 7, 8] and found["texts"].tolist() == [0, 0, 1, 1]
+    assert found["layers"].tolist() == [1, 3] and found["names"].tolist() == ["a", "b"]
 
 
 def test_padding_is_not_in_the_map() -> None:

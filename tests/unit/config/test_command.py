@@ -127,12 +127,16 @@ def test_a_config_flag_without_value_keeps_other_recipes(path: Path) -> None:
         ("{data_path: [a], untill_tokens: 5}", "unknown key `untill_tokens`; did you mean until_"),
         ("{until_tokens: 5}", "entry 1 lacks `data_path`"),
         ("{data_path: a, until_tokens: x}", "entry 1, `until_tokens` x: Input should be a valid"),
-        ("{data_path: a, learning_rate: {rate: 1}}", "entry 1.learning_rate"),
+        (
+            "{data_path: a, learning_rate: {rate: 1}}",
+            "entry 1.learning_rate has the unknown key `rate`",
+        ),
     ],
 )
 def test_problems_inside_a_stage(path: Path, stage: str, message: str) -> None:
-    (problem,) = problems("--config", path, "--no-mock-data", "--dry-run", "--stages", stage)
-    assert problem.startswith(f"--stages {stage}: entry 1") and message in problem
+    found = problems("--config", path, "--no-mock-data", "--dry-run", "--stages", stage)
+    assert all(line.startswith("--stages: entry 1") for line in found)
+    assert sum(message in line for line in found) == 1
 
 
 def test_a_truth_value_is_not_a_number(tmp_path: Path) -> None:
@@ -177,13 +181,34 @@ def test_a_missing_required_value_does_not_hide_missing_data(path: Path) -> None
 
 
 def test_sequence_parallelism_on_one_tensor_rank_is_a_note(path: Path) -> None:
-    command = load(["--config", str(path), "--sequence-parallel"])
+    balanced = ["--config", str(path), "--moe-aux-loss-coeff", "0.01"]
+    command = load([*balanced, "--sequence-parallel"])
     assert command.notes == [
         "--sequence-parallel has no effect with --tensor-model-parallel-size 1"
     ]
     assert not sequence_parallel(command.settings.parallel)
     two = ["--tensor-model-parallel-size", "2", "--dry-run", "--world-size", "2"]
-    assert load(["--config", str(path), "--sequence-parallel", *two]).notes == []
+    assert load([*balanced, "--sequence-parallel", *two]).notes == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], 1),
+        (["--moe-router-score-function", "sigmoid"], 1),
+        (["--moe-router-score-function", "sigmoid", "--moe-router-enable-expert-bias"], 0),
+        (["--moe-aux-loss-coeff", "0.01"], 0),
+        (["--moe-router-load-balancing-type", "none"], 0),
+        (["--moe-router-load-balancing-type", "sinkhorn", "--moe-router-pre-softmax"], 0),
+        (["--moe-router-type", "hash", "--moe-z-loss-coeff", "none"], 0),
+        (["--num-experts", "none", "--moe-z-loss-coeff", "none"], 0),
+    ],
+)
+def test_a_router_without_any_balance_is_a_note(
+    path: Path, flags: list[str], expected: int
+) -> None:
+    found = load(["--config", str(path), *flags]).notes
+    assert [line.split(":")[0] for line in found] == ["no balance loss"] * expected
 
 
 @pytest.mark.parametrize("line", ["0.3 a 0.7 b.bin", "[0.3, a.idx, 0.7, b]"])

@@ -155,6 +155,12 @@ def test_unsupported_settings_are_refused_by_name(
 
 
 def test_a_model_of_no_family_gets_the_closest() -> None:
+    sigmoid = {"moe_router_score_function": "sigmoid", "moe_router_pre_softmax": False}
+    with pytest.raises(UserError, match=r"olmoe differs in\n.*-function sigmoid: olmoe has soft"):
+        family_of(values(OLMOE, moe=sigmoid))
+    deepseek = FAMILIES["deepseek_v3"].problems(values(OLMOE, moe=sigmoid))
+    assert "--norm-epsilon 1e-05: deepseek_v3 has 1e-06" in deepseek
+    assert "--multi-latent-attention false: deepseek_v3 has true" in deepseek
     with pytest.raises(UserError, match=r"olmoe differs in\n  - --rotary-percent 0.5: olmoe has 1"):
         family_of(values(OLMOE, model={"rotary_percent": 0.5}))
 

@@ -68,11 +68,21 @@ def test_a_malformed_stage_is_refused(stage: Any, rule: str) -> None:
     assert any("--stages" in line and rule in line for line in problems)
 
 
+def test_every_malformed_entry_is_named_without_the_others() -> None:
+    stages = [{"data_path": ["a"], "until_token": 5}, {"data_path": ["b"], "objective": "ul3"}]
+    _, problems, _ = validate({"data": {"stages": stages}})
+    first, second = [line for line in problems if "stages" in line]
+    assert (
+        first == "--stages: entry 1 has the unknown key `until_token`; did you mean until_tokens?"
+    )
+    assert second.startswith("--stages: entry 2, `objective` ul3: Input should be 'causal'")
+
+
 @pytest.mark.parametrize(
     ("stages", "changes", "expected"),
     [
-        ([], {}, "--stages needs at least one stage"),
-        ([LAST], {"data_path": ["a"]}, "excludes --data-path"),
+        ([], {}, "--stages is empty: give at least one stage"),
+        ([LAST], {"data_path": ["a"]}, "--stages and --data-path exclude each other: drop one"),
         ([LAST], {"objective": "ul2"}, "--objective ul2: with --stages, each stage names its own"),
         ([LAST, LAST], {}, "stage 1: until_tokens None: another follows it"),
         ([FIRST], {}, "stage 1: until_tokens 64: the last ends with the run"),
@@ -89,7 +99,8 @@ def test_each_rule_is_reported_alone(stages: Any, changes: Any, expected: str) -
 
 def test_shards_of_stages_must_be_there(tmp_path) -> None:
     shard = str(tmp_path / "a")
-    settings = make(mock_data=False, tokenizer_model="bytes", stages=[{"data_path": [shard]}])
+    stages = [{"data_path": ["1", shard], "until_tokens": 64}, {"data_path": [shard]}]
+    settings = make(mock_data=False, tokenizer_model="bytes", stages=stages)
     (line,) = input_problems(settings)
     assert line.startswith(f"--stages {shard}: there is no file")
 

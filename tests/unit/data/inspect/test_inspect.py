@@ -88,6 +88,21 @@ def test_the_command_shows_the_stages_of_a_recipe(make_shard, tmp_path) -> None:
     assert "stage 2, sample 4: b, causal, loss on 4 tokens\nb\u00abbbbb\u00bb" in done.stdout
     assert done.stdout.count("stage 1, sample") == done.stdout.count("stage 2, sample") == 2
     assert run_tool("--config", str(tmp_path / "none.yaml")).returncode == 2
+    named = run_tool("--config", "olmoe_1b_7b/tiny")
+    assert "the recipe needs data" in named.stderr  # it was found
+
+
+def test_a_reader_that_has_enough_is_no_mistake(make_shard) -> None:
+    """As with ``| head``."""
+    shard = make_shard("a", [[5]] * 20_000, 384, ByteTokenizer.fingerprint)
+    command = [sys.executable, str(TOOL), shard, "--tokenizer", "bytes", "--documents", "20000"]
+    with subprocess.Popen(
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == "stopped: the reader of standard output closed it\n"
 
 
 def test_colours_and_markers_show_tokens_with_loss() -> None:

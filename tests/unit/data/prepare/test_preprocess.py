@@ -1,5 +1,7 @@
 import gzip
+import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -126,7 +128,19 @@ BAD_LINES = {
     '{"text": 3}': "'text' is int, not a string",
     '{"text": null}': "'text' is NoneType, not a string",
     '{"text": "\\ud800"}': "not JSON",
+    '{"text": "\\ud800", "score": NaN}': "not JSON",
+    '{"text": NaN}': "'text' is NoneType, not a string",
 }
+
+
+def test_numbers_that_python_and_pandas_write_do_not_cost_the_row(
+    options: Options, tmp_path: Path
+) -> None:
+    scores = itertools.cycle([math.nan, math.inf, -math.inf, 1.0])
+    made = [json.dumps({"text": text, "score": next(scores)}) for text in TEXTS]
+    (tmp_path / "in.jsonl").write_text("\n".join(made))
+    preprocess(options)
+    assert decoded(options.output_prefix) == TEXTS
 
 
 def test_bad_rows_are_listed_with_file_line_and_reason(options: Options, tmp_path: Path) -> None:
@@ -138,12 +152,12 @@ def test_bad_rows_are_listed_with_file_line_and_reason(options: Options, tmp_pat
     lines.append("\xff")
     outcome = preprocess(replace(options, max_bad_fraction=0.05, workers=2))
     assert decoded(options.output_prefix) == TEXTS
-    assert outcome.manifests[options.output_prefix].filters == {"rejected": 7, "empty": 1}
+    assert outcome.manifests[options.output_prefix].filters == {"rejected": 9, "empty": 1}
     rejects = Path(options.output_prefix + ".rejects.jsonl").read_text().splitlines()
     for reject in map(json.loads, rejects):
         assert reject["file"] == str(tmp_path / "in.jsonl")
         assert reject["reason"].startswith(BAD_LINES.get(lines[reject["line"] - 1], "not JSON"))
-    assert len(rejects) == 7
+    assert len(rejects) == 9
 
 
 def test_too_many_bad_rows_leave_only_their_list(options: Options, tmp_path: Path) -> None:

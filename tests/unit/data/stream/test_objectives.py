@@ -177,7 +177,7 @@ def test_unsuitable_objectives_are_refused(name, length, plan, message) -> None:
 def test_a_tokenizer_without_sentinels_has_no_ul2() -> None:
     without = ByteTokenizer()
     without.sentinels = ()
-    with pytest.raises(UserError, match="needs sentinels"):
+    with pytest.raises(UserError, match=r"has no sentinels \(tokens named <extra_id_0>"):
         build_objective("ul2", 512, without, Plan())
 
 

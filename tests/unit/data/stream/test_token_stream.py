@@ -3,12 +3,13 @@ import pickle
 import random
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from moetron.common.errors import UserError
-from moetron.data.stream.token_stream import training_stream, validation_stream
+from moetron.data.stream.token_stream import TokenStream, training_stream, validation_stream
 
 S = 4
 
@@ -106,16 +107,27 @@ def test_eod_mask_loss_follows_the_input(make_shard) -> None:
     assert masked["labels"].tolist() == [9, 2, 3, 9, 4, 5, 6, 9]
 
 
+def stream_of(stream: TokenStream) -> list[dict[str, Any]]:
+    return [stream[n] for n in range(len(stream))]
+
+
 def test_validation_is_every_window_in_file_order(three) -> None:
     stream = validation_stream(three, S)
     assert len(stream) == 17 + 34 + 5
-    places = [
-        (s["source"], window_of(s, 10_000 * (s["source"] + 1)))
-        for s in map(stream.__getitem__, range(len(stream)))
-    ]
+    places = [(s["source"], window_of(s, 10_000 * (s["source"] + 1))) for s in stream_of(stream)]
     assert places == [(s, w) for s, size in enumerate([17, 34, 5]) for w in range(size)]
     with pytest.raises(IndexError):
         stream[56]
+
+
+def test_some_validation_windows_are_spread_over_all_sources(three) -> None:
+    """With the first ones, a small evaluation would read the first source alone."""
+    stream = validation_stream(three, S, at_most=14)
+    places = [(s["source"], window_of(s, 10_000 * (s["source"] + 1))) for s in stream_of(stream)]
+    first = [(0, w) for w in (0, 4, 8, 12, 16)]
+    assert places == [*first, *((1, w) for w in range(3, 34, 4)), (2, 1)]
+    assert len(validation_stream(three, S, at_most=1000)) == 17 + 34 + 5
+    assert stream.state() != validation_stream(three, S).state()
 
 
 def test_state_identifies_the_stream(three) -> None:
