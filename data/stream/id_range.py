@@ -28,8 +28,8 @@ def refuse_ids_outside(shards: Sequence[Shard], vocab_size: int) -> None:
     """
     if os.environ.get("RANK", "0") != "0":
         return
-    ranges = [_stated(shard) for shard in shards]
-    unread = [shard for shard, found in zip(shards, ranges, strict=True) if found is None]
+    stated = [_stated(shard) for shard in shards]
+    unread = [shard for shard, found in zip(shards, stated, strict=True) if found is None]
     size_bytes = sum(shard.token_count * shard.dtype.itemsize for shard in unread)
     if size_bytes >= TOLD_BYTES:
         logger.warning(
@@ -40,7 +40,7 @@ def refuse_ids_outside(shards: Sequence[Shard], vocab_size: int) -> None:
         )
     with ThreadPoolExecutor(THREADS) as pool:  # NumPy's reductions run in parallel
         read = pool.map(_read_range, unread)
-        ranges = [next(read) if found is None else found for found in ranges]
+        ranges = [next(read) if found is None else found for found in stated]
     wrong = [
         f"{shard.prefix} (ids {smallest} to {largest})"
         for shard, (smallest, largest) in zip(shards, ranges, strict=True)
