@@ -335,6 +335,8 @@ def cases() -> list[Case]:
         Case(name, (*OLMOE, *flags), kinds, samples=samples, noise=3 if samples in CHATS else 1)
         for name, (samples, flags, kinds) in OTHER_SAMPLES.items()
     ]
+    latent = (*_tiny("deepseek_v2_lite"), "--lr-wsd-decay-iters", "2", *_DOCUMENTS, *_ROW)
+    found.append(Case("documents_latent", latent, ("local", "local16"), samples="packed"))
     found += [Case(name, (*OLMOE, *flags), PLAIN, is_noisy=True) for name, flags in NOISY.items()]
     found += [
         Case(name, OLMOE, kinds, like="olmoe_1b_7b", extra=extra)
