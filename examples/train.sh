@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train a recipe on this node, with one rank per GPU or RANKS ranks:
+# Train a recipe on this node, with one rank per visible GPU or RANKS ranks:
 #   bash examples/train.sh olmoe_1b_7b --data-path PREFIX --tokenizer-model FILE --save RUN
 #   RANKS=2 bash examples/train.sh deepseek_v3/tiny --expert-model-parallel-size 2    # two CPU ranks
 # The first word names a folder of examples/ (its pretrain.yaml), or FOLDER/STAGE; flags follow. One process checks
@@ -19,7 +19,11 @@ config="$root/examples/$recipe.yaml"
 [ -f "$config" ] || { echo "train.sh: no examples/$recipe.yaml; python tools/plan.py --list lists the recipes" >&2; exit 2; }
 
 python="${PYTHON:-${MOETRON_VENV:-$root/.venv}/bin/python}"
-gpus="$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)"
+case "${CUDA_VISIBLE_DEVICES-all}" in
+  all) gpus="$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)" ;;
+  "" | -1 | NoDevFiles) gpus=0 ;;
+  *) gpus="$(tr , '\n' <<<"$CUDA_VISIBLE_DEVICES" | wc -l)" ;;
+esac
 ranks="${RANKS:-$((gpus > 0 ? gpus : 1))}"
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 # Time for a step and a save after a signal.

@@ -230,11 +230,11 @@ def check_limits(settings: Settings, vocab_size: int) -> None:
         ConfigError: a line for each of them.
     """
     ranks, here = (int(os.environ.get(n, "1")) for n in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    state_bytes = 0
-    if expected_device(settings.parallel.device) == "cpu":
+    state_bytes, gpus = 0, expected_device(settings.parallel.device) == "cuda"
+    if not gpus:
         memory = memory_per_rank(settings, vocab_size, ranks, stage=0)
         state_bytes = memory.parameters + memory.gradients + memory.optimizer
-    require_limits(ranks, here, settings.data.num_workers, state_bytes)
+    require_limits(ranks, here, settings.data.num_workers, state_bytes, gpus)
 
 
 def _news() -> dict[str, Any]:

@@ -65,7 +65,10 @@ case "${1:-}" in
     ;;
   --slow) part tests "$bin/pytest" tests -m "slow and not parallel_full and not gpu" ;;
   --parallel-full) part tests "$bin/pytest" tests/parallel -m "parallel_full and not gpu" -s ;;
-  --gpu) part tests "$bin/pytest" tests/gpu -m gpu ;;
+  --gpu)
+    part tests "$bin/pytest" tests/gpu -m gpu -n 4 --dist loadfile --durations 10 --ignore tests/gpu/test_layouts.py
+    part layouts "$bin/pytest" tests/gpu/test_layouts.py -m gpu -s -rs # all GPUs at once; prints a table
+    ;;
   --other-python)
     (unset PYTHON; MOETRON_VENV="$reference" bash tools/setup_env.sh --dev)
     part tests "$bin/pytest" tests/unit tests/parallel -m "not slow and not parallel_full and not gpu" -n 2 \

@@ -4,6 +4,7 @@
 #   bash tools/setup_env.sh --dev      # also lint, types and tests
 #   bash tools/setup_env.sh --newest   # as --dev, with the newest versions that setup.py allows, updated at each call
 # MOETRON_VENV names the folder (default .venv), PYTHON the interpreter to build it from (one that has a lock file).
+# MOETRON_TORCH=cuda installs torch for GPUs where none is, such as a login node; cpu the CPU build where there is one.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -48,21 +49,33 @@ make_venv() {
 
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 
+# Any build of the version will do unless one is asked for; PyPI's, without a suffix, is for CUDA.
 torch_is_current() {
-  "$venv/bin/python" -c 'import sys, importlib.metadata as m; sys.exit(m.version("torch").split("+")[0] != sys.argv[1])' \
-    "$TORCH_VERSION" 2>/dev/null
+  local found
+  found="$("$venv/bin/python" -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null)" || return
+  case "${MOETRON_TORCH:-auto} $found" in "cuda "*+cpu) return 1 ;; "cpu "*+cu* | "cpu $TORCH_VERSION") return 1 ;; esac
+  [ "${found%%+*}" = "$TORCH_VERSION" ]
+}
+
+wants_cuda() {
+  case "${MOETRON_TORCH:-auto}" in
+    cuda) return 0 ;;
+    cpu) return 1 ;;
+  esac
+  command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1
 }
 
 # PyPI's torch for Linux is the CUDA build of several GB. Without a GPU, install the CPU build from the configured
 # indexes if they have it, else from PyTorch's index through uv.
 install_torch() {
   local install=(pip install --quiet --quiet)
-  if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
-    say "GPU found: torch with CUDA"
+  if wants_cuda; then
+    say "torch with CUDA (MOETRON_TORCH=cpu: without)"
+    pip uninstall --quiet --yes torch >/dev/null 2>&1 || true  # pip takes a CPU build of this version for it
     "${install[@]}" "torch==$TORCH_VERSION"
     return
   fi
-  say "no GPU found: CPU build of torch"
+  say "no GPU found: CPU build of torch (for the GPUs of other nodes: MOETRON_TORCH=cuda)"
   "${install[@]}" "torch==$TORCH_VERSION+cpu" 2>/dev/null && return
   "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" --torch-backend cpu "torch==$TORCH_VERSION" \
     2>/dev/null && return
@@ -89,12 +102,14 @@ stamp() {
 
 is_current() {
   [ -x "$venv/bin/python" ] || return 1
+  [ -z "${MOETRON_TORCH:-}" ] || torch_is_current || return 1
   local have
   have="$(stamp)"
   [ "$(cat "$venv/.moetron-dev" 2>/dev/null)" = "$have" ] && return
   [ "$lane" = --base ] && [ "$(cat "$venv/.moetron-base" 2>/dev/null)" = "$have" ]
 }
 
+case "${MOETRON_TORCH:-auto}" in auto | cuda | cpu) ;; *) die "MOETRON_TORCH=$MOETRON_TORCH: cuda, cpu or auto" ;; esac
 case "$lane" in
   --base | --dev)
     if is_current; then

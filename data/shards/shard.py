@@ -1,5 +1,8 @@
 """Read a token shard: memory-mapped, checked when opened, at a cost independent of its size."""
 
+import mmap
+import os
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -19,64 +22,84 @@ from moetron.data.shards.manifest import FileRecord, Manifest, read_manifest
 
 SCAN_TOKENS = 1 << 24
 """Tokens read at once by `scanned_range`."""
+MAPS = 256
+"""Files that a process keeps mapped, those used last. Each takes a file descriptor and one of the
+65,530 maps that Linux gives a process, and a run may have 100,000 shards."""
 
 
 class Shard:
     """A ``.bin/.idx`` pair of Moetron or Megatron-LM.
 
     Opening checks the header and both sizes against each other and the manifest, in constant
-    time; ``verify`` reads everything.
+    time, and keeps no file open: files are mapped when they are used. ``verify`` reads everything.
     """
 
-    tokens: np.ndarray
-    """Tokens of all documents in order: uint16 or int32 [T], mapped."""
-    document_lengths: np.ndarray
-    """Tokens of each document: int32 [documents], mapped."""
+    dtype: np.dtype
+    """Type of the token ids."""
+    token_count: int
     manifest: Manifest | None
     """None for a shard of another tool."""
 
-    def __init__(self, prefix: str | Path) -> None:
-        """Raise UserError, naming the file, if the shard is missing, truncated or inconsistent."""
+    def __init__(self, prefix: str | Path, checked: bool = False) -> None:
+        """Open a shard.
+
+        Args:
+            prefix: of its files.
+            checked: another process checks the files; here a manifest is enough.
+
+        Raises:
+            UserError: the shard is missing, truncated or inconsistent; names the file.
+        """
         self.prefix = str(prefix)
         self.bin_path, self.idx_path = beside(prefix, ".bin"), beside(prefix, ".idx")
         self.manifest = read_manifest(prefix)
-        index = _map(self.idx_path, np.dtype(np.uint8))
-        dtype, sequences = _read_header(self.idx_path, index)
-        pointers_at = HEADER.size + sequences * LENGTH.itemsize
-        boundaries_at = pointers_at + sequences * POINTER.itemsize
-        self.document_lengths = index[HEADER.size : pointers_at].view(LENGTH)
-        self._pointers = index[pointers_at:boundaries_at].view(POINTER)
-        self._boundaries = index[boundaries_at:].view(POINTER)
-        self.tokens = _map(self.bin_path, dtype)
-        self._check_sizes()
+        if checked and self.manifest is not None:
+            self.dtype, self.token_count = np.dtype(self.manifest.dtype), self.manifest.tokens
+            self._documents = self.manifest.documents
+            self._bin_identity = (0, 0, self.manifest.bin.bytes)
+            self._idx_identity = (0, 0, self.manifest.idx.bytes)
+            return
+        index, self._idx_identity = _map(self.idx_path, np.dtype(np.uint8))
+        self.dtype, self._documents = _read_header(self.idx_path, index)
+        tokens, self._bin_identity = _map(self.bin_path, self.dtype)
+        self.token_count = len(tokens)
+        self._check_sizes(*self._parts(index), tokens.nbytes)
 
-    def __reduce__(self) -> "tuple[type[Shard], tuple[str]]":
-        """Pickle as the prefix: loader processes map the files themselves."""
-        return Shard, (self.prefix,)
+    @property
+    def tokens(self) -> np.ndarray:
+        """Tokens of all documents in order: uint16 or int32 [T], mapped."""
+        return _kept(self.bin_path, self.dtype, self._bin_identity)
+
+    @property
+    def document_lengths(self) -> np.ndarray:
+        """Tokens of each document: int32 [documents], mapped."""
+        return self._index()[0]
 
     def __len__(self) -> int:
         """Return the number of documents."""
-        return len(self.document_lengths)
+        return self._documents
 
     def document(self, number: int) -> np.ndarray:
         """Return the tokens of one document, including its end-of-document token."""
-        start = int(self._pointers[number]) // self.tokens.itemsize
-        return self.tokens[start : start + int(self.document_lengths[number])]
+        lengths, pointers, _ = self._index()
+        start = int(pointers[number]) // self.dtype.itemsize
+        return self.tokens[start : start + int(lengths[number])]
 
     def verify(self) -> list[str]:
         """Read everything and return all problems found."""
         problems = []
-        lengths = self.document_lengths.astype(np.int64) * self.tokens.itemsize
-        if not np.array_equal(self._pointers, np.cumsum(lengths) - lengths):
+        counts, pointers, boundaries = self._index()
+        lengths = counts.astype(np.int64) * self.dtype.itemsize
+        if not np.array_equal(pointers, np.cumsum(lengths) - lengths):
             problems.append(f"{self.idx_path}: documents are not consecutive")
-        if not np.array_equal(self._boundaries, np.arange(len(self) + 1)):
+        if not np.array_equal(boundaries, np.arange(len(self) + 1)):
             problems.append(f"{self.idx_path}: the document boundaries are not 0, 1, 2, ...")
         if self.manifest is None:
             return [
                 *problems,
                 f"{self.prefix}.json: no manifest, so nothing to compare hashes with",
             ]
-        recorded, found = self.manifest, (self.tokens.dtype.name, len(self), len(self.tokens))
+        recorded, found = self.manifest, (self.dtype.name, len(self), self.token_count)
         if (recorded.dtype, recorded.documents, recorded.tokens) != found:
             problems.append(f"{self.prefix}.json: dtype, documents or tokens are not the shard's")
         smallest, largest = scanned_range(self.tokens)
@@ -92,15 +115,29 @@ class Shard:
                 problems.append(f"{path}: its SHA-256 is not the manifest's")
         return problems
 
-    def _check_sizes(self) -> None:
-        """Compare the sizes of index, tokens and manifest, in constant time."""
-        documents, size = len(self), self.tokens.nbytes
-        if self._boundaries[-1:].tolist() != [documents]:
+    def _index(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return lengths int32 [documents], offsets int64 [documents] and boundaries, mapped."""
+        return self._parts(_kept(self.idx_path, np.dtype(np.uint8), self._idx_identity))
+
+    def _parts(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        pointers_at = HEADER.size + self._documents * LENGTH.itemsize
+        boundaries_at = pointers_at + self._documents * POINTER.itemsize
+        return (
+            index[HEADER.size : pointers_at].view(LENGTH),
+            index[pointers_at:boundaries_at].view(POINTER),
+            index[boundaries_at:].view(POINTER),
+        )
+
+    def _check_sizes(
+        self, lengths: np.ndarray, pointers: np.ndarray, boundaries: np.ndarray, size: int
+    ) -> None:
+        """Compare the sizes of index, tokens (bytes) and manifest, in constant time."""
+        documents = len(self)
+        if boundaries[-1:].tolist() != [documents]:
             raise UserError(f"{self.idx_path}: the last document does not end the index")
         expected = 0
         if documents:
-            last_bytes = int(self.document_lengths[-1]) * self.tokens.itemsize
-            expected = int(self._pointers[-1]) + last_bytes
+            expected = int(pointers[-1]) + int(lengths[-1]) * self.dtype.itemsize
         if size != expected:
             raise UserError(
                 f"{self.bin_path}: {size} bytes, but its index expects {expected}; "
@@ -127,21 +164,39 @@ def scanned_range(tokens: np.ndarray) -> tuple[int, int]:
     return smallest, largest
 
 
-def _map(path: Path, dtype: np.dtype) -> np.ndarray:
+Identity = tuple[int, int, int]
+"""Inode, time of modification in ns and bytes of a file."""
+
+
+def _map(path: Path, dtype: np.dtype) -> tuple[np.ndarray, Identity]:
     """Map a file read-only; UserError if it cannot be read or ends inside an item."""
     try:
-        size = path.stat().st_size
-        if size % dtype.itemsize:
-            raise UserError(f"{path}: {size} bytes do not divide into {dtype} tokens; truncated?")
-        if size == 0:
-            return np.empty(0, dtype)
-        return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
+        with path.open("rb", buffering=0) as file:  # np.memmap asks the file system twelve times
+            status = os.fstat(file.fileno())
+            size, identity = status.st_size, (status.st_ino, status.st_mtime_ns, status.st_size)
+            if size % dtype.itemsize:
+                raise UserError(
+                    f"{path}: {size} bytes do not divide into {dtype} tokens; truncated?"
+                )
+            if size == 0:
+                return np.empty(0, dtype), identity
+            pages = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+        return np.frombuffer(pages, dtype), identity
     except FileNotFoundError:
         raise UserError(
             f"{path}: no such file; a data path is the prefix before .bin/.idx"
         ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+@lru_cache(MAPS)
+def _kept(path: Path, dtype: np.dtype, identity: Identity) -> np.ndarray:
+    """Map a file that was checked before; its map closes when others took its place."""
+    mapped, found = _map(path, dtype)
+    if found[-1] != identity[-1]:
+        raise UserError(f"{path}: {found[-1]} bytes now, {identity[-1]} when the run started")
+    return mapped
 
 
 def _read_header(path: Path, index: np.ndarray) -> tuple[np.dtype, int]:

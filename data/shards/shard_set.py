@@ -8,8 +8,9 @@ from moetron.common.files import beside
 from moetron.data.shards.manifest import read_manifest
 
 DIGITS = 5
+"""Of a number in a name; from 100,000 on there are more."""
 _WRITTEN = re.compile(
-    rf"(\.share-\d+-of-\d+(\.text-bytes)?|_\d{{{DIGITS}}})?"
+    rf"(\.share-\d+-of-\d+(\.text-bytes)?|_\d{{{DIGITS},}})?"
     r"(\.(bin|idx|json|lengths|seen|rejects\.jsonl|progress\.json)(\.tmp(-journal)?)?"
     r"|\.lock|\.stdin\.jsonl)"
 )
@@ -55,8 +56,9 @@ def is_written_with(file: Path, prefix: str | Path) -> bool:
 def numbered(prefix: str | Path, suffix: str) -> list[str]:
     """Return ``PREFIX_00000``, ... for which a file with the suffix exists, in order."""
     path = Path(prefix)
-    pattern = re.compile(rf"{re.escape(path.name)}_\d{{{DIGITS}}}{re.escape(suffix)}")
+    pattern = re.compile(rf"{re.escape(path.name)}_\d{{{DIGITS},}}{re.escape(suffix)}")
     if not path.parent.is_dir():
         return []
     names = [file.name for file in path.parent.iterdir() if pattern.fullmatch(file.name)]
-    return [str(path.with_name(name.removesuffix(suffix))) for name in sorted(names)]
+    in_order = sorted(names, key=lambda name: (len(name), name))
+    return [str(path.with_name(name.removesuffix(suffix))) for name in in_order]

@@ -49,7 +49,11 @@ export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-270}"
 case " $* " in *" --dry-run "* | *" --check "*) exec "${alone[@]}" ;; esac
 "${alone[@]}" --check
+# All cores of a node for its launcher: srun does not read the job's number, and would bind all ranks of a node to one.
+cores=(--cpu-bind=none)
+if [ -n "${SLURM_CPUS_ON_NODE:-}" ]; then cores+=(--cpus-per-task "$SLURM_CPUS_ON_NODE"); fi
 # srun takes the place of this shell, and so also gets the signals of `--signal B:USR1@300` and `scancel --batch`; it
-# passes them on to the launchers of all nodes. A node that fails ends the others.
-exec srun --kill-on-bad-exit=1 "$python" "$root/tools/launch.py" --nnodes "$nodes" --nproc-per-node "$ranks" \
+# passes them on to the launchers of all nodes. A node that fails ends the others; the first one may end up to 300 s
+# later than them, when it closes the logs.
+exec srun --kill-on-bad-exit=1 --wait=300 "${cores[@]}" "$python" "$root/tools/launch.py" --nnodes "$nodes" --nproc-per-node "$ranks" \
   --master-addr "$head_node" --master-port "$port" "$root/pretrain_moe.py" "${flags[@]}"

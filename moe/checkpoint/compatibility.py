@@ -43,14 +43,14 @@ def check_folders(settings: Settings, stream_state: Mapping[str, Any]) -> None:
         UserError: nothing to load, damage, another architecture, no permission to save, or --save
             holds a later step than the start of this run.
     """
-    options, step = settings.checkpoint, 0
+    options, step, reads = settings.checkpoint, 0, os.environ.get("RANK", "0") == "0"
     if settings.validation.skip_train and starts_run(options):
         raise UserError(f"--load {options.load}: no checkpoint to evaluate")
     if options.load is not None and not starts_run(options):
-        folder = find_readable(Path(options.load), options.load_fallback)
+        folder = find_readable(Path(options.load), options.load_fallback, sizes=reads)
         record = read_record(folder)
         require_fit(folder, record, settings, stream_state)
-        if os.environ.get("RANK", "0") == "0":
+        if reads:
             verify_files(folder, record)
         step = 0 if options.finetune or options.reset_progress else record.progress.step
     if settings.adaptation.preference_loss is not None and step == 0:

@@ -45,6 +45,7 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from torch import Tensor
 
+from moetron.moe.checkpoint.states.parameter_span import Span, gathered
 from moetron.moe.checkpoint.states.scaled_state import MAIN, OffloadedState, ScaledState
 from moetron.moe.optim.adafactor import FACTOR_AXIS, Adafactor
 from moetron.moe.optim.muon import Muon
@@ -54,28 +55,6 @@ Entry: TypeAlias = ShardedTensor | ShardedTensorFactory
 PREFIX = "optimizer.state"
 STEP_KEY = "optimizer.step"
 MOMENTS = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
-
-
-@dataclass(frozen=True)
-class Span:
-    """The part ``[start, end)`` of a flattened parameter that this rank of ``group`` holds."""
-
-    group: dist.ProcessGroup
-    start: int
-    end: int
-    first_rank: int
-    """Rank in the group that holds the parameter's first element and writes the parameter."""
-    last_rank: int
-    """Rank in the group that holds the parameter's last element."""
-    shard: int
-    """Elements of the buffer per rank."""
-    offset: int
-    """Index of the parameter's first element in the first rank's shard."""
-
-    def numel_of(self, rank: int, numel: int) -> int:
-        """Return how many of a parameter's ``numel`` elements ``rank`` holds."""
-        low = (rank - self.first_rank) * self.shard - self.offset
-        return min(numel, low + self.shard) - max(0, low)
 
 
 @dataclass(frozen=True)
@@ -103,6 +82,14 @@ class Slot:
     def offloaded(self) -> bool:
         """Return whether the state stays on the CPU, as the device might lack the memory."""
         return isinstance(self.scaled, OffloadedState)
+
+    @property
+    def is_split(self) -> bool:
+        """Return whether other ranks hold parts of the parameter, which is read as a whole.
+
+        A rank may hold a little of every parameter: read to the device, all would not fit.
+        """
+        return self.span is not None and self.span.is_split
 
     @property
     def separate_main(self) -> bool:
@@ -171,7 +158,8 @@ def load_request(
     request: ShardedStateDict = {STEP_KEY: _step_entry(torch.tensor([-1]))}
     for slot in slots:
         for name in slot.names():
-            where = slot.parameter.device if not slot.offloaded else torch.device("cpu")
+            on_host = slot.offloaded or slot.is_split
+            where = torch.device("cpu") if on_host else slot.parameter.device
             blank = torch.empty_like(slot.parameter, dtype=torch.float32, device=where)
             entry = make_sharded_optimizer_tensor(_placed(slot), blank, f"{PREFIX}.{name}")
             if name == MAIN and not has_mains:
@@ -309,7 +297,7 @@ def _span(leaf: DistributedOptimizer, bucket: _ParamAndGradBucket, start: int, e
 def _saved_entries(slot: Slot) -> ShardedStateDict:
     tensors = [slot.local(name) for name in slot.names()]
     if slot.span is not None:
-        tensors = _gather(torch.stack(tensors), slot.span, slot.parameter)
+        tensors = gathered(tensors, slot.span, slot.parameter)
     if not tensors:
         return {}
     return {
@@ -318,35 +306,12 @@ def _saved_entries(slot: Slot) -> ShardedStateDict:
     }
 
 
-def _gather(pieces: Tensor, span: Span, parameter: Tensor) -> list[Tensor]:
-    """Return full tensors on the span's first rank, none elsewhere.
-
-    Args:
-        pieces: this rank's parts, fp32 [tensors, end - start].
-        span: their place in the parameter.
-        parameter: gives the full shape.
-    """
-    # Point-to-point within the data-parallel group (experts: theirs): only ranks that hold a part
-    # of the parameter take part, all of them in the order of `mains`.
-    home = pieces.device
-    if span.first_rank != span.last_rank:  # offloaded state: NCCL sends from the device
-        pieces = pieces.to(parameter.device)
-    if span.group.rank() != span.first_rank:
-        dist.send(pieces, dist.get_global_rank(span.group, span.first_rank), span.group)
-        return []
-    parts = [pieces]
-    for rank in range(span.first_rank + 1, span.last_rank + 1):
-        part = pieces.new_empty(len(pieces), span.numel_of(rank, parameter.numel()))
-        dist.recv(part, dist.get_global_rank(span.group, rank), span.group)
-        parts.append(part)
-    return [full.view(parameter.shape) for full in torch.cat(parts, dim=1).to(home).unbind()]
-
-
 def _restore_slot(slot: Slot, loaded: ShardedStateDict) -> None:
     for name in slot.names():
         tensor = loaded[_key(slot, name)]
         if slot.span is not None:
-            tensor = tensor.view(-1)[slot.span.start : slot.span.end].clone()
+            own, where = slot.span, tensor.device if slot.offloaded else slot.main.device
+            tensor = tensor.view(-1)[own.start : own.end].to(where, copy=True)
         if slot.scaled is not None:
             slot.scaled.write(slot.main, name, tensor)
         elif name == MAIN:

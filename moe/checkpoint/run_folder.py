@@ -168,12 +168,12 @@ def candidates(path: Path, fallback: bool) -> list[Path]:
     return [find(path)]
 
 
-def find_readable(path: Path, fallback: bool) -> Path:
-    """Return the first of `candidates` whose record and sizes are right, or the last of them."""
+def find_readable(path: Path, fallback: bool, sizes: bool = True) -> Path:
+    """Return the first of `candidates` with a right record (and file sizes), or the last one."""
     *others, last = candidates(path, fallback)
     for folder in others:
         try:
-            verify_files(folder, read_record(folder))
+            verify_files(folder, read_record(folder), None if sizes else ())
         except DamagedError:
             continue
         return folder
@@ -228,16 +228,16 @@ def verify(folder: Path, reader: int = 0, readers: int = 1, known: Known = None)
         UserError: a file is missing or has changed since it was written; names it.
     """
     record = read_record(folder)
-    verify_files(folder, record)
     names = share(record.files, reader, readers)
+    verify_files(folder, record, names)  # of a file system that thousands of readers ask
     _refuse_changes(folder, names, known)
     return sum(record.files[name] for name in names)
 
 
-def verify_files(folder: Path, record: Record) -> None:
-    """Raise ``UserError`` if a file is missing or its size has changed."""
-    for name, size in record.files.items():
-        file = folder / name
+def verify_files(folder: Path, record: Record, names: Collection[str] | None = None) -> None:
+    """Raise ``UserError`` if a file (default: any) is missing or its size has changed."""
+    for name in record.files if names is None else names:
+        file, size = folder / name, record.files[name]
         if file.is_symlink() or file.resolve().parent != folder.resolve():
             raise damaged(folder, f"{name} leads out of the folder")
         found = file.stat().st_size if file.is_file() else None

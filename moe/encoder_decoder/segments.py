@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+import numpy as np
 import torch
 
 Run = tuple[int, int, int]
@@ -46,16 +47,14 @@ def pairs(
     query_length: int,
     keys: dict[tuple[int, int], Run],
     key_length: int,
-    device: torch.device,
 ) -> list[Pairs]:
-    """Return the examples of ``queries`` with their ``keys``, grouped by lengths.
+    """Return the examples of ``queries`` with their ``keys``, grouped by lengths, on the CPU.
 
     Args:
         queries: runs of the stack that attends.
         query_length: positions of a sample there.
         keys: runs of the stack that is attended to.
         key_length: positions of a sample there.
-        device: of the result.
     """
     groups: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for name, (sample, first, length) in queries.items():
@@ -64,16 +63,26 @@ def pairs(
         groups.setdefault((length, keys_of_it), []).append(rows)
     return [
         Pairs(
-            _rows([query for query, _ in firsts], length, device),
-            _rows([key for _, key in firsts], keys_of_it, device),
+            _rows([query for query, _ in firsts], length),
+            _rows([key for _, key in firsts], keys_of_it),
         )
         for (length, keys_of_it), firsts in groups.items()
     ]
 
 
-def _rows(firsts: list[int], length: int, device: torch.device) -> torch.Tensor:
-    starts = torch.tensor(firsts, device=device)
-    return starts[:, None] + torch.arange(length, device=device)
+def _rows(firsts: list[int], length: int) -> torch.Tensor:
+    return torch.from_numpy(np.array(firsts)[:, None] + np.arange(length))
+
+
+def _sent(found: dict[str, list[Pairs]], device: torch.device) -> dict[str, list[Pairs]]:
+    """Return the pairs on ``device``; one copy, since each costs a GPU more than its bytes."""
+    rows = [x for each in found.values() for pair in each for x in (pair.query_NQ, pair.key_NK)]
+    if not rows:
+        return found
+    flat = torch.cat([x.flatten() for x in rows]).to(device, non_blocking=True)
+    parts = zip(flat.split([x.numel() for x in rows]), rows, strict=True)
+    sent = (part.view(x.shape) for part, x in parts)
+    return {name: [Pairs(next(sent), next(sent)) for _ in each] for name, each in found.items()}
 
 
 @dataclass(frozen=True)
@@ -90,28 +99,29 @@ class Segments:
 def segments_of(ids_bS: torch.Tensor, lengths: dict[str, int]) -> Segments | None:
     """Return the segments of a micro-batch, None if every sample is one example without padding.
 
-    The host reads the ids: on a GPU it waits for them.
+    The host reads the ids: on a GPU it waits for them, once.
 
     Args:
         ids_bS: examples of the encoder's tokens, then of the decoder's.
         lengths: tokens of a sample in "encoder" and "decoder".
     """
-    if bool((ids_bS == 1).all()):
+    host_bS, sizes = ids_bS.cpu(), list(lengths.values())
+    if bool((host_bS == 1).all()):
         return None
-    parts = dict(zip(lengths, ids_bS.split(list(lengths.values()), dim=1), strict=True))
-    rows = {stack: part.tolist() for stack, part in parts.items()}
+    parts = dict(zip(lengths, ids_bS.split(sizes, dim=1), strict=True))
+    rows = {k: part.tolist() for k, part in zip(lengths, host_bS.split(sizes, dim=1), strict=True)}
     found = {stack: runs(of_stack) for stack, of_stack in rows.items()}
-    device = ids_bS.device
 
     def between(queries: str, keys: str) -> list[Pairs]:
-        return pairs(found[queries], lengths[queries], found[keys], lengths[keys], device)
+        return pairs(found[queries], lengths[queries], found[keys], lengths[keys])
 
+    attentions = {
+        "encoder": between("encoder", "encoder"),
+        "decoder": between("decoder", "decoder"),
+        "cross": between("decoder", "encoder"),
+    }
     return Segments(
-        {
-            "encoder": between("encoder", "encoder"),
-            "decoder": between("decoder", "decoder"),
-            "cross": between("decoder", "encoder"),
-        },
+        _sent(attentions, ids_bS.device),
         {
             stack: part == 0 if any(0 in row for row in rows[stack]) else None
             for stack, part in parts.items()

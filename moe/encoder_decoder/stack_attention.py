@@ -3,6 +3,7 @@
 Shape suffixes: A heads on this rank, N examples of equal lengths, Q queries and K keys of one.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,26 +47,32 @@ class StackAttention(SdpaAttention):
         assert packed_seq_params is None
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, A, s, width]
         if attention_mask is None:
-            return self._among(q, k, v, attention_bias).permute(2, 0, 1, 3).flatten(2)
-        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [b x s, A, width]
-        parts = []
-        for pair in attention_mask:
-            each = ((q, pair.query_NQ), (k, pair.key_NK), (v, pair.key_NK))
-            own_q, own_k, own_v = (x[rows].transpose(1, 2) for x, rows in each)
-            parts.append(self._among(own_q, own_k, own_v, attention_bias))  # [N, A, Q, width]
-        rows = torch.cat([pair.query_NQ.flatten() for pair in attention_mask])
+            return self._among(q, k, v, attention_bias, False).permute(2, 0, 1, 3).flatten(2)
+        queries, keys = zip(*[(p.query_NQ, p.key_NK) for p in attention_mask], strict=True)
+        # One gather each: the gradient of every piece of its own would have the full size.
+        own = (_pieces(x, rows) for x, rows in ((q, queries), (k, keys), (v, keys)))
+        parts = [
+            self._among(own_q, own_k, own_v, attention_bias, True)
+            for own_q, own_k, own_v in zip(*own, strict=True)
+        ]
+        rows = torch.cat([each.flatten() for each in queries])
         found = torch.cat([part.transpose(1, 2).flatten(0, 1).flatten(1) for part in parts])
         sq, b = query.shape[:2]
         context = found.new_zeros(b * sq, found.shape[1]).index_copy(0, rows, found)
         return context.view(b, sq, -1).transpose(0, 1)
 
     def _among(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        bias: torch.Tensor | None,
+        shapes_vary: bool,
     ) -> torch.Tensor:
         """Return the attention [N, A, Q, width] of all queries to all keys of their example."""
         if bias is not None:
             bias = bias[:, : q.shape[2], : k.shape[2]].to(q.dtype)
-        with self._dropout_rng(), self._kernels(q):
+        with self._dropout_rng(), self._kernels(q, shapes_vary):
             return F.scaled_dot_product_attention(
                 q,
                 k,
@@ -74,3 +81,13 @@ class StackAttention(SdpaAttention):
                 dropout_p=self.dropout if self.training else 0.0,
                 scale=self.softmax_scale,
             )
+
+
+def _pieces(x: torch.Tensor, rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the ``rows`` [N, s] of b x s of x [b, A, s, width], each [N, A, s, width]."""
+    flat = x.transpose(1, 2).flatten(0, 1).index_select(0, torch.cat([r.flatten() for r in rows]))
+    parts = flat.split([each.numel() for each in rows])
+    return [
+        part.unflatten(0, each.shape).transpose(1, 2)
+        for part, each in zip(parts, rows, strict=True)
+    ]

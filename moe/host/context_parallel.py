@@ -5,6 +5,8 @@ A sequence of S positions is split into 2 C chunks for C ranks; rank r holds chu
 ``get_batch_on_this_cp_rank``, whose positional arguments differ between versions).
 """
 
+from functools import lru_cache
+
 import torch
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch.distributed import ProcessGroup
@@ -19,6 +21,14 @@ def from_rank_order(ranks: int) -> list[int]:
     """Return for each chunk of a sequence its index in the concatenation of all ranks' chunks."""
     held = [chunk for rank in range(ranks) for chunk in chunks_of_rank(rank, ranks)]
     return [held.index(chunk) for chunk in range(2 * ranks)]
+
+
+# On the device: to send a list at every use would block the host until the device has caught up.
+@lru_cache(maxsize=8)
+def _sequence_order(ranks: int, device: torch.device) -> torch.Tensor:
+    """Return `from_rank_order` as a tensor; usable in training also if made in inference."""
+    with torch.inference_mode(False):
+        return torch.tensor(from_rank_order(ranks), device=device)
 
 
 def own_chunks(whole: torch.Tensor, axis: int, group: ProcessGroup) -> torch.Tensor:
@@ -45,6 +55,6 @@ def gather_sequence(local: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
     chunks = 2 * group.size()
     gathered = gather_from_sequence_parallel_region(local.contiguous(), group=group)
     by_chunk = gathered.unflatten(0, (chunks, -1))
-    order = torch.tensor(from_rank_order(group.size()), device=local.device)
+    order = _sequence_order(group.size(), local.device)
     sequence: torch.Tensor = by_chunk.index_select(0, order).flatten(0, 1)
     return sequence

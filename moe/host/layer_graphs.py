@@ -6,6 +6,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.cuda_graphs import TECudaGraphHelper
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from moetron.common.errors import UserError
 from moetron.moe.config.schema.settings import Settings
 
 
@@ -29,11 +30,16 @@ class LayerGraphs:
         self._config = config
         self._chunks = chunks
         self._optimizer = optimizer
+        self._impl = chosen.cuda_graph_impl
         self._wait = chosen.cuda_graph_warmup_steps if chosen.cuda_graph_impl != "none" else None
         self._helper: TECudaGraphHelper | None = None
 
-    def before_step(self, num_microbatches: int) -> None:
-        """Capture if this is the step for it; gradients and auxiliary losses are cleared then."""
+    def before_step(self, step: int, num_microbatches: int) -> None:
+        """Capture if this is the step for it; gradients and auxiliary losses are cleared then.
+
+        Raises:
+            UserError: Transformer Engine could not capture; the process cannot train any more.
+        """
         if self._wait is None or self._helper is not None:
             return
         if self._wait > 0:
@@ -52,7 +58,14 @@ class LayerGraphs:
             micro_batch_size=size,
             data_parallel_size=1,
         )
-        helper.create_cudagraphs()  # barriers over all ranks
+        try:
+            helper.create_cudagraphs()  # barriers over all ranks
+        except RuntimeError as error:  # torch.AcceleratorError is one
+            cause = str(error).partition("\n")[0]
+            raise UserError(
+                f"--cuda-graph-impl {self._impl}: the capture before step {step} failed: {cause}; "
+                "use --cuda-graph-impl none"
+            ) from error
         calculator.unset_num_microbatches_calculator()
         self._helper = helper
 

@@ -5,6 +5,7 @@ Shape suffixes: B samples of a micro-batch, S positions of a sequence.
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.attention import sdpa_kernel
 
 from moetron.moe.host.context_parallel import chunks_of_rank, gather_sequence
-from moetron.moe.layers.attention_kernels import WITHOUT_CUDNN, prefer, preferred
+from moetron.moe.layers.attention_kernels import WITHOUT_CUDNN, causal_mask, prefer, preferred
 from moetron.moe.layers.document_attention import (
     attend_in_documents,
     attend_with_kernel,
@@ -173,9 +174,7 @@ class SdpaAttention(MegatronModule):
             chunks_of_rank(group.rank(), group.size()), query.split(size), strict=True
         ):
             seen = (chunk + 1) * size
-            allowed = torch.ones(size, seen, dtype=torch.bool, device=query.device)
-            allowed = allowed.tril(seen - size)
-            parts.append(self._attend(queries, keys[:seen], values[:seen], allowed))
+            parts.append(self._attend(queries, keys[:seen], values[:seen], causal=True))
         return torch.cat(parts)
 
     @staticmethod
@@ -198,17 +197,18 @@ class SdpaAttention(MegatronModule):
     ) -> torch.Tensor:
         """Attend causally inside documents, from all of the sequence or from this rank's chunks."""
         length, group = len(query), self.cp_group
+        attend = partial(self._attend, shapes_vary=True)
         if group is not None:
             key, value = self._gather(key, value, group)
             size = length // 2
             chunks = chunks_of_rank(group.rank(), group.size())
             ranges = [(chunk * size, (chunk + 1) * size) for chunk in chunks]
-            return attend_in_documents(self._attend, query, key, value, cu_seqlens, ranges)
+            return attend_in_documents(attend, query, key, value, cu_seqlens, ranges)
         kernel = varlen_kernel(query, value)
         if kernel is not None and not (self.training and (self.dropout or self._keeps_logits)):
             key, value = (repeat_heads(x, query.shape[2]) for x in (key, value))
             return attend_with_kernel(kernel, query, key, value, cu_seqlens, self.softmax_scale)
-        return attend_in_documents(self._attend, query, key, value, cu_seqlens, [(0, length)])
+        return attend_in_documents(attend, query, key, value, cu_seqlens, [(0, length)])
 
     def _attend(
         self,
@@ -217,17 +217,21 @@ class SdpaAttention(MegatronModule):
         value: torch.Tensor,
         allowed: torch.Tensor | None = None,
         causal: bool = False,
+        shapes_vary: bool = False,
     ) -> torch.Tensor:
+        """Return the output; ``causal``: queries are the last positions of the keys."""
         if self._keeps_logits and self.training:
             found = largest_logits(query, key, self.softmax_scale, allowed, causal)
             before = self.current_max_attn_logits
             self.current_max_attn_logits = found if before is None else found.maximum(before)
+        if causal and len(query) < len(key):
+            allowed, causal = causal_mask(len(query), len(key), query.device), False
         shares_keys = query.shape[2] != key.shape[2]
         if query.is_cuda and shares_keys:
             # Not every kernel shares a key among queries; those that do not leave it to math.
             key, value = (repeat_heads(x, query.shape[2]) for x in (key, value))
             shares_keys = False
-        with self._dropout_rng(), self._kernels(query):
+        with self._dropout_rng(), self._kernels(query, shapes_vary):
             context = F.scaled_dot_product_attention(
                 query.permute(1, 2, 0, 3),
                 key.permute(1, 2, 0, 3),
@@ -240,12 +244,12 @@ class SdpaAttention(MegatronModule):
             )  # [b, heads, sq, width]
         return context.permute(2, 0, 1, 3).flatten(2)
 
-    def _kernels(self, query: torch.Tensor) -> AbstractContextManager[object]:
+    def _kernels(self, query: torch.Tensor, shapes_vary: bool) -> AbstractContextManager[object]:
         """Return the context of a call's kernels.
 
-        Outside training shapes vary, as the length of a text that is generated.
+        Shapes vary with documents, and outside training, as the length of a text that is generated.
         """
-        if self.training or not query.is_cuda:
+        if not query.is_cuda or (self.training and not shapes_vary):
             return nullcontext()
         return sdpa_kernel(WITHOUT_CUDNN)
 

@@ -15,14 +15,16 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 
-Attend = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, bool], torch.Tensor
-]
-"""Dense attention: query [n, N, heads, width], key, value, allowed pairs, whether causal."""
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, None, bool], torch.Tensor]
+"""Dense attention: query [n, N, heads, width], key, value, no mask, whether causal: queries are the
+last positions of the keys."""
 
 
+_LARGEST_WIDTH = 256
+"""Of a head, for FlashAttention."""
 OWN_CALL = 64
 """Tokens of a document from which it gets a call of its own: to stack them costs copies."""
 
@@ -115,21 +117,19 @@ def _attend_together(
         query, key, value = (x[:, None] for x in documents[0])
     else:
         query, key, value = (torch.stack(each, dim=1) for each in zip(*documents, strict=True))
-    allowed = None
-    if 1 < piece.queries < piece.keys:  # the first document of a range may begin before it
-        allowed = torch.ones(piece, dtype=torch.bool, device=query.device)
-        allowed = allowed.tril(piece.keys - piece.queries)
-    causal = 1 < piece.queries == piece.keys
-    return attend(query, key, value, allowed, causal).unbind(1)
+    # The first document of a range may begin before it, and have more keys than queries.
+    return attend(query, key, value, None, piece.queries > 1).unbind(1)
 
 
 def varlen_kernel(query: torch.Tensor, value: torch.Tensor) -> Callable[..., Any] | None:
     """Return torch's attention over ``cu_seqlens`` if it serves these tensors, else None.
 
-    FlashAttention: CUDA, 16 bits, equal widths of keys and values. The host then need not know the
-    lengths.
+    FlashAttention: CUDA, 16 bits, a width of keys that is a multiple of 8 and at most 256. The host
+    then need not know the lengths.
     """
-    if not query.is_cuda or query.dtype == torch.float32 or query.shape[-1] != value.shape[-1]:
+    width = query.shape[-1]
+    fits = width % 8 == 0 and value.shape[-1] <= width <= _LARGEST_WIDTH
+    if not query.is_cuda or query.dtype == torch.float32 or not fits:
         return None
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -147,8 +147,14 @@ def attend_with_kernel(
     cu_seqlens: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """Return `attend_in_documents` of full sequences by `varlen_kernel`."""
+    """Return `attend_in_documents` of full sequences by `varlen_kernel`.
+
+    The kernel needs values as wide as keys: those of latent attention are filled up with zeros.
+    """
     length, batch = query.shape[:2]
+    width = value.shape[-1]
+    if width < query.shape[-1]:  # `pad` by nothing copies
+        value = F.pad(value, (0, query.shape[-1] - width))
     rows = [x.transpose(0, 1).flatten(0, 1) for x in (query, key, value)]
     out: torch.Tensor = kernel(
         *rows,
@@ -159,7 +165,7 @@ def attend_with_kernel(
         scale=scale,
         window_size=(-1, 0),  # causal
     )
-    return out.view(batch, length, -1).transpose(0, 1)
+    return out[..., :width].reshape(batch, length, -1).transpose(0, 1)
 
 
 def places_in_documents(cu_seqlens: torch.Tensor, batch: int, length: int) -> torch.Tensor:

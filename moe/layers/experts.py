@@ -196,7 +196,10 @@ class GroupedExperts(DelayedGradients, MegatronModule):
             Output of the shape of ``x`` (partial sums over expert tensor ranks) and no bias.
         """
         if isinstance(rows, torch.Tensor):
-            rows = SortedRows(rows.to(x.device).cumsum(0).to(torch.int32))
+            # megatron-core's all-to-all leaves the counts in pinned memory. A blocking copy would
+            # let the host wait here, in every layer, until the tokens have arrived.
+            counts_E = rows.to(x.device, non_blocking=True)
+            rows = SortedRows(counts_E.cumsum(0).to(torch.int32))
         return self.run(x, probs, rows), None
 
     def run(self, x: torch.Tensor, probs: torch.Tensor, rows: ExpertRows) -> torch.Tensor:

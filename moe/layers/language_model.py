@@ -46,7 +46,8 @@ def mean_logits(logits_sbv: torch.Tensor, tp_group: ProcessGroup) -> torch.Tenso
     """Return the mean logit of each token over the vocabulary, fp32 [b, s]; differentiable."""
     rows = logits_sbv.shape[-1] * tp_group.size()
     # All-reduce over the tensor group: each rank holds some rows. Backward is the identity.
-    total_sb = reduce_from_tensor_model_parallel_region(logits_sbv.float().sum(-1), tp_group)
+    sums_sb = logits_sbv.sum(-1, dtype=torch.float32)  # without an fp32 copy of the logits
+    total_sb = reduce_from_tensor_model_parallel_region(sums_sb, tp_group)
     mean_bs: torch.Tensor = total_sb.transpose(0, 1) / rows
     return mean_bs
 

@@ -115,9 +115,12 @@ class Stragglers:
 
     def _waits_s(self) -> float:
         """Return the seconds inside collectives since the last call."""
-        # The step has read its metrics on the host: all of its events are complete.
-        waited_s = self._waited_s + sum(a.elapsed_time(b) for a, b in self._events) / 1e3
-        self._waited_s, self._events = 0.0, []
+        # The step has read its metrics on the host: its events are complete, but for those of the
+        # update, which gathers parameters. Their time is unknown yet, and counts the next time.
+        ended = [end.query() for _, end in self._events]
+        pairs = list(zip(self._events, ended, strict=True))
+        waited_s = self._waited_s + sum(a.elapsed_time(b) for (a, b), done in pairs if done) / 1e3
+        self._waited_s, self._events = 0.0, [pair for pair, done in pairs if not done]
         return waited_s
 
     def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:

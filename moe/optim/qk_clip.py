@@ -37,20 +37,21 @@ def largest_logits(
         key: [S, b, G, width].
         scale: of the logits.
         allowed: bool, broadcast to [b, 1, s, S]; None: all pairs, or see ``causal``.
-        causal: position i sees keys up to i.
+        causal: queries are the last s positions, and see keys up to their own.
     """
     s, b, heads, width = query.shape
+    before = len(key) - s
     groups = key.shape[2]
     query_bGrs = query.view(s, b, groups, heads // groups, width).permute(1, 2, 3, 0, 4)
     key_bGS = key.permute(1, 2, 3, 0).unsqueeze(2)  # [b, G, 1, width, S]
     found = []
     for first in range(0, s, BLOCK):
         last = min(first + BLOCK, s)
-        seen = last if causal else len(key)
+        seen = before + last if causal else len(key)
         logits = query_bGrs[..., first:last, :] @ key_bGS[..., :seen]
         if causal:
             ahead = torch.ones(last - first, seen, dtype=torch.bool, device=key.device)
-            logits = logits.masked_fill_(ahead.triu(first + 1), -torch.inf)
+            logits = logits.masked_fill_(ahead.triu(before + first + 1), -torch.inf)
         elif allowed is not None:
             part = allowed[..., first:last, :]
             part = part.unsqueeze(2) if part.dim() == 4 else part

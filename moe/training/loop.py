@@ -150,7 +150,7 @@ class Loop:
         learning_rate = self._rate.at(self.progress)
         first = self.progress.consumed_samples
         self.health.begin(Place(self.progress.step + 1, first, first + samples))
-        self._graphs.before_step(count)
+        self._graphs.before_step(self.progress.step + 1, count)
         activity.begin(activity.STEP, self.progress.step + 1)
         start_s = time.perf_counter()
         metrics = train_step(

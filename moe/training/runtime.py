@@ -92,6 +92,8 @@ def running(settings: Settings) -> Iterator[Runtime]:
         watchdog.attach(torch.distributed.distributed_c10d._get_default_store())
         try:
             runtime = replace(divide(settings, device), writer=writer)
+            if writer is not None:
+                writer.meet(_timeout(settings))
             with communication_buffers(settings):
                 yield runtime
         except BaseException:
@@ -162,7 +164,7 @@ def divide(settings: Settings, device: torch.device) -> Runtime:
 
 def _join(settings: Settings, backend: str) -> None:
     """Start the default process group; a single rank needs no port."""
-    timeout = timedelta(minutes=settings.parallel.distributed_timeout_minutes)
+    timeout = _timeout(settings)
     if "RANK" not in os.environ:
         alone = torch.distributed.HashStore()
         torch.distributed.init_process_group(
@@ -184,6 +186,10 @@ def _join(settings: Settings, backend: str) -> None:
             f"MASTER_PORT={os.environ.get('MASTER_PORT')}: another program listens on this port; "
             "choose a free one (torchrun: --master-port)"
         ) from error
+
+
+def _timeout(settings: Settings) -> timedelta:
+    return timedelta(minutes=settings.parallel.distributed_timeout_minutes)
 
 
 def _loopback_store(timeout: timedelta) -> torch.distributed.Store | None:

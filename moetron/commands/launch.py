@@ -6,10 +6,13 @@
 COMMAND is a Python script or a command of moetron. SIGTERM, SIGINT and SIGUSR1 go to every rank; a
 rank that fails ends the others; ranks never outlive this process. The exit code is that of the
 first rank that failed, else 75 if the ranks stopped, else 0. On several nodes, run it once on each:
-with --nnodes, --master-addr, --master-port and, outside SLURM, --node-rank.
+with --nnodes, --master-addr, --master-port and, outside SLURM, --node-rank. Codes that all ranks
+agree on (75, and 16 and 17 of reruns) come from the first node alone, a few seconds after the
+others have returned 0: srun --kill-on-bad-exit would kill nodes that still write.
 """
 
 import argparse
+import ipaddress
 import os
 import signal
 import socket
@@ -20,15 +23,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+import psutil
+
 from moetron.common.errors import UserError
 from moetron.common.parent_death import LAUNCHER
-from moetron.common.process import EXIT_HUNG, EXIT_STOPPED, EXIT_USER
+from moetron.common.process import EXIT_HUNG, EXIT_RERUN, EXIT_STOPPED, EXIT_USER
 from moetron.common.stop_signal import STOP_SIGNALS, EndAtOnce
 from moetron.moe.config.schema.paths import ToolParser
 
 POLL_S = 0.05
 GRACE_S = 2.0
 """Time for the other ranks to release what they hold after one has failed."""
+AGREED = (EXIT_STOPPED, *EXIT_RERUN)
+"""Codes of a job's end that all ranks know of."""
+AGREED_S = 8.0
+"""Time for the launchers of other nodes to end before the first node's."""
+_ELSEWHERE = "192.0.2.1"
+"""An address of no host (RFC 5737): its route is the default one."""
 SHUTDOWN_S = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 """Environment variable, torchrun's too: seconds that ranks get after a signal (default 300)."""
 
@@ -105,6 +116,18 @@ def main() -> int:
     """Run the ranks of this node; return the exit code."""
     with EndAtOnce():
         arguments = parse(sys.argv[1:])
+    code = run(arguments)
+    if arguments.nnodes == 1 or code not in AGREED:
+        return code
+    if arguments.node_rank > 0:
+        return 0
+    time.sleep(AGREED_S)
+    return code
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the ranks of this node; return the exit code of the first that failed, or of all."""
+    with EndAtOnce():
         ranks = Ranks(command_of(arguments), arguments.nproc_per_node, environment_of(arguments))
     for number in STOP_SIGNALS:
         signal.signal(number, ranks.forward)
@@ -143,8 +166,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     )
     for name, text in (("--nproc-per-node", "ranks on this node"), ("--nnodes", "nodes")):
         parser.add_argument(name, type=int, default=1, metavar="N", help=f"{text} (default: 1)")
-    node = int(os.environ.get("SLURM_NODEID", "0"))
-    parser.add_argument("--node-rank", type=int, default=node, help="default: SLURM_NODEID, else 0")
+    parser.add_argument("--node-rank", type=int, help="default of several nodes: SLURM_NODEID")
     address = os.environ.get("MASTER_ADDR")
     parser.add_argument(
         "--master-addr", type=str, default=address, help="first node (several nodes)"
@@ -155,6 +177,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("command", type=str, nargs=argparse.REMAINDER, metavar="COMMAND ...")
     arguments = parser.parse_args(words)
+    if arguments.node_rank is None:
+        several = arguments.nnodes > 1
+        arguments.node_rank = int(os.environ.get("SLURM_NODEID", "0")) if several else 0
     if not arguments.command:
         raise UserError("launch: no COMMAND: give pretrain_moe.py or train, then its flags")
     if arguments.nproc_per_node < 1 or not 0 <= arguments.node_rank < arguments.nnodes:
@@ -173,10 +198,8 @@ def command_of(arguments: argparse.Namespace) -> list[str]:
 
 def environment_of(arguments: argparse.Namespace) -> dict[str, str]:
     """Return the environment that the ranks share."""
-    # Without it gloo listens at the address of the host's name; one node needs no network.
-    here = arguments.nnodes == 1 and Path("/sys/class/net/lo").exists()
     return {
-        **({"GLOO_SOCKET_IFNAME": "lo"} if here else {}),
+        **_gloo_interface(arguments),
         **os.environ,
         "WORLD_SIZE": str(arguments.nnodes * arguments.nproc_per_node),
         "LOCAL_WORLD_SIZE": str(arguments.nproc_per_node),
@@ -185,6 +208,37 @@ def environment_of(arguments: argparse.Namespace) -> dict[str, str]:
         "MASTER_PORT": arguments.master_port or str(_free_port()),
         LAUNCHER: str(os.getpid()),
     }
+
+
+def _gloo_interface(arguments: argparse.Namespace) -> dict[str, str]:
+    """Name gloo's network interface (CPU ranks, and writers of --async-save).
+
+    It would listen at the address of the host's name: one node needs no network, and on several the
+    name may stand for the node itself (127.0.1.1 on Debian), where the others cannot reach it.
+    """
+    name = "lo" if Path("/sys/class/net/lo").exists() else None
+    if arguments.nnodes > 1:
+        # On the first node its own address may be a loopback one: that of its default route.
+        found = map(_address_towards, (arguments.master_addr, _ELSEWHERE))
+        name = next((_interface_of(each) for each in found if each is not None), None)
+    return {} if name is None else {"GLOO_SOCKET_IFNAME": name}
+
+
+def _address_towards(host: str) -> str | None:
+    """Return this node's address on the way to a host, without sending; None: loopback."""
+    try:
+        family, kind, _, _, place = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(place)
+            own = str(probe.getsockname()[0])
+    except OSError:
+        return None
+    return None if ipaddress.ip_address(own.partition("%")[0]).is_loopback else own
+
+
+def _interface_of(address: str) -> str | None:
+    known = psutil.net_if_addrs().items()
+    return next((name for name, own in known if any(a.address == address for a in own)), None)
 
 
 def _free_port() -> int:

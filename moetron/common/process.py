@@ -30,6 +30,8 @@ EXIT_FAILED = 1
 EXIT_USER = 2
 EXIT_STOPPED = 75
 """Stopped by a signal after a save: EX_TEMPFAIL of sysexits.h, "try again later"."""
+EXIT_RERUN = (16, 17)
+"""Ended after a rerun of a step: Megatron's codes (moe/health/rerun.py)."""
 EXIT_HUNG = 76
 """Ended by the watchdog: a rank hangs, or is stopped, or its host is down."""
 YIELD_S = 3.0
@@ -53,7 +55,8 @@ def run_guarded(main: Callable[[], int]) -> int:
     A ``UserError`` prints its message only, code 2; a ``RunError`` its message, its own code; a
     disk error its message, code 1. Any other exception prints a traceback and a last line with rank
     and cause, code 1. If several ranks fail together, one rank of a node prints: ranks other than 0
-    with a UserError, and ranks that lost a peer, wait first, and torchrun ends them.
+    with a UserError or a RunError, which mostly all of them have, and ranks that lost a peer, wait
+    first, and the launcher ends them.
 
     Makes idle OpenMP threads sleep: torch must not be imported before. A rank ends with its
     launcher from here on.
@@ -71,9 +74,7 @@ def run_guarded(main: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         code, text = 128 + signal.SIGINT, "interrupted"
     except UserError as error:
-        if rank != 0:  # rank 0 prints it; on other nodes the first rank does
-            first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
-            time.sleep(YIELD_S if first_of_node else 2 * YIELD_S)
+        _leave_to_rank_0()
         code, text = EXIT_USER, str(error)
         report_to_torchrun(text)
     except Exception as error:
@@ -83,6 +84,8 @@ def run_guarded(main: Callable[[], int]) -> int:
             time.sleep(YIELD_S)
             text = f"rank {rank}: another rank ended: {_one_line(error)}"
         else:
+            if isinstance(error, RunError):
+                _leave_to_rank_0()
             if not _needs_no_traceback(error):
                 traceback.print_exc()
             text = f"rank {rank}: {_one_line(error)}"
@@ -94,6 +97,13 @@ def run_guarded(main: Callable[[], int]) -> int:
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+def _leave_to_rank_0() -> None:
+    """Wait while rank 0 prints what all ranks know; on other nodes the first rank prints it."""
+    if os.environ.get("RANK", "0") != "0":
+        first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
+        time.sleep(YIELD_S if first_of_node else 2 * YIELD_S)
 
 
 def report_stop(save: str | None) -> int:

@@ -148,14 +148,15 @@ def held_back() -> Iterator[None]:
 
 
 def leave_group() -> None:
-    """Make this helper process immune to signals that go to the process group of its parent.
+    """Make this helper process immune to stop signals: its parent decides when it ends.
 
-    Terminals and torchrun signal the whole group, and the parent needs its helpers to complete its
-    work. Of the signals that were held back when this process started, none takes effect; a SIGTERM
-    to this process alone ends it from now on.
+    Terminals and torchrun signal the whole process group, systemd and SLURM (with
+    proctrack/linuxproc) every process of a job, and the parent needs its helpers to complete its
+    work. Of the signals that were held back when this process started, none takes effect. A helper
+    ends when its parent tells it to, and gets killed when its parent ends (parent_death.py).
     """
     os.setpgid(0, 0)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # discards a pending one
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # For good, since torch's loader gives its workers a handler of SIGTERM that ends them.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)

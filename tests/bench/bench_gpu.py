@@ -1,6 +1,7 @@
 """Speed of training on one GPU: ours, megatron-core's own layers, transformers; in one process.
 
     python -m tests.bench.bench_gpu [--out FOLDER] [--only REGEX] [--variant "NAME=FLAGS" ...]
+    python -m tests.bench.bench_gpu --each-flag      (docs/gpu.md's flags, one at a time)
     python -m tests.bench.bench_gpu --kernels
     python -m tests.bench.bench_gpu --loss-steps 200 local fp8-tensorwise-local
     python -m tests.bench.bench_gpu --smoke          (any machine: a tiny shape)
@@ -29,6 +30,7 @@ from tests.bench.gpu.ceilings import measured_ceilings
 from tests.bench.gpu.result_files import Result
 from tests.bench.gpu.step_meter import GIB, Measured, Plan, Program, measure
 from tests.bench.gpu.variants import (
+    EACH_FLAG,
     SMOKE,
     VARIANTS,
     Variant,
@@ -76,6 +78,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--profile", action="append", default=[], metavar="NAME")
     parser.add_argument("--steps", type=int, default=8, help="timed steps of a variant")
     parser.add_argument("--budget-s", type=float, default=BUDGET_S, help="of the process's life")
+    parser.add_argument("--each-flag", action="store_true", help="single flags against their base")
     parser.add_argument("--kernels", action="store_true", help="time single kernels instead")
     parser.add_argument("--loss-steps", nargs="+", metavar=("STEPS", "NAME"))
     parser.add_argument("--smoke", action="store_true", help="a tiny shape, on any machine")
@@ -90,7 +93,8 @@ def flags_of(options: argparse.Namespace) -> list[str]:
 def table(options: argparse.Namespace) -> dict[str, str]:
     """Return the variants with those of the command line."""
     added = (text.partition("=") for text in options.variant)
-    return {**VARIANTS, **{name.strip(): text.strip() for name, _, text in added}}
+    known = EACH_FLAG if options.each_flag else VARIANTS
+    return {**known, **{name.strip(): text.strip() for name, _, text in added}}
 
 
 def _named(name: str, options: argparse.Namespace) -> Variant:

@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 
+from moetron.moe.config import machine
 from tests.bench.gpu.kernel_kinds import Kernel, busy_ms, by_kind, kind_of
+from tests.bench.gpu.result_files import with_ratios
+from tests.bench.gpu.variants import EACH_FLAG, Variant, settings_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,6 +52,27 @@ def test_every_kind_of_program_is_measured(tmp_path: Path) -> None:
     table = (tmp_path / "bench.md").read_text(encoding="utf-8")
     assert "| broken | ConfigError" in table and "| x megatron |" in table
     assert "Host operations" in (tmp_path / "profile_local.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", EACH_FLAG)
+def test_flags_of_each_variant_are_accepted(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """On a machine with a GPU and Transformer Engine; a flag that is refused says so there only."""
+    monkeypatch.setattr(machine, "expected_device", lambda _: "cuda")
+    monkeypatch.setattr(machine, "transformer_engine_is_installed", lambda: True)
+    settings = settings_of(Variant(name, EACH_FLAG[name]), 5, [])
+    base = settings_of(Variant("base", EACH_FLAG[name.partition(" ")[0]]), 5, [])
+    assert (settings == base) == (" " not in name)
+
+
+def test_a_flag_is_compared_with_its_base() -> None:
+    def row(name: str, rate: float, device_ms: float) -> dict[str, Any]:
+        return {"name": name, "kind": "ours", "tokens_per_s": rate, "device_ms": device_ms}
+
+    failed = {"name": "te --b", "kind": "ours", "error": "ran out of memory"}
+    rows = [row("te", 100.0, 20.0), row("te --a", 110.0, 18.5), failed, row("other --a", 1.0, 1.0)]
+    base, found, error, other = with_ratios(rows)
+    assert found["over_base"] == 1.1 and found["device_less_base_ms"] == -1.5
+    assert not any("over_base" in each for each in (base, error, other))
 
 
 def test_losses_of_two_precisions_are_compared(tmp_path: Path) -> None:

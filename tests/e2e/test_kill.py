@@ -117,6 +117,25 @@ def test_sigusr1_saves_and_ends_and_a_second_run_waits_outside(tmp_path: Path) -
     assert not (run_folder / "owner.json").exists()
 
 
+def test_a_sigterm_to_every_process_of_the_job_saves(tmp_path: Path) -> None:
+    """As of systemd and SLURM with proctrack/linuxproc: loader workers and writers get it too."""
+    log, run_folder = tmp_path / "log", tmp_path / "run"
+    command = training(run_folder, LAUNCHER, "--num-workers", "1", "--async-save")
+    with job(command, log) as process:
+        wait_for((run_folder / "latest").exists, process, log)
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert len(family) >= 6  # two ranks, each with a writer and a worker
+        for member in (process, *family):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.send_signal(signal.SIGTERM)
+        code, lines = end_of(process, log)
+        _, alive = psutil.wait_procs(family, timeout=10)
+    assert (code, alive) == (75, []), lines
+    assert lines[-1].startswith("stopped by a signal; saved in")
+    last = checkpoint_folder.read(run_folder).record.progress
+    assert last.step == metrics(run_folder)[-1]["step"], lines
+
+
 @pytest.mark.parametrize("launcher", [TORCHRUN, LAUNCHER], ids=["torchrun", "launch"])
 def test_nothing_outlives_a_killed_launcher(tmp_path: Path, launcher: list[str]) -> None:
     """Ranks, loader workers and their helpers end within 10 s; the run continues afterwards."""

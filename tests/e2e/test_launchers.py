@@ -66,6 +66,16 @@ def test_one_node_gets_one_rank_per_device_and_every_flag() -> None:
     ]
 
 
+@pytest.mark.parametrize(("visible", "ranks"), [(None, "8"), ("", "1"), ("0,3", "2"), ("-1", "1")])
+def test_one_rank_per_visible_device(tmp_path: Path, visible: str | None, ranks: str) -> None:
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nyes GPU | head -8\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    environment = {"PRINT": "1", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environment |= {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    command = shlex.split(launch("train.sh", "olmoe_1b_7b/tiny", **environment).stdout)
+    assert command[command.index("--nproc-per-node") + 1] == ranks
+
+
 def test_a_dry_run_plans_for_the_same_ranks_in_one_process() -> None:
     planned = launch("train.sh", "olmoe_1b_7b/tiny", "--dry-run", *FLAGS, RANKS="2")
     assert planned.returncode == 0, planned.stderr
@@ -92,9 +102,11 @@ def test_many_nodes_rendezvous_at_the_first_and_resume_from_save(tmp_path: Path)
     run = str(tmp_path / "a run")
     environment = slurm(tmp_path, 'printf "%q " "$@"')
     environment |= {"SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "1"}
+    environment |= {"SLURM_CPUS_ON_NODE": "96"}
     printed = launch("slurm/pretrain.sh", "olmoe_1b_7b/tiny", "--save", run, **environment)
     assert shlex.split(printed.stdout) == [
-        *("--kill-on-bad-exit=1", sys.executable, str(ROOT / "tools" / "launch.py")),
+        *("--kill-on-bad-exit=1", "--wait=300", "--cpu-bind=none", "--cpus-per-task", "96"),
+        *(sys.executable, str(ROOT / "tools" / "launch.py")),
         *("--nnodes", "2", "--nproc-per-node", "1"),
         *("--master-addr", "localhost", "--master-port", "10007"),
         *(str(ROOT / "pretrain_moe.py"), "--config", CONFIG, "--load", run, "--save", run),
@@ -236,7 +248,7 @@ def test_two_ranks_train_on_a_node_and_a_slurm_job_resumes(tmp_path: Path) -> No
     words = ("olmoe_1b_7b/tiny", *FLAGS, "--eval-iters", "0", "--save", run, "--exit-interval", "2")
     first = launch("train.sh", *words, RANKS="2")
     assert first.returncode == 0, first.stderr
-    environment = slurm(tmp_path, 'shift; exec "$@"') | {"SLURM_JOB_ID": str(os.getpid())}
+    environment = slurm(tmp_path, 'shift 3; exec "$@"') | {"SLURM_JOB_ID": str(os.getpid())}
     second = launch("slurm/pretrain.sh", *words, **environment)
     assert second.returncode == 0, second.stderr
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]

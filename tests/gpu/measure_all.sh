@@ -6,8 +6,9 @@
 # figures.tar with all of them. Exit code 1: a part failed. PYTHON names the interpreter.
 #
 # First tests/gpu, then small models in several processes and losses of bf16 and FP8 after 200 steps,
-# all at once, then the bench, alone on the GPU. ONLY=REGEX chooses parts by their names. No part gets
-# more time than is left; one that exceeds its own is killed. --smoke: the same on a CPU, tiny shapes.
+# all at once, then the bench, alone on the GPU. ONLY=REGEX chooses parts by their names; `flags`, the
+# speed of each flag of docs/gpu.md alone, runs only so. No part gets more time than is left; one that
+# exceeds its own is killed. --smoke: the same on a CPU, tiny shapes.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 2
 references="${1:?folder of references}" out="${2:?folder for results}" smoke="${3:-}"
@@ -81,6 +82,9 @@ else
     fp8-tensorwise-local fp8-delayed fp8-blockwise fp8-tensorwise-grouped_mm &
   wait
   part bench 180 "$python" -m tests.bench.bench_gpu --out "$out/bench"
+  # Five minutes more: only by name.
+  [ -z "${ONLY:-}" ] ||
+    part flags 300 "$python" -m tests.bench.bench_gpu --each-flag --budget-s 285 --out "$out/flags"
 fi
 rm -f "$out/.lock"
 echo "$SECONDS s; figures: $out/figures.tar"

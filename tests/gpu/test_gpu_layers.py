@@ -117,6 +117,32 @@ def test_attention(dtype: torch.dtype, groups: int, masked: bool, value_width: i
         assert_close(mine.grad.double(), true.grad, atol=2 * bound, rtol=bound)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("value_width", [24, 16])
+def test_attention_of_the_last_positions(dtype: torch.dtype, value_width: int) -> None:
+    """Part of a sequence sees the keys of all of it, as with context parallelism; gradients too."""
+    length, first = 40, 24
+    torch.manual_seed(0)
+    widths = (24, 24, value_width)
+    inputs = [torch.randn(length, 2, 4, w, device=device(), dtype=dtype) for w in widths]
+    mask = prefix_mask(torch.tensor([0, 0], device=device()), length)
+    with built(load(_argv("local")).settings) as trainer:
+        attention = SdpaAttention(trainer.config, 1, AttnMaskType.causal, "self")
+        attention.softmax_scale = 1 / math.sqrt(24)
+        ours = [tensor.clone().requires_grad_() for tensor in inputs]
+        exact = [tensor.double().requires_grad_() for tensor in inputs]
+        found = attention._attend(ours[0][first:], *ours[1:], causal=True)
+        expected = _explicit(*exact, mask)[first:]
+        weights = torch.randn_like(expected)
+        (found.double() * weights).sum().backward()
+        (expected * weights).sum().backward()
+    bound = 1e-4 if dtype == torch.float32 else 5e-2
+    assert_close(found.double(), expected, atol=bound, rtol=bound)
+    for mine, true in zip(ours, exact, strict=True):
+        assert mine.grad is not None and true.grad is not None
+        assert_close(mine.grad.double(), true.grad, atol=2 * bound, rtol=bound)
+
+
 def test_routers_draw_numbers_of_a_distribution() -> None:
     """On the device, from (seed, layer, micro-batch); tests.gpu.compare draws on the host."""
     flags = ("--moe-router-type", "gumbel")

@@ -24,6 +24,32 @@ def test_report() -> None:
     )
 
 
+class _Event:
+    """Event of a GPU that is behind the host: it refuses to tell times before it is complete."""
+
+    def __init__(self, at_ms: float, complete: bool = True) -> None:
+        self.at_ms, self.complete = at_ms, complete
+
+    def query(self) -> bool:
+        return self.complete
+
+    def elapsed_time(self, end: "_Event") -> float:
+        if not (self.complete and end.complete):
+            raise RuntimeError("Both events must be completed before calculating elapsed time.")
+        return end.at_ms - self.at_ms
+
+
+def test_waits_of_the_update_count_when_they_are_over() -> None:
+    """The update gathers parameters after the step's only wait for the device."""
+    measured = Stragglers(settings("dp"), torch.device("cpu"))
+    end = _Event(9000.0, complete=False)
+    measured._events = [(_Event(1000.0), _Event(3000.0)), (_Event(8500.0), end)]  # type: ignore[list-item]
+    assert measured._waits_s() == 2.0
+    end.complete = True
+    assert measured._waits_s() == 0.5
+    assert measured._waits_s() == 0.0
+
+
 def _steps(slow: int) -> str:
     rank = torch.distributed.get_rank()
     watch = {"log_straggler": True, "log_straggler_interval": 5}

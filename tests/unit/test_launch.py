@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -167,6 +168,55 @@ def test_ranks_that_do_not_end_are_killed(tmp_path: Path, monkeypatch: pytest.Mo
         code, errors = end_of(process)
     assert code == 137
     assert errors.endswith("launch: killing ranks that did not end after 0.2 s\n")
+
+
+@pytest.mark.parametrize(
+    ("node", "ended", "code"),
+    [(0, 75, 75), (1, 75, 0), (1, 16, 0), (1, 17, 0), (0, 17, 17), (1, 1, 1), (1, 76, 76)],
+)
+def test_of_several_nodes_the_first_answers_for_an_end_that_all_know_of(
+    monkeypatch: pytest.MonkeyPatch, node: int, ended: int, code: int
+) -> None:
+    """SLURM (--kill-on-bad-exit) kills nodes that still write once another one returns 75."""
+    waits: list[float] = []
+    monkeypatch.setattr(launch.time, "sleep", waits.append)
+    monkeypatch.setattr(launch, "run", lambda _: ended)
+    words = f"launch --nnodes 2 --node-rank {node} --master-addr a --master-port 1 train"
+    monkeypatch.setattr(launch.sys, "argv", words.split())
+    assert launch.main() == code
+    assert waits == ([launch.AGREED_S] if node == 0 else [])
+
+
+def test_gloo_uses_the_interface_that_leads_to_the_first_node(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On Debian a host's name stands for 127.0.1.1: no other node reaches gloo there."""
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    routes = {"first": None, "192.0.2.1": "10.0.0.1", "10.0.0.1": "10.0.0.2"}
+    addresses = {"lo": "127.0.0.1", "ib0": "10.0.0.1", "eth0": "10.0.0.2"}
+    known = {name: [SimpleNamespace(address=each)] for name, each in addresses.items()}
+    monkeypatch.setattr(launch, "_address_towards", routes.__getitem__)
+    monkeypatch.setattr(launch.psutil, "net_if_addrs", lambda: known)
+
+    def chosen(words: str) -> str | None:
+        arguments = launch.parse(f"{words} --master-port 1 train".split())
+        return launch.environment_of(arguments).get("GLOO_SOCKET_IFNAME")
+
+    assert chosen("--nnodes 2 --node-rank 0 --master-addr first") == "ib0"
+    assert chosen("--nnodes 2 --node-rank 1 --master-addr 10.0.0.1") == "eth0"
+    assert chosen("--nproc-per-node 2") == "lo"
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth9")
+    assert chosen("--nnodes 2 --node-rank 0 --master-addr first") == "eth9"
+
+
+def test_the_way_to_this_host_is_no_address() -> None:
+    assert launch._address_towards("127.0.0.1") is None
+    assert launch._address_towards("no-such-host.invalid") is None
+
+
+def test_one_of_several_nodes_of_a_job_may_train_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_NODEID", "1")
+    assert launch.parse(["train"]).node_rank == 0
 
 
 def test_the_environment_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,9 +45,14 @@ def test_the_limit_of_files_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits.resource, "setrlimit", lambda _, pair: chosen.append(pair))
     limits.require_limits(2, 2, 0, 0)
     limits.require_limits(9, 2, 1, 0)
-    assert chosen == [(128 + 24, 4096), (128 + 8 * 24 + 8, 4096)]
-    with pytest.raises(ConfigError, match="ulimit -n 4096: a rank"):
+    assert chosen == [(384 + 24, 4096), (384 + 8 * 24 + 8, 4096)]
+    with pytest.raises(ConfigError, match="ulimit -n 4096: a rank of this run opens up to 24936"):
         limits.require_limits(1024, 8, 0, 0)
+    with pytest.raises(ConfigError, match="ulimit -n 4096: a rank of this run opens up to 4476"):
+        limits.require_limits(1024, 8, 0, 0, gpus=True)
+    chosen.clear()
+    limits.require_limits(512, 8, 0, 0, gpus=True)  # NCCL connects neighbours, gloo all
+    assert chosen == [(4096, 4096)]
 
 
 def test_memory_and_dev_shm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

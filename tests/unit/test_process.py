@@ -39,18 +39,19 @@ def test_a_user_error_is_its_message_alone(capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr() == ("", "--tp 3: no\nuse 2\n")
 
 
+@pytest.mark.parametrize("error", [UserError("no"), RunError("the loss is nan")])
 @pytest.mark.parametrize(
     ("rank", "local_rank", "waits"), [("0", "0", 0.0), ("8", "0", 1.0), ("1", "1", 2.0)]
 )
-def test_one_rank_of_a_node_prints_a_user_error(
-    monkeypatch: pytest.MonkeyPatch, rank: str, local_rank: str, waits: float
+def test_one_rank_of_a_node_prints_what_all_ranks_know(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, rank: str, local_rank: str, waits: float
 ) -> None:
-    """Torchrun ends the ranks of a node when the first one ends."""
+    """Launchers end the ranks of a node when the first one ends."""
     slept: list[float] = []
     monkeypatch.setattr(resilience.time, "sleep", slept.append)
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("LOCAL_RANK", local_rank)
-    assert run_guarded(lambda: _raising(UserError("no"))) == 2
+    assert run_guarded(lambda: _raising(error)) == (2 if isinstance(error, UserError) else 1)
     assert sum(slept) == waits * resilience.YIELD_S
 
 

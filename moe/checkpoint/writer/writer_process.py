@@ -12,7 +12,6 @@ import logging
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import uuid
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from moetron.common.cores import usable_cores
 from moetron.common.errors import RunError, UserError
 from moetron.common.parent_death import end_with_parent
 from moetron.common.stop_signal import leave_group
@@ -32,6 +32,8 @@ from moetron.moe.checkpoint.writer.shared_memory import SharedMemory, needed_byt
 
 logger = logging.getLogger(__name__)
 
+BUSY_ON_GPU = 3
+"""Threads of a rank on a GPU that run all the time: Python's, autograd's, NCCL's."""
 NICE = 19
 RUN_S = 0.003
 TURN_S = 0.04
@@ -60,6 +62,26 @@ class Job(Protocol):
 
     def __call__(self) -> Any:
         """Do the work, a collective over the default group."""
+
+
+class _Nothing:
+    """Job without work or contents, for which the processes only meet."""
+
+    @property
+    def contents(self) -> "_Nothing":
+        return self
+
+    def tensors(self) -> list[torch.Tensor]:
+        return []
+
+    def store(self, memory: SharedMemory) -> None:
+        pass
+
+    def restore(self, memory: SharedMemory) -> None:
+        pass
+
+    def __call__(self) -> None:
+        pass
 
 
 @dataclass(frozen=True)
@@ -169,6 +191,15 @@ class WriterProcess:
 
         return do
 
+    def meet(self, timeout: timedelta) -> None:
+        """Let the processes of all ranks connect; collective over all ranks.
+
+        At the start of a run: a network that gloo cannot use would end it at its first save.
+        """
+        connect = self.prepare(_Nothing(), timeout)
+        self.hurry()
+        connect()
+
     def hurry(self) -> None:
         """Let the process run all the time until its job is done: the rank waits for it."""
         self._hurry.set()
@@ -196,10 +227,13 @@ class WriterProcess:
 
 
 def has_spare_cores() -> bool:
-    """Return whether each rank of this host has a core besides those of its threads."""
+    """Return whether each rank of this host has a core besides those that it computes with.
+
+    On a GPU these are not those of its threads, which by default are all cores of the host.
+    """
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return cores >= ranks * (torch.get_num_threads() + 1)
+    busy = BUSY_ON_GPU if torch.cuda.is_available() else torch.get_num_threads()
+    return usable_cores() >= ranks * (busy + 1)
 
 
 def _serve(parent: int, pipe: Connection, other_end: Connection) -> None:

@@ -10,9 +10,13 @@ from pathlib import Path
 
 from moetron.common.errors import ConfigError
 
-FILES, FILES_A_PEER, FILES_A_WORKER = 128, 24, 8
-"""File descriptors of a rank, for each further rank and each loader worker. Measured, two ranks of
-the tiny recipe with two workers each: 107."""
+FILES, FILES_A_PEER, FILES_A_WORKER = 128 + 256, 24, 8
+"""File descriptors of a rank, with the shards that it keeps mapped (data/shards/shard.py), for each
+further rank and each loader worker. Measured, two ranks of the tiny recipe with two workers each:
+107."""
+FILES_A_GPU_PEER = 4
+"""For each further rank on GPUs: rank 0 holds the job's store, to which each rank has up to three
+connections, and writers of --async-save have one to each other. NCCL connects neighbours only."""
 ADDRESS_SPACE = 3 << 30
 """Bytes of virtual memory of a rank. Measured peak of a rank of the tiny recipe: 2.3 GB."""
 SHARED_A_WORKER = 1 << 16
@@ -20,7 +24,9 @@ SHARED_A_WORKER = 1 << 16
 SHARED = Path("/dev/shm")
 
 
-def require_limits(world_size: int, ranks_here: int, workers: int, state_bytes: int) -> None:
+def require_limits(
+    world_size: int, ranks_here: int, workers: int, state_bytes: int, gpus: bool = False
+) -> None:
     """Raise the limit of open files to what a run needs; refuse limits that would break the run.
 
     Args:
@@ -28,12 +34,15 @@ def require_limits(world_size: int, ranks_here: int, workers: int, state_bytes: 
         ranks_here: of them on this host.
         workers: loader workers of each rank.
         state_bytes: parameters, gradients and optimizer of a rank, in memory of this host.
+        gpus: whether ranks have GPUs.
 
     Raises:
         ConfigError: a line for each limit that is too low.
     """
+    own, peers = FILES + FILES_A_WORKER * workers, world_size - 1
+    wanted = own + FILES_A_PEER * peers
     problems = [
-        *_files(FILES + FILES_A_PEER * (world_size - 1) + FILES_A_WORKER * workers),
+        *_files(wanted, own + FILES_A_GPU_PEER * peers if gpus else wanted),
         *_address_space(ADDRESS_SPACE + state_bytes),
         *(_shared(SHARED_A_WORKER * workers * ranks_here) if workers else ()),
         *_memory(state_bytes, ranks_here),
@@ -42,17 +51,19 @@ def require_limits(world_size: int, ranks_here: int, workers: int, state_bytes: 
         raise ConfigError(problems)
 
 
-def _files(needed: int) -> Iterator[str]:
+def _files(wanted: int, needed: int) -> Iterator[str]:
+    """Raise the limit to ``wanted``, or as far as it goes; refuse one below ``needed``."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= needed:
-        return
-    if hard == resource.RLIM_INFINITY or hard >= needed:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-        return
-    yield (
-        f"ulimit -n {hard}: a rank of this run opens up to {needed} files and connections; raise "
-        f"the limit (ulimit -Hn {needed}, or LimitNOFILE, or docker --ulimit nofile={needed})"
-    )
+    endless = resource.RLIM_INFINITY
+    if hard != endless and hard < needed:
+        yield (
+            f"ulimit -n {hard}: a rank of this run opens up to {needed} files and connections; "
+            f"raise the limit (ulimit -Hn {needed}, or LimitNOFILE, or docker --ulimit "
+            f"nofile={needed})"
+        )
+    elif soft != endless and soft < wanted:
+        limit = wanted if hard == endless else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 def _address_space(needed: int) -> Iterator[str]:

@@ -21,15 +21,21 @@ _COLUMNS = (
     ("loss", "loss", "{:.4f}"),
     ("x megatron", "over_megatron", "{:.2f}"),
     ("x transformers", "over_transformers", "{:.2f}"),
+    ("x base", "over_base", "{:.3f}"),
+    ("device - base, ms", "device_less_base_ms", "{:+.1f}"),
 )
 
 
 def with_ratios(rows: Sequence[Result]) -> list[Result]:
-    """Return the rows with their speed over the fastest of megatron-core's and transformers'."""
+    """Return the rows with their speed over the fastest of megatron-core's and transformers'.
+
+    Also over that of their base: the row that is named as the first word of theirs.
+    """
     best = {
         kind: max((row.get("tokens_per_s", 0.0) for row in rows if row["kind"] == kind), default=0)
         for kind in ("megatron", "transformers")
     }
+    measured = {row["name"]: row for row in rows if "tokens_per_s" in row}
     found = []
     for row in rows:
         ratios = {
@@ -37,6 +43,11 @@ def with_ratios(rows: Sequence[Result]) -> list[Result]:
             for kind, rate in best.items()
             if rate and "tokens_per_s" in row
         }
+        base = measured.get(row["name"].partition(" ")[0], row)
+        if base is not row and "tokens_per_s" in row:
+            ratios["over_base"] = row["tokens_per_s"] / base["tokens_per_s"]
+            if None not in (times := (row["device_ms"], base["device_ms"])):
+                ratios["device_less_base_ms"] = times[0] - times[1]
         found.append({**row, **ratios})
     return found
 

@@ -51,6 +51,38 @@ VARIANTS = {
 
 In the order of measurement.
 """
+_DISTRIBUTED = "--use-distributed-optimizer --use-precision-aware-optimizer"
+_CROSS_ENTROPY = "--cross-entropy-loss-fusion --cross-entropy-fusion-impl"
+_FLAGS = (
+    ("te", f"{_TE} --moe-experts-impl te", (
+        "--no-gradient-accumulation-fusion",
+        "--moe-permute-fusion",
+        "--moe-router-fusion",
+        f"{_CROSS_ENTROPY} te",
+        f"{_CROSS_ENTROPY} native",
+        "--no-bias-swiglu-fusion",
+        "--no-bias-dropout-fusion",
+        "--no-rope-fusion",
+        f"{_DISTRIBUTED} --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16",
+        f"{_DISTRIBUTED} --optimizer-cpu-offload",
+    )),
+    ("graphs", f"{_TE} --moe-experts-impl grouped_mm", (
+        "--cuda-graph-impl transformer_engine --cuda-graph-warmup-steps 1",
+    )),
+    ("fp8", f"{_FP8} delayed --moe-experts-impl te", ("--moe-router-padding-for-quantization",)),
+    ("local", "--transformer-impl local", ("--deterministic-mode",)),
+    ("te", f"{_TE} --moe-experts-impl te", ("--deterministic-mode",)),
+)  # fmt: skip
+"""A base's name, its flags, and what is added to it, each alone.
+
+Deterministic ones come last: variables of the process remain set after them.
+"""
+EACH_FLAG = {
+    name: flags
+    for base, given, added in _FLAGS
+    for name, flags in ((base, given), *((f"{base} {text}", f"{given} {text}") for text in added))
+}
+"""Variants that show what one flag of docs/gpu.md gives: ``BASE`` and ``BASE FLAGS``."""
 _KINDS = {
     "ours": ("tests.bench.gpu.our_step", "our_program"),
     "megatron": ("tests.bench.gpu.megatron_step", "megatron_program"),

@@ -12,6 +12,8 @@ import torch
 from moetron.common.errors import RunError
 from moetron.moe.checkpoint import background_save, collective_checks, save_load, tensor_writer
 from moetron.moe.checkpoint import run_folder as checkpoint_folder
+from moetron.moe.checkpoint.writer import writer_process
+from moetron.moe.training import runtime
 from tests.parallel.support.checkpoint_runs import (
     assert_identical,
     parallel_of,
@@ -82,6 +84,37 @@ def test_the_writer_asks_no_device_about_its_memory(
     monkeypatch.setattr(torch.Tensor, "is_pinned", fail)
     run(tmp_path, background=True)
     assert checkpoint_folder.step_folder(tmp_path, 4).exists()
+
+
+def test_writers_that_cannot_meet_end_the_run_at_its_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As gloo of a host whose name stands for 127.0.1.1; at the first save hours would be lost."""
+
+    def fail(_: object) -> None:
+        raise RuntimeError("connectFullMesh failed")
+
+    monkeypatch.setattr(writer_process._Meeting, "join", fail)
+    chosen = settings("dp", checkpoint={"save": str(tmp_path), "async_save": True})
+    with (
+        pytest.raises(RuntimeError, match="RuntimeError: connectFullMesh failed"),
+        runtime.running(chosen),
+    ):
+        pytest.fail("the run has started")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "cores", "spare"), [(True, 32, True), (True, 31, False), (False, 96, False)]
+)
+def test_a_writer_on_a_gpu_host_need_not_pause(
+    monkeypatch: pytest.MonkeyPatch, gpu: bool, cores: int, spare: bool
+) -> None:
+    """Eight ranks, whose threads are by default all cores of the host."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(writer_process, "usable_cores", lambda: cores)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores // 8)
+    assert writer_process.has_spare_cores() is spare
 
 
 @pytest.mark.usefixtures("no_pause")

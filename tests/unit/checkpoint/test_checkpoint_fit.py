@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from moetron.common.errors import UserError
-from moetron.moe.checkpoint import compatibility
+from moetron.moe.checkpoint import compatibility, run_folder
 from moetron.moe.checkpoint.compatibility import (
     FUNCTION,
     SHAPE,
@@ -188,7 +188,7 @@ def test_a_reference_has_to_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "start": record(settings()),
         "reference": record(settings(optimizer={"optimizer": "sgd"})),
     }
-    monkeypatch.setattr(compatibility, "find_readable", lambda path, fallback: path)
+    monkeypatch.setattr(compatibility, "find_readable", lambda path, *_, **__: path)
     monkeypatch.setattr(compatibility, "read_record", lambda folder: saved[folder.name])
     verified: list[str] = []
     monkeypatch.setattr(compatibility, "verify_files", lambda f, _: verified.append(f.name))
@@ -207,3 +207,24 @@ def test_preferences_do_not_start_from_random_weights(tmp_path: Path) -> None:
     same = str(tmp_path)
     with pytest.raises(UserError, match="no checkpoint: preferences need a trained model"):
         check_folders(_preferences(tmp_path, load=same, save=same), STREAM)
+
+
+@pytest.mark.parametrize(("rank", "asked"), [("0", 2), ("7", 0)])
+def test_rank_0_alone_asks_for_the_sizes_of_all_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: str, asked: int
+) -> None:
+    """Also to find what --load-fallback loads: 2,048 ranks would ask for 4,096 files each."""
+    saved, names = record(settings()), list[str]()
+    saved.files["__0_0.distcp"] = 1
+    (tmp_path / "step_0000001").mkdir()
+    (tmp_path / "step_0000002").mkdir()
+
+    def verify(_: Path, record: Record, chosen: Any = None) -> None:
+        names.extend(record.files if chosen is None else chosen)
+
+    for module in (compatibility, run_folder):
+        monkeypatch.setattr(module, "read_record", lambda _: saved)
+        monkeypatch.setattr(module, "verify_files", verify)
+    monkeypatch.setenv("RANK", rank)
+    check_folders(settings(checkpoint={"load": str(tmp_path), "load_fallback": True}), STREAM)
+    assert names == ["__0_0.distcp"] * asked

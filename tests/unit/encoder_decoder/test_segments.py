@@ -1,16 +1,24 @@
 """Packed examples equal the same examples in samples of their own."""
 
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moetron.data.objectives.span_corruption import SpanCorruption
 from moetron.moe.config.schema.settings import Settings
+from moetron.moe.encoder_decoder import segments as module
 from moetron.moe.encoder_decoder.segments import runs, segments_of
+from moetron.moe.encoder_decoder.stack_attention import StackAttention
 from tests.parallel.support.harness import model_parallel
 from tests.unit.encoder_decoder.stack_cases import DECODER, ENCODER, stack_batch, stack_model
 from tests.unit.encoder_decoder.stack_cases import stack_settings as settings_of
+from tests.unit.training.host_reads import HostReads
 
 ROUTED = {"num_experts": 4, "moe_layer_freq": [0, 1, 1, 0, 1], "moe_aux_loss_coeff": 0.0}
 
@@ -90,3 +98,50 @@ def test_runs_and_uniform_samples() -> None:
     with pytest.raises(ValueError, match="two pieces"):
         runs([[1, 2, 1]])
     assert segments_of(torch.ones(2, 5, dtype=torch.long), {"encoder": 3, "decoder": 2}) is None
+
+
+def test_ids_are_read_once_and_pairs_sent_once() -> None:
+    """Examples of many lengths; the meta device stands for a GPU."""
+    ids = torch.tensor([[1, 1, 1, 2, 2, 0, 1, 2, 2], [1, 2, 3, 3, 3, 3, 1, 2, 3]])
+    with HostReads() as reads:
+        found = segments_of(ids, {"encoder": 6, "decoder": 3})
+    assert found is not None
+    assert [place.rsplit(": ")[-1] for place in reads.found.elements()] == ["cpu"]
+    assert sum(map(len, found.pairs.values())) > 6
+    meta = torch.device("meta")
+    with HostReads() as reads:
+        sent = module._sent(found.pairs, meta)
+    assert not reads.found
+    for name, pairs in found.pairs.items():
+        for here, there in zip(pairs, sent[name], strict=True):
+            shapes = there.query_NQ.shape, there.key_NK.shape
+            assert shapes == (here.query_NQ.shape, here.key_NK.shape)
+            assert there.query_NQ.device == there.key_NK.device == meta
+
+
+class _Calls(TorchDispatchMode):
+    """Counts operations of torch by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found[func.name().split(".")[0]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_examples_of_many_lengths_are_gathered_together() -> None:
+    """A gather of each would have a gradient of the full size, and on a GPU a sort of its own."""
+    config = TransformerConfig(
+        num_layers=1, hidden_size=16, num_attention_heads=2, attention_dropout=0.0
+    )
+    attention = StackAttention(config, 1, AttnMaskType.padding, "self")
+    row = torch.arange(1, 7).repeat_interleave(torch.arange(1, 7))  # 1 token to 6 tokens
+    found = segments_of(torch.cat([row, row])[None], {"encoder": 21, "decoder": 21})
+    assert found is not None and len(found.pairs["encoder"]) == 6
+    qkv = [torch.randn(21, 1, 2, 8, requires_grad=True) for _ in range(3)]
+    with _Calls() as calls:
+        attention(*qkv, found.pairs["encoder"]).sum().backward()
+    gathers = {name: n for name, n in calls.found.items() if "index" in name}
+    assert sum(n for name, n in gathers.items() if name != "aten::index_copy") <= 9, gathers

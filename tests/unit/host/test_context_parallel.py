@@ -14,6 +14,7 @@ from moetron.moe.host.context_parallel import (
     own_chunks,
 )
 from tests.parallel.support.harness import model_parallel, run_ranks
+from tests.unit.training.host_reads import HostReads
 
 
 def test_two_ranks() -> None:
@@ -41,7 +42,10 @@ def _gather() -> tuple[torch.Tensor, torch.Tensor]:
         theirs = get_batch_on_this_cp_rank({"x": positions}, cp_group=group, **_options())["x"]
         assert torch.equal(own, theirs)
         local = own.view(6, 1).requires_grad_()
-        sequence = gather_sequence(local, group)
+        gather_sequence(local.detach(), group)
+        with HostReads() as reads:  # from the second call on
+            sequence = gather_sequence(local, group)
+        assert not reads.found
         (sequence * positions.view(12, 1) * (group.rank() + 1)).sum().backward()
     assert local.grad is not None
     return sequence.detach().view(12), torch.stack([local.detach(), local.grad]).view(2, 6)

@@ -11,6 +11,7 @@ from megatron.core import num_microbatches_calculator as calculator
 from megatron.core.transformer import cuda_graphs
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from moetron.common.errors import UserError
 from moetron.moe.host import device, layer_graphs
 from moetron.moe.host.layer_graphs import LayerGraphs
 from tests.gpu.in_process import train
@@ -43,11 +44,11 @@ def _graphs(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> LayerGraphs:
 def test_captures_once_after_the_first_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = {"cuda_graph_impl": "transformer_engine", "cuda_graph_warmup_steps": 2}
     graphs = _graphs(monkeypatch, **chosen)
-    for _ in range(2):
-        graphs.before_step(4)
+    for step in (1, 2):
+        graphs.before_step(step, 4)
         assert not calls
-    for _ in range(3):
-        graphs.before_step(4)
+    for step in (3, 4, 5):
+        graphs.before_step(step, 4)
         assert calls == [(["chunk"], "config", 8, 2, ["optimizer"]), 4]
     graphs.close()
     graphs.close()
@@ -56,10 +57,24 @@ def test_captures_once_after_the_first_steps(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_nothing_is_captured_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = _graphs(monkeypatch)
-    for _ in range(5):
-        graphs.before_step(4)
+    for step in range(1, 6):
+        graphs.before_step(step, 4)
     graphs.close()
     assert not calls
+
+
+def test_a_failed_capture_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Helper) -> None:
+        raise torch.AcceleratorError("CUDA error: legacy stream\nCompile with TORCH_USE_CUDA_DSA")
+
+    monkeypatch.setattr(Helper, "create_cudagraphs", fail)
+    chosen = {"cuda_graph_impl": "transformer_engine", "cuda_graph_warmup_steps": 1}
+    graphs = _graphs(monkeypatch, **chosen)
+    graphs.before_step(6, 4)
+    with pytest.raises(UserError, match="before step 7 failed: CUDA error: legacy stream; use"):
+        graphs.before_step(7, 4)
+    graphs.close()  # nothing was captured
+    assert "deleted" not in calls
 
 
 SHAPE = {

@@ -1,6 +1,8 @@
 """Attention inside documents against a dense mask: outputs and gradients."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from moetron.moe.layers import attention, document_attention
+from moetron.moe.layers import attention, attention_kernels, document_attention
 from moetron.moe.layers.attention import SdpaAttention
 from moetron.moe.layers.document_attention import (
     Piece,
@@ -107,6 +109,30 @@ def test_chunks_of_a_context_rank_equal_their_rows(rows: list[list[int]], rank: 
         torch.testing.assert_close(mine, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.*kernel not used")  # torch says so of a CPU
+@pytest.mark.parametrize("wide", [False, True])
+def test_chunks_without_a_mask_in_memory(monkeypatch: pytest.MonkeyPatch, wide: bool) -> None:
+    """With the mask of a GPU, which torch makes on a CPU after all."""
+    gpu = torch.device("cuda")
+    assert attention_kernels.causal_mask(2**13, 2**17, gpu).numel() == 0
+    made = []
+
+    def on_gpu(queries: int, keys: int, _: torch.device) -> torch.Tensor:
+        made.append((queries, keys))
+        return attention_kernels.causal_mask(queries, keys, gpu)
+
+    ranges = [(10, 20), (20, 30)]  # of the second of two context ranks
+    qkv, module = _qkv(40, 2, HEADS, 2 * WIDTH if wide else WIDTH), _attention()
+    query, key, value = qkv
+    whole = module(*qkv, _cu_seqlens([[40], [40]]))[10:30]
+    monkeypatch.setattr(attention, "causal_mask", on_gpu)
+    cut = [module._attend(query[a:b], key[:b], value[:b], causal=True) for a, b in ranges]
+    assert made == [(10, 20), (10, 30)]
+    pairs = zip(_with_gradients(torch.cat(cut), qkv), _with_gradients(whole, qkv), strict=True)
+    for mine, expected in pairs:
+        torch.testing.assert_close(mine, expected, rtol=1e-6, atol=1e-6)
+
+
 def test_short_documents_of_equal_length_share_a_call() -> None:
     calls: list[tuple[int, ...]] = []
 
@@ -140,7 +166,8 @@ def test_worked_examples() -> None:
     assert packed.qkv_format == "thd" and packed.cu_seqlens_q is ends and packed.max_seqlen_q == 5
 
 
-def test_arguments_of_torchs_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("value_width", [WIDTH, WIDTH - 3])
+def test_arguments_of_torchs_kernel(monkeypatch: pytest.MonkeyPatch, value_width: int) -> None:
     """A stand-in with its signature; the kernel itself needs a GPU."""
 
     def varlen(
@@ -153,14 +180,47 @@ def test_arguments_of_torchs_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     ) -> torch.Tensor:
         assert options["window_size"] == (-1, 0) and options["scale"] == pytest.approx(WIDTH**-0.5)
         assert ends is others[0] and others[1:] == (20, 20)
+        assert value.shape == key.shape  # as in latent attention after filling up
         rows = [x[:, None] for x in (query, key, value)]
         lengths = [[n for row in document_lengths(ends, 2) for n in row]]
         out: torch.Tensor = plain(*rows, _cu_seqlens(lengths))
         return out.view_as(value)
 
     module, plain = _attention(), _attention()
-    qkv, ends = _qkv(20, 2, 2, WIDTH), _cu_seqlens([[4, 16], [1, 19]])
+    qkv, ends = _qkv(20, 2, 2, value_width), _cu_seqlens([[4, 16], [1, 19]])
     expected = module(*qkv, ends)
     calls = iter([varlen])  # the stand-in itself computes on the host
     monkeypatch.setattr(attention, "varlen_kernel", lambda *_: next(calls, None))
     torch.testing.assert_close(module(*qkv, ends), expected)
+
+
+@pytest.mark.parametrize(
+    ("widths", "serves"),
+    [((128, 128), True), ((192, 128), True), ((12, 12), False), ((264, 264), False)],
+)
+def test_widths_of_torchs_kernel(widths: tuple[int, int], serves: bool) -> None:
+    """FlashAttention refuses others, with an error: pytorch's flash_api.cpp."""
+    query, value = (
+        SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(4, 1, 2, width))
+        for width in widths
+    )
+    assert (document_attention.varlen_kernel(query, value) is not None) == serves  # type: ignore[arg-type]
+
+
+def test_no_kernel_that_plans_every_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU cuDNN's is left to calls of one shape: of full sequences, in training."""
+    original, excluded = SdpaAttention._kernels, []
+
+    def on_gpu(module: SdpaAttention, _: torch.Tensor, *options: Any) -> nullcontext[None]:
+        found = original(module, SimpleNamespace(is_cuda=True), *options)
+        excluded.append(not isinstance(found, nullcontext))
+        return nullcontext()
+
+    monkeypatch.setattr(SdpaAttention, "_kernels", on_gpu)
+    module, qkv = _attention(), _qkv(20, 1, HEADS, WIDTH)
+    module(*qkv, None)
+    assert excluded == [False]
+    module(*qkv, _cu_seqlens([[4, 16]]))
+    assert excluded == [False, True, True]
+    module.eval()(*qkv, None)
+    assert excluded[3:] == [True]

@@ -22,6 +22,7 @@ from moetron.moe.checkpoint.tensor_writer import Contents
 from moetron.moe.layers.experts import GroupedExperts, grouped_gemm_fits
 from tests.parallel.support.harness import model_parallel, run_ranks
 from tests.parallel.support.sharded import assemble, fill, local_shards
+from tests.unit.training.host_reads import HostReads
 
 EXPERTS, HIDDEN, FFN = 4, 16, 8
 
@@ -206,3 +207,16 @@ def _save_and_load(folder: str, ours_first: bool) -> None:
 @pytest.mark.parametrize("ours_first", [True, False], ids=["to sequential", "from sequential"])
 def test_checkpoints_are_exchanged(tmp_path: Path, ours_first: bool) -> None:
     run_ranks(_save_and_load, 1, str(tmp_path), ours_first)
+
+
+def test_counts_in_host_memory_are_sent_without_a_wait() -> None:
+    """As megatron-core's all-to-all leaves them; the meta device stands for a GPU."""
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    with torch.device("meta"):
+        config = _config(perform_initialization=False, **BF16)
+        experts = GroupedExperts(EXPERTS, config, pg_collection=groups)
+        x, probs = torch.empty(6, HIDDEN, dtype=torch.bfloat16), torch.empty(6)
+    with HostReads() as reads:
+        out, _ = experts(x, torch.tensor([1, 0, 3, 2]), probs)
+    assert out.shape == x.shape and out.device.type == "meta"
+    assert not reads.found

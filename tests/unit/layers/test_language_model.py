@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moetron.moe.config.bridge import transformer_config
 from moetron.moe.layers import language_model
 from moetron.moe.layers.build_model import build_model
-from moetron.moe.layers.language_model import LanguageModel, label_logits
+from moetron.moe.layers.language_model import LanguageModel, label_logits, mean_logits
 from tests.parallel.support.checkpoint_runs import VOCABULARY, parallel_of, settings
 
 COEFFICIENT = 0.3
@@ -21,6 +22,29 @@ def test_label_logits_of_the_second_half(monkeypatch: pytest.MonkeyPatch) -> Non
     logits = torch.arange(12.0).view(2, 2, 3)  # [s, b, v]: ids 3, 4, 5
     labels = torch.tensor([[3, 0], [5, 4]])
     assert label_logits(logits, labels, SECOND).tolist() == [[0, 0], [5, 10]]
+
+
+class _LargestFp32(TorchDispatchMode):
+    """Records the number of elements of the largest fp32 tensor that an operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.dtype == torch.float32:
+            self.numel = max(self.numel, out.numel())
+        return out
+
+
+def test_the_mean_of_bf16_logits_makes_no_fp32_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 256,000 ids such a copy takes 1 MB a token."""
+    monkeypatch.setattr(language_model, "reduce_from_tensor_model_parallel_region", lambda x, _: x)
+    alone: Any = SimpleNamespace(size=lambda: 1)
+    logits = torch.randn(5, 2, 300).bfloat16()
+    with _LargestFp32() as seen:
+        means = mean_logits(logits, alone)
+    torch.testing.assert_close(means, logits.float().mean(-1).T)
+    assert seen.numel == means.numel()
 
 
 def _model(coefficient: float | None) -> LanguageModel:

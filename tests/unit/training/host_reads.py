@@ -43,10 +43,16 @@ class _Inner(TorchDispatchMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        name = func.name().split(".")[0]
-        if name in INNER:
+        name, kwargs = func.name().split(".")[0], kwargs or {}
+        if name in INNER or (name == "aten::_to_copy" and _blocks(args[0], kwargs)):
             self._count(name)
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _blocks(tensor: torch.Tensor, kwargs: Mapping[str, Any]) -> bool:
+    """Return whether a copy to another device (of a test: meta) makes the host wait."""
+    device = kwargs.get("device") or tensor.device
+    return device.type != tensor.device.type and not kwargs.get("non_blocking", False)
 
 
 class HostReads(TorchFunctionMode):

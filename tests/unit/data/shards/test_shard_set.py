@@ -11,7 +11,7 @@ from moetron.data.prepare.options import Options
 from moetron.data.prepare.preprocess import preprocess
 from moetron.data.readers import rows as inputs_module
 from moetron.data.shards.shard import Shard
-from moetron.data.shards.shard_set import members
+from moetron.data.shards.shard_set import is_written_with, member, members, shard_prefixes
 from moetron.data.stream.blend import open_blend
 from moetron.tokenizers.byte_level import ByteTokenizer
 
@@ -77,3 +77,13 @@ def test_the_first_of_equal_documents_is_kept(options: Options, workers: int) ->
     total = sum(manifest.text_bytes for manifest in manifests.values())
     assert total == sum(len(text.encode()) for text in kept)
     assert not list(Path(options.output_prefix).parent.glob("*.tmp*"))
+
+
+def test_a_set_may_have_more_than_a_hundred_thousand_shards(tmp_path: Path) -> None:
+    prefix = str(tmp_path / "p")
+    expected = [member(prefix, number) for number in (9, 10_000, 99_999, 100_000, 100_001)]
+    for name in expected:
+        Path(f"{name}.idx").touch()
+    Path(f"{prefix}_123.idx").touch()
+    assert shard_prefixes(prefix) == expected
+    assert is_written_with(Path(f"{expected[-1]}.bin.tmp"), prefix)

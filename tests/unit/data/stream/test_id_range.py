@@ -12,6 +12,7 @@ from moetron.data.objectives.causal import Causal
 from moetron.data.shards.manifest import manifest_path, read_manifest, write_manifest
 from moetron.data.shards.shard import Shard
 from moetron.data.shards.shard_writer import ShardWriter
+from moetron.data.stream import id_range as id_range_module
 from moetron.data.stream.id_range import id_range
 from moetron.data.stream.stages import Stage, StagedStream
 from moetron.data.stream.token_stream import training_stream
@@ -90,3 +91,21 @@ def test_a_shard_that_was_changed_is_refused_when_read(make_shard: MakeShard) ->
     with pytest.raises(UserError, match=r"sample \d+ holds ids 0 to 60000, outside .* of 100"):
         [stream[n] for n in range(10)]
     assert any("ids from 0 to 60000" in problem for problem in Shard(prefix).verify())
+
+
+def test_many_shards_are_read_at_once_and_the_wait_is_told(
+    make_shard: MakeShard, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    prefixes = [make_shard(f"s{number}", [[number, number + 1]] * 20) for number in range(20)]
+    manifest = read_manifest(prefixes[3])
+    assert manifest is not None
+    write_manifest(prefixes[3], manifest.model_copy(update={"max_id": 4}))
+    monkeypatch.setattr(id_range_module, "TOLD_BYTES", 19 * 80)
+    with pytest.raises(UserError) as raised:
+        training_stream(prefixes, 8, seed=1).limit_ids(18)
+    names = [f"{prefixes[n]} (ids 0 to {n + 1})" for n in (17, 18, 19)]
+    assert ", ".join(names) in str(raised.value)
+    assert "reading 1.52e-06 GB of shards" in caplog.text
+    caplog.clear()
+    training_stream(prefixes, 8, seed=1).limit_ids(21)
+    assert not caplog.text
