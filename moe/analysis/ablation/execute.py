@@ -52,7 +52,7 @@ def prepare(run: Run, output: Path) -> Path:
         UserError: the folder has a run with other settings.
     """
     folder = output / run.name
-    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint_folder.make_run_folder(folder, "--output")
     if not (folder / RECIPE).exists():
         recipe.write(run.settings, folder / RECIPE)
     refuse_others([run], output)

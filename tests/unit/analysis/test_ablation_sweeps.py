@@ -211,6 +211,12 @@ def test_other_settings_in_a_folder_are_refused(fakes: Fakes, tmp_path: Path) ->
         prepare(changed.runs[0], fakes.output)
 
 
+def test_an_output_that_cannot_be_written_is_named(fakes: Fakes, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--output .*cannot write there"):
+        prepare(fakes.sweep.runs[0], tmp_path / "file")
+
+
 def test_the_slurm_script_submits_all_runs_in_two_arrays(fakes: Fakes, tmp_path: Path) -> None:
     """Uses an sbatch that logs its arguments and runs the wrapped command."""
     (tmp_path / "sbatch").write_text(
