@@ -86,6 +86,8 @@ def _metrics_text(row: Row) -> str:
     ]
     if "expert_load_max_over_mean" in row:
         parts.append(f"fullest expert {row['expert_load_max_over_mean']:.2f}x mean")
+    if "dropped_fraction" in row:
+        parts.append(f"dropped {100 * row['dropped_fraction']:.3g} %")
     parts.append(f"{row['tokens_per_s']:,.0f} tokens/s")
     parts.append(f"{row['tflops_per_s']:.3g} TFLOP/s a rank")
     if "mfu" in row:

@@ -90,6 +90,7 @@ def main() -> int:
         return 0
     if options.output is None:
         raise UserError("--output: required; give the folder for all runs")
+    execute.refuse_others(plan.runs, options.output)
     jobs = options.jobs or (1 if options.slurm else max(1, usable_cores() // plan.ranks))
 
     def command(*number: str) -> list[str]:

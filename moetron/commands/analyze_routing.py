@@ -10,6 +10,7 @@ done, 2 user error, 1 internal error.
 """
 
 import argparse
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,15 @@ def output_folder(given: argparse.Namespace) -> Path:
     return given.output or given.model / "analysis"
 
 
+def require_place(given: argparse.Namespace) -> None:
+    """Raise UserError, before the work, if the results cannot be written, as in another's run."""
+    folder = output_folder(given)
+    if given.output is not None or folder.exists():
+        checkpoint_folder.make_run_folder(folder, "--output")
+    elif given.model.is_dir() and not os.access(given.model, os.W_OK | os.X_OK):
+        raise UserError(f"{given.model}: cannot write there; give another folder with --output")
+
+
 def save_choices(given: argparse.Namespace, arrays: Mapping[str, Any]) -> None:
     """Write every token's choices beside the results."""
     folder = output_folder(given)
@@ -189,8 +199,7 @@ def main() -> int:
     arguments = parser().parse_args()
     quieten_libraries()
     folder = (arguments.model / "config.json").is_file()
-    if arguments.output is not None:
-        checkpoint_folder.make_run_folder(arguments.output, "--output")
+    require_place(arguments)
     result = analyze_folder(arguments) if folder else analyze_run(arguments)
     print(*figures.write(result, output_folder(arguments)), sep="\n")
     return 0

@@ -7,14 +7,17 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from moetron.common.errors import UserError
 from moetron.common.process import EXIT_STOPPED
+from moetron.common.text import value_text
 from moetron.moe.analysis.ablation.sweep import Run, Sweep
 from moetron.moe.checkpoint import run_folder as checkpoint_folder
 from moetron.moe.config import recipe
+from moetron.moe.config.schema.field import flag_name
+from moetron.moe.config.schema.settings import Settings, fields
 from moetron.moe.config.validate import validate
 
 RECIPE = "recipe.yaml"
@@ -49,13 +52,37 @@ def prepare(run: Run, output: Path) -> Path:
         UserError: the folder has a run with other settings.
     """
     folder = output / run.name
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / RECIPE
-    if not path.exists():
-        recipe.write(run.settings, path)
-    elif validate(recipe.read(path))[0] != run.settings:
-        raise UserError(f"{folder}: has a run with other settings; give another --output")
+    checkpoint_folder.make_run_folder(folder, "--output")
+    if not (folder / RECIPE).exists():
+        recipe.write(run.settings, folder / RECIPE)
+    refuse_others([run], output)
     return folder
+
+
+def refuse_others(runs: Sequence[Run], output: Path) -> None:
+    """Raise UserError if folders of these runs, finished or not, have runs with other settings."""
+    found = []
+    for run in runs:
+        path = output / run.name / RECIPE
+        before = validate(recipe.read(path))[0] if path.exists() else run.settings
+        if before != run.settings:
+            found.append(f"  {path.parent}: {', '.join(_differences(before, run.settings))}")
+    if found:
+        raise UserError(
+            "runs with other settings are there; give another --output, or the sweep and the flags "
+            "after -- that they were made with:\n" + "\n".join(found)
+        )
+
+
+def _differences(before: Settings | None, now: Settings) -> Iterator[str]:
+    """Yield the flags that differ from a run's recipe; None: it is not valid any more."""
+    if before is None:
+        yield f"its {RECIPE} is not valid"
+        return
+    for group, name, _ in fields():
+        old, new = (getattr(getattr(settings, group), name) for settings in (before, now))
+        if old != new:
+            yield f"{flag_name(name)} {value_text(old)}, now {value_text(new)}"
 
 
 def training_command(

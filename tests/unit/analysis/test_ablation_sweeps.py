@@ -11,7 +11,13 @@ import pytest
 import yaml
 
 from moetron.common.errors import UserError
-from moetron.moe.analysis.ablation.execute import finished, prepare, run_all, slurm_script
+from moetron.moe.analysis.ablation.execute import (
+    finished,
+    prepare,
+    refuse_others,
+    run_all,
+    slurm_script,
+)
 from moetron.moe.analysis.ablation.outcome import is_stable
 from moetron.moe.analysis.ablation.sweep import Sweep, read
 from moetron.moe.analysis.ablation.table import TABLE, write
@@ -193,10 +199,22 @@ def test_a_stop_reaches_the_runs_and_starts_no_others(fakes: Fakes) -> None:
 
 
 def test_other_settings_in_a_folder_are_refused(fakes: Fakes, tmp_path: Path) -> None:
-    prepare(fakes.sweep.runs[0], fakes.output)
+    """Also for finished runs, whose old results would otherwise be those of the new settings."""
+    run_all(fakes.sweep, fakes.output, 6, fakes, never)
+    refuse_others(fakes.sweep.runs, fakes.output)
     changed = read(tmp_path / "sweep.yaml", {"learning_rate": {"lr": 1e-3}})
+    with pytest.raises(
+        UserError, match=r"other settings(.|\n)*dense/seed_2: --lr 0.002, now 0.001"
+    ):
+        refuse_others(changed.runs, fakes.output)
     with pytest.raises(UserError, match="other settings"):
         prepare(changed.runs[0], fakes.output)
+
+
+def test_an_output_that_cannot_be_written_is_named(fakes: Fakes, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--output .*cannot write there"):
+        prepare(fakes.sweep.runs[0], tmp_path / "file")
 
 
 def test_the_slurm_script_submits_all_runs_in_two_arrays(fakes: Fakes, tmp_path: Path) -> None:

@@ -45,6 +45,11 @@ def test_lines_are_printed_at_the_interval_and_at_the_end(
     assert lines[3].endswith("validation loss 2.0000 (a 1.0000, b 3.0000)")
 
 
+def test_a_limited_capacity_shows_what_it_drops(capsys: pytest.CaptureFixture[str]) -> None:
+    Console(10, 15, interval=1).step({**_row(11), "dropped_fraction": 0.27136})
+    assert " | fullest expert 1.50x mean | dropped 27.1 % | " in capsys.readouterr().out
+
+
 def test_preferences_show_their_loss(capsys: pytest.CaptureFixture[str]) -> None:
     console, found = Console(10, 15, interval=1), {"preference_loss": 0.6875, "accuracy": 0.5}
     console.step({**_row(11), **found})
