@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -161,6 +162,22 @@ class _SummingFileSystem(FileSystem):
         self.sums[Path(path).name] = file.digest.hexdigest()
 
 
+@contextmanager
+def _reported_here(failures: list[Exception]) -> Iterator[None]:
+    """Print no traceback of a thread that ends by one of ``failures``, which are raised later."""
+    usual = threading.excepthook
+
+    def report(ended: threading.ExceptHookArgs) -> None:
+        if not any(ended.exc_value is failure for failure in failures):
+            usual(ended)
+
+    threading.excepthook = report
+    try:
+        yield
+    finally:
+        threading.excepthook = usual
+
+
 class _Writer(FileSystemWriter):
     """torch's writer, but raising errors of its helper threads, which would truncate files."""
 
@@ -174,7 +191,8 @@ class _Writer(FileSystemWriter):
         """Write this rank's tensors, or raise the first error of any thread, on all ranks."""
         written = None
         try:
-            written = super().write_data(plan, planner)
+            with _reported_here(self._files.failures):
+                written = super().write_data(plan, planner)
         except Exception as error:
             self._files.failures.append(error)
         if written is None or self._files.failures:

@@ -15,7 +15,7 @@ from moetron.moe.checkpoint.tensor_writer import _readable, _SummingFile, _Summi
 FULL = "[Errno 28] No space left on device"
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("length", [9, 100_000])  # error at the end of a file, and inside it
 @pytest.mark.parametrize("failing", ["helper", "main"])
 def test_an_error_of_any_thread_fails_the_save(
