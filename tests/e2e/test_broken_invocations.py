@@ -274,7 +274,7 @@ def test_a_loss_that_is_not_finite_names_the_step(world: Path) -> None:
     code, message = run(world, f"{MOCK} --lr 1e30 --clip-grad 0 --no-tensorboard")
     assert code == 1, message
     assert re.search(
-        r"^rank 0: NotFiniteError: lm_loss is .*norm nan \(of rank 0\) in step \d; checkpoints",
+        r"(?m)^rank 0: NotFiniteError: lm_loss is .*norm nan \(of rank 0\) in step \d; checkpoints",
         message,
     )
     assert "Traceback" not in message
