@@ -29,6 +29,15 @@ def shuffled(count: int, seed: int, epoch: int, purpose: int) -> np.ndarray:
     return np.argsort(np.random.Philox(key=key).random_raw(count), kind="stable")
 
 
+def evenly(count: int) -> np.ndarray:
+    """Return a permutation, int64 [count], whose first elements always lie evenly among all.
+
+    Numbers in the order of the fractional parts of their multiples of the golden ratio: the three
+    gap theorem (Swierczkowski 1958).
+    """
+    return np.argsort(np.arange(count) * ((5**0.5 - 1) / 2) % 1, kind="stable")
+
+
 class ChatStream:
     """Conversations as samples of ``seq_length`` tokens that do not see each other.
 
@@ -36,7 +45,8 @@ class ChatStream:
         shards: conversations; sources of the losses in the log.
         seq_length: tokens of a sample (S).
         pad: id of padding; its label has no loss, whatever the id means elsewhere.
-        seed: of the order; None: each conversation once, in the order of the shards.
+        seed: of the order; None: each conversation once, rows in an order whose beginning is spread
+            over all shards, since an evaluation may end early.
         packed: whether a sample holds as many conversations as fit, or one.
         normalisation: weight of a trained token: equal, or 1 / those of its conversation.
         kind: pairs stay together; labelled conversations come with mismatched ones (mismatch.py).
@@ -106,9 +116,9 @@ class ChatStream:
         rows = (
             self._pack(order.tolist()) if self._packed else [[number] for number in order.tolist()]
         )
-        if seed is not None:
-            rows = [rows[place] for place in shuffled(len(rows), seed, epoch, 1).tolist()]
-        self._epoch, self._rows = epoch, rows
+        size = len(rows)
+        places = evenly(size) if seed is None else shuffled(size, seed, epoch, 1)
+        self._epoch, self._rows = epoch, [rows[place] for place in places.tolist()]
 
     def conversations(self, n: int) -> list[int]:
         """Return the numbers of the conversations in sample ``n``, over all shards, in order."""

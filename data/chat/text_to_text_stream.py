@@ -27,7 +27,7 @@ class TextToTextStream(ChatStream):
         shards: of inputs and targets.
         lengths: tokens of a sample in the encoder and in the decoder.
         pad: id of padding, and the first id of the decoder, as in T5.
-        seed: of the order; None: each example once, in the order of the shards.
+        seed: of the order; None: each example once, the first ones of all shards.
         packed: whether a sample holds as many examples as fit, or one.
         normalisation: weight of a trained token: equal, or 1 / those of its example.
 

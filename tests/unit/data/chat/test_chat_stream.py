@@ -8,7 +8,7 @@ import pytest
 
 from moetron.common.errors import UserError
 from moetron.data.chat.chat_shard import ChatShard
-from moetron.data.chat.chat_stream import ChatStream, open_chats
+from moetron.data.chat.chat_stream import ChatStream, evenly, open_chats
 from moetron.data.prepare.options import Options
 from moetron.data.prepare.preprocess import preprocess
 from tests.unit.data.chat.chat_cases import TOKENIZER, chat, prepare
@@ -72,9 +72,21 @@ def test_weights_by_conversation(folder: Path) -> None:
 def test_unpacked_and_validation(folder: Path) -> None:
     samples = stream(folder, seed=None, packed=False)
     assert len(samples) == 9
-    assert [samples.conversations(n) for n in range(9)] == [[n] for n in range(9)]
+    # An evaluation of three samples has one of each third.
+    assert [samples.conversations(n) for n in range(9)] == [
+        [n] for n in (0, 5, 2, 7, 4, 1, 6, 3, 8)
+    ]
     with pytest.raises(IndexError):
         samples[9]
+
+
+@pytest.mark.parametrize("count", [1, 2, 50, 4321])
+def test_the_beginning_of_a_validation_lies_evenly(count: int) -> None:
+    places = evenly(count)
+    assert sorted(places) == list(range(count))
+    for first in {1, 2, 7, 40, 1000} & set(range(count)):
+        gaps = np.diff(np.sort(places[:first]), append=count)
+        assert gaps.max() <= 3 * count / first
 
 
 def test_the_same_on_every_rank(folder: Path) -> None:
