@@ -78,6 +78,23 @@ def test_experts_without_tokens(kind: str) -> None:
             start += count
 
 
+def _assert_near(
+    found: torch.Tensor,
+    inputs: list[torch.Tensor],
+    expected: torch.Tensor,
+    exact: list[torch.Tensor],
+) -> None:
+    """Compare outputs and gradients of their inputs with those in fp64, by the inputs' dtype."""
+    weights = torch.randn_like(expected)
+    (found.double() * weights).sum().backward()
+    (expected * weights).sum().backward()
+    bound = 1e-4 if found.dtype == torch.float32 else 5e-2
+    assert_close(found.double(), expected, atol=bound, rtol=bound)
+    for mine, true in zip(inputs, exact, strict=True):
+        assert mine.grad is not None and true.grad is not None
+        assert_close(mine.grad.double(), true.grad, atol=2 * bound, rtol=bound)
+
+
 def _explicit(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, forbidden: torch.Tensor
 ) -> torch.Tensor:
@@ -107,14 +124,7 @@ def test_attention(dtype: torch.dtype, groups: int, masked: bool, value_width: i
         exact = [tensor.double().requires_grad_() for tensor in inputs]
         found = attention(*ours, mask if masked else None)
         expected = _explicit(*exact, mask)
-        weights = torch.randn_like(expected)
-        (found.double() * weights).sum().backward()
-        (expected * weights).sum().backward()
-    bound = 1e-4 if dtype == torch.float32 else 5e-2
-    assert_close(found.double(), expected, atol=bound, rtol=bound)
-    for mine, true in zip(ours, exact, strict=True):
-        assert mine.grad is not None and true.grad is not None
-        assert_close(mine.grad.double(), true.grad, atol=2 * bound, rtol=bound)
+        _assert_near(found, ours, expected, exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -133,14 +143,7 @@ def test_attention_of_the_last_positions(dtype: torch.dtype, value_width: int) -
         exact = [tensor.double().requires_grad_() for tensor in inputs]
         found = attention._attend(ours[0][first:], *ours[1:], causal=True)
         expected = _explicit(*exact, mask)[first:]
-        weights = torch.randn_like(expected)
-        (found.double() * weights).sum().backward()
-        (expected * weights).sum().backward()
-    bound = 1e-4 if dtype == torch.float32 else 5e-2
-    assert_close(found.double(), expected, atol=bound, rtol=bound)
-    for mine, true in zip(ours, exact, strict=True):
-        assert mine.grad is not None and true.grad is not None
-        assert_close(mine.grad.double(), true.grad, atol=2 * bound, rtol=bound)
+        _assert_near(found, ours, expected, exact)
 
 
 def test_routers_draw_numbers_of_a_distribution() -> None:
